@@ -1,0 +1,41 @@
+"""Errors a user can meet, each with the exit code the command line ends with."""
+
+from __future__ import annotations
+
+
+class RlkdError(Exception):
+    """Something the user can mend: the message says what, where, what is allowed and the remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(RlkdError):
+    """A setting, a YAML file or a combination of settings that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(RlkdError):
+    """Rows, columns, templates or labels that cannot be used."""
+
+    exit_code = 3
+
+
+class ModelError(RlkdError):
+    """A model, tokenizer or precision that cannot take its role."""
+
+    exit_code = 2
+
+
+class DivergenceError(RlkdError):
+    """A number that must be finite is not; raised before it can reach the weights."""
+
+    exit_code = 5
+
+
+def nearest(name: str, allowed: list[str]) -> str:
+    """A hint naming the closest allowed spelling of `name`, or an empty string."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, allowed, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

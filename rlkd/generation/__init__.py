@@ -1,0 +1,1 @@
+"""Answers: sampled for training (rollouts), or written to disk once (pseudo-labels)."""

@@ -1,0 +1,1 @@
+"""Model families, heads, the frozen teacher and the trained policy."""

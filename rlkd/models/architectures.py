@@ -1,0 +1,226 @@
+"""What rlkd needs of a model family: encode once, decode to hidden states, and the head.
+
+Everything else (rollouts, scoring, losses) is written against `EncoderDecoder` and knows no family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..tensors import length_mask, pad_stack
+from .heads import Head
+
+T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+BART_FAMILY = ("bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "led")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EncoderDecoder:
+    """An encoder-decoder model of the T5 or BART family.
+
+    model        the transformers model (possibly PEFT-wrapped)
+    valid_vocab  number of ids that are real tokens; actions and normalisers are limited to them
+    """
+
+    model: Any
+    valid_vocab: int
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def start_id(self) -> int:
+        return int(self.config.decoder_start_token_id)
+
+    @property
+    def eos_id(self) -> int:
+        eos = self.config.eos_token_id
+        return int(eos[0] if isinstance(eos, list) else eos)
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.config.pad_token_id)
+
+    def head(self) -> Head:
+        """The vocabulary projection as transformers applies it, output scale and logits bias included."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        projection = base.get_output_embeddings()
+        weight = projection.weight
+        if not weight.is_floating_point():
+            raise ModelError(
+                "the output head is quantised, so its exact logits are not available. "
+                "Keep it in full precision: add 'lm_head' to llm_int8_skip_modules."
+            )
+        bias = getattr(base, "final_logits_bias", None)
+        bias = projection.bias if bias is None else bias.view(-1)
+        return Head(weight, bias, _output_scale(base.config), self.valid_vocab)
+
+    def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool."""
+        return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+
+    def encode_prompts(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
+        """Encoder states [P_i, D] of each prompt, batched by length so that little padding is encoded."""
+        states: list[Tensor | None] = [None] * len(prompts)
+        for rows in batches_by_length([len(p) for p in prompts], batch_tokens):
+            ids, mask = self.pad_prompts([prompts[i] for i in rows])
+            for i, state, n in zip(rows, self.encode(ids, mask), mask.sum(1).tolist(), strict=True):
+                states[i] = state[:n]
+        return states  # type: ignore[return-value]
+
+    def pad_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Right-padded ids [B, P] and mask [B, P] on the model's device."""
+        ids = pad_stack([torch.tensor(p, dtype=torch.long) for p in prompts], self.pad_id)
+        return ids.to(self.device), length_mask([len(p) for p in prompts], ids.shape[1]).to(self.device)
+
+    def hidden(self, states: Tensor, mask: Tensor, answer_ids: Tensor) -> Tensor:
+        """Head inputs [B, R, D] that predict `answer_ids` [B, R], teacher-forced from the start token.
+
+        Answers are right-padded and attention is causal, so padding after an answer changes nothing before it.
+        """
+        start = torch.full_like(answer_ids[:, :1], self.start_id)
+        shifted = torch.cat([start, answer_ids[:, :-1]], dim=1)
+        return self.model.get_decoder()(
+            input_ids=shifted,
+            attention_mask=torch.ones_like(shifted),
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask.long(),
+            use_cache=False,
+        ).last_hidden_state
+
+    def step(self, tokens: Tensor, states: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """One cached decoding step: head input [B, D] for the token after `tokens` [B], and the grown cache."""
+        out = self.model.get_decoder()(
+            input_ids=tokens[:, None],
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask.long(),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1], out.past_key_values
+
+
+def _output_scale(config: Any) -> float:
+    """T5 multiplies decoder states by d_model^-0.5 before a tied head; v1.1, Flan and T0 do not."""
+    if config.model_type not in T5_FAMILY:
+        return 1.0
+    scaled = getattr(config, "scale_decoder_outputs", None)
+    if scaled is None:
+        scaled = config.tie_word_embeddings
+    return config.d_model**-0.5 if scaled else 1.0
+
+
+def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Row indices, sorted by length and cut so that rows x longest <= batch_tokens (one row at least)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def check_config(config: Any, role: str, name: str, dtype: torch.dtype) -> None:
+    """Refuse a model that cannot take `role`, from its configuration alone. Raises ModelError."""
+    if not getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{role} '{name}' is a '{config.model_type}' model without an encoder-decoder. rlkd trains encoder-decoder "
+            "models for now (T5, T0, Flan-T5, mT5, BART, Pegasus, Marian); decoder-only models are planned."
+        )
+    if config.model_type not in T5_FAMILY + BART_FAMILY:
+        raise ModelError(
+            f"{role} '{name}' has model_type '{config.model_type}'. Supported: {', '.join(T5_FAMILY + BART_FAMILY)}."
+        )
+    if dtype == torch.float16 and config.model_type in T5_FAMILY:
+        raise ModelError(
+            f"{role} '{name}': float16 overflows to inf in T5 models, and greedy decoding does not notice. "
+            f"Use {role}_dtype: bfloat16 (GPU) or float32."
+        )
+
+
+def resolve_dtype(dtype: str, field: str) -> torch.dtype:
+    """'float32' | 'bfloat16' | 'float16' -> torch.dtype. Raises ModelError naming the field."""
+    if dtype not in DTYPES:
+        raise ModelError(f"{field} = '{dtype}': allowed are {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def load_config(name: str, role: str, revision: str | None = None) -> Any:
+    """The model's configuration, before any weights. Raises ModelError if it cannot be found."""
+    from transformers import AutoConfig
+
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelError(f"{role} '{name}' is a folder without config.json. Point it at a saved transformers model.")
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{role} '{name}' is neither a folder here nor a model that could be fetched from the hub: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def load_encoder_decoder(
+    name: str,
+    role: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    attention: str | None = None,
+    quantization: Any = None,
+) -> Any:
+    """Load a T5- or BART-family model with every dropout at 0 and its untied head protected.
+
+    Dropout is off because the log-probability a token was sampled with must be the one the loss recomputes
+    (T5's attention dropout survives the usual helpers). Raises ModelError before any weights load.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    torch_dtype = resolve_dtype(dtype, f"{role}_dtype")
+    config = load_config(name, role, revision)
+    check_config(config, role, name, torch_dtype)
+    for key in (
+        "dropout_rate",
+        "dropout",
+        "attention_dropout",
+        "activation_dropout",
+        "classifier_dropout",
+        "encoder_layerdrop",
+        "decoder_layerdrop",
+    ):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    extra = {"quantization_config": quantization} if quantization is not None else {}
+    model = AutoModelForSeq2SeqLM.from_pretrained(
+        name, config=config, dtype=torch_dtype, revision=revision, attn_implementation=attention, **extra
+    )
+    protect_untied_head(model)
+    return model
+
+
+def protect_untied_head(model: nn.Module) -> None:
+    """Keep a later tie_weights() from overwriting an untied lm_head (T0, Flan-T5, v1.1).
+
+    T5Config forces tie_word_embeddings=True, and the model class lists lm_head.weight as tied to shared.weight.
+    When they are separate tensors after loading, the entry is dropped from this instance.
+    """
+    keys = getattr(model, "_tied_weights_keys", None)
+    if not isinstance(keys, dict) or "lm_head.weight" not in keys:
+        return
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
+        model._tied_weights_keys = {k: v for k, v in keys.items() if k != "lm_head.weight"}  # type: ignore[assignment]
+        if isinstance(getattr(model, "all_tied_weights_keys", None), dict):
+            model.all_tied_weights_keys.pop("lm_head.weight", None)  # type: ignore[union-attr, operator]

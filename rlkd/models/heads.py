@@ -1,0 +1,106 @@
+"""The vocabulary projection, applied in chunks so that logits [B, R, V] are never held.
+
+`Head.map` is the one place where hidden states meet the vocabulary: the teacher's scores, the student's log-probs,
+entropies, exact expectations and divergences are all functions of one chunk of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# One chunk of float32 logits: 8 MiB at V = 32,128. Large enough for an efficient matrix product, small enough to
+# stay in cache.
+CHUNK_ELEMENTS = 2**21
+
+TokenFunction = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """logits = (scale * hidden) weight^T + bias over the first `valid_vocab` ids.
+
+    weight  [V_padded, D] the model's own parameter;  bias [V_padded] or None
+    T5 pads its 32,100 pieces to 32,128 rows: rows beyond `valid_vocab` never enter a normaliser.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    valid_vocab: int
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] float32 (float64 stays)."""
+        weight = self.weight[: self.valid_vocab]
+        bias = None if self.bias is None else self.bias[: self.valid_vocab].to(hidden.dtype)
+        out = torch.nn.functional.linear(hidden * self.scale, weight.to(hidden.dtype), bias)
+        return out if out.dtype == torch.float64 else out.float()
+
+    def map(
+        self, function: TokenFunction, hidden: Tensor, *token_args: Tensor, chunk_tokens: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """`function(logits [n, V], *token_args [n, ...]) -> tuple of [n]`, over all N tokens, chunk by chunk.
+
+        Args: hidden [N, D]; token_args, tensors [N, ...] that are cut along. Differentiable in hidden and the head's
+        own parameters, not in token_args: the backward pass computes each chunk's logits again.
+        Returns: one [N] tensor per output of `function`.
+        """
+        chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // self.valid_vocab)
+        outputs = _ChunkedHead.apply(self, function, chunk, hidden, self.weight, self.bias, *token_args)
+        return outputs
+
+
+class _ChunkedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Head,
+        function: TokenFunction,
+        chunk: int,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *args: Tensor,
+    ):
+        ctx.head, ctx.function, ctx.chunk = head, function, chunk
+        ctx.save_for_backward(hidden, weight, bias, *args)
+        pieces = []
+        # An empty batch still runs one empty chunk, so that the number of outputs is known.
+        for start in range(0, max(len(hidden), 1), chunk):
+            rows = slice(start, start + chunk)
+            pieces.append(function(head.logits(hidden[rows]), *(a[rows] for a in args)))
+        return tuple(torch.cat(columns) for columns in zip(*pieces, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        head, chunk = ctx.head, ctx.chunk
+        hidden, weight, bias, *args = ctx.saved_tensors
+        v = head.valid_vocab
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[3:6]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = torch.zeros_like(bias) if need_bias else None
+        head_weight = weight[:v].to(hidden.dtype)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            with torch.enable_grad():
+                logits = head.logits(hidden[rows].detach()).detach().requires_grad_()
+                outputs = ctx.function(logits, *(a[rows] for a in args))
+                used = [(o, g[rows]) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+                (d_logits,) = torch.autograd.grad([o for o, _ in used], logits, [g for _, g in used])
+            d_logits = d_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = head.scale * (d_logits @ head_weight)
+            if grad_weight is not None:
+                d_weight = grad_weight[:v]
+                if d_weight.dtype == d_logits.dtype:
+                    d_weight.addmm_(d_logits.T, hidden[rows], alpha=head.scale)
+                else:
+                    d_weight += head.scale * (d_logits.T @ hidden[rows])
+            if grad_bias is not None:
+                grad_bias[:v] += d_logits.sum(0)
+        return (None, None, None, grad_hidden, grad_weight, grad_bias, *(None for _ in args))

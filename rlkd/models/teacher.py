@@ -1,0 +1,152 @@
+"""The frozen teacher: it labels, and it scores what students write.
+
+Scoring is one teacher-forced forward per answer. Encoder states are cached per prompt, rows are batched by length, only
+valid tokens reach the head, and the head runs in chunks: logits [B, R, V] never exist.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import DivergenceError
+from ..objectives.rewards import pool_templates, token_scores
+from ..records import TeacherScores
+from ..tensors import length_mask, pad_stack
+from .architectures import EncoderDecoder, batches_by_length
+from .vocabulary import encode_texts
+
+TemplateCombination = Literal["average", "pool"]
+
+
+class EncoderCache:
+    """Encoder states per prompt, least recently used out first, bounded by `max_bytes`."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.bytes, self.hits, self.misses = max_bytes, 0, 0, 0
+        self._states: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+
+    def get(self, key: tuple[int, ...]) -> Tensor | None:
+        state = self._states.get(key)
+        if state is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+            self._states.move_to_end(key)
+        return state
+
+    def put(self, key: tuple[int, ...], state: Tensor) -> None:
+        size = state.numel() * state.element_size()
+        if size > self.max_bytes or key in self._states:
+            return
+        # A row sliced from a padded batch would keep the whole batch alive.
+        self._states[key] = state.clone()
+        self.bytes += size
+        while self.bytes > self.max_bytes:
+            _, old = self._states.popitem(last=False)
+            self.bytes -= old.numel() * old.element_size()
+
+
+@dataclass
+class Teacher:
+    """A frozen encoder-decoder with its tokenizer.
+
+    max_input_tokens  prompts are cut to this
+    append_eos        end inputs with end-of-sequence (T5, Flan-T5: yes; T0: no)
+    combination       several templates of one input: average their rewards, or pool their log-probs
+    batch_tokens      padded tokens per forward; less uses less memory and changes no result
+    cache_bytes       room for encoder states of prompts seen before
+    """
+
+    adapter: EncoderDecoder
+    tokenizer: Any
+    max_input_tokens: int = 512
+    append_eos: bool = True
+    combination: TemplateCombination = "average"
+    batch_tokens: int = 4096
+    cache_bytes: int = 512 * 2**20
+    cache: EncoderCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.adapter.model.eval().requires_grad_(False)
+        self.cache = EncoderCache(self.cache_bytes)
+
+    def encode(self, texts: list[str]) -> list[Tensor]:
+        """Encoder states [P_i, D] of each text; only texts not in the cache are encoded."""
+        keys = [
+            tuple(ids) for ids in encode_texts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.append_eos)
+        ]
+        states = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
+        missing = [key for key, state in states.items() if state is None]
+        with torch.no_grad():
+            for key, state in zip(
+                missing, self.adapter.encode_prompts([list(k) for k in missing], self.batch_tokens), strict=True
+            ):
+                states[key] = state
+                self.cache.put(key, state)
+        return [states[key] for key in keys]  # type: ignore[misc]
+
+    @torch.no_grad()
+    def score(
+        self,
+        teacher_inputs: list[tuple[str, ...]],
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        *,
+        with_hidden: bool = False,
+        ids: list[str] | None = None,
+    ) -> TeacherScores:
+        """Score each answer under each of its templates.
+
+        Args: teacher_inputs, B tuples of the same number K of texts; answer_ids, answer_mask [B, R]; with_hidden keeps
+        the head input for exact expectations; ids name the rows in errors.
+        Returns: TeacherScores, zeros at padding. Raises DivergenceError if a teacher logit is not finite.
+        """
+        lengths = answer_mask.sum(1).tolist()
+        per_template = []
+        for k in range(len(teacher_inputs[0])):
+            states = self.encode([texts[k] for texts in teacher_inputs])
+            per_template.append(self._hidden(states, answer_ids, lengths))
+        if self.combination == "pool":
+            per_template = [sum(per_template) / len(per_template)]
+        scores = [self._scores(hidden, answer_ids, answer_mask, with_hidden) for hidden in per_template]
+        combined = pool_templates(scores) if len(scores) > 1 else scores[0]
+        self._check_finite(combined, ids)
+        return combined
+
+    def _hidden(self, states: list[Tensor], answer_ids: Tensor, lengths: list[int]) -> Tensor:
+        """Head inputs [B, R, D] of the given answers, zeros at padding."""
+        out = torch.zeros((*answer_ids.shape, states[0].shape[-1]), dtype=states[0].dtype, device=states[0].device)
+        for batch in batches_by_length([n + len(s) for n, s in zip(lengths, states, strict=True)], self.batch_tokens):
+            width = max(max(lengths[i] for i in batch), 1)
+            mask = length_mask([len(states[i]) for i in batch]).to(out.device)
+            index = torch.tensor(batch, device=out.device)
+            hidden = self.adapter.hidden(pad_stack([states[i] for i in batch]), mask, answer_ids[index, :width])
+            out[index, :width] = hidden
+        return out
+
+    def _scores(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor, with_hidden: bool) -> TeacherScores:
+        values = self.adapter.head().map(token_scores, hidden[mask], answer_ids[mask])
+        grids = []
+        for value in values:
+            grid = torch.zeros(mask.shape, dtype=value.dtype, device=value.device)
+            grid[mask] = value
+            grids.append(grid)
+        return TeacherScores(*grids, hidden=hidden if with_hidden else None)
+
+    def _check_finite(self, scores: TeacherScores, ids: list[str] | None) -> None:
+        good = torch.isfinite(scores.chosen) & torch.isfinite(scores.logsumexp) & torch.isfinite(scores.entropy)
+        bad = (~good).any(1).nonzero().squeeze(-1).tolist()
+        if not bad:
+            return
+        names = [ids[i] if ids else f"row {i}" for i in bad[:5]]
+        raise DivergenceError(
+            f"the teacher's logits are not finite for {len(bad)} of {len(good)} answers: {', '.join(names)}. "
+            f"Its weights are {self.adapter.model.dtype}: use bfloat16 or float32 for T5 models, and check that the "
+            f"checkpoint loads "
+            "without missing weights. Nothing was updated with these rewards."
+        )

@@ -1,0 +1,59 @@
+"""Teacher and student must speak the same tokens: the reward is per token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ModelError
+
+
+def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher: str, student: str) -> int:
+    """Number of valid ids shared by both tokenizers. Raises ModelError with both sizes and the first differing token.
+
+    Compares tokenizers, not configurations: T5 models pad the embedding beyond the tokenizer (32,128 rows for
+    32,100 pieces), which is fine. Runs before any weights load.
+    """
+    ours = {i: t for t, i in teacher_tokenizer.get_vocab().items()}
+    theirs = {i: t for t, i in student_tokenizer.get_vocab().items()}
+    if ours == theirs:
+        return max(ours) + 1
+    first = next(i for i in range(max(*ours, *theirs) + 1) if ours.get(i) != theirs.get(i))
+    raise ModelError(
+        f"teacher '{teacher}' and student '{student}' have different vocabularies: {len(ours):,} and "
+        f"{len(theirs):,} tokens; "
+        f"first difference at id {first}: {ours.get(first)!r} against {theirs.get(first)!r}. A token-level reward "
+        f"needs the "
+        "same tokenizer: choose a student of the teacher's family (google-t5/t5-base for bigscience/T0*, "
+        "google/mt5-small for mT5)."
+    )
+
+
+def check_vocabulary_fits(config: Any, valid_vocab: int, role: str, name: str) -> None:
+    """Raises ModelError if the tokenizer has ids the model's embedding lacks."""
+    if config.vocab_size < valid_vocab:
+        raise ModelError(
+            f"{role} '{name}': the tokenizer has ids up to {valid_vocab - 1} but the model's vocab_size is "
+            f"{config.vocab_size}. "
+            "The tokenizer and the model do not belong together."
+        )
+
+
+def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
+    """The fast tokenizer saved with a model. Raises ModelError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{role} '{name}' has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+
+
+def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:
+    """Token ids of each text, cut to `max_tokens` (end-of-sequence kept). T0 was trained without it on inputs:
+    append_eos False.
+    """
+    rows = tokenizer(texts, add_special_tokens=append_eos, truncation=True, max_length=max_tokens, verbose=False)[
+        "input_ids"
+    ]
+    # A model cannot attend to nothing: an empty prompt becomes its end-of-sequence token.
+    return [row or [tokenizer.eos_token_id] for row in rows]

@@ -1,0 +1,1 @@
+"""Pure torch functions: no configuration, no devices, no logging, no transformers."""

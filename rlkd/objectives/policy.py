@@ -1,0 +1,91 @@
+"""Policy losses over sampled answers. Every function returns per-token terms [B, R]; `reduce_tokens` sums them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
+
+
+def token_statistics(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(a|s) of the given tokens and the entropy H(pi(.|s)), each [N], nats.
+
+    Args: logits [N, V] over valid ids; ids [N].
+    """
+    log_probs = logits.log_softmax(-1)
+    return log_probs.gather(-1, ids[:, None]).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
+
+
+def reinforce_loss(logps: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """-w_t adv_t log pi(a_t|s_t) (Williams 1992), [B, R]; advantages and off-policy weights carry no gradient."""
+    return -(weights * advantages).detach() * logps
+
+
+def ppo_loss(logps: Tensor, behaviour_logps: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """-min(rho adv, clip(rho, 1 - eps, 1 + eps) adv), rho = pi / mu (Schulman et al. 2017, arXiv 1707.06347, eq. 7),
+    [B, R].
+    """
+    ratio = (logps - behaviour_logps).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """max((C - R)^2, (clip(C, C_old +- eps) - R)^2) / 2, [B, R]; the clip keeps the critic near its rollout-time
+    value.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+
+
+def kl_k1(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """log pi(a|s) - log pi_0(a|s): the unbiased one-sample estimate of KL(pi || pi_0), used inside the reward, [B,
+    R].
+    """
+    return logps - reference_logps
+
+
+def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """exp(d) - 1 - d with d = log pi_0 - log pi: the non-negative one-sample estimate (Schulman 2020), used in the
+    loss, [B, R].
+    """
+    difference = reference_logps - logps
+    return difference.exp() - 1 - difference
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """beta (1 + gain clip(KL / target - 1, -0.2, 0.2)): proportional control (Ziegler et al. 2019, arXiv 1909.08593,
+    sec. 2.2).
+    """
+    return kl_coef * (1 + gain * min(max(kl / target - 1, -0.2), 0.2))
+
+
+def token_weights(mask: Tensor, reduction: Reduction) -> Tensor:
+    """Weight of each token in the loss, [B, R]: 1, or 1 / (length of its row) under `sequence_mean`."""
+    if reduction in ("token_mean", "sequence_sum"):
+        return mask.float()
+    if reduction == "sequence_mean":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1)
+    raise ValueError(f"loss_reduction = {reduction!r}: allowed are 'token_mean', 'sequence_mean', 'sequence_sum'")
+
+
+def reduction_count(mask: Tensor, reduction: Reduction) -> float:
+    """What the weighted sum is divided by: valid tokens under `token_mean`, else rows with at least one token."""
+    return float(mask.sum()) if reduction == "token_mean" else float(mask.any(1).sum())
+
+
+def reduce_tokens(loss: Tensor, mask: Tensor, reduction: Reduction, denominator: float | None = None) -> Tensor:
+    """sum_{b,t} w_{b,t} loss_{b,t} / denominator, a scalar; positions outside `mask` never count.
+
+    token_mean      mean over the batch's tokens: every token weighs the same
+    sequence_mean   mean over rows of the mean over their tokens: every row weighs the same (biased towards short rows)
+    sequence_sum    mean over rows of the sum over their tokens: the policy gradient itself
+    `denominator` is the count over the global batch when it is split over processes or accumulation steps.
+    """
+    if denominator is None:
+        denominator = reduction_count(mask, reduction)
+    weighted = torch.where(mask, loss, torch.zeros_like(loss)) * token_weights(mask, reduction)
+    return weighted.sum() / max(denominator, 1.0)

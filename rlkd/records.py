@@ -1,0 +1,144 @@
+"""The records that travel between rooms, one per arrow of the data flow. Shape legend: `rlkd.tensors`.
+
+rows -> Example -> PseudoLabel (to disk) -> supervised warm-up
+        Example -> Rollouts -> TeacherScores -> advantages -> policy loss
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One unlabeled input, as both models see it.
+
+    id              stable name of the row
+    student_input   text the student encodes
+    teacher_inputs  the same input under each template, as the teacher encodes it (at least one)
+    references      human answers, for evaluation only; may be empty
+    """
+
+    id: str
+    student_input: str
+    teacher_inputs: tuple[str, ...]
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoLabel:
+    """One teacher answer, a row of the label files.
+
+    label        the answer as text; token_ids the exact tokens, end-of-sequence included
+    sample       0 .. labels_per_input - 1
+    sum_logprob  natural log-probability of token_ids under the teacher, given teacher_input
+    finished     False if max_new_tokens cut the answer
+    """
+
+    id: str
+    template: str
+    teacher_input: str
+    student_input: str
+    references: list[str]
+    label: str
+    token_ids: list[int]
+    sample: int
+    sum_logprob: float
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """Answers sampled from the behaviour policy; rows of one prompt are adjacent.
+
+    examples         the B inputs, one per row (repeated for several rollouts of a prompt)
+    input_ids        [B, P] student prompt, right-padded;  input_mask [B, P] bool
+    answer_ids       [B, R] sampled tokens, end-of-sequence included;  answer_mask [B, R] bool
+    behaviour_logps  [B, R] natural log-probability of each sampled token when it was sampled
+    finished         [B] bool, False where max_new_tokens cut the answer (not a terminal state)
+    """
+
+    examples: list[Example]
+    input_ids: Tensor
+    input_mask: Tensor
+    answer_ids: Tensor
+    answer_mask: Tensor
+    behaviour_logps: Tensor
+    finished: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """What one forward of the frozen teacher says of given answers, in the raw-logit gauge, float32.
+
+    With several templates every field is the mean over templates (`average`) or comes from the
+    renormalised mean log-probability (`pool`); see `rlkd.objectives.rewards`.
+
+    chosen      [B, R] logit of the given token
+    max         [B, R] largest logit
+    logsumexp   [B, R] log-normaliser
+    mean        [B, R] mean logit over the valid vocabulary
+    entropy     [B, R] entropy of the next-token distribution, nats
+    hidden      [B, R, D] head input whose projection is the (mean) logits; None unless asked for
+    """
+
+    chosen: Tensor
+    max: Tensor
+    logsumexp: Tensor
+    mean: Tensor
+    entropy: Tensor
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """Rows of one loss evaluation.
+
+    rollouts, scores  as above
+    advantages        [B, R] credit of each sampled token after its baseline
+    old_values        [B, R] critic values at rollout time (zeros without a critic); returns [B, R] their targets
+    reference_logps   [B, R] log-probabilities under the initial student (zeros if no leash)
+    reward_offset     [B, R] V(s_t) of the teacher in the raw-logit gauge, so that E_pi[A_V] = E_pi[q] - V
+    reward_scale      1 / (standard deviation the advantages were whitened with), else 1
+    kl_coef           current weight of the leash
+    denominator       what the summed loss is divided by, over all processes and accumulation steps
+    """
+
+    rollouts: Rollouts
+    scores: TeacherScores
+    advantages: Tensor
+    old_values: Tensor
+    returns: Tensor
+    reference_logps: Tensor
+    reward_offset: Tensor
+    reward_scale: float = 1.0
+    kl_coef: float = 0.0
+    denominator: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Greedy and sampled answers of a policy on held-out inputs, with what the teacher says of them."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, object]] = field(default_factory=list)
+
+
+def select_rows(record: Any, index: Tensor) -> Any:
+    """The rows `index` [n] (int64) of a record of batched tensors and lists, nested records included."""
+    import torch
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[index.to(value.device)]
+        if isinstance(value, list):
+            return [value[i] for i in index.tolist()]
+        if isinstance(value, (Rollouts, TeacherScores)):
+            return select_rows(value, index)
+        return value
+
+    return replace(record, **{f.name: pick(getattr(record, f.name)) for f in fields(record)})

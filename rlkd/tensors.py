@@ -1,0 +1,55 @@
+"""Masked arithmetic on token tensors.
+
+Shape legend, used in every docstring of rlkd:
+    B rows, P prompt tokens, R answer tokens, N packed valid tokens, V valid vocabulary, D hidden width,
+    K rollouts of one prompt or templates of one input. Masks are boolean, True = counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `x` over True positions of `mask` (both [...]); 0 if none is True. Returns a scalar."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
+    """`[count, sum, sum of squares]` of `x` over `mask`, float64 [3]: add them across processes, then
+    `moments_to_mean_std`.
+    """
+    valid = x[mask].double()
+    return torch.stack(
+        [torch.tensor(float(valid.numel()), dtype=torch.float64, device=x.device), valid.sum(), valid.square().sum()]
+    )
+
+
+def moments_to_mean_std(moments: Tensor, eps: float = 1e-8) -> tuple[float, float]:
+    """Population mean and standard deviation (at least `eps`) from `masked_moments`."""
+    count, total, squares = moments.tolist()
+    mean = total / max(count, 1.0)
+    variance = squares / max(count, 1.0) - mean * mean
+    return mean, max(variance, eps * eps) ** 0.5
+
+
+def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
+    """`(x - mean) / std` over True positions of `mask`, 0 elsewhere.
+
+    `moments` are those of the global batch when several processes share it (see `masked_moments`).
+    """
+    mean, std = moments_to_mean_std(masked_moments(x, mask) if moments is None else moments)
+    return (x - mean) / std * mask
+
+
+def pad_stack(rows: list[Tensor], value: float | int = 0) -> Tensor:
+    """Right-pad tensors [R_i, ...] with `value` and stack them to [B, max R_i, ...]."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def length_mask(lengths: Tensor | list[int], width: int | None = None) -> Tensor:
+    """Boolean mask [B, width] that is True for the first `lengths[i]` positions of row i."""
+    lengths = torch.as_tensor(lengths)
+    width = int(lengths.max()) if width is None else width
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
