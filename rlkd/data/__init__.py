@@ -1,0 +1,1 @@
+"""Rows in, prompts over them, and the examples both models see."""

@@ -1,0 +1,143 @@
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from tiny import save_pair, save_pretrained, tiny_t5, tiny_tokenizer
+from typer.testing import CliRunner
+
+from rlkd.cli.main import app, main
+from rlkd.errors import DataError
+from rlkd.generation.pseudolabels import load_pseudolabels
+
+ROWS = [{"source": "a b c", "target": "c b a"}, {"source": "d e", "target": "e d"}, {"source": "", "target": "x"}]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("models"))[0]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+def arguments(teacher, *more):
+    return [
+        "generate-pseudolabels", "--teacher", teacher, "--dataset", "rows.jsonl", "--input-column", "source",
+        "--out", "labels", "--max-new-tokens", "5", *more,
+    ]  # fmt: skip
+
+
+def run(*args, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", "from rlkd.cli.main import main; main()", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
+
+
+def test_end_to_end(folder, teacher):
+    more = ["--templates", "quora_para", "--templates", "asset:Complex and simple", "--reference-column", "target"]
+    more += ["--strategy", "sample", "--labels-per-input", "2", "--seed", "3", "--no-input-eos"]
+    result = CliRunner().invoke(app, arguments(teacher, *more), catch_exceptions=False)
+    assert result.exit_code == 0
+    assert re.fullmatch(r"20 labels in 1 shards, [\d.]+ s: labels\n", result.stdout)
+    rows = load_pseudolabels("labels").to_list()
+    # Two rows have an input; five templates, two samples.
+    assert len(rows) == 2 * 5 * 2
+    assert rows[0]["teacher_input"] == "Paraphrase this question: a b c"
+    assert rows[-1]["teacher_input"] == "Complex: d e\nSimple:"
+    assert {(row["student_input"], *row["references"]) for row in rows} == {("a b c", "c b a"), ("d e", "e d")}
+    settings = json.loads((folder / "labels" / "manifest.json").read_text())["settings"]
+    assert (settings["append_eos"], settings["seed"], settings["max_new_tokens"]) == (False, 3, 5)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_the_other_strategies_without_templates(folder, teacher, strategy):
+    result = CliRunner().invoke(app, arguments(teacher, "--strategy", strategy, "--limit", "1"), catch_exceptions=False)
+    assert result.exit_code == 0
+    (row,) = load_pseudolabels("labels").to_list()
+    assert (row["template"], row["teacher_input"], row["references"]) == ("none", "a b c", [])
+
+
+def test_in_a_process_of_its_own(folder, teacher):
+    done = run("prompts", "show", "nothing", cwd=folder)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: no templates for 'nothing'")
+    assert "Traceback" not in done.stderr
+    done = run(*arguments(teacher, "--templates", "quora_para", "--limit", "2"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(load_pseudolabels(folder / "labels")) == 8
+    assert "labels 8/8" in done.stderr
+
+
+def failing(capsys, args):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "wanted"),
+    [
+        (["--dataset", "row.jsonl"], 3, "Did you mean 'rows.jsonl'?"),
+        (["--input-column", "sauce"], 3, "student_column: 'sauce'. Did you mean 'source'?"),
+        (["--templates", "quora"], 3, "no templates for 'quora'"),
+        (["--templates", "quora_para:Paraphrase"], 3, "Did you mean 'Paraphrase the question'?"),
+        (["--templates", "agnews_names"], 3, "text in template 'Which section'"),
+        (["--templates", "x", "--templates-dir", "nowhere"], 3, "no templates for 'x' in nowhere. Available: none"),
+        (["--labels-per-input", "2"], 2, "labels_per_input = 2 with strategy = 'greedy'"),
+        (["--teacher", "no/such-model"], 2, "teacher 'no/such-model' is neither a folder here"),
+        (["--teacher-dtype", "float16"], 2, "float16 overflows"),
+        (["--strategy", "topk"], 2, "--strategy"),
+        (["--limit", "0"], 2, "--limit"),
+    ],
+)
+def test_mistakes_end_before_the_weights_load(folder, teacher, capsys, monkeypatch, more, code, wanted):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("rlkd.models.architectures.load_encoder_decoder", refuse)
+    status, message = failing(capsys, arguments(teacher, *more))
+    assert wanted in message
+    assert status == code
+    assert message.count("\n") < 24
+    assert not (folder / "labels").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(folder, capsys):
+    wrong = save_pretrained(folder / "wrong", tiny_t5(vocab=20), tiny_tokenizer())
+    status, message = failing(capsys, arguments(wrong))
+    assert status == 2
+    assert "do not belong together" in message
+
+
+def test_a_finished_folder_needs_overwrite(folder, teacher, capsys):
+    invoke = CliRunner().invoke
+    assert invoke(app, arguments(teacher)).exit_code == 0
+    result = invoke(app, arguments(teacher))
+    assert isinstance(result.exception, DataError)
+    assert "--overwrite" in str(result.exception)
+    assert invoke(app, arguments(teacher, "--overwrite", "--limit", "1")).exit_code == 0
+    assert len(load_pseudolabels("labels")) == 1
+
+
+def test_help_and_version_load_no_torch():
+    code = (
+        "import sys\nfrom rlkd.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    for args in (["--help"], ["--version"], ["generate-pseudolabels", "--help"], ["prompts", "list", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    # The last help text: what promptsource calls a subset is not taken for markup.
+    assert "dataset[/subset][:name]" in " ".join(done.stdout.split())
+
+
+def test_version():
+    assert re.fullmatch(r"rlkd \d+\.\d+\.\d+\n", CliRunner().invoke(app, ["--version"]).stdout)

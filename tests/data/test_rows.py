@@ -1,0 +1,160 @@
+import json
+import re
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlkd.data.rows import check_columns, check_text_column, load_rows
+from rlkd.errors import DataError
+
+ROWS = [
+    {"text": 'He said "no", twice', "label": 0},
+    {"text": "two\nlines, and a tab\there", "label": 1},
+    {"text": "naïve \u2028 £ 日本", "label": 12},
+]
+
+
+def write(path, content: str | bytes):
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def quoted(delimiter: str) -> str:
+    def cell(value):
+        return '"' + str(value).replace('"', '""') + '"' if isinstance(value, str) else str(value)
+
+    return "".join(f"{cell(row['text'])}{delimiter}{row['label']}\r\n" for row in ROWS)
+
+
+def jsonl(rows=ROWS, end="\n") -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    table = pa.table({"text": [r["text"] for r in ROWS], "label": [r["label"] for r in ROWS]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    pq.write_table(table[:2], shards / "a-00000.parquet")
+    pq.write_table(table[2:], shards / "a-00001.parquet")
+    bom = "\ufeff"
+    sources = [
+        str(tmp_path / "p.parquet"),
+        str(shards),
+        write(tmp_path / "plain.jsonl", jsonl()),
+        write(tmp_path / "windows.jsonl", bom + jsonl(end="\r\n") + "\r\n"),
+        write(tmp_path / "lines.json", jsonl()),
+        write(tmp_path / "array.json", bom + json.dumps(ROWS, indent=1)),
+        write(tmp_path / "c.csv", bom + "text,label\r\n" + quoted(",")),
+        write(tmp_path / "t.tsv", "text\tlabel\r\n" + quoted("\t")),
+    ]
+    for source in sources:
+        rows = load_rows(source)
+        assert isinstance(rows, datasets.Dataset)
+        assert rows.to_list() == ROWS, source
+        assert load_rows(source, limit=2).to_list() == ROWS[:2]
+        assert len(load_rows(source, limit=9)) == 3
+
+
+def test_csv_reads_only_whole_numbers_as_integers(tmp_path):
+    rows = load_rows(write(tmp_path / "c.csv", "a,b,c,d\n1,007,1.5,\n-2,10,2,5\n"))
+    assert rows.to_list() == [{"a": 1, "b": "007", "c": "1.5", "d": ""}, {"a": -2, "b": "10", "c": "2", "d": "5"}]
+
+
+def test_columns_missing_in_the_first_row_are_kept(tmp_path):
+    rows = load_rows(write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": 2.5, "b": ["x"]}\n'))
+    assert rows.to_list() == [{"a": 1.0, "b": None}, {"a": 2.5, "b": ["x"]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("a.jsonl", "", ["a.jsonl is empty"]),
+        ("a.jsonl", "\n\n", ["has no rows"]),
+        ("a.csv", "text,label\n", ["has no rows"]),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', ["a.jsonl:3:", "not valid JSON", '{"a": 1,}', "Mend or remove"]),
+        ("a.jsonl", '{"a": 1}\n[1]\n', ["a.jsonl:2 is a JSON list", "{...}"]),
+        ("a.jsonl", b'{"a": "x"}\n{"a": "\xe9"}\n', ["a.jsonl:2 is not UTF-8 (byte 8)", "Save the file as UTF-8"]),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": null}\n{"a": "x"}\n',
+            ["column 'a' is of type number in line 1 but str in line 3"],
+        ),
+        ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "surrogates"]),
+        ("a.json", '[{"a": 1},\n {"a" 2}]', ["a.json:2:7 is not valid JSON"]),
+        ("a.json", '[{"a": 1}, 2]', ["entry 2 is a JSON int"]),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv:3 has 3 cells, the header has 2 (a, b)"]),
+        ("a.csv", "a,a\n1,2\n", ["a.csv:1 must name each column once"]),
+        ("a.csv", 'a,b\n"x" y,2\n', ["a.csv:2 is malformed", '""']),
+        ("a.csv", 'a,b\n"x,2\n', ["a.csv:2 is malformed"]),
+        ("a.csv", b"a,b\nx,\xe9\n", ["a.csv", "not UTF-8"]),
+        ("a.parquet", "PARX", ["a.parquet is not a readable parquet file"]),
+        ("a.txt", "x", ["unknown extension '.txt'", ".jsonl, .json, .csv, .tsv, .parquet"]),
+    ],
+)
+def test_bad_files_are_named_with_place_and_remedy(tmp_path, name, content, wanted):
+    source = write(tmp_path / name, content)
+    with pytest.raises(DataError) as error:
+        load_rows(source)
+    for text in wanted:
+        assert text in str(error.value)
+    assert str(error.value).count("\n") < 24
+
+
+def test_missing_files_and_wrong_arguments(tmp_path):
+    source = write(tmp_path / "train.jsonl", jsonl())
+    with pytest.raises(DataError, match=r"tran\.jsonl' does not exist\. Did you mean 'train\.jsonl'\?"):
+        load_rows(str(tmp_path / "tran.jsonl"))
+    with pytest.raises(DataError, match=r"Folder .*nowhere does not exist"):
+        load_rows(str(tmp_path / "nowhere" / "a.jsonl"))
+    with pytest.raises(DataError, match="limit = 0"):
+        load_rows(source, limit=0)
+    for wrong in ({"subset": "x"}, {"revision": "main"}, {"split": "train[:3]"}):
+        with pytest.raises(DataError, match="is local: it has no subset, revision or split slice"):
+            load_rows(source, **wrong)
+
+
+def test_an_unreachable_hub_dataset_is_a_data_error():
+    with pytest.raises(DataError, match="'no-such-owner/no-such-set', subset 's', split 'dev' is neither a path"):
+        load_rows("no-such-owner/no-such-set", subset="s", split="dev")
+
+
+def test_folders_with_shards_named_by_split(tmp_path):
+    with pytest.raises(DataError, match=r"has no \.parquet files"):
+        load_rows(str(tmp_path))
+    for i, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"]):
+        pq.write_table(pa.table({"n": [i]}), tmp_path / f"{name}.parquet")
+    assert load_rows(str(tmp_path))["n"][:] == [0, 1]
+    assert load_rows(str(tmp_path), split="test")["n"][:] == [2]
+    with pytest.raises(
+        DataError, match=r"no shards of split 'tests'\. Splits found: test, train\. Did you mean 'test'"
+    ):
+        load_rows(str(tmp_path), split="tests")
+    pq.write_table(pa.table({"n": ["x"]}), tmp_path / "train-00002.parquet")
+    with pytest.raises(DataError, match=re.escape("n (string)")):
+        load_rows(str(tmp_path))
+
+
+def test_check_columns_names_the_nearest():
+    rows = datasets.Dataset.from_dict({"source": ["a"], "target": ["b"]})
+    check_columns(rows, {"input_column": "source"}, "x.jsonl")
+    with pytest.raises(DataError) as error:
+        check_columns(rows, {"input_column": "sorce", "id_column": "id", "reference_column": "target"}, "x.jsonl")
+    assert str(error.value) == (
+        "'x.jsonl' lacks 2 of the columns asked for.\n"
+        "  missing  input_column: 'sorce'. Did you mean 'source'?\n"
+        "           id_column: 'id'.\n"
+        "  found    source, target\n"
+        "Name one of the columns found, or rename the column in the data."
+    )
+
+
+def test_check_text_column():
+    rows = datasets.Dataset.from_dict({"t": ["a"], "l": [["a"]], "n": [1]})
+    check_text_column(rows, "t", "x")
+    check_text_column(rows, "l", "x", lists=True)
+    for column, lists in (("l", False), ("n", False), ("n", True)):
+        with pytest.raises(DataError, match=f"column '{column}' holds .* not text"):
+            check_text_column(rows, column, "x", lists=lists)
