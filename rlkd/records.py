@@ -100,6 +100,7 @@ class Minibatch:
 
     rollouts, scores  as above
     advantages        [B, R] credit of each sampled token after its baseline
+    rewards           [B, R] the terms the credit sums over steps to come (with a critic, temporal differences)
     old_values        [B, R] critic values at rollout time (zeros without a critic); returns [B, R] their targets
     reference_logps   [B, R] log-probabilities under the initial student (zeros if no leash)
     reward_offset     [B, R] V(s_t) of the teacher in the raw-logit gauge, so that E_pi[A_V] = E_pi[q] - V
@@ -111,6 +112,7 @@ class Minibatch:
     rollouts: Rollouts
     scores: TeacherScores
     advantages: Tensor
+    rewards: Tensor
     old_values: Tensor
     returns: Tensor
     reference_logps: Tensor

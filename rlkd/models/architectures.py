@@ -18,6 +18,17 @@ from .heads import Head
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 BART_FAMILY = ("bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "led")
+# Configuration fields that make a forward in training mode random.
+NOISE = (
+    "dropout_rate",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "classifier_dropout",
+    "encoder_layerdrop",
+    "decoder_layerdrop",
+    "router_jitter_noise",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -113,12 +124,10 @@ class EncoderDecoder:
 
 
 def _output_scale(config: Any) -> float:
-    """T5 multiplies decoder states by d_model^-0.5 before a tied head; v1.1, Flan and T0 do not."""
-    if config.model_type not in T5_FAMILY:
+    """T5 multiplies decoder states by d_model^-0.5 before the head; v1.1, Flan, T0 and every mT5 do not."""
+    if config.model_type not in T5_FAMILY or config.model_type == "mt5":
         return 1.0
-    scaled = getattr(config, "scale_decoder_outputs", None)
-    if scaled is None:
-        scaled = config.tie_word_embeddings
+    scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
     return config.d_model**-0.5 if scaled else 1.0
 
 
@@ -185,28 +194,34 @@ def load_encoder_decoder(
     """Load a T5- or BART-family model with every dropout at 0 and its untied head protected.
 
     Dropout is off because the log-probability a token was sampled with must be the one the loss recomputes
-    (T5's attention dropout survives the usual helpers). Raises ModelError before any weights load.
+    (T5's attention dropout survives the usual helpers). Raises ModelError: before any weights load if the model cannot
+    take its role, after that if the checkpoint lacks weights.
     """
     from transformers import AutoModelForSeq2SeqLM
 
     torch_dtype = resolve_dtype(dtype, f"{role}_dtype")
     config = load_config(name, role, revision)
     check_config(config, role, name, torch_dtype)
-    for key in (
-        "dropout_rate",
-        "dropout",
-        "attention_dropout",
-        "activation_dropout",
-        "classifier_dropout",
-        "encoder_layerdrop",
-        "decoder_layerdrop",
-    ):
+    for key in NOISE:
         if hasattr(config, key):
             setattr(config, key, 0.0)
     extra = {"quantization_config": quantization} if quantization is not None else {}
-    model = AutoModelForSeq2SeqLM.from_pretrained(
-        name, config=config, dtype=torch_dtype, revision=revision, attn_implementation=attention, **extra
+    model, loading = AutoModelForSeq2SeqLM.from_pretrained(
+        name,
+        config=config,
+        dtype=torch_dtype,
+        revision=revision,
+        attn_implementation=attention,
+        output_loading_info=True,
+        **extra,
     )
+    # Weights tied to one that was loaded are not counted as missing.
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"{role} '{name}' lacks {len(missing)} weights of its architecture, which would stay random: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. "
+            f"Point it at a complete {config.model_type} checkpoint (encoder, decoder and head)."
+        )
     protect_untied_head(model)
     return model
 

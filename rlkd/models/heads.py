@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# One chunk of float32 logits: 8 MiB at V = 32,128. Large enough for an efficient matrix product, small enough to
-# stay in cache.
-CHUNK_ELEMENTS = 2**21
+# One chunk of float32 logits: 20 MiB, or 163 tokens at V = 32,100. Fewer tokens make the matrix product slower, more only
+# cost memory.
+CHUNK_ELEMENTS = 5 * 2**20
 
 TokenFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -68,12 +68,17 @@ class _ChunkedHead(torch.autograd.Function):
     ):
         ctx.head, ctx.function, ctx.chunk = head, function, chunk
         ctx.save_for_backward(hidden, weight, bias, *args)
-        pieces = []
+        outputs: tuple[Tensor, ...] = ()
         # An empty batch still runs one empty chunk, so that the number of outputs is known.
         for start in range(0, max(len(hidden), 1), chunk):
             rows = slice(start, start + chunk)
-            pieces.append(function(head.logits(hidden[rows]), *(a[rows] for a in args)))
-        return tuple(torch.cat(columns) for columns in zip(*pieces, strict=True))
+            values = function(head.logits(hidden[rows]), *(a[rows] for a in args))
+            outputs = outputs or tuple(value.new_empty(len(hidden)) for value in values)
+            for output, value in zip(outputs, values, strict=True):
+                output[rows] = value
+            # Nothing small may outlive its chunk: between two large buffers it would keep the heap from reusing them.
+            del values, value
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
@@ -87,11 +92,7 @@ class _ChunkedHead(torch.autograd.Function):
         head_weight = weight[:v].to(hidden.dtype)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            with torch.enable_grad():
-                logits = head.logits(hidden[rows].detach()).detach().requires_grad_()
-                outputs = ctx.function(logits, *(a[rows] for a in args))
-                used = [(o, g[rows]) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-                (d_logits,) = torch.autograd.grad([o for o, _ in used], logits, [g for _, g in used])
+            d_logits = _gradient(ctx.function, head.logits(hidden[rows]), [a[rows] for a in args], grads, rows)
             d_logits = d_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = head.scale * (d_logits @ head_weight)
@@ -103,4 +104,14 @@ class _ChunkedHead(torch.autograd.Function):
                     d_weight += head.scale * (d_logits.T @ hidden[rows])
             if grad_bias is not None:
                 grad_bias[:v] += d_logits.sum(0)
+            del d_logits  # or the next chunk's logits would come on top of it
         return (None, None, None, grad_hidden, grad_weight, grad_bias, *(None for _ in args))
+
+
+def _gradient(function: TokenFunction, logits: Tensor, args: list[Tensor], grads: tuple, rows: slice) -> Tensor:
+    """Gradient [n, V] of sum_i <grads_i, function(logits)_i> in `logits`: one chunk, whose graph ends with the call."""
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        outputs = function(logits, *args)
+    used = [(o, g[rows]) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    return torch.autograd.grad([o for o, _ in used], logits, [g for _, g in used])[0]

@@ -60,7 +60,7 @@ class Policy(nn.Module):
         Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding.
         """
         adapter = self.adapter
-        hidden = adapter.hidden(adapter.encode(input_ids, input_mask), input_mask, answer_ids)
+        hidden = adapter.hidden(self._encode(input_ids, input_mask), input_mask, answer_ids)
         packed = hidden[answer_mask]
         outputs = adapter.head().map(statistics, packed, answer_ids[answer_mask], *(a[answer_mask] for a in token_args))
         values = (
@@ -69,6 +69,18 @@ class Policy(nn.Module):
             else self.value_head(packed.to(self.value_head.weight.dtype)).squeeze(-1)
         )
         return tuple(_unpack(o, answer_mask) for o in outputs), _unpack(values, answer_mask)
+
+    def _encode(self, input_ids: Tensor, input_mask: Tensor) -> Tensor:
+        """Encoder states [B, P, D]; a prompt shared by several rollouts is encoded once."""
+        unique, row = torch.unique(torch.where(input_mask, input_ids, -1), dim=0, return_inverse=True)
+        if len(unique) == len(input_ids):
+            return self.adapter.encode(input_ids, input_mask)
+        mask = unique >= 0
+        return self.adapter.encode(torch.where(mask, unique, self.adapter.pad_id), mask)[row]
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in the backward pass: called by the Trainer for `gradient_checkpointing`."""
+        self.student.gradient_checkpointing_enable(**options)
 
     def frozen_copy(self) -> Policy:
         """An independent copy without gradients: the behaviour policy or the reference of the KL leash."""

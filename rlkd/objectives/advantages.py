@@ -31,18 +31,41 @@ def discounted_sum(x: Tensor, mask: Tensor, decay: float, stride: int = 1) -> Te
     return total * mask
 
 
-def gae(advantage: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation with a learned critic C of the residual E_pi[sum_k gamma^k A_V].
+def per_decision(
+    advantages: Tensor, rewards: Tensor, weights: Tensor, mask: Tensor, decay: float, stride: int = 1
+) -> Tensor:
+    """Off-policy credit with per-decision weights (Precup et al. 2000), [B, R].
 
-        delta_t = A_V(s_t, a_t) + gamma C(s_{t+1}) - C(s_t),   adv_t = sum_{k>=t} (gamma lam)^{k-t} delta_k
+        w_t adv_t + sum_{k>t} decay^{k-t} (w_k - w_t) x_k   =   sum_{k>=t} decay^{k-t} w_k x_k - w_t b_t
+
+    for advantages adv = S(x) - b, S = `discounted_sum` with the same decay and stride: each reward is weighted by the
+    ratio of the tokens up to its own step, the baseline by that of step t. Weighting the sum instead, w_t adv_t, is
+    biased: the future was still sampled from the older policy.
+    """
+    drift = discounted_sum(weights * rewards, mask, decay, stride) - weights * discounted_sum(
+        rewards, mask, decay, stride
+    )
+    return weights * advantages + drift
+
+
+def temporal_difference(advantage: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """delta_t = A_V(s_t, a_t) + gamma C(s_{t+1}) - C(s_t), [B, R]; A_V itself where there is no critic (C = 0).
 
     C is 0 after the last token, whether the answer ended or was cut (see `rlkd.objectives.rewards`).
-    Args: advantage, values [B, R] (A_V and C), mask [B, R]. Returns: adv, and the critic's targets adv + C, [B, R].
     """
     values = values * mask
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    delta = (advantage + gamma * following - values) * mask
-    adv = discounted_sum(delta, mask, gamma * lam)
+    return (advantage + gamma * following - values) * mask
+
+
+def gae(advantage: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation with a learned critic C of the residual E_pi[sum_k gamma^k A_V].
+
+        adv_t = sum_{k>=t} (gamma lam)^{k-t} delta_k,   delta as in `temporal_difference`
+
+    Args: advantage, values [B, R] (A_V and C), mask [B, R]. Returns: adv, and the critic's targets adv + C, [B, R].
+    """
+    adv = discounted_sum(temporal_difference(advantage, values, mask, gamma), mask, gamma * lam)
     return adv, (adv + values) * mask
 
 
@@ -84,7 +107,7 @@ def importance_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, kin
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over valid tokens; 0 if the returns do not vary. Scalar."""
+    """1 - Var(returns - values) / Var(returns) over the valid tokens of [B, R]; 0 if returns do not vary. Scalar."""
     error = (returns - values)[mask]
     variance = returns[mask].var(unbiased=False)
     return torch.where(

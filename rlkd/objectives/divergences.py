@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(p || pi) = sum_a p (log p - log pi)."""
+    """[N]: KL(p || pi) = sum_a p (log p - log pi)."""
     log_p, log_pi = teacher.log_softmax(-1), student.log_softmax(-1)
     return (log_p.exp() * (log_p - log_pi)).sum(-1)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(pi || p) = sum_a pi (log pi - log p)."""
+    """[N]: KL(pi || p) = sum_a pi (log pi - log p)."""
     log_p, log_pi = teacher.log_softmax(-1), student.log_softmax(-1)
     return (log_pi.exp() * (log_pi - log_p)).sum(-1)
 
@@ -33,19 +33,19 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
 
 
 def jensen_shannon(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(pi || m), m = beta p + (1 - beta) pi, 0 < beta < 1 (GKD eq. 3)."""
+    """[N]: beta KL(p || m) + (1 - beta) KL(pi || m), m = beta p + (1 - beta) pi, 0 < beta < 1 (GKD eq. 3)."""
     log_p, log_pi = teacher.log_softmax(-1), student.log_softmax(-1)
     log_m = _log_mixture(log_p, log_pi, beta)
     return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_pi.exp() * (log_pi - log_m)).sum(-1)
 
 
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
-    """1/2 sum_a |p - pi|."""
+    """[N]: 1/2 sum_a |p - pi|."""
     return 0.5 * (teacher.softmax(-1) - student.softmax(-1)).abs().sum(-1)
 
 
 def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
-    """KL(p || alpha p + (1 - alpha) pi), 0 < alpha < 1 (DistiLLM eq. 4)."""
+    """[N]: KL(p || alpha p + (1 - alpha) pi), 0 < alpha < 1 (DistiLLM eq. 4)."""
     log_p, log_pi = teacher.log_softmax(-1), student.log_softmax(-1)
     return (log_p.exp() * (log_p - _log_mixture(log_p, log_pi, alpha))).sum(-1)
 

@@ -73,12 +73,12 @@ def token_weights(mask: Tensor, reduction: Reduction) -> Tensor:
 
 
 def reduction_count(mask: Tensor, reduction: Reduction) -> float:
-    """What the weighted sum is divided by: valid tokens under `token_mean`, else rows with at least one token."""
+    """What the weighted sum over mask [B, R] is divided by: valid tokens (`token_mean`) or rows with at least one."""
     return float(mask.sum()) if reduction == "token_mean" else float(mask.any(1).sum())
 
 
 def reduce_tokens(loss: Tensor, mask: Tensor, reduction: Reduction, denominator: float | None = None) -> Tensor:
-    """sum_{b,t} w_{b,t} loss_{b,t} / denominator, a scalar; positions outside `mask` never count.
+    """sum_{b,t} w_{b,t} loss_{b,t} / denominator, a scalar, of loss [B, R]; positions outside `mask` never count.
 
     token_mean      mean over the batch's tokens: every token weighs the same
     sequence_mean   mean over rows of the mean over their tokens: every row weighs the same (biased towards short rows)

@@ -34,11 +34,16 @@ def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     Returns: chosen logit, max, logsumexp, mean logit and entropy (nats), each [N] float32 (or float64 as given).
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    logsumexp = logits.logsumexp(-1)
-    log_probs = logits - logsumexp[:, None]
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    maximum = logits.amax(-1)
+    shift = maximum.detach()
+    # One exponential serves the normaliser and the entropy: H = log sum_a e^z - sum_a e^z z / sum_a e^z, z = q - max q.
+    shifted = logits - shift[:, None]
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    log_total = total.log()
+    entropy = log_total - (weights * shifted).sum(-1) / total
     chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
-    return chosen, logits.amax(-1), logsumexp, logits.mean(-1), entropy
+    return chosen, maximum, shift + log_total, logits.mean(-1), entropy
 
 
 def state_value(scores: TeacherScores, value: Value = "max") -> Tensor:
@@ -106,7 +111,7 @@ def expected_advantage(student_logits: Tensor, teacher_logits: Tensor, teacher_v
 
 
 def pool_templates(per_template: list[TeacherScores]) -> TeacherScores:
-    """Average the scores of one answer under K templates (LLMR 2024): every A_V is linear in the fields.
+    """Average the scores of one answer under K templates (LLMR 2024), fields [B, R]: every A_V is linear in them.
 
     The `pool` alternative (renormalised mean log-probability) needs no function of its own: the mean of log-probs
     differs from the mean of logits by a constant per state, and the head is linear, so the pooled teacher is the head

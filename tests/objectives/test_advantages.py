@@ -1,0 +1,186 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trees import build_tree, random_q
+
+from rlkd.objectives.advantages import (
+    discounted_sum,
+    explained_variance,
+    gae,
+    importance_weights,
+    leave_one_out,
+    per_decision,
+    price_of_stopping,
+    regret_per_sequence,
+    temporal_difference,
+)
+from rlkd.objectives.rewards import induced_advantage, induced_reward, teacher_baseline
+
+few = settings(max_examples=15, deadline=None)
+seeds = st.integers(0, 10_000)
+
+
+def batch(seed, rows=4, width=6):
+    """Two random grids [B, R] in float64, with garbage at padding, and a right-padded mask."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, rows, width, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, width + 1, (rows,), generator=generator)
+    return x, y, torch.arange(width)[None] < lengths[:, None]
+
+
+@given(seeds, st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.sampled_from([1, 2, 3]))
+@few
+def test_discounted_sum_is_the_sum_over_every_stride_th_later_token(seed, decay, stride):
+    x, _, mask = batch(seed)
+    got = discounted_sum(x, mask, decay, stride)
+    for b, t in np.ndindex(*x.shape):
+        later = range(t, int(mask[b].sum()), stride)
+        want = sum(decay ** (k - t) * float(x[b, k]) for k in later)
+        assert float(got[b, t]) == pytest.approx(want, abs=1e-12)
+
+
+def test_stride_one_is_the_full_return_and_a_stride_beyond_the_row_the_immediate_term():
+    x, _, mask = batch(0)
+    full = (x * mask).flip(1).cumsum(1).flip(1) * mask
+    torch.testing.assert_close(discounted_sum(x, mask, 1.0, stride=1), full)
+    for stride in (x.shape[1], x.shape[1] + 5):
+        torch.testing.assert_close(discounted_sum(x, mask, 1.0, stride=stride), x * mask)
+
+
+def test_discounted_sum_leaves_its_input_alone():
+    x, _, mask = batch(1)
+    before = x.clone()
+    discounted_sum(x, mask, 0.9)
+    assert torch.equal(x, before)
+
+
+def test_stride_below_one_is_refused():
+    x, _, mask = batch(0)
+    with pytest.raises(ValueError, match="stride = 0: must be at least 1"):
+        discounted_sum(x, mask, 1.0, stride=0)
+
+
+@pytest.mark.parametrize("value", ["max", "lse", "softmax"])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.0), (0.9, 0.95), (1.0, 0.5)])
+def test_gae_with_the_teachers_value_as_critic_is_a_discounted_sum_of_advantages(value, gamma, lam):
+    """The textbook GAE on the reward itself, cut answers bootstrapped, against the A-form, on a whole tree."""
+    tree = build_tree(3, 4)
+    q = random_q(tree, 3, seed=0)
+    scores = tree.scores(q)
+    reward = induced_reward(scores, tree.mask, value=value, gamma=gamma).tolist()
+    v = teacher_baseline(scores, value).tolist()
+    got = discounted_sum(induced_advantage(scores, value), tree.mask, gamma * lam)
+    for y, answer in enumerate(tree.answers):
+        carried = 0.0
+        for t in reversed(range(len(answer))):
+            # At the last token r + gamma V(s') = q: V(terminal) = 0, or the bootstrap cancels in a cut answer.
+            following = v[y][t + 1] if t + 1 < len(answer) else 0.0
+            carried = reward[y][t] + gamma * following - v[y][t] + gamma * lam * carried
+            assert float(got[y, t]) == pytest.approx(carried, abs=1e-12)
+
+
+@given(seeds, st.sampled_from([1.0, 0.9]), st.sampled_from([0.0, 0.7, 1.0]))
+@few
+def test_gae_with_a_learned_critic_is_the_sum_of_discounted_residuals(seed, gamma, lam):
+    x, critic, mask = batch(seed)
+    got, targets = gae(x, critic, mask, gamma, lam)
+    for b, row in enumerate(mask):
+        n = int(row.sum())
+        c = [*critic[b, :n].tolist(), 0.0]
+        delta = [float(x[b, t]) + gamma * c[t + 1] - c[t] for t in range(n)]
+        for t in range(n):
+            want = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n))
+            assert float(got[b, t]) == pytest.approx(want, abs=1e-12)
+            assert float(targets[b, t]) == pytest.approx(want + c[t], abs=1e-12)
+    assert not got[~mask].any()
+    assert not targets[~mask].any()
+
+
+def test_gae_of_a_zero_critic_is_full_return_at_lambda_one_and_immediate_at_zero():
+    x, _, mask = batch(2)
+    zeros = torch.zeros_like(x)
+    torch.testing.assert_close(gae(x, zeros, mask, 1.0, 1.0)[0], discounted_sum(x, mask, 1.0))
+    torch.testing.assert_close(gae(x, zeros, mask, 1.0, 0.0)[0], x * mask)
+
+
+def test_leave_one_out_is_the_mean_of_the_other_rollouts_of_the_same_prompt():
+    returns, _, mask = batch(3, rows=6)
+    got = leave_one_out(returns, mask, k=3)
+    for b, t in np.ndindex(*returns.shape):
+        others = [i for i in range(b // 3 * 3, b // 3 * 3 + 3) if i != b]
+        want = sum(float(returns[i, t]) if mask[i, t] else 0.0 for i in others) / 2 if mask[b, t] else 0.0
+        assert float(got[b, t]) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_leave_one_out_refuses_rows_that_do_not_group(k):
+    returns, _, mask = batch(0, rows=6)
+    with pytest.raises(ValueError, match=f"got k = {k}, rows = 6"):
+        leave_one_out(returns, mask, k)
+
+
+@given(seeds, st.sampled_from([0.5, 1.0]), st.sampled_from([1, 2]))
+@few
+def test_per_decision_weights_each_reward_at_its_step_and_the_baseline_at_this_one(seed, decay, stride):
+    rewards, baseline, mask = batch(seed)
+    weights = batch(seed + 1)[0].exp()
+    advantages = discounted_sum(rewards, mask, decay, stride) - baseline * mask
+    got = per_decision(advantages, rewards * mask, weights * mask, mask, decay, stride)
+    for b, t in np.ndindex(*rewards.shape):
+        w, later = weights[b].tolist(), range(t, int(mask[b].sum()), stride)
+        want = sum(decay ** (k - t) * w[k] * float(rewards[b, k]) for k in later)
+        want -= w[t] * float(baseline[b, t]) if mask[b, t] else 0.0
+        assert float(got[b, t]) == pytest.approx(want, abs=1e-10)
+    in_step = per_decision(advantages, rewards * mask, mask.double(), mask, decay, stride)
+    torch.testing.assert_close(in_step, advantages)
+
+
+def test_temporal_difference_without_a_critic_is_the_advantage_itself():
+    x, critic, mask = batch(8)
+    torch.testing.assert_close(temporal_difference(x, torch.zeros_like(x), mask, 1.0), x * mask)
+    torch.testing.assert_close(temporal_difference(x, critic, mask, 0.9), gae(x, critic, mask, 0.9, 0.0)[0])
+
+
+def test_importance_weights_are_products_of_ratios_and_carry_no_gradient():
+    logps, behaviour, mask = batch(4)
+    log_ratio = (logps - behaviour).numpy()
+    logps.requires_grad_()
+    for cap in (1.5, math.inf):
+        token = importance_weights(logps, behaviour, mask, "token", cap)
+        cumulative = importance_weights(logps, behaviour, mask, "cumulative", cap)
+        assert not any(w.requires_grad for w in (token, cumulative))
+        for b, t in np.ndindex(*logps.shape):
+            ratios = [math.exp(log_ratio[b, j]) for j in range(t + 1)]
+            assert float(token[b, t]) == pytest.approx(min(ratios[t], cap) if mask[b, t] else 0.0)
+            assert float(cumulative[b, t]) == pytest.approx(min(math.prod(ratios), cap) if mask[b, t] else 0.0)
+    torch.testing.assert_close(importance_weights(logps, behaviour, mask, "none", 1.0), mask.double())
+
+
+def test_importance_weights_are_one_in_step_and_refuse_unknown_kinds():
+    logps, _, mask = batch(5)
+    for kind in ("none", "token", "cumulative"):
+        torch.testing.assert_close(importance_weights(logps, logps, mask, kind, 2.0), mask.double())
+    with pytest.raises(ValueError, match="importance_weight = 'sequence'"):
+        importance_weights(logps, logps, mask, "sequence", 2.0)
+
+
+def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_one():
+    returns, noise, mask = batch(6)
+    spoiled = torch.where(mask, returns, 1e6)
+    assert float(explained_variance(returns, spoiled, mask)) == pytest.approx(1)
+    assert float(explained_variance(torch.full_like(returns, 3.0), spoiled, mask)) == pytest.approx(0)
+    want = 1 - np.var((returns - noise)[mask].numpy()) / np.var(returns[mask].numpy())
+    assert float(explained_variance(noise, spoiled, mask)) == pytest.approx(want)
+    assert float(explained_variance(noise, torch.ones_like(returns), mask)) == 0
+
+
+def test_regret_and_price_of_stopping_count_valid_tokens_only():
+    gap, _, mask = batch(7)
+    gap = gap.abs()
+    want = [sum(row[:n]) for row, n in zip(gap.tolist(), mask.sum(1).tolist(), strict=True)]
+    np.testing.assert_allclose(regret_per_sequence(-gap, mask).numpy(), want)
+    assert float(price_of_stopping(gap, mask)) == pytest.approx(sum(want) / int(mask.sum()))

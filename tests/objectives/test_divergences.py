@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlkd.objectives.divergences import (
+    DIVERGENCES,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_forward_kl,
+    total_variation,
+)
+
+few = settings(max_examples=15, deadline=None)
+seeds = st.integers(0, 10_000)
+
+
+def pair(seed, rows=3, vocab=6):
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(2, rows, vocab, generator=generator, dtype=torch.float64)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def kl(a, b):
+    return (a * np.log(a / b)).sum(-1)
+
+
+def by_hand(name, student, teacher):
+    """Each divergence from its definition on probabilities, in NumPy."""
+    pi, p = softmax(np.asarray(student)), softmax(np.asarray(teacher))
+    half = 0.5 * p + 0.5 * pi
+    return {
+        "forward_kl": lambda: kl(p, pi),
+        "reverse_kl": lambda: kl(pi, p),
+        "jensen_shannon": lambda: 0.5 * kl(p, half) + 0.5 * kl(pi, half),
+        "total_variation": lambda: 0.5 * np.abs(p - pi).sum(-1),
+        "skew_forward_kl": lambda: kl(p, 0.1 * p + 0.9 * pi),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@given(seeds)
+@few
+def test_values_against_numpy(name, seed):
+    student, teacher = pair(seed)
+    np.testing.assert_allclose(DIVERGENCES[name](student, teacher).numpy(), by_hand(name, student, teacher), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_student_gradient_against_finite_differences_of_the_numpy_formula(name):
+    student, teacher = pair(0)
+    student.requires_grad_()
+    DIVERGENCES[name](student, teacher).sum().backward()
+    base, step = student.detach().numpy(), 1e-6
+    for i in np.ndindex(*base.shape):
+        up, down = base.copy(), base.copy()
+        up[i] += step
+        down[i] -= step
+        slope = (by_hand(name, up, teacher).sum() - by_hand(name, down, teacher).sum()) / (2 * step)
+        assert float(student.grad[i]) == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@given(seeds)
+@few
+def test_divergences_are_zero_only_for_equal_distributions(name, seed):
+    student, teacher = pair(seed)
+    divergence = DIVERGENCES[name]
+    assert (divergence(student, teacher) > 1e-6).all()
+    # The same distribution in another gauge.
+    torch.testing.assert_close(divergence(teacher + 3.0, teacher), torch.zeros(3).double(), atol=1e-12, rtol=0)
+
+
+@given(seeds)
+@few
+def test_symmetries_and_bounds(seed):
+    student, teacher = pair(seed)
+    torch.testing.assert_close(jensen_shannon(student, teacher), jensen_shannon(teacher, student))
+    torch.testing.assert_close(total_variation(student, teacher), total_variation(teacher, student))
+    torch.testing.assert_close(forward_kl(student, teacher), reverse_kl(teacher, student))
+    assert ((total_variation(student, teacher) >= 0) & (total_variation(student, teacher) <= 1)).all()
+    assert (jensen_shannon(student, teacher) <= np.log(2)).all()
+
+
+def test_disjoint_supports_stay_finite():
+    """Far-apart logits: total variation 1, Jensen-Shannon log 2, no inf or nan in the bounded ones."""
+    student, teacher = torch.tensor([[200.0, 0.0, 0.0]]), torch.tensor([[0.0, 200.0, 0.0]])
+    assert float(total_variation(student, teacher)) == pytest.approx(1)
+    assert float(jensen_shannon(student, teacher)) == pytest.approx(np.log(2))
+    assert float(skew_forward_kl(student, teacher)) == pytest.approx(np.log(10), rel=1e-6)
+    assert float(reverse_kl(student, teacher)) == pytest.approx(200, rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+def test_jensen_shannon_weights_the_two_terms_by_beta(beta):
+    student, teacher = pair(1)
+    pi, p = softmax(student.numpy()), softmax(teacher.numpy())
+    m = beta * p + (1 - beta) * pi
+    want = beta * kl(p, m) + (1 - beta) * kl(pi, m)
+    np.testing.assert_allclose(jensen_shannon(student, teacher, beta).numpy(), want, atol=1e-12)

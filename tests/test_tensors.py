@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlkd.tensors import length_mask, masked_mean, masked_moments, moments_to_mean_std, pad_stack, whiten
+
+few = settings(max_examples=15, deadline=None)
+
+
+def batch(seed, rows=5, width=7):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, width, generator=generator) < 0.6
+    mask[0, 0] = mask[-1, -1] = True
+    x = 3 * torch.randn(rows, width, generator=generator) + 10
+    return torch.where(mask, x, 1e4), mask
+
+
+def test_masked_mean_ignores_padding_and_is_zero_of_nothing():
+    x, mask = batch(0)
+    assert float(masked_mean(x, mask)) == pytest.approx(x[mask].numpy().mean(), rel=1e-6)
+    assert float(masked_mean(x, torch.zeros_like(mask))) == 0
+
+
+@given(st.integers(0, 10_000))
+@few
+def test_whitening_has_mean_zero_and_deviation_one_over_valid_tokens_only(seed):
+    x, mask = batch(seed)
+    white = whiten(x, mask)
+    valid = white[mask].double().numpy()
+    assert abs(valid.mean()) < 1e-5
+    assert valid.std() == pytest.approx(1, abs=1e-5)
+    assert not white[~mask].any()
+    # An increasing affine map: order and gauge do not matter.
+    torch.testing.assert_close(whiten(4 * x + 1, mask), white, atol=1e-4, rtol=1e-4)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4))
+@few
+def test_moments_of_the_parts_add_up_to_those_of_the_whole(seed, cut):
+    x, mask = batch(seed)
+    moments = masked_moments(x[:cut], mask[:cut]) + masked_moments(x[cut:], mask[cut:])
+    mean, std = moments_to_mean_std(moments)
+    assert mean == pytest.approx(x[mask].double().numpy().mean())
+    assert std == pytest.approx(np.std(x[mask].double().numpy()))
+    parts = [whiten(x[rows], mask[rows], moments) for rows in (slice(0, cut), slice(cut, None))]
+    torch.testing.assert_close(torch.cat(parts), whiten(x, mask))
+
+
+def test_whitening_a_constant_gives_zeros():
+    x = torch.full((2, 3), 5.0)
+    assert not whiten(x, torch.ones(2, 3).bool()).any()
+    assert not whiten(x, torch.zeros(2, 3).bool()).any()
+
+
+def test_pad_stack_and_length_mask():
+    padded = pad_stack([torch.tensor([1, 2, 3]), torch.tensor([4])], value=9)
+    assert padded.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert pad_stack([torch.ones(2, 4), torch.ones(1, 4)]).shape == (2, 2, 4)
+    assert length_mask([3, 1]).tolist() == [[True, True, True], [True, False, False]]
+    assert length_mask(torch.tensor([0, 2]), width=4).tolist() == [[False] * 4, [True, True, False, False]]

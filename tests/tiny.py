@@ -1,0 +1,123 @@
+"""Tiny models and a word-level tokenizer, built in memory in milliseconds; everything is seeded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from rlkd.models.architectures import EncoderDecoder, protect_untied_head
+from rlkd.models.teacher import Teacher
+
+PAD, EOS, UNK = 0, 1, 2
+WORDS = ["<pad>", "</s>", "<unk>", *"abcdefghijklm", *"0123456789", "copy", "reverse", "answer", "of", "is", ":"]
+VALID = len(WORDS)
+PADDED_VOCAB = VALID + 6  # as T5 has 32,128 rows for 32,100 pieces
+
+
+def tiny_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    """One token per word, `</s>` appended."""
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def tiny_t5(
+    *, tied: bool = True, seed: int = 0, width: int = 16, vocab: int = PADDED_VOCAB, dropout: float = 0.0
+) -> T5ForConditionalGeneration:
+    """A random T5. `tied=False` is v1.1-like (T0, Flan-T5): a head of its own and unscaled decoder outputs."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=vocab,
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=2,
+        relative_attention_num_buckets=8,
+        dropout_rate=dropout,
+        decoder_start_token_id=PAD,
+        # T5Config then sets scale_decoder_outputs=False, and tie_word_embeddings=True all the same.
+        **({} if tied else {"tie_word_embeddings": False}),
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    if not tied:
+        model.lm_head.weight = nn.Parameter(torch.randn(vocab, width))
+        protect_untied_head(model)
+    return model
+
+
+def tiny_bart(
+    *, seed: int = 0, width: int = 16, vocab: int = PADDED_VOCAB, eos_bias: float = 0.0, dropout: float = 0.0
+):
+    """A random BART with a random final_logits_bias; `eos_bias` more on end-of-sequence makes answers shorter."""
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=vocab,
+        d_model=width,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=2 * width,
+        decoder_ffn_dim=2 * width,
+        max_position_embeddings=64,
+        init_std=0.3,
+        dropout=dropout,
+        attention_dropout=dropout,
+        activation_dropout=dropout,
+        pad_token_id=PAD,
+        bos_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=EOS,
+        forced_eos_token_id=None,
+    )
+    model = BartForConditionalGeneration(config).eval()
+    model.final_logits_bias.normal_()
+    model.final_logits_bias[0, EOS] += eos_bias
+    return model
+
+
+def tiny_model(kind: str, **options: Any) -> Any:
+    """kind: 't5' (tied head), 't5-untied' or 'bart'."""
+    build = {"t5": tiny_t5, "t5-untied": lambda **o: tiny_t5(tied=False, **o), "bart": tiny_bart}
+    return build[kind](**options)
+
+
+KINDS = ("t5", "t5-untied", "bart")
+
+
+def tiny_teacher(kind: str = "t5-untied", *, seed: int = 0, **options: Any) -> Teacher:
+    """A frozen teacher around a tiny model; `options` are the fields of Teacher."""
+    return Teacher(EncoderDecoder(tiny_model(kind, seed=seed), VALID), tiny_tokenizer(), **options)
+
+
+def save_pretrained(folder: str | Path, model: Any, tokenizer: Any = None) -> str:
+    """Write a model and its tokenizer as a hub checkpoint has them; returns the folder."""
+    model.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def save_pair(folder: str | Path, *, seed: int = 0) -> tuple[str, str]:
+    """Save an untied T5 teacher and a smaller tied T5 student below `folder`; returns the two folders."""
+    folder = Path(folder)
+    teacher = save_pretrained(folder / "teacher", tiny_t5(tied=False, seed=seed, width=32))
+    student = save_pretrained(folder / "student", tiny_t5(seed=seed + 1))
+    return teacher, student
