@@ -29,6 +29,9 @@ NOISE = (
     "decoder_layerdrop",
     "router_jitter_noise",
 )
+# Padding that one batch of unequal lengths may hold, in tokens: about what one more forward costs. A processor computes
+# padding like anything else; an accelerator mostly waits for its launches.
+PADDING = {"cpu": 32, "accelerator": 2048}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,7 +88,7 @@ class EncoderDecoder:
     def encode_prompts(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
         """Encoder states [P_i, D] of each prompt, batched by length so that little padding is encoded."""
         states: list[Tensor | None] = [None] * len(prompts)
-        for rows in batches_by_length([len(p) for p in prompts], batch_tokens):
+        for rows in batches_by_length([len(p) for p in prompts], batch_tokens, self._padding):
             ids, mask = self.pad_prompts([prompts[i] for i in rows])
             for i, state, n in zip(rows, self.encode(ids, mask), mask.sum(1).tolist(), strict=True):
                 states[i] = state[:n]
@@ -111,6 +114,26 @@ class EncoderDecoder:
             use_cache=False,
         ).last_hidden_state
 
+    def answer_hidden(
+        self, states: list[Tensor], answer_ids: Tensor, lengths: list[int], batch_tokens: int = 4096
+    ) -> Tensor:
+        """`hidden` [B, R, D] for encoder states [P_i, D], batched by length and only as wide as needed; 0 after an answer."""
+        rows: list[Tensor | None] = [None] * len(states)
+        for batch in batches_by_length(
+            [n + len(s) for n, s in zip(lengths, states, strict=True)], batch_tokens, self._padding
+        ):
+            width = max(max(lengths[i] for i in batch), 1)
+            mask = length_mask([len(states[i]) for i in batch]).to(answer_ids.device)
+            hidden = self.hidden(pad_stack([states[i] for i in batch]), mask, answer_ids[batch, :width])
+            for i, row in zip(batch, hidden, strict=True):
+                rows[i] = row[: lengths[i]]
+        grid = pad_stack(rows)  # type: ignore[arg-type]
+        return torch.nn.functional.pad(grid, (0, 0, 0, answer_ids.shape[1] - grid.shape[1]))
+
+    @property
+    def _padding(self) -> int:
+        return PADDING["cpu" if self.device.type == "cpu" else "accelerator"]
+
     def step(self, tokens: Tensor, states: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """One cached decoding step: head input [B, D] for the token after `tokens` [B], and the grown cache."""
         out = self.model.get_decoder()(
@@ -131,14 +154,23 @@ def _output_scale(config: Any) -> float:
     return config.d_model**-0.5 if scaled else 1.0
 
 
-def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Row indices, sorted by length and cut so that rows x longest <= batch_tokens (one row at least)."""
+def batches_by_length(lengths: list[int], batch_tokens: int, padding: int | None = None) -> list[list[int]]:
+    """Row indices, sorted by length and cut so that rows x longest <= batch_tokens (one row at least).
+
+    With `padding` also so that rows x longest - sum of lengths <= padding.
+    """
     batches: list[list[int]] = []
+    padded = 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+        if batches:
+            rows = batches[-1]
+            more = padded + len(rows) * (lengths[i] - lengths[rows[-1]])
+            if (len(rows) + 1) * lengths[i] <= batch_tokens and (padding is None or more <= padding):
+                rows.append(i)
+                padded = more
+                continue
+        batches.append([i])
+        padded = 0
     return batches
 
 

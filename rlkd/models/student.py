@@ -60,7 +60,8 @@ class Policy(nn.Module):
         Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding.
         """
         adapter = self.adapter
-        hidden = adapter.hidden(self._encode(input_ids, input_mask), input_mask, answer_ids)
+        lengths = (answer_mask * torch.arange(1, answer_mask.shape[1] + 1, device=answer_mask.device)).amax(1).tolist()
+        hidden = adapter.answer_hidden(self._encode(input_ids, input_mask), answer_ids, lengths)
         packed = hidden[answer_mask]
         outputs = adapter.head().map(statistics, packed, answer_ids[answer_mask], *(a[answer_mask] for a in token_args))
         values = (
@@ -70,13 +71,13 @@ class Policy(nn.Module):
         )
         return tuple(_unpack(o, answer_mask) for o in outputs), _unpack(values, answer_mask)
 
-    def _encode(self, input_ids: Tensor, input_mask: Tensor) -> Tensor:
-        """Encoder states [B, P, D]; a prompt shared by several rollouts is encoded once."""
-        unique, row = torch.unique(torch.where(input_mask, input_ids, -1), dim=0, return_inverse=True)
-        if len(unique) == len(input_ids):
-            return self.adapter.encode(input_ids, input_mask)
-        mask = unique >= 0
-        return self.adapter.encode(torch.where(mask, unique, self.adapter.pad_id), mask)[row]
+    def _encode(self, input_ids: Tensor, input_mask: Tensor) -> list[Tensor]:
+        """Encoder states [P_i, D] of each row; a prompt shared by several rollouts is encoded once."""
+        rows = zip(input_ids.tolist(), input_mask.tolist(), strict=True)
+        prompts = [tuple(token for token, valid in zip(*row, strict=True) if valid) for row in rows]
+        unique = list(dict.fromkeys(prompts))
+        states = dict(zip(unique, self.adapter.encode_prompts([list(p) for p in unique]), strict=True))
+        return [states[prompt] for prompt in prompts]
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass: called by the Trainer for `gradient_checkpointing`."""

@@ -16,8 +16,7 @@ from torch import Tensor
 from ..errors import DivergenceError
 from ..objectives.rewards import pool_templates, token_scores
 from ..records import TeacherScores
-from ..tensors import length_mask, pad_stack
-from .architectures import EncoderDecoder, batches_by_length
+from .architectures import EncoderDecoder
 from .vocabulary import encode_texts
 
 TemplateCombination = Literal["average", "pool"]
@@ -110,24 +109,13 @@ class Teacher:
         per_template = []
         for k in range(len(teacher_inputs[0])):
             states = self.encode([texts[k] for texts in teacher_inputs])
-            per_template.append(self._hidden(states, answer_ids, lengths))
+            per_template.append(self.adapter.answer_hidden(states, answer_ids, lengths, self.batch_tokens))
         if self.combination == "pool":
             per_template = [sum(per_template) / len(per_template)]
         scores = [self._scores(hidden, answer_ids, answer_mask, with_hidden) for hidden in per_template]
         combined = pool_templates(scores) if len(scores) > 1 else scores[0]
         self._check_finite(combined, ids)
         return combined
-
-    def _hidden(self, states: list[Tensor], answer_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Head inputs [B, R, D] of the given answers, zeros at padding."""
-        out = torch.zeros((*answer_ids.shape, states[0].shape[-1]), dtype=states[0].dtype, device=states[0].device)
-        for batch in batches_by_length([n + len(s) for n, s in zip(lengths, states, strict=True)], self.batch_tokens):
-            width = max(max(lengths[i] for i in batch), 1)
-            mask = length_mask([len(states[i]) for i in batch]).to(out.device)
-            index = torch.tensor(batch, device=out.device)
-            hidden = self.adapter.hidden(pad_stack([states[i] for i in batch]), mask, answer_ids[index, :width])
-            out[index, :width] = hidden
-        return out
 
     def _scores(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor, with_hidden: bool) -> TeacherScores:
         values = self.adapter.head().map(token_scores, hidden[mask], answer_ids[mask])

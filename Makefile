@@ -1,0 +1,40 @@
+# make quickstart   the main job on the embedded default task (no downloads), in an environment made here
+# make test         the tests
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+# A machine with a GPU keeps the torch that pip chooses; one without takes the CPU build.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/python recipes/quickstart.py $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+# Everything a CPU can run, the slow and multi-process tests included.
+test-all: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m "not gpu and not net" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell rlkd recipes tests benchmarks docs prompts README.md
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints-cpu.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,20 @@
+"""PPO of a warmed-up T5 student on the reward a prompted T0 induces.
+
+accelerate launch recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--field value ...]
+"""
+
+from rlkd import DataArguments, PPOArguments, PPOTrainer, TeacherArguments, parse_config, prepare, run_main
+from rlkd.models.trl_compat import ModelConfig
+
+
+def main() -> None:
+    data, teacher, student, training = parse_config((DataArguments, TeacherArguments, ModelConfig, PPOArguments))
+    setup = prepare(data, teacher, student, training)
+    trainer = PPOTrainer(setup.student, training, train_examples=setup.train_examples, **setup.trainer_inputs())
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.evaluate()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    run_main(main)

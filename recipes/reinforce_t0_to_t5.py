@@ -1,0 +1,20 @@
+"""REINFORCE for a warmed-up T5 student on the reward a prompted T0 induces.
+
+accelerate launch recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to_t5.yaml [--field value ...]
+"""
+
+from rlkd import DataArguments, ReinforceArguments, ReinforceTrainer, TeacherArguments, parse_config, prepare, run_main
+from rlkd.models.trl_compat import ModelConfig
+
+
+def main() -> None:
+    data, teacher, student, training = parse_config((DataArguments, TeacherArguments, ModelConfig, ReinforceArguments))
+    setup = prepare(data, teacher, student, training)
+    trainer = ReinforceTrainer(setup.student, training, train_examples=setup.train_examples, **setup.trainer_inputs())
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.evaluate()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    run_main(main)

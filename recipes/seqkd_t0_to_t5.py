@@ -1,0 +1,34 @@
+"""Sequence-level distillation: a T5 student learns the answers T0 wrote (`rlkd generate-pseudolabels`). The warm
+start of RL.
+
+accelerate launch recipes/seqkd_t0_to_t5.py --config recipes/seqkd_t0_to_t5.yaml [--field value ...]
+"""
+
+from rlkd import (
+    DataArguments,
+    SupervisedArguments,
+    SupervisedTrainer,
+    TeacherArguments,
+    parse_config,
+    prepare,
+    run_main,
+)
+from rlkd.errors import ConfigError
+from rlkd.models.trl_compat import ModelConfig
+
+
+def main() -> None:
+    data, teacher, student, training = parse_config((DataArguments, TeacherArguments, ModelConfig, SupervisedArguments))
+    if data.pseudo_labels is None:
+        raise ConfigError(
+            "pseudo_labels is not set: name a folder written by `rlkd generate-pseudolabels --out FOLDER`"
+        )
+    setup = prepare(data, teacher, student, training)
+    trainer = SupervisedTrainer(setup.student, training, train_dataset=setup.pseudo_labels, **setup.trainer_inputs())
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.evaluate()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,117 @@
+"""What a policy is worth on held-out inputs: task metric, regret, match with the teacher, length, entropy, KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .generation.decode import decode, greedy
+from .generation.rollouts import greedy_answers, sample_rollouts
+from .models.student import Policy
+from .models.teacher import Teacher
+from .objectives.advantages import regret_per_sequence
+from .objectives.policy import kl_k3
+from .objectives.rewards import induced_advantage
+from .records import Example, Rollouts
+
+# predictions, then the examples they answer -> named scores
+TaskMetric = Callable[[list[str], list[Example]], dict[str, float]]
+
+
+@dataclass
+class Evaluator:
+    """Answers `examples` with a policy and lets the teacher judge; what the teacher answers itself is computed once.
+
+    Both greedy and sampled answers are judged: greedy is what a user will run, samples are what training improves.
+    """
+
+    teacher: Teacher
+    tokenizer: Any
+    examples: Sequence[Example]
+    max_input_tokens: int
+    max_new_tokens: int
+    task_metric: TaskMetric | None = None
+    batch_rows: int = 64
+    seed: int = 0
+    _teacher_answers: dict[str, str] = field(default_factory=dict)
+
+    def rows(self, policy: Policy, reference: Policy | None, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """One record per index: texts, regret, length and so on of the greedy and the sampled answer."""
+        out: list[dict[str, Any]] = []
+        for start in range(0, len(indices), self.batch_rows):
+            examples = [self.examples[i] for i in indices[start : start + self.batch_rows]]
+            limits = {"max_input_tokens": self.max_input_tokens, "max_new_tokens": self.max_new_tokens}
+            best = greedy_answers(policy, self.tokenizer, examples, **limits)
+            drawn = sample_rollouts(
+                policy, self.tokenizer, examples, rollouts_per_prompt=1, seed=(self.seed, "evaluation"), **limits
+            )
+            judged = [self._judge(policy, reference, answers) for answers in (best, drawn)]
+            teacher_texts = self.teacher_answers(examples)
+            for i, example in enumerate(examples):
+                row: dict[str, Any] = {"id": example.id, "input": example.student_input, "teacher": teacher_texts[i]}
+                for prefix, record in zip(("", "sample_"), judged, strict=True):
+                    row.update({prefix + name: values[i] for name, values in record.items()})
+                row["match"] = float(row["student"] == row["teacher"])
+                row["index"] = indices[start + i]
+                out.append(row)
+        return out
+
+    def _judge(self, policy: Policy, reference: Policy | None, answers: Rollouts) -> dict[str, list[Any]]:
+        mask = answers.answer_mask
+        inputs = [example.teacher_inputs for example in answers.examples]
+        scores = self.teacher.score(inputs, answers.answer_ids, mask, ids=[e.id for e in answers.examples])
+        regret = induced_advantage(scores, "max")
+        given = (answers.input_ids, answers.input_mask, answers.answer_ids, mask)
+        with torch.no_grad():
+            (logps, entropy), _ = policy(*given)
+            kl = torch.zeros_like(logps)
+            if reference is not None:
+                (reference_logps, _), _ = reference(*given)
+                kl = kl_k3(logps, reference_logps)
+        return {
+            "student": self.texts(answers.answer_ids, mask),
+            "regret": regret_per_sequence(regret, mask).tolist(),
+            "logprob": ((scores.chosen - scores.logsumexp) * mask).sum(1).tolist(),
+            "length": mask.sum(1).tolist(),
+            "finish_rate": answers.finished.float().tolist(),
+            "entropy": _row_means(entropy, mask),
+            "kl": _row_means(kl, mask),
+            "rewards": [r[m].tolist() for r, m in zip(regret, mask, strict=True)],
+        }
+
+    def texts(self, ids: Tensor, mask: Tensor) -> list[str]:
+        """Answers as text, special tokens removed."""
+        return self.tokenizer.batch_decode(
+            [row[m].tolist() for row, m in zip(ids, mask, strict=True)], skip_special_tokens=True
+        )
+
+    def teacher_answers(self, examples: Sequence[Example]) -> list[str]:
+        """The teacher's greedy answer to each example under its first template."""
+        missing = [e for e in examples if e.id not in self._teacher_answers]
+        if missing:
+            states = self.teacher.encode([e.teacher_inputs[0] for e in missing])
+            answer = decode(self.teacher.adapter, states, greedy, max_new_tokens=self.max_new_tokens)
+            for example, text in zip(missing, self.texts(answer.ids, answer.mask), strict=True):
+                self._teacher_answers[example.id] = text
+        return [self._teacher_answers[e.id] for e in examples]
+
+    def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Means over rows, and the task metric of greedy and sampled answers. Names are defined in docs/metrics.md."""
+        names = [
+            f"{p}{n}" for p in ("", "sample_") for n in ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
+        ]
+        metrics = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in [*names, "match"]}
+        if self.task_metric is not None and rows:
+            examples = [self.examples[row["index"]] for row in rows]
+            for prefix in ("", "sample_"):
+                scores = self.task_metric([row[prefix + "student"] for row in rows], examples)
+                metrics.update({prefix + name: float(value) for name, value in scores.items()})
+        return metrics
+
+
+def _row_means(values: Tensor, mask: Tensor) -> list[float]:
+    return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()

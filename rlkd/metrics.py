@@ -1,0 +1,56 @@
+"""Task metrics by name: (predictions, examples) -> scores. References come from the examples, never from training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import DataError
+from .records import Example
+
+
+def _references(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    missing = [example.id for example in examples if not example.references]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(examples)} evaluation rows have no reference (first: {missing[0]}). "
+            "Set reference_column, or task_metric: none"
+        )
+    return [example.references for example in examples]
+
+
+def rouge(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    """Mean ROUGE-1/2/L F1 (x 100, stemmed) against the best of each row's references; google-research/rouge."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    totals = dict.fromkeys(kinds, 0.0)
+    for prediction, references in zip(predictions, _references(examples), strict=True):
+        best = scorer.score_multi(list(references), prediction)
+        for kind in kinds:
+            totals[kind] += best[kind].fmeasure
+    return {kind: 100 * total / max(len(predictions), 1) for kind, total in totals.items()}
+
+
+def bleu(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    """Corpus BLEU with up to as many references as each row has (sacrebleu, 13a)."""
+    from sacrebleu.metrics import BLEU
+
+    references = _references(examples)
+    width = max(len(r) for r in references)
+    # sacrebleu takes None where a row has fewer references than others.
+    columns: list[Any] = [[r[i] if i < len(r) else None for r in references] for i in range(width)]
+    return {"bleu": BLEU().corpus_score(predictions, columns).score}
+
+
+def exact_match(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    """Share of predictions equal to one of the references, stripped and lower-cased (accuracy of a classifier)."""
+    hits = [
+        prediction.strip().lower() in {r.strip().lower() for r in references}
+        for prediction, references in zip(predictions, _references(examples), strict=True)
+    ]
+    return {"exact_match": sum(hits) / max(len(hits), 1)}
+
+
+TASK_METRICS = {"rouge": rouge, "bleu": bleu, "exact_match": exact_match}

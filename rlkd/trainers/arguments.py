@@ -1,0 +1,217 @@
+"""Settings of the trainers, on top of transformers' TrainingArguments (whose fields are never repeated here)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from ..errors import ConfigError
+
+
+def _require(condition: bool, name: str, value: object, constraint: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} = {value!r}: {constraint}")
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """What every rlkd trainer shares.
+
+    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
+    to a tracker unless asked for, and columns are kept for the collators.
+    """
+
+    max_input_tokens: int = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Answers are cut to this many tokens."})
+    eval_limit: int | None = field(
+        default=512, metadata={"help": "Evaluate on at most this many inputs; null for all."}
+    )
+    sample_table_rows: int = field(
+        default=4, metadata={"help": "Rows of the prompt / student / teacher / reward table shown at each evaluation."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.max_input_tokens >= 1, "max_input_tokens", self.max_input_tokens, "must be at least 1")
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "must be at least 1")
+        _require(
+            self.eval_limit is None or self.eval_limit >= 1,
+            "eval_limit",
+            self.eval_limit,
+            "must be at least 1, or null",
+        )
+        _require(
+            not self.fp16, "fp16", self.fp16, "float16 overflows to inf in T5 models. Use bf16: true (GPU) or neither."
+        )
+
+
+@dataclass
+class SupervisedArguments(DistillationArguments):
+    """Warm-up on pseudo-labels, or word-level distillation on their prefixes."""
+
+    objective: Literal[
+        "sequence", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_forward_kl"
+    ] = field(
+        default="sequence",
+        metadata={
+            "help": "sequence: cross-entropy on the labels (SeqKD). Others: that divergence to the teacher at every "
+            "label prefix."
+        },
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+
+
+@dataclass
+class RLArguments(DistillationArguments):
+    """Reward, rollouts, credit and leash, shared by REINFORCE and PPO."""
+
+    # Reward
+    reward_value: Literal["max", "lse", "softmax"] = field(
+        default="max",
+        metadata={"help": "V of the induced reward: max (regret, length-neutral), lse (log-likelihood), softmax."},
+    )
+    gauge: Literal["log_prob", "centered_logit", "raw_logit"] = field(
+        default="log_prob", metadata={"help": "Only matters with baseline none; for replication."}
+    )
+    # Rollouts
+    rollouts_per_prompt: int = field(default=4, metadata={"help": "Answers sampled for each prompt."})
+    epochs_per_rollout: int = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
+    minibatches_per_rollout: int = field(default=1, metadata={"help": "Optimizer steps per pass."})
+    sync_every: int = field(
+        default=1, metadata={"help": "Rollout batches between copies of the student into the behaviour policy."}
+    )
+    # Credit
+    baseline: Literal["none", "teacher", "closed_form", "leave_one_out", "critic"] = field(
+        default="leave_one_out",
+        metadata={"help": "What is taken from the credit; never changes the expected gradient."},
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
+    lam: float = field(
+        default=0.5, metadata={"help": "Credit horizon: 0 immediate regret (safe, biased) .. 1 full return (unbiased)."}
+    )
+    k_step: int = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
+    one_step: Literal["exact", "sampled"] = field(
+        default="exact",
+        metadata={
+            "help": "exact: the immediate term's gradient over the whole vocabulary; sampled: of the drawn token."
+        },
+    )
+    whiten_advantages: bool = field(
+        default=False, metadata={"help": "Scale advantages to mean 0, deviation 1 over valid tokens."}
+    )
+    # Loss
+    loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = field(
+        default="token_mean", metadata={"help": "How token losses are averaged; it weights length."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, nats per token."})
+    kl_coef: float = field(
+        default=0.05, metadata={"help": "Weight of the KL leash to the initial student; 0 turns it off."}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "KL per token to hold by adapting kl_coef; null keeps it fixed."}
+    )
+    kl_in: Literal["loss", "reward"] = field(
+        default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
+    )
+    value_coef: float = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
+    value_clip_range: float = field(
+        default=5.0, metadata={"help": "The critic moves at most this far per rollout batch, nats."}
+    )
+    weak_start: Literal["warn", "refuse", "ignore"] = field(
+        default="warn",
+        metadata={"help": "When regret per sequence is not well below the price of an early end-of-sequence."},
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rollouts_per_prompt", "epochs_per_rollout", "minibatches_per_rollout", "sync_every", "k_step"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("gamma", "lam"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie in [0, 1]")
+        for name in ("entropy_coef", "kl_coef", "value_coef"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        _require(self.value_clip_range > 0, "value_clip_range", self.value_clip_range, "must be positive")
+        if self.baseline == "leave_one_out":
+            _require(
+                self.rollouts_per_prompt >= 2,
+                "rollouts_per_prompt",
+                self.rollouts_per_prompt,
+                "baseline leave_one_out needs at least 2",
+            )
+        if self.k_step > 1:
+            _require(
+                self.baseline != "critic",
+                "baseline",
+                self.baseline,
+                "k_step > 1 has no critic: choose another baseline or k_step 1",
+            )
+        if self.kl_target is not None:
+            _require(
+                self.kl_target > 0 and self.kl_coef > 0,
+                "kl_target",
+                self.kl_target,
+                "needs kl_target > 0 and a starting kl_coef > 0",
+            )
+        rows = self.rows_per_rollout
+        _require(
+            rows % self.rollouts_per_prompt == 0,
+            "rollouts_per_prompt",
+            self.rollouts_per_prompt,
+            f"must divide the {rows} answers of a rollout batch (per_device_train_batch_size x "
+            "gradient_accumulation_steps x minibatches_per_rollout)",
+        )
+        # The Trainer also saves at max_steps.
+        for name in {"steps": ("save_steps", "max_steps"), "best": ("eval_steps",)}.get(self.save_strategy, ()):
+            steps = getattr(self, name) or 0
+            _require(
+                steps <= 0 or self.updates_per_rollout == 1 or steps % self.updates_per_rollout == 0,
+                name,
+                steps,
+                f"checkpoints fall between rollout batches: use a multiple of {self.updates_per_rollout} "
+                "(epochs_per_rollout x minibatches_per_rollout)",
+            )
+
+    @property
+    def rows_per_rollout(self) -> int:
+        """Answers one process samples for one rollout batch."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.minibatches_per_rollout
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps taken on one rollout batch."""
+        return self.epochs_per_rollout * self.minibatches_per_rollout
+
+
+@dataclass
+class ReinforceArguments(RLArguments):
+    """REINFORCE: one pass over fresh rollouts, off-policy weights when the behaviour policy lags."""
+
+    importance_weight: Literal["none", "token", "cumulative"] = field(
+        default="cumulative", metadata={"help": "Correction for a behaviour policy older than the student."}
+    )
+    importance_cap: float = field(default=2.0, metadata={"help": "Off-policy weights are truncated here."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.importance_cap > 0, "importance_cap", self.importance_cap, "must be positive")
+
+
+@dataclass
+class PPOArguments(RLArguments):
+    """PPO: several passes over each rollout batch, clipped ratio, learned critic."""
+
+    epochs_per_rollout: int = field(default=2, metadata={"help": "Passes over each batch of rollouts."})
+    minibatches_per_rollout: int = field(default=2, metadata={"help": "Optimizer steps per pass."})
+    baseline: Literal["none", "teacher", "closed_form", "leave_one_out", "critic"] = field(
+        default="critic", metadata={"help": "What is taken from the credit; critic is GAE with a learned value head."}
+    )
+    clip_range: float = field(default=0.2, metadata={"help": "The ratio leaves the objective outside 1 +- this."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.clip_range > 0, "clip_range", self.clip_range, "must be positive")

@@ -1,0 +1,72 @@
+"""Is the student strong enough for long-horizon credit? Measured once, before the first update."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..errors import ConfigError
+from ..objectives.advantages import price_of_stopping, regret_per_sequence
+from ..objectives.rewards import induced_advantage
+
+if TYPE_CHECKING:
+    from .rl import RLTrainer
+
+logger = logging.get_logger("rlkd")
+
+
+class StartCheck(TrainerCallback):
+    """Warns (or refuses, `weak_start`) when the student is too weak for the credit horizon asked for.
+
+    While a sequence's regret exceeds the price of an early end, stopping early is the better return and long-horizon
+    credit goes there (docs/method.md, "the EOS shortcut").
+    """
+
+    def __init__(self, trainer: RLTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.weak_start == "ignore" or state.global_step > 0:
+            return
+        start = self.measure()
+        self.trainer.log(dict(start))
+        regret, price = start["start_regret"], start["start_eos_price"]
+        if regret <= 0.5 * price:
+            return
+        message = (
+            f"weak start: the student's regret is {regret:.1f} nats per sequence, an early end-of-sequence costs "
+            f"{price:.1f}. Until the first is well below the second, credit over many tokens (lam = {args.lam}) "
+            "teaches the student to stop early. Warm up longer on pseudo-labels, lower lam towards 0, or raise kl_coef."
+        )
+        if args.weak_start == "refuse":
+            raise ConfigError(message + " (weak_start: refuse)")
+        if state.is_world_process_zero:
+            logger.warning(message)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Regret per sequence, price of an early end, length and finish rate of the first rollout batch."""
+        trainer, teacher = self.trainer, self.trainer.teacher
+        rollouts, eos = trainer.sample(0), teacher.adapter.eos_id
+        mask = rollouts.answer_mask
+        scores = teacher.score(
+            [example.teacher_inputs for example in rollouts.examples],
+            rollouts.answer_ids,
+            mask,
+            with_hidden=True,
+            ids=[example.id for example in rollouts.examples],
+        )
+        assert scores.hidden is not None
+        (eos_logits,) = teacher.adapter.head().map(lambda logits: (logits[:, eos],), scores.hidden[mask])
+        gap = scores.max.masked_scatter(mask, scores.max[mask] - eos_logits)
+        regret = regret_per_sequence(induced_advantage(scores, "max"), mask)
+        going_on = mask & (rollouts.answer_ids != eos)
+        return {
+            "start_regret": float(trainer.gather(regret[:, None]).mean()),
+            "start_eos_price": float(price_of_stopping(trainer.gather(gap), trainer.gather(going_on))),
+            "start_length": float(trainer.gather(mask).sum(1).float().mean()),
+            "start_finish_rate": float(trainer.gather(rollouts.finished[:, None]).float().mean()),
+        }

@@ -1,0 +1,260 @@
+"""The house rules: imports point down, files stay small, docstrings tell shapes, no machine leaks in."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rlkd"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+FLOORS = {
+    **dict.fromkeys(["records", "errors"], 0),
+    **dict.fromkeys(["tensors"], 1),
+    **dict.fromkeys(["objectives", "data", "models", "metrics", "config"], 2),
+    **dict.fromkeys(["generation"], 3),
+    **dict.fromkeys(["trainers", "evaluation", "inspection", "report"], 4),
+    **dict.fromkeys(["cli"], 5),
+}
+# The only steps sideways. Nothing may go back the other way.
+BESIDE = {("models", "objectives"), ("config", "models"), ("trainers", "evaluation")}
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+SKIPPED_DIRECTORIES = {".git", "build", "dist", "runs", "wandb", "node_modules", "venv", "__pycache__"}
+MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:" + "|".join(["work", "root"]) + ")/")
+
+
+def show(problems: list[str]) -> None:
+    """Fail with one offending place per line."""
+    if problems:
+        pytest.fail("\n".join(["", *problems]), pytrace=False)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def place(path: Path, node: ast.AST | None = None) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+
+
+def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
+    """Every imported name as an absolute dotted path, wherever in the file it is imported."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node, f"{module}.{alias.name}") for alias in node.names)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def own_imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
+    """The rooms of rlkd that a module imports from."""
+    for node, name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "rlkd" and not name.startswith("rlkd.__"):
+            yield node, parts[1] if len(parts) > 1 else ""
+
+
+def step_allowed(here: str, there: str) -> bool:
+    return here == there or (here, there) in BESIDE or FLOORS[there] < FLOORS[here]
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (n for n in ast.walk(parse(path)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` to the end, without the docstring."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= (function.body[0].end_lineno or 0) - function.body[0].lineno + 1
+    return lines
+
+
+def test_every_room_has_a_floor():
+    rooms = {room(path) for path in MODULES} - {"__init__"}
+    show([f"rlkd/{name}: give it a floor in FLOORS" for name in sorted(rooms - FLOORS.keys())])
+
+
+def test_imports_point_down():
+    problems = []
+    for path in MODULES:
+        here = room(path)
+        for node, there in own_imports(path):
+            if there not in FLOORS:
+                problems.append(
+                    f"{place(path, node)}: name the module inside rlkd, not the package ({there or 'rlkd'})"
+                )
+            elif here in FLOORS and not step_allowed(here, there):
+                problems.append(
+                    f"{place(path, node)}: {here} (floor {FLOORS[here]}) imports {there} (floor {FLOORS[there]})"
+                )
+    show(problems)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "allowed"),
+    [
+        ("trainers", "records", True),
+        ("models", "objectives", True),
+        ("objectives", "models", False),
+        ("data", "models", False),
+        ("objectives", "config", False),
+        ("trainers", "evaluation", True),
+        ("evaluation", "trainers", False),
+        ("generation", "cli", False),
+        ("data", "data", True),
+    ],
+)
+def test_which_steps_are_allowed(here, there, allowed):
+    assert step_allowed(here, there) is allowed
+
+
+def test_imports_are_found_in_every_form(tmp_path, monkeypatch):
+    folder = tmp_path / "rlkd" / "data"
+    folder.mkdir(parents=True)
+    lines = ["import rlkd.cli, torch", "from rlkd import models, __version__", "from ..trainers.ppo import X"]
+    lines += ["from .. import errors", "from . import a", "def f():", "    from rlkd.report import Y"]
+    (folder / "b.py").write_text("\n".join(lines))
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    found = [there for _, there in own_imports(folder / "b.py")]
+    assert sorted(found) == ["cli", "data", "errors", "models", "report", "trainers"]
+
+
+def test_objectives_are_pure_torch():
+    banned = {"transformers", "trl", "peft", "accelerate", "datasets", "logging", "wandb"}
+    show(
+        [
+            f"{place(path, node)}: objectives import {name}"
+            for path in MODULES
+            if room(path) == "objectives"
+            for node, name in imports(path)
+            if name.split(".")[0] in banned
+        ]
+    )
+
+
+def test_trl_is_imported_in_one_module():
+    show(
+        [
+            f"{place(path, node)}: import {name} in rlkd/models/trl_compat.py instead"
+            for path in [*MODULES, *sorted((ROOT / "recipes").rglob("*.py"))]
+            if path.name != "trl_compat.py"
+            for node, name in imports(path)
+            if name.split(".")[0] == "trl"
+        ]
+    )
+
+
+def test_recipes_use_public_names():
+    show(
+        [
+            f"{place(path, node)}: {name} is not public"
+            for path in sorted((ROOT / "recipes").rglob("*.py"))
+            for node, name in imports(path)
+            if name.split(".")[0] == "rlkd" and re.search(r"\._(?!_)", name)
+        ]
+    )
+
+
+def test_files_and_functions_are_short():
+    problems = []
+    for path in MODULES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines >= MAX_FILE_LINES:
+            problems.append(f"{place(path)}: {lines} lines, the limit is {MAX_FILE_LINES}")
+        problems += [
+            f"{place(path, function)}: {function.name} has {length(function)} lines, the limit is {MAX_FUNCTION_LINES}"
+            for function in functions(path)
+            if length(function) >= MAX_FUNCTION_LINES
+        ]
+    show(problems)
+
+
+def test_length_leaves_the_docstring_out():
+    function = ast.parse('def f():\n    """One\n\n    two."""\n    a = 1\n    return a').body[0]
+    assert isinstance(function, ast.FunctionDef)
+    assert length(function) == 3
+
+
+def test_every_module_says_what_it_is_for():
+    show([f"{place(path)}: no module docstring" for path in MODULES if not ast.get_docstring(parse(path))])
+
+
+def test_objectives_tell_shapes():
+    """Public functions and classes that handle tensors name their shapes; those of plain numbers have none to name."""
+    show(
+        [
+            f"{place(path, node)}: the docstring of {node.name} gives no shape in [brackets]"
+            for path in MODULES
+            if room(path) == "objectives"
+            for node in parse(path).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if "Tensor" in ast.unparse(node) and "[" not in (ast.get_docstring(node) or "")
+        ]
+    )
+
+
+def test_importing_the_package_loads_no_torch():
+    script = "import rlkd, sys; print(*{'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
+
+
+def text_files() -> Iterator[tuple[Path, str]]:
+    """Every text file of the tree outside version control, environments, caches and outputs."""
+    for folder, directories, names in os.walk(ROOT):
+        directories[:] = [
+            name
+            for name in directories
+            if name not in SKIPPED_DIRECTORIES
+            and not re.search(r"^\.venv|_cache$|^\.cache$|\.egg-info$|^\.hypothesis$|^\.ipynb_checkpoints$", name)
+            and not (Path(folder) / name / "pyvenv.cfg").exists()
+        ]
+        for name in names:
+            path = Path(folder) / name
+            try:
+                yield path, path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue
+
+
+def test_no_paths_of_one_machine():
+    show(
+        [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+            for path, text in text_files()
+            for number, line in enumerate(text.splitlines(), start=1)
+            if MACHINE_PATH.search(line)
+        ]
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "'", "file://", "cd ", "=", ":"])
+@pytest.mark.parametrize("folder", ["work", "root"])
+def test_machine_paths_are_recognised(prefix, folder):
+    assert MACHINE_PATH.search(f"{prefix}/{folder}/x")
+    assert not MACHINE_PATH.search(f"https://example.org/{folder}/x")
+    assert not MACHINE_PATH.search(f"./{folder}/x")
+
+
+def test_pre_commit_works_without_a_network():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    assert all(hook["language"] == "system" for hook in hooks[0]["hooks"])
+    assert [hook["id"] for hook in hooks[0]["hooks"]] == ["ruff-check", "ruff-format", "mypy", "codespell"]

@@ -1,0 +1,95 @@
+"""Settings that cannot work are refused by name, before anything loads."""
+
+import dataclasses
+
+import pytest
+from transformers import TrainingArguments
+
+from rlkd.errors import ConfigError
+from rlkd.trainers.arguments import (
+    DistillationArguments,
+    PPOArguments,
+    ReinforceArguments,
+    RLArguments,
+    SupervisedArguments,
+)
+
+ALL = [SupervisedArguments, ReinforceArguments, PPOArguments]
+CPU = {"use_cpu": True, "save_strategy": "no"}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_defaults_construct(tmp_path, kind):
+    args = kind(output_dir=str(tmp_path), use_cpu=True)
+    assert args.report_to == []
+    assert not args.logging_nan_inf_filter
+    assert not args.remove_unused_columns
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG = [
+    *((kind, name, 0, {}) for kind in ALL for name in ("max_input_tokens", "max_new_tokens", "eval_limit")),
+    *(
+        (kind, name, 0, {})
+        for kind in (ReinforceArguments, PPOArguments)
+        for name in ("rollouts_per_prompt", "epochs_per_rollout", "minibatches_per_rollout", "sync_every", "k_step")
+    ),
+    *((ReinforceArguments, name, value, {}) for name in ("gamma", "lam") for value in (-0.1, 1.1)),
+    *((ReinforceArguments, name, -0.1, {}) for name in ("entropy_coef", "kl_coef", "value_coef")),
+    (ReinforceArguments, "value_clip_range", 0.0, {}),
+    (ReinforceArguments, "rollouts_per_prompt", 1, {"baseline": "leave_one_out"}),
+    (ReinforceArguments, "baseline", "critic", {"k_step": 2}),
+    (ReinforceArguments, "kl_target", 0.0, {}),
+    (ReinforceArguments, "kl_target", 0.1, {"kl_coef": 0.0}),
+    (ReinforceArguments, "rollouts_per_prompt", 3, {"per_device_train_batch_size": 8}),
+    (ReinforceArguments, "importance_cap", 0.0, {}),
+    (PPOArguments, "clip_range", 0.0, {}),
+    (PPOArguments, "save_steps", 6, {"save_strategy": "steps"}),
+    (PPOArguments, "save_steps", 0.5, {"save_strategy": "steps"}),
+    (PPOArguments, "max_steps", 6, {"save_strategy": "steps"}),
+    (
+        PPOArguments,
+        "eval_steps",
+        6,
+        {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "regret"},
+    ),
+    *((kind, "fp16", True, {}) for kind in ALL),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "more"), WRONG, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_impossible_values_are_refused_by_name(tmp_path, kind, name, value, more):
+    with pytest.raises(ConfigError, match=rf"^{name} = {value!r}: "):
+        kind(output_dir=str(tmp_path), **{**CPU, **more, name: value})
+
+
+def test_checkpoints_fall_between_rollout_batches(tmp_path):
+    def build(**options):
+        return PPOArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="steps", **options)
+
+    assert build(save_steps=8, max_steps=12).updates_per_rollout == 4
+    assert build(save_steps=3, epochs_per_rollout=3, minibatches_per_rollout=1).updates_per_rollout == 3
+    ReinforceArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="steps", save_steps=0.1, max_steps=7)
+    PPOArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="no", max_steps=7)
+    PPOArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="epoch")
+
+
+def test_rows_of_a_rollout_batch(tmp_path):
+    args = PPOArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        minibatches_per_rollout=4,
+        rollouts_per_prompt=4,
+        **CPU,
+    )
+    assert args.rows_per_rollout == 24
+
+
+def test_every_field_of_ours_says_what_it_is_and_repeats_none_of_transformers():
+    theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
+    changed = {"logging_nan_inf_filter", "remove_unused_columns", "report_to", "learning_rate"}
+    for kind in (DistillationArguments, RLArguments, *ALL):
+        assert set(kind.__annotations__) & theirs <= changed
+        for field in dataclasses.fields(kind):
+            assert field.name in theirs or field.metadata["help"].endswith((".", "nats"))

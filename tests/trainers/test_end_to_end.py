@@ -1,0 +1,102 @@
+"""METHOD check 11 on a tiny pair whose teacher copies words and after most of them adds a filler, ":" and any letter.
+
+Its greedy answers have the filler (.7 against .3); its most probable ones have not (.7 / 3 against .3).
+"""
+
+import random
+
+import pytest
+import torch
+from runs import VALID, WORDS, make, teacher
+from tiny import tiny_t5, tiny_tokenizer
+
+from rlkd.generation.decode import decode, sampler
+from rlkd.models.architectures import EncoderDecoder
+from rlkd.models.teacher import Teacher
+from rlkd.records import Example
+
+LONG = {"max_new_tokens": 8, "per_device_train_batch_size": 32, "logging_steps": 1000, "lr_scheduler_type": "constant"}
+
+
+def sentences(n, seed):
+    rng = random.Random(seed)
+    return [[rng.choice("abc") for _ in range(rng.randint(1, 2))] for _ in range(n)]
+
+
+def fit(folder, model, pairs, steps, learning_rate):
+    rows = [{"student_input": x, "label": y} for x, y in pairs]
+    make(
+        "supervised", folder, model=model, data=rows, max_steps=steps, **{**LONG, "learning_rate": learning_rate}
+    ).train()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A trained teacher, and the weights of a student warmed on its sampled answers."""
+    folder, rng = tmp_path_factory.mktemp("pair"), random.Random(0)
+    gold = []
+    for words in sentences(600, 1):
+        answer = " ".join(f"{w} : {rng.choice('abc')}" if rng.random() < 0.7 else w for w in words)
+        gold.append((" ".join(words), answer))
+    model = tiny_t5(tied=False, seed=0, width=32, vocab=VALID)
+    fit(folder / "teacher", model, gold, 400, 5e-3)
+    judge = Teacher(EncoderDecoder(model, VALID), tiny_tokenizer(WORDS))
+    inputs = [x for x, _ in gold]
+    answers = decode(
+        judge.adapter, judge.encode(inputs), sampler([*range(600)], 8, torch.device("cpu")), max_new_tokens=8
+    )
+    texts = judge.tokenizer.batch_decode(
+        [row[mask].tolist() for row, mask in zip(answers.ids, answers.mask, strict=True)], skip_special_tokens=True
+    )
+    student = tiny_t5(tied=False, seed=1, width=16, vocab=VALID)
+    fit(folder / "student", student, list(zip(inputs, texts, strict=True)), 150, 1e-2)
+    return judge, student.state_dict()
+
+
+def run(pair, folder, **options):
+    """Evaluations of sampled answers before and after reinforcement learning."""
+    judge, state = pair
+    model = tiny_t5(tied=False, seed=1, width=16, vocab=VALID)
+    model.load_state_dict(state)
+    texts = [" ".join(words) for words in sentences(200, 2)]
+    data = [Example(f"train {i}", x, (x,)) for i, x in enumerate(texts[:150])]
+    held_out = [Example(f"test {i}", x, (x,)) for i, x in enumerate(texts[150:])]
+    trainer = make(
+        "reinforce", folder, model=model, judge=judge, data=data, eval_examples=held_out, max_steps=60,
+        rollouts_per_prompt=4, lam=1.0, kl_coef=0.0, **{**LONG, "learning_rate": 3e-3, **options},
+    )  # fmt: skip
+    before = trainer.evaluate()
+    trainer.train()
+    return before, trainer.evaluate()
+
+
+@pytest.mark.slow
+def test_max_reward_lowers_regret_and_keeps_the_length(pair, tmp_path):
+    before, after = run(pair, tmp_path)
+    assert before["eval_sample_regret"] > 0.3
+    assert after["eval_sample_regret"] < 0.5 * before["eval_sample_regret"]
+    assert after["eval_sample_length"] > before["eval_sample_length"] - 0.3
+    assert after["eval_sample_finish_rate"] == 1.0
+
+
+@pytest.mark.slow
+def test_lse_reward_shortens_answers(pair, tmp_path):
+    before, after = run(pair, tmp_path, reward_value="lse")
+    assert after["eval_sample_logprob"] > before["eval_sample_logprob"]
+    assert after["eval_sample_length"] < before["eval_sample_length"] - 0.5
+
+
+def test_the_random_pair_of_the_other_tests_learns_too(tmp_path):
+    """A few steps on the tiny random pair lower the regret of samples: a sign error anywhere would raise it."""
+    for kind in ("ppo", "reinforce"):
+        trainer = make(
+            kind, tmp_path / kind, judge=teacher(), max_steps=24, n=16, per_device_train_batch_size=16,
+            learning_rate=5e-3, kl_coef=0.0,
+        )  # fmt: skip
+        start = trainer.annotate(trainer.sample(99))
+        trainer.train()
+        end = trainer.annotate(trainer.sample(99))
+        regret = [
+            float(((b.scores.max - b.scores.chosen) * b.rollouts.answer_mask).sum(1).mean()) for b in (start, end)
+        ]
+        assert regret[1] < 0.9 * regret[0]

@@ -1,0 +1,121 @@
+"""Evaluation inside a run, what is written, and that every written name is explained."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from runs import WORDS, assert_same, examples, logged, make, student, teacher, weights
+from tiny import tiny_tokenizer
+
+from rlkd.evaluation import Evaluator
+from rlkd.metrics import TASK_METRICS
+from rlkd.models.student import Policy
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+def documented():
+    """Names between backticks in the first column of the table, as patterns."""
+    names = set()
+    for line in DOCS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            names.update(re.findall(r"`([^`]+)`", line.split("|")[1]))
+    return names
+
+
+def is_documented(name, names):
+    tasks = {"rouge1", "rouge2", "rougeL", "bleu", "exact_match"}
+    if name in names or name in {"step", "time"}:
+        return True
+    if name.startswith("eval_sample_"):
+        rest = name.removeprefix("eval_sample_")
+        return rest in tasks or f"eval_{rest}" in names
+    return name.removeprefix("eval_") in tasks and "eval_<task metric>" in names
+
+
+@pytest.mark.parametrize("kind", ["ppo", "reinforce", "supervised"])
+def test_every_logged_name_is_explained(tmp_path, kind):
+    names = documented()
+    seen = set()
+    for metric in TASK_METRICS:
+        folder = tmp_path / metric
+        options = {} if kind == "supervised" else {"weak_start": "warn"}
+        make(
+            kind, folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
+            task_metric=TASK_METRICS[metric], **options,
+        ).train()  # fmt: skip
+        seen |= {name for line in logged(folder) for name in line}
+    assert {name for name in seen if not is_documented(name, names)} == set()
+    assert {"loss", "entropy", "grad_norm", "eval_regret", "eval_sample_bleu", "eval_seconds"} <= seen
+
+
+def test_every_explained_name_is_logged(tmp_path):
+    seen = set()
+    for kind, options in (("ppo", {"weak_start": "warn"}), ("reinforce", {})):
+        make(
+            kind,
+            tmp_path / kind,
+            max_steps=4,
+            eval_strategy="steps",
+            eval_steps=4,
+            eval_examples=examples(4),
+            **options,
+        ).train()
+        seen |= {name for line in logged(tmp_path / kind) for name in line}
+    assert {name for name in documented() if "<" not in name and "*" not in name} <= seen
+
+
+def test_evaluate_is_the_evaluator_on_the_first_rows(tmp_path):
+    trainer = make("reinforce", tmp_path, eval_examples=examples(6), eval_limit=4, per_device_eval_batch_size=3, seed=3)
+    metrics = trainer.evaluate()
+    judge = Evaluator(teacher(), tiny_tokenizer(WORDS), examples(6), 512, 5, seed=3)
+    policy = Policy(student(), len(WORDS))
+    expected = judge.summarise(judge.rows(policy, policy, range(4)))
+    assert metrics.pop("eval_seconds") > 0
+    metrics.pop("epoch", None)
+    assert metrics == pytest.approx({f"eval_{k}": v for k, v in expected.items()}, rel=1e-4, abs=1e-5)
+
+
+def test_samples_are_kept_at_each_evaluation(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "sample_table_rows": 3}
+    make("reinforce", tmp_path, max_steps=4, eval_examples=examples(5), **options).train()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2] * 3 + [4] * 3
+    for row in rows:
+        assert {"id", "input", "teacher", "student", "sample_student", "rewards", "sample_rewards"} <= set(row)
+        assert sum(row["rewards"]) == pytest.approx(-row["regret"], abs=1e-4)
+
+
+def test_the_table_of_samples_is_shown_beside_a_progress_bar(tmp_path, capsys):
+    trainer = make("reinforce", tmp_path, eval_examples=examples(5))
+    trainer.args.disable_tqdm = False
+    trainer.evaluate()
+    shown = capsys.readouterr().err
+    assert "samples at step 0" in shown
+    assert all(f"row {i}" in shown for i in range(4))
+
+
+def test_evaluating_changes_no_training(tmp_path):
+    results = []
+    for name, options in (("with", {"eval_strategy": "steps", "eval_steps": 1}), ("without", {})):
+        trainer = make("ppo", tmp_path / name, max_steps=4, eval_examples=examples(4), **options)
+        trainer.train()
+        results.append(weights(trainer.policy))
+    assert_same(*results)
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("DIR", str(tmp_path))):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    make(
+        "reinforce", tmp_path / "run", max_steps=2, report_to="wandb", run_name="tiny", eval_strategy="steps",
+        eval_steps=1, eval_examples=examples(4),
+    ).train()  # fmt: skip
+    wandb.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert "regret" in logged(tmp_path / "run")[0]

@@ -1,0 +1,321 @@
+"""The loss of one minibatch and its gradient, against plain loops over full logits written from the formulas."""
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from runs import EOS, VALID, WORDS, make, student, weights
+from tiny import tiny_tokenizer
+
+from rlkd.records import Example, Rollouts, select_rows
+
+
+def full_logits(model, prompt, answer):
+    """[T, V] logits of every answer position and the decoder states [T, D], one unpadded row."""
+    decoder = torch.tensor([[model.config.decoder_start_token_id, *answer[:-1]]])
+    out = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder, output_hidden_states=True)
+    return out.logits[0, :, :VALID], out.decoder_hidden_states[-1][0]
+
+
+def prompt_ids(text):
+    return tiny_tokenizer(WORDS)(text)["input_ids"]
+
+
+def state_value(q, kind):
+    if kind == "max":
+        return q.max()
+    if kind == "lse":
+        return q.logsumexp(0)
+    return (q.softmax(0) * q).sum()
+
+
+class Row:
+    """One answer with everything the credit needs, as Python numbers."""
+
+    def __init__(self, trainer, minibatch, i):
+        rollouts, args = minibatch.rollouts, trainer.args
+        self.example = rollouts.examples[i]
+        self.n = int(rollouts.answer_mask[i].sum())
+        self.answer = rollouts.answer_ids[i, : self.n].tolist()
+        self.mu = rollouts.behaviour_logps[i, : self.n].tolist()
+        self.prompt = prompt_ids(self.example.student_input)
+        with torch.no_grad():
+            self.q, _ = full_logits(
+                trainer.teacher.adapter.model, prompt_ids(self.example.teacher_inputs[0]), self.answer
+            )
+            reference, _ = full_logits(trainer.reference.student, self.prompt, self.answer)
+            old, hidden = full_logits(trainer.policy.student, self.prompt, self.answer)
+            head = trainer.policy.value_head
+            self.old_values = [0.0] * self.n if head is None else head(hidden).squeeze(-1).tolist()
+        self.reference = [float(reference[t].log_softmax(0)[a]) for t, a in enumerate(self.answer)]
+        self.v = [float(state_value(q, args.reward_value)) for q in self.q]
+        self.a = [float(q[a]) - v for q, a, v in zip(self.q, self.answer, self.v, strict=True)]
+        self.expected = [float(old[t].softmax(0) @ self.q[t]) - self.v[t] for t in range(self.n)]
+        shift = {"log_prob": lambda q: q.logsumexp(0), "centered_logit": lambda q: q.mean(), "raw_logit": lambda q: 0.0}
+        self.gauged_v = [v - float(shift[args.gauge](q)) for q, v in zip(self.q, self.v, strict=True)]
+        self.reward = list(self.a)
+        if args.kl_in == "reward":
+            self.reward = [a - args.kl_coef * (m - r) for a, m, r in zip(self.a, self.mu, self.reference, strict=True)]
+        if args.baseline == "critic":
+            c = [*self.old_values, 0.0]
+            self.x = [self.reward[t] + args.gamma * c[t + 1] - c[t] for t in range(self.n)]
+        else:
+            self.x = self.reward
+
+    def to_go(self, args, t, w=None):
+        """sum over k = t, t + K, t + 2K ... of (gamma lambda)^(k - t) w_k x_k."""
+        w = w or [1.0] * self.n
+        return sum((args.gamma * args.lam) ** (k - t) * w[k] * self.x[k] for k in range(t, self.n, args.k_step))
+
+
+def baselines(args, rows):
+    """b_t of every row: what is taken from the credit (METHOD section 3)."""
+    exact = args.one_step == "exact"
+    out = []
+    for row in rows:
+        b = []
+        others = [r for r in rows if r.example.id == row.example.id and r is not row]
+        for t in range(row.n):
+            if args.baseline == "critic":
+                b.append(row.a[t] - row.expected[t] if exact else 0.0)
+                continue
+            immediate = row.a[t] if exact else 0.0
+            if args.baseline == "none":
+                b.append(immediate - row.gauged_v[t])
+            elif args.baseline == "teacher":
+                b.append(immediate)
+            elif args.baseline == "closed_form":
+                b.append(immediate if exact else row.expected[t])
+            else:
+                rest = [r.to_go(args, t) - (r.a[t] if exact else 0.0) for r in others if t < r.n]
+                b.append(immediate + sum(rest) / len(others))
+        out.append(b)
+    return out
+
+
+def oracle_loss(trainer, rows, ppo):
+    """The loss with the student as it is now; credit from the rollout-time numbers in `rows`."""
+    args = trainer.args
+    b = baselines(args, rows)
+    adv = [[row.to_go(args, t) - b[i][t] for t in range(row.n)] for i, row in enumerate(rows)]
+    mean, std = 0.0, 1.0
+    if args.whiten_advantages:
+        flat = [x for row in adv for x in row]
+        mean = sum(flat) / len(flat)
+        std = math.sqrt(sum((x - mean) ** 2 for x in flat) / len(flat))
+    total, tokens = 0.0, sum(row.n for row in rows)
+    for i, row in enumerate(rows):
+        logits, hidden = full_logits(trainer.policy.student, row.prompt, row.answer)
+        log_pi = logits.log_softmax(-1)
+        ratio = [log_pi[t, a].exp().item() / math.exp(row.mu[t]) for t, a in enumerate(row.answer)]
+        row_loss = 0.0
+        weight = [1.0] * row.n
+        if not ppo and args.importance_weight == "token":
+            weight = [min(r, args.importance_cap) for r in ratio]
+        if not ppo and args.importance_weight == "cumulative":
+            weight = [min(math.prod(ratio[: t + 1]), args.importance_cap) for t in range(row.n)]
+        for t, a in enumerate(row.answer):
+            reached = 1.0
+            if ppo:
+                rho, credit = (log_pi[t, a] - row.mu[t]).exp(), (adv[i][t] - mean) / std
+                clipped = rho.clamp(1 - args.clip_range, 1 + args.clip_range)
+                loss = -torch.minimum(rho * credit, clipped * credit)
+            elif args.importance_weight == "cumulative":
+                credit = (row.to_go(args, t, weight) - weight[t] * (b[i][t] + mean)) / std
+                reached = 1.0 if t == 0 else weight[t - 1]
+                loss = -credit * log_pi[t, a]
+            else:
+                loss = -weight[t] * (adv[i][t] - mean) / std * log_pi[t, a]
+            if args.one_step == "exact":
+                loss = loss - reached * ((log_pi[t].exp() @ row.q[t]) - row.v[t]) / std
+            loss = loss + args.entropy_coef * (log_pi[t].exp() * log_pi[t]).sum()
+            if args.kl_in == "loss":
+                d = row.reference[t] - log_pi[t, a]
+                loss = loss + args.kl_coef * (d.exp() - 1 - d)
+            if args.baseline == "critic":
+                value = trainer.policy.value_head(hidden[t])[0]
+                old, c = row.old_values[t], [*row.old_values, 0.0]
+                target = (
+                    sum(
+                        (args.gamma * args.lam) ** (k - t) * (row.reward[k] + args.gamma * c[k + 1] - c[k])
+                        for k in range(t, row.n)
+                    )
+                    + old
+                )
+                clipped = old + (value - old).clamp(-args.value_clip_range, args.value_clip_range)
+                loss = loss + args.value_coef * 0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2)
+            row_loss = row_loss + loss
+        share = {"token_mean": 1 / tokens, "sequence_mean": 1 / (row.n * len(rows)), "sequence_sum": 1 / len(rows)}
+        total = total + share[args.loss_reduction] * row_loss
+    return total
+
+
+def perturb(module, scale):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def compare(trainer, *, ppo, drift=0.05):
+    """Loss and gradient of the trainer and of the oracle after the student has moved since the rollouts."""
+    trainer.current_gradient_accumulation_steps = 1
+    if trainer.policy.value_head is not None:
+        perturb(trainer.policy.value_head, 0.5)
+    minibatch = next(trainer.experience())["minibatch"]
+    rows = [Row(trainer, minibatch, i) for i in range(len(minibatch.rollouts.examples))]
+    assert len({row.n for row in rows}) > 1
+    perturb(trainer.policy, drift)
+    losses, gradients = [], []
+    for loss in (
+        lambda: trainer.compute_loss(trainer.policy, {"minibatch": minibatch}),
+        lambda: oracle_loss(trainer, rows, ppo),
+    ):
+        trainer.policy.zero_grad()
+        value = loss()
+        value.backward()
+        losses.append(value.item())
+        gradients.append({name: p.grad.clone() for name, p in trainer.policy.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], rel=2e-5, abs=1e-6)
+    scale = max(float(g.abs().max()) for g in gradients[1].values())
+    assert scale > 1e-3
+    for name in gradients[1]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=0, atol=2e-5 * scale, msg=name)
+
+
+BASELINES = ["teacher", "leave_one_out", "closed_form", "critic", "none"]
+VARIANTS = [
+    *({"baseline": b, "one_step": s, "lam": 0.7} for b in BASELINES for s in ("exact", "sampled")),
+    {"baseline": "none", "gauge": "centered_logit", "reward_value": "lse", "lam": 1.0},
+    {"reward_value": "softmax", "gamma": 0.9, "loss_reduction": "sequence_mean"},
+    {"baseline": "critic", "kl_in": "reward", "kl_coef": 0.3, "entropy_coef": 0.2, "value_clip_range": 0.05},
+    {"baseline": "leave_one_out", "one_step": "sampled", "whiten_advantages": True, "loss_reduction": "sequence_sum"},
+    {"baseline": "critic", "whiten_advantages": True, "entropy_coef": 0.1, "kl_coef": 0.5},
+    {"baseline": "teacher", "k_step": 2, "lam": 1.0, "kl_in": "reward"},
+]
+
+
+def name(options):
+    return ",".join(f"{k}={v}" for k, v in options.items())
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=name)
+def test_ppo_loss_and_gradient_equal_plain_loops(tmp_path, options):
+    options = {"minibatches_per_rollout": 1, "clip_range": 0.1, **options}
+    compare(make("ppo", tmp_path, **options), ppo=True)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=name)
+def test_reinforce_loss_and_gradient_equal_plain_loops(tmp_path, options):
+    compare(make("reinforce", tmp_path, importance_cap=1.2, **options), ppo=False)
+
+
+@pytest.mark.parametrize("kind", ["none", "token"])
+def test_reinforce_with_simpler_weights_equals_plain_loops(tmp_path, kind):
+    compare(make("reinforce", tmp_path, importance_weight=kind, importance_cap=1.1, lam=1.0), ppo=False)
+
+
+def test_one_pass_of_ppo_with_an_infinite_clip_is_reinforce(tmp_path):
+    gradients = []
+    for kind, options in (("ppo", {"clip_range": 1e9, "minibatches_per_rollout": 1}), ("reinforce", {})):
+        trainer = make(kind, tmp_path, baseline="leave_one_out", **options)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.compute_loss(trainer.policy, next(trainer.experience())).backward()
+        gradients.append([p.grad for p in trainer.policy.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_recorded_log_probabilities_are_those_of_the_first_update(tmp_path):
+    trainer = make("ppo", tmp_path)
+    minibatch = next(trainer.experience())["minibatch"]
+    r = minibatch.rollouts
+    with torch.no_grad():
+        (logps, _), _ = trainer.policy(r.input_ids, r.input_mask, r.answer_ids, r.answer_mask)
+    torch.testing.assert_close(logps, r.behaviour_logps, rtol=0, atol=1e-5)
+    for i in range(len(r.examples)):
+        row = Row(trainer, minibatch, i)
+        exact, _ = full_logits(trainer.policy.student, row.prompt, row.answer)
+        for t, token in enumerate(row.answer):
+            assert row.mu[t] == pytest.approx(float(exact[t].detach().log_softmax(0)[token]), abs=1e-5)
+
+
+def test_a_one_word_answer_trains_its_word(tmp_path):
+    """Both tokens of [word, end] and the only token of a cut answer enter the loss with their own advantage."""
+    trainer = make("ppo", tmp_path, kl_coef=0.0, one_step="sampled", baseline="teacher", n=16)
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer.annotate(trainer.sample(0))
+    rollouts = batch.rollouts
+    answer_ids = torch.zeros_like(rollouts.answer_ids)
+    answer_ids[:, 0], answer_ids[:, 1] = 3, EOS
+    mask = torch.zeros_like(rollouts.answer_mask)
+    mask[:, :2] = True
+    mask[0, 1] = False
+    rollouts = replace(rollouts, answer_ids=answer_ids, answer_mask=mask, behaviour_logps=torch.zeros(mask.shape))
+    with torch.no_grad():
+        (logps, _), _ = trainer.policy(rollouts.input_ids, rollouts.input_mask, answer_ids, mask)
+    rollouts = replace(rollouts, behaviour_logps=logps)
+    for i, t in ((0, 0), (1, 0), (1, 1)):
+        advantages = torch.zeros(mask.shape)
+        advantages[i, t] = 1.0
+        loss = trainer.compute_loss(
+            trainer.policy, {"minibatch": replace(batch, rollouts=rollouts, advantages=advantages, denominator=1.0)}
+        )
+        assert loss.item() == pytest.approx(-1.0, abs=1e-5)
+
+
+def test_cumulative_weights_are_unbiased_under_a_stale_policy(tmp_path):
+    """Expectation over every answer of at most two tokens, drawn by another policy, against the true gradient."""
+    trainer = make(
+        "reinforce", tmp_path, baseline="teacher", lam=1.0, kl_coef=0.0, importance_cap=1e9, max_new_tokens=2,
+        loss_reduction="sequence_sum", sync_every=2, one_step="exact",
+    )  # fmt: skip
+    perturb(trainer.policy, 0.3)
+    trainer.current_gradient_accumulation_steps = 1
+    words = [a for a in range(VALID) if a != EOS]
+    answers = [(EOS,), *product(words, range(VALID))]
+    example = Example("x", "a b", ("copy : a b",))
+    prompt = prompt_ids(example.student_input)
+    ids = torch.tensor([[*y, 0][:2] for y in answers])
+    mask = torch.tensor([[True, len(y) == 2] for y in answers])
+
+    def sequence_logp(model):
+        return torch.stack(
+            [full_logits(model, prompt, list(y))[0].log_softmax(-1)[range(len(y)), list(y)].sum() for y in answers]
+        )
+
+    teacher_logits = {
+        y: full_logits(trainer.teacher.adapter.model, prompt_ids(example.teacher_inputs[0]), list(y))[0].detach()
+        for y in answers
+    }
+    returns = torch.tensor(
+        [sum(float(q[t, a] - q[t].max()) for t, a in enumerate(y)) for y, q in teacher_logits.items()]
+    )
+    (sequence_logp(trainer.policy.student).exp() * -returns).sum().backward()
+    truth = torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])
+
+    inputs = torch.tensor([prompt] * len(answers))
+    given = (inputs, torch.ones_like(inputs).bool(), ids, mask)
+    with torch.no_grad():
+        (mu, _), _ = trainer.behaviour(*given)
+        chance = sequence_logp(student()).exp()
+    assert float(chance.sum()) == pytest.approx(1.0, abs=1e-5)
+    finished = torch.tensor([y[-1] == EOS for y in answers])
+    rollouts = Rollouts([example] * len(answers), *given, mu, finished)
+    minibatch = trainer.annotate(rollouts)
+    trainer.policy.zero_grad()
+    for i in range(len(answers)):
+        row = replace(select_rows(minibatch, torch.tensor([i])), denominator=1.0)
+        (chance[i] * trainer.compute_loss(trainer.policy, {"minibatch": row})).backward()
+    got = torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])
+    torch.testing.assert_close(got, truth, rtol=0, atol=2e-4 * float(truth.abs().max()))
+
+
+def test_only_the_answer_of_the_policy_is_trained_not_the_teacher_or_the_reference(tmp_path):
+    trainer = make("ppo", tmp_path, max_steps=4)
+    frozen = [weights(trainer.teacher.adapter.model), weights(trainer.reference)]
+    trainer.train()
+    for before, module in zip(frozen, (trainer.teacher.adapter.model, trainer.reference), strict=True):
+        assert all(torch.equal(before[n], t) for n, t in module.state_dict().items())

@@ -1,0 +1,55 @@
+"""Two processes with half the rows each are the same run as one process with all of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import logged
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+TIMES = ("time", "seconds", "per_second", "runtime")
+# Sums of float32 gradients in another order, a few Adam steps later.
+WEIGHTS, METRICS = 2e-5, 1e-4
+
+
+def launch(kind, folder, processes):
+    launcher = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, *launcher, str(SCRIPT), kind, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("kind", ["ppo", "reinforce", "supervised"])
+def test_two_processes_are_one_run(tmp_path, kind):
+    for processes in (1, 2):
+        launch(kind, tmp_path / str(processes), processes)
+    one, two = (load_file(tmp_path / str(n) / "model.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=WEIGHTS, msg=lambda m, n=name: f"{n}: {m}")
+    lines = [logged(tmp_path / str(n)) for n in (1, 2)]
+    assert len(lines[0]) == len(lines[1])
+    for first, second in zip(*lines, strict=True):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            if not any(part in key for part in TIMES):
+                assert second[key] == pytest.approx(value, rel=METRICS, abs=METRICS), (key, first["step"])
+    samples = [
+        [json.loads(line) for line in (tmp_path / str(n) / "samples.jsonl").read_text().splitlines()] for n in (1, 2)
+    ]
+    assert [row["id"] for row in samples[1]] == [f"row {i}" for i in range(5)] * (len(samples[1]) // 5)
+    for first, second in zip(*samples, strict=True):
+        assert [first[k] for k in ("step", "id", "student", "teacher", "sample_student")] == [
+            second[k] for k in ("step", "id", "student", "teacher", "sample_student")
+        ]
