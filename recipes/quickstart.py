@@ -283,8 +283,8 @@ def slug(arm: str) -> str:
 
 
 def print_table(results: dict[str, Any], seeds: list[int], split: str) -> None:
-    """Teacher and arms; mean over seeds, and [lowest, highest]."""
-    table = Table(title=f"{split} notes, mean [min, max] over {len(seeds)} seed(s)".replace("[", "\\["))
+    """Teacher and arms; mean over seeds, and (lowest, highest)."""
+    table = Table(title=f"{split} notes: mean and (lowest, highest) of {len(seeds)} seed(s)")
     table.add_column("")
     for title, _, unit in COLUMNS.values():
         table.add_column(f"{title}\n{unit}", justify="right")
@@ -293,7 +293,7 @@ def print_table(results: dict[str, Any], seeds: list[int], split: str) -> None:
         for name, (_, factor, unit) in COLUMNS.items():
             values = [factor * run[name] for run in results[arm] if name in run]
             digits = 2 if unit == "nats" else 1
-            spread = f"\n[{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
+            spread = f"\n({min(values):.{digits}f}, {max(values):.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
         table.add_row(arm, *cells)
     Console(width=120).print(table)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 
-from quickstart_task import make_examples, make_tokenizer
+from quickstart_task import make_examples, make_tokenizer, write_answer
 
 
 def write_tiny(folder: Path, rows: int = 64) -> None:
@@ -33,10 +34,12 @@ def write_tiny(folder: Path, rows: int = 64) -> None:
         )
         T5ForConditionalGeneration(config).save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
+    rng = random.Random(0)
     for seed, part in enumerate(("train", "validation")):
         with (folder / f"{part}.jsonl").open("w") as file:
             for example in make_examples(rows, seed):
-                file.write(json.dumps({"note": example.student_input, "answer": " ".join(example.references)}) + "\n")
+                packed = frozenset(map(int, example.references))
+                file.write(json.dumps({"note": example.student_input, "answer": write_answer(packed, rng)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""The recipes as a user runs them: tiny twins end to end, configurations that parse, bad input answered in one screen."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import save_pretrained, tiny_t5, tiny_tokenizer
+from transformers import AutoModelForSeq2SeqLM, GPT2Config
+
+from rlkd import DataArguments, PPOArguments, ReinforceArguments, SupervisedArguments, TeacherArguments, parse_config
+from rlkd.models.trl_compat import ModelConfig
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+KINDS = {"ppo": PPOArguments, "reinforce": ReinforceArguments, "seqkd": SupervisedArguments}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    """A folder as the tiny twins expect it: recipes/, and runs/tiny with models, rows and labels."""
+    folder = tmp_path_factory.mktemp("user")
+    shutil.copytree(RECIPES, folder / "recipes")
+    _python(folder, "recipes/tiny_models.py", "--to", "runs/tiny")
+    command = "generate-pseudolabels --teacher runs/tiny/teacher --dataset runs/tiny/train.jsonl --input-column note"
+    command += " --templates recipes/tiny_templates.yaml --strategy sample --max-new-tokens 8 --out runs/tiny/labels"
+    _python(folder, "-c", "from rlkd.cli.main import main; main()", *command.split())
+    return folder
+
+
+def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def _recipe(kind: str, folder: Path, monkeypatch, *flags: str) -> None:
+    """Run a recipe in this process with its tiny twin; SystemExit carries the exit code."""
+    monkeypatch.chdir(folder)
+    path = f"recipes/{kind}_t0_to_t5"
+    monkeypatch.setattr(sys, "argv", [f"{path}.py", "--config", f"{path}.tiny.yaml", *flags])
+    runpy.run_path(f"{path}.py", run_name="__main__")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", ["", ".tiny"])
+def test_shipped_configurations_parse(kind, size):
+    path = RECIPES / f"{kind}_t0_to_t5{size}.yaml"
+    types = (DataArguments, TeacherArguments, ModelConfig, KINDS[kind])
+    parsed = parse_config(types, ["--config", str(path), "--bf16", "false"])
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    for name, value in yaml.safe_load(path.read_text()).items():
+        if name not in ("bf16", "report_to"):
+            assert values[name] == value or str(values[name]) == str(value), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_twin_trains_saves_and_resumes(kind, tiny_run, monkeypatch):
+    out = tiny_run / "runs" / "tiny" / kind
+    _recipe(kind, tiny_run, monkeypatch)
+    _, info = AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    names = {key for line in (out / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert {"loss", "eval_regret", "eval_match", "eval_exact_match", "eval_length", "eval_finish_rate"} <= names
+
+    # Four steps in one run, or two and two more: the same student.
+    resume = (
+        "--resume_from_checkpoint",
+        str(out / "checkpoint-2"),
+        "--max_steps",
+        "4",
+        "--lr_scheduler_type",
+        "constant",
+    )
+    straight, resumed = out.with_name(f"{kind}-straight"), out.with_name(f"{kind}-resumed")
+    constant = ("--lr_scheduler_type", "constant")
+    _recipe(kind, tiny_run, monkeypatch, "--output_dir", str(straight), "--max_steps", "4", *constant)
+    _recipe(kind, tiny_run, monkeypatch, "--output_dir", str(out), *constant)
+    _recipe(kind, tiny_run, monkeypatch, "--output_dir", str(resumed), *resume)
+    models = [AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (straight, resumed)]
+    for (name, one), (_, other) in zip(*(model.named_parameters() for model in models), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.multi
+def test_accelerate_launch_runs_the_ppo_twin(tiny_run):
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "recipes/ppo_t0_to_t5.py"]
+    _python(tiny_run, *launch, "--config", "recipes/ppo_t0_to_t5.tiny.yaml", "--output_dir", "runs/tiny/launched")
+    assert (tiny_run / "runs" / "tiny" / "launched" / "model.safetensors").exists()
+
+
+def _bad_inputs(folder: Path) -> dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]]:
+    """Flags, the exit code, and what the one screen must say."""
+    tiny = folder / "runs" / "tiny"
+    (tiny / "empty.jsonl").write_text("")
+    GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1).save_pretrained(tiny / "decoder")
+    words = [*tiny_tokenizer().get_vocab(), "extra"]
+    save_pretrained(tiny / "foreign", tiny_t5(), tiny_tokenizer(words))
+    return {
+        "missing column": (("--input_column", "nota"), 3, ("train.jsonl", "nota", "note", "input_column")),
+        "empty file": (("--dataset", str(tiny / "empty.jsonl")), 3, ("empty.jsonl", "empty")),
+        "missing file": (("--dataset", str(tiny / "nowhere.jsonl")), 3, ("nowhere.jsonl",)),
+        "unknown template": (
+            ("--templates", "recipes/tiny_templates.yaml:what is lef"),
+            3,
+            ("tiny_templates.yaml", "what is lef", "what is left"),
+        ),
+        "vocabulary": (("--teacher", str(tiny / "foreign")), 2, ("vocabularies", "tokens", "first difference at id")),
+        "decoder-only teacher": (("--teacher", str(tiny / "decoder")), 2, ("teacher", "decoder", "gpt2", "T5")),
+        "float16": (("--teacher_dtype", "float16"), 2, ("teacher_dtype", "bfloat16", "float32")),
+        "no such teacher": (("--teacher", str(tiny / "nobody")), 2, ("teacher", "nobody")),
+        "flag typo": (("--kl_coeff", "0.1"), 2, ("kl_coeff", "kl_coef")),
+        "bad value": (("--reward_value", "maxx"), 2, ("reward_value", "max", "lse", "softmax")),
+        "bad combination": (("--rollouts_per_prompt", "3"), 2, ("rollouts_per_prompt", "divide")),
+    }
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_screen_before_any_weights_load(tiny_run, monkeypatch, capsys):
+    def weights(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("rlkd.trainers.setup.load_encoder_decoder", weights)
+    for what, (flags, code, words) in _bad_inputs(tiny_run).items():
+        with pytest.raises(SystemExit) as exit_info:
+            _recipe("ppo", tiny_run, monkeypatch, *flags)
+        screen = capsys.readouterr().err
+        assert exit_info.value.code == code, (what, screen)
+        assert "Traceback" not in screen, what
+        assert len(screen.splitlines()) <= 24, (what, screen)
+        for word in words:
+            assert word in screen, (what, word, screen)
+
+
+@pytest.mark.slow
+def test_yaml_typo_names_file_line_and_nearest_key(tiny_run, monkeypatch, capsys):
+    path = tiny_run / "recipes" / "typo.yaml"
+    path.write_text((tiny_run / "recipes" / "ppo_t0_to_t5.tiny.yaml").read_text() + "learning_rat: 0.1\n")
+    line = len(path.read_text().splitlines())
+    with pytest.raises(SystemExit) as exit_info:
+        _recipe("ppo", tiny_run, monkeypatch, "--config", str(path))
+    screen = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert "config" in screen  # two --config are refused
+
+    monkeypatch.setattr(sys, "argv", ["recipes/ppo_t0_to_t5.py", "--config", str(path)])
+    with pytest.raises(SystemExit):
+        runpy.run_path("recipes/ppo_t0_to_t5.py", run_name="__main__")
+    screen = capsys.readouterr().err
+    assert f"typo.yaml:{line}" in screen
+    assert "learning_rate" in screen
+
+
+@pytest.mark.slow
+def test_nan_in_the_teacher_stops_with_row_ids(tiny_run, monkeypatch, capsys):
+    broken = tiny_run / "runs" / "tiny" / "broken"
+    shutil.copytree(tiny_run / "runs" / "tiny" / "teacher", broken)
+    model = AutoModelForSeq2SeqLM.from_pretrained(broken)
+    model.decoder.final_layer_norm.weight.data[0] = float("nan")
+    model.save_pretrained(broken)
+    with pytest.raises(SystemExit) as exit_info:
+        _recipe("ppo", tiny_run, monkeypatch, "--teacher", str(broken), "--output_dir", str(tiny_run / "runs" / "nan"))
+    screen = capsys.readouterr().err
+    assert exit_info.value.code == 5
+    assert "teacher's logits are not finite" in screen
+    assert not (tiny_run / "runs" / "nan" / "model.safetensors").exists()
