@@ -68,16 +68,19 @@ class Plan:
     """Sizes of a run: FULL is what the README reports, QUICK only shows that everything runs."""
 
     teacher_rows: int = 60_000
-    teacher_steps: int = 1200
+    teacher_steps: int = 1000
     notes: int = 6000
-    held_out: int = 1000
-    warmup_steps: int = 1000
-    rl_steps: int = 200
+    held_out: int = 600
+    warmup_steps: int = 1200
+    reinforce_steps: int = 200
+    ppo_steps: int = 260
 
 
 FULL = Plan()
-QUICK = Plan(teacher_rows=2000, teacher_steps=40, notes=400, held_out=60, warmup_steps=40, rl_steps=8)
-RL = {"per_device_train_batch_size": 64, "rollouts_per_prompt": 4, "learning_rate": 2e-3, "lam": 0.5}
+QUICK = Plan(
+    teacher_rows=2000, teacher_steps=40, notes=400, held_out=60, warmup_steps=40, reinforce_steps=8, ppo_steps=8
+)
+RL = {"rollouts_per_prompt": 1, "learning_rate": 1.5e-3, "lam": 0.2, "kl_coef": 0.02}
 
 
 def build_model(tokenizer: Any, *, width: int, seed: int) -> Any:
@@ -245,12 +248,14 @@ class Seed:
         return load_encoder_decoder(str(self.home / slug(WARM_UP)), "student")
 
     def reinforce(self) -> dict[str, float]:
-        arguments = self.arguments(ReinforceArguments, "REINFORCE", max_steps=self.plan.rl_steps, **RL)
+        arguments = self.arguments(
+            ReinforceArguments, "REINFORCE", max_steps=self.plan.reinforce_steps, baseline="teacher", **RL
+        )
         trainer = ReinforceTrainer(self.warm_student(), arguments, train_examples=self.unlabeled(), **self.shared())
         return judge(trainer, train(trainer, f"seed {self.seed}, REINFORCE"))
 
     def ppo(self) -> dict[str, float]:
-        arguments = self.arguments(PPOArguments, "PPO", max_steps=self.plan.rl_steps, **RL)
+        arguments = self.arguments(PPOArguments, "PPO", max_steps=self.plan.ppo_steps, **RL)
         trainer = PPOTrainer(self.warm_student(), arguments, train_examples=self.unlabeled(), **self.shared())
         return judge(trainer, train(trainer, f"seed {self.seed}, PPO"))
 

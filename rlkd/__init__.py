@@ -1,4 +1,6 @@
-"""rlkd: distil a large prompted language model into a small fast one by reinforcement learning on the teacher's own log-probs."""
+"""rlkd: distil a large prompted language model into a small fast one by reinforcement learning on the teacher's own
+log-probs.
+"""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Minibatch:
 
     rollouts, scores  as above
     advantages        [B, R] credit of each sampled token after its baseline
-    rewards           [B, R] the terms the credit sums over steps to come (with a critic, temporal differences)
+    rewards           [B, R] the terms whose discounted sum is the credit before its baseline
     old_values        [B, R] critic values at rollout time (zeros without a critic); returns [B, R] their targets
     reference_logps   [B, R] log-probabilities under the initial student (zeros if no leash)
     reward_offset     [B, R] V(s_t) of the teacher in the raw-logit gauge, so that E_pi[A_V] = E_pi[q] - V

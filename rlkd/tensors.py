@@ -53,3 +53,8 @@ def length_mask(lengths: Tensor | list[int], width: int | None = None) -> Tensor
     lengths = torch.as_tensor(lengths)
     width = int(lengths.max()) if width is None else width
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def unpack(packed: Tensor, mask: Tensor) -> Tensor:
+    """Values [N] of the True positions of `mask` [B, R] back in their places, zeros elsewhere; differentiable."""
+    return torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(mask, packed)

@@ -1,4 +1,6 @@
-"""The recipes as a user runs them: tiny twins end to end, configurations that parse, bad input answered in one screen."""
+"""The recipes as a user runs them: tiny twins end to end, configurations that parse, bad input answered in one
+screen.
+"""
 
 from __future__ import annotations
 

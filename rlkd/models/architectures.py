@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ModelError
 from ..tensors import length_mask, pad_stack
@@ -117,7 +117,7 @@ class EncoderDecoder:
     def answer_hidden(
         self, states: list[Tensor], answer_ids: Tensor, lengths: list[int], batch_tokens: int = 4096
     ) -> Tensor:
-        """`hidden` [B, R, D] for encoder states [P_i, D], batched by length and only as wide as needed; 0 after an answer."""
+        """`hidden` [B, R, D] for encoder states [P_i, D], batched by length, as wide as needed; 0 after an answer."""
         rows: list[Tensor | None] = [None] * len(states)
         for batch in batches_by_length(
             [n + len(s) for n, s in zip(lengths, states, strict=True)], batch_tokens, self._padding
@@ -210,7 +210,8 @@ def load_config(name: str, role: str, revision: str | None = None) -> Any:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{role} '{name}' is neither a folder here nor a model that could be fetched from the hub: {str(error).splitlines()[0]}"
+            f"{role} '{name}' is neither a folder here nor a model that could be fetched from the hub: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
@@ -258,7 +259,7 @@ def load_encoder_decoder(
     return model
 
 
-def protect_untied_head(model: nn.Module) -> None:
+def protect_untied_head(model: Any) -> None:
     """Keep a later tie_weights() from overwriting an untied lm_head (T0, Flan-T5, v1.1).
 
     T5Config forces tie_word_embeddings=True, and the model class lists lm_head.weight as tied to shared.weight.
@@ -268,6 +269,6 @@ def protect_untied_head(model: nn.Module) -> None:
     if not isinstance(keys, dict) or "lm_head.weight" not in keys:
         return
     if model.lm_head.weight is not model.get_input_embeddings().weight:
-        model._tied_weights_keys = {k: v for k, v in keys.items() if k != "lm_head.weight"}  # type: ignore[assignment]
+        model._tied_weights_keys = {k: v for k, v in keys.items() if k != "lm_head.weight"}
         if isinstance(getattr(model, "all_tied_weights_keys", None), dict):
-            model.all_tied_weights_keys.pop("lm_head.weight", None)  # type: ignore[union-attr, operator]
+            model.all_tied_weights_keys.pop("lm_head.weight", None)

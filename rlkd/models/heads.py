@@ -6,6 +6,7 @@ entropies, exact expectations and divergences are all functions of one chunk of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# One chunk of float32 logits: 16 MiB, or 130 tokens at V = 32,100. Fewer tokens make the matrix product slower, more only
-# cost memory.
-CHUNK_ELEMENTS = 2**22
+# One chunk of logits, at least: 32 MiB in float32, or 262 tokens at V = 32,100. From that size on glibc maps every buffer
+# by itself and gives it back when it is freed. Smaller buffers share a heap that fragments, to many times what is in use.
+CHUNK_ELEMENTS = 2**23
 
 TokenFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -49,7 +50,7 @@ class Head:
         own parameters, not in token_args: the backward pass computes each chunk's logits again.
         Returns: one [N] tensor per output of `function`.
         """
-        chunk = chunk_tokens or max(16, CHUNK_ELEMENTS // self.valid_vocab)
+        chunk = chunk_tokens or max(16, math.ceil(CHUNK_ELEMENTS / self.valid_vocab))
         outputs = _ChunkedHead.apply(self, function, chunk, hidden, self.weight, self.bias, *token_args)
         return outputs
 
@@ -65,7 +66,7 @@ class _ChunkedHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         *args: Tensor,
-    ):
+    ) -> tuple[Tensor, ...]:
         ctx.head, ctx.function, ctx.chunk = head, function, chunk
         ctx.save_for_backward(hidden, weight, bias, *args)
         outputs: tuple[Tensor, ...] = ()
@@ -81,7 +82,7 @@ class _ChunkedHead(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         head, chunk = ctx.head, ctx.chunk
         hidden, weight, bias, *args = ctx.saved_tensors
         v = head.valid_vocab

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objectives.policy import token_statistics
+from ..tensors import unpack
 from .architectures import EncoderDecoder
 from .heads import TokenFunction
 
@@ -69,7 +70,7 @@ class Policy(nn.Module):
             if self.value_head is None
             else self.value_head(packed.to(self.value_head.weight.dtype)).squeeze(-1)
         )
-        return tuple(_unpack(o, answer_mask) for o in outputs), _unpack(values, answer_mask)
+        return tuple(unpack(o, answer_mask) for o in outputs), unpack(values, answer_mask)
 
     def _encode(self, input_ids: Tensor, input_mask: Tensor) -> list[Tensor]:
         """Encoder states [P_i, D] of each row; a prompt shared by several rollouts is encoded once."""
@@ -114,9 +115,3 @@ class Policy(nn.Module):
             self.student.load_state_dict(loaded.state_dict())
         if self.value_head is not None:
             self.value_head.load_state_dict(load_file(Path(folder) / VALUE_HEAD_FILE, device=str(device)))
-
-
-def _unpack(packed: Tensor, mask: Tensor) -> Tensor:
-    """[N] back to [B, R] with zeros where `mask` is False; differentiable."""
-    grid = torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device)
-    return grid.masked_scatter(mask, packed)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import DivergenceError
 from ..objectives.rewards import pool_templates, token_scores
 from ..records import TeacherScores
+from ..tensors import unpack
 from .architectures import EncoderDecoder
 from .vocabulary import encode_texts
 
@@ -111,7 +112,7 @@ class Teacher:
             states = self.encode([texts[k] for texts in teacher_inputs])
             per_template.append(self.adapter.answer_hidden(states, answer_ids, lengths, self.batch_tokens))
         if self.combination == "pool":
-            per_template = [sum(per_template) / len(per_template)]
+            per_template = [torch.stack(per_template).mean(0)]
         scores = [self._scores(hidden, answer_ids, answer_mask, with_hidden) for hidden in per_template]
         combined = pool_templates(scores) if len(scores) > 1 else scores[0]
         self._check_finite(combined, ids)
@@ -119,12 +120,8 @@ class Teacher:
 
     def _scores(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor, with_hidden: bool) -> TeacherScores:
         values = self.adapter.head().map(token_scores, hidden[mask], answer_ids[mask])
-        grids = []
-        for value in values:
-            grid = torch.zeros(mask.shape, dtype=value.dtype, device=value.device)
-            grid[mask] = value
-            grids.append(grid)
-        return TeacherScores(*grids, hidden=hidden if with_hidden else None)
+        chosen, largest, logsumexp, mean, entropy = (unpack(value, mask) for value in values)
+        return TeacherScores(chosen, largest, logsumexp, mean, entropy, hidden if with_hidden else None)
 
     def _check_finite(self, scores: TeacherScores, ids: list[str] | None) -> None:
         good = torch.isfinite(scores.chosen) & torch.isfinite(scores.logsumexp) & torch.isfinite(scores.entropy)

@@ -36,14 +36,13 @@ def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     maximum = logits.amax(-1)
     shift = maximum.detach()
-    # One exponential serves the normaliser and the entropy: H = log sum_a e^z - sum_a e^z z / sum_a e^z, z = q - max q.
-    shifted = logits - shift[:, None]
-    weights = shifted.exp()
+    # One exponential, in place, serves the normaliser and the entropy: H = logsumexp q - sum_a p(a) q(a).
+    weights = (logits - shift[:, None]).exp_()
     total = weights.sum(-1)
-    log_total = total.log()
-    entropy = log_total - (weights * shifted).sum(-1) / total
+    logsumexp = shift + total.log()
+    entropy = (logsumexp - (weights * logits).sum(-1) / total).clamp(min=0)
     chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
-    return chosen, maximum, shift + log_total, logits.mean(-1), entropy
+    return chosen, maximum, logsumexp, logits.mean(-1), entropy
 
 
 def state_value(scores: TeacherScores, value: Value = "max") -> Tensor:

@@ -91,7 +91,7 @@ class RLArguments(DistillationArguments):
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
     lam: float = field(
-        default=0.5, metadata={"help": "Credit horizon: 0 immediate regret (safe, biased) .. 1 full return (unbiased)."}
+        default=0.2, metadata={"help": "Credit horizon: 0 immediate regret (safe, biased) .. 1 full return (unbiased)."}
     )
     k_step: int = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
     one_step: Literal["exact", "sampled"] = field(

@@ -35,7 +35,6 @@ from ..objectives.advantages import (
     assign_credit,
     explained_variance,
     regret_per_sequence,
-    temporal_difference,
 )
 from ..objectives.policy import (
     adapt_kl_coef,
@@ -197,7 +196,7 @@ class RLTrainer(DistillationTrainer):
             teacher_value=teacher_baseline(scores, args.reward_value, args.gauge),
         )
         advantages, scale = self.scale_advantages(advantages, mask)
-        rewards = scale * temporal_difference(reward, values, mask, args.gamma)
+        rewards = scale * reward * mask
         mean_kl = self.record_experience(rollouts, scores, advantages, values, returns, kl)
         minibatch = Minibatch(
             rollouts,

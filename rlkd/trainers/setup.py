@@ -1,4 +1,6 @@
-"""From settings to loaded models and data, for the recipes: everything that can fail cheaply fails before weights load."""
+"""From settings to loaded models and data, for the recipes: everything that can fail cheaply fails before weights
+load.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class DataArguments:
     templates: list[str] = field(
         default_factory=lambda: ["dialogsum"],
         metadata={
-            "help": "What the teacher is asked: dataset[:Template name] or file.yaml[:Template name]; several are combined."
+            "help": "What the teacher is asked: dataset[:Template name] or file.yaml[:Template name]; several are "
+            "combined."
         },
     )
     student_template: str | None = field(
@@ -125,7 +128,7 @@ def prepare(
         from peft import get_peft_model
 
         student.lora_task_type = "SEQ_2_SEQ_LM"
-        model = get_peft_model(model, get_peft_config(student))
+        model = get_peft_model(model, get_peft_config(student))  # type: ignore[arg-type]
     frozen = load_encoder_decoder(
         teacher.teacher, "teacher", dtype=teacher.teacher_dtype, revision=teacher.teacher_revision
     )
@@ -180,7 +183,8 @@ def _load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
         found = load_templates(data.student_template)
         if len(found) != 1:
             raise ConfigError(
-                f"student_template = {data.student_template!r} names {len(found)} templates: add one's name after a colon"
+                f"student_template = {data.student_template!r} names {len(found)} templates: add one's name after a "
+                f"colon"
             )
         student_template = found[0]
     sources = {

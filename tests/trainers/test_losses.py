@@ -58,11 +58,7 @@ class Row:
         self.reward = list(self.a)
         if args.kl_in == "reward":
             self.reward = [a - args.kl_coef * (m - r) for a, m, r in zip(self.a, self.mu, self.reference, strict=True)]
-        if args.baseline == "critic":
-            c = [*self.old_values, 0.0]
-            self.x = [self.reward[t] + args.gamma * c[t + 1] - c[t] for t in range(self.n)]
-        else:
-            self.x = self.reward
+        self.x = self.reward
 
     def to_go(self, args, t, w=None):
         """sum over k = t, t + K, t + 2K ... of (gamma lambda)^(k - t) w_k x_k."""
@@ -79,7 +75,7 @@ def baselines(args, rows):
         others = [r for r in rows if r.example.id == row.example.id and r is not row]
         for t in range(row.n):
             if args.baseline == "critic":
-                b.append(row.a[t] - row.expected[t] if exact else 0.0)
+                b.append(row.old_values[t] + (row.a[t] - row.expected[t] if exact else 0.0))
                 continue
             immediate = row.a[t] if exact else 0.0
             if args.baseline == "none":
@@ -136,14 +132,7 @@ def oracle_loss(trainer, rows, ppo):
                 loss = loss + args.kl_coef * (d.exp() - 1 - d)
             if args.baseline == "critic":
                 value = trainer.policy.value_head(hidden[t])[0]
-                old, c = row.old_values[t], [*row.old_values, 0.0]
-                target = (
-                    sum(
-                        (args.gamma * args.lam) ** (k - t) * (row.reward[k] + args.gamma * c[k + 1] - c[k])
-                        for k in range(t, row.n)
-                    )
-                    + old
-                )
+                old, target = row.old_values[t], row.to_go(args, t)
                 clipped = old + (value - old).clamp(-args.value_clip_range, args.value_clip_range)
                 loss = loss + args.value_coef * 0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2)
             row_loss = row_loss + loss
