@@ -11,9 +11,7 @@ def main() -> None:
     data, teacher, student, training = parse_config((DataArguments, TeacherArguments, ModelConfig, ReinforceArguments))
     setup = prepare(data, teacher, student, training)
     trainer = ReinforceTrainer(setup.student, training, train_examples=setup.train_examples, **setup.trainer_inputs())
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.evaluate()
-    trainer.save_model()
+    trainer.run()
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ def main() -> None:
         )
     setup = prepare(data, teacher, student, training)
     trainer = SupervisedTrainer(setup.student, training, train_dataset=setup.pseudo_labels, **setup.trainer_inputs())
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.evaluate()
-    trainer.save_model()
+    trainer.run()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,11 @@ SEPARATOR = "|||"
 # promptsource's own stand-in for a separator inside a field, so that a row cannot inject a target of its own.
 PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 TEMPLATE_FILE = "templates.yaml"
-PACKAGE_PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
+# Beside the package in a checkout, inside it once installed (see pyproject.toml).
+PACKAGE_PROMPTS = next(
+    (p for p in (Path(__file__).resolve().parents[i] / "prompts" for i in (2, 1)) if p.is_dir()),
+    Path("prompts").resolve(),
+)
 ROW_RANDOM = "__row_random__"
 
 

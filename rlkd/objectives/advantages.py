@@ -153,9 +153,9 @@ def assign_credit(
         closed_form    S_t - E_{a~pi}[A_V(s_t, a)]        (`expected`)
         leave_one_out  S_t - mean of the prompt's other rollouts' S_t
         critic         S_t - C(s_t), C a learned estimate of E_pi[S_t]        (`values`)
-    lam is the horizon under every baseline: it is GAE's lambda with the teacher's V as critic, and a discount to C, whose
-    own GAE runs at lambda 1. Bootstrapping C over the full return instead would bring back, at any lambda, the early
-    end-of-sequence that a short horizon rules out: ending a row saves -C(s_t).
+    lam is the horizon under every baseline: it is GAE's lambda with the teacher's V as critic, and a discount to C,
+    whose own GAE runs at lambda 1. Bootstrapping C over the full return instead would bring back, at any lambda, the
+    early end-of-sequence that a short horizon rules out: ending a row saves -C(s_t).
     `immediate` [B, R] is A_V where the loss carries the exact one-step term: it is then taken out of the credit, which
     keeps the future only. Raises ValueError for an unknown baseline.
     """

@@ -99,6 +99,15 @@ class DistillationTrainer(Trainer):
         """Where metrics, samples, checkpoints and the final student go."""
         return Path(str(self.args.output_dir))
 
+    def run(self) -> None:
+        """A whole job, as the recipes run it: train (or resume), judge, save the student, say where it is."""
+        self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        metrics = self.evaluate()
+        self.save_model()
+        if self.is_world_process_zero():
+            shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3g}" for name, value in metrics.items())
+            print(f"held-out: {shown}\nstudent and metrics.jsonl saved in {self.run_folder}")
+
     # Evaluation: the Evaluator replaces the Trainer's loss-only loop.
 
     def evaluate(
