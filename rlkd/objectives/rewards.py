@@ -35,12 +35,13 @@ def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     maximum = logits.amax(-1)
-    shift = maximum.detach()
-    # One exponential, in place, serves the normaliser and the entropy: H = logsumexp q - sum_a p(a) q(a).
-    weights = (logits - shift[:, None]).exp_()
+    # One exponential serves the normaliser and the entropy H = logsumexp d - sum_a p(a) d(a), with d = q - max q <= 0
+    # so that large logits do not cancel.
+    below = logits - maximum.detach()[:, None]
+    weights = below.exp()
     total = weights.sum(-1)
-    logsumexp = shift + total.log()
-    entropy = (logsumexp - (weights * logits).sum(-1) / total).clamp(min=0)
+    logsumexp = maximum.detach() + total.log()
+    entropy = (total.log() - torch.einsum("nv,nv->n", weights, below) / total).clamp(min=0)
     chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
     return chosen, maximum, logsumexp, logits.mean(-1), entropy
 

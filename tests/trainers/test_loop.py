@@ -245,7 +245,7 @@ def test_weak_start_warns_refuses_or_is_ignored(tmp_path, caplog, monkeypatch):
     assert "weak start" in caplog.text
     trainer = make("reinforce", tmp_path / "refuse", weak_start="refuse", max_steps=1)
     before = weights(trainer.policy)
-    with pytest.raises(ConfigError, match=r"weak start.*lam = 0.5.*refuse"):
+    with pytest.raises(ConfigError, match=r"weak start.*lam = 0.2.*refuse"):
         trainer.train()
     assert_same(before, weights(trainer.policy))
     caplog.clear()
