@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # One chunk of logits, at least: 32 MiB in float32, or 262 tokens at V = 32,100. From that size on glibc maps every
-# buffer by itself and gives it back when it is freed; smaller ones share a heap that fragments to many times their size.
+# buffer by itself and gives it back when freed; smaller ones share a heap that fragments to many times their size.
 CHUNK_ELEMENTS = 2**23
 
 TokenFunction = Callable[..., tuple[Tensor, ...]]
