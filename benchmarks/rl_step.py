@@ -16,12 +16,12 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from common import arguments, interleave, report, show
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
+from common import arguments, interleave, report, show
 from rlkd.generation.decode import decode, sampler
 from rlkd.models.architectures import EncoderDecoder
 from rlkd.models.student import Policy

@@ -13,9 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from common import arguments, interleave, peak_extra_memory, report, show
 from torch import Tensor
 
+from common import arguments, interleave, peak_extra_memory, report, show
 from rlkd.models.heads import Head
 from rlkd.objectives.policy import token_statistics
 from rlkd.objectives.rewards import token_scores

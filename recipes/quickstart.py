@@ -26,13 +26,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import quickstart_task as task
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+import quickstart_task as task
 from rlkd import (
     EncoderDecoder,
     PPOArguments,

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny import VALID, tiny_t5, tiny_teacher, tiny_tokenizer
 
 from rlkd.evaluation import Evaluator
 from rlkd.metrics import exact_match
 from rlkd.models.student import Policy
 from rlkd.records import Example
+from tiny import VALID, tiny_t5, tiny_teacher, tiny_tokenizer
 
 EXAMPLES = [
     Example(f"row {i}", " ".join("abcdefg"[: 1 + i % 4]), (f"copy : {i}", f"answer is {i}"), (f"{i}",))

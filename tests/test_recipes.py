@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import save_pretrained, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, GPT2Config
 
 from rlkd import DataArguments, PPOArguments, ReinforceArguments, SupervisedArguments, TeacherArguments, parse_config
 from rlkd.models.trl_compat import ModelConfig
+from tiny import save_pretrained, tiny_t5, tiny_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 KINDS = {"ppo": PPOArguments, "reinforce": ReinforceArguments, "seqkd": SupervisedArguments}

@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from tiny import save_pair, save_pretrained, tiny_t5, tiny_tokenizer
 from typer.testing import CliRunner
 
 from rlkd.cli.main import app, main
 from rlkd.errors import DataError
 from rlkd.generation.pseudolabels import load_pseudolabels
+from tiny import save_pair, save_pretrained, tiny_t5, tiny_tokenizer
 
 ROWS = [{"source": "a b c", "target": "c b a"}, {"source": "d e", "target": "e d"}, {"source": "", "target": "x"}]
 

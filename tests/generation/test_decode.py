@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny import EOS, KINDS, PAD, VALID, tiny_bart, tiny_model, tiny_t5
 
 from rlkd.generation.decode import decode, greedy, row_seed, sampler
 from rlkd.models.architectures import EncoderDecoder
+from tiny import EOS, KINDS, PAD, VALID, tiny_bart, tiny_model, tiny_t5
 
 PROMPTS = [[3 + (7 * i + j * j) % 29 for j in range(1 + i % 5)] + [EOS] for i in range(12)]
 CPU = torch.device("cpu")

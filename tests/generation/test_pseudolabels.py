@@ -8,12 +8,12 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import EOS, PAD, VALID, tiny_teacher
 
 from rlkd.errors import ConfigError, DataError, DivergenceError
 from rlkd.generation import pseudolabels
 from rlkd.generation.pseudolabels import generate_pseudolabels, load_pseudolabels
 from rlkd.records import Example
+from tiny import EOS, PAD, VALID, tiny_teacher
 
 NEW = 6
 EXAMPLES = [

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import VALID, tiny_t5, tiny_tokenizer
 
 from rlkd.generation.rollouts import greedy_answers, sample_rollouts
 from rlkd.models.student import Policy
 from rlkd.records import Example
+from tiny import VALID, tiny_t5, tiny_tokenizer
 
 EXAMPLES = [Example(f"row {i}", " ".join("abcdefg"[: 1 + i]), ("t",)) for i in range(5)]
 LIMITS = {"max_input_tokens": 5, "max_new_tokens": 6}

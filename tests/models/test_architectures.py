@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from tiny import EOS, KINDS, PAD, VALID, save_pretrained, tiny_bart, tiny_model, tiny_t5
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, GPT2Config, ProphetNetConfig, T5Config, T5EncoderModel
 
 from rlkd.errors import ModelError
@@ -18,6 +17,7 @@ from rlkd.models.architectures import (
     protect_untied_head,
     resolve_dtype,
 )
+from tiny import EOS, KINDS, PAD, VALID, save_pretrained, tiny_bart, tiny_model, tiny_t5
 
 PROMPTS = [[5, 6, 7, 8, EOS], [9, EOS], [4, 4, 4, 10, 11, 12, EOS]]
 ANSWERS = torch.tensor([[5, 6, 7, EOS], [8, EOS, PAD, PAD], [9, 10, 11, 12]])  # ended, padded, cut

@@ -3,12 +3,12 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import EOS, KINDS, PAD, VALID, tiny_model, tiny_t5
 from transformers import AutoModelForSeq2SeqLM
 
 from rlkd.generation.decode import decode, sampler
 from rlkd.models.student import VALUE_HEAD_FILE, Policy
 from rlkd.objectives.policy import ppo_loss, reduce_tokens
+from tiny import EOS, KINDS, PAD, VALID, tiny_model, tiny_t5
 
 IDS = torch.tensor([[5, 6, 7, EOS], [9, EOS, PAD, PAD]])
 INPUT_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()

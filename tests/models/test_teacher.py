@@ -3,11 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny import EOS, KINDS, PAD, VALID, tiny_teacher
 
 from rlkd.errors import DivergenceError
 from rlkd.models.teacher import EncoderCache
 from rlkd.objectives.rewards import expected_advantage, induced_advantage
+from tiny import EOS, KINDS, PAD, VALID, tiny_teacher
 
 ONE = ["copy a b c", "reverse d", "answer of 1 2 3 4 is", "m", "copy a b c"]
 TWO = ["a b c :", "d", "is 1 2 3 4", "answer of m is", "a b c :"]

@@ -1,8 +1,8 @@
 import pytest
-from tiny import EOS, VALID, WORDS, save_pretrained, tiny_t5, tiny_tokenizer
 
 from rlkd.errors import ModelError
 from rlkd.models.vocabulary import check_same_vocabulary, check_vocabulary_fits, encode_texts, load_tokenizer
+from tiny import EOS, VALID, WORDS, save_pretrained, tiny_t5, tiny_tokenizer
 
 
 def test_equal_vocabularies_give_the_number_of_valid_ids_not_the_padded_one():

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_t5, tiny_tokenizer
 from torch import Tensor
 
 from rlkd.models.architectures import EncoderDecoder
@@ -17,6 +16,7 @@ from rlkd.trainers.arguments import PPOArguments, ReinforceArguments, Supervised
 from rlkd.trainers.ppo import PPOTrainer
 from rlkd.trainers.reinforce import ReinforceTrainer
 from rlkd.trainers.supervised import SupervisedTrainer
+from tiny import tiny_t5, tiny_tokenizer
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "b", "c", "copy", ":"]
 VALID = len(WORDS)

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import tiny_tokenizer
 
 from rlkd.evaluation import Evaluator
 from rlkd.metrics import TASK_METRICS
 from rlkd.models.student import Policy
 from runs import WORDS, assert_same, examples, logged, make, student, teacher, weights
+from tiny import tiny_tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 

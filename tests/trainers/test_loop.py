@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import EOS, assert_same, differ, examples, logged, make, student, teacher, weights
 from transformers import TrainerCallback
 
 from rlkd.errors import ConfigError, DivergenceError
+from runs import EOS, assert_same, differ, examples, logged, make, student, teacher, weights
 
 
 class Watch(TrainerCallback):

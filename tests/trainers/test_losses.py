@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
 
 from rlkd.records import Example, Rollouts, select_rows
 from runs import EOS, VALID, WORDS, make, student, weights
+from tiny import tiny_tokenizer
 
 
 def full_logits(model, prompt, answer):

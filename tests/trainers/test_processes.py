@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import logged
 from safetensors.torch import load_file
+
+from runs import logged
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 TIMES = ("time", "seconds", "per_second", "runtime")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
 from torch.nn import functional as F
 
 from rlkd.errors import ConfigError
@@ -10,6 +9,7 @@ from rlkd.metrics import exact_match
 from rlkd.trainers.arguments import SupervisedArguments
 from rlkd.trainers.supervised import PseudoLabelCollator, SupervisedTrainer
 from runs import EOS, VALID, WORDS, examples, labels, logged, make, teacher, weights
+from tiny import tiny_tokenizer
 
 TOKEN = {word: i for i, word in enumerate(WORDS)}
 

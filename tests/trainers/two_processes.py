@@ -4,9 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from runs import examples, make
-
 from rlkd.metrics import exact_match
+from runs import examples, make
 
 
 def main(kind: str, folder: str) -> None:
