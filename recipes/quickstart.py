@@ -73,14 +73,14 @@ class Plan:
     held_out: int = 600
     warmup_steps: int = 1200
     reinforce_steps: int = 200
-    ppo_steps: int = 260
+    ppo_steps: int = 300
 
 
 FULL = Plan()
 QUICK = Plan(
     teacher_rows=2000, teacher_steps=40, notes=400, held_out=60, warmup_steps=40, reinforce_steps=8, ppo_steps=8
 )
-RL = {"rollouts_per_prompt": 1, "learning_rate": 1.5e-3, "lam": 0.2, "kl_coef": 0.02}
+RL = {"rollouts_per_prompt": 1, "learning_rate": 1.5e-3, "lam": 0.1, "kl_coef": 0.02}
 
 
 def build_model(tokenizer: Any, *, width: int, seed: int) -> Any:
