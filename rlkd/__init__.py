@@ -15,6 +15,7 @@ _PUBLIC = {
     "PseudoLabel": "records",
     "RlkdError": "errors",
     "Examples": "data.examples",
+    "supervised_pairs": "data.examples",
     "load_rows": "data.rows",
     "load_templates": "data.prompts",
     "EncoderDecoder": "models.architectures",

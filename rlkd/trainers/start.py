@@ -34,7 +34,8 @@ class StartCheck(TrainerCallback):
         start = self.measure()
         self.trainer.log(dict(start))
         regret, price = start["start_regret"], start["start_eos_price"]
-        if regret <= 0.5 * price:
+        # With lam = 0 a token answers for its own regret only, and stopping early gains nothing.
+        if regret <= 0.5 * price or args.lam == 0:
             return
         message = (
             f"weak start: the student's regret is {regret:.1f} nats per sequence, an early end-of-sequence costs "

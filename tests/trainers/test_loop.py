@@ -252,6 +252,9 @@ def test_weak_start_warns_refuses_or_is_ignored(tmp_path, caplog, monkeypatch):
     make("reinforce", tmp_path / "ignore", max_steps=1).train()
     assert "weak start" not in caplog.text
     assert not any("start_regret" in line for line in logged(tmp_path / "ignore"))
+    # Without a horizon there is no shortcut to fall for.
+    make("reinforce", tmp_path / "immediate", weak_start="refuse", lam=0.0, max_steps=1).train()
+    assert any("start_regret" in line for line in logged(tmp_path / "immediate"))
 
 
 def test_a_strong_start_is_silent(tmp_path, caplog):
