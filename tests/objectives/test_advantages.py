@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trees import build_tree, random_q
 
 from rlkd.objectives.advantages import (
     discounted_sum,
@@ -19,6 +18,7 @@ from rlkd.objectives.advantages import (
     temporal_difference,
 )
 from rlkd.objectives.rewards import induced_advantage, induced_reward, teacher_baseline
+from trees import build_tree, random_q
 
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 10_000)

@@ -8,11 +8,11 @@ import itertools
 
 import pytest
 import torch
-from trees import build_tree, hand_advantages, hand_value, random_policy, random_q
 
 from rlkd.objectives.advantages import discounted_sum, importance_weights, leave_one_out, per_decision
 from rlkd.objectives.policy import reinforce_loss
 from rlkd.objectives.rewards import expected_advantage, induced_advantage, induced_reward, teacher_baseline
+from trees import build_tree, hand_advantages, hand_value, random_policy, random_q
 
 ACTIONS = 3
 VALUES = ["max", "lse", "softmax"]

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trees import build_tree, random_policy, random_q
 
 from rlkd.objectives.advantages import discounted_sum
 from rlkd.objectives.policy import (
@@ -21,6 +20,7 @@ from rlkd.objectives.policy import (
     value_loss,
 )
 from rlkd.objectives.rewards import induced_advantage
+from trees import build_tree, random_policy, random_q
 
 REDUCTIONS = ["token_mean", "sequence_mean", "sequence_sum"]
 MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()

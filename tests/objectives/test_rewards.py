@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trees import END, build_tree, hand_advantages, hand_value, random_policy, random_q
 
 from rlkd.objectives.rewards import (
     expected_advantage,
@@ -18,6 +17,7 @@ from rlkd.objectives.rewards import (
     token_scores,
 )
 from rlkd.records import TeacherScores
+from trees import END, build_tree, hand_advantages, hand_value, random_policy, random_q
 
 VALUES = ["max", "lse", "softmax"]
 GAUGES = ["log_prob", "centered_logit", "raw_logit"]

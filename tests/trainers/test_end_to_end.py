@@ -12,8 +12,8 @@ from rlkd.generation.decode import decode, sampler
 from rlkd.models.architectures import EncoderDecoder
 from rlkd.models.teacher import Teacher
 from rlkd.records import Example
-from runs import VALID, WORDS, make, teacher
 from tiny import tiny_t5, tiny_tokenizer
+from tiny_runs import VALID, WORDS, make, teacher
 
 LONG = {"max_new_tokens": 8, "per_device_train_batch_size": 32, "logging_steps": 1000, "lr_scheduler_type": "constant"}
 

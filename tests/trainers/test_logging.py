@@ -9,8 +9,8 @@ import pytest
 from rlkd.evaluation import Evaluator
 from rlkd.metrics import TASK_METRICS
 from rlkd.models.student import Policy
-from runs import WORDS, assert_same, examples, logged, make, student, teacher, weights
 from tiny import tiny_tokenizer
+from tiny_runs import WORDS, assert_same, examples, logged, make, student, teacher, weights
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from rlkd.errors import ConfigError, DivergenceError
-from runs import EOS, assert_same, differ, examples, logged, make, student, teacher, weights
+from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, teacher, weights
 
 
 class Watch(TrainerCallback):

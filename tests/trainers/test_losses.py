@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rlkd.records import Example, Rollouts, select_rows
-from runs import EOS, VALID, WORDS, make, student, weights
 from tiny import tiny_tokenizer
+from tiny_runs import EOS, VALID, WORDS, make, student, weights
 
 
 def full_logits(model, prompt, answer):

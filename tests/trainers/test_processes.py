@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs import logged
+from tiny_runs import logged
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 TIMES = ("time", "seconds", "per_second", "runtime")

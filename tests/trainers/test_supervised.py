@@ -8,8 +8,8 @@ from rlkd.errors import ConfigError
 from rlkd.metrics import exact_match
 from rlkd.trainers.arguments import SupervisedArguments
 from rlkd.trainers.supervised import PseudoLabelCollator, SupervisedTrainer
-from runs import EOS, VALID, WORDS, examples, labels, logged, make, teacher, weights
 from tiny import tiny_tokenizer
+from tiny_runs import EOS, VALID, WORDS, examples, labels, logged, make, teacher, weights
 
 TOKEN = {word: i for i, word in enumerate(WORDS)}
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from rlkd.metrics import exact_match
-from runs import examples, make
+from tiny_runs import examples, make
 
 
 def main(kind: str, folder: str) -> None:
