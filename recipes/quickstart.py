@@ -203,6 +203,7 @@ class Seed:
     def shared(self) -> dict[str, Any]:
         torch.set_num_threads(1)
         transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         logging.disable(logging.INFO)
         path = str(self.folder / "teacher")
         tokenizer = load_tokenizer(path, "teacher")
@@ -327,6 +328,7 @@ def main() -> None:
     options = parser.parse_args()
     plan, out, seeds = (QUICK if options.quick else FULL), options.out, list(range(1, options.seeds + 1))
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     started = time.monotonic()
 
     torch.set_num_threads(1)  # models this small gain nothing from more
