@@ -6,7 +6,7 @@ rows -> Example -> PseudoLabel (to disk) -> supervised warm-up
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -120,14 +120,6 @@ class Minibatch:
     reward_scale: float = 1.0
     kl_coef: float = 0.0
     denominator: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Greedy and sampled answers of a policy on held-out inputs, with what the teacher says of them."""
-
-    metrics: dict[str, float]
-    rows: list[dict[str, object]] = field(default_factory=list)
 
 
 def select_rows(record: Any, index: Tensor) -> Any:

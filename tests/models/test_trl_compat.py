@@ -6,10 +6,8 @@ import sys
 from dataclasses import fields
 
 import pytest
-from accelerate import Accelerator
 from peft import LoraConfig
-from torch import nn
-from transformers import BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
+from transformers import BitsAndBytesConfig
 
 from rlkd.models import trl_compat
 from rlkd.models.trl_compat import (
@@ -17,14 +15,11 @@ from rlkd.models.trl_compat import (
     TrlParser,
     get_peft_config,
     get_quantization_config,
-    unwrap_model_for_generation,
 )
 
 
 def test_nothing_else_is_taken():
-    assert set(trl_compat.__all__) == {
-        *("ModelConfig", "TrlParser", "get_peft_config", "get_quantization_config", "unwrap_model_for_generation")
-    }
+    assert set(trl_compat.__all__) == {*("ModelConfig", "TrlParser", "get_peft_config", "get_quantization_config")}
 
 
 def test_trl_parser_is_an_argparse_parser_whose_defaults_can_be_suppressed():
@@ -55,17 +50,6 @@ def test_get_quantization_config_is_off_unless_asked_for():
     assert config.load_in_8bit
     assert get_quantization_config(ModelConfig(load_in_4bit=True)).bnb_4bit_quant_type == "nf4"
     assert get_quantization_config(ModelConfig()) is None
-
-
-def test_unwrap_model_for_generation_gives_the_bare_model_and_restores_checkpointing():
-    config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    model = T5ForConditionalGeneration(config)
-    model.gradient_checkpointing_enable()
-    wrapped = nn.parallel.DataParallel(model)
-    with unwrap_model_for_generation(wrapped, Accelerator(cpu=True)) as bare:
-        assert bare is model
-        assert not model.is_gradient_checkpointing
-    assert model.is_gradient_checkpointing
 
 
 def test_importing_reports_nothing_to_anyone():
