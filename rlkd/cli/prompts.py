@@ -1,47 +1,96 @@
-"""`rlkd prompts`: look at templates before a teacher reads them."""
+"""`rlkd prompts`: find, fetch and look at templates before a teacher reads them."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-app = typer.Typer(help="List, show and render prompt templates.", no_args_is_help=True, rich_markup_mode=None)
+from ..errors import DataError
 
-SPEC = "dataset[/subset][:name] or file.yaml[:name]"
+if TYPE_CHECKING:
+    from ..data.prompts import Rendered, Template
+
+app = typer.Typer(
+    help="List, show, render, check and fetch prompt templates.", no_args_is_help=True, rich_markup_mode=None
+)
+
+SPEC = "dataset[/subset][:name] or file.yaml[:name]; names, ids and hub ids"
 TemplatesDir = Annotated[
-    Path | None, typer.Option(help="Folder of templates. Default: ./prompts, then those shipped with rlkd.")
+    Path | None,
+    typer.Option(
+        "--templates-dir",
+        "--templates",
+        help="Folder, YAML file or archive (.tar.gz, .zip). Default: ./prompts, those shipped with rlkd, "
+        "an installed promptsource, the archive of `rlkd prompts download`.",
+    ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON value, for machines.")]
+AllTemplates = Annotated[
+    bool, typer.Option("--all-templates", help="With no name: also templates of other than the original task.")
+]
+GoldInput = Annotated[bool, typer.Option("--gold-input", help="Allow templates whose input shows gold columns.")]
+Split = Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")]
+Subset = Annotated[str | None, typer.Option(help="Subset of a hub data set.")]
+
+
+class Truncation(StrEnum):
+    none = "none"
+    t0 = "t0"
 
 
 @app.command("list")
 def list_(
     spec: Annotated[str | None, typer.Argument(help=f"{SPEC}; without it, the data sets.")] = None,
     templates_dir: TemplatesDir = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Data sets that have templates, or the templates of one data set or file."""
-    from ..data.prompts import list_datasets, load_templates, template_folders
+    """Data sets that have templates, or all templates of one data set or file."""
+    from ..data.prompts import load_templates
+    from ..data.template_sources import sources
 
     if spec is None:
-        for name, file in list_datasets(template_folders(templates_dir)).items():
-            typer.echo(f"{name}\t{file}")
+        rows = [
+            {"dataset": dataset, "templates": count, "source": str(source.path)}
+            for source in sources(templates_dir)
+            for dataset, count in source.counts().items()
+        ]
+        # A name found in several sources belongs to the first.
+        rows = list({str(row["dataset"]): row for row in reversed(rows)}.values())[::-1]
+        _table(rows, as_json)
         return
-    for template in load_templates(spec, folder=templates_dir):
-        task = {True: "original task", False: "other task", None: ""}[template.original_task]
-        typer.echo(f"{template.name}\t{template.id}\t{task}".rstrip())
+    chosen = load_templates(spec, folder=templates_dir, all_templates=True, gold_input=True)
+    _table([_listed(template) for template in chosen], as_json)
 
 
 @app.command()
-def show(spec: Annotated[str, typer.Argument(help=SPEC)], templates_dir: TemplatesDir = None) -> None:
-    """The source of templates and the columns they read."""
+def show(
+    spec: Annotated[str, typer.Argument(help=SPEC)], templates_dir: TemplatesDir = None, as_json: AsJson = False
+) -> None:
+    """The source of templates, the columns they read and where they come from."""
     from ..data.prompts import load_templates
 
-    for template in load_templates(spec, folder=templates_dir):
+    chosen = load_templates(spec, folder=templates_dir, all_templates=True, gold_input=True)
+    if as_json:
+        typer.echo(
+            json.dumps([asdict(t) | _columns(t) | {"fingerprint": t.fingerprint} for t in chosen], ensure_ascii=False)
+        )
+        return
+    for template in chosen:
         typer.echo(f"# {template.name} ({template.id})")
-        typer.echo(f"columns: {', '.join(sorted(template.columns(target=True)))}")
+        typer.echo(f"columns: {', '.join(_columns(template)['columns'])}")
+        facts = _listed(template)
+        for name in ("task", "choices in prompt", "metrics", "languages"):
+            if facts[name]:
+                typer.echo(f"{name}: {facts[name]}")
         if template.answer_choices:
             typer.echo(f"answer_choices: {template.answer_choices}")
+        typer.echo(f"origin: {template.origin} (sha256 {template.sha256[:12]})")
         typer.echo(f"{template.source}\n")
 
 
@@ -49,25 +98,145 @@ def show(spec: Annotated[str, typer.Argument(help=SPEC)], templates_dir: Templat
 def render(
     spec: Annotated[str, typer.Argument(help=SPEC)],
     dataset: Annotated[str, typer.Option(help="Rows to render: a local file, a folder of parquet, or a hub id.")],
-    subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")] = "train",
+    subset: Subset = None,
+    split: Split = "train",
+    row: Annotated[int | None, typer.Option(help="Render this row alone, counted from 0.", min=0)] = None,
     limit: Annotated[int, typer.Option(help="Number of rows.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Seed of templates that draw at random.")] = 0,
+    truncate: Annotated[
+        Truncation, typer.Option(help="t0 cuts each {{...}} at 2,048 characters, as T0's data were.")
+    ] = Truncation.none,
+    strict_compat: Annotated[
+        bool, typer.Option("--strict-compat", help="Let a '|||' inside a row's lists split the text, as promptsource.")
+    ] = False,
+    column_map: Annotated[list[str] | None, typer.Option(help="old=new[,...] or JSON; repeatable.")] = None,
+    label_map: Annotated[list[str] | None, typer.Option(help="[column:]old=new[,...] or JSON; repeatable.")] = None,
+    all_templates: AllTemplates = False,
+    gold_input: GoldInput = False,
     templates_dir: TemplatesDir = None,
+    as_json: AsJson = False,
 ) -> None:
-    """The first rows of a data set under templates, input and target."""
-    from ..data.examples import check_template_columns
+    """Rows of a data set under templates: input, target and answer choices."""
     from ..data.prompts import load_templates
+    from ..data.row_maps import parse_row_map
+
+    row_map = parse_row_map(column_map or [], label_map or [])
+    templates = load_templates(
+        spec,
+        folder=templates_dir,
+        all_templates=all_templates,
+        gold_input=gold_input,
+        truncation=truncate.value,
+        strict_compat=strict_compat,
+    )
+    first, count = (0, limit) if row is None else (row, 1)
+    numbered = [(n, row_map(r)) for n, r in _rows(dataset, subset, split, first, count)]
+    _check_columns(numbered, templates, dataset)
+    rendered = [(n, t, t.render(r, seed=seed)) for n, r in numbered for t in templates]
+    if as_json:
+        records = [{"row": n, "template": t.name, "id": t.id} | asdict(result) for n, t, result in rendered]
+        typer.echo(json.dumps(records, ensure_ascii=False))
+        return
+    for number, template, result in rendered:
+        typer.echo(f"# row {number}, {template.name}\n{_text(result)}\n")
+
+
+@app.command()
+def lint(
+    spec: Annotated[str, typer.Argument(help="dataset[/subset] or file.yaml")],
+    dataset: Annotated[str | None, typer.Option(help="Rows whose columns the templates must fit.")] = None,
+    subset: Subset = None,
+    split: Split = "train",
+    templates_dir: TemplatesDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """All problems of a templates file, each with its line; exit code 3 if there is an error among them."""
+    from ..data.prompts import locate
+    from ..data.template_lint import lint as check
+
+    file, _ = locate(spec, templates_dir)
+    problems = check(file, None if dataset is None else _table_of(dataset, subset, split))
+    if as_json:
+        typer.echo(json.dumps([asdict(p) | {"file": file.place} for p in problems], ensure_ascii=False))
+    else:
+        for problem in problems:
+            typer.echo(f"{file.place}:{problem.line}: {problem.level}: {problem.message}")
+        counts = [(level, sum(p.level == level for p in problems)) for level in ("error", "warning", "note")]
+        typer.echo(", ".join(f"{count} {level}s" for level, count in counts))
+    if any(problem.level == "error" for problem in problems):
+        raise typer.Exit(DataError.exit_code)
+
+
+@app.command()
+def download() -> None:
+    """Fetch promptsource's 2,085 templates (0.2 MB, Apache-2.0) with pip into $RLKD_CACHE or ~/.cache/rlkd."""
+    from ..data.template_download import download as fetch
+
+    path, fetched = fetch()
+    typer.echo(f"{path}{'' if fetched else ' (already there)'}")
+
+
+def _listed(template: Template) -> dict[str, Any]:
+    def said(value: bool | None, yes: str, no: str) -> str:
+        return "" if value is None else yes if value else no
+
+    return {
+        "name": template.name,
+        "id": template.id,
+        "task": said(template.original_task, "original task", "other task"),
+        "choices in prompt": said(template.choices_in_prompt, "choices in prompt", ""),
+        "metrics": ", ".join(template.metrics),
+        "languages": ", ".join(template.languages),
+    }
+
+
+def _columns(template: Template) -> dict[str, list[str]]:
+    both = template.columns(target=True)
+    return {"columns": sorted(both), "gold_columns": sorted(template.gold_columns)}
+
+
+def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    for row in rows:
+        typer.echo("\t".join(str(value) for value in row.values()).rstrip())
+
+
+def _rows(dataset: str, subset: str | None, split: str, first: int, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """(number, row) of `count` rows from `first` on. Raises DataError if there are not so many."""
+    table = _table_of(dataset, subset, split)
+    if first >= len(table):
+        raise DataError(f"'{dataset}' has {len(table)} rows, counted from 0: there is no row {first}.")
+    numbers = range(first, min(first + count, len(table)))
+    rows = table.select(numbers) if hasattr(table, "features") else table.take(list(numbers)).to_pylist()
+    return list(zip(numbers, rows, strict=True))
+
+
+def _table_of(dataset: str, subset: str | None, split: str) -> Any:
+    """A local table, read without `datasets`, or a data set of the hub."""
+    path = Path(dataset).expanduser()
+    if path.exists() and subset is None:
+        from ..data.row_files import read_table
+
+        return read_table(path, split)
     from ..data.rows import load_rows
 
-    templates = load_templates(spec, folder=templates_dir)
-    rows = load_rows(dataset, split=split, subset=subset, limit=limit)
-    check_template_columns(rows, templates, dataset, target=False)
-    for number, row in enumerate(rows):
-        for template in templates:
-            rendered = template.render(row, seed=seed)
-            typer.echo(f"# row {number}, {template.name}")
-            if rendered is None:
-                typer.echo("(not applicable)\n")
-            else:
-                typer.echo(f"{rendered[0]}\n-> {rendered[1] if rendered[1] is not None else '(no target)'}\n")
+    return load_rows(dataset, split=split, subset=subset)
+
+
+def _check_columns(numbered: list[tuple[int, dict[str, Any]]], templates: list[Template], dataset: str) -> None:
+    from ..data.row_files import check_template_columns
+
+    check_template_columns(SimpleNamespace(column_names=list(numbered[0][1])), templates, dataset, target=False)
+
+
+def _text(rendered: Rendered) -> str:
+    from ..data.prompts import NOT_APPLICABLE
+
+    if rendered.reason == NOT_APPLICABLE:
+        return f"({NOT_APPLICABLE})"
+    lines = [rendered.input, f"-> {rendered.target if rendered.target is not None else f'({rendered.reason})'}"]
+    if rendered.choices is not None:
+        lines.append(f"choices: {' | '.join(rendered.choices)}")
+    return "\n".join(lines)

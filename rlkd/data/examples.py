@@ -12,7 +12,8 @@ import datasets
 from ..errors import ConfigError, DataError
 from ..records import Example
 from .prompts import Template
-from .rows import check_columns, check_text_column
+from .row_files import check_columns, check_template_columns, template_columns
+from .rows import check_text_column
 
 logger = logging.getLogger(__name__)
 STUDENT = "student input"
@@ -82,7 +83,7 @@ class Examples(Sequence[Example]):
         }
         wanted = {role: column for role, column in named.items() if column is not None}
         used = self.templates + ([self.student_template] if self.student_template else [])
-        check_columns(self.rows, wanted | _wanted_columns(used, target=False), source)
+        check_columns(self.rows, wanted | template_columns(used, target=False), source)
         if self.student_column is not None:
             check_text_column(self.rows, self.student_column, source)
         if self.reference_column is not None:
@@ -133,36 +134,29 @@ def supervised_pairs(
 ) -> datasets.Dataset:
     """Every row under every template, with its gold target: columns id, student_input (the prompt) and label.
 
-    For training a teacher. Pairs without input or target are left out and counted in the log; so are rows without a
-    gold answer (None, or -1 where the template has answer choices), which would render as "None" or as the last choice.
+    For training a teacher. Pairs without input or target are left out, counted by reason in the log; so are rows
+    without a gold answer (see Template.lacks_label), which would render as "None" or as the last choice.
     Raises DataError for a column the rows lack, or if no pair is left.
     """
     check_template_columns(rows, templates, source, target=True)
     pairs: list[dict[str, str]] = []
-    gold_columns = [t.columns(target=True) - t.columns(target=False) for t in templates]
+    skipped: Counter[str] = Counter()
     for number, row in enumerate(rows):
-        for template, gold in zip(templates, gold_columns, strict=True):
-            unknown = (None, -1) if template.answer_choices else (None,)
-            if any(row.get(name) in unknown for name in gold):
-                continue
+        for template in templates:
             rendered = template.render(row, seed=seed)
-            if rendered is not None and rendered[1] is not None:
-                pairs.append({"id": f"{number}:{template.name}", "student_input": rendered[0], "label": rendered[1]})
+            if rendered.target is not None:
+                pairs.append(
+                    {"id": f"{number}:{template.name}", "student_input": rendered.input, "label": rendered.target}
+                )
+            else:
+                skipped[rendered.reason or ""] += 1
     total = len(rows) * len(templates)
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
     if not pairs:
         raise DataError(
-            f"'{source}': none of {total} rendered rows has an input and a target. "
+            f"'{source}': none of {total} rendered rows has an input and a target ({reasons}). "
             "Choose templates with a target after '|||'."
         )
     if len(pairs) < total:
-        logger.warning("%s: %d of %d pairs left out, no input or no target", source, total - len(pairs), total)
+        logger.warning("%s: %d of %d pairs left out (%s)", source, skipped.total(), total, reasons)
     return datasets.Dataset.from_list(pairs)
-
-
-def check_template_columns(rows: datasets.Dataset, templates: list[Template], source: str, *, target: bool) -> None:
-    """Raise DataError unless the rows have every column the inputs (with `target`, the targets too) read."""
-    check_columns(rows, _wanted_columns(templates, target=target), source)
-
-
-def _wanted_columns(templates: list[Template], *, target: bool) -> dict[str, str]:
-    return {f"{name} in {t}": name for t in templates for name in sorted(t.columns(target=target))}

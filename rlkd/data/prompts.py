@@ -6,46 +6,76 @@ sandbox, which keeps them from Python's internals but does not bound their work:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jinja2
-import yaml
-from jinja2 import meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
-from ..errors import DataError, nearest
+from ..errors import ConfigError, DataError, nearest
+from . import template_columns
+from .aliases import known_problem
+from .leaks import leaks
+from .template_columns import SEPARATOR, Reads
+from .template_sources import PACKAGE_PROMPTS, YAML_SUFFIXES, TemplatesFile, find, read_file, sources
+from .template_yaml import parse_or_raise
+
+__all__ = ["PACKAGE_PROMPTS", "Rendered", "Template", "load_templates", "read_templates"]
 
 logger = logging.getLogger(__name__)
 
-SEPARATOR = "|||"
+Truncation = Literal["none", "t0"]
+# T0's data were made by cutting every {{...}} to 2,048 characters; a textual change, as promptsource makes it.
+T0_TRUNCATE = " | string | truncate(2048) }}"
 # promptsource's own stand-in for a separator inside a field, so that a row cannot inject a target of its own.
 PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
-TEMPLATE_FILE = "templates.yaml"
-# Beside the package in a checkout, inside it once installed (see pyproject.toml).
-PACKAGE_PROMPTS = next(
-    (p for p in (Path(__file__).resolve().parents[i] / "prompts" for i in (2, 1)) if p.is_dir()),
-    Path("prompts").resolve(),
-)
 ROW_RANDOM = "__row_random__"
+
+
+NOT_APPLICABLE = "not applicable"
+NO_TARGET = "no target"
+SEVERAL_TARGETS = "several targets"
+LABEL_MISSING = "label missing"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row under a template.
+
+    input    what the model reads; empty if the template does not apply to the row
+    target   the gold answer, or None
+    choices  the answers to choose from, or None if the answer is free
+    reason   why there is no input or no target: not applicable, no target, several targets, label missing; else None
+    """
+
+    input: str
+    target: str | None = None
+    choices: tuple[str, ...] | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Template:
     """One prompt over the columns of a row.
 
-    name, id        what users call it, and its unique id
-    source          jinja, input and target separated by "|||"
-    answer_choices  jinja, its output split on "|||"; None without fixed answers
-    original_task   True if the prompt asks for the task the data set was made for
-    origin          the file it was read from, for errors
+    name, id           what users call it, and its unique id
+    source             jinja, input and target separated by "|||"
+    answer_choices     jinja, its output split on "|||"; None without fixed answers
+    original_task      True if the prompt asks for the task the data set was made for
+    origin             the file it was read from, or archive!member
+    sha256             of that file or archive
+    choices_in_prompt, metrics, languages  as the file says
+    truncation         none, or t0: each {{...}} of the source cut to 2,048 characters, as T0's training data were
+    strict_compat      protect "|||" as promptsource does, in the row's own texts only: a nested one, or one in an
+                       answer choice, splits the text, so that a row can inject its own target
     """
 
     name: str
@@ -54,23 +84,87 @@ class Template:
     id: str = ""
     original_task: bool | None = None
     origin: str = ""
+    sha256: str = ""
+    choices_in_prompt: bool | None = None
+    metrics: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    truncation: Truncation = "none"
+    strict_compat: bool = False
 
     def parts(self, row: Mapping[str, Any], *, seed: int = 0) -> list[str]:
-        """The rendered text split on "|||", each part stripped: what promptsource's `apply(truncate=False)` returns.
+        """The rendered text split on "|||", each part stripped: what promptsource's `apply` returns.
 
         `choice` and `random` draw from a generator seeded by (seed, template id, row), so a row always renders alike.
         Raises DataError if a filter or an expression fails on this row.
         """
+        return self._apply(row, seed)[0]
+
+    def render(self, row: Mapping[str, Any], *, seed: int = 0) -> Rendered:
+        """Input, target and answer choices of a row. Raises DataError as `parts` does.
+
+        There is no target if the template gives none, if it gives more than one part after the input (T0's training
+        left these out), or if the row lacks its gold label (see `lacks_label`).
+        """
+        (first, *rest), choices = self._apply(row, seed)
+        if not first:
+            return Rendered("", None, choices, NOT_APPLICABLE)
+        if len(rest) > 1:
+            return Rendered(first, None, choices, SEVERAL_TARGETS)
+        if not rest or not rest[0]:
+            # An unlabeled row often gives an empty target; the label is what it lacks.
+            lacking = bool(rest) and self.lacks_label(row)
+            return Rendered(first, None, choices, LABEL_MISSING if lacking else NO_TARGET)
+        if self.lacks_label(row):
+            return Rendered(first, None, choices, LABEL_MISSING)
+        return Rendered(first, rest[0], choices)
+
+    def lacks_label(self, row: Mapping[str, Any]) -> bool:
+        """Whether a column that only the target reads is absent, None, or -1 where a label counts answers.
+
+        Such a row would render as "None" or, since -1 indexes from the end, with the last answer as gold.
+        """
+        for name in self.gold_columns:
+            value = row.get(name)
+            counts = self.answer_choices is not None or name in self.reads.index
+            if value is None or (counts and isinstance(value, int) and value == -1):
+                return True
+        return False
+
+    def columns(self, *, target: bool) -> set[str]:
+        """The columns the input reads, with `target` also those of the target; `x is defined` makes x optional."""
+        return set(self._with_choices(self.reads.input | (self.reads.target if target else frozenset())))
+
+    @cached_property
+    def gold_columns(self) -> frozenset[str]:
+        """The columns that the target reads and the input does not."""
+        return frozenset(self.columns(target=True) - self.columns(target=False))
+
+    @property
+    def shown_columns(self) -> frozenset[str]:
+        """The columns printed in the input; listing the answer choices shows none of them."""
+        return self.reads.shown - {"answer_choices"}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the text of a row: id, jinja, answer_choices and the two options."""
+        key = [self.id, self.source, self.answer_choices, self.truncation, self.strict_compat]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+    def _apply(self, row: Mapping[str, Any], seed: int) -> tuple[list[str], tuple[str, ...] | None]:
+        """The parts and the answer choices of a row."""
         if "answer_choices" in row:
             raise DataError(
                 f"{self}: a column is named 'answer_choices', the name of the template's own. Rename the column."
             )
-        context: dict[str, Any] = {name: _protect(value) for name, value in row.items()}
+        context: dict[str, Any] = {name: _plain(value, nested=not self.strict_compat) for name, value in row.items()}
         context[ROW_RANDOM] = _RowRandom(seed, self.id or self.name, row)
         context["answer_choices"] = None
+        choices = None
         try:
             if self._choices is not None:
-                context["answer_choices"] = [c.strip() for c in self._choices.render(context).split(SEPARATOR)]
+                protected = [c.strip() for c in self._choices.render(context).split(SEPARATOR)]
+                choices = tuple(map(_unprotect, protected))
+                context["answer_choices"] = list(choices) if self.strict_compat else protected
             rendered = self._compiled.render(context)
         # Expressions run arbitrary operations on the row's values, so any exception can come out of them.
         except Exception as error:
@@ -78,29 +172,39 @@ class Template:
                 f"{self} cannot be rendered: {type(error).__name__}: {error}.\n  row: {str(dict(row))[:300]}\n"
                 "Check that the row's values have the types the template expects."
             ) from error
-        return [part.replace(PIPE_PROTECTOR, SEPARATOR).strip() for part in rendered.split(SEPARATOR)]
+        return [_unprotect(part).strip() for part in rendered.split(SEPARATOR)], choices
 
-    def render(self, row: Mapping[str, Any], *, seed: int = 0) -> tuple[str, str | None] | None:
-        """(input, target) of a row; None if the template does not apply to it (its input is empty).
+    @cached_property
+    def reads(self) -> Reads:
+        """The names it reads, by place; `answer_choices` among them."""
+        return self._reads_of(self.source, "jinja")
 
-        The target is None if the template gives none or, as T0's training had it, if there are more than two parts.
-        """
-        first, *rest = self.parts(row, seed=seed)
-        return (first, rest[0] or None if len(rest) == 1 else None) if first else None
+    @cached_property
+    def choice_columns(self) -> frozenset[str]:
+        """The columns the answer choices are made of."""
+        if not self.answer_choices:
+            return frozenset()
+        found = self._reads_of(self.answer_choices, "answer_choices")
+        return found.input | found.target
 
-    def columns(self, *, target: bool) -> set[str]:
-        """The columns the input reads, with `target` also those of the target; `x is defined` makes x optional."""
-        names = _columns(self.source, whole=target)
-        if "answer_choices" in names and self.answer_choices:
-            names |= _columns(self.answer_choices, whole=True)
-        return names - {"answer_choices"}
+    def _reads_of(self, source: str, field: str) -> Reads:
+        try:
+            return template_columns.reads(ENVIRONMENT.parse(source))
+        except jinja2.TemplateError:
+            self._compile(source, field)  # tells it better
+            raise
+
+    def _with_choices(self, names: frozenset[str]) -> frozenset[str]:
+        own = self.choice_columns if "answer_choices" in names else frozenset()
+        return (names | own) - {"answer_choices"}
 
     def __str__(self) -> str:
         return f"template '{self.name}'" + (f" of {self.origin}" if self.origin else "")
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        return self._compile(self.source, "jinja")
+        cut = self.truncation == "t0"
+        return self._compile(self.source.replace("}}", T0_TRUNCATE) if cut else self.source, "jinja")
 
     @cached_property
     def _choices(self) -> jinja2.Template | None:
@@ -151,146 +255,139 @@ def _environment() -> SandboxedEnvironment:
 ENVIRONMENT = _environment()
 
 
-def _protect(value: Any) -> Any:
-    """A copy with "|||" hidden in every text, nested ones included; a template may change its copy freely."""
+def _plain(value: Any, *, nested: bool, top: bool = True) -> Any:
+    """A copy in plain JSON values, with "|||" hidden in every text, or with `nested` off in the row's own ones only.
+
+    A template may change its copy freely. What JSON has no value for becomes its text.
+    """
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
     if isinstance(value, str):
-        return value.replace(SEPARATOR, PIPE_PROTECTOR)
+        return str(value).replace(SEPARATOR, PIPE_PROTECTOR) if nested or top else str(value)
     if isinstance(value, Mapping):
-        return {key: _protect(item) for key, item in value.items()}
+        return {key: _plain(item, nested=nested, top=False) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_protect(item) for item in value]
-    return value
+        return [_plain(item, nested=nested, top=False) for item in value]
+    if hasattr(value, "tolist"):  # numpy
+        return _plain(value.tolist(), nested=nested, top=False)
+    return _plain(str(value), nested=nested, top=top)
 
 
-def _columns(source: str, *, whole: bool) -> set[str]:
-    """Names read before the first "|||" (or anywhere, if `whole`) that only a row can supply."""
-    tree = ENVIRONMENT.parse(source)
-    read: set[str] = set()
-    for node in _in_order(tree):
-        if isinstance(node, nodes.TemplateData) and SEPARATOR in node.data and not whole:
-            break
-        if isinstance(node, nodes.Name) and node.ctx == "load":
-            read.add(node.name)
-    assigned = {node.name for node in tree.find_all(nodes.Name) if node.ctx != "load"}
-    tested = {
-        test.node.name
-        for test in tree.find_all(nodes.Test)
-        if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)
-    }
-    return (read & meta.find_undeclared_variables(tree)) - assigned - tested
+def _unprotect(text: str) -> str:
+    return text.replace(PIPE_PROTECTOR, SEPARATOR)
 
 
-def _in_order(node: nodes.Node) -> Iterator[nodes.Node]:
-    yield node
-    for child in node.iter_child_nodes():
-        yield from _in_order(child)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without Python objects; promptsource's two tags become plain mappings."""
-
-
-for _tag in ("!Template", "!TemplateMetadata"):
-    _Loader.add_constructor(_tag, lambda loader, node: loader.construct_mapping(node, deep=True))  # type: ignore[arg-type]
-
-
-def load_templates(spec: str, *, folder: Path | None = None) -> list[Template]:
+def load_templates(
+    spec: str,
+    *,
+    folder: Path | None = None,
+    all_templates: bool = False,
+    gold_input: bool = False,
+    truncation: Truncation = "none",
+    strict_compat: bool = False,
+) -> list[Template]:
     """Templates named by `spec`, compiled.
 
-    spec    `file.yaml`, `file.yaml:Name`, `dataset[/subset]` or `dataset[/subset]:Name`; an id serves as a name
-    folder  where data sets are looked up, as `<dataset>[/<subset>]/templates.yaml`; by default ./prompts, then the
-            prompts shipped beside the package
-    Raises: DataError listing the files or names there are and the nearest one.
+    spec           `file.yaml`, `file.yaml:Name`, `dataset[/subset]` or `dataset[/subset]:Name`; an id serves as a
+                   name, and a hub id (nyu-mll/glue/mrpc) as a data set's old name (glue/mrpc)
+    folder         a folder, YAML file or archive where data sets are looked up in place of the usual places
+    all_templates  with a data set or file and no name: also templates that are not of the original task
+    gold_input     allow templates whose input prints gold columns (see `leaks`); else one that is named is refused,
+                   and those of a whole data set are left out with a warning
+    truncation, strict_compat  see Template
+    Raises: DataError listing the files or names there are and the nearest one; ConfigError for an unknown truncation.
     """
-    file, name = _locate(spec, template_folders(folder))
-    templates = read_templates(file)
-    if name is not None:
-        chosen = [template for template in templates if name in (template.name, template.id)]
-        if len(chosen) != 1:
-            names = [template.name for template in templates]
-            problem = "is not there" if not chosen else "names several templates: use one of their ids"
-            ids = "" if not chosen else f" ({', '.join(template.id for template in chosen)})"
-            raise DataError(
-                f"{file}: template '{name}' {problem}{ids}. Available: {', '.join(names)}.{nearest(name, names)}"
-            )
-        templates = chosen
-    return [template.compile() for template in templates]
+    if truncation not in get_args(Truncation):
+        raise ConfigError(f"truncation = '{truncation}': allowed are {', '.join(get_args(Truncation))}.")
+    file, name = locate(spec, folder)
+    templates = _templates(file)
+    chosen = [_by_name(templates, name, file)] if name is not None else _whole(templates, spec, all_templates)
+    for template in chosen:
+        template.compile()
+    if not gold_input:
+        chosen = _without_leaks(chosen, leaks(templates), named=name is not None)
+    for template in chosen:
+        if problem := known_problem(template.id):
+            logger.warning("%s: %s", template, problem)
+    return [replace(t, truncation=truncation, strict_compat=strict_compat).compile() for t in chosen]
 
 
-def template_folders(folder: Path | None = None) -> list[Path]:
-    """The folders templates are looked up in, first one first."""
-    if folder is not None:
-        return [folder]
-    local = Path("prompts")
-    return [local] if local.resolve() == PACKAGE_PROMPTS else [local, PACKAGE_PROMPTS]
+def _whole(templates: list[Template], spec: str, all_templates: bool) -> list[Template]:
+    """All templates, or those of the original task; those of a file that does not say are kept."""
+    kept = [t for t in templates if all_templates or t.original_task is not False]
+    if not kept:
+        raise DataError(
+            f"'{spec}': none of its {len(templates)} templates asks for the original task. Name one "
+            f"({', '.join(t.name for t in templates)}), or ask for all with --all-templates."
+        )
+    if len(kept) < len(templates):
+        logger.info("%s: %d of %d templates, those of the original task", spec, len(kept), len(templates))
+    return kept
 
 
-def list_datasets(folders: list[Path]) -> dict[str, Path]:
-    """`dataset` or `dataset/subset` -> its file; a name found in several folders belongs to the first."""
-    found: dict[str, Path] = {}
-    for folder in folders:
-        for file in sorted(folder.rglob(TEMPLATE_FILE)):
-            found.setdefault(file.parent.relative_to(folder).as_posix(), file)
-    return found
+def _without_leaks(chosen: list[Template], leaking: dict[str, frozenset[str]], *, named: bool) -> list[Template]:
+    kept = [t for t in chosen if t.id not in leaking]
+    shown = "; ".join(f"{t.name}: {', '.join(sorted(leaking[t.id]))}" for t in chosen if t.id in leaking)
+    if not kept:
+        raise DataError(
+            f"{chosen[0] if named else chosen[0].origin}: the input shows gold columns ({shown}), so a model would "
+            "read what it is asked for. Choose another template, or allow it with --gold-input."
+        )
+    if shown:
+        logger.warning("%s: left out templates whose input shows gold columns (%s)", kept[0].origin, shown)
+    return kept
 
 
-def _locate(spec: str, folders: list[Path]) -> tuple[Path, str | None]:
-    """The file and the template name of a spec."""
-    for suffix in (".yaml", ".yml"):
+def _by_name(templates: list[Template], name: str, file: TemplatesFile) -> Template:
+    """The one template of this name or id; outer white space, which some official names have, may be left out."""
+    for match in ((lambda t: name in (t.name, t.id)), (lambda t: name.strip() == t.name.strip())):
+        chosen = [template for template in templates if match(template)]
+        if len(chosen) == 1:
+            return chosen[0]
+        if chosen:
+            break
+    names = [template.name for template in templates]
+    problem = "is not there" if not chosen else "names several templates: use one of their ids"
+    ids = "" if not chosen else f" ({', '.join(template.id for template in chosen)})"
+    raise DataError(
+        f"{file.place}: template '{name}' {problem}{ids}. Available: {', '.join(names)}.{nearest(name, names)}"
+    )
+
+
+def locate(spec: str, folder: Path | None = None) -> tuple[TemplatesFile, str | None]:
+    """The file and the template name of a spec. Raises DataError as `load_templates` does."""
+    for suffix in YAML_SUFFIXES:
         stem, found, rest = spec.partition(suffix)
         if found and (not rest or rest.startswith(":")):
-            return Path(stem + suffix).expanduser(), rest[1:] or None
+            return read_file(Path(stem + suffix).expanduser()), rest[1:] or None
     dataset, _, name = spec.partition(":")
-    known = list_datasets(folders)
-    if dataset not in known:
-        raise DataError(
-            f"no templates for '{dataset}' in {' or '.join(str(f) for f in folders)}. Available: "
-            f"{', '.join(known) or 'none'}.{nearest(dataset, list(known))} "
-            f"A file is named by its path: path/to/{TEMPLATE_FILE}[:Template name]."
-        )
-    return known[dataset], name or None
+    return find(dataset, sources(folder)), name or None
 
 
 def read_templates(file: Path) -> list[Template]:
-    """All templates of a promptsource YAML file, in file order. Raises DataError naming the file and the field."""
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} cannot be read: {getattr(error, 'strerror', None) or error}. A templates file is UTF-8 YAML."
-        ) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise DataError(f"{place} is not valid YAML: {getattr(error, 'problem', None) or error}.") from error
-    entries = content.get("templates") if isinstance(content, dict) else None
-    if not isinstance(entries, dict) or not entries:
-        raise DataError(f"{file} has no 'templates' mapping (id: !Template ...). See prompts/README.md for the format.")
-    return [_template(entry, str(key), file) for key, entry in entries.items()]
+    """All templates of a promptsource YAML file, in file order. Raises DataError naming file, line and field."""
+    return _templates(read_file(file))
 
 
-def _template(entry: Any, key: str, file: Path) -> Template:
-    place = f"{file}, template {key}"
-    if not isinstance(entry, dict):
-        raise DataError(f"{place}: a template is a mapping with name and jinja, found {type(entry).__name__}.")
+def _templates(file: TemplatesFile) -> list[Template]:
+    parsed = parse_or_raise(file.content, file.place)
+    for problem in parsed.problems:
+        logger.info("%s:%d: %s", file.place, problem.line, problem.message)
+    return [to_template(key, entry, file) for key, entry in parsed.entries.items()]
+
+
+def to_template(key: str, entry: Mapping[str, Any], file: TemplatesFile) -> Template:
+    """A template of checked fields (see template_yaml)."""
     metadata = entry.get("metadata") or {}
-    fields = {"name": (entry.get("name"), str), "jinja": (entry.get("jinja"), str)}
-    optional = {
-        "answer_choices": (entry.get("answer_choices"), str),
-        "metadata": (metadata, dict),
-        "original_task": (metadata.get("original_task") if isinstance(metadata, dict) else None, bool),
-    }
-    for field, (value, kind) in (fields | optional).items():
-        if not (isinstance(value, kind) or (field in optional and value is None)):
-            raise DataError(f"{place}: field '{field}' is {value!r}; allowed is {kind.__name__}. Mend the file.")
-    known = {"name", "jinja", "answer_choices", "metadata", "id", "reference"}
-    if unknown := sorted(map(str, set(entry) - known)):
-        logger.info("%s: ignored unknown fields %s", place, ", ".join(unknown))
     return Template(
         name=entry["name"],
         source=entry["jinja"],
         answer_choices=entry.get("answer_choices"),
         id=key,
         original_task=metadata.get("original_task"),
-        origin=str(file),
+        origin=file.place,
+        sha256=file.sha256,
+        choices_in_prompt=metadata.get("choices_in_prompt"),
+        metrics=tuple(metadata.get("metrics") or ()),
+        languages=tuple(metadata.get("languages") or ()),
     )

@@ -89,7 +89,11 @@ def failing(capsys, args):
         (["--templates", "quora"], 3, "no templates for 'quora'"),
         (["--templates", "quora_para:Paraphrase"], 3, "Did you mean 'Paraphrase the question'?"),
         (["--templates", "agnews_names"], 3, "text in template 'Which section'"),
-        (["--templates", "x", "--templates-dir", "nowhere"], 3, "no templates for 'x' in nowhere. Available: none"),
+        (
+            ["--templates", "x", "--templates-dir", "nowhere"],
+            3,
+            "templates 'nowhere' does not exist. It must be a folder",
+        ),
         (["--labels-per-input", "2"], 2, "labels_per_input = 2 with strategy = 'greedy'"),
         (["--teacher", "no/such-model"], 2, "teacher 'no/such-model' is neither a folder here"),
         (["--teacher-dtype", "float16"], 2, "float16 overflows"),

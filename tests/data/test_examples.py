@@ -87,10 +87,10 @@ def test_supervised_pairs(caplog):
         {"id": "3:ask", "student_input": "Ask s", "label": "D"},
         {"id": "3:even", "student_input": "Even s", "label": "D"},
     ]
-    assert caplog.messages == ["f: 3 of 8 pairs left out, no input or no target"]
+    assert caplog.messages == ["f: 3 of 8 pairs left out (not applicable: 1, no target: 2)"]
     gold = rows(a=["A", None, "C", "D"], n=[1, 0, -1, 0])
     labels = Template("t", "{{ q }}? ||| {{ answer_choices[n] }}", "no ||| yes")
     assert supervised_pairs(gold, [labels])["label"][:] == ["yes", "no", "no"]
     assert supervised_pairs(gold, [ASK])["label"][:] == ["A", "C", "D"]
-    with pytest.raises(DataError, match="none of 4 rendered rows has an input and a target"):
+    with pytest.raises(DataError, match=r"none of 4 rendered rows .* \(no target: 3, not applicable: 1\)"):
         supervised_pairs(rows(), [Template("t", "{{ q }}")])

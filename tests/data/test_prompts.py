@@ -1,9 +1,11 @@
+import hashlib
 import re
 from pathlib import Path
 
 import pytest
 
-from rlkd.data.prompts import PACKAGE_PROMPTS, Template, list_datasets, load_templates, read_templates
+from rlkd.data.prompts import PACKAGE_PROMPTS, Rendered, Template, load_templates, read_templates
+from rlkd.data.template_sources import Source
 from rlkd.errors import DataError
 
 YAML = """\
@@ -58,13 +60,41 @@ def test_rendering_byte_for_byte(source, choices, row, parts):
     assert template(source, choices).parts(row) == parts
 
 
-def test_render_gives_input_and_target():
-    assert template("{{ a }} ||| {{ b }}").render({"a": "x", "b": "y"}) == ("x", "y")
-    assert template("{{ a }} ||| {{ b }}").render({"a": "x", "b": None}) == ("x", "None")
-    assert template("{{ a }} |||").render({"a": "x"}) == ("x", None)
-    assert template("{{ a }}").render({"a": "x"}) == ("x", None)
-    assert template("{{ a }}|||b|||c").render({"a": "x"}) == ("x", None)
-    assert template("{{ a }} ||| b").render({"a": ""}) is None
+@pytest.mark.parametrize(
+    ("source", "choices", "row", "rendered"),
+    [
+        ("{{ a }} ||| {{ b }}", None, {"a": "x", "b": "y"}, Rendered("x", "y")),
+        ("{{ a }} |||", None, {"a": "x"}, Rendered("x", reason="no target")),
+        ("{{ a }}", None, {"a": "x"}, Rendered("x", reason="no target")),
+        ("{{ a }}|||b|||c", None, {"a": "x"}, Rendered("x", reason="several targets")),
+        ("{{ a }} ||| b", None, {"a": ""}, Rendered("", reason="not applicable")),
+        ("{{ a }} ||| {{ b }}", None, {"a": "x", "b": None}, Rendered("x", reason="label missing")),
+        ("{{ a }} ||| {{ b }}", None, {"a": "x"}, Rendered("x", reason="label missing")),
+        ("{{ a }} ||| {{ b }}", None, {"a": "x", "b": -1}, Rendered("x", "-1")),
+        ("{{ a }} ||| {{ ['n', 'y'][b] }}", None, {"a": "x", "b": -1}, Rendered("x", reason="label missing")),
+        ("{{ a }} ||| {{ answer_choices[b] }}", "n ||| y", {"a": "x", "b": 1}, Rendered("x", "y", ("n", "y"))),
+        (
+            "{{ a }} ||| {{ answer_choices[b] }}",
+            "n ||| y",
+            {"a": "x", "b": -1},
+            Rendered("x", None, ("n", "y"), "label missing"),
+        ),
+        (
+            "{% set gold = answer_choices[b] %}{{ a }} ||| {{ gold }}",
+            "n ||| y",
+            {"a": "x", "b": -1},
+            Rendered("x", None, ("n", "y"), "label missing"),
+        ),
+        (
+            "{{ a }} ||| {% if b == 1 %}yes{% else %}no{% endif %}",
+            "no ||| yes",
+            {"a": "x", "b": -1},
+            Rendered("x", None, ("no", "yes"), "label missing"),
+        ),
+    ],
+)
+def test_render_says_why_a_target_is_not_there(source, choices, row, rendered):
+    assert template(source, choices).render(row) == rendered
 
 
 def test_random_filters_depend_on_seed_template_and_row_only():
@@ -130,10 +160,17 @@ def file(tmp_path) -> Path:
 def test_read_templates(file):
     good, bare = read_templates(file)
     assert good == Template(
-        "Good: or bad", 'Is "{{ text }}" good? ||| {{ answer_choices[label] }}', "no ||| yes", "id-one", True, str(file)
+        "Good: or bad",
+        'Is "{{ text }}" good? ||| {{ answer_choices[label] }}',
+        "no ||| yes",
+        "id-one",
+        True,
+        str(file),
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        metrics=("Accuracy",),
     )
     assert (bare.answer_choices, bare.id, bare.original_task) == (None, "id-two", None)
-    assert good.render({"text": "x", "label": 1}) == ('Is "x" good?', "yes")
+    assert good.render({"text": "x", "label": 1}) == Rendered('Is "x" good?', "yes", ("no", "yes"))
 
 
 def test_specs(file, monkeypatch):
@@ -147,7 +184,7 @@ def test_specs(file, monkeypatch):
     sub.parent.mkdir()
     sub.write_text(YAML.replace("bare", "deep"))
     assert [t.name for t in load_templates("toy/sub:deep", folder=folder)] == ["deep"]
-    assert list(list_datasets([folder])) == ["toy/sub", "toy"]
+    assert list(Source(folder).files) == ["toy/sub", "toy"]
     # Without a folder: ./prompts first, then those beside the package.
     folder.rename(folder.with_name("prompts"))
     monkeypatch.chdir(folder.parent)
@@ -214,19 +251,21 @@ def test_our_templates_put_the_source_in_and_keep_the_target_out(dataset):
     for t in templates:
         assert t.columns(target=False) == {first}
         assert t.columns(target=True) == set(row)
-        prompt, target = t.render(row)
-        assert target == gold
+        rendered = t.render(row)
+        prompt = rendered.input
+        assert rendered.target == gold
         assert prompt.count(row[first]) == 1
         assert dataset == "agnews_names" or gold not in prompt
         assert t.original_task is True
 
 
 def test_our_template_files_are_all_covered_and_two_are_exact():
-    assert set(list_datasets([PACKAGE_PROMPTS])) == set(OURS)
+    assert set(Source(PACKAGE_PROMPTS).files) == set(OURS)
     (reply,) = load_templates("dailydialog:The dialogue response is", folder=PACKAGE_PROMPTS)
-    assert reply.render({"source": "Hi .", "target": "Yo ."}) == ("The dialogue response of Hi . is:", "Yo .")
+    assert reply.render({"source": "Hi .", "target": "Yo ."}) == Rendered("The dialogue response of Hi . is:", "Yo .")
     (topic,) = load_templates("agnews_names:Choose the topic", folder=PACKAGE_PROMPTS)
-    assert topic.render({"text": "A\\B won.", "label": "Sports"}) == (
+    assert topic.render({"text": "A\\B won.", "label": "Sports"}) == Rendered(
         "Choose the topic of the news text from World, Sports, Business, Sci/Tech.\n\nText: A\\B won.\nTopic:",
         "Sports",
+        ("World", "Sports", "Business", "Sci/Tech"),
     )

@@ -1,0 +1,181 @@
+"""Templates files in promptsource's YAML format, checked field by field; every problem has its line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ..errors import DataError
+
+BaseLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+# field -> its type; None is allowed but for the first two. `reference` and `task_template` are known and not used.
+FIELDS: dict[str, type] = {"name": str, "jinja": str, "answer_choices": str, "metadata": dict, "id": str}
+METADATA: dict[str, type] = {"original_task": bool, "choices_in_prompt": bool, "metrics": list, "languages": list}
+REQUIRED = ("name", "jinja")
+UNUSED = ("reference", "task_template")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a file, and where; notes and warnings do not keep it from being read."""
+
+    line: int
+    level: str  # error, warning or note
+    message: str
+
+
+class Entry(dict[str, Any]):
+    """One template's fields, with the line each stands on."""
+
+    line = 0
+    lines: dict[str, int] = {}  # noqa: RUF012 - set per instance
+
+    def line_of(self, name: str) -> int:
+        return self.lines.get(name, self.line)
+
+
+@dataclass
+class Parsed:
+    """A templates file: its entries by id, in file order, those with errors left out, and all problems."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    dataset: str | None = None  # dataset[/subset] as the file says
+
+    @property
+    def errors(self) -> list[Problem]:
+        return [problem for problem in self.problems if problem.level == "error"]
+
+
+class _Loader(BaseLoader):  # type: ignore[misc, valid-type]
+    """YAML without Python objects; promptsource's two tags become mappings that know their lines."""
+
+
+def _entry(loader: Any, node: yaml.Node) -> Entry:
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml.constructor.ConstructorError(None, None, f"{node.tag} must be a mapping", node.start_mark)
+    entry = Entry(loader.construct_mapping(node, deep=True))
+    entry.line = node.start_mark.line + 1
+    entry.lines = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
+    return entry
+
+
+for _tag in ("!Template", "!TemplateMetadata"):
+    _Loader.add_constructor(_tag, _entry)
+
+
+def parse(content: bytes) -> Parsed:
+    """The entries of a file and its problems. Raises nothing: an unreadable file is one problem."""
+    parsed = Parsed()
+
+    def error(line: int, message: str) -> Parsed:
+        parsed.problems.append(Problem(line, "error", message))
+        return parsed
+
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as bad:
+        line = content[: bad.start].count(b"\n") + 1
+        return error(line, "is not UTF-8. A templates file is UTF-8 YAML: save it as UTF-8.")
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        tree = loader.construct_document(root) if root is not None else None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as bad:
+        mark = getattr(bad, "problem_mark", None)
+        return error(mark.line + 1 if mark else 1, f"is not valid YAML: {getattr(bad, 'problem', None) or bad}.")
+    finally:
+        loader.dispose()
+    entries = tree.get("templates") if isinstance(tree, dict) else None
+    if not isinstance(tree, dict) or not isinstance(entries, dict) or not entries:
+        return error(1, "has no 'templates' mapping (id: !Template ...). See prompts/README.md for the format.")
+    parsed.dataset = _dataset(tree)
+    keys = dict(_template_keys(root))
+    for key, line, first in _repeated(root):
+        error(line, f"template {key}: this id is taken by the template of line {first}. Give it an id of its own.")
+    for key, entry in entries.items():
+        found = list(_check(str(key), entry, keys.get(str(key), 1)))
+        parsed.problems += found
+        if not any(problem.level == "error" for problem in found):
+            parsed.entries[str(key)] = _with_lines(entry, keys.get(str(key), 1))
+    return parsed
+
+
+def parse_or_raise(content: bytes, place: str) -> Parsed:
+    """As `parse`. Raises: DataError with the first error, as file:line."""
+    parsed = parse(content)
+    if parsed.errors:
+        first = parsed.errors[0]
+        more = f" ({len(parsed.errors) - 1} more: rlkd prompts lint)" if len(parsed.errors) > 1 else ""
+        joiner = " " if first.message.startswith(("is ", "has ")) else ": "
+        raise DataError(f"{place}:{first.line}{joiner}{first.message}{more}")
+    return parsed
+
+
+def _with_lines(entry: dict[str, Any], line: int) -> Entry:
+    if isinstance(entry, Entry):
+        return entry
+    plain = Entry(entry)  # a template without its tag
+    plain.line, plain.lines = line, {}
+    return plain
+
+
+def _dataset(tree: dict[str, Any]) -> str | None:
+    dataset, subset = tree.get("dataset"), tree.get("subset")
+    if not isinstance(dataset, str):
+        return None
+    # snli and multi_nli say `subset: None`, a text.
+    return f"{dataset}/{subset}" if isinstance(subset, str) and subset != "None" else dataset
+
+
+def _template_keys(root: yaml.MappingNode) -> Iterator[tuple[str, int]]:
+    for key, value in root.value:
+        if key.value == "templates" and isinstance(value, yaml.MappingNode):
+            yield from ((str(k.value), k.start_mark.line + 1) for k, _ in value.value)
+
+
+def _repeated(root: yaml.MappingNode) -> Iterator[tuple[str, int, int]]:
+    """Ids that stand twice, which YAML would silently drop: (id, line, first line)."""
+    seen: dict[str, int] = {}
+    for key, line in _template_keys(root):
+        if key in seen:
+            yield key, line, seen[key]
+        seen.setdefault(key, line)
+
+
+def _check(key: str, entry: Any, line: int) -> Iterator[Problem]:
+    place = f"template {key}"
+    if not isinstance(entry, dict):
+        kind = type(entry).__name__
+        yield Problem(line, "error", f"{place}: a template is a mapping with name and jinja, found {kind}.")
+        return
+    entry = _with_lines(entry, line)
+    yield from _fields(entry, FIELDS, place, UNUSED)
+    metadata = entry.get("metadata")
+    if isinstance(metadata, dict):
+        yield from _fields(_with_lines(metadata, entry.line_of("metadata")), METADATA, place, ())
+    if isinstance(entry.get("id"), str) and entry["id"] != key:
+        yield Problem(
+            entry.line_of("id"), "warning", f"{place}: field 'id' is '{entry['id']}'; the key is used, not the field."
+        )
+
+
+def _fields(entry: Entry, types: dict[str, type], place: str, unused: tuple[str, ...]) -> Iterator[Problem]:
+    for name, kind in types.items():
+        value = entry.get(name)
+        if not (isinstance(value, kind) or (value is None and name not in REQUIRED)):
+            yield Problem(
+                entry.line_of(name),
+                "error",
+                f"{place}: field '{name}' is {value!r}; allowed is {kind.__name__}. Mend the file.",
+            )
+        elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            yield Problem(
+                entry.line_of(name), "error", f"{place}: field '{name}' must be a list of texts, found {value!r}."
+            )
+    if unknown := sorted(str(name) for name in entry if name not in types and name not in unused):
+        yield Problem(entry.line_of(unknown[0]), "note", f"{place}: ignored unknown fields {', '.join(unknown)}")
