@@ -28,7 +28,6 @@ import datasets
 import torch
 import yaml
 from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, TrainerCallback
-from transformers.optimization import Adafactor
 from transformers.utils import logging as transformers_logging
 
 import quora_agnews_task as task
@@ -186,7 +185,6 @@ class Study:
         trainer = SupervisedTrainer(
             model, SupervisedArguments(**settings), tokenizer=self.tokenizer, train_dataset=pairs
         )
-        use_adafactor(trainer)
         used = train(trainer, "teacher", plan["seconds"])
         trainer.save_model()
         return {**used, "parameters": model.num_parameters(), "pairs": len(pairs)}
@@ -232,8 +230,6 @@ class Study:
         else:
             Arguments, Trainer = TRAINERS[stage.arm]
             trainer = Trainer(model, Arguments(**settings), train_examples=self.examples("unlabeled"), **shared)
-        if stage.start is None:
-            use_adafactor(trainer)
         used = train(trainer, f"{folder.parent.name}/{folder.name}", stage.seconds)
         trainer.save_model()
         return {**used, "parameters": model.num_parameters(), **judge(trainer)}
@@ -274,20 +270,6 @@ class Study:
         }
         (self.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
         return results
-
-
-def use_adafactor(trainer: Any) -> None:
-    """T5's own optimizer, for training from random weights: steps in proportion to the size of each weight matrix.
-
-    AdamW moves T5's unit-deviation embedding too slowly to learn the words within minutes.
-    """
-    trainer.optimizer = Adafactor(
-        trainer.model.parameters(),
-        lr=trainer.args.learning_rate,
-        scale_parameter=True,
-        relative_step=False,
-        warmup_init=False,
-    )
 
 
 def train(trainer: Any, stage: str, seconds: float) -> dict[str, float]:
