@@ -186,17 +186,19 @@ def guarded_filters(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Call
 
 
 def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    first, bound, shallow = _first_argument(function), _FILTER_BOUNDS.get(name), name in _SHALLOW
+    call, bound, shallow = _with_context(function), _FILTER_BOUNDS.get(name), name in _SHALLOW
 
     @jinja2.pass_context
     def guarded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        meter = context.meter
-        weight = 0
-        if args or kwargs:
-            weight = sum(map(meter.weigh, args)) + sum(map(meter.weigh, kwargs.values()))
+        meter, weight = context.meter, 0
+        if args:
+            weight += sum(map(meter.weigh, args))
+        if kwargs:
+            weight += sum(map(meter.weigh, kwargs.values()))
         cost = 1 + weight // 64  # arguments are read for every item
         if not shallow:
-            value = meter.settled(value, cost)
+            if type(value) is not str:
+                value = meter.settled(value, cost)
             weight += meter.weigh(value)
             if cost > 1 and type(value) in CONTAINERS:
                 meter.charge(len(value) * cost)
@@ -204,7 +206,7 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             _printf(meter, str(value), kwargs or args)
         elif bound is not None:
             meter.fits(weight + bound(value, *args, **kwargs))
-        result = function(*first(context), value, *args, **kwargs)
+        result = call(context, value, *args, **kwargs)
         return meter.made(str(result) if name == "tojson" else result, cost)
 
     return guarded
@@ -230,12 +232,12 @@ def _guarded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
     return guarded
 
 
-def _first_argument(function: Callable[..., Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """What jinja passes to a filter ahead of its value."""
+def _with_context(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter with jinja's context as its first argument, whichever part of that it wants."""
     wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
-    return {
-        None: lambda context: (),
-        "context": lambda context: (context,),
-        "eval_context": lambda context: (context.eval_ctx,),
-        "environment": lambda context: (context.environment,),
-    }[wanted]
+    if wanted == "context":
+        return function
+    if wanted is None:
+        return lambda context, *args, **kwargs: function(*args, **kwargs)
+    part = {"eval_context": "eval_ctx", "environment": "environment"}[wanted]
+    return lambda context, *args, **kwargs: function(getattr(context, part), *args, **kwargs)

@@ -112,12 +112,13 @@ class Meter:
     def made(self, value: Any, cost: int = 1) -> Any:
         """A new value, counted; a lazy one is counted as it is read, at `cost` steps an item."""
         kind = type(value)
-        if kind is str or kind is list or kind is tuple:
-            size = len(value)
-            if size > READ_PER_STEP:
-                self.fits(size)
-            # A list holds objects of some dozen bytes, a text one to four a character.
-            self.charge(size // READ_PER_STEP if kind is str else size // 4)
+        if kind is str:
+            if len(value) > READ_PER_STEP:
+                self.fits(len(value))
+                self.charge(len(value) // READ_PER_STEP)
+        elif kind is list or kind is tuple:
+            self.fits(len(value))
+            self.charge(len(value) // 4)  # objects of some dozen bytes each
         elif kind is int:
             if value.bit_length() > MAX_INT_BITS:
                 raise self.limits.exceeded("value")

@@ -157,7 +157,9 @@ class _Sandbox(SandboxedEnvironment):
         kind = type(argument)
         if kind is tuple:  # its hash may take without end
             raise SandboxError("looks up a tuple, which is not allowed. Look up a text or a number.")
-        if kind in SCALARS and (type(obj) in allowed.METHODS or isinstance(obj, jinja2.Undefined)):
+        if isinstance(obj, jinja2.Undefined):
+            return obj[argument]
+        if type(obj) in allowed.METHODS and (kind in SCALARS or isinstance(argument, jinja2.Undefined)):
             try:
                 return obj[argument]
             except (TypeError, LookupError):
@@ -169,8 +171,12 @@ class _Sandbox(SandboxedEnvironment):
         meter, kind = context.meter, type(function)
         if isinstance(function, jinja2.Undefined):
             return function()
-        args = tuple(map(meter.settled, args))
-        weight = sum(map(meter.weigh, args)) + sum(map(meter.weigh, kwargs.values()))
+        weight = 0
+        if args:
+            args = tuple(map(meter.settled, args))
+            weight += sum(map(meter.weigh, args))
+        if kwargs:
+            weight += sum(map(meter.weigh, kwargs.values()))
         if kind is FunctionType:
             return meter.made(function(meter, *args, **kwargs))
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
@@ -182,7 +188,8 @@ class _Sandbox(SandboxedEnvironment):
         raise SandboxError(f"calls a {kind.__name__}, which is not allowed. {allowed.remedy(kind)}")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        allowed.before_operator(context.meter, operator, left, right)
+        if operator in ("*", "**", "%"):
+            allowed.before_operator(context.meter, operator, left, right)
         return context.meter.made(_OPERATORS[operator](left, right))
 
 

@@ -1,0 +1,158 @@
+"""Templates of strangers, rendered in a process that can be killed.
+
+The sandbox bounds what it can count. What it cannot, a process bounds: it has little memory, no secrets in its
+environment, and is killed when a row takes too long.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import DataError
+from .meter import DEFAULT_LIMITS, Limits, SandboxError
+from .prompts import Template
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_MESSAGE = 256
+# A new process imports jinja and yaml before it answers.
+START_SECONDS = 60.0
+_ERRORS: dict[str, type[DataError]] = {"DataError": DataError, "SandboxError": SandboxError}
+
+
+class RenderWorker:
+    """Renders rows in a child process, which is killed at its limits and started anew for the next row.
+
+    `parts` is the `Template.parts` of many rows. A context manager: the child ends with it. The child starts with the
+    first rows, sees no environment variable but its import path, and answers in JSON, which is data whatever it did.
+    Needs POSIX.
+    """
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS):
+        self.limits = limits
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> RenderWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child, if there is one; the next rows start another."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self._connection = None
+
+    def parts(
+        self, template: Template, rows: Iterable[Mapping[str, Any]], *, seed: int = 0
+    ) -> Iterator[list[str] | DataError]:
+        """For each row what `template.parts(row, seed=seed)` returns, or the DataError it raises.
+
+        A row that takes longer than `limits.seconds`, or ends the child, gives a SandboxError; the others still render.
+        """
+        template = replace(template)  # without what it compiled here
+        remaining = iter(rows)
+        while batch := list(islice(remaining, ROWS_PER_MESSAGE)):
+            while batch:
+                results = list(self._batch(template, batch, seed))
+                yield from results
+                batch = batch[len(results) :]
+
+    def _batch(
+        self, template: Template, rows: Sequence[Mapping[str, Any]], seed: int
+    ) -> Iterator[list[str] | DataError]:
+        """The results of rows, up to the first that ends the child; its error is the last."""
+        try:
+            connection = self._started()
+            connection.send((template, [dict(row) for row in rows], seed))
+            for _ in rows:
+                if not connection.poll(self.limits.seconds):
+                    raise TimeoutError
+                yield _result(json.loads(connection.recv_bytes()))
+        except TimeoutError:
+            self.close()
+            yield SandboxError(f"{template} {self.limits.exceeded('seconds')}")
+        except (EOFError, OSError):
+            self.close()
+            logger.warning("%s ended the process that rendered it; starting another", template)
+            yield SandboxError(f"{template} {self.limits.exceeded('memory_mb')}")
+        except GeneratorExit:
+            self.close()  # rows are still in flight
+            raise
+
+    def _started(self) -> Connection:
+        if self._connection is not None:
+            return self._connection
+        self._connection, theirs = Pipe()
+        path = [str(Path(__file__).resolve().parents[2]), *sys.path]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno()), str(self.limits.memory_mb)],
+            pass_fds=[theirs.fileno()],
+            env={"PYTHONPATH": os.pathsep.join(path)},
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        if not self._connection.poll(START_SECONDS):
+            self.close()
+            raise DataError(
+                f"the render worker did not start within {START_SECONDS:.0f} s. Try again on an idle machine."
+            )
+        self._connection.recv_bytes()
+        return self._connection
+
+
+def _result(answer: dict[str, Any]) -> list[str] | DataError:
+    return _ERRORS[answer["error"]](answer["message"]) if "error" in answer else list(map(str, answer["parts"]))
+
+
+def _serve(connection: Connection, memory_mb: int) -> None:
+    """The child: templates and rows in, one answer a row out, until the parent closes."""
+    _limit_memory(memory_mb)
+    connection.send_bytes(b"ready")
+    with suppress(EOFError, OSError):
+        while True:
+            template, rows, seed = connection.recv()
+            for row in rows:
+                connection.send_bytes(json.dumps(_answer(template, row, seed)).encode())
+
+
+def _answer(template: Template, row: dict[str, Any], seed: int) -> dict[str, Any]:
+    try:
+        return {"parts": template.parts(row, seed=seed)}
+    except DataError as error:
+        kind = SandboxError if isinstance(error, SandboxError) else DataError
+        return {"error": kind.__name__, "message": str(error)}
+
+
+def _limit_memory(megabytes: int) -> None:
+    with suppress(ImportError, ValueError, OSError):  # not every system has the limit
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        size = megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (size if hard < 0 else min(size, hard), hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
