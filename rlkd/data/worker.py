@@ -18,6 +18,7 @@ from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 ROWS_PER_MESSAGE = 256
 # A new process imports jinja and yaml before it answers.
 START_SECONDS = 60.0
+# Answers go back this often.
+FLUSH_SECONDS = 0.05
 _ERRORS: dict[str, type[DataError]] = {"DataError": DataError, "SandboxError": SandboxError}
 
 
@@ -71,34 +74,39 @@ class RenderWorker:
         A row that takes longer than `limits.seconds`, or ends the child, gives a SandboxError; the others still render.
         """
         template = replace(template)  # without what it compiled here
-        remaining = iter(rows)
+        remaining, size = iter(rows), ROWS_PER_MESSAGE
         while batch := list(islice(remaining, ROWS_PER_MESSAGE)):
             while batch:
-                results = list(self._batch(template, batch, seed))
-                yield from results
+                results, error = self._exchange(template, batch[:size], seed)
                 batch = batch[len(results) :]
+                yield from results
+                if error is None:
+                    continue
+                # Answers come in groups: rows are sent one by one to find which of them ends the child.
+                if size == 1:
+                    batch, size = batch[1:], ROWS_PER_MESSAGE
+                    yield error
+                else:
+                    size = 1
 
-    def _batch(
+    def _exchange(
         self, template: Template, rows: Sequence[Mapping[str, Any]], seed: int
-    ) -> Iterator[list[str] | DataError]:
-        """The results of rows, up to the first that ends the child; its error is the last."""
+    ) -> tuple[list[list[str] | DataError], SandboxError | None]:
+        """The results of rows, and why they are not all there."""
+        results: list[list[str] | DataError] = []
         try:
             connection = self._started()
             connection.send((template, [dict(row) for row in rows], seed))
-            for _ in rows:
-                if not connection.poll(self.limits.seconds):
-                    raise TimeoutError
-                yield _result(json.loads(connection.recv_bytes()))
-        except TimeoutError:
-            self.close()
-            yield SandboxError(f"{template} {self.limits.exceeded('seconds')}")
+            while len(results) < len(rows):
+                if not connection.poll(self.limits.seconds + FLUSH_SECONDS):
+                    self.close()
+                    return results, SandboxError(f"{template} {self.limits.exceeded('seconds')}")
+                results += map(_result, json.loads(connection.recv_bytes()))
         except (EOFError, OSError):
             self.close()
             logger.warning("%s ended the process that rendered it; starting another", template)
-            yield SandboxError(f"{template} {self.limits.exceeded('memory_mb')}")
-        except GeneratorExit:
-            self.close()  # rows are still in flight
-            raise
+            return results, SandboxError(f"{template} {self.limits.exceeded('memory_mb')}")
+        return results, None
 
     def _started(self) -> Connection:
         if self._connection is not None:
@@ -132,8 +140,12 @@ def _serve(connection: Connection, memory_mb: int) -> None:
     with suppress(EOFError, OSError):
         while True:
             template, rows, seed = connection.recv()
-            for row in rows:
-                connection.send_bytes(json.dumps(_answer(template, row, seed)).encode())
+            answers, sent = [], monotonic()
+            for number, row in enumerate(rows, start=1):
+                answers.append(_answer(template, row, seed))
+                if number == len(rows) or monotonic() > sent + FLUSH_SECONDS:
+                    connection.send_bytes(json.dumps(answers).encode())
+                    answers, sent = [], monotonic()
 
 
 def _answer(template: Template, row: dict[str, Any], seed: int) -> dict[str, Any]:
