@@ -195,7 +195,7 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             weight += sum(map(meter.weigh, args))
         if kwargs:
             weight += sum(map(meter.weigh, kwargs.values()))
-        cost = 1 + weight // 64  # arguments are read for every item
+        cost = 1 + weight // 4  # arguments are read for every item
         if not shallow:
             if type(value) is not str:
                 value = meter.settled(value, cost)
@@ -207,7 +207,7 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         elif bound is not None:
             meter.fits(weight + bound(value, *args, **kwargs))
         result = call(context, value, *args, **kwargs)
-        return meter.made(str(result) if name == "tojson" else result, cost)
+        return meter.made(str(result) if name == "tojson" else result, 1 + cost)
 
     return guarded
 

@@ -166,7 +166,7 @@ class Meter:
                 below.extend(item.values())
             return 2 + 2 * len(item)
         if isinstance(item, jinja2.Undefined):
-            return 0
+            return len(str(item))  # raises for a column that has no text
         raise SandboxError(f"uses a {kind.__name__} as a value. Call it, loop over it or make it a list first.")
 
 
