@@ -76,6 +76,8 @@ class Template:
             rendered = self._compiled.render(values, meter, random)
         except SandboxError as error:
             raise self._refused(error) from error
+        except MemoryError as error:
+            raise self._refused(self.limits.exceeded("memory_mb")) from error
         # Expressions run arbitrary operations on the row's values, so any exception can come out of them.
         except Exception as error:
             raise DataError(

@@ -17,7 +17,7 @@ from jinja2 import nodes
 
 from rlkd.data import allowed
 from rlkd.data.prompts import Template
-from rlkd.errors import DataError
+from rlkd.data.sandbox import SandboxError
 
 SDIST = Path(os.environ.get("RLKD_PROMPTSOURCE") or Path.home() / ".cache/rlkd/promptsource-0.2.3.tar.gz")
 SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
@@ -148,8 +148,8 @@ class Shapes:
 def outcome(render, row):
     try:
         return render(row)
-    except DataError as error:
-        return f"{type(error).__name__}: {error}" if "not allowed" in str(error) or "limit" in str(error) else "fails"
+    except SandboxError as error:
+        return str(error)
     except Exception:
         return "fails"
 
@@ -166,10 +166,12 @@ def test_official_templates_render_as_in_plain_jinja():
         for _ in range(TRIES):
             row = {name: shape.value(draw) for name, shape in shapes.columns.fields.items()}
             expected = outcome(oracle.parts, row)
-            found = outcome(ours.parts, row)
             good += expected != "fails"
-            if found != expected:
-                differing.append((template.origin, template.name, row, expected, found))
+            # promptsource hides "|||" in texts only, not in lists and dicts: strict_compat does as it does.
+            nested = any("|||" in str(value) for value in row.values() if not isinstance(value, str))
+            for reader in [ours] if nested else [ours, template]:
+                if (found := outcome(reader.parts, row)) != expected:
+                    differing.append((template.origin, template.name, row, expected, found))
         alive += good > 0
     assert not differing, "\n".join(map(str, differing[:5]))
     assert count == 2085
