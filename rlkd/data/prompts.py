@@ -40,7 +40,7 @@ class Template:
     answer_choices  jinja, its output split on "|||"; None without fixed answers
     original_task   True if the prompt asks for the task the data set was made for
     origin          the file it was read from, for errors
-    trusted         False if strangers wrote it: such a template belongs in a RenderWorker
+    trusted         False if strangers wrote it: it is rendered in another process (see `rlkd.data.worker`)
     limits          what it may cost
     strict_compat   hide "|||" only in the texts in which promptsource does
     """
@@ -65,6 +65,10 @@ class Template:
             raise DataError(
                 f"{self}: a column is named 'answer_choices', the name of the template's own. Rename the column."
             )
+        if not self.trusted:
+            from .worker import untrusted_parts
+
+            return untrusted_parts(self, row, seed)
         meter, random = Meter(self.limits), RowRandom(seed, self.id or self.name, row)
         try:
             names = self._compiled.names | (self._choices.names if self._choices else frozenset())

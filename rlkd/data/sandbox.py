@@ -311,7 +311,7 @@ def _count_loop(node: nodes.For) -> nodes.Node:
 def _weigh_operands(node: nodes.Compare) -> nodes.Node:
     sides = [node.expr, *(operand.expr for operand in node.ops)]
     # Comparing with a constant ends soon, looking for one does not; two lists may share items without end.
-    if any(operand.op in ("in", "notin") for operand in node.ops) or not any(map(_constant, sides)):
+    if any(operand.op.endswith("in") for operand in node.ops) or not any(map(_constant, sides)):
         node.expr = _weigh(node.expr)
         for operand in node.ops:
             operand.expr = _weigh(operand.expr)

@@ -6,6 +6,7 @@ environment, and is killed when a row takes too long.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -14,10 +15,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Lock
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -33,6 +36,7 @@ ROWS_PER_MESSAGE = 256
 START_SECONDS = 60.0
 # Answers go back this often.
 FLUSH_SECONDS = 0.05
+_LOCK = Lock()
 _ERRORS: dict[str, type[DataError]] = {"DataError": DataError, "SandboxError": SandboxError}
 
 
@@ -73,7 +77,7 @@ class RenderWorker:
 
         A row that takes longer than `limits.seconds`, or ends the child, gives a SandboxError; the others still render.
         """
-        template = replace(template)  # without what it compiled here
+        template = replace(template, trusted=True)  # there; and without what it compiled here
         remaining, size = iter(rows), ROWS_PER_MESSAGE
         while batch := list(islice(remaining, ROWS_PER_MESSAGE)):
             while batch:
@@ -129,6 +133,23 @@ class RenderWorker:
         return self._connection
 
 
+@cache
+def _shared(limits: Limits, process: int) -> RenderWorker:
+    """One worker for all rows rendered one at a time; a forked process starts its own."""
+    worker = RenderWorker(limits)
+    atexit.register(worker.close)
+    return worker
+
+
+def untrusted_parts(template: Template, row: Mapping[str, Any], seed: int) -> list[str]:
+    """`template.parts(row, seed=seed)`, rendered by the worker that this process shares. Raises what it raises."""
+    with _LOCK:
+        (result,) = _shared(template.limits, os.getpid()).parts(template, [row], seed=seed)
+    if isinstance(result, DataError):
+        raise result
+    return result
+
+
 def _result(answer: dict[str, Any]) -> list[str] | DataError:
     return _ERRORS[answer["error"]](answer["message"]) if "error" in answer else list(map(str, answer["parts"]))
 
@@ -137,9 +158,11 @@ def _serve(connection: Connection, memory_mb: int) -> None:
     """The child: templates and rows in, one answer a row out, until the parent closes."""
     _limit_memory(memory_mb)
     connection.send_bytes(b"ready")
+    known: dict[Template, Template] = {}
     with suppress(EOFError, OSError):
         while True:
             template, rows, seed = connection.recv()
+            template = known.setdefault(template, template)  # the one that is compiled
             answers, sent = [], monotonic()
             for number, row in enumerate(rows, start=1):
                 answers.append(_answer(template, row, seed))

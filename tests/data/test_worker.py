@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import time
 
@@ -5,6 +6,7 @@ import pytest
 
 from rlkd.data.meter import Limits, SandboxError
 from rlkd.data.prompts import Template
+from rlkd.data.sandbox import SafeTemplate
 from rlkd.data.worker import ROWS_PER_MESSAGE, RenderWorker
 from rlkd.errors import DataError
 
@@ -81,6 +83,18 @@ def test_a_child_that_dies_is_replaced(worker):
     worker._process.wait()
     found = list(worker.parts(Template("T", "{{ n }}"), rows(3)))
     assert found == [["0"], ["1"], ["2"]]
+
+
+def test_untrusted_templates_never_render_here(monkeypatch):
+    good = Template("T", "{{ text }} {{ [1, 2, 3] | choice }} ||| {{ n }}", id="id", trusted=False)
+    expected = [dataclasses.replace(good, trusted=True).render(row, seed=7) for row in rows(20)]
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeTemplate, "render", None)
+        assert [good.render(row, seed=7) for row in rows(20)] == expected
+    endless = dataclasses.replace(good, source=SPIN, limits=dataclasses.replace(LIFTED, seconds=0.5))
+    with pytest.raises(SandboxError, match=r"seconds = 0\.5"):
+        endless.parts({"n": 3})
+    assert endless.parts({"n": 4}) == ["4"]
 
 
 def test_the_child_sees_no_secrets_and_ends_with_its_worker(monkeypatch):
