@@ -1,40 +1,34 @@
 """Prompt templates in promptsource's format: the same text, on today's Python, from data files alone.
 
-A template is jinja source whose output is split on "|||" into the input and the target. Templates run in jinja's
-sandbox, which keeps them from Python's internals but does not bound their work: read templates you trust.
+A template is jinja source whose output is split on "|||" into the input and the target. It runs in a sandbox that
+bounds what it may do (see `rlkd.data.sandbox`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import jinja2
 import yaml
 from jinja2 import meta, nodes
-from jinja2.sandbox import SandboxedEnvironment
 
 from ..errors import DataError, nearest
+from .meter import DEFAULT_LIMITS, Limits, Meter, SandboxError
+from .sandbox import ENVIRONMENT, PIPE_PROTECTOR, SEPARATOR, RowRandom, SafeTemplate, plain_row
 
 logger = logging.getLogger(__name__)
 
-SEPARATOR = "|||"
-# promptsource's own stand-in for a separator inside a field, so that a row cannot inject a target of its own.
-PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 TEMPLATE_FILE = "templates.yaml"
 # Beside the package in a checkout, inside it once installed (see pyproject.toml).
 PACKAGE_PROMPTS = next(
     (p for p in (Path(__file__).resolve().parents[i] / "prompts" for i in (2, 1)) if p.is_dir()),
     Path("prompts").resolve(),
 )
-ROW_RANDOM = "__row_random__"
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,9 @@ class Template:
     answer_choices  jinja, its output split on "|||"; None without fixed answers
     original_task   True if the prompt asks for the task the data set was made for
     origin          the file it was read from, for errors
+    trusted         False if strangers wrote it: it is rendered in another process (see `rlkd.data.worker`)
+    limits          what it may cost
+    strict_compat   hide "|||" only in the texts in which promptsource does
     """
 
     name: str
@@ -54,24 +51,37 @@ class Template:
     id: str = ""
     original_task: bool | None = None
     origin: str = ""
+    trusted: bool = True
+    limits: Limits = DEFAULT_LIMITS
+    strict_compat: bool = False
 
     def parts(self, row: Mapping[str, Any], *, seed: int = 0) -> list[str]:
         """The rendered text split on "|||", each part stripped: what promptsource's `apply(truncate=False)` returns.
 
         `choice` and `random` draw from a generator seeded by (seed, template id, row), so a row always renders alike.
-        Raises DataError if a filter or an expression fails on this row.
+        Raises DataError if a filter or an expression fails on this row, SandboxError if it exceeds a limit.
         """
         if "answer_choices" in row:
             raise DataError(
                 f"{self}: a column is named 'answer_choices', the name of the template's own. Rename the column."
             )
-        context: dict[str, Any] = {name: _protect(value) for name, value in row.items()}
-        context[ROW_RANDOM] = _RowRandom(seed, self.id or self.name, row)
-        context["answer_choices"] = None
+        if not self.trusted:
+            from .worker import untrusted_parts
+
+            return untrusted_parts(self, row, seed)
+        meter, random = Meter(self.limits), RowRandom(seed, self.id or self.name, row)
         try:
+            names = self._compiled.names | (self._choices.names if self._choices else frozenset())
+            values = plain_row(row, names, self.limits, strict_compat=self.strict_compat)
+            values["answer_choices"] = None
             if self._choices is not None:
-                context["answer_choices"] = [c.strip() for c in self._choices.render(context).split(SEPARATOR)]
-            rendered = self._compiled.render(context)
+                choices = self._choices.render(values, meter, random).split(SEPARATOR)
+                values["answer_choices"] = [choice.strip() for choice in choices]
+            rendered = self._compiled.render(values, meter, random)
+        except SandboxError as error:
+            raise self._refused(error) from error
+        except MemoryError as error:
+            raise self._refused(self.limits.exceeded("memory_mb")) from error
         # Expressions run arbitrary operations on the row's values, so any exception can come out of them.
         except Exception as error:
             raise DataError(
@@ -99,67 +109,30 @@ class Template:
         return f"template '{self.name}'" + (f" of {self.origin}" if self.origin else "")
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
+    def _compiled(self) -> SafeTemplate:
         return self._compile(self.source, "jinja")
 
     @cached_property
-    def _choices(self) -> jinja2.Template | None:
+    def _choices(self) -> SafeTemplate | None:
         return self._compile(self.answer_choices, "answer_choices") if self.answer_choices else None
 
-    def _compile(self, source: str, field: str) -> jinja2.Template:
+    def _compile(self, source: str, field: str) -> SafeTemplate:
         try:
-            return ENVIRONMENT.from_string(source)
+            return SafeTemplate(source, self.limits)
+        except SandboxError as error:
+            raise self._refused(error, f": its {field}") from error
         except jinja2.TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise DataError(f"{self}: its {field}{line} is not valid jinja: {error}. Mend the template.") from error
+
+    def _refused(self, error: SandboxError, field: str = "") -> SandboxError:
+        """The same error, naming the template; once."""
+        return error if str(error).startswith(str(self)) else SandboxError(f"{self}{field} {error}")
 
     def compile(self) -> Template:
         """Compile now rather than at the first row. Raises DataError naming the template; returns itself."""
         _ = self._compiled, self._choices
         return self
-
-
-class _RowRandom:
-    """A generator per (seed, template, row), made only if a filter draws from it."""
-
-    def __init__(self, seed: int, template: str, row: Mapping[str, Any]):
-        self._key = (seed, template, row)
-
-    @cached_property
-    def generator(self) -> Random:
-        seed, template, row = self._key
-        return Random(json.dumps([seed, template, dict(row)], sort_keys=True, default=str))
-
-
-@jinja2.pass_context
-def _choice(context: jinja2.runtime.Context, items: Any) -> Any:
-    return context[ROW_RANDOM].generator.choice(items)
-
-
-def _most_frequent(items: Iterable[Any] | None) -> list[Any] | None:
-    """All items of the highest count, in order of first appearance; None for nothing."""
-    counts = Counter(items or ()).most_common()
-    return [item for item, count in counts if count == counts[0][1]] or None
-
-
-def _environment() -> SandboxedEnvironment:
-    environment = SandboxedEnvironment()
-    environment.filters |= {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
-    return environment
-
-
-ENVIRONMENT = _environment()
-
-
-def _protect(value: Any) -> Any:
-    """A copy with "|||" hidden in every text, nested ones included; a template may change its copy freely."""
-    if isinstance(value, str):
-        return value.replace(SEPARATOR, PIPE_PROTECTOR)
-    if isinstance(value, Mapping):
-        return {key: _protect(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_protect(item) for item in value]
-    return value
 
 
 def _columns(source: str, *, whole: bool) -> set[str]:
