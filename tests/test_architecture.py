@@ -226,7 +226,7 @@ def text_files() -> Iterator[tuple[Path, str]]:
             and not re.search(r"^\.venv|_cache$|^\.cache$|\.egg-info$|^\.hypothesis$|^\.ipynb_checkpoints$", name)
             and not (Path(folder) / name / "pyvenv.cfg").exists()
         ]
-        for name in names:
+        for name in set(names) - SKIPPED_DIRECTORIES:  # .git is a file in a second worktree
             path = Path(folder) / name
             try:
                 yield path, path.read_text(encoding="utf-8")

@@ -97,9 +97,10 @@ def generate_pseudolabels(
     """Label inputs with a prompted teacher; writes parquet shards and, last, manifest.json."""
     # Checks in order of cost: settings and folder, the teacher's configuration and tokenizer, rows, templates; weights.
     from ..generation import pseudolabels
+    from ..generation.engines import Decoding
     from ..generation.label_store import check_output
 
-    pseudolabels.check_settings(strategy.value, labels_per_input, num_beams, temperature)
+    Decoding(strategy.value, max_new_tokens, labels_per_input, num_beams, temperature)
     if not overwrite:
         check_output(out, overwrite=False)
 

@@ -1,7 +1,7 @@
 """Prompt templates in promptsource's format: the same text, on today's Python, from data files alone.
 
-A template is jinja source whose output is split on "|||" into the input and the target. Templates run in jinja's
-sandbox, which keeps them from Python's internals but does not bound their work: read templates you trust.
+A template is jinja source whose output is split on "|||" into the input and the target. It runs in a sandbox that
+bounds what it may do (see `rlkd.data.sandbox`).
 """
 
 from __future__ import annotations
@@ -9,22 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from random import Random
 from typing import Any, Literal, get_args
 
 import jinja2
-from jinja2.sandbox import SandboxedEnvironment
 
 from ..errors import ConfigError, DataError, nearest
 from . import template_columns
 from .aliases import known_problem
 from .leaks import leaks
-from .template_columns import SEPARATOR, Reads
+from .meter import DEFAULT_LIMITS, Limits, Meter, SandboxError
+from .sandbox import ENVIRONMENT, PIPE_PROTECTOR, SEPARATOR, RowRandom, SafeTemplate, plain_row
+from .template_columns import Reads
 from .template_sources import PACKAGE_PROMPTS, YAML_SUFFIXES, TemplatesFile, find, read_file, sources
 from .template_yaml import parse_or_raise
 
@@ -35,11 +34,6 @@ logger = logging.getLogger(__name__)
 Truncation = Literal["none", "t0"]
 # T0's data were made by cutting every {{...}} to 2,048 characters; a textual change, as promptsource makes it.
 T0_TRUNCATE = " | string | truncate(2048) }}"
-# promptsource's own stand-in for a separator inside a field, so that a row cannot inject a target of its own.
-PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
-ROW_RANDOM = "__row_random__"
-
-
 NOT_APPLICABLE = "not applicable"
 NO_TARGET = "no target"
 SEVERAL_TARGETS = "several targets"
@@ -74,8 +68,10 @@ class Template:
     sha256             of that file or archive
     choices_in_prompt, metrics, languages  as the file says
     truncation         none, or t0: each {{...}} of the source cut to 2,048 characters, as T0's training data were
-    strict_compat      protect "|||" as promptsource does, in the row's own texts only: a nested one, or one in an
-                       answer choice, splits the text, so that a row can inject its own target
+    strict_compat      hide "|||" only in the texts in which promptsource does: one in a list, or in an answer choice,
+                       splits the text, so that a row can inject its own target
+    trusted            False if strangers wrote it: it is rendered in another process (see `rlkd.data.worker`)
+    limits             what it may cost
     """
 
     name: str
@@ -90,14 +86,44 @@ class Template:
     languages: tuple[str, ...] = ()
     truncation: Truncation = "none"
     strict_compat: bool = False
+    trusted: bool = True
+    limits: Limits = DEFAULT_LIMITS
 
     def parts(self, row: Mapping[str, Any], *, seed: int = 0) -> list[str]:
         """The rendered text split on "|||", each part stripped: what promptsource's `apply` returns.
 
         `choice` and `random` draw from a generator seeded by (seed, template id, row), so a row always renders alike.
-        Raises DataError if a filter or an expression fails on this row.
+        Raises DataError if a filter or an expression fails on this row, SandboxError if it exceeds a limit.
         """
-        return self._apply(row, seed)[0]
+        if "answer_choices" in row:
+            raise DataError(
+                f"{self}: a column is named 'answer_choices', the name of the template's own. Rename the column."
+            )
+        if not self.trusted:
+            from .worker import untrusted_parts
+
+            return untrusted_parts(self, row, seed)
+        meter, random = Meter(self.limits), RowRandom(seed, self.id or self.name, row)
+        try:
+            names = self._compiled.names | (self._choices.names if self._choices else frozenset())
+            values = plain_row(row, names, self.limits, strict_compat=self.strict_compat)
+            values["answer_choices"] = None
+            if self._choices is not None:
+                choices = self._choices.render(values, meter, random).split(SEPARATOR)
+                shown = map(_unprotect, choices) if self.strict_compat else choices
+                values["answer_choices"] = [choice.strip() for choice in shown]
+            rendered = self._compiled.render(values, meter, random)
+        except SandboxError as error:
+            raise self._refused(error) from error
+        except MemoryError as error:
+            raise self._refused(self.limits.exceeded("memory_mb")) from error
+        # Expressions run arbitrary operations on the row's values, so any exception can come out of them.
+        except Exception as error:
+            raise DataError(
+                f"{self} cannot be rendered: {type(error).__name__}: {error}.\n  row: {str(dict(row))[:300]}\n"
+                "Check that the row's values have the types the template expects."
+            ) from error
+        return [_unprotect(part).strip() for part in rendered.split(SEPARATOR)]
 
     def render(self, row: Mapping[str, Any], *, seed: int = 0) -> Rendered:
         """Input, target and answer choices of a row. Raises DataError as `parts` does.
@@ -105,7 +131,8 @@ class Template:
         There is no target if the template gives none, if it gives more than one part after the input (T0's training
         left these out), or if the row lacks its gold label (see `lacks_label`).
         """
-        (first, *rest), choices = self._apply(row, seed)
+        first, *rest = self.parts(row, seed=seed)
+        choices = self.choices(row, seed=seed)
         if not first:
             return Rendered("", None, choices, NOT_APPLICABLE)
         if len(rest) > 1:
@@ -117,6 +144,10 @@ class Template:
         if self.lacks_label(row):
             return Rendered(first, None, choices, LABEL_MISSING)
         return Rendered(first, rest[0], choices)
+
+    def choices(self, row: Mapping[str, Any], *, seed: int = 0) -> tuple[str, ...] | None:
+        """The answers to choose from for a row, or None. Raises DataError as `parts` does."""
+        return None if self._choice_template is None else tuple(self._choice_template.parts(row, seed=seed))
 
     def lacks_label(self, row: Mapping[str, Any]) -> bool:
         """Whether a column that only the target reads is absent, None, or -1 where a label counts answers.
@@ -150,29 +181,10 @@ class Template:
         key = [self.id, self.source, self.answer_choices, self.truncation, self.strict_compat]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
-    def _apply(self, row: Mapping[str, Any], seed: int) -> tuple[list[str], tuple[str, ...] | None]:
-        """The parts and the answer choices of a row."""
-        if "answer_choices" in row:
-            raise DataError(
-                f"{self}: a column is named 'answer_choices', the name of the template's own. Rename the column."
-            )
-        context: dict[str, Any] = {name: _plain(value, nested=not self.strict_compat) for name, value in row.items()}
-        context[ROW_RANDOM] = _RowRandom(seed, self.id or self.name, row)
-        context["answer_choices"] = None
-        choices = None
-        try:
-            if self._choices is not None:
-                protected = [c.strip() for c in self._choices.render(context).split(SEPARATOR)]
-                choices = tuple(map(_unprotect, protected))
-                context["answer_choices"] = list(choices) if self.strict_compat else protected
-            rendered = self._compiled.render(context)
-        # Expressions run arbitrary operations on the row's values, so any exception can come out of them.
-        except Exception as error:
-            raise DataError(
-                f"{self} cannot be rendered: {type(error).__name__}: {error}.\n  row: {str(dict(row))[:300]}\n"
-                "Check that the row's values have the types the template expects."
-            ) from error
-        return [_unprotect(part).strip() for part in rendered.split(SEPARATOR)], choices
+    @cached_property
+    def _choice_template(self) -> Template | None:
+        source = self.answer_choices
+        return replace(self, source=source, answer_choices=None, truncation="none") if source else None
 
     @cached_property
     def reads(self) -> Reads:
@@ -202,75 +214,31 @@ class Template:
         return f"template '{self.name}'" + (f" of {self.origin}" if self.origin else "")
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
+    def _compiled(self) -> SafeTemplate:
         cut = self.truncation == "t0"
         return self._compile(self.source.replace("}}", T0_TRUNCATE) if cut else self.source, "jinja")
 
     @cached_property
-    def _choices(self) -> jinja2.Template | None:
+    def _choices(self) -> SafeTemplate | None:
         return self._compile(self.answer_choices, "answer_choices") if self.answer_choices else None
 
-    def _compile(self, source: str, field: str) -> jinja2.Template:
+    def _compile(self, source: str, field: str) -> SafeTemplate:
         try:
-            return ENVIRONMENT.from_string(source)
+            return SafeTemplate(source, self.limits)
+        except SandboxError as error:
+            raise self._refused(error, f": its {field}") from error
         except jinja2.TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise DataError(f"{self}: its {field}{line} is not valid jinja: {error}. Mend the template.") from error
+
+    def _refused(self, error: SandboxError, field: str = "") -> SandboxError:
+        """The same error, naming the template; once."""
+        return error if str(error).startswith(str(self)) else SandboxError(f"{self}{field} {error}")
 
     def compile(self) -> Template:
         """Compile now rather than at the first row. Raises DataError naming the template; returns itself."""
         _ = self._compiled, self._choices
         return self
-
-
-class _RowRandom:
-    """A generator per (seed, template, row), made only if a filter draws from it."""
-
-    def __init__(self, seed: int, template: str, row: Mapping[str, Any]):
-        self._key = (seed, template, row)
-
-    @cached_property
-    def generator(self) -> Random:
-        seed, template, row = self._key
-        return Random(json.dumps([seed, template, dict(row)], sort_keys=True, default=str))
-
-
-@jinja2.pass_context
-def _choice(context: jinja2.runtime.Context, items: Any) -> Any:
-    return context[ROW_RANDOM].generator.choice(items)
-
-
-def _most_frequent(items: Iterable[Any] | None) -> list[Any] | None:
-    """All items of the highest count, in order of first appearance; None for nothing."""
-    counts = Counter(items or ()).most_common()
-    return [item for item, count in counts if count == counts[0][1]] or None
-
-
-def _environment() -> SandboxedEnvironment:
-    environment = SandboxedEnvironment()
-    environment.filters |= {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
-    return environment
-
-
-ENVIRONMENT = _environment()
-
-
-def _plain(value: Any, *, nested: bool, top: bool = True) -> Any:
-    """A copy in plain JSON values, with "|||" hidden in every text, or with `nested` off in the row's own ones only.
-
-    A template may change its copy freely. What JSON has no value for becomes its text.
-    """
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, str):
-        return str(value).replace(SEPARATOR, PIPE_PROTECTOR) if nested or top else str(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item, nested=nested, top=False) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, nested=nested, top=False) for item in value]
-    if hasattr(value, "tolist"):  # numpy
-        return _plain(value.tolist(), nested=nested, top=False)
-    return _plain(str(value), nested=nested, top=top)
 
 
 def _unprotect(text: str) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from jinja2 import meta, nodes
 
-SEPARATOR = "|||"
+from .sandbox import SEPARATOR
+
 # Methods by which a template changes a variable: their arguments flow into it.
 CHANGES = ("append", "extend", "insert", "update", "add")
 

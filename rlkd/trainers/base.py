@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -181,6 +182,17 @@ class DistillationTrainer(Trainer):
                     logs[name] = float(sums[0] / sums[1].clamp(min=1))
             self._recorded.clear()
         super().log(logs, start_time)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """transformers ignores `optim_args` for Adafactor. Here `optim_args: scale_parameter=True` gives steps in
+        proportion to each weight matrix, T5's own rule: from random weights AdamW is far slower.
+        """
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.optim == "adafactor" and args.optim_args:
+            given = dict(pair.split("=", 1) for pair in args.optim_args.replace(" ", "").split(","))
+            kwargs |= {name: yaml.safe_load(value) for name, value in given.items()}
+        return optimizer, kwargs
 
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""

@@ -134,3 +134,18 @@ def test_training_a_teacher_on_gold_labels_needs_no_teacher(tmp_path):
     args = SupervisedArguments(output_dir=str(tmp_path), use_cpu=True, objective="forward_kl")
     with pytest.raises(ConfigError, match="objective = 'forward_kl' compares with a teacher"):
         SupervisedTrainer(model, args, tokenizer=tiny_tokenizer(WORDS), train_dataset=labels())
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_adafactor_reads_its_optim_args(tmp_path, scaled):
+    """Adafactor's first step has RMS 1 before the learning rate; with scale_parameter, the weight's own RMS."""
+    lr = 1e-2
+    options = {"optim": "adafactor", "optim_args": "scale_parameter=True" if scaled else None, "learning_rate": lr}
+    trainer = make("supervised", tmp_path, max_steps=1, warmup_steps=0, lr_scheduler_type="constant", **options)
+    name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    before = trainer.policy.adapter.model.get_parameter(name).detach().clone()
+    trainer.train()
+    step = trainer.policy.adapter.model.get_parameter(name).detach() - before
+    rms = step.square().mean().sqrt() / lr
+    expected = before.square().mean().sqrt() if scaled else torch.tensor(1.0)
+    torch.testing.assert_close(rms, expected, rtol=0.15, atol=0.0)

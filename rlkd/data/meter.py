@@ -1,0 +1,174 @@
+"""What a template may spend: limits, and the meter that counts one rendering against them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jinja2
+from jinja2.runtime import LoopContext
+
+from ..errors import DataError
+
+# Characters one step pays for: reading a value, and writing a template's own text in a loop.
+READ_PER_STEP = 256
+WRITTEN_PER_STEP = 32
+# An int of this many bits still prints within Python's limit of 4,300 digits.
+MAX_INT_BITS = 14_000
+
+SCALARS = frozenset({str, int, float, bool, type(None)})
+VIEWS = frozenset({type({}.keys()), type({}.values()), type({}.items())})
+CONTAINERS = frozenset({list, tuple, dict, range}) | VIEWS
+
+
+class SandboxError(DataError):
+    """A template does what the sandbox does not allow, or more than its limits allow."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one template may cost. All but `seconds` and `memory_mb` hold in any process and depend on no clock.
+
+    source       characters of its jinja
+    nesting      levels of its syntax, and of the lists and dicts it works on
+    steps        loop iterations, items visited and characters read, over the whole rendering of a row
+    value        characters of a text, items of a list
+    output       characters of the rendered text
+    seconds      wall time of a row in a RenderWorker
+    memory_mb    memory of a RenderWorker
+    Raises ValueError if one is not positive.
+    """
+
+    source: int = 20_000
+    nesting: int = 60
+    steps: int = 1_000_000
+    value: int = 4_000_000
+    output: int = 4_000_000
+    seconds: float = 10.0
+    memory_mb: int = 2048
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not (number := getattr(self, field.name)) > 0:
+                raise ValueError(f"Limits.{field.name} is {number}; allowed is a positive number.")
+
+    def exceeded(self, name: str) -> SandboxError:
+        """The error for one limit, by the name of its field."""
+        return SandboxError(
+            f"exceeds the limit {name} = {getattr(self, name):,} "
+            f"({_MEANING[name]}). Simplify the template, shorten the row's values, or raise Limits.{name}."
+        )
+
+
+DEFAULT_LIMITS = Limits()
+_MEANING = {
+    "source": "characters of a template's source",
+    "nesting": "levels of syntax, lists and dicts",
+    "steps": "loop iterations and items visited",
+    "value": "characters of a text, items of a list",
+    "output": "characters of the rendered text",
+    "seconds": "wall time of a row",
+    "memory_mb": "memory of the rendering process",
+}
+
+
+class Meter:
+    """Counts down the steps and the output of one rendering. Its methods raise SandboxError."""
+
+    __slots__ = ("limits", "output", "steps")
+
+    def __init__(self, limits: Limits):
+        self.limits, self.steps, self.output = limits, limits.steps, limits.output
+
+    def charge(self, steps: int) -> None:
+        self.steps -= steps
+        if self.steps < 0:
+            raise self.limits.exceeded("steps")
+
+    def write(self, size: int) -> None:
+        """Count characters of output, those of `{% set %}` blocks included."""
+        self.output -= size
+        if self.output < 0:
+            raise self.limits.exceeded("output")
+
+    def fits(self, size: int) -> None:
+        """Refuse a value before it is made."""
+        if size > self.limits.value:
+            raise self.limits.exceeded("value")
+
+    def loop(self, items: Iterable[Any], cost: int) -> Iterator[Any]:
+        for item in items:
+            self.steps -= cost
+            if self.steps < 0:
+                raise self.limits.exceeded("steps")
+            yield item
+
+    def settled(self, value: Any, cost: int = 1) -> Any:
+        """A lazy value as a list, counted; any other as it is."""
+        lazy = type(value) not in SCALARS and hasattr(type(value), "__next__") and type(value) is not LoopContext
+        return list(self.loop(value, cost)) if lazy else value
+
+    def made(self, value: Any, cost: int = 1) -> Any:
+        """A new value, counted; a lazy one is counted as it is read, at `cost` steps an item."""
+        kind = type(value)
+        if kind is str:
+            if len(value) > READ_PER_STEP:
+                self.fits(len(value))
+                self.charge(len(value) // READ_PER_STEP)
+        elif kind is list or kind is tuple:
+            self.fits(len(value))
+            self.charge(len(value) // 4)  # objects of some dozen bytes each
+        elif kind is int:
+            if value.bit_length() > MAX_INT_BITS:
+                raise self.limits.exceeded("value")
+        elif kind not in SCALARS and hasattr(kind, "__next__"):
+            return self.loop(value, cost)
+        return value
+
+    def weigh(self, value: Any) -> int:
+        """About the length of `str(value)`, and never far below it; reading that much is charged.
+
+        Lists may share items, so that a small one can have a text without end: this stops at the limit.
+        """
+        kind = type(value)
+        if kind is str:
+            if len(value) > READ_PER_STEP:
+                self.charge(len(value) // READ_PER_STEP)
+            return len(value)
+        if kind in SCALARS:
+            return _scalar(value)
+        total, level, depth = 0, [value], 0
+        while level:
+            if depth > self.limits.nesting:
+                raise self.limits.exceeded("nesting")
+            self.charge(len(level))
+            below: list[Any] = []
+            for item in level:
+                total += self._open(item, below)
+                if total + len(below) > self.limits.value:
+                    raise self.limits.exceeded("value")
+            level, depth = below, depth + 1
+        self.charge(total // READ_PER_STEP)
+        return total
+
+    def _open(self, item: Any, below: list[Any]) -> int:
+        """The size of an item without what it holds, which is added to `below`."""
+        kind = type(item)
+        if kind is str:
+            return len(item) + 2
+        if kind in SCALARS:
+            return _scalar(item)
+        if kind in CONTAINERS:
+            self.fits(2 * len(item))
+            below.extend(item)
+            if kind is dict:
+                below.extend(item.values())
+            return 2 + 2 * len(item)
+        if isinstance(item, jinja2.Undefined):
+            return len(str(item))  # raises for a column that has no text
+        raise SandboxError(f"uses a {kind.__name__} as a value. Call it, loop over it or make it a list first.")
+
+
+def _scalar(value: Any) -> int:
+    return 1 + value.bit_length() // 3 if type(value) is int else 8
