@@ -229,4 +229,5 @@ def _guard(archive: Path, action: Callable[[], T]) -> T:
     try:
         return action()
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{archive} is not a readable archive: {error}. Fetch or write it again.") from error
+        said = str(error).splitlines()[0].rstrip(":.") if str(error) else type(error).__name__
+        raise DataError(f"{archive} is not a readable archive: {said}. Fetch or write it again.") from error
