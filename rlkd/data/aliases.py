@@ -115,7 +115,7 @@ _FINE = (
     "it reads label_fine as numbered in 2021; the hub's fine_label counts 50 classes in another order. "
     "Use other templates, or --column-map and a full --label-map"
 )
-_RACE = "it asks about the gold answer in every row, whatever its target says, so half of its targets are wrong"
+_RACE = "it asks about the gold answer in every row, so that its 'No' is always wrong"
 _DASH = "it drops the first two characters of every summary, taken for a dash: other summaries lose their beginning"
 KNOWN_PROBLEMS: dict[tuple[str, ...], str] = {
     ("21d04668", "6c391f4f", "7a3ed4dd", "861d1a48", "aad2def1"): _COARSE,  # trec

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from rlkd.cli.main import app, main
 from rlkd.data.prompts import PACKAGE_PROMPTS
+from rlkd.errors import DataError
 
 
 def invoke(*args):
@@ -63,3 +64,92 @@ def test_render(file, tmp_path, capsys):
         main(["prompts", "render", file, "--dataset", str(data)])
     assert stop.value.code == 3
     assert "t in template 'bare'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"t": t, "n": n}) + "\n" for t, n in (("x", 1), ("y", 0), ("z", 1))))
+    return str(path)
+
+
+def rendered(file, *args):
+    return json.loads(invoke("render", file, *args, "--json"))
+
+
+def test_render_one_row_for_machines(file, rows):
+    (good, bare) = rendered(file, "--dataset", rows, "--row", "2")
+    assert good == {
+        "row": 2,
+        "template": "good",
+        "id": "1",
+        "input": "Is z good?",
+        "target": "yes",
+        "choices": ["no", "yes"],
+        "reason": None,
+    }
+    assert (bare["target"], bare["reason"]) == (None, "no target")
+    with pytest.raises(DataError, match="has 3 rows, counted from 0: there is no row 3"):
+        invoke("render", file, "--dataset", rows, "--row", "3")
+
+
+def test_render_with_other_columns_labels_and_length(file, tmp_path):
+    data = tmp_path / "other.jsonl"
+    data.write_text(json.dumps({"text": "word " * 900, "label": "positive"}) + "\n")
+    maps = ("--column-map", "text=t,label=n", "--label-map", "n:positive=1,negative=0")
+    (whole,) = rendered(f"{file}:good", "--dataset", str(data), *maps)
+    assert whole["target"] == "yes"
+    (cut,) = rendered(f"{file}:good", "--dataset", str(data), *maps, "--truncate", "t0")
+    assert (len(whole["input"]) > 4500, len(cut["input"]) < 2100) == (True, True)
+
+
+def test_render_with_a_separator_in_a_list(tmp_path):
+    path = tmp_path / "templates.yaml"
+    path.write_text("templates:\n  1: !Template {name: a, jinja: '{{ xs[0] }} ||| {{ xs[1] }}'}\n")
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"xs": ["p ||| q", "r"]}\n')
+    assert rendered(str(path), "--dataset", str(data))[0]["input"] == "p ||| q"
+    (compatible,) = rendered(str(path), "--dataset", str(data), "--strict-compat")
+    assert (compatible["input"], compatible["reason"]) == ("p", "several targets")
+
+
+def test_templates_of_other_tasks_and_with_gold_in_the_input_need_a_flag(tmp_path, rows):
+    path = tmp_path / "templates.yaml"
+    entries = {"one": ("{{ t }} ||| {{ n }}", True), "two": ("{{ t }} ||| x", False), "three": ("{{ n }} ||| x", False)}
+    path.write_text(
+        "templates:\n"
+        + "".join(
+            f"  {name}: !Template {{name: {name}, jinja: '{jinja}', metadata: {{original_task: {str(own).lower()}}}}}\n"
+            for name, (jinja, own) in entries.items()
+        )
+    )
+
+    def names(*flags):
+        return [found["template"] for found in rendered(str(path), "--dataset", rows, "--limit", "1", *flags)]
+
+    assert names() == ["one"]
+    assert names("--all-templates") == ["one", "two"]
+    assert names("--all-templates", "--gold-input") == ["one", "two", "three"]
+    assert invoke("list", str(path)).count("\n") == 3
+
+
+def test_lint(file, tmp_path, rows):
+    assert (
+        invoke("lint", file)
+        == f"{file}:3: warning: 'bare': no target: the jinja has no '|||'.\n0 errors, 1 warnings, 0 notes\n"
+    )
+    assert "no template reads" not in invoke("lint", file, "--dataset", rows)
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("templates:\n  1: !Template {name: a, jinja: '{{ t | nofilter }}'}\n  2: !Template {name: b}\n")
+    result = CliRunner().invoke(app, ["prompts", "lint", str(bad)])
+    assert result.exit_code == 3
+    assert f"{bad}:2: error: " in result.stdout
+    assert f"{bad}:3: error: template 2: field 'jinja' is None" in result.stdout
+    assert "2 errors, " in result.stdout
+    (first, _) = json.loads(CliRunner().invoke(app, ["prompts", "lint", str(bad), "--json"]).stdout)
+    assert (first["file"], first["line"], first["level"]) == (str(bad), 2, "error")
+
+
+def test_download_says_where_the_archive_is(monkeypatch, tmp_path):
+    monkeypatch.setattr("rlkd.data.template_download.download", lambda: (tmp_path / "a.tar.gz", False))
+    assert invoke("download") == f"{tmp_path / 'a.tar.gz'} (already there)\n"
