@@ -110,16 +110,19 @@ class RowRenderer:
 class PromptedRows:
     """A source under templates, in flat memory: what `rlkd generate-pseudolabels` labels.
 
-    scan: what an earlier pass over the same source found, in place of a new pass.
+    earlier: `scan` of an earlier run; no new pass over the source is made if it is still the same.
     Raises: DataError for rows, columns and ids that cannot be used, before anything is rendered.
     """
 
-    def __init__(self, stream: RowStream, render: RowRenderer, *, scan: Scan | None = None, quarantine: Any = None):
+    def __init__(self, stream: RowStream, render: RowRenderer, *, earlier: dict[str, Any] | None = None):
         self.stream, self.render = stream, render
-        self.scan = scan or stream.scan(render.check, *([quarantine] if quarantine else []))
-        source, kinds = stream.source, self.scan.columns
-        if not kinds:
-            raise DataError(f"'{source}' has no columns that can be read.")
+        self.bad_rows: list[dict[str, Any]] = []
+        same = earlier and earlier["roles"] == render.wanted_columns() and earlier["identity"] == stream.identity()
+        if earlier and same:
+            self.found = Scan(**{name: value for name, value in earlier.items() if name != "roles"})
+        else:
+            self.found = stream.scan(render.check, self.bad_rows.append)
+        source, kinds = stream.source, self.found.columns
         check_columns(list(kinds), render.wanted_columns(), source)
         if render.templates and "answer_choices" in kinds:
             raise DataError(
@@ -130,9 +133,14 @@ class PromptedRows:
             raise not_text(source, column, kinds[column], lists=False)
 
     @property
+    def scan(self) -> dict[str, Any]:
+        """What reading the source once has found, JSON-able."""
+        return {**self.found.to_json(), "roles": self.render.wanted_columns()}
+
+    @property
     def total(self) -> int | None:
         """Number of input rows, if it is known."""
-        return self.scan.rows
+        return self.found.rows
 
     @property
     def templates(self) -> list[tuple[str, str, str]]:
@@ -146,11 +154,11 @@ class PromptedRows:
         render = self.render
         student = f"{render.student_template.source}" if render.student_template else None
         columns = {"input": render.student_column, "reference": render.reference_column, "id": render.id_column}
-        return {**self.scan.identity, "columns": columns, "student_template": student, "template_seed": render.seed}
+        return {**self.found.identity, "columns": columns, "student_template": student, "template_seed": render.seed}
 
     def blocks(self, size: int, wanted: Any) -> Iterator[tuple[int, list[PromptedRow]]]:
         """(k, rows) of every wanted block k of `size` input rows."""
-        for k, first, rows in self.stream.blocks(self.scan, size, wanted):
+        for k, first, rows in self.stream.blocks(self.found, size, wanted):
             yield k, [self.render(first + i, row) for i, row in enumerate(rows)]
 
 

@@ -180,7 +180,8 @@ class Cells:
 
     def __init__(self, path: Path, delimiter: str):
         csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
-        self.path, self.delimiter, self.header = path, delimiter, []  # type: ignore[var-annotated]
+        self.path, self.delimiter = path, delimiter
+        self.header: list[str] = []
 
     def where(self, place: int) -> str:
         return f"{self.path}:{place}"

@@ -60,7 +60,7 @@ class HubRows:
         """Column -> type, from the data set's card or else from its first row."""
         if self.rows.features:
             return {name: str(getattr(kind, "dtype", kind)) for name, kind in self.rows.features.items()}
-        first = next(iter(self.rows), {})
+        first: dict[str, Any] = next(iter(self.rows), {})
         return {name: type(value).__name__ for name, value in first.items()}
 
     def count(self, limit: int | None) -> int | None:

@@ -239,7 +239,8 @@ class RowStream:
         """Read a local source once: every row parses, has the types of the rows before it and passes `check`, which
         gets the row and its place in words, raises BadRowError and returns the row's id (None: its number), unique.
 
-        quarantine gets {"place", "error"} of each bad row if those are skipped. Hub data are not read: columns only.
+        quarantine gets {"place", "error", "record"} of each bad row if those are skipped.
+        Hub data are not read: columns only.
         Raises: DataError for the first bad row (on_bad_row = fail), repeated ids, or if no row is left.
         """
         if self.path is None:
@@ -256,7 +257,8 @@ class RowStream:
                 if self.on_bad_row == "fail":
                     raise
                 bad.append(place)
-                quarantine({"place": place, "error": str(error)})
+                record = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+                quarantine({"place": place, "error": str(error), "record": None if record is error else record})
                 continue
             rows += 1
             if name is not None:
