@@ -62,7 +62,7 @@ class PseudoLabel:
     row              number of the input row, counted from 0; id is its name
     template         its name; template_id its id
     status           ok; skipped (the template does not apply, no input, too long) or failed (the template raised)
-    error            the reason, None if ok; every field below but student_input and references is then None
+    error            the reason, None if ok; what an answer would give is then None
     label            the answer as text; token_ids the exact tokens, end-of-sequence included
     sample           0 .. labels_per_input - 1
     n_in, n_out      tokens the teacher read, and wrote
@@ -81,22 +81,22 @@ class PseudoLabel:
     template_id: str
     status: str
     error: str | None
-    teacher_input: str | None
     student_input: str
     references: list[str]
-    label: str | None
-    token_ids: list[int] | None
     sample: int
-    n_in: int | None
-    n_out: int | None
-    truncated: bool | None
-    finish_reason: str | None
-    sum_logprob: float | None
-    choices: list[str] | None
-    choice_logprobs: list[float] | None
     model: str
     revision: str | None
     generation: str
+    teacher_input: str | None = None
+    label: str | None = None
+    token_ids: list[int] | None = None
+    n_in: int | None = None
+    n_out: int | None = None
+    truncated: bool | None = None
+    finish_reason: str | None = None
+    sum_logprob: float | None = None
+    choices: list[str] | None = None
+    choice_logprobs: list[float] | None = None
     top_ids: list[list[int]] | None = None
     top_logps: list[list[float]] | None = None
 

@@ -11,8 +11,9 @@ import typer
 from ..data.examples import PromptedRows, RowRenderer
 from ..data.prompts import load_templates
 from ..data.rows import RowStream
+from ..errors import ConfigError
 from ..generation.card import summary
-from ..generation.engines import Decoding
+from ..generation.engines import Decoding, make_engine
 from ..generation.folder import check_output
 from ..generation.lock import writer_lock
 from ..generation.manifest import manifest_name
@@ -44,13 +45,7 @@ def label(
 
     Raises: what `label_rows` raises; typer.Exit(4) if rows failed.
     """
-    decoding = Decoding(
-        request["strategy"],
-        request["max_new_tokens"],
-        request["labels_per_input"],
-        request["num_beams"],
-        request["temperature"],
-    )
+    decoding = _decoding(request)
     part = part_of(request["shard"]) if request["shard"] else None
     manifest = check_output(out, overwrite=overwrite, part=part)
     tokenizer, valid_vocab = _check_teacher(request["teacher"], request["teacher_dtype"])
@@ -59,7 +54,7 @@ def label(
     options = RunOptions(
         seed=request["seed"],
         on_long=request["on_long"],
-        batch_size=request["batch_size"],
+        batch_tokens=request["batch_tokens"],
         shard_rows=request["shard_rows"],
         part=part,
         overwrite=overwrite,
@@ -70,11 +65,24 @@ def label(
     # A second writer is turned away before it loads the weights.
     with writer_lock(out / manifest_name(part)) as lock:
         teacher = _load_teacher(request, tokenizer, valid_vocab)
-        totals = label_rows(teacher, source, out=out, decoding=decoding, options=options, lock=lock)
+        engine = make_engine(request["engine"], teacher.adapter, decoding, compute_type=request["compute_type"] or None)
+        totals = label_rows(teacher, source, out=out, decoding=decoding, options=options, engine=engine, lock=lock)
     if not quiet:
         typer.echo(f"{summary(totals)}\n{out}")
     if totals["status"]["failed"]:
         raise typer.Exit(FINISHED_WITH_FAILED_ROWS)
+
+
+def _decoding(request: dict[str, Any]) -> Decoding | None:
+    """How answers are decoded; None if choices are ranked."""
+    settings = {name: request[name] for name in ("labels_per_input", "num_beams", "temperature", "top_k_logprobs")}
+    if request["strategy"] != "rank":
+        return Decoding(request["strategy"], request["max_new_tokens"], **settings)
+    if settings["labels_per_input"] > 1 or settings["top_k_logprobs"]:
+        raise ConfigError(
+            "strategy = 'rank' gives one label and its choices' scores: leave out labels_per_input, top_k."
+        )
+    return None
 
 
 def _source(request: dict[str, Any], earlier: dict[str, Any] | None) -> PromptedRows:
@@ -93,6 +101,7 @@ def _source(request: dict[str, Any], earlier: dict[str, Any] | None) -> Prompted
         reference_column=request["reference_column"],
         id_column=request["id_column"],
         seed=request["seed"],
+        with_choices=request["strategy"] == "rank",
     )
     return PromptedRows(stream, render, earlier=earlier)
 

@@ -29,6 +29,13 @@ class Strategy(StrEnum):
     greedy = "greedy"
     beam = "beam"
     sample = "sample"
+    rank = "rank"
+
+
+class Engine(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    ctranslate2 = "ctranslate2"
 
 
 class OnBadRow(StrEnum):
@@ -89,13 +96,26 @@ def generate_pseudolabels(
         str | None, typer.Option(help="Column with human answers, kept for evaluation.")
     ] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
-    strategy: Annotated[Strategy, typer.Option(help="How answers are decoded.")] = Strategy.greedy,
+    strategy: Annotated[
+        Strategy, typer.Option(help="How answers are decoded; rank: the best of a template's answer choices.")
+    ] = Strategy.greedy,
     labels_per_input: Annotated[int, typer.Option(help="Labels per input and template (sample, beam).")] = 1,
     num_beams: Annotated[int, typer.Option(help="Beams (beam only).")] = 4,
     temperature: Annotated[float, typer.Option(help="Sampling temperature (sample only).")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
     max_input_tokens: Annotated[int, typer.Option(help="Prompts are cut to this.", min=1)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Answers decoded together; changes no label.", min=1)] = 16,
+    top_k_logprobs: Annotated[
+        int, typer.Option(help="Keep the teacher's K best tokens and their log-probabilities per position.", min=0)
+    ] = 0,
+    engine: Annotated[Engine, typer.Option(help="What decodes; auto takes the fastest exact one and says why.")] = (
+        Engine.auto
+    ),
+    compute_type: Annotated[
+        str | None, typer.Option(help="Precision of ctranslate2: float32, bfloat16, float16, int8 (approximate).")
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Padded tokens, prompts and answers, in one batch; changes no label.", min=1)
+    ] = 16_384,
     shard_rows: Annotated[
         int, typer.Option(help="Rows per file; an interrupted run loses one file at most.", min=1)
     ] = 5000,

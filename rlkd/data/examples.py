@@ -24,7 +24,10 @@ NOT_APPLICABLE = "template does not apply"
 
 @dataclass(frozen=True)
 class RowRenderer:
-    """How a row becomes what the two models read: the one place where that is decided. Fields as in `Examples`."""
+    """How a row becomes what the two models read: the one place where that is decided. Fields as in `Examples`.
+
+    with_choices: prompts carry the templates' answer choices, to be ranked. Raises ConfigError if a template has none.
+    """
 
     templates: tuple[Template, ...]
     student_column: str | None = None
@@ -32,8 +35,15 @@ class RowRenderer:
     reference_column: str | None = None
     id_column: str | None = None
     seed: int = 0
+    with_choices: bool = False
 
     def __post_init__(self) -> None:
+        without = [str(template) for template in self.templates if not template.answer_choices]
+        if self.with_choices and (without or not self.templates):
+            raise ConfigError(
+                f"strategy = 'rank': {', '.join(without) or 'the raw input'} has no answer choices to rank. "
+                "Name templates with answer_choices, or use another strategy."
+            )
         if self.student_column is None and self.student_template is None:
             raise ConfigError(
                 "student_column and student_template are both unset: the student reads a column, or its own template."
@@ -90,11 +100,16 @@ class RowRenderer:
         return str(row[self.id_column])
 
     def _prompt(self, template: Template, row: dict[str, Any]) -> Prompt:
+        choices: tuple[str, ...] | None = None
         try:
             text = template.parts(row, seed=self.seed)[0]
+            if self.with_choices and text:
+                # answer_choices is a template of its own, split as any other.
+                own = Template(f"answer choices of {template.name}", template.answer_choices or "", id=template.id)
+                choices = tuple(own.parts(row, seed=self.seed))
         except DataError as error:
             return Prompt(None, "failed", str(error))
-        return Prompt(text) if text else Prompt(None, "skipped", NOT_APPLICABLE)
+        return Prompt(text, choices=choices) if text else Prompt(None, "skipped", NOT_APPLICABLE)
 
     def _student_input(self, row: dict[str, Any]) -> str:
         if self.student_template is not None:

@@ -209,7 +209,7 @@ class Cells:
 
     def _header(self, reader: Any) -> list[str]:
         try:
-            header = next(reader, [])
+            header: list[str] = next(reader, [])
         except csv.Error as error:
             raise DataError(f"{self.path}:1 is malformed: {error}.") from error
         if not header or len(set(header)) < len(header) or "" in header:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import DataError, DivergenceError
@@ -13,6 +13,8 @@ from ..models.vocabulary import encode_texts
 from ..records import PromptedRow, PseudoLabel
 from .decode import row_seed
 from .engines import Answer, Decoding, Engine
+from .ranking import rank
+from .schedule import Budget, in_batches
 
 OnLong = Literal["truncate", "error", "skip"]
 NO_LIMIT = 2**30
@@ -34,23 +36,25 @@ class _Slot:
     row: PromptedRow
     template: tuple[str, str]
     text: str
+    choices: tuple[str, ...] | None
     ids: list[int]
     truncated: bool = False
 
 
 @dataclass
 class Labeller:
-    """templates, (name, id) of each prompt of a row; made, (model, revision, generation) of its label rows; advance is
-    told (labels, tokens) of each batch; stopping is asked after each batch.
+    """decoding, None to rank the templates' answer choices; templates, (name, id) of each prompt of a row; made,
+    (model, revision, generation) of its label rows; advance is told (labels, tokens) of each batch; stopping is asked
+    before each batch.
     """
 
     teacher: Teacher
     engine: Engine
-    decoding: Decoding
+    decoding: Decoding | None
     templates: list[tuple[str, str]]
     made: tuple[str, str | None, str]
     seed: int = 0
-    batch_size: int = 16
+    budget: Budget = field(default_factory=Budget)
     on_long: OnLong = "truncate"
     advance: Callable[[int, int], None] = lambda labels, tokens: None
     stopping: Callable[[], bool] = lambda: False
@@ -63,27 +67,40 @@ class Labeller:
         """
         labels = dict(done)
         slots = self._slots(rows, labels)
-        # Longest first. What an earlier run did of this order is its beginning, so that batches stay the same.
-        slots.sort(key=lambda slot: len(slot.ids), reverse=True)
-        size = max(self.batch_size // self.decoding.labels_per_input, 1)
         self.advance(len(labels), 0)
-        for start in range(0, len(slots), size):
+
+        def run(chosen: list[int]) -> None:
             if self.stopping():
                 raise StoppedError(labels)
-            self._answer(slots[start : start + size], labels)
+            (self._answer if self.decoding else self._rank)([slots[i] for i in chosen], labels)
+
+        # Longest first. What an interrupted run did is the beginning of that order, so batches stay the same.
+        more = [self._room(slot) for slot in slots]
+        in_batches(run, [len(slot.ids) for slot in slots], more, self.budget)
         return [labels[position] for position in range(len(labels))]
+
+    @property
+    def labels_per_prompt(self) -> int:
+        return self.decoding.labels_per_input if self.decoding else 1
+
+    def _room(self, slot: _Slot) -> int:
+        """Tokens that answering a prompt takes besides its own."""
+        if self.decoding:
+            return self.decoding.labels_per_input * self.decoding.max_new_tokens
+        return len(slot.choices or ()) * len(slot.ids)
 
     def _slots(self, rows: list[PromptedRow], labels: dict[int, PseudoLabel]) -> list[_Slot]:
         """The prompts that need an answer; rows without one get their labels here."""
-        n, slots, position = self.decoding.labels_per_input, [], 0
+        slots: list[_Slot] = []
+        position = 0
         for row in rows:
             for template, prompt in zip(self.templates, row.prompts, strict=True):
                 if position not in labels:
                     if prompt.text is None:
                         self._blank(position, row, template, None, prompt.status, prompt.error, labels)
                     else:
-                        slots.append(_Slot(position, row, template, prompt.text, []))
-                position += n
+                        slots.append(_Slot(position, row, template, prompt.text, prompt.choices, []))
+                position += self.labels_per_prompt
         limit, tokenizer, eos = self.teacher.max_input_tokens, self.teacher.tokenizer, self.teacher.append_eos
         if slots:
             for slot, ids in zip(
@@ -116,6 +133,7 @@ class Labeller:
         return slots
 
     def _answer(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> None:
+        assert self.decoding is not None
         n = self.decoding.labels_per_input
         seeds = [
             [row_seed(self.seed, slot.row.id, slot.template[0], sample) for sample in range(n)]
@@ -124,7 +142,7 @@ class Labeller:
             for slot in slots
         ]
         answers = self.engine.answer([slot.ids for slot in slots], seeds, self.decoding)
-        self._check_finite(slots, answers)
+        self._check_finite(slots, [[value for answer in made for value in answer.logps] for made in answers])
         flat = [answer.ids for made in answers for answer in made]
         texts = iter(
             self.teacher.tokenizer.batch_decode(flat, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -134,33 +152,35 @@ class Labeller:
                 labels[slot.position + sample] = self._label(slot, sample, answer, next(texts))
         self.advance(len(flat), sum(map(len, flat)))
 
-    def _label(self, slot: _Slot, sample: int, answer: Answer, text: str) -> PseudoLabel:
-        row = slot.row
-        model, revision, generation = self.made
-        return PseudoLabel(
-            id=row.id,
-            row=row.number,
-            template=slot.template[0],
-            template_id=slot.template[1],
-            status="ok",
-            error=None,
-            teacher_input=slot.text,
-            student_input=row.student_input,
-            references=list(row.references),
-            label=text,
-            token_ids=answer.ids,
-            sample=sample,
-            n_in=len(slot.ids),
-            n_out=len(answer.ids),
-            truncated=slot.truncated,
-            finish_reason="eos" if answer.finished else "length",
-            sum_logprob=math.fsum(answer.logps),
-            choices=None,
-            choice_logprobs=None,
-            model=model,
-            revision=revision,
-            generation=generation,
-        )
+    def _rank(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> None:
+        """The choice of the largest log-probability; ties go to the first."""
+        texts = list(dict.fromkeys(choice for slot in slots for choice in slot.choices or ()))
+        ids = dict(zip(texts, encode_texts(self.teacher.tokenizer, texts, NO_LIMIT), strict=True))
+        choices = [[ids[choice] for choice in slot.choices or ()] for slot in slots]
+        scores = rank(self.engine, [slot.ids for slot in slots], choices, self.budget)
+        self._check_finite(slots, scores)
+        for slot, sums in zip(slots, scores, strict=True):
+            best = max(range(len(sums)), key=sums.__getitem__)
+            text = (slot.choices or ())[best]
+            answer = Answer(ids[text], [sums[best]], True)
+            ranked = {"finish_reason": "ranked", "choices": list(slot.choices or ()), "choice_logprobs": sums}
+            labels[slot.position] = self._label(slot, 0, answer, text, **ranked)
+        self.advance(len(slots), sum(len(choice) for row in choices for choice in row))
+
+    def _label(self, slot: _Slot, sample: int, answer: Answer, text: str, **ranked: Any) -> PseudoLabel:
+        values: dict[str, Any] = {
+            "teacher_input": slot.text,
+            "label": text,
+            "token_ids": answer.ids,
+            "n_in": len(slot.ids),
+            "n_out": len(answer.ids),
+            "truncated": slot.truncated,
+            "finish_reason": "eos" if answer.finished else "length",
+            "sum_logprob": math.fsum(answer.logps),
+            "top_ids": None if answer.top_k is None else answer.top_k.ids.tolist(),
+            "top_logps": None if answer.top_k is None else answer.top_k.logps.tolist(),
+        }
+        return self._row(slot.row, slot.template, sample, "ok", None, values | ranked)
 
     def _blank(
         self,
@@ -173,34 +193,38 @@ class Labeller:
         labels: dict[int, PseudoLabel],
     ) -> None:
         """Label rows that say why there is no label."""
-        nothing: dict[str, Any] = dict.fromkeys(
-            ("label", "token_ids", "n_in", "n_out", "truncated", "finish_reason", "sum_logprob", "choices")
-        )
-        for sample in range(self.decoding.labels_per_input):
-            labels[position + sample] = PseudoLabel(
-                id=row.id,
-                row=row.number,
-                template=template[0],
-                template_id=template[1],
-                status=status,
-                error=error or "unknown",
-                teacher_input=text,
-                student_input=row.student_input,
-                references=list(row.references),
-                sample=sample,
-                choice_logprobs=None,
-                model=self.made[0],
-                revision=self.made[1],
-                generation=self.made[2],
-                **nothing,
+        for sample in range(self.labels_per_prompt):
+            labels[position + sample] = self._row(
+                row, template, sample, status, error or "unknown", {"teacher_input": text}
             )
 
-    def _check_finite(self, slots: list[_Slot], answers: list[list[Answer]]) -> None:
-        bad = [
-            slot.row.id
-            for slot, made in zip(slots, answers, strict=True)
-            if not all(math.isfinite(sum(answer.logps)) for answer in made)
-        ]
+    def _row(
+        self,
+        row: PromptedRow,
+        template: tuple[str, str],
+        sample: int,
+        status: str,
+        error: str | None,
+        values: dict[str, Any],
+    ) -> PseudoLabel:
+        return PseudoLabel(
+            id=row.id,
+            row=row.number,
+            template=template[0],
+            template_id=template[1],
+            status=status,
+            error=error,
+            student_input=row.student_input,
+            references=list(row.references),
+            sample=sample,
+            model=self.made[0],
+            revision=self.made[1],
+            generation=self.made[2],
+            **values,
+        )
+
+    def _check_finite(self, slots: list[_Slot], values: list[list[float]]) -> None:
+        bad = [slot.row.id for slot, row in zip(slots, values, strict=True) if not all(map(math.isfinite, row))]
         if bad:
             raise DivergenceError(
                 f"the teacher's log-probabilities are not finite for {len(bad)} of {len(slots)} inputs: "

@@ -42,11 +42,14 @@ from .labelling import Labeller, OnLong, StoppedError
 from .lock import Stop, writer_lock
 from .manifest import FORMAT, Manifest, manifest_name
 from .progress import progress
+from .schedule import Budget
 from .sources import ListedExamples, Source
 
 __all__ = ["RunOptions", "generate_pseudolabels", "label_rows", "labels_finished", "load_pseudolabels"]
 
 logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = Budget().tokens
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class RunOptions:
 
     seed: int = 0
     on_long: OnLong = "truncate"
-    batch_size: int = 16
+    batch_tokens: int = BATCH_TOKENS
     shard_rows: int = 5000
     part: tuple[int, int] | None = None
     overwrite: bool = False
@@ -80,7 +83,8 @@ def generate_pseudolabels(
     labels_per_input: int = 1,
     num_beams: int = 4,
     temperature: float = 1.0,
-    batch_size: int = 16,
+    top_k_logprobs: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
     shard_rows: int = 5000,
     seed: int = 0,
     overwrite: bool = False,
@@ -91,14 +95,15 @@ def generate_pseudolabels(
     """Label every input under every template: `labels-*.parquet` (rows: PseudoLabel), manifest and data card in `out`.
 
     Args: template_names, one per teacher input of an example; labels_per_input, samples, or the best hypotheses of
-    beam search; num_beams is for beam search, temperature for sampling; batch_size, answers decoded together, which
-    does not change them; engine, by default the teacher in PyTorch. sum_logprob is always at temperature 1.
+    beam search; num_beams is for beam search, temperature for sampling; batch_tokens, padded tokens of prompts
+    and answers decoded together, which changes no answer; top_k_logprobs, how many of the teacher's best tokens to keep
+    at each position; engine, by default the teacher in PyTorch. sum_logprob is always at temperature 1.
     Returns: totals (rows, counts by status, template and reason). Raises: as `label_rows`; ConfigError for settings
     that contradict each other.
     """
-    decoding = Decoding(strategy, max_new_tokens, labels_per_input, num_beams, temperature)
+    decoding = Decoding(strategy, max_new_tokens, labels_per_input, num_beams, temperature, top_k_logprobs)
     check_output(out, overwrite=overwrite)
-    options = RunOptions(seed, on_long, batch_size, shard_rows, overwrite=overwrite, quiet=quiet)
+    options = RunOptions(seed, on_long, batch_tokens, shard_rows, overwrite=overwrite, quiet=quiet)
     source = ListedExamples(examples, template_names)
     return label_rows(teacher, source, out=out, decoding=decoding, options=options, engine=engine)
 
@@ -108,13 +113,14 @@ def label_rows(
     source: Source,
     *,
     out: Path,
-    decoding: Decoding,
+    decoding: Decoding | None,
     options: RunOptions,
     engine: Engine | None = None,
     lock: Path | None = None,
 ) -> dict[str, Any]:
     """Label all rows of a source, or the rest of them if `out` holds an unfinished run of the same settings.
 
+    decoding: None to rank the answer choices that the source's prompts carry.
     lock: what `writer_lock` gave, if the caller holds the lock of this output already.
     Returns: totals. Raises: DataError if `out` is taken or its settings differ, LockedError if another process writes
     there, DivergenceError if log-probabilities are not finite, InterruptedRunError after a signal, RlkdError if the
@@ -131,7 +137,7 @@ class _Run:
     teacher: Teacher
     source: Source
     out: Path
-    decoding: Decoding
+    decoding: Decoding | None
     options: RunOptions
     engine: Engine
 
@@ -157,7 +163,7 @@ class _Run:
     @cached_property
     def header(self) -> dict[str, Any]:
         """First line of the log."""
-        strategy, options = self.decoding.strategy, self.options
+        options = self.options
         settings = {
             "source": self.source.identity(),
             "templates": [[name, key, _digest(text)] for name, key, text in self.source.templates],
@@ -166,10 +172,7 @@ class _Run:
             "max_input_tokens": self.teacher.max_input_tokens,
             "append_eos": self.teacher.append_eos,
             "on_long": options.on_long,
-            **asdict(self.decoding),
-            "num_beams": self.decoding.num_beams if strategy == "beam" else None,
-            "temperature": self.decoding.temperature if strategy == "sample" else None,
-            "seed": options.seed if strategy == "sample" else None,
+            **self._decoding_settings(),
         }
         return {
             "format": FORMAT,
@@ -182,9 +185,24 @@ class _Run:
             "request": options.request,
         }
 
+    def _decoding_settings(self) -> dict[str, Any]:
+        """Null for what the strategy does not use."""
+        if self.decoding is None:
+            return {"strategy": "rank"}
+        strategy = self.decoding.strategy
+        return asdict(self.decoding) | {
+            "num_beams": self.decoding.num_beams if strategy == "beam" else None,
+            "temperature": self.decoding.temperature if strategy == "sample" else None,
+            "seed": self.options.seed if strategy == "sample" else None,
+        }
+
     @property
     def labels_per_row(self) -> int:
-        return len(self.source.templates) * self.decoding.labels_per_input
+        return len(self.source.templates) * (self.decoding.labels_per_input if self.decoding else 1)
+
+    @property
+    def top_k(self) -> bool:
+        return self.decoding is not None and self.decoding.top_k_logprobs > 0
 
     def _open(self, manifest: Manifest) -> None:
         """Start the log, or make sure that it is of these settings."""
@@ -242,7 +260,7 @@ class _Run:
                 [(name, key) for name, key, _ in self.source.templates],
                 (*made, self.header["generation"]),
                 self.options.seed,
-                self.options.batch_size,
+                Budget(self.options.batch_tokens),
                 self.options.on_long,
                 advance,
                 lambda: stop.signum is not None,
@@ -258,7 +276,7 @@ class _Run:
                     self._end(stop, manifest)
 
     def _commit(self, manifest: Manifest, k: int, rows: list[PromptedRow], labels: list[PseudoLabel]) -> None:
-        checksum = write_labels(self.out / shard_name(k), labels)
+        checksum = write_labels(self.out / shard_name(k), labels, top_k=self.top_k)
         manifest.append(
             "shard",
             shard=k,
@@ -284,7 +302,10 @@ class _Run:
         # The answers in hand are a saving, not a promise: a disk that is full must not hide why the run ends.
         with suppress(RlkdError):
             checksum = write_labels(
-                self.out / partial_name(k), [labels[position] for position in positions], positions=positions
+                self.out / partial_name(k),
+                [labels[position] for position in positions],
+                positions=positions,
+                top_k=self.top_k,
             )
             manifest.append(
                 "partial",

@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 def arguments(teacher, *more):
     return [
         "generate-pseudolabels", "--teacher", teacher, "--dataset", "rows.jsonl", "--input-column", "source",
-        "--out", "labels", "--max-new-tokens", "5", *more,
+        "--out", "labels", "--max-new-tokens", "5", "--engine", "torch", *more,
     ]  # fmt: skip
 
 
@@ -45,14 +45,18 @@ def test_end_to_end(folder, teacher):
     more += ["--strategy", "sample", "--labels-per-input", "2", "--seed", "3", "--no-input-eos"]
     result = CliRunner().invoke(app, arguments(teacher, *more), catch_exceptions=False)
     assert result.exit_code == 0
-    assert re.fullmatch(r"20 labels in 1 shards, [\d.]+ s: labels\n", result.stdout)
+    assert result.stdout.startswith(
+        "30 rows in 1 shards: 20 ok, 10 skipped, 0 failed; 0 prompts truncated; 0 bad input rows left out\n"
+        "  10 x no student input\n"
+    )
+    assert "  Complex and simple: 4 ok, 2 skipped\n" in result.stdout
     rows = load_pseudolabels("labels").to_list()
     # Two rows have an input; five templates, two samples.
     assert len(rows) == 2 * 5 * 2
     assert rows[0]["teacher_input"] == "Paraphrase this question: a b c"
     assert rows[-1]["teacher_input"] == "Complex: d e\nSimple:"
     assert {(row["student_input"], *row["references"]) for row in rows} == {("a b c", "c b a"), ("d e", "e d")}
-    settings = json.loads((folder / "labels" / "manifest.json").read_text())["settings"]
+    settings = json.loads((folder / "labels" / "manifest.jsonl").read_text().splitlines()[0])["settings"]
     assert (settings["append_eos"], settings["seed"], settings["max_new_tokens"]) == (False, 3, 5)
 
 
@@ -93,6 +97,8 @@ def failing(capsys, args):
         (["--labels-per-input", "2"], 2, "labels_per_input = 2 with strategy = 'greedy'"),
         (["--teacher", "no/such-model"], 2, "teacher 'no/such-model' is neither a folder here"),
         (["--teacher-dtype", "float16"], 2, "float16 overflows"),
+        (["--strategy", "rank"], 2, "no answer choices to rank"),
+        (["--shard", "2/2"], 3, "allowed is i/n with 0 <= i < n"),
         (["--strategy", "topk"], 2, "--strategy"),
         (["--limit", "0"], 2, "--limit"),
     ],
