@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import DataError, DivergenceError
 from ..models.teacher import Teacher
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import decode_texts, encode_texts
 from ..records import PromptedRow, PseudoLabel
 from .decode import row_seed
 from .engines import Answer, Decoding, Engine
@@ -144,9 +144,7 @@ class Labeller:
         answers = self.engine.answer([slot.ids for slot in slots], seeds, self.decoding)
         self._check_finite(slots, [[value for answer in made for value in answer.logps] for made in answers])
         flat = [answer.ids for made in answers for answer in made]
-        texts = iter(
-            self.teacher.tokenizer.batch_decode(flat, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        texts = iter(decode_texts(self.teacher.tokenizer, flat))
         for slot, made in zip(slots, answers, strict=True):
             for sample, answer in enumerate(made):
                 labels[slot.position + sample] = self._label(slot, sample, answer, next(texts))
