@@ -9,6 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import filelock  # noqa: F401  what a run imports late: a forked child has it at once
+import rich.progress  # noqa: F401
+
 from rlkd.config import run_main
 from rlkd.data.examples import PromptedRows, RowRenderer
 from rlkd.data.prompts import Template
