@@ -92,7 +92,7 @@ class JsonLines:
 
     def parse(self, place: int, raw: bytes) -> dict[str, Any]:
         try:
-            row = json.loads(raw.decode())
+            row = json.loads(raw.decode().rstrip())
         except json.JSONDecodeError as error:
             shown = raw.decode().strip()[:100]
             raise BadRowError(

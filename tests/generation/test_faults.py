@@ -139,9 +139,10 @@ def test_a_signal_keeps_every_answer(tmp_path, whole, signum, code):
     stub.label(source, out, stub.StubEngine(Path(str(out) + ".journal")))
     check_equal(out, reference)
     # Nothing was answered twice: prompts are distinct within the rows of this source.
-    assert answered(out).total() == sum(
-        entry["status"]["ok"] for entry in stub.entries(out) if entry["kind"] == "shard"
-    ) // 2
+    assert (
+        answered(out).total()
+        == sum(entry["status"]["ok"] for entry in stub.entries(out) if entry["kind"] == "shard") // 2
+    )
     assert before.total() > 40
 
 
@@ -204,7 +205,9 @@ def test_a_full_disk_is_named_with_what_is_needed(tmp_path, whole, monkeypatch):
         sync(handle)
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(RlkdError, match=r"no space left for .*(labels-\d+\.parquet|manifest\.jsonl).*0\.\d\d MB") as error:
+    with pytest.raises(
+        RlkdError, match=r"no space left for .*(labels-\d+\.parquet|manifest\.jsonl).*0\.\d\d MB"
+    ) as error:
         stub.label(source, out)
     assert error.value.exit_code == 1
     monkeypatch.setattr(files.os, "fsync", sync)
