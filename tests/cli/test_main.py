@@ -132,6 +132,51 @@ def test_a_finished_folder_needs_overwrite(folder, teacher, capsys):
     assert len(load_pseudolabels("labels")) == 1
 
 
+FAILS = "templates:\n  1: !Template {name: t, jinja: 'copy {{ source }} {{ 1 // (target|length - 5) }}'}\n"
+
+
+def test_failed_rows_end_with_exit_code_4_and_are_in_the_card(folder, teacher, capsys):
+    (folder / "t.yaml").write_text(FAILS)
+    status, _ = failing(
+        capsys, arguments(teacher, "--templates", "t.yaml", "--limit", "2", "--reference-column", "target")
+    )
+    assert status == 4
+    rows = load_pseudolabels("labels", statuses=None).to_list()
+    assert [row["status"] for row in rows] == ["failed", "ok"]
+    assert "ZeroDivisionError" in rows[0]["error"]
+    card = (folder / "labels" / "README.md").read_text()
+    assert "2 rows from 2 inputs: 1 ok, 0 skipped, 1 failed." in card
+    assert "| t | 1 failed, 1 ok |" in card
+
+
+def test_parts_verify_and_repair(folder, teacher, capsys):
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"source": f"a {i}"}) + "\n" for i in range(9)))
+    main_ok(arguments(teacher, "--shard-rows", "2", "--quiet"))
+    whole = {file.name: file.read_bytes() for file in (folder / "labels").glob("*.parquet")}
+    for i in range(2):
+        main_ok([*arguments(teacher, "--shard-rows", "2", "--shard", f"{i}/2"), "--out", "parts"])
+    main_ok(["data", "merge", "parts"])
+    assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
+    capsys.readouterr()
+    main_ok(["data", "verify", "parts"])
+    assert capsys.readouterr().out == "parts: 5 shards, 9 rows, all as written\n"
+    (folder / "parts" / "labels-00002.parquet").write_bytes(b"damaged")
+    status, message = failing(capsys, ["data", "verify", "parts"])
+    assert status == 3
+    assert "labels-00002.parquet differs from its checksum" in message
+    main_ok(["data", "repair", "parts", "--dry-run"])
+    assert (folder / "parts" / "labels-00002.parquet").read_bytes() == b"damaged"
+    main_ok(["data", "repair", "parts"])
+    assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
+    main_ok(["data", "verify", "parts"])
+
+
+def main_ok(args):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert not stop.value.code
+
+
 def test_help_and_version_load_no_torch():
     code = (
         "import sys\nfrom rlkd.cli.main import main\n"
