@@ -1,5 +1,5 @@
-"""What the label pipeline costs besides the teacher: rows per CPU second and memory with an engine that answers at once,
-and the speed-up of two processes that share one job.
+"""What the label pipeline costs besides the teacher: rows per CPU second and memory with an engine that answers at
+once, and the speed-up of two processes that share one job.
 
     python benchmarks/label_pipeline.py [--quick]
 """
@@ -17,12 +17,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
-from common import _status, arguments, cpu_seconds, report, show
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from common import _status, arguments, cpu_seconds, report, show
 from rlkd.data.examples import PromptedRows, RowRenderer
 from rlkd.data.rows import RowStream
 from rlkd.generation.engines import Answer, Decoding
@@ -99,8 +99,10 @@ def overhead(rows: int = 200_000) -> dict[str, float]:
 
 
 def two_processes(rows: int = 40_000, seconds: float = 4e-4, repetitions: int = 3) -> dict[str, float]:
-    """two_process_speedup: CPU seconds of one process over those of the slower of two that take `--shard 0/2` and `1/2`, in turns; the
-    merged shards are compared with those of one process. `seconds` of work for each row stand in for a teacher.
+    """two_process_speedup: CPU seconds of one process over those of the slower of two that take `--shard 0/2` and `1/2`.
+
+    They take turns, and the merged shards are compared with those of one process. `seconds` of work for each row stand
+    in for a teacher.
     """
     times: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved or shared: what is on disk afterwards equals an undisturbed run, byte by byte."""
+"""Runs that are killed, stopped, starved or shared: afterwards the disk holds what an undisturbed run leaves."""
 
 import errno
 import multiprocessing

@@ -57,10 +57,11 @@ def test_a_thousand_bit_flips_in_the_manifest_are_caught(run):
     good = path.read_bytes()
     for _ in range(1000):
         path.write_bytes(flipped(good, draw))
-        try:
+        if path.read_bytes().splitlines()[0] == good.splitlines()[0]:
             assert Manifest.read(path).damaged
-        except DataError as error:
-            assert "its first line, the header, is not readable" in str(error)
+        else:
+            with pytest.raises(DataError, match="its first line, the header, is not readable"):
+                Manifest.read(path)
 
 
 def unfinish(out: Path) -> list[bytes]:
@@ -249,7 +250,8 @@ def test_ranking_keeps_the_choices_and_their_scores(whole, tmp_path):
 def test_bad_rows_are_counted_and_kept_aside(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_bytes(
-        b'\xef\xbb\xbf{"text": "a", "n": 1}\r\n{"text": \r\n{"text": 5, "n": 1}\n{"text": "b", "n": "x"}\n{"text": "c"}\n'
+        b'\xef\xbb\xbf{"text": "a", "n": 1}\r\n{"text": \r\n{"text": 5, "n": 1}\n{"text": "b", "n": "x"}\n'
+        b'{"text": "c"}\n'
     )
     with pytest.raises(DataError, match=r"rows\.jsonl:2:9 is not valid JSON") as error:
         stub.label(source, tmp_path / "out", templates=())
