@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -182,6 +183,19 @@ def test_a_conversion_that_fails_leaves_nothing_behind(cache, monkeypatch):
         convert(adapter, "float32")
     assert list((cache / "ctranslate2").iterdir()) == []
     monkeypatch.undo()
+
+
+def test_a_conversion_overtaken_by_another_process_uses_its_folder(cache, monkeypatch):
+    adapter, rename = adapter_of("t5"), os.rename
+
+    def overtaken(source, target):
+        shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    folder = convert(adapter, "float32")
+    assert list((cache / "ctranslate2").iterdir()) == [folder]
+    assert {file.name for file in folder.iterdir()} >= {"model.bin", "config.json"}
 
 
 # -- what it refuses -------------------------------------------------------------------------------------------------
