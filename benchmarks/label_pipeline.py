@@ -99,7 +99,7 @@ def overhead(rows: int = 200_000) -> dict[str, float]:
 
 
 def two_processes(rows: int = 40_000, seconds: float = 4e-4, repetitions: int = 3) -> dict[str, float]:
-    """two_process_speedup: CPU seconds of one process over those of the slower of two that take `--shard 0/2` and `1/2`.
+    """two_process_speedup: CPU seconds of one process over those of the slower of two, `--shard 0/2` and `1/2`.
 
     They take turns, and the merged shards are compared with those of one process. `seconds` of work for each row stand
     in for a teacher.

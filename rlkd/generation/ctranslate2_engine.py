@@ -45,6 +45,8 @@ def objection(adapter: EncoderDecoder, decoding: Decoding | None, compute_type: 
     if kind not in LOADERS:
         return f"it does not convert '{kind}' models, only {', '.join(LOADERS)}."
     supported = _supported(adapter.device.type)
+    if not supported:
+        return f"it cannot use this {adapter.device.type}."
     if compute_type not in supported:
         return f"it does not compute in {compute_type} on this {adapter.device.type}, only {', '.join(supported)}."
     if decoding is not None and decoding.strategy == "sample":
@@ -239,7 +241,13 @@ def _cache() -> Path:
 def _supported(device: str) -> list[str]:
     import ctranslate2
 
-    return sorted(ctranslate2.get_supported_compute_types(device)) if device in ("cpu", "cuda") else []
+    if device not in ("cpu", "cuda"):
+        return []
+    try:
+        return sorted(ctranslate2.get_supported_compute_types(device))
+    except (RuntimeError, ValueError):
+        # No driver, or not the CUDA libraries this build wants.
+        return []
 
 
 def _tokens(rows: list[list[int]]) -> list[list[str]]:

@@ -236,12 +236,13 @@ def make_engine(
     compute_type: str | None = None,
     batch_tokens: int = 4096,
     threads: int = 0,
+    parallel: int = 1,
 ) -> Engine:
     """The engine of that name for a teacher; 'auto' takes the fastest that gives the same answers, and logs why.
 
     Args: decoding, None if the engine only scores given answers (ranking); compute_type, of CTranslate2: float32,
     bfloat16, float16 or int8 (an approximation: see `agreement`), by default the teacher's own; batch_tokens, padded
-    tokens per forward (torch); threads per forward (CTranslate2), 0 for one per core.
+    tokens per forward (torch); threads per forward, 0 for one per core, and forwards in parallel (CTranslate2).
     Raises ConfigError if the engine is unknown, not installed, or cannot do what `decoding` or compute_type asks for.
     """
     if name not in get_args(EngineName):
@@ -256,7 +257,7 @@ def make_engine(
             objection = ct2.reservation(decoding)
         if objection is None:
             logger.info("engine: ctranslate2 in %s", precision)
-            return ct2.CTranslate2Engine(adapter, precision, threads=threads)
+            return ct2.CTranslate2Engine(adapter, precision, threads=threads, parallel=parallel)
         if name == "ctranslate2":
             raise ConfigError(f"engine = 'ctranslate2': {objection} Use --engine torch.")
         reason = f"with CTranslate2, {objection}"
