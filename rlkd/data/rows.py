@@ -1,31 +1,43 @@
-"""Rows from the hub or from local files, checked before any model loads.
-
-Local files are read here rather than by `datasets.load_dataset`: its errors never name the file or the line, and it
-takes the columns of JSON lines from their first row only.
+"""Rows from the hub or from local files, checked before any model loads: as a table (`load_rows`), or as a stream in
+flat memory (`RowStream`). Both give the same rows.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import hashlib
+import logging
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import DataError, nearest
+from .files import (
+    SUFFIXES,
+    BadRowError,
+    ParquetFiles,
+    Reader,
+    allowed_sources,
+    first_line,
+    open_local,
+    same_schema,
+    unreadable,
+)
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-SPLITS = ("train", "validation", "valid", "dev", "test")
+logger = logging.getLogger(__name__)
+
 WHOLE_NUMBER = re.compile(r"0|-?[1-9]\d{0,17}")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-# One row and the place it came from, for errors: a line of JSON lines or CSV, an entry of a JSON array.
-PlacedRow = tuple[int, dict[str, Any]]
+KINDS = {bool: "bool", int: "integer", float: "number", str: "str", list: "list", dict: "dict"}
+NUMBERS = {"integer", "number"}
+OnBadRow = Literal["fail", "skip"]
 
 
 def load_rows(
@@ -44,8 +56,16 @@ def load_rows(
     In CSV and TSV a column of whole numbers only is read as integers, every other one as text.
     Raises: DataError that names the file, the line where there is one, and the remedy.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit = {limit}: the number of rows to keep must be at least 1. Leave it out to keep all.")
+    check_limit(limit)
+    path = local_path(source, split=split, subset=subset, revision=revision)
+    rows = _load_hub(source, split, subset, revision) if path is None else _load_local(open_local(path, split))
+    if len(rows) == 0:
+        raise no_rows(source, split)
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def local_path(source: str, *, split: str, subset: str | None, revision: str | None) -> Path | None:
+    """The path of a local source, None for a hub id. Raises DataError if it is neither, or for hub-only settings."""
     path = Path(source).expanduser()
     if path.exists():
         if subset or revision or "[" in split:
@@ -53,19 +73,26 @@ def load_rows(
                 f"'{source}' is local: it has no subset, revision or split slice. "
                 "Leave them out, or use limit to keep the first rows."
             )
-        rows = _load_local(path, split)
-    elif path.suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(source):
-        raise DataError(f"'{source}' does not exist.{_nearest_file(path)} Allowed: {_allowed()}.")
-    else:
-        rows = _load_hub(source, split, subset, revision)
-    if len(rows) == 0:
-        raise DataError(f"'{source}' has no rows. At least one is needed: check the file or the split '{split}'.")
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+        return path
+    if path.suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(source):
+        raise DataError(f"'{source}' does not exist.{_nearest_file(path)} Allowed: {allowed_sources()}.")
+    return None
 
 
-def check_columns(dataset: datasets.Dataset, wanted: dict[str, str], source: str) -> None:
+def check_limit(limit: int | None) -> None:
+    """Raise DataError for a limit below 1."""
+    if limit is not None and limit < 1:
+        raise DataError(f"limit = {limit}: the number of rows to keep must be at least 1. Leave it out to keep all.")
+
+
+def no_rows(source: str, split: str) -> DataError:
+    """The error of a source without rows."""
+    return DataError(f"'{source}' has no rows. At least one is needed: check the file or the split '{split}'.")
+
+
+def check_columns(rows: datasets.Dataset | list[str], wanted: dict[str, str], source: str) -> None:
     """Raise DataError unless every column of `wanted` (role -> column) exists; the error lists wanted and found."""
-    found = dataset.column_names
+    found = rows if isinstance(rows, list) else rows.column_names
     missing = [f"{role}: '{name}'.{nearest(name, found)}" for role, name in wanted.items() if name not in found]
     if missing:
         raise DataError(
@@ -81,169 +108,241 @@ def check_text_column(dataset: datasets.Dataset, column: str, source: str, *, li
     if lists and isinstance(kind, (datasets.List, datasets.LargeList)):
         kind = kind.feature
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        allowed = "text or lists of texts" if lists else "text"
-        raise DataError(
-            f"'{source}': column '{column}' holds {dataset.features[column]}, not {allowed}. "
-            "Convert it, or name another column."
-        )
+        raise not_text(source, column, dataset.features[column], lists=lists)
+
+
+def not_text(place: str, column: str, found: Any, *, lists: bool) -> BadRowError:
+    """The error of a column, or of one row's cell, that must hold text."""
+    allowed = "text or lists of texts" if lists else "text"
+    return BadRowError(
+        f"'{place}': column '{column}' holds {found}, not {allowed}. Convert it, or name another column."
+    )
 
 
 def read_parquet(files: list[Path]) -> datasets.Dataset:
     """The rows of parquet files, in the order given. Raises DataError naming the file that does not fit."""
+    same_schema(files)
     tables: list[pa.Table] = []
     for file in files:
         try:
             tables.append(pq.ParquetFile(file).read())
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file} is not a readable parquet file: {_first_line(error)}. Write it again.") from error
-        if tables[-1].schema.names != tables[0].schema.names or tables[-1].schema.types != tables[0].schema.types:
-            raise DataError(
-                f"{file} has other columns than {files[0].name}.\n  {file.name}: {_columns(tables[-1])}\n"
-                f"  {files[0].name}: {_columns(tables[0])}\n"
-                "Shards of one folder must have the same columns, in the same order."
-            )
+            raise unreadable(file, error) from error
     return datasets.Dataset(pa.concat_tables(tables))
 
 
-def _load_local(path: Path, split: str) -> datasets.Dataset:
-    if path.is_dir():
-        return read_parquet(_shards(path, split))
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path} has the unknown extension '{path.suffix}'. Allowed: {_allowed()}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty. At least one row is needed.")
-    if suffix == ".parquet":
-        return read_parquet([path])
-    if suffix in (".csv", ".tsv"):
-        return _table(path, list(_read_csv(path, "\t" if suffix == ".tsv" else ",")), whole_numbers=True)
-    return _table(path, list(_read_json(path)), whole_numbers=False)
+class Columns:
+    """Names and types of the columns, learnt row by row. CSV has texts only: whole numbers are told from them."""
+
+    def __init__(self, kinds: dict[str, str] | None = None):
+        self.kinds: dict[str, str] = dict(kinds or {})
+        self._first: dict[str, int] = {}
+
+    def add(self, place: int, row: dict[str, Any], reader: Reader) -> None:
+        """Learn from a row. Raises BadRowError if a value is of another type than those before it."""
+        kinds, cells = self.kinds, reader.cells
+        for name, value in row.items():
+            kind = KINDS.get(type(value)) or type(value).__name__
+            if cells and kinds.get(name, "integer") == "integer" and WHOLE_NUMBER.fullmatch(value):
+                kind = "integer"
+            known = kinds.get(name, "null")
+            if kind == known or value is None:
+                kinds.setdefault(name, known)
+            elif known == "null" or cells or {kind, known} == NUMBERS:
+                kinds[name] = "number" if kind in NUMBERS and known in NUMBERS else kind
+                self._first.setdefault(name, place)
+            else:
+                raise BadRowError(
+                    f"{reader.where(place)}: column '{name}' is of type {_shown(known)} in line "
+                    f"{self._first.get(name, 1)} but {_shown(kind)} in line {place}. Give it one type everywhere."
+                )
+
+    def complete(self, *, cells: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """A function that gives a row every column and one type of number per column, as a table would."""
+        width, empty = len(self.kinds), dict.fromkeys(self.kinds)
+        kind, to = ("integer", int) if cells else ("number", float)
+        numbers = [name for name, known in self.kinds.items() if known == kind]
+
+        def complete(row: dict[str, Any]) -> dict[str, Any]:
+            if len(row) < width:
+                row = empty | row
+            for name in numbers:
+                if row[name] is not None:
+                    row[name] = to(row[name])
+            return row
+
+        return complete
 
 
-def _shards(folder: Path, split: str) -> list[Path]:
-    """The parquet files of a folder; only those of `split` if they are named by split."""
-    files = sorted(folder.glob("*.parquet"))
-    if not files:
-        raise DataError(f"folder {folder} has no .parquet files. Name one file instead. Allowed: {_allowed()}.")
-    names = {file: re.split(r"[-_.]", file.name)[0] for file in files}
-    if split in names.values():
-        return [file for file in files if names[file] == split]
-    present = sorted({name for name in names.values() if name in SPLITS})
-    if present:
-        raise DataError(
-            f"folder {folder} has no shards of split '{split}'. "
-            f"Splits found: {', '.join(present)}.{nearest(split, present)}"
-        )
-    return files
+def _shown(kind: str) -> str:
+    return "number" if kind in NUMBERS else kind
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a pass over a source found: rows that can be used, columns (name -> type), the places of bad rows, and
+    `identity`, which changes when the data do. rows is None where only reading tells (hub data).
+    """
+
+    identity: dict[str, Any]
+    columns: dict[str, str]
+    rows: int | None
+    bad: list[int] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class RowStream:
+    """Rows of a source in order, in flat memory; arguments as in `load_rows`.
+
+    on_bad_row: `fail` at the first row that cannot be used, or `skip` such rows, counting them.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        split: str = "train",
+        subset: str | None = None,
+        revision: str | None = None,
+        limit: int | None = None,
+        on_bad_row: OnBadRow = "fail",
+    ):
+        check_limit(limit)
+        self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
+        self.path = local_path(source, split=split, subset=subset, revision=revision)
+        self.reader: Reader
+        if self.path is None:
+            from .hub import HubRows
+
+            self.reader = HubRows(source, split, subset, revision)
+        else:
+            self.reader = open_local(self.path, split)
+
+    def identity(self) -> dict[str, Any]:
+        """Checksum of a local source (its name does not count), or repository and commit of hub data."""
+        if self.path is None:
+            return {**self.reader.identity(), "limit": self.limit}  # type: ignore[attr-defined]
+        files = self.reader.files if isinstance(self.reader, ParquetFiles) else [self.path]
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return {"sha256": digest.hexdigest(), "limit": self.limit, "on_bad_row": self.on_bad_row}
+
+    def scan(
+        self,
+        check: Callable[[str, dict[str, Any]], str | None] = lambda where, row: None,
+        quarantine: Callable[[dict[str, Any]], None] = lambda bad: None,
+    ) -> Scan:
+        """Read a local source once: every row parses, has the types of the rows before it and passes `check`, which
+        gets the row and its place in words, raises BadRowError and returns the row's id (None: its number), unique.
+
+        quarantine gets {"place", "error", "record"} of each bad row if those are skipped.
+        Hub data are not read: columns only.
+        Raises: DataError for the first bad row (on_bad_row = fail), repeated ids, or if no row is left.
+        """
+        if self.path is None:
+            return Scan(self.identity(), self.reader.columns(), self.reader.count(self.limit))  # type: ignore[attr-defined]
+        columns, rows, bad, ids = Columns(), 0, array("q"), array("q")
+        for place, raw in self.reader.records():
+            if rows == self.limit:
+                break
+            try:
+                row = self.reader.parse(place, raw)
+                name = check(self.reader.where(place), row)
+                columns.add(place, row, self.reader)
+            except BadRowError as error:
+                if self.on_bad_row == "fail":
+                    raise
+                bad.append(place)
+                record = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+                quarantine({"place": place, "error": str(error), "record": None if record is error else record})
+                continue
+            rows += 1
+            if name is not None:
+                ids.append(hash(name))
+        if rows == 0:
+            raise no_rows(self.source, self.split)
+        scan = Scan(self.identity(), columns.kinds, rows, bad.tolist())
+        if len(ids):
+            self._refuse_repeated(ids, scan, check)
+        return scan
+
+    def blocks(self, scan: Scan, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, list[dict]]]:
+        """(k, number of the first row, rows) of every wanted block k of `size` rows; others are passed over unparsed.
+
+        Raises DataError if a row cannot be read any more.
+        """
+        bad, parse = frozenset(scan.bad), self.reader.parse
+        complete = Columns(scan.columns).complete(cells=self.reader.cells) if self.path else lambda row: row
+        block: list[dict] = []
+        number, k, take = 0, 0, wanted(0)
+        for place, raw in self.reader.records():
+            if number == self.limit:
+                break
+            if place in bad:
+                continue
+            if take:
+                block.append(complete(parse(place, raw)))
+            number += 1
+            if number % size == 0:
+                if take:
+                    yield k, number - size, block
+                block, k = [], k + 1
+                take = wanted(k)
+        if block:
+            yield k, k * size, block
+        if self.path is not None and number != scan.rows:
+            raise DataError(f"'{self.source}' had {scan.rows} rows and now has {number}: it changed while it was read.")
+
+    def _refuse_repeated(self, ids: array, scan: Scan, check: Callable[[str, dict[str, Any]], str | None]) -> None:
+        """Hashes take 8 bytes a row; only those that repeat are looked up again."""
+        hashes = np.frombuffer(ids, dtype=np.int64).copy()
+        hashes.sort()
+        repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        if not repeated:
+            return
+        first: dict[str, str] = {}
+        for place, raw in self.reader.records():
+            if place in set(scan.bad):
+                continue
+            where = self.reader.where(place)
+            name = check(where, self.reader.parse(place, raw))
+            if name in first:
+                raise DataError(f"{where}: the id '{name}' is also that of {first[name]}. Ids must be unique.")
+            if name is not None and hash(name) in repeated:
+                first[name] = where
+
+
+def _load_local(reader: Reader) -> datasets.Dataset:
+    if isinstance(reader, ParquetFiles):
+        return read_parquet(reader.files)
+    columns = Columns()
+    rows = []
+    for place, raw in reader.records():
+        row = reader.parse(place, raw)
+        columns.add(place, row, reader)
+        rows.append(row)
+    complete = columns.complete(cells=reader.cells)
+    rows = [complete(row) for row in rows]
+    arrays = {}
+    for name in columns.kinds:
+        try:
+            arrays[name] = pa.array([row[name] for row in rows])
+        except (pa.ArrowException, OverflowError) as error:
+            raise DataError(
+                f"{reader.path}: column '{name}' has values that do not fit one type: "  # type: ignore[attr-defined]
+                f"{first_line(error)}. Give it one type everywhere."
+            ) from error
+    return datasets.Dataset(pa.table(arrays))
 
 
 def _load_hub(source: str, split: str, subset: str | None, revision: str | None) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(source, subset, split=split, revision=revision)
-    # The library, the hub client and the HTTP stack each have errors of their own; all mean the same to the user.
-    except Exception as error:
-        wanted = f"'{source}'" + (f", subset '{subset}'" if subset else "") + f", split '{split}'"
-        raise DataError(
-            f"{wanted} is neither a path here nor a data set that could be loaded from the hub.\n"
-            f"  {type(error).__name__}: {_first_line(error)}\n"
-            f"Check the name, the subset and the split. Local data: {_allowed()}."
-        ) from error
+    from .hub import load_hub
 
-
-def _read_json(path: Path) -> Iterator[PlacedRow]:
-    """Rows of JSON lines, or of one JSON array in a .json file."""
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if path.suffix.lower() == ".json" and raw.lstrip()[:1] == b"[":
-        for number, row in enumerate(_parse_json(raw, path, 1), 1):
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}, entry {number} is a JSON {type(row).__name__}, not an object. Each row must be {{...}}."
-                )
-            yield number, row
-        return
-    # Only "\n" ends a line: str.splitlines would also cut at U+2028 inside a text.
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        row = _parse_json(line, path, number)
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}:{number} is a JSON {type(row).__name__}, not an object. Each line must be one {{...}}."
-            )
-        yield number, row
-
-
-def _parse_json(raw: bytes, path: Path, line: int) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        place = f"{path}:{line + error.lineno - 1}:{error.colno}"
-        shown = raw.decode("utf-8").split("\n")[error.lineno - 1].strip()
-        raise DataError(f"{place} is not valid JSON: {error.msg}.\n  {shown[:100]}\nMend or remove it.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{line} is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from error
-
-
-def _read_csv(path: Path, delimiter: str) -> Iterator[PlacedRow]:
-    """Rows of a CSV or TSV file with a header line; every value as text."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-            if not header or len(set(header)) < len(header) or "" in header:
-                raise DataError(f"{path}:1 must name each column once; found {header}.")
-            for cells in reader:
-                if cells and len(cells) != len(header):
-                    raise DataError(
-                        f"{path}:{reader.line_num} has {len(cells)} cells, "
-                        f"the header has {len(header)} ({', '.join(header)}). "
-                        'Quote a cell that contains the delimiter: "a, b".'
-                    )
-                if cells:
-                    yield reader.line_num, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise DataError(
-                f'{path}:{reader.line_num} is malformed: {error}. Write a quote inside a quoted cell twice: "".'
-            ) from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, after line {reader.line_num}: not UTF-8. Save the file as UTF-8.") from error
-
-
-def _table(path: Path, rows: list[PlacedRow], *, whole_numbers: bool) -> datasets.Dataset:
-    """Columns over the union of all rows' names; a name a row lacks is None there."""
-    names = dict.fromkeys(name for _, row in rows for name in row)
-    columns = {}
-    for name in names:
-        values: list[Any] = [row.get(name) for _, row in rows]
-        if whole_numbers and all(WHOLE_NUMBER.fullmatch(value) for value in values):
-            values = [int(value) for value in values]
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
-            raise DataError(f"{path}: column '{name}' {_conflict(name, rows, error)}") from error
-    return datasets.Dataset(pa.table(columns))
-
-
-def _conflict(name: str, rows: list[PlacedRow], error: Exception) -> str:
-    """Why the values of a column do not form one type, with the two lines that disagree when types differ."""
-    first: tuple[int, str] | None = None
-    for number, row in rows:
-        if row.get(name) is None:
-            continue
-        kind = "number" if type(row[name]) in (int, float) else type(row[name]).__name__
-        first = first or (number, kind)
-        if kind != first[1]:
-            return f"is of type {first[1]} in line {first[0]} but {kind} in line {number}. Give it one type everywhere."
-    return f"has values that do not fit one type: {_first_line(error)}. Give it one type everywhere."
-
-
-def _columns(table: pa.Table) -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in table.schema)
-
-
-def _allowed() -> str:
-    return f"a {', '.join(SUFFIXES)} file, a folder of parquet shards, or a hub data set (owner/name)"
+    return load_hub(source, split, subset, revision, streaming=False)
 
 
 def _nearest_file(path: Path) -> str:
@@ -252,7 +351,3 @@ def _nearest_file(path: Path) -> str:
         if path.parent.is_dir()
         else f" Folder {path.parent} does not exist."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
