@@ -101,13 +101,13 @@ def _wire_embeddings(model: T5ForConditionalGeneration, tied: bool) -> None:
     table[PAD] = 0
     if tied:
         model.lm_head.weight = table
-        scale = width**0.5
+        gain = 150 * width**0.5
     else:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(table) * width**-0.5)
         model.lm_head.weight[PAD] = 0
-        scale = 1.0
+        gain = 60.0
     model.lm_head.weight[EOS] = 0
-    model.lm_head.weight[EOS, OVERDUE] = 1000 * scale
+    model.lm_head.weight[EOS, OVERDUE] = gain
 
 
 def prompt_for(answer: int, tokens: int, rng: random.Random) -> list[int]:
