@@ -234,7 +234,7 @@ class Seed:
             strategy="sample",
             template_names=["what gets packed"],
             max_new_tokens=LIMITS["max_new_tokens"],
-            batch_size=250,
+            batch_tokens=16_384,
             seed=self.seed,
             overwrite=True,
         )

@@ -24,6 +24,7 @@ _PUBLIC = {
     "Teacher": "models.teacher",
     "Policy": "models.student",
     "generate_pseudolabels": "generation.pseudolabels",
+    "labels_finished": "generation.pseudolabels",
     "load_pseudolabels": "generation.pseudolabels",
     "Evaluator": "evaluation",
     "TASK_METRICS": "metrics",

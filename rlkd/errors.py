@@ -33,6 +33,20 @@ class DivergenceError(RlkdError):
     exit_code = 5
 
 
+class LockedError(RlkdError):
+    """Another process writes there; trying again later may work (sysexits' EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class InterruptedRunError(RlkdError):
+    """A signal asked the run to end; what was done is kept. Exit code as the shell gives it: 128 + signal."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
 def nearest(name: str, allowed: list[str]) -> str:
     """A hint naming the closest allowed spelling of `name`, or an empty string."""
     from difflib import get_close_matches

@@ -1,7 +1,7 @@
 """The records that travel between rooms, one per arrow of the data flow. Shape legend: `rlkd.tensors`.
 
-rows -> Example -> PseudoLabel (to disk) -> supervised warm-up
-        Example -> Rollouts -> TeacherScores -> advantages -> policy loss
+rows -> PromptedRow -> PseudoLabel (to disk) -> supervised warm-up
+     -> Example -> Rollouts -> TeacherScores -> advantages -> policy loss
 """
 
 from __future__ import annotations
@@ -30,25 +30,75 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class PseudoLabel:
-    """One teacher answer, a row of the label files.
+class Prompt:
+    """A row under one template, as the teacher reads it.
 
-    label        the answer as text; token_ids the exact tokens, end-of-sequence included
-    sample       0 .. labels_per_input - 1
-    sum_logprob  natural log-probability of token_ids under the teacher, given teacher_input
-    finished     False if max_new_tokens cut the answer
+    text     None if there is none; status says why: `skipped` (the template does not apply, or the student has no
+             input) or `failed` (the template raised), with the reason in `error`
+    choices  the template's answers, to rank; None without
+    """
+
+    text: str | None
+    status: str = "ok"
+    error: str | None = None
+    choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptedRow:
+    """A row as both models see it, whether or not every template applies to it; `number` counts usable rows from 0."""
+
+    number: int
+    id: str
+    student_input: str
+    references: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoLabel:
+    """One row of the label files: an answer of the teacher, or why there is none.
+
+    row              number of the input row, counted from 0; id is its name
+    template         its name; template_id its id
+    status           ok; skipped (the template does not apply, no input, too long) or failed (the template raised)
+    error            the reason, None if ok; what an answer would give is then None
+    label            the answer as text; token_ids the exact tokens, end-of-sequence included
+    sample           0 .. labels_per_input - 1
+    n_in, n_out      tokens the teacher read, and wrote
+    truncated        True if the prompt was cut to max_input_tokens
+    finish_reason    eos; length (cut at max_new_tokens); ranked
+    sum_logprob      natural log-probability of token_ids under the teacher, given teacher_input
+    choices          answers that were ranked; choice_logprobs the sums they were ranked by
+    top_ids          [n_out][k] most probable tokens at each step, if asked for; top_logps their log-probabilities
+    model, revision  the teacher: name or folder, and commit or digest of the weights
+    generation       hash of all that decides labels: equal hashes, equal labels
     """
 
     id: str
+    row: int
     template: str
-    teacher_input: str
+    template_id: str
+    status: str
+    error: str | None
     student_input: str
     references: list[str]
-    label: str
-    token_ids: list[int]
     sample: int
-    sum_logprob: float
-    finished: bool
+    model: str
+    revision: str | None
+    generation: str
+    teacher_input: str | None = None
+    label: str | None = None
+    token_ids: list[int] | None = None
+    n_in: int | None = None
+    n_out: int | None = None
+    truncated: bool | None = None
+    finish_reason: str | None = None
+    sum_logprob: float | None = None
+    choices: list[str] | None = None
+    choice_logprobs: list[float] | None = None
+    top_ids: list[list[int]] | None = None
+    top_logps: list[list[float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ from rlkd import (
     SupervisedTrainer,
     Teacher,
     generate_pseudolabels,
+    labels_finished,
     load_encoder_decoder,
     load_pseudolabels,
     load_tokenizer,
@@ -200,12 +201,12 @@ class Study:
     def labels(self) -> Any:
         """The teacher's sampled answers to the unlabeled inputs."""
         folder = self.out / "labels"
-        if not (folder / "manifest.json").exists():
+        if not labels_finished(folder):
             say("the teacher labels the unlabeled inputs")
             inputs, limit = self.examples("unlabeled"), self.plan["limits"]["max_new_tokens"]
             generate_pseudolabels(
                 self.teacher, inputs, out=folder, strategy="sample", template_names=["first"], max_new_tokens=limit,
-                labels_per_input=self.plan["labels_per_input"], batch_size=250, shard_rows=2500,
+                labels_per_input=self.plan["labels_per_input"], shard_rows=2500,
             )  # fmt: skip
         return load_pseudolabels(folder)
 

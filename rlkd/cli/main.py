@@ -6,15 +6,12 @@ import logging
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..config import run_main
-from . import prompts
-
-if TYPE_CHECKING:
-    from ..models.teacher import Teacher
+from . import data, prompts
 
 app = typer.Typer(
     name="rlkd",
@@ -25,12 +22,31 @@ app = typer.Typer(
     rich_markup_mode=None,  # "dataset[/subset]" is no markup
 )
 app.add_typer(prompts.app, name="prompts")
+app.add_typer(data.app, name="data")
 
 
 class Strategy(StrEnum):
     greedy = "greedy"
     beam = "beam"
     sample = "sample"
+    rank = "rank"
+
+
+class Engine(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    ctranslate2 = "ctranslate2"
+
+
+class OnBadRow(StrEnum):
+    fail = "fail"
+    skip = "skip"
+
+
+class OnLong(StrEnum):
+    truncate = "truncate"
+    error = "error"
+    skip = "skip"
 
 
 class Dtype(StrEnum):
@@ -57,12 +73,13 @@ def _root(
 
 @app.command("generate-pseudolabels")
 def generate_pseudolabels(
+    context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher: a local folder or a hub id.")],
     dataset: Annotated[
         str, typer.Option(help="A .jsonl/.json/.csv/.tsv/.parquet file, a folder of parquet, or a hub id.")
     ],
     input_column: Annotated[str, typer.Option(help="Column with the raw input, which the student reads.")],
-    out: Annotated[Path, typer.Option(help="Folder to write shards and manifest.json to.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
     templates: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,88 +96,59 @@ def generate_pseudolabels(
         str | None, typer.Option(help="Column with human answers, kept for evaluation.")
     ] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
-    strategy: Annotated[Strategy, typer.Option(help="How answers are decoded.")] = Strategy.greedy,
+    strategy: Annotated[
+        Strategy, typer.Option(help="How answers are decoded; rank: the best of a template's answer choices.")
+    ] = Strategy.greedy,
     labels_per_input: Annotated[int, typer.Option(help="Labels per input and template (sample, beam).")] = 1,
     num_beams: Annotated[int, typer.Option(help="Beams (beam only).")] = 4,
     temperature: Annotated[float, typer.Option(help="Sampling temperature (sample only).")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
     max_input_tokens: Annotated[int, typer.Option(help="Prompts are cut to this.", min=1)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Answers decoded together; changes no label.", min=1)] = 16,
+    top_k_logprobs: Annotated[
+        int, typer.Option(help="Keep the teacher's K best tokens and their log-probabilities per position.", min=0)
+    ] = 0,
+    engine: Annotated[Engine, typer.Option(help="What decodes; auto takes the fastest exact one and says why.")] = (
+        Engine.auto
+    ),
+    compute_type: Annotated[
+        str | None, typer.Option(help="Precision of ctranslate2: float32, bfloat16, float16, int8 (approximate).")
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Padded tokens, prompts and answers, in one batch; changes no label.", min=1)
+    ] = 16_384,
     shard_rows: Annotated[
         int, typer.Option(help="Rows per file; an interrupted run loses one file at most.", min=1)
     ] = 5000,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = Dtype.float32,
     input_eos: Annotated[bool, typer.Option(help="End inputs with end-of-sequence. T0: --no-input-eos.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates that draw at random.")] = 0,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: this process makes every n-th shard; join with rlkd data merge.")
+    ] = None,
+    on_bad_row: Annotated[
+        OnBadRow, typer.Option(help="Input rows that cannot be read: stop, or leave out and note in bad_rows.jsonl.")
+    ] = OnBadRow.fail,
+    on_long: Annotated[OnLong, typer.Option(help="Prompts beyond max-input-tokens.")] = OnLong.truncate,
+    allow_config_change: Annotated[
+        bool, typer.Option("--allow-config-change", help="Go on with changed settings in an unfinished folder.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace labels already in the folder.")] = False,
 ) -> None:
-    """Label inputs with a prompted teacher; writes parquet shards and, last, manifest.json."""
-    # Checks in order of cost: settings and folder, the teacher's configuration and tokenizer, rows, templates; weights.
-    from ..generation import pseudolabels
-    from ..generation.engines import Decoding
-    from ..generation.label_store import check_output
+    """Label inputs with a prompted teacher: parquet shards, a manifest and a data card.
 
-    Decoding(strategy.value, max_new_tokens, labels_per_input, num_beams, temperature)
-    if not overwrite:
-        check_output(out, overwrite=False)
+    Repeat the command to go on after any end. Exit codes: 4 finished with rows that failed, 75 another process writes
+    there, 130 and 143 signals.
+    """
+    from . import labels
 
-    from ..data.examples import Examples
-    from ..data.prompts import load_templates
-    from ..data.rows import load_rows
-
-    tokenizer, valid_vocab = _check_teacher(teacher, teacher_dtype.value)
-    chosen = [template for spec in templates or [] for template in load_templates(spec, folder=templates_dir)]
-    examples = Examples(
-        load_rows(dataset, split=split, subset=subset, limit=limit),
-        chosen,
-        student_column=input_column,
-        reference_column=reference_column,
-        id_column=id_column,
-        source=dataset,
-        seed=seed,
-    )
-    manifest = pseudolabels.generate_pseudolabels(
-        _load_teacher(teacher, tokenizer, valid_vocab, teacher_dtype.value, max_input_tokens, input_eos),
-        examples,
-        out=out,
-        strategy=strategy.value,
-        template_names=examples.template_names,
-        labels_per_input=labels_per_input,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-        shard_rows=shard_rows,
-        seed=seed,
+    request = {name: value for name, value in context.params.items() if name not in labels.NOT_IN_REQUEST}
+    labels.label(
+        labels.recorded(request),
+        out,
         overwrite=overwrite,
-    )
-    typer.echo(f"{manifest['rows']} labels in {len(manifest['shards'])} shards, {manifest['seconds']} s: {out}")
-
-
-def _check_teacher(name: str, dtype: str) -> tuple[Any, int]:
-    """The tokenizer and the number of its ids, if the configuration can be a teacher's; no weights load."""
-    from ..models.architectures import check_config, load_config, resolve_dtype
-    from ..models.vocabulary import check_vocabulary_fits, load_tokenizer
-
-    config = load_config(name, "teacher")
-    check_config(config, "teacher", name, resolve_dtype(dtype, "teacher_dtype"))
-    tokenizer = load_tokenizer(name, "teacher")
-    valid_vocab = max(tokenizer.get_vocab().values()) + 1
-    check_vocabulary_fits(config, valid_vocab, "teacher", name)
-    return tokenizer, valid_vocab
-
-
-def _load_teacher(
-    name: str, tokenizer: Any, valid_vocab: int, dtype: str, max_input_tokens: int, append_eos: bool
-) -> Teacher:
-    import torch
-
-    from ..models.architectures import EncoderDecoder, load_encoder_decoder
-    from ..models.teacher import Teacher
-
-    model = load_encoder_decoder(name, "teacher", dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
-    return Teacher(
-        EncoderDecoder(model, valid_vocab), tokenizer, max_input_tokens=max_input_tokens, append_eos=append_eos
+        allow_config_change=allow_config_change,
+        quiet=quiet,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -117,6 +117,7 @@ def render(
     as_json: AsJson = False,
 ) -> None:
     """Rows of a data set under templates: input, target and answer choices."""
+    from ..data.examples import check_template_columns
     from ..data.prompts import load_templates
     from ..data.row_maps import parse_row_map
 
@@ -131,7 +132,7 @@ def render(
     )
     first, count = (0, limit) if row is None else (row, 1)
     numbered = [(n, row_map(r)) for n, r in _rows(dataset, subset, split, first, count)]
-    _check_columns(numbered, templates, dataset)
+    check_template_columns(list(numbered[0][1]), templates, dataset, target=False)
     rendered = [(n, t, t.render(r, seed=seed)) for n, r in numbered for t in templates]
     if as_json:
         records = [{"row": n, "template": t.name, "id": t.id} | asdict(result) for n, t, result in rendered]
@@ -155,7 +156,7 @@ def lint(
     from ..data.template_lint import lint as check
 
     file, _ = locate(spec, templates_dir)
-    problems = check(file, None if dataset is None else _table_of(dataset, subset, split))
+    problems = check(file, None if dataset is None else _columns_of(dataset, subset, split))
     if as_json:
         typer.echo(json.dumps([asdict(p) | {"file": file.place} for p in problems], ensure_ascii=False))
     else:
@@ -204,31 +205,24 @@ def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def _rows(dataset: str, subset: str | None, split: str, first: int, count: int) -> list[tuple[int, dict[str, Any]]]:
-    """(number, row) of `count` rows from `first` on. Raises DataError if there are not so many."""
-    table = _table_of(dataset, subset, split)
-    if first >= len(table):
-        raise DataError(f"'{dataset}' has {len(table)} rows, counted from 0: there is no row {first}.")
-    numbers = range(first, min(first + count, len(table)))
-    rows = table.select(numbers) if hasattr(table, "features") else table.take(list(numbers)).to_pylist()
-    return list(zip(numbers, rows, strict=True))
+    """(number, row) of `count` rows from `first` on. Raises DataError if `first` is beyond the last."""
+    from ..data.rows import RowStream
+
+    stream = RowStream(dataset, split=split, subset=subset)
+    # All of a local file is read, for a column has one type: 1 is 1.0 if 2.5 stands further down.
+    scan = stream.scan()
+    found = stream.blocks(scan, 1, range(first, first + count).__contains__)
+    numbered = [(number, row) for _, number, (row,) in islice(found, count)]
+    if not numbered:
+        last = "" if scan.rows is None else f" to {scan.rows - 1}"
+        raise DataError(f"'{dataset}' has no row {first}: rows are counted from 0{last}.")
+    return numbered
 
 
-def _table_of(dataset: str, subset: str | None, split: str) -> Any:
-    """A local table, read without `datasets`, or a data set of the hub."""
-    path = Path(dataset).expanduser()
-    if path.exists() and subset is None:
-        from ..data.row_files import read_table
+def _columns_of(dataset: str, subset: str | None, split: str) -> list[str]:
+    from ..data.rows import RowStream
 
-        return read_table(path, split)
-    from ..data.rows import load_rows
-
-    return load_rows(dataset, split=split, subset=subset)
-
-
-def _check_columns(numbered: list[tuple[int, dict[str, Any]]], templates: list[Template], dataset: str) -> None:
-    from ..data.row_files import check_template_columns
-
-    check_template_columns(SimpleNamespace(column_names=list(numbered[0][1])), templates, dataset, target=False)
+    return list(RowStream(dataset, split=split, subset=subset).scan().columns)
 
 
 def _text(rendered: Rendered) -> str:

@@ -4,19 +4,174 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, overload
-
-import datasets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import ConfigError, DataError
-from ..records import Example
+from ..records import Example, Prompt, PromptedRow
+from .files import BadRowError
 from .prompts import Template
-from .row_files import check_columns, check_template_columns, template_columns
-from .rows import check_text_column
+from .rows import RowStream, Scan, check_columns, check_text_column, not_text
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 STUDENT = "student input"
+NO_STUDENT_INPUT = "no student input"
+NOT_APPLICABLE = "template does not apply"
+
+
+@dataclass(frozen=True)
+class RowRenderer:
+    """How a row becomes what the two models read: the one place where that is decided. Fields as in `Examples`.
+
+    with_choices: prompts carry the templates' answer choices, to be ranked. Raises ConfigError if a template has none.
+    """
+
+    templates: tuple[Template, ...]
+    student_column: str | None = None
+    student_template: Template | None = None
+    reference_column: str | None = None
+    id_column: str | None = None
+    seed: int = 0
+    with_choices: bool = False
+
+    def __post_init__(self) -> None:
+        without = [str(template) for template in self.templates if not template.answer_choices]
+        if self.with_choices and (without or not self.templates):
+            raise ConfigError(
+                f"strategy = 'rank': {', '.join(without) or 'the raw input'} has no answer choices to rank. "
+                "Name templates with answer_choices, or use another strategy."
+            )
+        if self.student_column is None and self.student_template is None:
+            raise ConfigError(
+                "student_column and student_template are both unset: the student reads a column, or its own template."
+            )
+
+    def __call__(self, number: int, row: dict[str, Any]) -> PromptedRow:
+        """The row under every template. A template that fails on it is a prompt with status `failed`."""
+        name = str(number if self.id_column is None else row[self.id_column])
+        try:
+            student = self._student_input(row)
+        except DataError as error:
+            prompts = tuple(Prompt(None, "failed", str(error)) for _ in self.template_names)
+            return PromptedRow(number, name, "", self._references(row), prompts)
+        if not student or student.isspace():
+            prompts = tuple(Prompt(None, "skipped", NO_STUDENT_INPUT) for _ in self.template_names)
+        elif self.templates:
+            prompts = tuple(self._prompt(template, row) for template in self.templates)
+        else:
+            prompts = (Prompt(student),)
+        return PromptedRow(number, name, student, self._references(row), prompts)
+
+    @property
+    def template_names(self) -> list[str]:
+        """One name per prompt of a row; 'none' for the bare input."""
+        return [template.name for template in self.templates] or ["none"]
+
+    def wanted_columns(self) -> dict[str, str]:
+        """Role -> column, of the columns named and those the templates read; a target's columns may be absent."""
+        named = {
+            "student_column": self.student_column,
+            "reference_column": self.reference_column,
+            "id_column": self.id_column,
+        }
+        used = [*self.templates, *([self.student_template] if self.student_template else [])]
+        return {role: column for role, column in named.items() if column is not None} | _wanted_columns(
+            used, target=False
+        )
+
+    def check(self, where: str, row: dict[str, Any]) -> str | None:
+        """The row's id (None: its number). Raises BadRowError if a column holds no text, or the id is missing."""
+        if self.student_column is not None:
+            value = row.get(self.student_column)
+            if value is not None and type(value) is not str:
+                raise not_text(where, self.student_column, value, lists=False)
+        if self.reference_column is not None:
+            value = row.get(self.reference_column)
+            texts = value if isinstance(value, list) else [value]
+            if not all(text is None or type(text) is str for text in texts):
+                raise not_text(where, self.reference_column, value, lists=True)
+        if self.id_column is None:
+            return None
+        if row.get(self.id_column) is None:
+            raise BadRowError(f"{where}: id_column '{self.id_column}' has no value. Every row needs an id of its own.")
+        return str(row[self.id_column])
+
+    def _prompt(self, template: Template, row: dict[str, Any]) -> Prompt:
+        choices: tuple[str, ...] | None = None
+        try:
+            text = template.parts(row, seed=self.seed)[0]
+            if self.with_choices and text:
+                choices = template.choices(row, seed=self.seed)
+        except DataError as error:
+            return Prompt(None, "failed", str(error))
+        return Prompt(text, choices=choices) if text else Prompt(None, "skipped", NOT_APPLICABLE)
+
+    def _student_input(self, row: dict[str, Any]) -> str:
+        if self.student_template is not None:
+            return self.student_template.parts(row, seed=self.seed)[0]
+        return row[self.student_column or ""] or ""
+
+    def _references(self, row: dict[str, Any]) -> tuple[str, ...]:
+        value = row[self.reference_column] if self.reference_column else None
+        texts = value if isinstance(value, list) else [value]
+        return tuple(text for text in texts if text)
+
+
+class PromptedRows:
+    """A source under templates, in flat memory: what `rlkd generate-pseudolabels` labels.
+
+    earlier: `scan` of an earlier run; no new pass over the source is made if it is still the same.
+    Raises: DataError for rows, columns and ids that cannot be used, before anything is rendered.
+    """
+
+    def __init__(self, stream: RowStream, render: RowRenderer, *, earlier: dict[str, Any] | None = None):
+        self.stream, self.render = stream, render
+        self.bad_rows: list[dict[str, Any]] = []
+        same = earlier and earlier["roles"] == render.wanted_columns() and earlier["identity"] == stream.identity()
+        if earlier and same:
+            self.found = Scan(**{name: value for name, value in earlier.items() if name != "roles"})
+        else:
+            self.found = stream.scan(render.check, self.bad_rows.append)
+        source, kinds = stream.source, self.found.columns
+        check_columns(list(kinds), render.wanted_columns(), source)
+        if render.templates and "answer_choices" in kinds:
+            raise DataError(
+                f"'{source}': a column is named 'answer_choices', which is the templates' own name. Rename the column."
+            )
+        column = render.student_column
+        if column is not None and kinds[column] not in ("str", "null", "string", "large_string"):
+            raise not_text(source, column, kinds[column], lists=False)
+
+    @property
+    def scan(self) -> dict[str, Any]:
+        """What reading the source once has found, JSON-able."""
+        return {**self.found.to_json(), "roles": self.render.wanted_columns()}
+
+    @property
+    def total(self) -> int | None:
+        """Number of input rows, if it is known."""
+        return self.found.rows
+
+    @property
+    def templates(self) -> list[tuple[str, str, str]]:
+        """(name, id, fingerprint) of each template."""
+        return [(t.name, t.id, t.fingerprint) for t in self.render.templates] or [("none", "", "")]
+
+    def identity(self) -> dict[str, Any]:
+        """All of the input that decides labels, but the templates."""
+        render = self.render
+        student = f"{render.student_template.source}" if render.student_template else None
+        columns = {"input": render.student_column, "reference": render.reference_column, "id": render.id_column}
+        return {**self.found.identity, "columns": columns, "student_template": student, "template_seed": render.seed}
+
+    def blocks(self, size: int, wanted: Any) -> Iterator[tuple[int, list[PromptedRow]]]:
+        """(k, rows) of every wanted block k of `size` input rows."""
+        for k, first, rows in self.stream.blocks(self.found, size, wanted):
+            yield k, [self.render(first + i, row) for i, row in enumerate(rows)]
 
 
 class Examples(Sequence[Example]):
@@ -41,13 +196,8 @@ class Examples(Sequence[Example]):
         source: str = "the rows",
         seed: int = 0,
     ):
-        if student_column is None and student_template is None:
-            raise ConfigError(
-                "student_column and student_template are both unset: the student reads a column, or its own template."
-            )
-        self.rows, self.templates, self.seed = rows, templates, seed
-        self.student_column, self.student_template = student_column, student_template
-        self.reference_column, self.id_column = reference_column, id_column
+        self.rows, self.templates = rows, templates
+        self.render = RowRenderer(tuple(templates), student_column, student_template, reference_column, id_column, seed)
         self._check(source)
         self.skipped: dict[str, int] = {}
         self._kept = self._applicable(source)
@@ -55,7 +205,7 @@ class Examples(Sequence[Example]):
     @property
     def template_names(self) -> list[str]:
         """One name per teacher input of an example; 'none' for the bare input."""
-        return [template.name for template in self.templates] or ["none"]
+        return self.render.template_names
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -68,41 +218,38 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = self._kept[index]
-        row = self.rows[number]
-        student = self._student_input(row)
-        teacher = tuple(template.parts(row, seed=self.seed)[0] for template in self.templates)
-        name = str(number if self.id_column is None else row[self.id_column])
-        return Example(name, student, teacher or (student,), self._references(row))
+        row = self.render(number, self.rows[number])
+        texts = tuple(prompt.text for prompt in row.prompts if prompt.text is not None)
+        return Example(row.id, row.student_input, texts, row.references)
 
     def _check(self, source: str) -> None:
-        """The columns named by the caller and those the templates read; a target's columns may be absent."""
-        named = {
-            "student_column": self.student_column,
-            "reference_column": self.reference_column,
-            "id_column": self.id_column,
-        }
-        wanted = {role: column for role, column in named.items() if column is not None}
-        used = self.templates + ([self.student_template] if self.student_template else [])
-        check_columns(self.rows, wanted | template_columns(used, target=False), source)
-        if self.student_column is not None:
-            check_text_column(self.rows, self.student_column, source)
-        if self.reference_column is not None:
-            check_text_column(self.rows, self.reference_column, source, lists=True)
-        if self.id_column is not None:
-            name, count = Counter(map(str, self.rows[self.id_column])).most_common(1)[0]
+        """The columns named by the caller and those the templates read; unique ids."""
+        render = self.render
+        check_columns(self.rows, render.wanted_columns(), source)
+        if render.student_column is not None:
+            check_text_column(self.rows, render.student_column, source)
+        if render.reference_column is not None:
+            check_text_column(self.rows, render.reference_column, source, lists=True)
+        if render.id_column is not None:
+            name, count = Counter(map(str, self.rows[render.id_column])).most_common(1)[0]
             if count > 1:
                 raise DataError(
-                    f"'{source}': id_column '{self.id_column}' has '{name}' {count} times. Ids must be unique."
+                    f"'{source}': id_column '{render.id_column}' has '{name}' {count} times. Ids must be unique."
                 )
 
     def _applicable(self, source: str) -> list[int]:
         """Row numbers under which every template and the student have an input; counts the others."""
         kept = []
         for number, row in enumerate(self.rows):
-            without = [t.name for t in self.templates if not t.parts(row, seed=self.seed)[0]]
-            if not self._student_input(row).strip():
-                without.append(STUDENT)
-            for name in without:
+            prompted = self.render(number, row)
+            if failed := [prompt.error for prompt in prompted.prompts if prompt.status == "failed"]:
+                raise DataError(str(failed[0]))
+            without = [
+                STUDENT if prompt.error == NO_STUDENT_INPUT else name
+                for name, prompt in zip(self.template_names, prompted.prompts, strict=True)
+                if prompt.text is None
+            ]
+            for name in dict.fromkeys(without):
                 self.skipped[name] = self.skipped.get(name, 0) + 1
             if not without:
                 kept.append(number)
@@ -118,16 +265,6 @@ class Examples(Sequence[Example]):
             )
         return kept
 
-    def _student_input(self, row: dict[str, Any]) -> str:
-        if self.student_template is not None:
-            return self.student_template.parts(row, seed=self.seed)[0]
-        return row[self.student_column or ""] or ""
-
-    def _references(self, row: dict[str, Any]) -> tuple[str, ...]:
-        value = row[self.reference_column] if self.reference_column else None
-        texts = value if isinstance(value, list) else [value]
-        return tuple(text for text in texts if text)
-
 
 def supervised_pairs(
     rows: datasets.Dataset, templates: list[Template], *, source: str = "the rows", seed: int = 0
@@ -138,6 +275,8 @@ def supervised_pairs(
     without a gold answer (see Template.lacks_label), which would render as "None" or as the last choice.
     Raises DataError for a column the rows lack, or if no pair is left.
     """
+    import datasets
+
     check_template_columns(rows, templates, source, target=True)
     pairs: list[dict[str, str]] = []
     skipped: Counter[str] = Counter()
@@ -160,3 +299,14 @@ def supervised_pairs(
     if len(pairs) < total:
         logger.warning("%s: %d of %d pairs left out (%s)", source, skipped.total(), total, reasons)
     return datasets.Dataset.from_list(pairs)
+
+
+def check_template_columns(
+    rows: datasets.Dataset | list[str], templates: list[Template], source: str, *, target: bool
+) -> None:
+    """Raise DataError unless the rows have every column the inputs (with `target`, the targets too) read."""
+    check_columns(rows, _wanted_columns(templates, target=target), source)
+
+
+def _wanted_columns(templates: list[Template], *, target: bool) -> dict[str, str]:
+    return {f"{name} in {t}": name for t in templates for name in sorted(t.columns(target=target))}

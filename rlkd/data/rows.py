@@ -1,19 +1,46 @@
-"""Rows as a data set, from local files or from the hub, checked before any model loads."""
+"""Rows from the hub or from local files, checked before any model loads: as a table (`load_rows`), or as a stream in
+flat memory (`RowStream`). Both give the same rows.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from ..errors import DataError
-from .aliases import hub_id
-from .row_files import SUFFIXES, allowed_sources, check_columns, first_line, nearest_file, parquet_table, read_table
+from ..errors import DataError, nearest
+from .files import (
+    SUFFIXES,
+    BadRowError,
+    ParquetFiles,
+    Reader,
+    allowed_sources,
+    first_line,
+    open_local,
+    same_schema,
+    unreadable,
+)
 
-__all__ = ["check_columns", "check_text_column", "load_rows", "read_parquet"]
+if TYPE_CHECKING:
+    # Imported where a data set is made: it takes most of a second, and looking at local rows needs none.
+    import datasets
 
+logger = logging.getLogger(__name__)
+
+WHOLE_NUMBER = re.compile(r"0|-?[1-9]\d{0,17}")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+KINDS = {bool: "bool", int: "integer", float: "number", str: "str", list: "list", dict: "dict"}
+NUMBERS = {"integer", "number"}
+OnBadRow = Literal["fail", "skip"]
 
 
 def load_rows(
@@ -28,13 +55,20 @@ def load_rows(
 
     Args: source, a path (.jsonl, .json, .csv, .tsv, .parquet, or a folder) or a hub id; split, a hub split, or the
     shards `<split>*.parquet` of a folder whose shards are named by split (one file has one split, whatever its name);
-    subset and revision, of a hub data set only (an old name such as glue stands for its home
-    today, nyu-mll/glue); limit keeps the first rows.
+    subset and revision, of a hub data set only; limit keeps the first rows.
     In CSV and TSV a column of whole numbers only is read as integers, every other one as text.
     Raises: DataError that names the file, the line where there is one, and the remedy.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit = {limit}: the number of rows to keep must be at least 1. Leave it out to keep all.")
+    check_limit(limit)
+    path = local_path(source, split=split, subset=subset, revision=revision)
+    rows = _load_hub(source, split, subset, revision) if path is None else _load_local(open_local(path, split))
+    if len(rows) == 0:
+        raise no_rows(source, split)
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def local_path(source: str, *, split: str, subset: str | None, revision: str | None) -> Path | None:
+    """The path of a local source, None for a hub id. Raises DataError if it is neither, or for hub-only settings."""
     path = Path(source).expanduser()
     if path.exists():
         if subset or revision or "[" in split:
@@ -42,43 +76,287 @@ def load_rows(
                 f"'{source}' is local: it has no subset, revision or split slice. "
                 "Leave them out, or use limit to keep the first rows."
             )
-        rows = datasets.Dataset(read_table(path, split))
-    elif path.suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(source):
-        raise DataError(f"'{source}' does not exist.{nearest_file(path)} Allowed: {allowed_sources()}.")
-    else:
-        rows = _load_hub(source, split, subset, revision)
-    if len(rows) == 0:
-        raise DataError(f"'{source}' has no rows. At least one is needed: check the file or the split '{split}'.")
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+        return path
+    if path.suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(source):
+        raise DataError(f"'{source}' does not exist.{_nearest_file(path)} Allowed: {allowed_sources()}.")
+    return None
 
 
-def read_parquet(files: list[Path]) -> datasets.Dataset:
-    """The rows of parquet files, in the order given. Raises DataError naming the file that does not fit."""
-    return datasets.Dataset(parquet_table(files))
+def check_limit(limit: int | None) -> None:
+    """Raise DataError for a limit below 1."""
+    if limit is not None and limit < 1:
+        raise DataError(f"limit = {limit}: the number of rows to keep must be at least 1. Leave it out to keep all.")
+
+
+def no_rows(source: str, split: str) -> DataError:
+    """The error of a source without rows."""
+    return DataError(f"'{source}' has no rows. At least one is needed: check the file or the split '{split}'.")
+
+
+def check_columns(rows: datasets.Dataset | list[str], wanted: dict[str, str], source: str) -> None:
+    """Raise DataError unless every column of `wanted` (role -> column) exists; the error lists wanted and found."""
+    found = rows if isinstance(rows, list) else rows.column_names
+    missing = [f"{role}: '{name}'.{nearest(name, found)}" for role, name in wanted.items() if name not in found]
+    if missing:
+        raise DataError(
+            f"'{source}' lacks {len(missing)} of the columns asked for.\n  missing  "
+            + "\n           ".join(missing)
+            + f"\n  found    {', '.join(found)}\nName one of the columns found, or rename the column in the data."
+        )
 
 
 def check_text_column(dataset: datasets.Dataset, column: str, source: str, *, lists: bool = False) -> None:
     """Raise DataError unless `column` holds text (or, with `lists`, lists of texts)."""
+    import datasets
+
     kind = dataset.features[column]
     if lists and isinstance(kind, (datasets.List, datasets.LargeList)):
         kind = kind.feature
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        allowed = "text or lists of texts" if lists else "text"
-        raise DataError(
-            f"'{source}': column '{column}' holds {dataset.features[column]}, not {allowed}. "
-            "Convert it, or name another column."
-        )
+        raise not_text(source, column, dataset.features[column], lists=lists)
+
+
+def not_text(place: str, column: str, found: Any, *, lists: bool) -> BadRowError:
+    """The error of a column, or of one row's cell, that must hold text."""
+    allowed = "text or lists of texts" if lists else "text"
+    return BadRowError(
+        f"'{place}': column '{column}' holds {found}, not {allowed}. Convert it, or name another column."
+    )
+
+
+def read_parquet(files: list[Path]) -> datasets.Dataset:
+    """The rows of parquet files, in the order given. Raises DataError naming the file that does not fit."""
+    import datasets
+
+    same_schema(files)
+    tables: list[pa.Table] = []
+    for file in files:
+        try:
+            tables.append(pq.ParquetFile(file).read())
+        except (pa.ArrowException, OSError) as error:
+            raise unreadable(file, error) from error
+    return datasets.Dataset(pa.concat_tables(tables))
+
+
+class Columns:
+    """Names and types of the columns, learnt row by row. CSV has texts only: whole numbers are told from them."""
+
+    def __init__(self, kinds: dict[str, str] | None = None):
+        self.kinds: dict[str, str] = dict(kinds or {})
+        self._first: dict[str, int] = {}
+
+    def add(self, place: int, row: dict[str, Any], reader: Reader) -> None:
+        """Learn from a row. Raises BadRowError if a value is of another type than those before it."""
+        kinds, cells = self.kinds, reader.cells
+        for name, value in row.items():
+            kind = KINDS.get(type(value)) or type(value).__name__
+            if cells and kinds.get(name, "integer") == "integer" and WHOLE_NUMBER.fullmatch(value):
+                kind = "integer"
+            known = kinds.get(name, "null")
+            if kind == known or value is None:
+                kinds.setdefault(name, known)
+            elif known == "null" or cells or {kind, known} == NUMBERS:
+                kinds[name] = "number" if kind in NUMBERS and known in NUMBERS else kind
+                self._first.setdefault(name, place)
+            else:
+                raise BadRowError(
+                    f"{reader.where(place)}: column '{name}' is of type {_shown(known)} in line "
+                    f"{self._first.get(name, 1)} but {_shown(kind)} in line {place}. Give it one type everywhere."
+                )
+
+    def complete(self, *, cells: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """A function that gives a row every column and one type of number per column, as a table would."""
+        width, empty = len(self.kinds), dict.fromkeys(self.kinds)
+        kind, to = ("integer", int) if cells else ("number", float)
+        numbers = [name for name, known in self.kinds.items() if known == kind]
+
+        def complete(row: dict[str, Any]) -> dict[str, Any]:
+            if len(row) < width:
+                row = empty | row
+            for name in numbers:
+                if row[name] is not None:
+                    row[name] = to(row[name])
+            return row
+
+        return complete
+
+
+def _shown(kind: str) -> str:
+    return "number" if kind in NUMBERS else kind
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a pass over a source found: rows that can be used, columns (name -> type), the places of bad rows, and
+    `identity`, which changes when the data do. rows is None where only reading tells (hub data).
+    """
+
+    identity: dict[str, Any]
+    columns: dict[str, str]
+    rows: int | None
+    bad: list[int] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class RowStream:
+    """Rows of a source in order, in flat memory; arguments as in `load_rows`.
+
+    on_bad_row: `fail` at the first row that cannot be used, or `skip` such rows, counting them.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        split: str = "train",
+        subset: str | None = None,
+        revision: str | None = None,
+        limit: int | None = None,
+        on_bad_row: OnBadRow = "fail",
+    ):
+        check_limit(limit)
+        self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
+        self.path = local_path(source, split=split, subset=subset, revision=revision)
+        self.reader: Reader
+        if self.path is None:
+            from .hub import HubRows
+
+            self.reader = HubRows(source, split, subset, revision)
+        else:
+            self.reader = open_local(self.path, split)
+
+    def identity(self) -> dict[str, Any]:
+        """Checksum of a local source (its name does not count), or repository and commit of hub data."""
+        if self.path is None:
+            return {**self.reader.identity(), "limit": self.limit}  # type: ignore[attr-defined]
+        files = self.reader.files if isinstance(self.reader, ParquetFiles) else [self.path]
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return {"sha256": digest.hexdigest(), "limit": self.limit, "on_bad_row": self.on_bad_row}
+
+    def scan(
+        self,
+        check: Callable[[str, dict[str, Any]], str | None] = lambda where, row: None,
+        quarantine: Callable[[dict[str, Any]], None] = lambda bad: None,
+    ) -> Scan:
+        """Read a local source once: every row parses, has the types of the rows before it and passes `check`, which
+        gets the row and its place in words, raises BadRowError and returns the row's id (None: its number), unique.
+
+        quarantine gets {"place", "error", "record"} of each bad row if those are skipped.
+        Hub data are not read: columns only.
+        Raises: DataError for the first bad row (on_bad_row = fail), repeated ids, or if no row is left.
+        """
+        if self.path is None:
+            return Scan(self.identity(), self.reader.columns(), self.reader.count(self.limit))  # type: ignore[attr-defined]
+        columns, rows, bad, ids = Columns(), 0, array("q"), array("q")
+        for place, raw in self.reader.records():
+            if rows == self.limit:
+                break
+            try:
+                row = self.reader.parse(place, raw)
+                name = check(self.reader.where(place), row)
+                columns.add(place, row, self.reader)
+            except BadRowError as error:
+                if self.on_bad_row == "fail":
+                    raise
+                bad.append(place)
+                record = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+                quarantine({"place": place, "error": str(error), "record": None if record is error else record})
+                continue
+            rows += 1
+            if name is not None:
+                ids.append(hash(name))
+        if rows == 0:
+            raise no_rows(self.source, self.split)
+        scan = Scan(self.identity(), columns.kinds, rows, bad.tolist())
+        if len(ids):
+            self._refuse_repeated(ids, scan, check)
+        return scan
+
+    def blocks(self, scan: Scan, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, list[dict]]]:
+        """(k, number of the first row, rows) of every wanted block k of `size` rows; others are passed over unparsed.
+
+        Raises DataError if a row cannot be read any more.
+        """
+        bad, parse = frozenset(scan.bad), self.reader.parse
+        complete = Columns(scan.columns).complete(cells=self.reader.cells) if self.path else lambda row: row
+        block: list[dict] = []
+        number, k, take = 0, 0, wanted(0)
+        for place, raw in self.reader.records():
+            if number == self.limit:
+                break
+            if place in bad:
+                continue
+            if take:
+                block.append(complete(parse(place, raw)))
+            number += 1
+            if number % size == 0:
+                if take:
+                    yield k, number - size, block
+                block, k = [], k + 1
+                take = wanted(k)
+        if block:
+            yield k, k * size, block
+        if self.path is not None and number != scan.rows:
+            raise DataError(f"'{self.source}' had {scan.rows} rows and now has {number}: it changed while it was read.")
+
+    def _refuse_repeated(self, ids: array, scan: Scan, check: Callable[[str, dict[str, Any]], str | None]) -> None:
+        """Hashes take 8 bytes a row; only those that repeat are looked up again."""
+        hashes = np.frombuffer(ids, dtype=np.int64).copy()
+        hashes.sort()
+        repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        if not repeated:
+            return
+        first: dict[str, str] = {}
+        for place, raw in self.reader.records():
+            if place in set(scan.bad):
+                continue
+            where = self.reader.where(place)
+            name = check(where, self.reader.parse(place, raw))
+            if name in first:
+                raise DataError(f"{where}: the id '{name}' is also that of {first[name]}. Ids must be unique.")
+            if name is not None and hash(name) in repeated:
+                first[name] = where
+
+
+def _load_local(reader: Reader) -> datasets.Dataset:
+    import datasets
+
+    if isinstance(reader, ParquetFiles):
+        return read_parquet(reader.files)
+    columns = Columns()
+    rows = []
+    for place, raw in reader.records():
+        row = reader.parse(place, raw)
+        columns.add(place, row, reader)
+        rows.append(row)
+    complete = columns.complete(cells=reader.cells)
+    rows = [complete(row) for row in rows]
+    arrays = {}
+    for name in columns.kinds:
+        try:
+            arrays[name] = pa.array([row[name] for row in rows])
+        except (pa.ArrowException, OverflowError) as error:
+            raise DataError(
+                f"{reader.path}: column '{name}' has values that do not fit one type: "  # type: ignore[attr-defined]
+                f"{first_line(error)}. Give it one type everywhere."
+            ) from error
+    return datasets.Dataset(pa.table(arrays))
 
 
 def _load_hub(source: str, split: str, subset: str | None, revision: str | None) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(hub_id(source), subset, split=split, revision=revision)
-    # The library, the hub client and the HTTP stack each have errors of their own; all mean the same to the user.
-    except Exception as error:
-        home = f"'{source}'" if hub_id(source) == source else f"'{source}' (on the hub: {hub_id(source)})"
-        wanted = home + (f", subset '{subset}'" if subset else "") + f", split '{split}'"
-        raise DataError(
-            f"{wanted} is neither a path here nor a data set that could be loaded from the hub.\n"
-            f"  {type(error).__name__}: {first_line(error)}\n"
-            f"Check the name, the subset and the split. Local data: {allowed_sources()}."
-        ) from error
+    from .hub import load_hub
+
+    return load_hub(source, split, subset, revision, streaming=False)
+
+
+def _nearest_file(path: Path) -> str:
+    return (
+        nearest(path.name, [p.name for p in path.parent.iterdir()])
+        if path.parent.is_dir()
+        else f" Folder {path.parent} does not exist."
+    )

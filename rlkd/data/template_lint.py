@@ -9,13 +9,12 @@ from ..errors import DataError
 from .aliases import known_problem
 from .leaks import leaks
 from .prompts import Template, to_template
-from .row_files import HasColumns
 from .template_sources import TemplatesFile
 from .template_yaml import Entry, Problem, parse
 
 
-def lint(file: TemplatesFile, rows: HasColumns | None = None) -> list[Problem]:
-    """The problems of a file by line; with `rows`, also columns the templates miss or leave unused."""
+def lint(file: TemplatesFile, columns: Iterable[str] | None = None) -> list[Problem]:
+    """The problems of a file by line; with the rows' `columns`, also those the templates miss or leave unused."""
     parsed = parse(file.content)
     problems = list(parsed.problems)
     templates: dict[str, Template] = {}
@@ -37,8 +36,8 @@ def lint(file: TemplatesFile, rows: HasColumns | None = None) -> list[Problem]:
         problems.append(
             Problem(entry.line_of("jinja"), level, f"'{template.name}': the input shows the gold columns {names}.")
         )
-    if rows is not None:
-        problems += _columns(templates, parsed.entries, rows.column_names)
+    if columns is not None:
+        problems += _columns(templates, parsed.entries, columns)
     return sorted(problems, key=lambda problem: problem.line)
 
 

@@ -5,28 +5,35 @@ Every engine gives the same answers for the same prompts, seeds and settings, wh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..models.architectures import EncoderDecoder
+from ..models.heads import CHUNK_ELEMENTS
 from ..objectives.rewards import token_scores
 from ..tensors import length_mask, pad_stack
 from .decode import decode, greedy, sampler
 
+logger = logging.getLogger(__name__)
+
 Strategy = Literal["greedy", "beam", "sample"]
+EngineName = Literal["auto", "torch", "ctranslate2"]
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How answers are decoded. num_beams is for beam search, temperature for sampling.
 
-    labels_per_input: samples, or the best hypotheses of beam search.
+    labels_per_input: samples, or the best hypotheses of beam search. top_k_logprobs: how many of the teacher's best
+    tokens to record at each position of an answer.
     Raises ConfigError for settings that contradict each other.
     """
 
@@ -35,6 +42,7 @@ class Decoding:
     labels_per_input: int = 1
     num_beams: int = 4
     temperature: float = 1.0
+    top_k_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
@@ -54,17 +62,30 @@ class Decoding:
                 f"temperature = {self.temperature} with strategy = '{self.strategy}': it must be above 0 and only "
                 "sampling uses it. Leave it at 1, or use strategy sample."
             )
+        if self.top_k_logprobs < 0:
+            raise ConfigError(f"top_k_logprobs = {self.top_k_logprobs}: use 0 (record none) or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The teacher's k best tokens at each of the R positions of an answer, best first: ids int32 [R, k] and logps
+    float32 [R, k], natural log-probabilities at temperature 1.
+    """
+
+    ids: np.ndarray
+    logps: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """ids, end-of-sequence included; logps, natural log-probability of each under the teacher at temperature 1;
-    finished, False if max_new_tokens cut the answer.
+    finished, False if max_new_tokens cut the answer; top_k, if `Decoding.top_k_logprobs` asks for it.
     """
 
     ids: list[int]
     logps: list[float]
     finished: bool
+    top_k: TopK | None = None
 
 
 class Engine(Protocol):
@@ -106,20 +127,16 @@ class TorchEngine:
 
     @torch.no_grad()
     def answer(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
-        if decoding.strategy == "beam":
-            return self._beam(prompts, decoding)
         n = decoding.labels_per_input
-        flat = [seed for row in seeds for seed in row]
-        device, width = self.adapter.device, decoding.max_new_tokens
-        choose = greedy if decoding.strategy == "greedy" else sampler(flat, width, device)
         states = [s for s in self.adapter.encode_prompts(prompts, self.batch_tokens) for _ in range(n)]
-        out = decode(self.adapter, states, choose, max_new_tokens=width, temperature=decoding.temperature)
-        ids = [row[mask].tolist() for row, mask in zip(out.ids, out.mask, strict=True)]
-        if decoding.temperature == 1.0:
-            logps = [row[mask].tolist() for row, mask in zip(out.logps, out.mask, strict=True)]
-        else:
-            logps = self._logps(states, ids)
-        answers = [Answer(*parts) for parts in zip(ids, logps, out.finished.tolist(), strict=True)]
+        answers = (
+            self._beam(prompts, states, decoding)
+            if decoding.strategy == "beam"
+            else self._own_loop(states, [seed for row in seeds for seed in row], decoding)
+        )
+        if k := decoding.top_k_logprobs:
+            tables = self._top_k(states, [answer.ids for answer in answers], k)
+            answers = [replace(answer, top_k=table) for answer, table in zip(answers, tables, strict=True)]
         return [answers[i : i + n] for i in range(0, len(answers), n)]
 
     @torch.no_grad()
@@ -130,18 +147,50 @@ class TorchEngine:
         states = dict(zip(distinct, encoded, strict=True))
         return self._logps([states[tuple(prompt)] for prompt in prompts], answers)
 
+    def _own_loop(self, states: list[Tensor], seeds: list[int], decoding: Decoding) -> list[Answer]:
+        width = decoding.max_new_tokens
+        choose = greedy if decoding.strategy == "greedy" else sampler(seeds, width, self.adapter.device)
+        out = decode(self.adapter, states, choose, max_new_tokens=width, temperature=decoding.temperature)
+        ids = [row[mask].tolist() for row, mask in zip(out.ids, out.mask, strict=True)]
+        if decoding.temperature == 1.0:
+            logps = [row[mask].tolist() for row, mask in zip(out.logps, out.mask, strict=True)]
+        else:
+            logps = self._logps(states, ids)
+        return [Answer(*parts) for parts in zip(ids, logps, out.finished.tolist(), strict=True)]
+
     def _logps(self, states: list[Tensor], answers: list[list[int]]) -> list[list[float]]:
-        ids = pad_stack([torch.tensor(row) for row in answers], self.adapter.pad_id).to(self.adapter.device)
+        hidden, ids, lengths = self._forced(states, answers)
+        chosen, _, logsumexp, _, _ = self.adapter.head().map(token_scores, hidden, ids)
+        return [row.tolist() for row in (chosen - logsumexp).split(lengths)]
+
+    def _top_k(self, states: list[Tensor], answers: list[list[int]], k: int) -> list[TopK]:
+        hidden, _, lengths = self._forced(states, answers)
+        head = self.adapter.head()
+        k = min(k, head.valid_vocab)
+        ids = np.empty((len(hidden), k), np.int32)
+        logps = np.empty((len(hidden), k), np.float32)
+        # Logits exist for one chunk of tokens at a time.
+        chunk = max(16, CHUNK_ELEMENTS // head.valid_vocab)
+        for start in range(0, len(hidden), chunk):
+            best, index = head.logits(hidden[start : start + chunk]).log_softmax(-1).topk(k)
+            rows = slice(start, start + len(best))
+            ids[rows], logps[rows] = index.cpu().numpy(), best.cpu().numpy()
+        ends = np.cumsum(lengths)[:-1]
+        return [TopK(*parts) for parts in zip(np.split(ids, ends), np.split(logps, ends), strict=True)]
+
+    def _forced(self, states: list[Tensor], answers: list[list[int]]) -> tuple[Tensor, Tensor, list[int]]:
+        """Head inputs [N, D] of all answer tokens, teacher-forced, packed; their ids [N]; the answers' lengths."""
+        ids = pad_stack([torch.tensor(row, dtype=torch.long) for row in answers], self.adapter.pad_id)
+        ids = ids.to(self.adapter.device)
         lengths = [len(row) for row in answers]
         mask = length_mask(lengths).to(ids.device)
         hidden = self.adapter.answer_hidden(states, ids, lengths, self.batch_tokens)
-        chosen, _, logsumexp, _, _ = self.adapter.head().map(token_scores, hidden[mask], ids[mask])
-        return [row.tolist() for row in (chosen - logsumexp).split(lengths)]
+        return hidden[mask], ids[mask], lengths
 
-    def _beam(self, prompts: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
+    def _beam(self, prompts: list[list[int]], states: list[Tensor], decoding: Decoding) -> list[Answer]:
         from transformers import GenerationConfig
 
-        adapter, n = self.adapter, decoding.labels_per_input
+        adapter = self.adapter
         input_ids, mask = adapter.pad_prompts(prompts)
         with _own_generation_config(adapter.model):
             sequences = adapter.model.generate(
@@ -149,7 +198,7 @@ class TorchEngine:
                 attention_mask=mask.long(),
                 generation_config=GenerationConfig(
                     num_beams=decoding.num_beams,
-                    num_return_sequences=n,
+                    num_return_sequences=decoding.labels_per_input,
                     max_new_tokens=decoding.max_new_tokens,
                     do_sample=False,
                     decoder_start_token_id=adapter.start_id,
@@ -163,9 +212,8 @@ class TorchEngine:
         for row in sequences[:, 1:].tolist():
             finished.append(adapter.eos_id in row)
             rows.append(row[: row.index(adapter.eos_id) + 1] if finished[-1] else row)
-        logps = self.score([prompt for prompt in prompts for _ in range(n)], rows)
-        answers = [Answer(*parts) for parts in zip(rows, logps, finished, strict=True)]
-        return [answers[i : i + n] for i in range(0, len(answers), n)]
+        logps = self._logps(states, rows)
+        return [Answer(*parts) for parts in zip(rows, logps, finished, strict=True)]
 
 
 @contextmanager
@@ -178,3 +226,45 @@ def _own_generation_config(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = kept
+
+
+def make_engine(
+    name: EngineName,
+    adapter: EncoderDecoder,
+    decoding: Decoding | None,
+    *,
+    compute_type: str | None = None,
+    batch_tokens: int = 4096,
+    threads: int = 0,
+    parallel: int = 1,
+) -> Engine:
+    """The engine of that name for a teacher; 'auto' takes the fastest that gives the same answers, and logs why.
+
+    Args: decoding, None if the engine only scores given answers (ranking); compute_type, of CTranslate2: float32,
+    bfloat16, float16 or int8 (an approximation: see `agreement`), by default the teacher's own; batch_tokens, padded
+    tokens per forward (torch); threads per forward, 0 for one per core, and forwards in parallel (CTranslate2).
+    Raises ConfigError if the engine is unknown, not installed, or cannot do what `decoding` or compute_type asks for.
+    """
+    if name not in get_args(EngineName):
+        raise ConfigError(f"engine = '{name}': allowed are {', '.join(get_args(EngineName))}.")
+    reason = "asked for."
+    if name != "torch":
+        from . import ctranslate2_engine as ct2
+
+        precision = compute_type or str(adapter.model.dtype).removeprefix("torch.")
+        objection = ct2.objection(adapter, decoding, precision)
+        if objection is None and name == "auto":
+            objection = ct2.reservation(decoding)
+        if objection is None:
+            logger.info("engine: ctranslate2 in %s", precision)
+            return ct2.CTranslate2Engine(adapter, precision, threads=threads, parallel=parallel)
+        if name == "ctranslate2":
+            raise ConfigError(f"engine = 'ctranslate2': {objection} Use --engine torch.")
+        reason = f"with CTranslate2, {objection}"
+    if compute_type is not None:
+        raise ConfigError(
+            f"compute_type = '{compute_type}' is a precision of CTranslate2, and engine = '{name}' means PyTorch here: "
+            f"{reason} Leave it out (PyTorch computes in the teacher's dtype)."
+        )
+    logger.info("engine: torch: %s", reason)
+    return TorchEngine(adapter, batch_tokens)

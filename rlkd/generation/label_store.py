@@ -1,166 +1,181 @@
-"""Label folders: parquet shards, the settings they were made with, and a manifest that marks a finished run."""
+"""Label shards: zstd parquet files, one per block of input rows, whose bytes depend on their rows only."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
+from collections import Counter
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.rows import read_parquet
 from ..errors import DataError
 from ..records import PseudoLabel
+from .files import sha256, write_durably
+from .manifest import MANIFEST, Manifest
 
-MANIFEST, SETTINGS = "manifest.json", "settings.json"
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
+        "row": pa.int64(),
         "template": pa.string(),
+        "template_id": pa.string(),
+        "status": pa.string(),
+        "error": pa.string(),
         "teacher_input": pa.string(),
         "student_input": pa.string(),
         "references": pa.list_(pa.string()),
         "label": pa.string(),
-        "token_ids": pa.list_(pa.int64()),
-        "sample": pa.int64(),
+        "token_ids": pa.list_(pa.int32()),
+        "sample": pa.int32(),
+        "n_in": pa.int32(),
+        "n_out": pa.int32(),
+        "truncated": pa.bool_(),
+        "finish_reason": pa.string(),
         "sum_logprob": pa.float64(),
-        "finished": pa.bool_(),
+        "choices": pa.list_(pa.string()),
+        "choice_logprobs": pa.list_(pa.float64()),
+        "model": pa.string(),
+        "revision": pa.string(),
+        "generation": pa.string(),
     }
 )
-INPUT_COLUMNS = ["id", "template", "teacher_input", "student_input", "references", "sample"]
+TOP_K = pa.schema({"top_ids": pa.list_(pa.list_(pa.int32())), "top_logps": pa.list_(pa.list_(pa.float32()))})
+STATUSES = ("ok", "skipped", "failed")
+MOST_REASONS = 20
+LONGEST_REASON = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One label to make: the inputs of a PseudoLabel."""
-
-    id: str
-    template: str
-    teacher_input: str
-    student_input: str
-    references: list[str]
-    sample: int
+def shard_name(k: int) -> str:
+    return f"labels-{k:05d}.parquet"
 
 
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """Raise DataError if `out` holds finished labels; with `overwrite` remove them (shards, settings, manifest)."""
-    if overwrite:
-        # The manifest goes first: without it nothing left behind can pass for a finished run.
-        for file in (out / MANIFEST, out / SETTINGS, *out.glob("labels-*.parquet")):
-            file.unlink(missing_ok=True)
-    elif (out / MANIFEST).exists():
-        raise DataError(
-            f"{out} already holds finished labels ({MANIFEST}). Choose another folder, or pass --overwrite."
-        )
+def partial_name(k: int) -> str:
+    return f"partial-{k:05d}.parquet"
 
 
-def load_pseudolabels(path: str | Path) -> datasets.Dataset:
-    """The rows of a finished folder, columns as in PseudoLabel.
+def write_labels(
+    path: Path, labels: list[PseudoLabel], *, positions: list[int] | None = None, top_k: bool = False
+) -> str:
+    """Write one file of labels, with `positions` also each one's place in its shard. Returns its checksum.
+
+    Raises RlkdError naming the file and the MB needed if the disk is full.
+    """
+    schema = pa.schema([*SCHEMA, *TOP_K]) if top_k else SCHEMA
+    columns = [pa.array(list(map(attrgetter(name), labels)), schema.field(name).type) for name in schema.names]
+    table = pa.Table.from_arrays(columns, schema=schema)
+    if positions is not None:
+        table = table.append_column("position", pa.array(positions, pa.int64()))
+    # In memory first: pyarrow's own writer aborts the interpreter on a full disk, and the checksum is then of what was
+    # meant, not of what the disk made of it.
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    content = sink.getvalue()
+    write_durably(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_partial(path: Path) -> dict[int, PseudoLabel]:
+    """The labels of an interrupted shard by their position in it."""
+    rows = pq.ParquetFile(path).read().to_pylist()
+    return {row.pop("position"): PseudoLabel(**row) for row in rows}
+
+
+def summarise(labels: list[PseudoLabel]) -> dict[str, Any]:
+    """What the manifest says of a shard's rows: counts by status and template, reasons, lengths."""
+    reasons = Counter(reason(label.error) for label in labels if label.error is not None)
+    templates: dict[str, Counter[str]] = {}
+    for label in labels:
+        templates.setdefault(label.template, Counter())[label.status] += 1
+    made = [label for label in labels if label.status == "ok"]
+    return {
+        "status": {status: sum(counts[status] for counts in templates.values()) for status in STATUSES},
+        "truncated": sum(bool(label.truncated) for label in made),
+        "tokens": sum(label.n_out or 0 for label in made),
+        "finish": dict(Counter(str(label.finish_reason) for label in made)),
+        "templates": {name: dict(counts) for name, counts in templates.items()},
+        "reasons": dict(reasons.most_common(MOST_REASONS)),
+    }
+
+
+def reason(error: str) -> str:
+    """The first line of an error, short enough for a manifest."""
+    return error.splitlines()[0][:LONGEST_REASON] if error else "unknown"
+
+
+def total(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of what `summarise` counted in each shard."""
+    sums: dict[str, Any] = {"shards": len(shards), "inputs": 0, "rows": 0, "truncated": 0, "tokens": 0}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "finish", "reasons")}
+    templates: dict[str, Counter[str]] = {}
+    for shard in shards:
+        for name in ("inputs", "rows", "truncated", "tokens"):
+            sums[name] += shard[name]
+        for name, counter in counts.items():
+            counter.update(shard[name])
+        for name, by_status in shard["templates"].items():
+            templates.setdefault(name, Counter()).update(by_status)
+    sums |= {name: dict(counter) for name, counter in counts.items()}
+    return sums | {"templates": {name: dict(counter) for name, counter in templates.items()}}
+
+
+def damage(folder: Path, shard: dict[str, Any]) -> str | None:
+    """What is wrong with the file of a shard, None if it is what was committed."""
+    file = folder / shard["file"]
+    if not file.is_file():
+        return f"{file} is missing"
+    return None if sha256(file) == shard["sha256"] else f"{file} differs from its checksum"
+
+
+def load_pseudolabels(path: str | Path, *, statuses: tuple[str, ...] | None = ("ok",)) -> datasets.Dataset:
+    """The rows of a finished folder in input order, columns as in PseudoLabel; statuses=None for all of them.
 
     Raises: DataError if the run is unfinished, a shard is missing or differs from its checksum, or columns are missing.
     """
     folder = Path(path)
-    if not (folder / MANIFEST).is_file():
-        state = (
-            "holds an unfinished run: repeat its command to finish it"
-            if (folder / SETTINGS).exists()
-            else "holds no labels"
-        )
-        raise DataError(
-            f"{folder} has no {MANIFEST}, so it {state}. "
-            f"Labels are written by: rlkd generate-pseudolabels --out {folder}"
-        )
-    try:
-        shards = [(folder / s["file"], s["sha256"]) for s in json.loads((folder / MANIFEST).read_text())["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder / MANIFEST} is damaged: {error!r}. Generate the labels again with --overwrite."
-        ) from error
-    for file, checksum in shards:
-        if not file.is_file() or sha256(file) != checksum:
-            state = "differs from its checksum" if file.is_file() else "is missing"
-            raise DataError(
-                f"{file} {state}. Delete {folder / MANIFEST} and that shard, then repeat the command: "
-                "only it is made again."
-            )
-    rows = read_parquet([file for file, _ in shards])
-    wanted = [field.name for field in fields(PseudoLabel)]
+    manifest = finished_manifest(folder)
+    shards = [manifest.shards[k] for k in sorted(manifest.shards)]
+    for shard in shards:
+        if problem := damage(folder, shard):
+            raise DataError(f"{problem}. Only that shard is made again by: rlkd data repair {folder}")
+    rows = read_parquet([folder / shard["file"] for shard in shards])
+    wanted = [field.name for field in fields(PseudoLabel) if field.name not in TOP_K.names]
     if missing := [name for name in wanted if name not in rows.column_names]:
         raise DataError(
             f"{folder} lacks the columns {', '.join(missing)}; found {', '.join(rows.column_names)}. "
             "Generate the labels again."
         )
-    return rows
+    if statuses is None:
+        return rows
+    return datasets.Dataset(rows.data.table.filter(pc.is_in(rows.data.table["status"], pa.array(list(statuses)))))
 
 
-def open_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Claim `out` for these settings. Raises DataError if an unfinished run there has others."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / SETTINGS
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = [f"  {k}: {theirs.get(k)!r} -> {v!r}" for k, v in settings.items() if theirs.get(k) != v]
-        if changed:
+def labels_finished(path: str | Path) -> bool:
+    """Whether the folder holds finished labels."""
+    return Manifest.read(Path(path) / MANIFEST).finished is not None
+
+
+def finished_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished folder. Raises DataError with what to do if it is not finished."""
+    manifest = Manifest.read(folder / MANIFEST)
+    if manifest.finished is None:
+        if parts := sorted(file.name for file in folder.glob("manifest-*-of-*.jsonl")):
             raise DataError(
-                f"{out} holds an unfinished run with other settings:\n"
-                + "\n".join(changed)
-                + "\nChoose another folder, or pass --overwrite."
+                f"{folder} holds {len(parts)} parts of an array of processes ({', '.join(parts[:4])}). "
+                f"Join them, once all are finished: rlkd data merge {folder}"
             )
-    elif any(out.glob("labels-*.parquet")):
+        state = "an unfinished run: repeat its command to finish it" if manifest.headers else "no labels"
         raise DataError(
-            f"{out} holds label shards without {SETTINGS}, so they cannot be trusted. "
-            "Choose another folder, or pass --overwrite."
+            f"{folder} has no finished {MANIFEST}, so it holds {state}. "
+            f"Labels are written by: rlkd generate-pseudolabels --out {folder}"
         )
-    write_atomically(path, lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
-
-
-def holds(path: Path, jobs: list[Job]) -> bool:
-    """Whether a shard of an interrupted run is whole and labels exactly these jobs."""
-    if not path.exists():
-        return False
-    try:
-        return pq.read_table(path, columns=INPUT_COLUMNS).to_pylist() == [asdict(job) for job in jobs]
-    except (pa.ArrowException, OSError):
-        return False
-
-
-def write_shard(path: Path, labels: list[PseudoLabel]) -> None:
-    """Write one zstd parquet file of labels."""
-    table = pa.Table.from_pylist([asdict(label) for label in labels], schema=SCHEMA)
-    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))
-
-
-def write_manifest(
-    out: Path, shards: list[dict[str, Any]], settings: dict[str, Any], *, seconds: float
-) -> dict[str, Any]:
-    """Mark the run finished. Returns what was written: rows, shards with checksums, settings, packages, seconds."""
-    rows = sum(shard["rows"] for shard in shards)
-    manifest = {"rows": rows, "shards": shards, "settings": settings, "packages": packages(), "seconds": seconds}
-    write_atomically(out / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
     return manifest
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, flush to disk, then rename: `path` is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_digest(model: Any) -> str:
@@ -172,10 +187,3 @@ def weights_digest(model: Any) -> str:
             f"{name}{tuple(weight.shape)}".encode() + repr(flat[:: max(flat.numel() // 64, 1)].tolist()).encode()
         )
     return digest.hexdigest()[:16]
-
-
-def packages() -> dict[str, str]:
-    """Versions of what made the labels."""
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("rlkd", "torch", "transformers", "datasets", "pyarrow")
-    }

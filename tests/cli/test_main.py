@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 def arguments(teacher, *more):
     return [
         "generate-pseudolabels", "--teacher", teacher, "--dataset", "rows.jsonl", "--input-column", "source",
-        "--out", "labels", "--max-new-tokens", "5", *more,
+        "--out", "labels", "--max-new-tokens", "5", "--engine", "torch", *more,
     ]  # fmt: skip
 
 
@@ -45,14 +45,18 @@ def test_end_to_end(folder, teacher):
     more += ["--strategy", "sample", "--labels-per-input", "2", "--seed", "3", "--no-input-eos"]
     result = CliRunner().invoke(app, arguments(teacher, *more), catch_exceptions=False)
     assert result.exit_code == 0
-    assert re.fullmatch(r"20 labels in 1 shards, [\d.]+ s: labels\n", result.stdout)
+    assert result.stdout.startswith(
+        "30 rows in 1 shards: 20 ok, 10 skipped, 0 failed; 0 prompts truncated; 0 bad input rows left out\n"
+        "  10 x no student input\n"
+    )
+    assert "  Complex and simple: 4 ok, 2 skipped\n" in result.stdout
     rows = load_pseudolabels("labels").to_list()
     # Two rows have an input; five templates, two samples.
     assert len(rows) == 2 * 5 * 2
     assert rows[0]["teacher_input"] == "Paraphrase this question: a b c"
     assert rows[-1]["teacher_input"] == "Complex: d e\nSimple:"
     assert {(row["student_input"], *row["references"]) for row in rows} == {("a b c", "c b a"), ("d e", "e d")}
-    settings = json.loads((folder / "labels" / "manifest.json").read_text())["settings"]
+    settings = json.loads((folder / "labels" / "manifest.jsonl").read_text().splitlines()[0])["settings"]
     assert (settings["append_eos"], settings["seed"], settings["max_new_tokens"]) == (False, 3, 5)
 
 
@@ -97,6 +101,8 @@ def failing(capsys, args):
         (["--labels-per-input", "2"], 2, "labels_per_input = 2 with strategy = 'greedy'"),
         (["--teacher", "no/such-model"], 2, "teacher 'no/such-model' is neither a folder here"),
         (["--teacher-dtype", "float16"], 2, "float16 overflows"),
+        (["--strategy", "rank"], 2, "no answer choices to rank"),
+        (["--shard", "2/2"], 3, "allowed is i/n with 0 <= i < n"),
         (["--strategy", "topk"], 2, "--strategy"),
         (["--limit", "0"], 2, "--limit"),
     ],
@@ -128,6 +134,51 @@ def test_a_finished_folder_needs_overwrite(folder, teacher, capsys):
     assert "--overwrite" in str(result.exception)
     assert invoke(app, arguments(teacher, "--overwrite", "--limit", "1")).exit_code == 0
     assert len(load_pseudolabels("labels")) == 1
+
+
+FAILS = "templates:\n  1: !Template {name: t, jinja: 'copy {{ source }} {{ 1 // (target|length - 5) }}'}\n"
+
+
+def test_failed_rows_end_with_exit_code_4_and_are_in_the_card(folder, teacher, capsys):
+    (folder / "t.yaml").write_text(FAILS)
+    status, _ = failing(
+        capsys, arguments(teacher, "--templates", "t.yaml", "--limit", "2", "--reference-column", "target")
+    )
+    assert status == 4
+    rows = load_pseudolabels("labels", statuses=None).to_list()
+    assert [row["status"] for row in rows] == ["failed", "ok"]
+    assert "ZeroDivisionError" in rows[0]["error"]
+    card = (folder / "labels" / "README.md").read_text()
+    assert "2 rows from 2 inputs: 1 ok, 0 skipped, 1 failed." in card
+    assert "| t | 1 failed, 1 ok |" in card
+
+
+def test_parts_verify_and_repair(folder, teacher, capsys):
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"source": f"a {i}"}) + "\n" for i in range(9)))
+    main_ok(arguments(teacher, "--shard-rows", "2", "--quiet"))
+    whole = {file.name: file.read_bytes() for file in (folder / "labels").glob("*.parquet")}
+    for i in range(2):
+        main_ok([*arguments(teacher, "--shard-rows", "2", "--shard", f"{i}/2"), "--out", "parts"])
+    main_ok(["data", "merge", "parts"])
+    assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
+    capsys.readouterr()
+    main_ok(["data", "verify", "parts"])
+    assert capsys.readouterr().out == "parts: 5 shards, 9 rows, all as written\n"
+    (folder / "parts" / "labels-00002.parquet").write_bytes(b"damaged")
+    status, message = failing(capsys, ["data", "verify", "parts"])
+    assert status == 3
+    assert "labels-00002.parquet differs from its checksum" in message
+    main_ok(["data", "repair", "parts", "--dry-run"])
+    assert (folder / "parts" / "labels-00002.parquet").read_bytes() == b"damaged"
+    main_ok(["data", "repair", "parts"])
+    assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
+    main_ok(["data", "verify", "parts"])
+
+
+def main_ok(args):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert not stop.value.code
 
 
 def test_help_and_version_load_no_torch():

@@ -89,7 +89,7 @@ def test_render_one_row_for_machines(file, rows):
         "reason": None,
     }
     assert (bare["target"], bare["reason"]) == (None, "no target")
-    with pytest.raises(DataError, match="has 3 rows, counted from 0: there is no row 3"):
+    with pytest.raises(DataError, match=r"has no row 3: rows are counted from 0 to 2\."):
         invoke("render", file, "--dataset", rows, "--row", "3")
 
 

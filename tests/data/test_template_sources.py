@@ -6,10 +6,12 @@ import sys
 import tarfile
 import zipfile
 
+import datasets
 import pytest
 
 from rlkd.data.aliases import HUB_IDS, hub_id, template_name
 from rlkd.data.prompts import load_templates
+from rlkd.data.rows import load_rows
 from rlkd.data.template_sources import PACKAGE_PROMPTS, Source, cached_archive, find, sources
 from rlkd.errors import DataError
 
@@ -158,6 +160,22 @@ def test_aliases_go_both_ways():
     assert all(template_name(hub) == old for old, hub in HUB_IDS.items())
     assert all(template_name(f"{hub}/sub") == f"{old}/sub" for old, hub in HUB_IDS.items())
     assert template_name("glue/mrpc") == "glue/mrpc"
+
+
+def test_rows_of_an_old_name_come_from_its_new_home(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append(args)
+        if args[0] != "nyu-mll/glue":
+            raise FileNotFoundError("nothing there")
+        return datasets.Dataset.from_dict({"a": [1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows("glue", subset="mrpc").to_list() == [{"a": 1}]
+    with pytest.raises(DataError, match=r"'xsum' \(EdinburghNLP/xsum on the hub\), split 'train' is neither a path"):
+        load_rows("xsum")
+    assert asked == [("nyu-mll/glue", "mrpc"), ("EdinburghNLP/xsum", None)]
 
 
 def test_looking_at_templates_and_local_rows_imports_nothing_heavy(tmp_path):

@@ -1,5 +1,6 @@
 """Labels on disk, against an oracle that sees all logits at once and calls nothing of rlkd's decoding or scoring."""
 
+import hashlib
 import json
 import logging
 import math
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from rlkd.errors import ConfigError, DataError, DivergenceError
-from rlkd.generation import pseudolabels
 from rlkd.generation.pseudolabels import generate_pseudolabels, load_pseudolabels
 from rlkd.records import Example
 from tiny import EOS, PAD, VALID, tiny_teacher
@@ -24,7 +24,7 @@ TEMPLATES = ["copy", "answer"]
 
 
 def generate(out, teacher=None, examples=EXAMPLES, **settings):
-    settings = {"strategy": "greedy", "template_names": TEMPLATES, "max_new_tokens": NEW, "batch_size": 3} | settings
+    settings = {"strategy": "greedy", "template_names": TEMPLATES, "max_new_tokens": NEW, "batch_tokens": 60} | settings
     return generate_pseudolabels(teacher or tiny_teacher(), examples, out=out, **settings)
 
 
@@ -57,7 +57,7 @@ def oracle_sum(teacher, text, ids):
 def test_every_row_in_order_with_its_exact_logprob(tmp_path, kind, settings):
     teacher = tiny_teacher(kind)
     n = settings.get("labels_per_input", 1)
-    manifest = generate(tmp_path, teacher, **settings)
+    totals = generate(tmp_path, teacher, **settings)
     rows = load_pseudolabels(tmp_path).to_list()
     expected = [
         (e.id, name, text, e.student_input, list(e.references), sample)
@@ -67,13 +67,16 @@ def test_every_row_in_order_with_its_exact_logprob(tmp_path, kind, settings):
     ]
     columns = ("id", "template", "teacher_input", "student_input", "references", "sample")
     assert [tuple(row[c] for c in columns) for row in rows] == expected
-    assert manifest["rows"] == len(expected)
+    assert totals["rows"] == len(expected)
     for row in rows:
         ids = row["token_ids"]
         assert row["sum_logprob"] == pytest.approx(oracle_sum(teacher, row["teacher_input"], ids), abs=2e-5)
-        assert row["finished"] == (ids[-1] == EOS)
+        assert row["finish_reason"] == ("eos" if ids[-1] == EOS else "length")
         assert EOS not in ids[:-1]
-        assert row["finished"] or len(ids) == NEW
+        assert row["finish_reason"] == "eos" or len(ids) == NEW
+        prompt = teacher.tokenizer(row["teacher_input"])["input_ids"]
+        assert (row["n_in"], row["n_out"], row["truncated"]) == (len(prompt), len(ids), False)
+        assert (row["status"], row["error"], row["choices"]) == ("ok", None, None)
         assert max(ids) < VALID
         assert row["label"] == teacher.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -107,9 +110,9 @@ def test_labels_depend_on_neither_batch_nor_shard_size(tmp_path, strategy):
     n = 1 if strategy == "greedy" else 2
     teacher = tiny_teacher("t5-untied", seed=5)
     tables = []
-    for i, (batch_size, shard_rows) in enumerate([(1, 100), (3, 100), (64, 5), (2, 4)]):
+    for i, (batch_tokens, shard_rows) in enumerate([(1, 100), (60, 100), (2000, 5), (40, 4)]):
         out = tmp_path / str(i)
-        generate(out, teacher, strategy=strategy, labels_per_input=n, batch_size=batch_size, shard_rows=shard_rows)
+        generate(out, teacher, strategy=strategy, labels_per_input=n, batch_tokens=batch_tokens, shard_rows=shard_rows)
         tables.append(load_pseudolabels(out).to_list())
     logprobs = [[row.pop("sum_logprob") for row in table] for table in tables]
     for table, sums in zip(tables[1:], logprobs[1:], strict=True):
@@ -150,101 +153,36 @@ def test_generation_defaults_of_the_checkpoint_do_not_leak_into_beam_search(tmp_
 
 
 def test_shards_load_with_datasets_and_the_manifest_describes_them(tmp_path):
-    manifest = generate(tmp_path / "out", shard_rows=6, seed=4)
-    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert [s["rows"] for s in manifest["shards"]] == [6, 6, 4]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *(f"labels-0000{i}.parquet" for i in range(3)),
-        "manifest.json",
-        "settings.json",
-    ]
-    assert manifest["settings"]["strategy"] == "greedy"
-    assert manifest["settings"]["templates"] == TEMPLATES
-    assert {"rlkd", "torch", "transformers"} <= set(manifest["packages"])
-    shard = pq.ParquetFile(tmp_path / "out" / "labels-00000.parquet")
-    assert shard.metadata.row_group(0).column(0).compression == "ZSTD"
-    files = str(tmp_path / "out" / "*.parquet")
-    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded.to_list() == load_pseudolabels(tmp_path / "out").to_list()
-
-
-def test_an_interrupted_run_keeps_its_whole_shards(tmp_path, monkeypatch):
-    generate(tmp_path / "whole", shard_rows=4)
     out = tmp_path / "out"
-    made = []
-    write = pseudolabels.write_shard
-
-    def write_two(path, labels):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(path.name)
-        write(path, labels)
-
-    monkeypatch.setattr(pseudolabels, "write_shard", write_two)
-    with pytest.raises(KeyboardInterrupt):
-        generate(out, shard_rows=4)
-    with pytest.raises(DataError, match="holds an unfinished run: repeat its command"):
-        load_pseudolabels(out)
-    with pytest.raises(DataError, match=r"other settings:\n  max_new_tokens: 6 -> 5\n"):
-        generate(out, shard_rows=4, max_new_tokens=5)
-    with pytest.raises(DataError, match="teacher_weights"):
-        generate(out, tiny_teacher(seed=9), shard_rows=4)
-    # A shard cut short by a crash of the machine, and one of other rows, are made again.
-    shard = out / "labels-00000.parquet"
-    shard.write_bytes(shard.read_bytes()[:-20])
-    made.clear()
-    monkeypatch.setattr(pseudolabels, "write_shard", lambda path, labels: (made.append(path.name), write(path, labels)))
-    generate(out, shard_rows=4)
-    assert made == ["labels-00000.parquet", "labels-00002.parquet", "labels-00003.parquet"]
-    assert load_pseudolabels(out).to_list() == load_pseudolabels(tmp_path / "whole").to_list()
-
-    (out / "manifest.json").unlink()
-    made.clear()
-    other = [*EXAMPLES[:-1], Example("other", "a", ("copy a", "answer of a is :"))]
-    generate(out, examples=other, shard_rows=4)
-    assert made == ["labels-00003.parquet"]
-    assert load_pseudolabels(out)["id"][-1] == "other"
+    totals = generate(out, shard_rows=6, seed=4)
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
+        "README.md",
+        *(f"labels-0000{i}.parquet" for i in range(3)),
+        "manifest.jsonl",
+    ]
+    header, *shards, finished = log(out)
+    assert [(s["kind"], s["shard"], s["first_row"], s["inputs"], s["rows"]) for s in shards] == [
+        ("shard", 0, 0, 3, 6), ("shard", 1, 3, 3, 6), ("shard", 2, 6, 2, 4)
+    ]  # fmt: skip
+    for shard in shards:
+        assert hashlib.sha256((out / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+    assert finished["rows"] == totals["rows"] == 16
+    assert finished["status"] == {"ok": 16, "skipped": 0, "failed": 0}
+    rows = load_pseudolabels(out).to_list()
+    assert finished["tokens"] == sum(len(row["token_ids"]) for row in rows)
+    assert header["settings"]["strategy"] == "greedy"
+    assert [name for name, _, _ in header["settings"]["templates"]] == TEMPLATES
+    assert {"rlkd", "torch", "transformers"} <= set(header["packages"])
+    assert {row["generation"] for row in rows} == {header["generation"]}
+    shard = pq.ParquetFile(out / "labels-00000.parquet")
+    assert shard.metadata.row_group(0).column(0).compression == "ZSTD"
+    # The data card's YAML leads datasets to the shards.
+    loaded = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.to_list() == rows
 
 
-def test_finished_labels_are_not_overwritten_unless_asked(tmp_path):
-    generate(tmp_path, shard_rows=4)
-    with pytest.raises(DataError, match=r"already holds finished labels.*--overwrite"):
-        generate(tmp_path, max_new_tokens=3)
-    generate(tmp_path, max_new_tokens=3, overwrite=True)
-    assert len(list(tmp_path.glob("*.parquet"))) == 1
-    assert max(map(len, load_pseudolabels(tmp_path)["token_ids"])) <= 3
-    (tmp_path / "manifest.json").unlink()
-    (tmp_path / "settings.json").unlink()
-    with pytest.raises(DataError, match=r"label shards without settings\.json"):
-        generate(tmp_path)
-
-
-def test_damaged_folders_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"has no manifest\.json, so it holds no labels"):
-        load_pseudolabels(tmp_path)
-    generate(tmp_path)
-    shard = tmp_path / "labels-00000.parquet"
-    good = shard.read_bytes()
-    shard.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
-    with pytest.raises(DataError, match=r"labels-00000\.parquet differs from its checksum"):
-        load_pseudolabels(tmp_path)
-    shard.unlink()
-    with pytest.raises(DataError, match=r"labels-00000\.parquet is missing"):
-        load_pseudolabels(tmp_path)
-    (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
-        load_pseudolabels(tmp_path)
-
-
-def test_missing_columns_are_named(tmp_path):
-    generate(tmp_path)
-    shard = tmp_path / "labels-00000.parquet"
-    pq.write_table(pq.read_table(shard).drop_columns(["label", "sample"]), shard)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["shards"][0]["sha256"] = pseudolabels.sha256(shard)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="lacks the columns label, sample; found id, template"):
-        load_pseudolabels(tmp_path)
+def log(out):
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

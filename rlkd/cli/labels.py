@@ -1,0 +1,134 @@
+"""What `rlkd generate-pseudolabels` does, from a request: its options as JSON-able values, kept in the manifest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..data.examples import PromptedRows, RowRenderer
+from ..data.prompts import load_templates
+from ..data.rows import RowStream
+from ..errors import ConfigError
+from ..generation.card import summary
+from ..generation.engines import Decoding, make_engine
+from ..generation.folder import check_output
+from ..generation.lock import writer_lock
+from ..generation.manifest import manifest_name
+from ..generation.pseudolabels import RunOptions, label_rows
+from ..generation.upkeep import part_of
+from ..models.teacher import Teacher
+
+# How the command is run, not what it makes.
+NOT_IN_REQUEST = ("out", "overwrite", "allow_config_change", "quiet")
+FINISHED_WITH_FAILED_ROWS = 4
+
+
+def recorded(options: dict[str, Any]) -> dict[str, Any]:
+    """The request of a command line: plain values, and the folder that relative paths start from."""
+    plain = {name: str(value) if isinstance(value, (Path, str)) else value for name, value in options.items()}
+    return plain | {"folder": os.getcwd()}
+
+
+def label(
+    request: dict[str, Any],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    allow_config_change: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Label as asked and print a summary. Checks come in order of cost: settings and folder, the teacher's
+    configuration and tokenizer, templates, rows; weights load last.
+
+    Raises: what `label_rows` raises; typer.Exit(4) if rows failed.
+    """
+    decoding = _decoding(request)
+    part = part_of(request["shard"]) if request["shard"] else None
+    manifest = check_output(out, overwrite=overwrite, part=part)
+    tokenizer, valid_vocab = _check_teacher(request["teacher"], request["teacher_dtype"])
+    earlier = manifest.header["scan"] if manifest.headers else None
+    source = _source(request, earlier)
+    options = RunOptions(
+        seed=request["seed"],
+        on_long=request["on_long"],
+        batch_tokens=request["batch_tokens"],
+        shard_rows=request["shard_rows"],
+        part=part,
+        overwrite=overwrite,
+        allow_config_change=allow_config_change,
+        quiet=quiet,
+        request=request,
+    )
+    # A second writer is turned away before it loads the weights.
+    with writer_lock(out / manifest_name(part)) as lock:
+        teacher = _load_teacher(request, tokenizer, valid_vocab)
+        engine = make_engine(request["engine"], teacher.adapter, decoding, compute_type=request["compute_type"] or None)
+        totals = label_rows(teacher, source, out=out, decoding=decoding, options=options, engine=engine, lock=lock)
+    if not quiet:
+        typer.echo(f"{summary(totals)}\n{out}")
+    if totals["status"]["failed"]:
+        raise typer.Exit(FINISHED_WITH_FAILED_ROWS)
+
+
+def _decoding(request: dict[str, Any]) -> Decoding | None:
+    """How answers are decoded; None if choices are ranked."""
+    settings = {name: request[name] for name in ("labels_per_input", "num_beams", "temperature", "top_k_logprobs")}
+    if request["strategy"] != "rank":
+        return Decoding(request["strategy"], request["max_new_tokens"], **settings)
+    if settings["labels_per_input"] > 1 or settings["top_k_logprobs"]:
+        raise ConfigError(
+            "strategy = 'rank' gives one label and its choices' scores: leave out labels_per_input, top_k."
+        )
+    return None
+
+
+def _source(request: dict[str, Any], earlier: dict[str, Any] | None) -> PromptedRows:
+    folder = Path(request["templates_dir"]) if request["templates_dir"] else None
+    chosen = [template for spec in request["templates"] or [] for template in load_templates(spec, folder=folder)]
+    stream = RowStream(
+        request["dataset"],
+        split=request["split"],
+        subset=request["subset"],
+        limit=request["limit"],
+        on_bad_row=request["on_bad_row"],
+    )
+    render = RowRenderer(
+        tuple(chosen),
+        student_column=request["input_column"],
+        reference_column=request["reference_column"],
+        id_column=request["id_column"],
+        seed=request["seed"],
+        with_choices=request["strategy"] == "rank",
+    )
+    return PromptedRows(stream, render, earlier=earlier)
+
+
+def _check_teacher(name: str, dtype: str) -> tuple[Any, int]:
+    """The tokenizer and the number of its ids, if the configuration can be a teacher's; no weights load."""
+    from ..models.architectures import check_config, load_config, resolve_dtype
+    from ..models.vocabulary import check_vocabulary_fits, load_tokenizer
+
+    config = load_config(name, "teacher")
+    check_config(config, "teacher", name, resolve_dtype(dtype, "teacher_dtype"))
+    tokenizer = load_tokenizer(name, "teacher")
+    valid_vocab = max(tokenizer.get_vocab().values()) + 1
+    check_vocabulary_fits(config, valid_vocab, "teacher", name)
+    return tokenizer, valid_vocab
+
+
+def _load_teacher(request: dict[str, Any], tokenizer: Any, valid_vocab: int) -> Teacher:
+    import torch
+
+    from ..models import architectures
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = architectures.load_encoder_decoder(request["teacher"], "teacher", dtype=request["teacher_dtype"]).to(device)
+    return Teacher(
+        architectures.EncoderDecoder(model, valid_vocab),
+        tokenizer,
+        max_input_tokens=request["max_input_tokens"],
+        append_eos=request["input_eos"],
+    )

@@ -1,0 +1,337 @@
+"""Local files record by record in flat memory, each record with the place it stands at, for errors.
+
+Read here rather than by `datasets.load_dataset`: its errors never name the file or the line, and it takes the columns
+of JSON lines from their first row only. A reader splits a file into records cheaply and parses only those asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import DataError, nearest
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SPLITS = ("train", "validation", "valid", "dev", "test")
+BOM = b"\xef\xbb\xbf"
+CHUNK = 1 << 20
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class BadRowError(DataError):
+    """One row that cannot be used; the rows around it can."""
+
+
+class Reader(Protocol):
+    """Records of one source. A record is raw until parsed, so that skipping is cheap.
+
+    cells: its values are all text, and whole numbers are told from it.
+    """
+
+    cells: bool
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        """(place, raw record): the line it starts at, or its number where there are no lines."""
+        ...
+
+    def parse(self, place: int, raw: Any) -> dict[str, Any]:
+        """The row of a record. Raises BadRowError naming the place."""
+        ...
+
+    def where(self, place: int) -> str:
+        """A place in words."""
+        ...
+
+
+def open_local(path: Path, split: str) -> Reader:
+    """The reader of a file or of a folder of parquet shards. Raises DataError for unknown or empty files."""
+    if path.is_dir():
+        return ParquetFiles(_shards(path, split), path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path} has the unknown extension '{path.suffix}'. Allowed: {allowed_sources()}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty. At least one row is needed.")
+    if suffix == ".parquet":
+        return ParquetFiles([path], path)
+    if suffix in (".csv", ".tsv"):
+        return Cells(path, "\t" if suffix == ".tsv" else ",")
+    if suffix == ".json":
+        with path.open("rb") as file:
+            if file.read(4096).removeprefix(BOM).lstrip()[:1] == b"[":
+                return JsonArray(path)
+    return JsonLines(path)
+
+
+class JsonLines:
+    """One JSON object per line; blank lines are no rows."""
+
+    cells = False
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def where(self, place: int) -> str:
+        return f"{self.path}:{place}"
+
+    def records(self) -> Iterator[tuple[int, bytes]]:
+        with self.path.open("rb") as file:
+            # Only "\n" ends a line: str.splitlines would also cut at U+2028 inside a text.
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(BOM)
+                if not line.isspace() and line:
+                    yield number, line
+
+    def parse(self, place: int, raw: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(raw.decode().rstrip())
+        except json.JSONDecodeError as error:
+            shown = raw.decode().strip()[:100]
+            raise BadRowError(
+                f"{self.where(place)}:{error.colno} is not valid JSON: {error.msg}.\n  {shown}\nMend or remove it."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise BadRowError(
+                f"{self.where(place)} is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8."
+            ) from error
+        except RecursionError as error:
+            raise BadRowError(f"{self.where(place)} is nested too deeply. Flatten or remove it.") from error
+        if not isinstance(row, dict):
+            raise BadRowError(
+                f"{self.where(place)} is a JSON {type(row).__name__}, not an object. Each line must be one {{...}}."
+            )
+        if b"\\u" in raw:
+            _refuse_surrogates(row, self.where(place))
+        return row
+
+
+class JsonArray:
+    """One JSON array of objects, decoded entry by entry. What is not JSON cannot be skipped: its end is unknown."""
+
+    cells = False
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def where(self, place: int) -> str:
+        return f"{self.path}, entry {place}"
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        decode = json.JSONDecoder().raw_decode
+        text, position, number, before = "", 0, 0, ""  # before: the dropped text's last line, after its line breaks
+        lines, ended, wanted = 0, False, "["
+        with self.path.open(encoding="utf-8-sig", newline="") as file:
+            while True:
+                position = SPACE.match(text, position).end()  # type: ignore[union-attr]
+                try:
+                    if wanted and text[position : position + 1] == wanted:
+                        position, wanted = position + 1, ""
+                    elif not wanted and (number or text[position : position + 1] != "]"):
+                        row, end = decode(text, position)
+                        if end == len(text) and not ended:
+                            raise json.JSONDecodeError("unfinished", text, end)  # a number may go on in the next chunk
+                        number, position, wanted = number + 1, end, ","
+                        yield number, row
+                    elif text[position : position + 1] == "]" and not SPACE.sub("", text[position + 1 :], count=1):
+                        return
+                    elif not wanted and not text[position:]:
+                        decode(text, position)
+                    else:
+                        raise json.JSONDecodeError("Expecting ',' delimiter or the end of the array", text, position)
+                except json.JSONDecodeError as error:
+                    if ended:
+                        column = error.colno + (len(before) if error.lineno == 1 else 0)
+                        raise DataError(
+                            f"{self.path}:{lines + error.lineno}:{column} is not valid JSON: {error.msg}.\n"
+                            f"  {text[error.pos :][:100].strip()}\nMend it."
+                        ) from error
+                    dropped = before + text[:position]
+                    lines, before = lines + text.count("\n", 0, position), dropped[dropped.rfind("\n") + 1 :]
+                    more = self._read(file, max(CHUNK, len(text)))
+                    text, position, ended = text[position:] + more, 0, not more
+
+    def _read(self, file: Any, size: int) -> str:
+        try:
+            return file.read(size)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path} is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from error
+
+    def parse(self, place: int, raw: Any) -> dict[str, Any]:
+        if not isinstance(raw, dict):
+            raise BadRowError(
+                f"{self.where(place)} is a JSON {type(raw).__name__}, not an object. Each row must be {{...}}."
+            )
+        _refuse_surrogates(raw, self.where(place))
+        return raw
+
+
+class Cells:
+    """A CSV or TSV file with a header line; every value as text."""
+
+    cells = True
+
+    def __init__(self, path: Path, delimiter: str):
+        csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
+        self.path, self.delimiter = path, delimiter
+        self.header: list[str] = []
+
+    def where(self, place: int) -> str:
+        return f"{self.path}:{place}"
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        with self.path.open("rb") as file:
+            reader = csv.reader(self._lines(file), delimiter=self.delimiter, strict=True)
+            self.header = self._header(reader)
+            while True:
+                start = reader.line_num + 1
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield (
+                        start,
+                        BadRowError(
+                            f'{self.where(start)} is malformed: {error}. Write a quote inside a quoted cell twice: "".'
+                        ),
+                    )
+                    continue
+                if cells:
+                    yield start, cells
+
+    def _header(self, reader: Any) -> list[str]:
+        try:
+            header: list[str] = next(reader, [])
+        except csv.Error as error:
+            raise DataError(f"{self.path}:1 is malformed: {error}.") from error
+        if not header or len(set(header)) < len(header) or "" in header:
+            raise DataError(f"{self.path}:1 must name each column once; found {header}.")
+        return header
+
+    def _lines(self, file: Any) -> Iterator[str]:
+        """Text of each line; a byte that is not UTF-8 becomes a surrogate, so that its own line can be named."""
+        for number, line in enumerate(file):
+            yield (line if number else line.removeprefix(BOM)).decode("utf-8", "surrogateescape")
+
+    def parse(self, place: int, raw: Any) -> dict[str, Any]:
+        if isinstance(raw, BadRowError):
+            raise raw
+        if len(raw) != len(self.header):
+            raise BadRowError(
+                f"{self.where(place)} has {len(raw)} cells, the header has {len(self.header)} "
+                f'({", ".join(self.header)}). Quote a cell that contains the delimiter: "a, b".'
+            )
+        for column, value in enumerate(raw, 1):
+            if not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError as error:
+                    raise BadRowError(
+                        f"{self.where(place)} is not UTF-8 (cell {column}, character {error.start + 1}). "
+                        "Save the file as UTF-8."
+                    ) from error
+        return dict(zip(self.header, raw, strict=True))
+
+
+class ParquetFiles:
+    """The rows of parquet files, in the order given."""
+
+    cells = False
+
+    def __init__(self, files: list[Path], source: Path):
+        self.files, self.source = files, source
+        self.schema = same_schema(files)
+
+    def where(self, place: int) -> str:
+        return f"{self.source}, row {place}"
+
+    def records(self) -> Iterator[tuple[int, tuple[list[dict[str, Any]], Any, int]]]:
+        number = 0
+        for path in self.files:
+            try:
+                for batch in pq.ParquetFile(path).iter_batches(1024):
+                    rows: list[dict[str, Any]] = []  # filled when the first of them is parsed
+                    for i in range(batch.num_rows):
+                        number += 1
+                        yield number, (rows, batch, i)
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(path, error) from error
+
+    def parse(self, place: int, raw: tuple[list[dict[str, Any]], Any, int]) -> dict[str, Any]:
+        rows, batch, i = raw
+        if not rows:
+            rows += batch.to_pylist()
+        return rows[i]
+
+
+def same_schema(files: list[Path]) -> pa.Schema:
+    """The schema that all files share. Raises DataError naming the file that does not fit."""
+    schemas = []
+    for file in files:
+        try:
+            schemas.append(pq.read_schema(file))
+        except (pa.ArrowException, OSError) as error:
+            raise unreadable(file, error) from error
+        if schemas[-1].names != schemas[0].names or schemas[-1].types != schemas[0].types:
+            raise DataError(
+                f"{file} has other columns than {files[0].name}.\n  {file.name}: {_columns(schemas[-1])}\n"
+                f"  {files[0].name}: {_columns(schemas[0])}\n"
+                "Shards of one folder must have the same columns, in the same order."
+            )
+    return schemas[0]
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """The error of a parquet file that is damaged."""
+    return DataError(f"{path} is not a readable parquet file: {first_line(error)}. Write it again.")
+
+
+def allowed_sources() -> str:
+    """What a data set may be, in words."""
+    return f"a {', '.join(SUFFIXES)} file, a folder of parquet shards, or a hub data set (owner/name)"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, shortened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    """The parquet files of a folder; only those of `split` if they are named by split."""
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise DataError(f"folder {folder} has no .parquet files. Name one file instead. Allowed: {allowed_sources()}.")
+    names = {file: re.split(r"[-_.]", file.name)[0] for file in files}
+    if split in names.values():
+        return [file for file in files if names[file] == split]
+    present = sorted({name for name in names.values() if name in SPLITS})
+    if present:
+        raise DataError(
+            f"folder {folder} has no shards of split '{split}'. "
+            f"Splits found: {', '.join(present)}.{nearest(split, present)}"
+        )
+    return files
+
+
+def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
+    """JSON may escape half a character (\\ud800), which no tokenizer and no file takes."""
+    for name, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise BadRowError(
+                f"{where}: column '{name}' holds half a character (surrogates: {error.object[error.start]!r})."
+                " Mend or remove it."
+            ) from error
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)

@@ -1,0 +1,83 @@
+"""Data sets of the hub, whole or as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+
+from ..errors import DataError
+from .aliases import hub_id
+from .files import allowed_sources, first_line
+
+
+def load_hub(source: str, split: str, subset: str | None, revision: str | None, *, streaming: bool) -> Any:
+    """A data set of the hub, by its id or the name it had (see `aliases`). Raises DataError if it cannot be loaded."""
+    try:
+        return datasets.load_dataset(hub_id(source), subset, split=split, revision=revision, streaming=streaming)
+    # The library, the hub client and the HTTP stack each have errors of their own; all mean the same to the user.
+    except Exception as error:
+        home = f"'{source}'" if hub_id(source) == source else f"'{source}' ({hub_id(source)} on the hub)"
+        wanted = home + (f", subset '{subset}'" if subset else "") + f", split '{split}'"
+        raise DataError(
+            f"{wanted} is neither a path here nor a data set that could be loaded from the hub.\n"
+            f"  {type(error).__name__}: {first_line(error)}\n"
+            f"Check the name, the subset and the split. Local data: {allowed_sources()}."
+        ) from error
+
+
+class HubRows:
+    """Rows of a hub data set, streamed; from the local cache where the hub cannot be reached."""
+
+    cells = False
+
+    def __init__(self, source: str, split: str, subset: str | None, revision: str | None):
+        self.source, self.split, self.subset, self.revision = source, split, subset, revision
+        try:
+            self.rows = load_hub(source, split, subset, revision, streaming=True)
+        except DataError:
+            self.rows = load_hub(source, split, subset, revision, streaming=False)
+
+    def where(self, place: int) -> str:
+        return f"'{self.source}', row {place}"
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        number = 0
+        try:
+            for row in self.rows:
+                number += 1
+                yield number, row
+        # As in `load_hub`: whatever a download raises.
+        except Exception as error:
+            raise DataError(
+                f"{self.where(number + 1)} cannot be read: {type(error).__name__}: {first_line(error)}. "
+                "What was written so far is kept: repeat the command to go on."
+            ) from error
+
+    def parse(self, place: int, raw: Any) -> dict[str, Any]:
+        return raw
+
+    def columns(self) -> dict[str, str]:
+        """Column -> type, from the data set's card or else from its first row."""
+        if self.rows.features:
+            return {name: str(getattr(kind, "dtype", kind)) for name, kind in self.rows.features.items()}
+        first: dict[str, Any] = next(iter(self.rows), {})
+        return {name: type(value).__name__ for name, value in first.items()}
+
+    def count(self, limit: int | None) -> int | None:
+        """Rows as the hub states them; None if it does not, or states what only bounds a limited read."""
+        known = (self.rows.info.splits or {}).get(self.split)
+        if known is None or not known.num_examples:
+            return None
+        return min(known.num_examples, limit or known.num_examples)
+
+    def identity(self) -> dict[str, Any]:
+        """Repository, subset, split and the commit that was read, where the hub can tell it."""
+        from huggingface_hub import HfApi
+
+        try:
+            commit = HfApi().dataset_info(hub_id(self.source), revision=self.revision).sha
+        except Exception:  # offline: the name is all there is
+            commit = self.revision
+        return {"dataset": self.source, "subset": self.subset, "split": self.split, "commit": commit}

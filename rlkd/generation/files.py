@@ -1,0 +1,53 @@
+"""Files that a crash leaves whole or absent: written to a temporary name, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import RlkdError
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`. Raises RlkdError naming the file and the MB needed if the disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise explained(error, path, len(content)) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder: without it a rename may be lost with the power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def explained(error: OSError, path: Path, size: int) -> Exception:
+    """What to tell the user of a write of `size` bytes that failed."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    needed = max(size / 1e6, 0.01)
+    return RlkdError(
+        f"no space left for {path}: it needs {needed:.2f} MB. What was committed before is intact: free some space "
+        "and repeat the command."
+    )
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

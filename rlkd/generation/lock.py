@@ -1,0 +1,85 @@
+"""One writer per output, and a polite end when a signal asks for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..errors import LockedError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def writer_lock(path: Path) -> Iterator[Path]:
+    """Hold a lock while writing what `path` names. The kernel frees it when its process dies, however it dies.
+
+    Raises LockedError (exit code 75) naming the process and the host that hold it.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, owner = (path.with_name(f".{path.name}.{kind}") for kind in ("lock", "owner"))
+    held_lock = FileLock(lock, timeout=0)
+    try:
+        held_lock.acquire()
+    except Timeout:
+        held = _owner(owner)
+        who = f"process {held['pid']} on {held['host']}" if held else "another process"
+        raise LockedError(
+            f"{path.parent} is being written by {who}. Wait until it ends, or end it, then repeat."
+        ) from None
+    try:
+        if held := _owner(owner):
+            logger.warning("%s: recovered the lock of process %s on %s, which is gone", path, held["pid"], held["host"])
+        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        yield path
+    finally:
+        owner.unlink(missing_ok=True)
+        held_lock.release()
+
+
+def _owner(path: Path) -> dict[str, Any] | None:
+    try:
+        held = json.loads(path.read_text())
+        return {"pid": held["pid"], "host": held["host"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Stop:
+    """SIGTERM and SIGINT, noted while `with stop:` runs; `signum` is None until one came. A second one ends at once.
+
+    Only the main thread can be asked; elsewhere, and outside the block, signals do what they did before.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before.clear()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise SystemExit(128 + signum)
+        self.signum = signum
+        # print and logging may be what the signal interrupted: write(2) is safe.
+        os.write(2, b"stopping after this batch; once more to stop at once\n")
