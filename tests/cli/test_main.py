@@ -149,6 +149,29 @@ def test_failed_rows_end_with_exit_code_4_and_are_in_the_card(folder, teacher, c
     assert "| t | 1 failed, 1 ok |" in card
 
 
+@pytest.mark.parametrize("compute_type", ["int8", "float32"])
+def test_lower_precision_is_measured_against_the_teacher(folder, teacher, monkeypatch, caplog, compute_type):
+    pytest.importorskip("ctranslate2")
+    monkeypatch.setenv("RLKD_CACHE", str(folder / "cache"))
+    command = arguments(teacher, "--engine", "ctranslate2", "--compute-type", compute_type)
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    header = json.loads((folder / "labels" / "manifest.jsonl").read_text().splitlines()[0])
+    card = (folder / "labels" / "README.md").read_text()
+    if compute_type == "float32":
+        assert "agreement" not in header
+        assert "lower precision" not in card
+        return
+    # Two rows have an input; every answer and its log-probabilities are compared with those of a float32 run.
+    assert header["agreement"]["prompts"] == 2
+    rounded = load_pseudolabels("labels").to_list()
+    assert CliRunner().invoke(app, arguments(teacher, "--overwrite"), catch_exceptions=False).exit_code == 0
+    exact = load_pseudolabels("labels").to_list()
+    same = [a["token_ids"] == b["token_ids"] for a, b in zip(rounded, exact, strict=True)]
+    assert header["agreement"]["exact_match"] == sum(same) / 2
+    assert 0 < header["agreement"]["mean_abs_delta_logprob"] < 0.5
+    assert "full-precision teacher's" in card
+
+
 def test_parts_verify_and_repair(folder, teacher, capsys):
     (folder / "rows.jsonl").write_text("".join(json.dumps({"source": f"a {i}"}) + "\n" for i in range(9)))
     main_ok(arguments(teacher, "--shard-rows", "2", "--quiet"))
