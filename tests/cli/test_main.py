@@ -172,6 +172,29 @@ def test_lower_precision_is_measured_against_the_teacher(folder, teacher, monkey
     assert "full-precision teacher's" in card
 
 
+def test_score_compares_labels_with_references_by_template(folder, teacher, capsys):
+    more = ["--templates", "quora_para", "--reference-column", "target", "--quiet"]
+    main_ok(arguments(teacher, *more))
+    rows = load_pseudolabels("labels").to_list()
+    main_ok(["data", "score", "labels", "--metric", "exact_match", "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores) == list(dict.fromkeys(row["template"] for row in rows))
+    for template, values in scores.items():
+        mine = [row for row in rows if row["template"] == template]
+        assert values["rows"] == len(mine) == 2
+        assert values["exact_match"] == sum(row["label"] in row["references"] for row in mine) / 2
+        assert values["tokens"] == sum(len(row["token_ids"]) for row in mine) / 2
+        tokens = sum(len(row["token_ids"]) for row in mine)
+        assert values["logprob"] == pytest.approx(sum(row["sum_logprob"] for row in mine) / tokens)
+        assert values["finished"] == sum(row["token_ids"][-1] == 1 for row in mine) / 2
+    main_ok(["data", "score", "labels"])
+    assert capsys.readouterr().out.startswith("template\trows\texact_match\trouge1\t")
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "score", "labels", "--metric", "rogue"])
+    assert stopped.value.code == 2
+    assert "allowed are exact_match, rouge, bleu. Did you mean 'rouge'?" in capsys.readouterr().err
+
+
 def test_parts_verify_and_repair(folder, teacher, capsys):
     (folder / "rows.jsonl").write_text("".join(json.dumps({"source": f"a {i}"}) + "\n" for i in range(9)))
     main_ok(arguments(teacher, "--shard-rows", "2", "--quiet"))
