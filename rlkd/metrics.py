@@ -54,3 +54,27 @@ def exact_match(predictions: list[str], examples: list[Example]) -> dict[str, fl
 
 
 TASK_METRICS = {"rouge": rouge, "bleu": bleu, "exact_match": exact_match}
+
+
+def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Rows of pseudo-labels (dictionaries as PseudoLabel) against their references: template -> score -> value.
+
+    Besides the metrics `names`: rows; tokens, mean length; logprob, mean nats per token; finished, share of answers
+    that were not cut. Raises DataError if rows have no references.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["template"], []).append(row)
+    scores = {}
+    for template, mine in groups.items():
+        labels = [row["label"] for row in mine]
+        inputs = [Example(row["id"], row["student_input"], (), tuple(row["references"])) for row in mine]
+        tokens = sum(row["n_out"] for row in mine)
+        scores[template] = {
+            "rows": len(mine),
+            **{name: value for metric in names for name, value in TASK_METRICS[metric](labels, inputs).items()},
+            "tokens": tokens / len(mine),
+            "logprob": sum(row["sum_logprob"] for row in mine) / max(tokens, 1),
+            "finished": sum(row["finish_reason"] != "length" for row in mine) / len(mine),
+        }
+    return scores

@@ -33,7 +33,7 @@ SHARD_INPUTS = 8
 class StubEngine:
     """Answers depend on prompt and seed only. `journal` notes every prompt answered; `seconds` is spent on a batch."""
 
-    name = "stub"
+    name, exact = "stub", True
 
     def __init__(self, journal: Path | None = None, seconds: float = 0.0, weights: str = "w"):
         self.journal, self.seconds, self.weights = journal, seconds, weights

@@ -5,6 +5,7 @@ screen.
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -16,7 +17,15 @@ import torch
 import yaml
 from transformers import AutoModelForSeq2SeqLM, GPT2Config
 
-from rlkd import DataArguments, PPOArguments, ReinforceArguments, SupervisedArguments, TeacherArguments, parse_config
+from rlkd import (
+    DataArguments,
+    PPOArguments,
+    ReinforceArguments,
+    SupervisedArguments,
+    TeacherArguments,
+    load_pseudolabels,
+    parse_config,
+)
 from rlkd.models.trl_compat import ModelConfig
 from tiny import save_pretrained, tiny_t5, tiny_tokenizer
 
@@ -174,3 +183,39 @@ def test_nan_in_the_teacher_stops_with_row_ids(tiny_run, monkeypatch, capsys):
     assert exit_info.value.code == 5
     assert "teacher's logits are not finite" in screen
     assert not (tiny_run / "runs" / "nan" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "data", "row", "columns"),
+    [
+        ("classify_agnews", "agnews", {"text": "a b c", "label": "World"}, "template\trows\texact_match\t"),
+        ("paraphrase_quora", "quora_para", {"source": "a b", "target": "b a"}, "template\trows\tbleu\trouge1\t"),
+    ],
+)
+def test_worked_labelling_recipes(tiny_run, script, data, row, columns):
+    """The scripts as a user runs them, with a tiny teacher and data in the same format."""
+    folder = tiny_run / "data" / data
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    environment = {
+        "TEACHER": "runs/tiny/teacher", "DATA": "data", "OUT": f"runs/{script}", "LIMIT": "3",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    command = ["bash", f"recipes/pseudolabels/{script}.sh", "--quiet"]
+    done = subprocess.run(
+        command, cwd=tiny_run, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    verified, head, *lines = done.stdout.splitlines()
+    assert verified.endswith("all as written")
+    assert head.startswith(columns)
+    labels = load_pseudolabels(tiny_run / "runs" / script).to_list()
+    assert len(labels) == sum(int(line.split("\t")[1]) for line in lines)
+    if script == "classify_agnews":
+        assert len(labels) == 3 * 4
+        for label in labels:
+            best = max(range(4), key=lambda i: label["choice_logprobs"][i])
+            assert label["label"] == label["choices"][best]
+    else:
+        assert len(labels) == 3 * 2

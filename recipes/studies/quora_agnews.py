@@ -190,11 +190,11 @@ class Study:
         trainer.save_model()
         return {**used, "parameters": model.num_parameters(), "pairs": len(pairs)}
 
-    def judge_teacher(self, folder: Path) -> dict[str, Any]:
+    def judge_teacher(self, folder: Path, split: str) -> dict[str, Any]:
         """The teacher's own answers to its prompts, judged as a student's are."""
-        prompted = [replace(example, student_input=example.teacher_inputs[0]) for example in self.examples("test")]
+        prompted = [replace(example, student_input=example.teacher_inputs[0]) for example in self.examples(split)]
         arguments = SupervisedArguments(**self.settings(folder))
-        shared = {**self.judged_by_teacher("test"), "eval_examples": prompted}
+        shared = {**self.judged_by_teacher(split), "eval_examples": prompted}
         return judge(SupervisedTrainer(self.teacher.adapter.model, arguments, train_dataset=[], **shared))
 
     @cached_property
@@ -236,20 +236,30 @@ class Study:
         return {**used, "parameters": model.num_parameters(), **judge(trainer)}
 
     def choose(self, arm: str) -> Stage:
-        """The candidate settings of an arm with the lowest validation regret, tried on the first seed."""
+        """The candidate settings of an arm with the lowest validation regret, tried on the first seed.
+
+        Regret is a sum over tokens, so short answers are cheap: answers must be about as long as the teacher's.
+        """
         plan, seed = self.plan["arms"], self.plan["seeds"][0]
         start, _ = self.warm_up(seed)
-        trials: list[tuple[float, int, Stage]] = []
+        length = self.once(self.out / "teacher-validation", lambda f: self.judge_teacher(f, "validation"))[
+            "quora_length"
+        ]
+        trials: list[tuple[bool, float, int, Stage]] = []
         for number, training in enumerate(plan["seqkd" if arm == "seqkd" else "rl"]):
             stage = Stage(arm, training, plan["trial_seconds"], seed, start, "validation")
             folder = self.out / "validation" / f"{arm}-{number}"
             score = self.once(folder, lambda folder, stage=stage: self.train_student(folder, stage))
-            say(f"{folder.name}: validation regret {score['regret']:.2f}, of samples {score['sample_regret']:.2f}")
-            trials.append((score["regret"] + score["sample_regret"], number, stage))
-        return replace(min(trials)[2], seconds=plan["seconds"], split="test")
+            say(
+                f"{folder.name}: validation regret {score['regret']:.2f}, of samples {score['sample_regret']:.2f}, "
+                f"length {score['quora_length']:.1f} (teacher {length:.1f})"
+            )
+            other_length = not 0.75 <= score["quora_length"] / length <= 1.25
+            trials.append((other_length, score["regret"] + score["sample_regret"], number, stage))
+        return replace(min(trials)[-1], seconds=plan["seconds"], split="test")
 
     def run(self) -> dict[str, Any]:
-        results = {"teacher": [self.once(self.out / "teacher-test", self.judge_teacher)]}
+        results = {"teacher": [self.once(self.out / "teacher-test", lambda f: self.judge_teacher(f, "test"))]}
         chosen = {arm: self.choose(arm) for arm in ("seqkd", "reinforce")}
         chosen["ppo"] = replace(chosen["reinforce"], arm="ppo")
         for seed in self.plan["seeds"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(help="Check, join and mend folders of pseudo-labels.", no_args_is_help=True, rich_markup_mode=None)
+METRICS = ("exact_match", "rouge", "bleu")
 Folder = Annotated[Path, typer.Argument(help="Folder written by rlkd generate-pseudolabels.")]
 
 
@@ -37,6 +39,33 @@ def verify(folder: Folder) -> None:
         raise DataError("\n".join([f"{folder} has {len(problems)} problems:", *problems, f"rlkd data repair {folder}"]))
     shards = [shard for manifest in manifests(folder) for shard in manifest.shards.values()]
     typer.echo(f"{folder}: {len(shards)} shards, {sum(shard['rows'] for shard in shards)} rows, all as written")
+
+
+@app.command()
+def score(
+    folder: Folder,
+    metric: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(METRICS)}; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Compare the labels with the references kept beside them, template by template."""
+    from ..errors import ConfigError, nearest
+
+    chosen = metric or ["exact_match", "rouge"]
+    if unknown := [name for name in chosen if name not in METRICS]:
+        raise ConfigError(
+            f"--metric '{unknown[0]}': allowed are {', '.join(METRICS)}.{nearest(unknown[0], list(METRICS))}"
+        )
+    from ..generation.label_store import load_pseudolabels
+    from ..metrics import score_labels
+
+    scores = score_labels(load_pseudolabels(folder).to_list(), chosen)
+    if as_json:
+        typer.echo(json.dumps(scores))
+        return
+    columns = list(next(iter(scores.values())))
+    typer.echo("\t".join(["template", *columns]))
+    for template, values in scores.items():
+        typer.echo("\t".join([template, *(f"{values[column]:.4g}" for column in columns)]))
 
 
 @app.command()

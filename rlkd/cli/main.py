@@ -115,7 +115,7 @@ def generate_pseudolabels(
     ] = None,
     batch_tokens: Annotated[
         int, typer.Option(help="Padded tokens, prompts and answers, in one batch; changes no label.", min=1)
-    ] = 16_384,
+    ] = 4096,
     shard_rows: Annotated[
         int, typer.Option(help="Rows per file; an interrupted run loses one file at most.", min=1)
     ] = 5000,

@@ -81,6 +81,7 @@ class CTranslate2Engine:
         import ctranslate2
 
         self.adapter, self.compute_type, self.parallel = adapter, compute_type, parallel
+        self.exact = compute_type == str(adapter.model.dtype).removeprefix("torch.")
         self._identity = {
             "teacher": adapter.model.name_or_path,
             "teacher_weights": weights_digest(adapter.model),

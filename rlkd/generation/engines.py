@@ -89,9 +89,10 @@ class Answer:
 
 
 class Engine(Protocol):
-    """name: as in `--engine`."""
+    """name: as in `--engine`; exact: computes in the teacher's own precision."""
 
     name: str
+    exact: bool
 
     def identity(self) -> dict[str, Any]:
         """All that decides its answers: model, digest of the weights, precision. JSON-able."""
@@ -115,6 +116,7 @@ class TorchEngine:
     """
 
     name = "torch"
+    exact = True
 
     def __init__(self, adapter: EncoderDecoder, batch_tokens: int = 4096):
         self.adapter, self.batch_tokens = adapter, batch_tokens

@@ -23,7 +23,9 @@ from typing import Any
 
 from ..errors import InterruptedRunError, RlkdError
 from ..models.teacher import Teacher
+from ..models.vocabulary import encode_texts
 from ..records import Example, PromptedRow, PseudoLabel
+from .agreement import agreement
 from .card import CARD, card
 from .engines import Decoding, Engine, Strategy, TorchEngine
 from .files import write_durably
@@ -51,6 +53,7 @@ __all__ = ["RunOptions", "generate_pseudolabels", "label_rows", "labels_finished
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = Budget().tokens
+AGREEMENT_PROMPTS, AGREEMENT_TOKENS = 100, 32
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,27 @@ class _Run:
         if self.source.bad_rows:
             lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in self.source.bad_rows]
             write_durably(self.out / BAD_ROWS, "".join(lines).encode())
+        if not self.engine.exact and (measured := self._agreement()):
+            header["agreement"] = measured
         manifest.append("header", **header)
+
+    def _agreement(self) -> dict[str, float] | None:
+        """How closely an engine of lower precision follows the teacher, on the first prompts."""
+        rows = next(rows for _, rows in self.source.blocks(AGREEMENT_PROMPTS, lambda k: k == 0))
+        texts = [prompt.text for row in rows for prompt in row.prompts if prompt.text][:AGREEMENT_PROMPTS]
+        if not texts:
+            return None
+        teacher = self.teacher
+        prompts = encode_texts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=teacher.append_eos)
+        decoding = self.decoding or Decoding("greedy", AGREEMENT_TOKENS)
+        reference = TorchEngine(teacher.adapter, teacher.batch_tokens)
+        measured = agreement(self.engine, reference, prompts, decoding, Budget(self.options.batch_tokens))
+        logger.warning(
+            "%s is an approximation of the teacher: of %d greedy answers %.1f %% are the same, log-probabilities "
+            "differ by %.4f nats per token", self.engine.name, len(prompts), 100 * measured["exact_match"],
+            measured["mean_abs_delta_logprob"],
+        )  # fmt: skip
+        return measured
 
     def _drop_damaged(self, manifest: Manifest) -> None:
         if manifest.damaged:

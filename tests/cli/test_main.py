@@ -153,6 +153,52 @@ def test_failed_rows_end_with_exit_code_4_and_are_in_the_card(folder, teacher, c
     assert "| t | 1 failed, 1 ok |" in card
 
 
+@pytest.mark.parametrize("compute_type", ["int8", "float32"])
+def test_lower_precision_is_measured_against_the_teacher(folder, teacher, monkeypatch, caplog, compute_type):
+    pytest.importorskip("ctranslate2")
+    monkeypatch.setenv("RLKD_CACHE", str(folder / "cache"))
+    command = arguments(teacher, "--engine", "ctranslate2", "--compute-type", compute_type)
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    header = json.loads((folder / "labels" / "manifest.jsonl").read_text().splitlines()[0])
+    card = (folder / "labels" / "README.md").read_text()
+    if compute_type == "float32":
+        assert "agreement" not in header
+        assert "lower precision" not in card
+        return
+    # Two rows have an input; every answer and its log-probabilities are compared with those of a float32 run.
+    assert header["agreement"]["prompts"] == 2
+    rounded = load_pseudolabels("labels").to_list()
+    assert CliRunner().invoke(app, arguments(teacher, "--overwrite"), catch_exceptions=False).exit_code == 0
+    exact = load_pseudolabels("labels").to_list()
+    same = [a["token_ids"] == b["token_ids"] for a, b in zip(rounded, exact, strict=True)]
+    assert header["agreement"]["exact_match"] == sum(same) / 2
+    assert 0 < header["agreement"]["mean_abs_delta_logprob"] < 0.5
+    assert "full-precision teacher's" in card
+
+
+def test_score_compares_labels_with_references_by_template(folder, teacher, capsys):
+    more = ["--templates", "quora_para", "--reference-column", "target", "--quiet"]
+    main_ok(arguments(teacher, *more))
+    rows = load_pseudolabels("labels").to_list()
+    main_ok(["data", "score", "labels", "--metric", "exact_match", "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores) == list(dict.fromkeys(row["template"] for row in rows))
+    for template, values in scores.items():
+        mine = [row for row in rows if row["template"] == template]
+        assert values["rows"] == len(mine) == 2
+        assert values["exact_match"] == sum(row["label"] in row["references"] for row in mine) / 2
+        assert values["tokens"] == sum(len(row["token_ids"]) for row in mine) / 2
+        tokens = sum(len(row["token_ids"]) for row in mine)
+        assert values["logprob"] == pytest.approx(sum(row["sum_logprob"] for row in mine) / tokens)
+        assert values["finished"] == sum(row["token_ids"][-1] == 1 for row in mine) / 2
+    main_ok(["data", "score", "labels"])
+    assert capsys.readouterr().out.startswith("template\trows\texact_match\trouge1\t")
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "score", "labels", "--metric", "rogue"])
+    assert stopped.value.code == 2
+    assert "allowed are exact_match, rouge, bleu. Did you mean 'rouge'?" in capsys.readouterr().err
+
+
 def test_parts_verify_and_repair(folder, teacher, capsys):
     (folder / "rows.jsonl").write_text("".join(json.dumps({"source": f"a {i}"}) + "\n" for i in range(9)))
     main_ok(arguments(teacher, "--shard-rows", "2", "--quiet"))
