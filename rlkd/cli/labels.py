@@ -10,6 +10,7 @@ import typer
 
 from ..data.examples import PromptedRows, RowRenderer
 from ..data.prompts import load_templates
+from ..data.row_maps import parse_row_map
 from ..data.rows import RowStream
 from ..errors import ConfigError
 from ..generation.card import summary
@@ -87,7 +88,10 @@ def _decoding(request: dict[str, Any]) -> Decoding | None:
 
 def _source(request: dict[str, Any], earlier: dict[str, Any] | None) -> PromptedRows:
     folder = Path(request["templates_dir"]) if request["templates_dir"] else None
-    chosen = [template for spec in request["templates"] or [] for template in load_templates(spec, folder=folder)]
+    reading = {name: request[name] for name in ("all_templates", "gold_input", "truncation", "strict_compat")}
+    specs = request["templates"] or []
+    chosen = [template for spec in specs for template in load_templates(spec, folder=folder, **reading)]
+    row_map = parse_row_map(request["column_map"] or [], request["label_map"] or [])
     stream = RowStream(
         request["dataset"],
         split=request["split"],
@@ -103,7 +107,7 @@ def _source(request: dict[str, Any], earlier: dict[str, Any] | None) -> Prompted
         seed=request["seed"],
         with_choices=request["strategy"] == "rank",
     )
-    return PromptedRows(stream, render, earlier=earlier)
+    return PromptedRows(stream, render, row_map=row_map, earlier=earlier)
 
 
 def _check_teacher(name: str, dtype: str) -> tuple[Any, int]:

@@ -86,9 +86,13 @@ def generate_pseudolabels(
             help="dataset[/subset][:name] or file.yaml[:name]; repeatable. None: the teacher reads the raw input."
         ),
     ] = None,
-    templates_dir: Annotated[
-        Path | None, typer.Option(help="Folder of templates. Default: ./prompts, then those shipped with rlkd.")
-    ] = None,
+    templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
+    all_templates: prompts.AllTemplates = False,
+    gold_input: prompts.GoldInput = False,
+    truncation: prompts.Truncate = prompts.Truncation.none,
+    strict_compat: prompts.StrictCompat = False,
+    column_map: prompts.ColumnMap = None,
+    label_map: prompts.LabelMap = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")] = "train",
     limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,

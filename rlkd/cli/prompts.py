@@ -21,15 +21,11 @@ app = typer.Typer(
 )
 
 SPEC = "dataset[/subset][:name] or file.yaml[:name]; names, ids and hub ids"
-TemplatesDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--templates-dir",
-        "--templates",
-        help="Folder, YAML file or archive (.tar.gz, .zip). Default: ./prompts, those shipped with rlkd, "
-        "an installed promptsource, the archive of `rlkd prompts download`.",
-    ),
-]
+TEMPLATES_DIR = (
+    "Folder, YAML file or archive (.tar.gz, .zip) of templates. Default: ./prompts, those shipped with rlkd, an "
+    "installed promptsource, the archive of `rlkd prompts download`."
+)
+TemplatesDir = Annotated[Path | None, typer.Option("--templates-dir", "--templates", help=TEMPLATES_DIR)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON value, for machines.")]
 AllTemplates = Annotated[
     bool, typer.Option("--all-templates", help="With no name: also templates of other than the original task.")
@@ -42,6 +38,20 @@ Subset = Annotated[str | None, typer.Option(help="Subset of a hub data set.")]
 class Truncation(StrEnum):
     none = "none"
     t0 = "t0"
+
+
+Truncate = Annotated[
+    Truncation, typer.Option("--truncate", help="t0 cuts each {{...}} at 2,048 characters, as T0's data were.")
+]
+StrictCompat = Annotated[
+    bool, typer.Option("--strict-compat", help="Let a '|||' inside a row's lists split the text, as promptsource.")
+]
+ColumnMap = Annotated[
+    list[str] | None, typer.Option("--column-map", help="Rename columns: old=new[,...] or JSON; repeatable.")
+]
+LabelMap = Annotated[
+    list[str] | None, typer.Option("--label-map", help="Change labels: [column:]old=new[,...] or JSON; repeatable.")
+]
 
 
 @app.command("list")
@@ -103,14 +113,10 @@ def render(
     row: Annotated[int | None, typer.Option(help="Render this row alone, counted from 0.", min=0)] = None,
     limit: Annotated[int, typer.Option(help="Number of rows.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Seed of templates that draw at random.")] = 0,
-    truncate: Annotated[
-        Truncation, typer.Option(help="t0 cuts each {{...}} at 2,048 characters, as T0's data were.")
-    ] = Truncation.none,
-    strict_compat: Annotated[
-        bool, typer.Option("--strict-compat", help="Let a '|||' inside a row's lists split the text, as promptsource.")
-    ] = False,
-    column_map: Annotated[list[str] | None, typer.Option(help="old=new[,...] or JSON; repeatable.")] = None,
-    label_map: Annotated[list[str] | None, typer.Option(help="[column:]old=new[,...] or JSON; repeatable.")] = None,
+    truncation: Truncate = Truncation.none,
+    strict_compat: StrictCompat = False,
+    column_map: ColumnMap = None,
+    label_map: LabelMap = None,
     all_templates: AllTemplates = False,
     gold_input: GoldInput = False,
     templates_dir: TemplatesDir = None,
@@ -127,7 +133,7 @@ def render(
         folder=templates_dir,
         all_templates=all_templates,
         gold_input=gold_input,
-        truncation=truncate.value,
+        truncation=truncation.value,
         strict_compat=strict_compat,
     )
     first, count = (0, limit) if row is None else (row, 1)

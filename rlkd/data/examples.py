@@ -12,6 +12,7 @@ from ..errors import ConfigError, DataError
 from ..records import Example, Prompt, PromptedRow
 from .files import BadRowError
 from .prompts import Template
+from .row_maps import RowMap
 from .rows import RowStream, Scan, check_columns, check_text_column, not_text
 
 if TYPE_CHECKING:
@@ -124,19 +125,28 @@ class RowRenderer:
 class PromptedRows:
     """A source under templates, in flat memory: what `rlkd generate-pseudolabels` labels.
 
-    earlier: `scan` of an earlier run; no new pass over the source is made if it is still the same.
+    row_map: what to rename and renumber first. earlier: `scan` of an earlier run; no new pass over the source is made
+    if it is still the same.
     Raises: DataError for rows, columns and ids that cannot be used, before anything is rendered.
     """
 
-    def __init__(self, stream: RowStream, render: RowRenderer, *, earlier: dict[str, Any] | None = None):
-        self.stream, self.render = stream, render
+    def __init__(
+        self,
+        stream: RowStream,
+        render: RowRenderer,
+        *,
+        row_map: RowMap | None = None,
+        earlier: dict[str, Any] | None = None,
+    ):
+        self.stream, self.render, self.row_map = stream, render, row_map or RowMap()
         self.bad_rows: list[dict[str, Any]] = []
-        same = earlier and earlier["roles"] == render.wanted_columns() and earlier["identity"] == stream.identity()
-        if earlier and same:
+        self._roles = {"columns": render.wanted_columns(), "row_map": self.row_map.to_json()}
+        if earlier and earlier["roles"] == self._roles and earlier["identity"] == stream.identity():
             self.found = Scan(**{name: value for name, value in earlier.items() if name != "roles"})
         else:
-            self.found = stream.scan(render.check, self.bad_rows.append)
-        source, kinds = stream.source, self.found.columns
+            self.found = stream.scan(self._check, self.bad_rows.append)
+        names = self.row_map.names(list(self.found.columns))
+        source, kinds = stream.source, dict(zip(names, self.found.columns.values(), strict=True))
         check_columns(list(kinds), render.wanted_columns(), source)
         if render.templates and "answer_choices" in kinds:
             raise DataError(
@@ -149,7 +159,7 @@ class PromptedRows:
     @property
     def scan(self) -> dict[str, Any]:
         """What reading the source once has found, JSON-able."""
-        return {**self.found.to_json(), "roles": self.render.wanted_columns()}
+        return {**self.found.to_json(), "roles": self._roles}
 
     @property
     def total(self) -> int | None:
@@ -166,12 +176,27 @@ class PromptedRows:
         render = self.render
         student = f"{render.student_template.source}" if render.student_template else None
         columns = {"input": render.student_column, "reference": render.reference_column, "id": render.id_column}
-        return {**self.found.identity, "columns": columns, "student_template": student, "template_seed": render.seed}
+        return {
+            **self.found.identity,
+            "columns": columns,
+            "row_map": self.row_map.to_json(),
+            "student_template": student,
+            "template_seed": render.seed,
+            "template_files": sorted({template.sha256 for template in render.templates}),
+        }
 
     def blocks(self, size: int, wanted: Any) -> Iterator[tuple[int, list[PromptedRow]]]:
         """(k, rows) of every wanted block k of `size` input rows."""
         for k, first, rows in self.stream.blocks(self.found, size, wanted):
-            yield k, [self.render(first + i, row) for i, row in enumerate(rows)]
+            yield k, [self.render(first + i, self.row_map(row)) for i, row in enumerate(rows)]
+
+    def _check(self, where: str, row: dict[str, Any]) -> str | None:
+        try:
+            return self.render.check(where, self.row_map(row))
+        except BadRowError:
+            raise
+        except DataError as error:
+            raise BadRowError(f"{where}: {error}") from error
 
 
 class Examples(Sequence[Example]):

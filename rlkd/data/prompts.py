@@ -355,6 +355,7 @@ def to_template(key: str, entry: Mapping[str, Any], file: TemplatesFile) -> Temp
         original_task=metadata.get("original_task"),
         origin=file.place,
         sha256=file.sha256,
+        trusted=file.trusted,
         choices_in_prompt=metadata.get("choices_in_prompt"),
         metrics=tuple(metadata.get("metrics") or ()),
         languages=tuple(metadata.get("languages") or ()),

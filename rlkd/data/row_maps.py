@@ -25,10 +25,14 @@ class RowMap:
     labels: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A changed copy of a row. Missing labels (None, -1) stay unless the map names them.
+        """A changed copy of a row; the row itself if there is nothing to change.
+
+        Missing labels (None, -1) stay unless the map names them.
 
         Raises: DataError for a column the row lacks, two columns of one name, or a label the map does not know.
         """
+        if not self.columns and not self.labels:
+            return dict(row) if type(row) is not dict else row
         names = self.names(list(row))
         changed = dict(zip(names, row.values(), strict=True))
         for column, values in self.labels.items():
@@ -51,6 +55,12 @@ class RowMap:
         if twice := [name for name in names if names.count(name) > 1]:
             raise DataError(f"column_map: two columns would be named '{twice[0]}'. Rename the other one too.")
         return names
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON gives it back: keys are texts."""
+        return json.loads(
+            json.dumps({"columns": dict(self.columns), "labels": {c: dict(v) for c, v in self.labels.items()}})
+        )
 
     def dataset(self, rows: datasets.Dataset) -> datasets.Dataset:
         """All rows changed, in memory."""

@@ -10,11 +10,10 @@ import tempfile
 from pathlib import Path
 
 from ..errors import DataError
-from .template_sources import cached_archive
+from .template_sources import PROMPTSOURCE_SHA256, cached_archive
 
 PACKAGE = "promptsource"
 VERSION = "0.2.3"
-SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
 
 # pip asks a source archive's build backend for its name and version before it keeps the file. This one answers from
 # the requirement, so that no code of the archive runs and its build tools need not be there.
@@ -38,7 +37,7 @@ class __legacy__:
 
 
 def download(
-    *, target: Path | None = None, package: str = PACKAGE, version: str = VERSION, sha256: str = SHA256
+    *, target: Path | None = None, package: str = PACKAGE, version: str = VERSION, sha256: str = PROMPTSOURCE_SHA256
 ) -> tuple[Path, bool]:
     """Fetch the archive into the cache (or to `target`); (its path, whether it was fetched now).
 

@@ -31,6 +31,7 @@ MAX_FILE_BYTES = 2**24
 MAX_ARCHIVE_BYTES = 2**28
 
 PROMPTSOURCE_ARCHIVE = "promptsource-0.2.3.tar.gz"
+PROMPTSOURCE_SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
 DOWNLOAD_HINT = "`rlkd prompts download` fetches promptsource's 2,085 templates over 180 data sets."
 # Beside the package in a checkout, inside it once installed (see pyproject.toml).
 PACKAGE_PROMPTS = next(
@@ -52,6 +53,17 @@ class TemplatesFile:
     content: bytes
     sha256: str
     source: str
+
+    @property
+    def trusted(self) -> bool:
+        """Shipped with rlkd, or promptsource's own: not a stranger's."""
+        shipped = Path(self.place).resolve().is_relative_to(PACKAGE_PROMPTS)
+        installed = installed_promptsource()
+        return (
+            shipped
+            or self.sha256 == PROMPTSOURCE_SHA256
+            or (installed is not None and Path(self.place).is_relative_to(installed))
+        )
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,26 @@ def test_lower_precision_is_measured_against_the_teacher(folder, teacher, monkey
     assert "full-precision teacher's" in card
 
 
+def test_columns_and_labels_are_mapped_before_anything_reads_them(folder, teacher, capsys):
+    (folder / "rows.jsonl").write_text('{"question": "a b", "class": 1}\n{"question": "c", "class": 0}\n')
+    (folder / "t.yaml").write_text(
+        "templates:\n  x: !Template\n    id: x\n    name: by label\n"
+        "    jinja: '{{ label }} {{ source }} ||| t'\n    metadata: !TemplateMetadata {}\n"
+    )
+    mapped = ["--templates", "t.yaml:by label", "--column-map", "question=source,class=label", "--gold-input"]
+    main_ok(arguments(teacher, *mapped, "--label-map", "1=a,0=b", "--quiet"))
+    assert [row["teacher_input"] for row in load_pseudolabels("labels")] == ["a a b", "b c"]
+    assert [row["student_input"] for row in load_pseudolabels("labels")] == ["a b", "c"]
+    for more, place in (
+        (["--label-map", "1=a"], "rows.jsonl:2: label_map: column 'label' has 0, which is not mapped"),
+        (["--column-map", "qestion=x"], "column_map: there is no column 'qestion'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments(teacher, *mapped, *more), "--out", "other"])
+        assert stopped.value.code == 3
+        assert place in capsys.readouterr().err
+
+
 def test_score_compares_labels_with_references_by_template(folder, teacher, capsys):
     more = ["--templates", "quora_para", "--reference-column", "target", "--quiet"]
     main_ok(arguments(teacher, *more))

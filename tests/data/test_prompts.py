@@ -1,11 +1,12 @@
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlkd.data.prompts import PACKAGE_PROMPTS, Rendered, Template, load_templates, read_templates
-from rlkd.data.template_sources import Source
+from rlkd.data.template_sources import PROMPTSOURCE_SHA256, Source, TemplatesFile
 from rlkd.errors import DataError
 
 YAML = """\
@@ -168,6 +169,7 @@ def test_read_templates(file):
         str(file),
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         metrics=("Accuracy",),
+        trusted=False,
     )
     assert (bare.answer_choices, bare.id, bare.original_task) == (None, "id-two", None)
     assert good.render({"text": "x", "label": 1}) == Rendered('Is "x" good?', "yes", ("no", "yes"))
@@ -269,3 +271,18 @@ def test_our_template_files_are_all_covered_and_two_are_exact():
         "Sports",
         ("World", "Sports", "Business", "Sci/Tech"),
     )
+
+
+def test_only_our_own_and_promptsource_s_templates_are_trusted(file, tmp_path, monkeypatch):
+    assert all(t.trusted for t in load_templates("quora_para", all_templates=True))
+    assert not any(t.trusted for t in load_templates(str(file), gold_input=True, all_templates=True))
+    package = tmp_path / "site" / "promptsource"
+    (package / "templates" / "toy").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "templates" / "toy" / "templates.yaml").write_text(YAML)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.chdir(tmp_path)
+    assert all(t.trusted for t in load_templates("toy", all_templates=True, gold_input=True))
+    archive = TemplatesFile("a.tar.gz!toy/templates.yaml", YAML.encode(), PROMPTSOURCE_SHA256, "a.tar.gz")
+    assert archive.trusted
+    assert not replace(archive, sha256="0" * 64).trusted

@@ -11,7 +11,7 @@ from promptsource_differential import GOLDEN, ContentDraw, record
 from rlkd.data import sandbox
 from rlkd.data.meter import DEFAULT_LIMITS
 from rlkd.data.prompts import to_template
-from rlkd.data.template_download import SHA256
+from rlkd.data.template_sources import PROMPTSOURCE_SHA256 as SHA256
 from rlkd.data.template_sources import Source, cached_archive
 from rlkd.data.template_yaml import parse
 

@@ -4,7 +4,8 @@ import tarfile
 
 import pytest
 
-from rlkd.data.template_download import SHA256, download
+from rlkd.data.template_download import download
+from rlkd.data.template_sources import PROMPTSOURCE_SHA256 as SHA256
 from rlkd.data.template_sources import cached_archive
 from rlkd.errors import DataError
 
