@@ -29,10 +29,10 @@ def rows_of_map(attention: Tensor) -> AttentionRows:
     return rows
 
 
-def rows_of_query_key(query: Tensor, key: Tensor, bias: Tensor | None = None, scaling: float = 1.0) -> AttentionRows:
-    """Rows scaling q_p k^T + bias of queries and keys [B, H, L, d], computed when asked for and for those rows alone.
+def rows_of_query_key(query: Tensor, key: Tensor, biases: Sequence[Tensor], scaling: float) -> AttentionRows:
+    """Rows scaling q_p k^T + biases of queries and keys [B, H, L, d], computed when asked for and for those rows alone.
 
-    bias broadcasts to [B, H, L, L]: a position bias or mask that is added, or a boolean mask (True = may be attended).
+    biases broadcast to [B, H, L, L]: position biases or masks that are added, or boolean masks (True = may be attended).
     """
 
     def rows(nodes: Tensor) -> Tensor:
@@ -40,11 +40,11 @@ def rows_of_query_key(query: Tensor, key: Tensor, bias: Tensor | None = None, sc
         # Full precision: in bfloat16 many scores of a row would tie.
         with torch.autocast(query.device.type, enabled=False):
             scores = frontier.float() @ key.float().transpose(2, 3) * scaling
-        if bias is None:
-            return scores
-        whole = bias.expand(*query.shape[:3], key.shape[2])
-        own = whole.gather(2, nodes[..., None].expand(*nodes.shape, key.shape[2]))
-        return scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own.float()
+        for bias in biases:
+            whole = bias.expand(*query.shape[:3], key.shape[2])
+            own = whole.gather(2, nodes[..., None].expand(*nodes.shape, key.shape[2]))
+            scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own.float()
+        return scores
 
     return rows
 

@@ -44,7 +44,7 @@ def weighted_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float]) ->
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """CE = mean over labelled rows of -log softmax(z)[label], a scalar; logits [B, C], labels [B], negative = unlabelled.
+    """CE = mean over labelled rows of -log softmax(z)[label], a scalar; logits [B, C], labels [B], negative = none.
 
     0 if no row of the batch has a label (a transfer set that the teacher alone judges).
     """

@@ -1,4 +1,4 @@
-"""The hand-worked trees exactly, the vectorised tree against plain Python, and what padding and gradients may not do."""
+"""The hand-worked trees exactly, the vectorised tree against plain Python, padding and gradients."""
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ def test_rows_of_queries_and_keys_are_rows_of_the_map(mask):
     if mask == "added":
         scores = scores + bias
     nodes = torch.randint(0, 6, (2, 3, 5))
-    whole, own = rows_of_map(scores)(nodes), rows_of_query_key(query, key, bias, 0.5)(nodes)
+    whole, own = rows_of_map(scores)(nodes), rows_of_query_key(query, key, [] if bias is None else [bias], 0.5)(nodes)
     torch.testing.assert_close(own, whole, atol=1e-6, rtol=1e-6)
     assert own[1, 2, 3].tolist() == pytest.approx(scores[1, 2, nodes[1, 2, 3]].tolist(), abs=1e-5)
 
