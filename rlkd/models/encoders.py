@@ -50,7 +50,7 @@ def width_of(config: Any) -> int:
 
 
 def matched_layers(student_layers: int, teacher_layers: int, layer_map: list[int] | None = None) -> list[int]:
-    """I(k), the teacher's layer (from 1) that student layer k is compared with: round(k M / K) unless `layer_map` is it.
+    """I(k), the teacher's layer (from 1) that student layer k is compared with: round(k M / K), or `layer_map` itself.
 
     PKD-skip is the default, PKD-last is [M-K+1, ..., M]. Raises ConfigError for a map that does not fit.
     """
@@ -124,7 +124,9 @@ class EncoderStudent(nn.Module):
 def layer_list(model: Any) -> str:
     """Dotted name of the list that holds the layers of `model`. Raises ModelError if there is not exactly one."""
     size = model.config.num_hidden_layers
-    found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == size]
+    found = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == size
+    ]
     if len(found) != 1:
         raise ModelError(
             f"teacher: the layers of a '{model.config.model_type}' model cannot be told ({len(found)} lists of {size}). "
@@ -207,7 +209,7 @@ def _first_layers_of(name: str | None, layers: int, teacher_config: Any) -> Any:
 
 
 def check_head_slices(heads: int, teacher_width: int, source: str) -> None:
-    """Raises ConfigError unless the teacher's hidden states can be cut into a slice for each head of the tree's source."""
+    """Raises ConfigError unless the teacher's width can be cut into a slice for each head of the tree's source."""
     if teacher_width % heads:
         raise ConfigError(
             f"the tree is cut into a slice for each of the {source}'s {heads} heads, and the teacher's width "
@@ -223,5 +225,5 @@ def parameter_digest(model: Any) -> str:
     digest = sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.dim() else b"")
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

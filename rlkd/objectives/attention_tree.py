@@ -32,7 +32,7 @@ def rows_of_map(attention: Tensor) -> AttentionRows:
 def rows_of_query_key(query: Tensor, key: Tensor, biases: Sequence[Tensor], scaling: float) -> AttentionRows:
     """Rows scaling q_p k^T + biases of queries and keys [B, H, L, d], computed when asked for and for those rows alone.
 
-    biases broadcast to [B, H, L, L]: position biases or masks that are added, or boolean masks (True = may be attended).
+    biases broadcast to [B, H, L, L]: added position biases or masks, or boolean masks (True = may be attended).
     """
 
     def rows(nodes: Tensor) -> Tensor:
