@@ -129,8 +129,8 @@ def layer_list(model: Any) -> str:
     ]
     if len(found) != 1:
         raise ModelError(
-            f"teacher: the layers of a '{model.config.model_type}' model cannot be told ({len(found)} lists of {size}). "
-            "Use init: random or pretrained."
+            f"teacher: the layers of a '{model.config.model_type}' cannot be told ({len(found)} lists of {size}): "
+            "use init: random or pretrained."
         )
     return found[0]
 
