@@ -62,6 +62,11 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         self.classifier = nn.Linear(config.classifier_size, config.num_labels)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        # torch's own rules: the small deviations of transformers' default starve a network this shallow.
+        if isinstance(module, (nn.Embedding, nn.LSTM, nn.Linear)):
+            module.reset_parameters()
+
     def forward(
         self,
         input_ids: Tensor,

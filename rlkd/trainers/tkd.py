@@ -51,7 +51,11 @@ def check_distillation(
             f"preset = {args.preset!r}: teacher and student have different tokenizers, so their tokens cannot be "
             "matched, only their logits. Use preset: kd, or a student with the teacher's tokenizer."
         )
-    matched_layers(student_config.num_hidden_layers, teacher_config.num_hidden_layers, args.layer_map)
+    layers = matched_layers(student_config.num_hidden_layers, teacher_config.num_hidden_layers, args.layer_map)
+    if "pt" in terms and len(layers) == 1 and not args.patience_last_layer:
+        raise ConfigError(
+            "patience_last_layer = False: a student of 1 layer has no other. Set it to true, or beta to 0."
+        )
     for role, config, needing in (
         ("student", student_config, terms & {*STUDENT_TREE, "all"}),
         ("teacher", teacher_config, terms & {"td_teacher"}),
@@ -118,7 +122,7 @@ class TKDTrainer(StudentTrainer):
     def _wrap(self, student: Any, args: TKDArguments) -> EncoderStudent:
         terms = args.weights.keys()
         compared = args.teacher_needs in ("cls", "hidden")
-        if compared:
+        if compared or args.teacher_cache in ("cls", "hidden"):
             self.layers = matched_layers(
                 student.config.num_hidden_layers, self.teacher.config.num_hidden_layers, args.layer_map
             )
@@ -226,7 +230,7 @@ class TKDTrainer(StudentTrainer):
         )
 
     def scaled(self, weights: dict[str, float], terms: dict[str, Tensor]) -> dict[str, float]:
-        """The weights, those of PT, TD and ALL replaced under `auto_scale`: (CE + KD) / term at the term's first step."""
+        """The weights; under `auto_scale`, of PT, TD and ALL: (w_ce CE + w_kd KD) / term at the term's first step."""
         if not self.args.auto_scale:
             return weights
         new = [name for name in terms if name not in ("ce", "kd") and name not in self.scales]
@@ -240,7 +244,7 @@ class TKDTrainer(StudentTrainer):
     # The teacher
 
     def teacher_outputs(self, inputs: dict[str, Any], *, hidden: bool, rows: bool) -> EncoderOutputs:
-        """Logits [B, C] and the matched layers' states [B, L, D] (or [B, 1, D]) and rows, from the cache or computed."""
+        """Logits [B, C], the matched layers' states [B, L, D] (or [B, 1, D]) and rows, kept or computed."""
         index = inputs["index"].tolist()
         if self.teacher_cache is not None:
             kept = self.teacher_cache.batch(index, inputs["input_ids"].shape[1])

@@ -37,9 +37,7 @@ class TKDArguments(TrainingArguments):
     eta: float = field(default=100.0, metadata={"help": "Weight of all tokens."})
     auto_scale: bool = field(
         default=False,
-        metadata={
-            "help": "Instead of beta, gamma and eta: each such term weighs at its first step as much as CE + KD."
-        },
+        metadata={"help": "Instead of beta, gamma, eta: each such term weighs at its first step as much as CE + KD."},
     )
     # Logits
     temperature: float = field(default=5.0, metadata={"help": "Of both softmaxes in the KD term."})
