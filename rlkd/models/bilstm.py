@@ -33,7 +33,8 @@ class BiLSTMConfig(PreTrainedConfig):
     ):
         self.vocab_size, self.embedding_size, self.hidden_size = vocab_size, embedding_size, hidden_size
         self.num_hidden_layers, self.classifier_size, self.dropout = num_hidden_layers, classifier_size, dropout
-        super().__init__(pad_token_id=pad_token_id, **options)
+        self.pad_token_id = pad_token_id
+        super().__init__(**options)
 
     @property
     def output_width(self) -> int:
@@ -59,7 +60,7 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.dense = nn.Linear(config.output_width, config.classifier_size)
-        self.classifier = nn.Linear(config.classifier_size, config.num_labels)
+        self.classifier = nn.Linear(config.classifier_size, int(config.num_labels))  # type: ignore[arg-type]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
@@ -190,14 +191,12 @@ class TKDTrainer(StudentTrainer):
         args = self.args
 
         def distance(counts: list[Tensor]) -> Tensor:
-            pairs = [[h.float() for h in hidden[: len(counts)]] for hidden in (student.hidden, teacher.hidden)]
-            length = counts[0].shape[-1]
-            return token_distance(
-                *([h[:, :length] for h in hidden] for hidden in pairs),
-                counts,
-                normalise=args.normalise,
-                reduction=args.distance_reduction,
+            # Counts of [CLS] alone have length 1.
+            own, theirs = (
+                [h[:, : counts[0].shape[-1]].float() for h in hidden[: len(counts)]]
+                for hidden in (student.hidden, teacher.hidden)
             )
+            return token_distance(own, theirs, counts, normalise=args.normalise, reduction=args.distance_reduction)
 
         if "pt" in names:
             terms["pt"] = distance([cls_token(valid[:, :1])] * (layers if args.patience_last_layer else layers - 1))
@@ -316,8 +315,8 @@ class TKDTrainer(StudentTrainer):
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of labelled rows whose largest logit is the label's."""
-    logits, labels = prediction.predictions, prediction.label_ids
-    hits = (logits.argmax(-1) == labels)[labels >= 0]  # type: ignore[union-attr]
+    logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    hits = (logits.argmax(-1) == labels)[labels >= 0]
     return {"accuracy": float(hits.mean()) if len(hits) else 0.0}
 
 
