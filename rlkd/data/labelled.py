@@ -25,7 +25,6 @@ class EncodedTexts(Sequence[dict[str, Any]]):
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, num_labels: int):
         self.pad_id = int(tokenizer.pad_token_id)
-        self.special_ids = sorted({int(i) for i in (tokenizer.cls_token_id, tokenizer.sep_token_id) if i is not None})
         first = [str(row["text"]) for row in rows]
         second = [row.get("text_pair") for row in rows]
         alone = [i for i, text in enumerate(second) if text is None]

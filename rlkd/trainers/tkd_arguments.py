@@ -98,6 +98,7 @@ class TKDArguments(TrainingArguments):
         _require(self.max_length >= 3, "max_length", self.max_length, "must be at least 3: [CLS], a token, [SEP]")
         unknown = set(self.tree_exclude) - {"self", "cls", "sep"}
         _require(not unknown, "tree_exclude", self.tree_exclude, "allowed are 'self', 'cls', 'sep'")
+        self._check_weights()
         self._check_cache()
         if self.max_steps <= 0 and any(name in TREE_TERMS for name in self.weights):
             _require(
@@ -111,6 +112,20 @@ class TKDArguments(TrainingArguments):
             "early_stopping_patience",
             self.early_stopping_patience,
             "needs load_best_model_at_end: true (and eval_strategy, save_strategy: epoch or steps)",
+        )
+
+    def _check_weights(self) -> None:
+        logits = self.weights.keys() & {"ce", "kd"}
+        first = self.weights.keys() - (set(TREE_TERMS) if self.tree_start_epoch > 0 else set())
+        if not first:
+            raise ConfigError(
+                f"preset = {self.preset!r}: no term has a weight above 0 at the start. Raise w_ce, w_kd or beta."
+            )
+        _require(
+            bool(logits) or not self.auto_scale,
+            "auto_scale",
+            True,
+            "scales to CE and KD: w_ce or w_kd must not be 0",
         )
 
     def _check_cache(self) -> None:

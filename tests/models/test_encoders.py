@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, MPNetConfig, MPNetForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+)
 
 from rlkd.errors import ConfigError, ModelError
 from rlkd.models.attention import RECORDED_SDPA, prepare_attention
@@ -47,9 +53,20 @@ def bilstm(**options):
     return BiLSTMForSequenceClassification(BiLSTMConfig(**{**shape, **options})).eval()
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+def local_attention():
+    """A ModernBERT whose first layers let a token see its neighbours only: masks that differ from row to row."""
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=40, local_attention=4, global_attn_every_n_layers=3, initializer_range=0.4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    return ModernBertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "modernbert"])
 def test_recorded_rows_grow_the_trees_of_the_eager_maps(kind):
-    model, inputs = tiny_classifier(kind), batch()
+    model, inputs = local_attention() if kind == "modernbert" else tiny_classifier(kind), batch()
     model.set_attn_implementation("eager")
     plain = model(**inputs, output_attentions=True)
     assert prepare_attention(model, "student") == "sdpa"

@@ -12,7 +12,7 @@ from rlkd.data.labelled import model_inputs
 from rlkd.errors import ConfigError, DataError, ModelError
 from rlkd.models.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.models.encoders import build_student
-from rlkd.objectives.attention_tree import all_tokens, cls_token
+from rlkd.objectives.attention_tree import all_tokens, cls_token, rows_of_map
 from rlkd.objectives.encoder import PRESETS, TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance
 from rlkd.trainers.tkd import TKDTrainer, distil_chain
 from rlkd.trainers.tkd_arguments import TKDArguments
@@ -113,6 +113,19 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(tmp_path):
     judge = tiny_classifier()
     trainer = make(tmp_path, model=build_student(judge, 4), teacher=judge, preset="all-t-s-tkd", w_ce=0.0)
     assert trainer.compute_loss(trainer.model, one_batch(trainer)).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_teachers_tree_reads_the_matched_layers(tmp_path):
+    trainer = make(tmp_path, preset="teacher-tkd", layer_map=[2, 3])
+    batch = one_batch(trainer)
+    valid = batch["attention_mask"].bool()
+    rows_of_layers = trainer.teacher_outputs(batch, hidden=True, rows=True).rows
+    own = trainer.tree(rows_of_layers, 2, valid, batch["input_ids"])
+    trainer.teacher.set_attn_implementation("eager")
+    maps = trainer.teacher(**model_inputs(batch), output_attentions=True).attentions
+    eager = trainer.tree([rows_of_map(maps[1]), rows_of_map(maps[2])], 2, valid, batch["input_ids"])
+    assert len(rows_of_layers) == 2
+    assert all(torch.equal(one, other) for one, other in zip(own, eager, strict=True))
 
 
 def test_excluded_tokens_are_never_chosen(tmp_path):
@@ -444,6 +457,9 @@ def test_bf16_runs_and_stays_close(tmp_path):
         ({"max_length": 2}, "max_length = 2: must be at least 3"),
         ({"tree_exclude": ["pad"]}, "allowed are 'self', 'cls', 'sep'"),
         ({"tree_start_epoch": 3.0, "num_train_epochs": 3, "max_steps": -1}, "3.0: must be less than"),
+        ({"preset": "kd", "w_ce": 0.0, "w_kd": 0.0}, "no term has a weight above 0 at the start"),
+        ({"w_ce": 0.0, "w_kd": 0.0, "beta": 0.0, "tree_start_epoch": 0.5}, "no term has a weight above 0 at the start"),
+        ({"w_ce": 0.0, "w_kd": 0.0, "auto_scale": True}, "scales to CE and KD"),
         ({"early_stopping_patience": 2}, "needs load_best_model_at_end: true"),
         ({"teacher_cache": "logits", "preset": "ft"}, "preset 'ft' asks no teacher"),
         ({"teacher_cache": "hidden", "preset": "t-s-tkd"}, "grows a tree in the teacher's attention"),
