@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
 
 from ..data.labelled import EncodedTexts, model_inputs
 from ..errors import ConfigError, ModelError
+from ..metrics import classification_metrics
 from ..models.attention import prepare_attention
 from ..models.encoders import (
     EncoderOutputs,
@@ -115,7 +115,7 @@ class TKDTrainer(StudentTrainer):
             train_dataset=train,
             eval_dataset=None if eval_rows is None else EncodedTexts(eval_rows, tokenizer, args.max_length, labels),
             data_collator=train.collate,
-            compute_metrics=compute_metrics or accuracy,
+            compute_metrics=compute_metrics or classification_metrics(["accuracy"]),
             callbacks=[*stopping, *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch: accumulation averages it
@@ -311,13 +311,6 @@ class TKDTrainer(StudentTrainer):
         """Restore the scales; the projections were loaded with the student."""
         super().load_extras(extras, folder)
         self.scales = extras["scales"]
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of labelled rows whose largest logit is the label's."""
-    logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    hits = (logits.argmax(-1) == labels)[labels >= 0]
-    return {"accuracy": float(hits.mean()) if len(hits) else 0.0}
 
 
 def distil_chain(teacher: Model, steps: Iterable[Step], distil: Callable[[Model, Step], Model]) -> list[Model]:
