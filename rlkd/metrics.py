@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from .errors import DataError
 from .records import Example
@@ -78,3 +80,41 @@ def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[s
             "finished": sum(row["finish_reason"] != "length" for row in mine) / len(mine),
         }
     return scores
+
+
+# Classifiers: (predicted, true) label indices -> score in [-1, 1]. Rows without a label are left out before.
+
+
+def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Share of equal labels; 0 without rows."""
+    return float((predicted == true).mean()) if len(true) else 0.0
+
+
+def f1(predicted: np.ndarray, true: np.ndarray) -> float:
+    """2 TP / (2 TP + FP + FN) of label 1, as GLUE scores QQP and MRPC; 0 if neither side has it."""
+    both, either = ((predicted == 1) & (true == 1)).sum(), (predicted == 1).sum() + (true == 1).sum()
+    return float(2 * both / either) if either else 0.0
+
+
+def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Matthews correlation, that of the two one-hot codings (Gorodkin 2004); 0 if either is constant."""
+    size = int(max(predicted.max(initial=0), true.max(initial=0))) + 1
+    p, t = (np.eye(size)[labels] for labels in (predicted, true))
+    p, t = (one_hot - one_hot.mean(0) for one_hot in (p, t)) if len(true) else (p, t)
+    spread = float(np.sqrt((p * p).sum() * (t * t).sum()))
+    return float((p * t).sum()) / spread if spread else 0.0
+
+
+CLASSIFICATION_METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+
+
+def classification_metrics(names: Sequence[str]) -> Callable[[Any], dict[str, float]]:
+    """`compute_metrics` of the Trainer: these metrics of the largest logits, over the rows that have a label."""
+
+    def compute(prediction: Any) -> dict[str, float]:
+        logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        labelled = labels >= 0
+        predicted, true = logits.argmax(-1)[labelled], labels[labelled]
+        return {name: CLASSIFICATION_METRICS[name](predicted, true) for name in names}
+
+    return compute

@@ -1,9 +1,19 @@
 import math
 
+import numpy as np
 import pytest
+from transformers import EvalPrediction
 
 from rlkd.errors import DataError
-from rlkd.metrics import TASK_METRICS, bleu, exact_match, rouge
+from rlkd.metrics import (
+    CLASSIFICATION_METRICS,
+    TASK_METRICS,
+    bleu,
+    classification_metrics,
+    exact_match,
+    matthews,
+    rouge,
+)
 from rlkd.records import Example
 
 
@@ -47,3 +57,42 @@ def test_missing_references_are_named(name):
         DataError, match=r"2 of 3 evaluation rows have no reference \(first: row 1\).*task_metric: none"
     ):
         TASK_METRICS[name](["a", "b", "c"], rows(("a",), (), ()))
+
+
+def by_hand(predicted, true):
+    """Accuracy, F1 and Matthews correlation of two classes, from the four counts."""
+    tp, tn = (int(((predicted == k) & (true == k)).sum()) for k in (1, 0))
+    fp, fn = (int(((predicted == k) & (true == 1 - k)).sum()) for k in (1, 0))
+    root = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    return {
+        "accuracy": (tp + tn) / len(true),
+        "f1": 2 * tp / max(2 * tp + fp + fn, 1),
+        "matthews": (tp * tn - fp * fn) / root if root else 0.0,
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classification_metrics_from_the_four_counts(seed):
+    random = np.random.default_rng(seed)
+    logits, labels = random.normal(size=(40, 2)), random.integers(-1, 2, 40)
+    kept = labels >= 0
+    expected = by_hand(logits.argmax(-1)[kept], labels[kept])
+    found = classification_metrics(list(CLASSIFICATION_METRICS))(EvalPrediction(logits, labels))
+    assert found == pytest.approx(expected)
+
+
+def test_matthews_of_several_classes_is_their_correlation():
+    """Gorodkin's R_K from the confusion matrix."""
+    random = np.random.default_rng(0)
+    predicted, true = random.integers(0, 4, (2, 50))
+    confusion = np.zeros((4, 4))
+    np.add.at(confusion, (true, predicted), 1)
+    t, p, n = confusion.sum(1), confusion.sum(0), confusion.sum()
+    expected = (n * np.trace(confusion) - t @ p) / np.sqrt((n**2 - p @ p) * (n**2 - t @ t))
+    assert matthews(predicted, true) == pytest.approx(expected)
+
+
+def test_classification_metrics_without_anything_to_score():
+    nothing, zeros = np.array([], dtype=int), np.zeros(3, dtype=int)
+    assert [score(nothing, nothing) for score in CLASSIFICATION_METRICS.values()] == [0, 0, 0]
+    assert [score(zeros, zeros) for score in CLASSIFICATION_METRICS.values()] == [1, 0, 0]

@@ -14,7 +14,13 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -121,3 +127,60 @@ def save_pair(folder: str | Path, *, seed: int = 0) -> tuple[str, str]:
     teacher = save_pretrained(folder / "teacher", tiny_t5(tied=False, seed=seed, width=32))
     student = save_pretrained(folder / "student", tiny_t5(seed=seed + 1))
     return teacher, student
+
+
+# Encoder-only classifiers.
+
+CLASSIFIER_WORDS = ["<pad>", "[CLS]", "[SEP]", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
+
+
+def classifier_tokenizer(words: list[str] = CLASSIFIER_WORDS, model_max_length: int = 32) -> PreTrainedTokenizerFast:
+    """One token per word, `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`."""
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    special = {"pad_token": "<pad>", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **special,
+    )
+
+
+def tiny_classifier(
+    kind: str = "bert",
+    *,
+    layers: int = 4,
+    width: int = 16,
+    heads: int = 2,
+    labels: int = 2,
+    seed: int = 0,
+    dropout: float = 0.0,
+) -> Any:
+    """A random classifier whose attention is far from uniform; kind: 'bert', 'roberta' or 'distilbert'."""  # fmt: skip
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": len(CLASSIFIER_WORDS),
+        "max_position_embeddings": 40,
+        "pad_token_id": 0,
+        "num_labels": labels,
+    }
+    if kind == "distilbert":
+        config = DistilBertConfig(
+            dim=width, n_layers=layers, n_heads=heads, hidden_dim=2 * width, dropout=dropout, attention_dropout=dropout,
+            seq_classif_dropout=dropout, initializer_range=0.4, **shape,
+        )  # fmt: skip
+        return DistilBertForSequenceClassification(config).eval()
+    config_type, model = {
+        "bert": (BertConfig, BertForSequenceClassification),
+        "roberta": (RobertaConfig, RobertaForSequenceClassification),
+    }[kind]
+    config = config_type(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=2 * width,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, initializer_range=0.4, type_vocab_size=2,
+        **shape,
+    )  # fmt: skip
+    return model(config).eval()

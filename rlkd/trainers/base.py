@@ -1,4 +1,4 @@
-"""What all rlkd trainers share: a policy inside transformers' Trainer; saving, judging and logging the bare student."""
+"""What trainers of generating students share: a policy inside the Trainer, judged by the teacher on held-out inputs."""
 
 from __future__ import annotations
 
@@ -8,45 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from ..errors import DivergenceError
 from ..evaluation import Evaluator, TaskMetric
 from ..models.student import Policy
 from ..models.teacher import Teacher
 from ..records import Example
 from .arguments import DistillationArguments
-
-STATE_FILE = "rlkd_state.json"
-
-
-class JsonlCallback(TrainerCallback):
-    """Appends every logged record to metrics.jsonl in the run folder: the local truth, whatever tracker is used."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs:
-            path = Path(args.output_dir) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
+from .student_trainer import StudentTrainer
 
 
-class _FiniteGradient(TrainerCallback):
-    """Stops before an optimizer step with a gradient that is not finite."""
-
-    def __init__(self, trainer: DistillationTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        norms = [p.grad.norm() for p in self.trainer.policy.parameters() if p.grad is not None]
-        self.trainer.check_finite("the gradient", torch.stack(norms), ["of this update"])
-
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(StudentTrainer):
     """transformers.Trainer around a `Policy`. Subclasses say where minibatches come from and what the loss is.
 
     Args: student, a loaded encoder-decoder (dropout 0); teacher, frozen; tokenizer, shared by both; train_dataset,
@@ -85,20 +59,14 @@ class DistillationTrainer(Trainer):
                 batch_rows=args.per_device_eval_batch_size,
                 seed=args.data_seed or args.seed,
             )
-        self._recorded: dict[str, list[Tensor]] = {}
+        self.trained = self.policy
         super().__init__(
-            model=self.policy,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_examples,
             data_collator=data_collator or (lambda rows: rows),
-            callbacks=[JsonlCallback(), _FiniteGradient(self), *(callbacks or [])],
+            callbacks=callbacks,
         )
-
-    @property
-    def run_folder(self) -> Path:
-        """Where metrics, samples, checkpoints and the final student go."""
-        return Path(str(self.args.output_dir))
 
     def run(self) -> None:
         """A whole job, as the recipes run it: train (or resume), judge, save the student, say where it is."""
@@ -156,92 +124,14 @@ class DistillationTrainer(Trainer):
             table = wandb.Table(columns=list(columns), data=[[row[c] for c in columns] for row in rows])
             wandb.log({"samples": table}, commit=False)
 
-    # Logging: losses record detached values; a log line holds their means over all tokens, micro-batches and processes,
-    # so it does not depend on how the batch was split.
-
-    def record(self, **values: Tensor | float) -> None:
-        """Add numbers to the means written at the next log line; of names ending in `_max`, the largest is written."""
-        for name, value in values.items():
-            number = torch.as_tensor(value, dtype=torch.float64, device=self.args.device).detach()
-            self._recorded.setdefault(name, []).append(torch.stack([number, torch.ones_like(number)]))
-
-    def record_tokens(self, mask: Tensor, **values: Tensor) -> None:
-        """Add every token [B, R] of `mask` to the means written at the next log line."""
-        for name, value in values.items():
-            pair = torch.stack([(value.detach() * mask).double().sum(), mask.double().sum()])
-            self._recorded.setdefault(name, []).append(pair)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._recorded:
-            for name in sorted(self._recorded):
-                total, count = torch.stack(self._recorded[name]).T
-                if name.endswith("_max"):
-                    logs[name] = float(self.accelerator.gather(total.max()).max())
-                else:
-                    sums = self.accelerator.reduce(torch.stack([total.sum(), count.sum()]), reduction="sum")
-                    logs[name] = float(sums[0] / sums[1].clamp(min=1))
-            self._recorded.clear()
-        super().log(logs, start_time)
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """transformers ignores `optim_args` for Adafactor. Here `optim_args: scale_parameter=True` gives steps in
-        proportion to each weight matrix, T5's own rule: from random weights AdamW is far slower.
-        """
-        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if args.optim == "adafactor" and args.optim_args:
-            given = dict(pair.split("=", 1) for pair in args.optim_args.replace(" ", "").split(","))
-            kwargs |= {name: yaml.safe_load(value) for name, value in given.items()}
-        return optimizer, kwargs
-
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""
         return loss * self.accelerator.num_processes * self.current_gradient_accumulation_steps
 
-    def check_finite(self, name: str, value: Tensor, ids: list[str]) -> None:
-        """Raise DivergenceError before a non-finite number reaches the weights."""
-        if not torch.isfinite(value).all():
-            raise DivergenceError(
-                f"{name} is not finite at step {self.state.global_step} (rows {', '.join(ids[:5])}). Nothing was "
-                "updated with it. Lower learning_rate, or resume from the last checkpoint."
-            )
-
-    # Saving: the bare student; beside it, in checkpoints only, what resuming needs.
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir) if output_dir else self.run_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.policy.save(folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Called for resumable checkpoints only, after the student was written.
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self.policy.save_value_head(output_dir)
-            (Path(output_dir) / STATE_FILE).write_text(json.dumps(self.save_extras(Path(output_dir)), indent=2))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        extras = json.loads((folder / STATE_FILE).read_text())
-        if extras["trainer"] != type(self).__name__:
-            raise ValueError(
-                f"{folder} was written by {extras['trainer']}, not by {type(self).__name__}: give another output_dir, "
-                "or start from that checkpoint's student instead of resuming it"
-            )
-        self.policy.load(folder)
-        self.load_extras(extras, folder)
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self.policy.load(self.state.best_model_checkpoint)
-
     def save_extras(self, folder: Path) -> dict[str, Any]:
-        """JSON-able state beyond weights, optimizer, scheduler and RNG; tensors go to files in `folder`."""
-        return {"trainer": type(self).__name__}
-
-    def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
-        """Restore what `save_extras` returned and wrote; the student is already loaded."""
+        """As in `StudentTrainer`; the critic goes beside the student."""
+        self.policy.save_value_head(folder)
+        return super().save_extras(folder)
 
 
 def _print_samples(step: int, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:

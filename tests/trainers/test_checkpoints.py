@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_utils import get_last_checkpoint
 
-from rlkd.trainers.base import STATE_FILE
 from rlkd.trainers.rl import BEHAVIOUR_FILE
+from rlkd.trainers.student_trainer import STATE_FILE
 from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, weights
 
 TIMES = {"time", "rollout_seconds", "tokens_per_second", "epoch", "eval_seconds"}

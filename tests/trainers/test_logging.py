@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from test_tkd import make as make_tkd
+from test_tkd import rows as labelled_rows
 
 from rlkd.evaluation import Evaluator
 from rlkd.metrics import TASK_METRICS
@@ -49,8 +51,20 @@ def test_every_logged_name_is_explained(tmp_path, kind):
     assert {"loss", "entropy", "grad_norm", "eval_regret", "eval_sample_bleu", "eval_seconds"} <= seen
 
 
+def tkd_names(folder):
+    """Every name that runs with all terms between them write."""
+    for preset in ("all-t-s-tkd", "rand"):
+        make_tkd(folder / preset, preset=preset, dev=labelled_rows(4), eval_strategy="steps", eval_steps=2).train()
+    return {name for preset in ("all-t-s-tkd", "rand") for line in logged(folder / preset) for name in line}
+
+
+def test_every_name_of_tkd_is_explained(tmp_path):
+    names = documented()
+    assert {name for name in tkd_names(tmp_path) if not is_documented(name, names)} == set()
+
+
 def test_every_explained_name_is_logged(tmp_path):
-    seen = set()
+    seen = tkd_names(tmp_path)
     for kind, options in (("ppo", {"weak_start": "warn"}), ("reinforce", {})):
         make(
             kind,

@@ -1,0 +1,185 @@
+"""Classification data sets, single sentences and pairs: GLUE, TREC, SST-5 from the hub, or a table of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError, nearest
+from .rows import check_columns, check_text_column, load_rows
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Where a data set lives and how it is read and scored.
+
+    labels, in the order of their indices; metrics, of `rlkd.metrics.CLASSIFICATION_METRICS`; submissions, the GLUE
+    server's file for each test split, and whether it wants labels by name.
+    """
+
+    source: str
+    subset: str | None
+    text: str
+    pair: str | None
+    label: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    dev_splits: tuple[str, ...] = ("validation",)
+    submissions: tuple[tuple[str, str], ...] = ()
+    submits_names: bool = False
+
+
+def _glue(
+    subset: str, text: str, pair: str | None, labels: tuple[str, ...], file: str, **more: Any
+) -> ClassificationTask:
+    more.setdefault("submissions", (("test", file),))
+    return ClassificationTask("nyu-mll/glue", subset, text, pair, "label", labels, **more)
+
+
+_ENTAILED = ("entailment", "not_entailment")
+TASKS: dict[str, ClassificationTask] = {
+    "sst2": _glue("sst2", "sentence", None, ("negative", "positive"), "SST-2.tsv"),
+    "cola": _glue("cola", "sentence", None, ("unacceptable", "acceptable"), "CoLA.tsv", metrics=("matthews",)),
+    "mnli": _glue(
+        "mnli",
+        "premise",
+        "hypothesis",
+        ("entailment", "neutral", "contradiction"),
+        "MNLI-m.tsv",
+        dev_splits=("validation_matched", "validation_mismatched"),
+        submissions=(("test_matched", "MNLI-m.tsv"), ("test_mismatched", "MNLI-mm.tsv")),
+        submits_names=True,
+    ),
+    "qqp": _glue(
+        "qqp", "question1", "question2", ("not_duplicate", "duplicate"), "QQP.tsv", metrics=("f1", "accuracy")
+    ),
+    "qnli": _glue("qnli", "question", "sentence", _ENTAILED, "QNLI.tsv", submits_names=True),
+    "rte": _glue("rte", "sentence1", "sentence2", _ENTAILED, "RTE.tsv", submits_names=True),
+    "mrpc": _glue(
+        "mrpc", "sentence1", "sentence2", ("not_equivalent", "equivalent"), "MRPC.tsv", metrics=("f1", "accuracy")
+    ),
+    "trec6": ClassificationTask(
+        "CogComp/trec", None, "text", None, "coarse_label", ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
+        dev_splits=("test",),
+    ),
+    "sst5": ClassificationTask(
+        "SetFit/sst5", None, "text", None, "label",
+        ("very negative", "negative", "neutral", "positive", "very positive"),
+    ),
+}  # fmt: skip
+
+
+def find_task(name: str) -> ClassificationTask:
+    """The task of this name. Raises ConfigError that lists them."""
+    if name not in TASKS:
+        raise ConfigError(f"task = {name!r}: allowed are {', '.join(TASKS)}.{nearest(name, list(TASKS))}")
+    return TASKS[name]
+
+
+def load_task(name: str, split: str = "train", *, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows {text, text_pair, label} of a split of a hub data set; label is None where the set hides it."""
+    task = find_task(name)
+    return load_labelled(
+        task.source,
+        text_column=task.text,
+        pair_column=task.pair,
+        label_column=task.label,
+        labels=task.labels,
+        split=split,
+        subset=task.subset,
+        limit=limit,
+    )
+
+
+def load_labelled(
+    source: str,
+    *,
+    text_column: str,
+    label_column: str | None,
+    labels: Sequence[str] = (),
+    pair_column: str | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Rows {text, text_pair, label} of a hub data set or a local .csv, .tsv, .jsonl, .json or .parquet file.
+
+    label is the index in `labels` (given in the data by name or by index), None where it is missing or -1, and for
+    every row if label_column is None: a transfer set that the teacher alone judges. Raises DataError for a column that
+    does not exist or holds no text, and for labels outside the set, with the rows.
+    """
+    rows = load_rows(source, split=split, subset=subset, limit=limit)
+    columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+    check_columns(rows, {role: column for role, column in columns.items() if column is not None}, source)
+    texts = [text_column] if pair_column is None else [text_column, pair_column]
+    for column in texts:
+        check_text_column(rows, column, source)
+        empty = [i for i, text in enumerate(rows[column]) if text is None]
+        if empty:
+            raise DataError(f"'{source}', rows {_first(empty)}: column '{column}' is empty. Fill or remove them.")
+    indices = [None] * len(rows) if label_column is None else label_indices(rows[label_column], labels, source)
+    return [
+        {"text": row[text_column], "text_pair": row[pair_column] if pair_column else None, "label": label}
+        for row, label in zip(rows, indices, strict=True)
+    ]
+
+
+def find_labels(values: Iterable[Any]) -> tuple[str, ...]:
+    """The label set of a column, for data that bring none: names sorted, or '0' to the largest number.
+
+    Take it from the training rows, so that a label that only the held-out rows know is found.
+    """
+    seen = {value for value in values if not _hidden(value)}
+    if seen and all(isinstance(value, int) for value in seen):
+        return tuple(map(str, range(max(seen) + 1)))
+    return tuple(sorted(map(str, seen)))
+
+
+def label_indices(values: Iterable[Any], labels: Sequence[str], source: str) -> list[int | None]:
+    """The index of each value, a name of `labels` or an index itself; None where hidden. Raises DataError."""
+    names = {name: i for i, name in enumerate(labels)}
+    indices: list[int | None] = []
+    strangers: dict[Any, list[int]] = {}
+    for i, value in enumerate(values):
+        index = None if _hidden(value) else names.get(str(value))
+        if index is None and isinstance(value, int) and 0 <= value < len(labels):
+            index = value
+        if index is None and not _hidden(value):
+            strangers.setdefault(value, []).append(i)
+        indices.append(index)
+    if strangers:
+        found = "; ".join(f"{value!r} in rows {_first(rows)}" for value, rows in list(strangers.items())[:5])
+        raise DataError(
+            f"'{source}': labels outside the set: {found}. Allowed: {', '.join(labels)}, or 0 to {len(labels) - 1}."
+        )
+    return indices
+
+
+def write_submission(folder: str | Path, name: str, split: str, predictions: Sequence[int]) -> Path:
+    """Write the predicted labels (indices, in the split's order) as the GLUE server wants them; returns the file.
+
+    Raises ConfigError for a split that is not one of the task's test splits.
+    """
+    task = find_task(name)
+    files = dict(task.submissions)
+    if split not in files:
+        raise ConfigError(
+            f"split = {split!r} of task {name!r} is not submitted: allowed are {', '.join(files) or 'none'}"
+        )
+    path = Path(folder) / files[split]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = [task.labels[p] if task.submits_names else str(p) for p in predictions]
+    path.write_text(
+        "index\tprediction\n" + "".join(f"{i}\t{label}\n" for i, label in enumerate(shown)), encoding="utf-8"
+    )
+    return path
+
+
+def _hidden(value: Any) -> bool:
+    return value is None or value == -1 or value == ""
+
+
+def _first(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")

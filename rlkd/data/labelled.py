@@ -1,0 +1,89 @@
+"""Labelled sentences and pairs as token ids, for classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..tensors import length_mask, pad_stack
+
+UNLABELLED = -100
+
+
+class EncodedTexts(Sequence[dict[str, Any]]):
+    """Rows {text, text_pair (or none), label (or none)} tokenised once, each with its index for the teacher's cache.
+
+    Args: rows; tokenizer, fast; max_length, tokens to cut to; num_labels, to check labels against. A row without a
+    label trains on the teacher alone. Raises DataError for a label outside the set, or a pair task with a single
+    sentence.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, num_labels: int):
+        self.pad_id = int(tokenizer.pad_token_id)
+        first = [str(row["text"]) for row in rows]
+        second = [row.get("text_pair") for row in rows]
+        alone = [i for i, text in enumerate(second) if text is None]
+        if alone and len(alone) < len(second):
+            raise DataError(
+                f"rows {', '.join(map(str, alone[:5]))}: text_pair is missing, and other rows have one. A pair task "
+                "needs two sentences in every row."
+            )
+        self.labels = [_label(i, row.get("label"), num_labels) for i, row in enumerate(rows)]
+        encoded = (
+            tokenizer(first, None if alone else second, truncation=True, max_length=max_length, verbose=False)
+            if first
+            else {"input_ids": []}
+        )
+        self.names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
+        self.ids = {name: encoded[name] for name in self.names}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {**{name: ids[index] for name, ids in self.ids.items()}, "label": self.labels[index], "index": index}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, special ones included."""
+        return [len(ids) for ids in self.ids["input_ids"]]
+
+    def digest(self) -> str:
+        """SHA-256 of everything a model reads, labels left out."""
+        digest = sha256()
+        for name in self.names:
+            for ids in self.ids[name]:
+                digest.update(b"%d:" % len(ids) + torch.tensor(ids, dtype=torch.int32).numpy().tobytes())
+        return digest.hexdigest()
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """input_ids, attention_mask (and token_type_ids) [B, L], padded on the right; labels and index [B]."""
+        batch: dict[str, Tensor] = {
+            name: pad_stack([torch.tensor(row[name]) for row in rows], self.pad_id if name == "input_ids" else 0)
+            for name in self.names
+        }
+        batch["attention_mask"] = length_mask([len(row["input_ids"]) for row in rows]).long()
+        batch["labels"] = torch.tensor([row["label"] for row in rows])
+        batch["index"] = torch.tensor([row["index"] for row in rows])
+        return batch
+
+
+def _label(index: int, label: Any, num_labels: int) -> int:
+    if label is None:
+        return UNLABELLED
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_labels:
+        raise DataError(
+            f"row {index}: label {label!r} is outside the set: allowed are the whole numbers 0 to {num_labels - 1}, or "
+            "none for a row that the teacher alone judges"
+        )
+    return label
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model itself reads."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

@@ -1,0 +1,99 @@
+"""Distillation of encoder-only classifiers: one loss with token selections, of which the paper's methods are presets.
+
+    L = w_ce CE + w_kd KD + beta PT + gamma_s TD(student tree) + gamma_t TD(teacher tree) + gamma_r TD(random) + eta ALL
+
+Sources: TKD (Xu, Ji, Xie; eqs 1-10 and Table 1), KD (Hinton et al. 2015, arXiv 1503.02531), PKD (Sun et al. 2019, arXiv
+1908.09355). Shapes as in `attention_tree`; C labels. Gradients flow to the student only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..tensors import masked_mean
+from .divergences import forward_kl
+
+DistanceReduction = Literal["mean", "sum"]
+
+TERMS = ("ce", "kd", "pt", "td_student", "td_teacher", "td_random", "all")
+TREE_TERMS = ("td_student", "td_teacher", "td_random", "all")
+# The rows of the paper's Table 1: which terms are on.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "ft": ("ce",),
+    "kd": ("ce", "kd"),
+    "pkd": ("ce", "kd", "pt"),
+    "tkd": ("ce", "kd", "pt", "td_student"),
+    "teacher-tkd": ("ce", "kd", "pt", "td_teacher"),
+    "t-s-tkd": ("ce", "kd", "pt", "td_student", "td_teacher"),
+    "rand": ("ce", "kd", "pt", "td_random"),
+    "all": ("ce", "kd", "pt", "all"),
+    "all-tkd": ("ce", "kd", "pt", "td_student", "all"),
+    "all-t-tkd": ("ce", "kd", "pt", "td_teacher", "all"),
+    "all-t-s-tkd": ("ce", "kd", "pt", "td_student", "td_teacher", "all"),
+}
+
+
+def weighted_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """weight x term for every scalar of `terms` []; the loss is their sum."""
+    return {name: weights[name] * value for name, value in terms.items()}
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """CE = mean over labelled rows of -log softmax(z)[label], a scalar; logits [B, C], labels [B], negative = none.
+
+    0 if no row of the batch has a label (a transfer set that the teacher alone judges).
+    """
+    labelled = labels >= 0
+    return masked_mean(F.cross_entropy(logits, labels.clamp(min=0), reduction="none"), labelled)
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KD = T^2 mean_b KL(softmax(z_t / T) || softmax(z_s / T)), a scalar, nats; logits [B, C] (eq. 2).
+
+    Less the teacher's entropy it is the cross-entropy with soft targets; T^2 keeps its gradient's size at any T.
+    """
+    return temperature**2 * forward_kl(student / temperature, teacher.detach() / temperature).mean()
+
+
+def token_distance(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    *,
+    normalise: bool = True,
+    reduction: DistanceReduction = "mean",
+) -> Tensor:
+    """Squared distance of hidden states over selected tokens and head slices, a scalar (eqs 6, 7 and 10).
+
+        sum_k sum_{b,h,p} counts_k[b,h,p] || n(s_k[b,p,h]) - n(t_k[b,p,h]) ||^2   ( / (sum of counts x d) for the mean )
+
+    s[b,p,h] is dims [h d, (h+1) d) of the layer's output and n divides it by its L2 norm (the identity unless
+    `normalise`; PKD's best runs on MNLI, QQP and RTE went without). Each node costs at most 4, or 4/d in the mean.
+    Args: student, teacher, layers of [B, L, D] with the same D; counts, a selection [B, H, L] for each, where H = 1
+    compares whole vectors. Raises ValueError if H does not divide D, or the widths differ.
+    """
+    total: Tensor | float = 0.0
+    elements: Tensor | float = 0.0
+    for s, t, count in zip(student, teacher, counts, strict=True):
+        heads, width = count.shape[1], t.shape[-1]
+        if s.shape[-1] != width or width % heads:
+            raise ValueError(
+                f"hidden states of width {s.shape[-1]} (student) and {width} (teacher) in {heads} head slices: widths "
+                "must agree (project the student's) and be a multiple of the heads"
+            )
+        s, t = s.unflatten(-1, (heads, -1)), t.detach().unflatten(-1, (heads, -1))  # [B, L, H, d]
+        if normalise:
+            s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
+        squares = (s - t).square().sum(-1).transpose(1, 2)
+        total = total + (squares * count).sum()
+        elements = elements + count.sum() * (width // heads)
+    if reduction == "sum":
+        return torch.as_tensor(total)
+    if reduction != "mean":
+        raise ValueError(f"reduction = {reduction!r}: allowed are 'mean', 'sum'")
+    return total / torch.as_tensor(elements).clamp(min=1)

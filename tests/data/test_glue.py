@@ -1,0 +1,97 @@
+"""Labelled rows from local tables and, by name, from the hub; label sets, submissions, and what is refused."""
+
+import csv
+import json
+
+import datasets
+import pytest
+
+from rlkd.data import glue
+from rlkd.data.glue import TASKS, find_labels, find_task, label_indices, load_labelled, load_task, write_submission
+from rlkd.errors import ConfigError, DataError
+from rlkd.metrics import CLASSIFICATION_METRICS
+
+ROWS = [("good film", "yes"), ("a, b", "no"), ('he said "no"', "yes")]
+
+
+def write(path, rows, header=("text", "label")):
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(dict(zip(header, row, strict=True))) for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows([header, *rows])
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_local_tables(tmp_path, suffix):
+    source = write(tmp_path / f"data.{suffix}", ROWS)
+    rows = load_labelled(source, text_column="text", label_column="label", labels=("no", "yes"))
+    assert rows == [{"text": text, "text_pair": None, "label": int(label == "yes")} for text, label in ROWS]
+    unlabelled = load_labelled(source, text_column="text", label_column=None)
+    assert [row["label"] for row in unlabelled] == [None] * 3
+
+
+def test_pairs(tmp_path):
+    source = write(tmp_path / "data.csv", [("a", "b", 0), ("c", "d", 1)], ("premise", "hypothesis", "label"))
+    rows = load_labelled(
+        source, text_column="premise", pair_column="hypothesis", label_column="label", labels=("0", "1")
+    )
+    assert rows == [{"text": "a", "text_pair": "b", "label": 0}, {"text": "c", "text_pair": "d", "label": 1}]
+
+
+def test_label_sets_are_found():
+    assert find_labels(["b", "a", None, "b", ""]) == ("a", "b")
+    assert find_labels([2, 0, -1]) == ("0", "1", "2")
+
+
+def test_labels_by_name_or_index_and_hidden_ones():
+    assert label_indices(["pos", 0, 1, -1, None, ""], ("neg", "pos"), "x") == [1, 0, 1, None, None, None]
+    # A name that looks like a number is the name: scores from 1 to 5.
+    assert label_indices([1, 5], ("1", "2", "3", "4", "5"), "x") == [0, 4]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_read_their_own_columns(name, monkeypatch):
+    task, asked = TASKS[name], {}
+    columns = {task.text: ["one", "two"], task.label: [len(task.labels) - 1, -1]}
+    if task.pair:
+        columns[task.pair] = ["three", "four"]
+
+    def load(source, **options):
+        asked.update(options, source=source)
+        return datasets.Dataset.from_dict(columns)
+
+    monkeypatch.setattr(glue, "load_rows", load)
+    first, second = load_task(name, task.dev_splits[0], limit=2)
+    pair = "three" if task.pair else None
+    assert first == {"text": "one", "text_pair": pair, "label": len(task.labels) - 1}
+    assert second["label"] is None
+    assert (asked["source"], asked["subset"], asked["split"]) == (task.source, task.subset, task.dev_splits[0])
+    assert set(task.metrics) <= CLASSIFICATION_METRICS.keys()
+
+
+def test_submissions_are_as_the_server_wants_them(tmp_path):
+    by_number = write_submission(tmp_path, "sst2", "test", [1, 0])
+    assert (by_number.name, by_number.read_text()) == ("SST-2.tsv", "index\tprediction\n0\t1\n1\t0\n")
+    by_name = write_submission(tmp_path, "mnli", "test_mismatched", [2, 0])
+    assert by_name.name == "MNLI-mm.tsv"
+    assert by_name.read_text() == "index\tprediction\n0\tcontradiction\n1\tentailment\n"
+    with pytest.raises(ConfigError, match=r"split = 'test' of task 'mnli' is not submitted: allowed are test_matched"):
+        write_submission(tmp_path, "mnli", "test", [0])
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    source = write(tmp_path / "data.csv", [*ROWS, ("x", "maybe")])
+    with pytest.raises(DataError, match=r"text_column: 'txt'.*Did you mean 'text'"):
+        load_labelled(source, text_column="txt", label_column="label", labels=("no", "yes"))
+    with pytest.raises(DataError, match=r"outside the set: 'maybe' in rows 3. Allowed: no, yes, or 0 to 1"):
+        load_labelled(source, text_column="text", label_column="label", labels=("no", "yes"))
+    with pytest.raises(DataError, match="pair_column: 'other'"):
+        load_labelled(source, text_column="text", pair_column="other", label_column=None)
+    holes = tmp_path / "holes.jsonl"
+    holes.write_text('{"text": "a", "label": "no"}\n{"label": "yes"}')
+    with pytest.raises(DataError, match="rows 1: column 'text' is empty"):
+        load_labelled(str(holes), text_column="text", label_column="label", labels=("no", "yes"))
+    with pytest.raises(ConfigError, match=r"task = 'sst-2': allowed are sst2.*Did you mean 'sst2'"):
+        find_task("sst-2")
