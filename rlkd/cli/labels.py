@@ -14,7 +14,7 @@ from ..data.row_maps import parse_row_map
 from ..data.rows import RowStream
 from ..errors import ConfigError
 from ..generation.card import summary
-from ..generation.engines import Decoding, make_engine
+from ..generation.engines import Decoding, Engine, TorchEngine, make_engine
 from ..generation.folder import check_output
 from ..generation.lock import writer_lock
 from ..generation.manifest import manifest_name
@@ -65,9 +65,18 @@ def label(
     )
     # A second writer is turned away before it loads the weights.
     with writer_lock(out / manifest_name(part)) as lock:
-        teacher = _load_teacher(request, tokenizer, valid_vocab)
+        quantization = request["teacher_quantization"]
+        teacher = _load_teacher(request, tokenizer, valid_vocab, quantization)
         engine = make_engine(request["engine"], teacher.adapter, decoding, compute_type=request["compute_type"] or None)
-        totals = label_rows(teacher, source, out=out, decoding=decoding, options=options, engine=engine, lock=lock)
+
+        def full_precision() -> Engine:
+            exact = teacher if quantization == "none" else _load_teacher(request, tokenizer, valid_vocab, "none")
+            return TorchEngine(exact.adapter, exact.batch_tokens)
+
+        totals = label_rows(
+            teacher, source, out=out, decoding=decoding, options=options, engine=engine,
+            reference=full_precision, lock=lock,
+        )  # fmt: skip
     if not quiet:
         typer.echo(f"{summary(totals)}\n{out}")
     if totals["status"]["failed"]:
@@ -123,15 +132,19 @@ def _check_teacher(name: str, dtype: str) -> tuple[Any, int]:
     return tokenizer, valid_vocab
 
 
-def _load_teacher(request: dict[str, Any], tokenizer: Any, valid_vocab: int) -> Teacher:
+def _load_teacher(request: dict[str, Any], tokenizer: Any, valid_vocab: int, quantization: str) -> Teacher:
     import torch
 
     from ..models import architectures
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = architectures.load_encoder_decoder(request["teacher"], "teacher", dtype=request["teacher_dtype"]).to(device)
+    settings = architectures.quantization_config(quantization)
+    model = architectures.load_encoder_decoder(
+        request["teacher"], "teacher", dtype=request["teacher_dtype"], quantization=settings
+    )
     return Teacher(
-        architectures.EncoderDecoder(model, valid_vocab),
+        # bitsandbytes places its weights itself.
+        architectures.EncoderDecoder(model.to(device) if settings is None else model, valid_vocab),
         tokenizer,
         max_input_tokens=request["max_input_tokens"],
         append_eos=request["input_eos"],

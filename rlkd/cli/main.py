@@ -49,6 +49,12 @@ class OnLong(StrEnum):
     skip = "skip"
 
 
+class Quantization(StrEnum):
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -124,6 +130,9 @@ def generate_pseudolabels(
         int, typer.Option(help="Rows per file; an interrupted run loses one file at most.", min=1)
     ] = 5000,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = Dtype.float32,
+    teacher_quantization: Annotated[
+        Quantization, typer.Option(help="bitsandbytes for the teacher's linear layers: an approximation, measured.")
+    ] = Quantization.none,
     input_eos: Annotated[bool, typer.Option(help="End inputs with end-of-sequence. T0: --no-input-eos.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates that draw at random.")] = 0,
     shard: Annotated[

@@ -89,7 +89,7 @@ class Answer:
 
 
 class Engine(Protocol):
-    """name: as in `--engine`; exact: computes in the teacher's own precision."""
+    """name: as in `--engine`; exact: computes with the teacher's weights as they are."""
 
     name: str
     exact: bool
@@ -116,10 +116,10 @@ class TorchEngine:
     """
 
     name = "torch"
-    exact = True
 
     def __init__(self, adapter: EncoderDecoder, batch_tokens: int = 4096):
         self.adapter, self.batch_tokens = adapter, batch_tokens
+        self.exact = not getattr(adapter.model, "is_quantized", False)
 
     def identity(self) -> dict[str, Any]:
         from .label_store import weights_digest

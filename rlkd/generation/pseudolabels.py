@@ -13,7 +13,7 @@ import logging
 import platform
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -120,18 +120,22 @@ def label_rows(
     decoding: Decoding | None,
     options: RunOptions,
     engine: Engine | None = None,
+    reference: Callable[[], Engine] | None = None,
     lock: Path | None = None,
 ) -> dict[str, Any]:
     """Label all rows of a source, or the rest of them if `out` holds an unfinished run of the same settings.
 
     decoding: None to rank the answer choices that the source's prompts carry.
+    reference: makes the full-precision engine that an approximate one is compared with; by default the teacher itself
+    in PyTorch.
     lock: what `writer_lock` gave, if the caller holds the lock of this output already.
     Returns: totals. Raises: DataError if `out` is taken or its settings differ, LockedError if another process writes
     there, DivergenceError if log-probabilities are not finite, InterruptedRunError after a signal, RlkdError if the
     disk is full. What was committed stays in all these cases.
     """
     engine = engine or TorchEngine(teacher.adapter, teacher.batch_tokens)
-    run = _Run(teacher, source, Path(out), decoding, options, engine)
+    reference = reference or (lambda: TorchEngine(teacher.adapter, teacher.batch_tokens))
+    run = _Run(teacher, source, Path(out), decoding, options, engine, reference)
     with writer_lock(run.log) if lock is None else nullcontext():
         return run()
 
@@ -144,6 +148,7 @@ class _Run:
     decoding: Decoding | None
     options: RunOptions
     engine: Engine
+    reference: Callable[[], Engine]
 
     def __call__(self) -> dict[str, Any]:
         part = self.options.part
@@ -241,8 +246,7 @@ class _Run:
         teacher = self.teacher
         prompts = encode_texts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=teacher.append_eos)
         decoding = self.decoding or Decoding("greedy", AGREEMENT_TOKENS)
-        reference = TorchEngine(teacher.adapter, teacher.batch_tokens)
-        measured = agreement(self.engine, reference, prompts, decoding, Budget(self.options.batch_tokens))
+        measured = agreement(self.engine, self.reference(), prompts, decoding, Budget(self.options.batch_tokens))
         logger.warning(
             "%s is an approximation of the teacher: of %d greedy answers %.1f %% are the same, log-probabilities "
             "differ by %.4f nats per token", self.engine.name, len(prompts), 100 * measured["exact_match"],

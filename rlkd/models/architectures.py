@@ -259,6 +259,20 @@ def load_encoder_decoder(
     return model
 
 
+QUANTIZATIONS = ("none", "int8", "nf4")
+
+
+def quantization_config(name: str) -> Any:
+    """bitsandbytes' settings for a frozen model's linear layers, head excepted; None for 'none'."""
+    from transformers import BitsAndBytesConfig
+
+    if name == "none":
+        return None
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
 def protect_untied_head(model: Any) -> None:
     """Keep a later tie_weights() from overwriting an untied lm_head (T0, Flan-T5, v1.1).
 

@@ -153,15 +153,25 @@ def test_failed_rows_end_with_exit_code_4_and_are_in_the_card(folder, teacher, c
     assert "| t | 1 failed, 1 ok |" in card
 
 
-@pytest.mark.parametrize("compute_type", ["int8", "float32"])
-def test_lower_precision_is_measured_against_the_teacher(folder, teacher, monkeypatch, caplog, compute_type):
-    pytest.importorskip("ctranslate2")
+@pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*", "ignore:.*4bit.*")
+@pytest.mark.parametrize(
+    ("package", "options"),
+    [
+        ("ctranslate2", ["--engine", "ctranslate2", "--compute-type", "int8"]),
+        ("ctranslate2", ["--engine", "ctranslate2", "--compute-type", "float32"]),
+        ("bitsandbytes", ["--teacher-quantization", "int8"]),
+        # bitsandbytes' 4-bit kernels for processors refuse layers this small.
+        pytest.param("bitsandbytes", ["--teacher-quantization", "nf4"], marks=pytest.mark.gpu),
+    ],
+    ids=["ct2 int8", "ct2 float32", "bnb int8", "bnb nf4"],
+)
+def test_lower_precision_is_measured_against_the_teacher(folder, teacher, monkeypatch, package, options):
+    pytest.importorskip(package)
     monkeypatch.setenv("RLKD_CACHE", str(folder / "cache"))
-    command = arguments(teacher, "--engine", "ctranslate2", "--compute-type", compute_type)
-    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    assert CliRunner().invoke(app, arguments(teacher, *options), catch_exceptions=False).exit_code == 0
     header = json.loads((folder / "labels" / "manifest.jsonl").read_text().splitlines()[0])
     card = (folder / "labels" / "README.md").read_text()
-    if compute_type == "float32":
+    if "float32" in options:
         assert "agreement" not in header
         assert "lower precision" not in card
         return
