@@ -28,6 +28,7 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 from common import arguments, interleave, report, show
+from label_pipeline import overhead, two_processes
 from rl_step import EOS, PAD, PADDED_VOCAB, STUDENT, TEACHER, VALID_VOCAB, log_normal_lengths
 from rlkd.generation.agreement import agreement
 from rlkd.generation.ctranslate2_engine import CTranslate2Engine
@@ -244,16 +245,6 @@ def measure_agreement(steps: int, prompts: int, seed: int) -> dict[str, float]:
     return agreement(int8, TorchEngine(adapter), ids, decoding) | more
 
 
-def pipeline_figures() -> dict[str, float]:
-    """What benchmarks/label_pipeline.py measures of the command around the engines."""
-    try:
-        pipeline = importlib.import_module("label_pipeline")
-    except ModuleNotFoundError:
-        print("benchmarks/label_pipeline.py is absent: no figures of the pipeline")
-        return {}
-    return {**pipeline.overhead(), **pipeline.two_processes()}
-
-
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     sizes = ((64, 2), (32, 1)) if args.quick else ((256, 5), (128, 3))
@@ -303,7 +294,11 @@ def main() -> None:
         "ct2_int8_mean_abs_delta_logprob": trained["mean_abs_delta_logprob"],
         "trained_loss": trained["loss"],
     }
-    figures = worst | figures | pipeline_figures()
+    figures = (
+        worst
+        | figures
+        | (overhead(100_000) | two_processes(20_000, repetitions=2) if args.quick else overhead() | two_processes())
+    )
     show(
         "Figures (speed-ups: the worse of the two shapes)",
         ["figure", "value"],
