@@ -198,7 +198,7 @@ def test_columns_and_labels_are_mapped_before_anything_reads_them(folder, teache
     assert [row["student_input"] for row in load_pseudolabels("labels")] == ["a b", "c"]
     for more, place in (
         (["--label-map", "1=a"], "rows.jsonl:2: label_map: column 'label' has 0, which is not mapped"),
-        (["--column-map", "questio=x"], "column_map: there is no column 'questio'"),
+        (["--column-map", "wording=x"], "column_map: there is no column 'wording'"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*arguments(teacher, *mapped, *more), "--out", "other"])
