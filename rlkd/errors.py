@@ -28,9 +28,13 @@ class ModelError(RlkdError):
 
 
 class DivergenceError(RlkdError):
-    """A number that must be finite is not; raised before it can reach the weights."""
+    """A number that must be finite is not; raised before it can reach the weights.
+
+    batch: the rows it came with, JSON-able, for whoever can write them down.
+    """
 
     exit_code = 5
+    batch: tuple[dict[str, object], ...] = ()
 
 
 class LockedError(RlkdError):

@@ -224,8 +224,14 @@ class Labeller:
     def _check_finite(self, slots: list[_Slot], values: list[list[float]]) -> None:
         bad = [slot.row.id for slot, row in zip(slots, values, strict=True) if not all(map(math.isfinite, row))]
         if bad:
-            raise DivergenceError(
+            error = DivergenceError(
                 f"the teacher's log-probabilities are not finite for {len(bad)} of {len(slots)} inputs: "
                 f"{', '.join(bad[:5])}. Its weights are {self.engine.identity().get('dtype', 'of unknown precision')}: "
                 "use bfloat16 or float32 for T5 models. No label was written for them."
             )
+            error.batch = tuple(
+                {"id": slot.row.id, "template": slot.template[0], "finite": slot.row.id not in bad,
+                 "teacher_input": slot.text, "token_ids": slot.ids}
+                for slot in slots
+            )  # fmt: skip
+            raise error

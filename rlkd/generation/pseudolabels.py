@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..errors import InterruptedRunError, RlkdError
+from ..errors import DivergenceError, InterruptedRunError, RlkdError
 from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
 from ..records import Example, PromptedRow, PseudoLabel
@@ -53,6 +53,7 @@ __all__ = ["RunOptions", "generate_pseudolabels", "label_rows", "labels_finished
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = Budget().tokens
+BAD_BATCH = "not_finite.jsonl"
 AGREEMENT_PROMPTS, AGREEMENT_TOKENS = 100, 32
 
 
@@ -299,6 +300,10 @@ class _Run:
                 except StoppedError as stopped:
                     self._keep(manifest, k, stopped.labels)
                     self._end(stop, manifest)
+                except DivergenceError as error:
+                    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in error.batch]
+                    write_durably(self.out / BAD_BATCH, "".join(lines).encode())
+                    raise DivergenceError(f"{error} The batch is in {self.out / BAD_BATCH}.") from error
                 self._commit(manifest, k, rows, labels)
                 if stop.signum is not None:
                     self._end(stop, manifest)

@@ -217,6 +217,13 @@ def test_nan_logits_stop_the_run_and_write_nothing(tmp_path, strategy):
     with pytest.raises(DivergenceError, match=r"not finite for .*r\d"):
         generate(tmp_path, teacher, strategy=strategy)
     assert not list(tmp_path.glob("*.parquet"))
+    batch = [json.loads(line) for line in (tmp_path / "not_finite.jsonl").read_text().splitlines()]
+    texts = {(e.id, name): text for e in EXAMPLES for name, text in zip(TEMPLATES, e.teacher_inputs, strict=True)}
+    assert batch
+    assert not all(row["finite"] for row in batch)
+    for row in batch:
+        assert row["teacher_input"] == texts[row["id"], row["template"]]
+        assert row["token_ids"] == teacher.tokenizer(row["teacher_input"])["input_ids"]
 
 
 def test_progress_is_logged_where_there_is_no_terminal(tmp_path, caplog):
