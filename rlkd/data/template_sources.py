@@ -54,7 +54,7 @@ class TemplatesFile:
     sha256: str
     source: str
 
-    @property
+    @cached_property
     def trusted(self) -> bool:
         """Shipped with rlkd, or promptsource's own: not a stranger's."""
         shipped = Path(self.place).resolve().is_relative_to(PACKAGE_PROMPTS)
