@@ -23,6 +23,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLKD_CACHE", str(tmp_path / "cache"))  # no templates that the user downloaded
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return tmp_path
 
