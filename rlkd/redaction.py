@@ -25,7 +25,7 @@ FORMS = re.compile(
     r"|(?<=\bBearer )[\w.~+/-]{8,}=*"
 )
 WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # and a git commit
-COMMIT_WORDS = {"revision", "commit", "sha", "sha1"}
+COMMIT_WORDS = {"revision", "revisions", "commit", "sha", "sha1"}
 
 
 def is_secret(name: str) -> bool:
@@ -36,7 +36,7 @@ def is_secret(name: str) -> bool:
 def redacted(value: Any, name: str = "") -> Any:
     """`value` (JSON-able, or a command line as a list) without its secrets; `name` is that of the setting it is."""
     if isinstance(value, dict):
-        return {key: redacted(item, str(key)) for key, item in value.items()}
+        return {key: redacted(item, f"{name}.{key}") for key, item in value.items()}
     if value is not None and not isinstance(value, bool) and is_secret(name):
         return REDACTED
     if isinstance(value, (list, tuple)):

@@ -19,6 +19,7 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .errors import ConfigError
 from .generation.files import write_durably
 from .redaction import redacted
@@ -83,7 +84,7 @@ def _version(package: str) -> str | None:
 class RunRecord:
     """The content of run.json.
 
-    rlkd, versions  of rlkd, and of what it stands on and python; None for a package that is not installed
+    rlkd, versions  of rlkd, of python and of what rlkd stands on; None for a package that is not installed
     trainer         its class; command, sys.argv
     started         ISO time of the first start; resumed, one entry per later start: time, checkpoint, command, changed
     settings        every setting of ours, and those of transformers and TRL that differ from their defaults
@@ -100,9 +101,9 @@ class RunRecord:
     models: dict[str, str | None]
     revisions: dict[str, str | None]
     processes: int = 1
-    rlkd: str | None = field(default_factory=lambda: _version("rlkd"))
+    rlkd: str = __version__
     command: list[str] = field(default_factory=lambda: list(sys.argv))
-    started: str = field(default_factory=lambda: now())
+    started: str = field(default_factory=now)
     versions: dict[str, str | None] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     )
