@@ -16,12 +16,23 @@ def _require(condition: bool, name: str, value: object, constraint: str) -> None
 
 
 @dataclass
-class DistillationArguments(TrainingArguments):
+class StudentArguments(TrainingArguments):
     """What every rlkd trainer shares.
 
-    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
-    to a tracker unless asked for, and columns are kept for the collators.
+    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), and columns are kept
+    for the collators.
     """
+
+    allow_config_change: bool = field(
+        default=False, metadata={"help": "Resume a checkpoint that was written with other settings."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
+
+
+@dataclass
+class DistillationArguments(StudentArguments):
+    """What the trainers of generating students share."""
 
     max_input_tokens: int = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
     max_new_tokens: int = field(default=64, metadata={"help": "Answers are cut to this many tokens."})
@@ -31,8 +42,6 @@ class DistillationArguments(TrainingArguments):
     sample_table_rows: int = field(
         default=4, metadata={"help": "Rows of the prompt / student / teacher / reward table shown at each evaluation."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

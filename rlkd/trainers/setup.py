@@ -19,6 +19,7 @@ from ..models.architectures import EncoderDecoder, check_config, load_config, lo
 from ..models.teacher import Teacher
 from ..models.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
+from ..runs import check_settings
 from .arguments import DistillationArguments
 
 
@@ -92,6 +93,7 @@ class Setup:
     eval_examples: Examples
     pseudo_labels: Any
     task_metric: TaskMetric | None
+    settings: tuple[Any, ...]
 
     def trainer_inputs(self) -> dict[str, Any]:
         """Keyword arguments every trainer takes."""
@@ -100,6 +102,7 @@ class Setup:
             "tokenizer": self.tokenizer,
             "eval_examples": self.eval_examples,
             "task_metric": self.task_metric,
+            "settings": self.settings,
         }
 
 
@@ -108,11 +111,19 @@ def prepare(
 ) -> Setup:
     """Check names, settings, vocabularies, files, columns and templates; then load weights.
 
-    Raises ModelError, DataError or ConfigError, each before any weights load.
+    Raises ModelError, DataError or ConfigError, each before any weights load; among them that of a checkpoint to resume
+    that was written with other settings.
     """
     name = student.model_name_or_path
     if not name:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
+    if student.use_peft:
+        student.lora_task_type = "SEQ_2_SEQ_LM"
+    settings = (data, teacher, student)
+    if training.resume_from_checkpoint:
+        check_settings(
+            Path(training.resume_from_checkpoint), (*settings, training), allow_change=training.allow_config_change
+        )
     tokenizer, valid_vocab = _check_models(teacher, student, name)
     train, evaluation, labels = _load_data(data)
 
@@ -127,7 +138,6 @@ def prepare(
     if student.use_peft:
         from peft import get_peft_model
 
-        student.lora_task_type = "SEQ_2_SEQ_LM"
         model = get_peft_model(model, get_peft_config(student))  # type: ignore[arg-type]
     frozen = load_encoder_decoder(
         teacher.teacher, "teacher", dtype=teacher.teacher_dtype, revision=teacher.teacher_revision
@@ -148,6 +158,7 @@ def prepare(
         evaluation,
         labels,
         TASK_METRICS.get(data.task_metric),
+        settings,
     )
 
 
@@ -207,6 +218,7 @@ def _load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
             student_column=data.input_column,
             student_template=student_template,
             reference_column=reference,
+            source=source,
         )
     labels = load_pseudolabels(Path(data.pseudo_labels)) if data.pseudo_labels is not None else None
     return examples["train"], examples["evaluation"], labels
