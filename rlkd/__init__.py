@@ -48,6 +48,13 @@ _PUBLIC = {
     "DataArguments": "trainers.setup",
     "TeacherArguments": "trainers.setup",
     "prepare": "trainers.setup",
+    "LabelledDataArguments": "trainers.encoder_data",
+    "EncoderTeacherArguments": "trainers.encoder_setup",
+    "EncoderStudentArguments": "trainers.encoder_setup",
+    "prepare_encoders": "trainers.encoder_setup",
+    "fine_tuned_teacher": "trainers.encoder_setup",
+    "compare_with_teacher": "trainers.encoder_report",
+    "export_onnx": "models.onnx_export",
     "parse_config": "config",
     "run_main": "config",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,33 +128,37 @@ def load_labelled(
 
 
 def find_labels(values: Iterable[Any]) -> tuple[str, ...]:
-    """The label set of a column, for data that bring none: names sorted, or '0' to the largest number.
+    """The label set of a column, for data that bring none: names sorted, or the numbers from 0 (or from the smallest,
+    if that is larger) to the largest.
 
     Take it from the training rows, so that a label that only the held-out rows know is found.
     """
     seen = {value for value in values if not _hidden(value)}
-    if seen and all(isinstance(value, int) for value in seen):
-        return tuple(map(str, range(max(seen) + 1)))
+    if seen and all(type(value) is int for value in seen):
+        return tuple(map(str, range(min(seen), max(seen) + 1) if min(seen) > 0 else range(max(seen) + 1)))
     return tuple(sorted(map(str, seen)))
 
 
 def label_indices(values: Iterable[Any], labels: Sequence[str], source: str) -> list[int | None]:
-    """The index of each value, a name of `labels` or an index itself; None where hidden. Raises DataError."""
+    """The index of each value, a name of `labels` or (unless names are numbers) an index itself; None where hidden.
+
+    Raises DataError for any other value.
+    """
     names = {name: i for i, name in enumerate(labels)}
+    numbered = any(re.fullmatch(r"-?\d+", name) for name in labels)
     indices: list[int | None] = []
     strangers: dict[Any, list[int]] = {}
     for i, value in enumerate(values):
         index = None if _hidden(value) else names.get(str(value))
-        if index is None and isinstance(value, int) and 0 <= value < len(labels):
+        if index is None and not numbered and isinstance(value, int) and 0 <= value < len(labels):
             index = value
         if index is None and not _hidden(value):
             strangers.setdefault(value, []).append(i)
         indices.append(index)
     if strangers:
         found = "; ".join(f"{value!r} in rows {_first(rows)}" for value, rows in list(strangers.items())[:5])
-        raise DataError(
-            f"'{source}': labels outside the set: {found}. Allowed: {', '.join(labels)}, or 0 to {len(labels) - 1}."
-        )
+        indices_too = "" if numbered else f", or 0 to {len(labels) - 1}"
+        raise DataError(f"'{source}': labels outside the set: {found}. Allowed: {', '.join(labels)}{indices_too}.")
     return indices
 
 

@@ -18,6 +18,7 @@ from ..models.encoders import (
     EncoderOutputs,
     EncoderStudent,
     check_head_slices,
+    check_length,
     matched_layers,
     run_encoder,
     width_of,
@@ -44,6 +45,8 @@ def check_distillation(
             f"the teacher has {teacher_config.num_labels} labels and the student {student_config.num_labels}: "
             "fine-tune the teacher on this task first"
         )
+    check_length(args.max_length, student_config, "student")
+    check_length(args.max_length, teacher_config, "teacher")
     terms = args.weights.keys() - {"ce", "kd"}
     if not terms:
         return
@@ -97,6 +100,7 @@ class TKDTrainer(StudentTrainer):
     ):
         if teacher is None and args.teacher_needs != "none":
             raise ConfigError(f"preset = {args.preset!r} compares with a teacher: give one, or preset: ft")
+        check_length(args.max_length, student.config, "student")
         if teacher is not None:
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
             teacher.eval().requires_grad_(False).to(args.device)
@@ -148,7 +152,8 @@ class TKDTrainer(StudentTrainer):
         self.save_model()
         if self.is_world_process_zero():
             shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items())
-            print(f"held-out: {shown or 'no eval_rows'}\nstudent and metrics.jsonl saved in {self.run_folder}")
+            what = "model" if self.teacher is None else "student"
+            print(f"held-out: {shown or 'no eval_rows'}\n{what} and metrics.jsonl saved in {self.run_folder}")
 
     # The loss
 

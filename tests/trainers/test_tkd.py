@@ -43,6 +43,7 @@ def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=
             "per_device_train_batch_size": 4,
             "save_strategy": "no",
             "learning_rate": 1e-3,
+            "max_length": 32,
             **settings,
         },
     )
@@ -350,7 +351,7 @@ def test_it_fine_tunes_a_teacher_and_learns(tmp_path, capsys):
         model,
         TKDArguments(
             output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, report_to=[], preset="ft", max_steps=150,
-            learning_rate=1e-2, per_device_train_batch_size=16, save_strategy="no",
+            learning_rate=1e-2, per_device_train_batch_size=16, save_strategy="no", max_length=32,
         ),
         tokenizer=classifier_tokenizer(),
         train_rows=rows(200, seed=3),
@@ -358,7 +359,7 @@ def test_it_fine_tunes_a_teacher_and_learns(tmp_path, capsys):
     )  # fmt: skip
     trainer.run()
     assert trainer.evaluate()["eval_accuracy"] > 0.9
-    assert "student and metrics.jsonl saved in" in capsys.readouterr().out
+    assert "model and metrics.jsonl saved in" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").exists()
 
 
