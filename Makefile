@@ -7,7 +7,7 @@ ARGS ?=
 # A machine with a GPU keeps the torch that pip chooses; one without takes the CPU build.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all lint docker-check notebooks clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python recipes/quickstart.py $(ARGS)
@@ -23,7 +23,13 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/codespell rlkd recipes tests benchmarks docs prompts README.md
+	$(VENV)/bin/codespell rlkd recipes tests benchmarks docs docker prompts README.md
+	$(VENV)/bin/hadolint docker/Dockerfile.*
+
+# Both Dockerfiles and their build stage, without a Docker engine.
+docker-check: $(VENV)/.installed-dev
+	$(VENV)/bin/hadolint docker/Dockerfile.*
+	$(VENV)/bin/python -m pytest tests/test_docker.py -n 0 -m "slow or not slow"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
