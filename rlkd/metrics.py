@@ -82,8 +82,8 @@ def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[s
     return scores
 
 
-# Classifiers: (predicted, true) label indices -> score in [-1, 1], by scikit-learn; 0 without rows. Rows without a label
-# are left out before.
+# Classifiers: (predicted, true) label indices -> score in [-1, 1], by scikit-learn; 0 without rows. Rows without a
+# label are left out before.
 
 
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
