@@ -16,6 +16,8 @@ from .attention import AttentionSource, recorded_attention
 
 Init = Literal["mapped", "first", "pretrained", "random"]
 PROJECTIONS_FILE = "projections.safetensors"
+# These number their positions from pad_token_id + 1 on.
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "xmod")
 
 
 class EncoderOutputs(NamedTuple):
@@ -47,6 +49,23 @@ def run_encoder(
 def width_of(config: Any) -> int:
     """Width of a model's hidden states; those of a bidirectional network join both directions."""
     return int(getattr(config, "output_width", config.hidden_size))
+
+
+def max_positions(config: Any) -> int | None:
+    """Tokens the longest input may have; None for a model without a bound."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or config.model_type not in OFFSET_POSITIONS:
+        return positions
+    return int(positions) - config.pad_token_id - 1
+
+
+def check_max_length(max_length: int, config: Any, model: str) -> None:
+    """Raises ConfigError if `model` has no positions for texts of max_length tokens."""
+    positions = max_positions(config)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            f"max_length = {max_length}: {model} has {positions} positions. Set it to {positions} at most."
+        )
 
 
 def matched_layers(student_layers: int, teacher_layers: int, layer_map: list[int] | None = None) -> list[int]:
