@@ -5,7 +5,7 @@ import pytest
 from rlkd.data.probe_rows import read_tables, read_task_file
 from rlkd.errors import DataError
 
-LINES = 'tr\tPAST\tHe said "no .\ntr\tPRES\tshe goes\nva\tPAST\tthey "went" .\nte\tPRES\tit is\nte\tPAST\tit was\n'
+LINES = 'tr\tPAST\tHe said "no .\ntr\tWILL\tshe goes\nva\tPAST\tthey "went" .\nte\tWILL\tit is\nte\tPAST\tit was\n'
 
 
 def write(path, text):
@@ -15,7 +15,7 @@ def write(path, text):
 
 def test_a_file_as_senteval_has_them(tmp_path):
     rows = read_task_file(write(tmp_path / "tense.txt", LINES))
-    assert rows.classes == ("PAST", "PRES")
+    assert rows.classes == ("PAST", "WILL")
     assert [(row["text"], row["label"]) for row in rows.train] == [('He said "no .', 0), ("she goes", 1)]
     assert [row["text"] for row in rows.validation] == ['they "went" .']
     assert [row["label"] for row in rows.test] == [1, 0]
@@ -30,7 +30,7 @@ def test_a_file_as_senteval_has_them(tmp_path):
         (LINES + "tr\tPAST\n", r"x\.txt:6 has 2 cells, columns name 3 \(split, label, text\)"),
         (LINES + "tr\tPAST\ta\tb\n", r"x\.txt:6 has 4 cells"),
         (LINES + "dev\tPAST\ta\n", r"x\.txt:6: split 'dev': allowed are tr, va, te"),
-        (LINES + "te\tFUTURE\ta\n", r"x\.txt:6: the label 'FUTURE' never .* \(those have PAST, PRES\)"),
+        (LINES + "te\tFUTURE\ta\n", r"x\.txt:6: the label 'FUTURE' never .* \(those have PAST, WILL\)"),
         (LINES + "va\tFUTURE\ta\n", r"x\.txt:6: the label 'FUTURE' never occurs"),
         (LINES + "tr\t\ta\n", r"x\.txt:6 has no label"),
         ("tr\tA\ta\ntr\tA\tb\nva\tA\tc\nte\tA\td\n", r"fewer than 2 labels \(A\)"),
@@ -89,7 +89,7 @@ def test_pairs_and_other_columns(tmp_path):
         ("text,label\na,no\nb,\n", table(2), r"train\.csv, row 1 has no label"),
         ("text,label\na,no\nb,no\n", "text,label\na,no\n", r"fewer than 2 labels \(no\)"),
         (table(4), "txt,label\na,no\n", r"text_column: 'text'.*Did you mean 'txt'"),
-        ("text,lable\na,no\n", table(2), r"label_column: 'label'.*Did you mean 'lable'"),
+        ("text,labels\na,no\n", table(2), r"label_column: 'label'.*Did you mean 'labels'"),
         (table(4) + "a,b,c\n", table(2), r"train\.csv:6 has 3 cells"),
     ],
 )  # fmt: skip
