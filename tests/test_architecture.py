@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(["tensors", "redaction"], 1),
     **dict.fromkeys(["objectives", "data", "models", "metrics", "config"], 2),
     **dict.fromkeys(["generation", "runs"], 3),
-    **dict.fromkeys(["trainers", "evaluation", "inspection", "report"], 4),
+    **dict.fromkeys(["trainers", "evaluation", "probing", "inspection", "report"], 4),
     **dict.fromkeys(["cli"], 5),
 }
 # The only steps sideways. Nothing may go back the other way.

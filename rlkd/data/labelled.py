@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -65,6 +65,14 @@ class EncodedTexts(Sequence[dict[str, Any]]):
     def fingerprint(self) -> str:
         """The first 16 digits of the SHA-256 of everything that trains, labels included."""
         return sha256(f"{self.digest()} {self.labels}".encode()).hexdigest()[:16]
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """All rows, the shortest first: the numbers of `size` rows, and what a model reads of them."""
+        lengths = self.lengths
+        order = sorted(range(len(self)), key=lambda i: (lengths[i], i))
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size]
+            yield numbers, model_inputs(self.collate([self[i] for i in numbers]))
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """input_ids, attention_mask (and token_type_ids) [B, L], padded on the right; labels and index [B]."""

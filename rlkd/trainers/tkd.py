@@ -18,7 +18,7 @@ from ..models.encoders import (
     EncoderOutputs,
     EncoderStudent,
     check_head_slices,
-    check_length,
+    check_max_length,
     matched_layers,
     run_encoder,
     width_of,
@@ -45,8 +45,8 @@ def check_distillation(
             f"the teacher has {teacher_config.num_labels} labels and the student {student_config.num_labels}: "
             "fine-tune the teacher on this task first"
         )
-    check_length(args.max_length, student_config, "student")
-    check_length(args.max_length, teacher_config, "teacher")
+    check_max_length(args.max_length, student_config, "the student")
+    check_max_length(args.max_length, teacher_config, "the teacher")
     terms = args.weights.keys() - {"ce", "kd"}
     if not terms:
         return
@@ -100,7 +100,7 @@ class TKDTrainer(StudentTrainer):
     ):
         if teacher is None and args.teacher_needs != "none":
             raise ConfigError(f"preset = {args.preset!r} compares with a teacher: give one, or preset: ft")
-        check_length(args.max_length, student.config, "student")
+        check_max_length(args.max_length, student.config, "the student")
         if teacher is not None:
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
             teacher.eval().requires_grad_(False).to(args.device)
