@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers import TrainingArguments
-
 from ..errors import ConfigError
 from ..objectives.encoder import PRESETS, TREE_TERMS
-from .arguments import _require
+from .arguments import StudentArguments, _require
 
 Preset = Literal[
     "ft", "kd", "pkd", "tkd", "teacher-tkd", "t-s-tkd", "rand", "all", "all-tkd", "all-t-tkd", "all-t-s-tkd"
@@ -18,11 +16,8 @@ CACHE_ORDER = ("none", "logits", "cls", "hidden")
 
 
 @dataclass
-class TKDArguments(TrainingArguments):
-    """Which terms the loss has and how they weigh, how the tree is grown, and what is kept of the teacher.
-
-    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), columns are kept.
-    """
+class TKDArguments(StudentArguments):
+    """Which terms the loss has and how they weigh, how the tree is grown, and what is kept of the teacher."""
 
     # Loss
     preset: Preset = field(
@@ -79,12 +74,7 @@ class TKDArguments(TrainingArguments):
         default=None, metadata={"help": "Where it is kept, for several runs to share; null: inside output_dir."}
     )
     max_length: int = field(default=128, metadata={"help": "Texts are cut to this many tokens."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without a better one; null never does."}
-    )
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator uses all columns."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,12 +97,6 @@ class TKDArguments(TrainingArguments):
                 self.tree_start_epoch,
                 f"must be less than num_train_epochs = {self.num_train_epochs:g}, or the tree never starts",
             )
-        _require(
-            self.early_stopping_patience is None or self.load_best_model_at_end,
-            "early_stopping_patience",
-            self.early_stopping_patience,
-            "needs load_best_model_at_end: true (and eval_strategy, save_strategy: epoch or steps)",
-        )
 
     def _check_weights(self) -> None:
         logits = self.weights.keys() & {"ce", "kd"}
