@@ -148,6 +148,5 @@ class Teacher:
         raise DivergenceError(
             f"the teacher's logits are not finite for {len(bad)} of {len(good)} answers: {', '.join(names)}. "
             f"Its weights are {self.adapter.model.dtype}: use bfloat16 or float32 for T5 models, and check that the "
-            f"checkpoint loads "
-            "without missing weights. Nothing was updated with these rewards."
+            "checkpoint loads without missing weights."
         )

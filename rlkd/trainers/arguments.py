@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
+from .best import LOWER_IS_BETTER
 
 
 def _require(condition: bool, name: str, value: object, constraint: str) -> None:
@@ -26,8 +27,40 @@ class StudentArguments(TrainingArguments):
     allow_config_change: bool = field(
         default=False, metadata={"help": "Resume a checkpoint that was written with other settings."}
     )
+    alarms: Literal["warn", "stop", "off"] = field(
+        default="warn",
+        metadata={"help": "When a logged number crosses a threshold of docs/guards.md: warn, or save and exit with 5."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a better one; null never does."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
+
+    def __post_init__(self) -> None:
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and metric in LOWER_IS_BETTER:
+            self.greater_is_better = False
+        super().__post_init__()
+        _require(self.alarms in ("warn", "stop", "off"), "alarms", self.alarms, "allowed are 'warn', 'stop', 'off'")
+        patience = self.early_stopping_patience
+        if patience is not None:
+            _require(patience >= 1, "early_stopping_patience", patience, "must be at least 1, or null")
+            _require(
+                self.load_best_model_at_end,
+                "early_stopping_patience",
+                patience,
+                "needs load_best_model_at_end: true (and eval_strategy, save_strategy: epoch or steps)",
+            )
+            # Or a resumed run would count its evaluations anew.
+            self.restore_callback_states_from_checkpoint = True
+        _require(
+            not self.load_best_model_at_end or self.save_strategy != "steps" or self.save_steps == self.eval_steps,
+            "save_steps",
+            self.save_steps,
+            f"load_best_model_at_end keeps an evaluated step only if it is saved: set it to eval_steps = "
+            f"{self.eval_steps}, or save_strategy to best",
+        )
 
 
 @dataclass
@@ -44,6 +77,8 @@ class DistillationArguments(StudentArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "regret"
         super().__post_init__()
         _require(self.max_input_tokens >= 1, "max_input_tokens", self.max_input_tokens, "must be at least 1")
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "must be at least 1")

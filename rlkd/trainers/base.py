@@ -104,13 +104,18 @@ class DistillationTrainer(StudentTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def held_out_names(self) -> list[str] | None:
+        """As in `StudentTrainer`."""
+        return None if self.evaluator is None else self.evaluator.names()
+
     def judge_policy(self, limit: int | None) -> list[dict[str, Any]]:
         """The evaluator's record of each held-out input (the first `limit`), in order, on every process."""
         assert self.evaluator is not None
         total = len(self.evaluator.examples) if limit is None else min(limit, len(self.evaluator.examples))
         share = range(self.accelerator.process_index, total, self.accelerator.num_processes)
         self.policy.eval()
-        rows = self.evaluator.rows(self.policy, self.reference, list(share))
+        with self.finite.together([], None):
+            rows = self.evaluator.rows(self.policy, self.reference, list(share))
         if self.accelerator.num_processes > 1:
             rows = gather_object(rows)
         return sorted(rows, key=lambda row: row["index"])

@@ -1,4 +1,4 @@
-"""What every rlkd trainer shares: recording what is logged, stopping at what is not finite, saving the bare student."""
+"""What every rlkd trainer shares: recording what is logged, guards, saving the bare student."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import ConfigError, DivergenceError
+from ..errors import ConfigError
 from ..generation.label_store import weights_digest
 from ..runs import RUN_FILE, RunRecord, describe_data, describe_templates, settings_of
 from .arguments import StudentArguments
+from .best import BestCheckpoint, check_best_metric
+from .finite import FiniteGuard
+from .guards import AlarmCallback
 
 STATE_FILE = "rlkd_state.json"
 
@@ -32,17 +36,6 @@ class JsonlCallback(TrainerCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
-
-
-class _FiniteGradient(TrainerCallback):
-    """Stops before an optimizer step with a gradient that is not finite."""
-
-    def __init__(self, trainer: StudentTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        norms = [p.grad.norm() for p in self.trainer.trained.parameters() if p.grad is not None]
-        self.trainer.check_finite("the gradient", torch.stack(norms), ["of this update"])
 
 
 class StudentTrainer(Trainer):
@@ -61,8 +54,12 @@ class StudentTrainer(Trainer):
     def __init__(self, *, settings: Sequence[Any] = (), callbacks: list[TrainerCallback] | None = None, **options: Any):
         self.settings = settings
         self._recorded: dict[str, list[Tensor]] = {}
-        own = [JsonlCallback(), _FiniteGradient(self)]
-        super().__init__(model=self.trained, callbacks=[*own, *(callbacks or [])], **options)
+        self.finite, self.alarms = FiniteGuard(self), AlarmCallback(self)
+        own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint()]
+        patience = options["args"].early_stopping_patience
+        stopping = [EarlyStoppingCallback(patience)] if patience else []
+        super().__init__(model=self.trained, callbacks=[*own, *stopping, *(callbacks or [])], **options)
+        check_best_metric(self.args, self.held_out_names)
 
     @property
     def run_folder(self) -> Path:
@@ -128,6 +125,7 @@ class StudentTrainer(Trainer):
                     sums = self.accelerator.reduce(torch.stack([total.sum(), count.sum()]), reduction="sum")
                     logs[name] = float(sums[0] / sums[1].clamp(min=1))
             self._recorded.clear()
+        self.alarms.observe(logs)
         super().log(logs, start_time)
 
     @staticmethod
@@ -141,15 +139,36 @@ class StudentTrainer(Trainer):
             kwargs |= {name: yaml.safe_load(value) for name, value in given.items()}
         return optimizer, kwargs
 
-    def check_finite(self, name: str, value: Tensor, ids: list[str]) -> None:
-        """Raise DivergenceError before a non-finite number reaches the weights."""
-        if not torch.isfinite(value).all():
-            raise DivergenceError(
-                f"{name} is not finite at step {self.state.global_step} (rows {', '.join(ids[:5])}). Nothing was "
-                "updated with it. Lower learning_rate, or resume from the last checkpoint."
-            )
+    # Guards: `finite` stops what is not finite, `alarms` judges what is logged.
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer. Raises DivergenceError for numbers that are not finite, and after an alarm that stops."""
+        result = super().train(*args, **kwargs)
+        self.alarms.raise_if_stopped()
+        return result
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether `flag` is true on any process; each must ask."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), reduction="sum") > 0)
+
+    def held_out_names(self) -> list[str] | None:
+        """Names of the numbers an evaluation yields, without `eval_`; None if only running it would tell."""
+        return None
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.finite.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.finite.grad_norm
 
     # Saving: the bare student; beside it, in checkpoints only, what resuming needs (`save_extras`).
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer. Raises DivergenceError, and writes nothing, if weights or optimizer state are not finite."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        held = (t for state in states for t in state.values() if isinstance(t, Tensor))
+        self.finite.check_weights(chain(self.trained.state_dict().values(), held))
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 
 from ..data.labelled import EncodedTexts, model_inputs
 from ..errors import ConfigError, ModelError
@@ -114,7 +114,6 @@ class TKDTrainer(StudentTrainer):
             self.teacher_texts = EncodedTexts(train_rows, teacher_tokenizer, args.max_length, labels)
         self.teacher_cache: TeacherOutputs | None = None
         self.scales: dict[str, float] = {}  # of auto_scale, once known
-        stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []
         super().__init__(
             args=args,
             train_dataset=train,
@@ -122,7 +121,7 @@ class TKDTrainer(StudentTrainer):
             data_collator=train.collate,
             compute_metrics=compute_metrics or classification_metrics(["accuracy"]),
             settings=settings,
-            callbacks=[*stopping, *(callbacks or [])],
+            callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch: accumulation averages it
 
@@ -172,7 +171,10 @@ class TKDTrainer(StudentTrainer):
             terms |= self.hidden_terms(weights, student, teacher, inputs["attention_mask"], inputs["input_ids"])
         weighted = weighted_terms(terms, self.scaled(weights, terms))
         loss = torch.stack(list(weighted.values())).sum()
-        self.check_finite("the loss", loss, [str(i) for i in inputs["index"].tolist()])
+        watched = {"the loss": loss}
+        if weights.keys() - {"ce"}:
+            watched = {"the teacher's logits": teacher.logits, **watched}
+        self.finite.watch(watched, [str(i) for i in inputs["index"].tolist()], inputs)
         self.record(**terms, **{f"weighted_{name}": value for name, value in weighted.items()})
         return (loss, {"logits": student.logits}) if return_outputs else loss
 
@@ -298,6 +300,14 @@ class TKDTrainer(StudentTrainer):
             )
 
     # Evaluation and saving
+
+    def held_out_names(self) -> list[str] | None:
+        """As in `StudentTrainer`: cross-entropy, and what `compute_metrics` names for two made-up rows."""
+        try:
+            made_up = EvalPrediction(torch.eye(2, self.trained.config.num_labels).numpy(), torch.tensor([0, 1]).numpy())
+            return ["loss", *(self.compute_metrics or classification_metrics([]))(made_up)]
+        except Exception:  # whatever a user's function cannot do with them
+            return None
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -74,9 +74,6 @@ class TKDArguments(StudentArguments):
         default=None, metadata={"help": "Where it is kept, for several runs to share; null: inside output_dir."}
     )
     max_length: int = field(default=128, metadata={"help": "Texts are cut to this many tokens."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without a better one; null never does."}
-    )
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
@@ -100,12 +97,6 @@ class TKDArguments(StudentArguments):
                 self.tree_start_epoch,
                 f"must be less than num_train_epochs = {self.num_train_epochs:g}, or the tree never starts",
             )
-        _require(
-            self.early_stopping_patience is None or self.load_best_model_at_end,
-            "early_stopping_patience",
-            self.early_stopping_patience,
-            "needs load_best_model_at_end: true (and eval_strategy, save_strategy: epoch or steps)",
-        )
 
     def _check_weights(self) -> None:
         logits = self.weights.keys() & {"ce", "kd"}
