@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from ..errors import DivergenceError
-
-STATE_FILE = "rlkd_state.json"
+from ..generation.files import append_text
+from .checkpoints import read_state
+from .resumable import ResumableTrainer
 
 
 class JsonlCallback(TrainerCallback):
@@ -22,10 +23,8 @@ class JsonlCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
-            path = Path(args.output_dir) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
+            record = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+            append_text(Path(args.output_dir) / "metrics.jsonl", json.dumps(record) + "\n")
 
 
 class _FiniteGradient(TrainerCallback):
@@ -39,7 +38,7 @@ class _FiniteGradient(TrainerCallback):
         self.trainer.check_finite("the gradient", torch.stack(norms), ["of this update"])
 
 
-class StudentTrainer(Trainer):
+class StudentTrainer(ResumableTrainer):
     """transformers.Trainer around a wrapped student. Saved models are the bare student and its tokenizer.
 
     Subclasses set `trained` and `tokenizer` before they call this constructor. The wrapper has the plain model as
@@ -53,11 +52,6 @@ class StudentTrainer(Trainer):
         self._recorded: dict[str, list[Tensor]] = {}
         own = [JsonlCallback(), _FiniteGradient(self)]
         super().__init__(model=self.trained, callbacks=[*own, *(callbacks or [])], **options)
-
-    @property
-    def run_folder(self) -> Path:
-        """Where metrics, samples, checkpoints and the final student go."""
-        return Path(str(self.args.output_dir))
 
     # Logging: losses record detached values; a log line holds their means over all tokens, micro-batches and processes,
     # so it does not depend on how the batch was split.
@@ -105,7 +99,7 @@ class StudentTrainer(Trainer):
                 "updated with it. Lower learning_rate, or resume from the last checkpoint."
             )
 
-    # Saving: the bare student; beside it, in checkpoints only, what resuming needs (`save_extras`).
+    # Saving: the bare student; beside it, in checkpoints only, what resuming needs (`resumable.py`).
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder
@@ -113,30 +107,11 @@ class StudentTrainer(Trainer):
         self.trained.student.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Called for resumable checkpoints only, after the student was written.
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            (Path(output_dir) / STATE_FILE).write_text(json.dumps(self.save_extras(Path(output_dir)), indent=2))
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        extras = json.loads((folder / STATE_FILE).read_text())
-        if extras["trainer"] != type(self).__name__:
-            raise ValueError(
-                f"{folder} was written by {extras['trainer']}, not by {type(self).__name__}: give another output_dir, "
-                "or start from that checkpoint's student instead of resuming it"
-            )
         self.trained.load(folder)
-        self.load_extras(extras, folder)
+        self.load_extras(read_state(folder), folder)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.trained.load(self.state.best_model_checkpoint)
-
-    def save_extras(self, folder: Path) -> dict[str, Any]:
-        """JSON-able state beyond weights, optimizer, scheduler and RNG; tensors go to files in `folder`."""
-        return {"trainer": type(self).__name__}
-
-    def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
-        """Restore what `save_extras` returned and wrote; the student is already loaded."""
