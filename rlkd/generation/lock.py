@@ -82,4 +82,4 @@ class Stop:
             raise SystemExit(128 + signum)
         self.signum = signum
         # print and logging may be what the signal interrupted: write(2) is safe.
-        os.write(2, b"stopping after this batch; once more to stop at once\n")
+        os.write(2, b"stopping as soon as what was done is saved; once more to stop at once\n")

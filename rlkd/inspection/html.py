@@ -177,4 +177,3 @@ def standalone_page(title: str, body: Markup, *, subtitle: str = "", css: str = 
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation import Evaluator, TaskMetric
+from ..generation.files import append_text
 from ..inspection.recording import TOKEN_REWARDS, append_samples, evaluated_samples
 from ..inspection.reward_view import Sample
 from ..models.student import Policy
@@ -20,6 +21,7 @@ from ..models.teacher import Teacher
 from ..records import Example
 from .arguments import DistillationArguments
 from .student_trainer import StudentTrainer
+from .trackers import Outage
 
 
 class DistillationTrainer(StudentTrainer):
@@ -64,6 +66,7 @@ class DistillationTrainer(StudentTrainer):
                 seed=args.data_seed or args.seed,
             )
         self.trained = self.policy
+        self._table_to_wandb = Outage("wandb's table of samples").survived(_table_to_wandb)
         super().__init__(
             args=args,
             train_dataset=train_dataset,
@@ -75,9 +78,10 @@ class DistillationTrainer(StudentTrainer):
 
     def run(self) -> None:
         """A whole job, as the recipes run it: train (or resume), judge, save the student, say where it is."""
-        self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-        metrics = self.evaluate()
-        self.save_model()
+        with self.writing():
+            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+            metrics = self.evaluate()
+            self.save_model()
         if self.is_world_process_zero():
             shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3g}" for name, value in metrics.items())
             print(f"held-out: {shown}\nstudent and metrics.jsonl saved in {self.run_folder}")
@@ -124,19 +128,13 @@ class DistillationTrainer(StudentTrainer):
         if not rows or not self.is_world_process_zero():
             return
         columns = ("id", "input", "teacher", "student", "regret", "sample_student", "sample_regret")
-        path = self.run_folder / "samples.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({"step": self.state.global_step, **row}, ensure_ascii=False) + "\n")
+        lines = [json.dumps({"step": self.state.global_step, **row}, ensure_ascii=False) + "\n" for row in rows]
+        append_text(self.run_folder / "samples.jsonl", "".join(lines))
         self._save_token_rewards(rows)
         if not self.args.disable_tqdm:
             _print_samples(self.state.global_step, columns, rows)
         if "wandb" in (self.args.report_to or ()):
-            import wandb
-
-            table = wandb.Table(columns=list(columns), data=[[row[c] for c in columns] for row in rows])
-            wandb.log({"samples": table}, commit=False)
+            self._table_to_wandb(list(columns), [[row[c] for c in columns] for row in rows])
 
     def _save_token_rewards(self, rows: list[dict[str, Any]]) -> None:
         """The same answers token by token, and those that training has just learned from: `RewardView.from_run`."""
@@ -161,6 +159,12 @@ class DistillationTrainer(StudentTrainer):
         """As in `StudentTrainer`; the critic goes beside the student."""
         self.policy.save_value_head(folder)
         return super().save_extras(folder)
+
+
+def _table_to_wandb(columns: list[str | int], rows: list[list[Any]]) -> None:
+    import wandb
+
+    wandb.log({"samples": wandb.Table(columns=columns, data=rows)}, commit=False)
 
 
 def _print_samples(step: int, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:

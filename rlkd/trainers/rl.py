@@ -93,6 +93,7 @@ class RLTrainer(DistillationTrainer):
         )
         # On resume `ExperienceLoader` knows from the step count where it is: the Trainer must not skip anything.
         self.args.ignore_data_skip = True
+        self.steps_between_checkpoints = args.updates_per_rollout
         self.teacher: Teacher = teacher
         self.train_examples = train_examples
         self.reference = self.policy.frozen_copy()
@@ -109,6 +110,7 @@ class RLTrainer(DistillationTrainer):
                 "minibatches_per_rollout, or raise rollouts_per_prompt"
             )
         self.add_callback(StartCheck(self))
+        self.add_callback(_EpochOfStep())
 
     # The loop
 
@@ -389,6 +391,13 @@ class ExperienceLoader:
     def __iter__(self) -> Iterator[dict[str, Minibatch]]:
         done = self.trainer.state.global_step * self.trainer.args.gradient_accumulation_steps % self.length
         yield from islice(self.trainer.experience(), self.length - done)
+
+
+class _EpochOfStep(TrainerCallback):
+    """The Trainer, which skips no data here, would count the micro-batches of a resumed epoch from its beginning."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step * args.gradient_accumulation_steps / len(kwargs["train_dataloader"])
 
 
 def _policy_inputs(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor]:

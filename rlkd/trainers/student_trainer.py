@@ -14,17 +14,16 @@ import torch
 import yaml
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import ConfigError
+from ..generation.files import append_text
 from ..generation.label_store import weights_digest
 from ..runs import RUN_FILE, RunRecord, describe_data, describe_templates, settings_of
 from .arguments import StudentArguments
 from .best import BestCheckpoint, check_best_metric
+from .checkpoints import read_state
 from .finite import FiniteGuard
 from .guards import AlarmCallback
-
-STATE_FILE = "rlkd_state.json"
+from .resumable import ResumableTrainer
 
 
 class JsonlCallback(TrainerCallback):
@@ -32,13 +31,11 @@ class JsonlCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
-            path = Path(args.output_dir) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
+            record = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+            append_text(Path(args.output_dir) / "metrics.jsonl", json.dumps(record) + "\n")
 
 
-class StudentTrainer(Trainer):
+class StudentTrainer(ResumableTrainer):
     """transformers.Trainer around a wrapped student. Saved models are the bare student and its tokenizer.
 
     Subclasses set `trained`, `tokenizer` and `teacher` before they call this constructor. The wrapper has the plain
@@ -61,21 +58,9 @@ class StudentTrainer(Trainer):
         super().__init__(model=self.trained, callbacks=[*own, *stopping, *(callbacks or [])], **options)
         check_best_metric(self.args, self.held_out_names)
 
-    @property
-    def run_folder(self) -> Path:
-        """Where metrics, samples, checkpoints and the final student go."""
-        return Path(str(self.args.output_dir))
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
-        """As in Trainer, after run.json is written. Raises ConfigError if a resumed run has other settings."""
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.run_folder))
-        self.begin_run(Path(checkpoint) if checkpoint else None)
-        return super().train(resume_from_checkpoint, *args, **options)
-
     def begin_run(self, checkpoint: Path | None) -> None:
         """Write run.json; if the run goes on from a checkpoint, check first that it is the same run."""
+        super().begin_run(checkpoint)
         sections = [*self.settings, self.args]
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
         models = {role: model for role, model in self.models().items() if model is not None}
@@ -161,7 +146,7 @@ class StudentTrainer(Trainer):
         self.finite.grad_norm = super()._get_grad_norm(model, grad_norm)
         return self.finite.grad_norm
 
-    # Saving: the bare student; beside it, in checkpoints only, what resuming needs (`save_extras`).
+    # Saving: the bare student; beside it, in checkpoints only, what resuming needs (`resumable.py`).
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer. Raises DivergenceError, and writes nothing, if weights or optimizer state are not finite."""
@@ -176,31 +161,16 @@ class StudentTrainer(Trainer):
         self.trained.student.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Called for resumable checkpoints only, after the student was written.
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            shutil.copy(self.run_folder / RUN_FILE, output_dir)
-            (Path(output_dir) / STATE_FILE).write_text(json.dumps(self.save_extras(Path(output_dir)), indent=2))
+    def save_extras(self, folder: Path) -> dict[str, Any]:
+        """As in `ResumableTrainer`; run.json goes beside the student."""
+        shutil.copy(self.run_folder / RUN_FILE, folder)
+        return super().save_extras(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        extras = json.loads((folder / STATE_FILE).read_text())
-        if extras["trainer"] != type(self).__name__:
-            raise ConfigError(
-                f"{folder} was written by {extras['trainer']}, not by {type(self).__name__}: give another output_dir, "
-                "or start from that checkpoint's student instead of resuming it"
-            )
         self.trained.load(folder)
-        self.load_extras(extras, folder)
+        self.load_extras(read_state(folder), folder)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.trained.load(self.state.best_model_checkpoint)
-
-    def save_extras(self, folder: Path) -> dict[str, Any]:
-        """JSON-able state beyond weights, optimizer, scheduler and RNG; tensors go to files in `folder`."""
-        return {"trainer": type(self).__name__}
-
-    def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
-        """Restore what `save_extras` returned and wrote; the student is already loaded."""

@@ -141,14 +141,16 @@ class TKDTrainer(StudentTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, after the teacher's outputs were computed, where they are to be kept."""
-        self.open_teacher_cache()
-        return super().train(*args, **kwargs)
+        with self.writing():
+            self.open_teacher_cache()
+            return super().train(*args, **kwargs)
 
     def run(self) -> None:
         """A whole job, as the recipes run it: train (or resume), judge, save the student, say where it is."""
-        self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-        metrics = self.evaluate() if self.eval_dataset is not None else {}
-        self.save_model()
+        with self.writing():
+            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+            metrics = self.evaluate() if self.eval_dataset is not None else {}
+            self.save_model()
         if self.is_world_process_zero():
             shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items())
             what = "model" if self.teacher is None else "student"

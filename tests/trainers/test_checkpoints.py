@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_utils import get_last_checkpoint
 
-from rlkd.errors import ConfigError
+from rlkd.errors import CheckpointError
+from rlkd.trainers.checkpoints import STATE_FILE
 from rlkd.trainers.rl import BEHAVIOUR_FILE
-from rlkd.trainers.student_trainer import STATE_FILE
 from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, weights
 
-TIMES = {"time", "rollout_seconds", "tokens_per_second", "epoch", "eval_seconds"}
+TIMES = {"time", "rollout_seconds", "tokens_per_second", "eval_seconds"}
 
 RUNS = {
     "ppo": ("ppo", {"kl_target": 0.01, "max_steps": 8, "save_steps": 4}),
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     for kind in ("ppo", "supervised"):
         trainer = make(kind, tmp_path / kind, max_steps=8)
         before = weights(trainer.policy)
-        with pytest.raises(ConfigError, match="written by ReinforceTrainer, not by"):
+        with pytest.raises(CheckpointError, match="written by ReinforceTrainer, not by"):
             trainer.train(resume_from_checkpoint=str(folder))
         assert_same(before, weights(trainer.policy))
 
@@ -102,7 +102,7 @@ def test_an_incomplete_checkpoint_is_an_error(tmp_path, file):
     folder = checkpoint(tmp_path / "one", **options)
     (folder / file).unlink()
     trainer = make("ppo", tmp_path / "two", **{**options, "max_steps": 8})
-    with pytest.raises(OSError, match=file.split(".")[0]):
+    with pytest.raises(CheckpointError, match=f"{file} is missing"):
         trainer.train(resume_from_checkpoint=str(folder))
 
 
@@ -190,14 +190,21 @@ def test_lora_trains_saves_and_resumes_its_adapter_only(tmp_path, kind):
 def test_a_run_saved_without_resume_state_cannot_be_resumed(tmp_path):
     make("ppo", tmp_path, max_steps=4, save_strategy="steps", save_steps=4, save_only_model=True).train()
     assert not (tmp_path / "checkpoint-4" / STATE_FILE).exists()
-    with pytest.raises(OSError, match=STATE_FILE):
+    with pytest.raises(CheckpointError, match=f"{STATE_FILE}: with save_only_model"):
         make("ppo", tmp_path / "two").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_state_is_json_that_names_its_trainer(tmp_path):
     folder = checkpoint(tmp_path)
     state = json.loads((folder / STATE_FILE).read_text())
-    assert state == {"trainer": "PPOTrainer", "kl_coef": 0.05, "behaviour_lags": False}
+    size = state.pop("logs")["metrics.jsonl"]
+    assert state == {"trainer": "PPOTrainer", "processes": 1, "kl_coef": 0.05, "behaviour_lags": False}
+    assert [row["step"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_bytes()[:size].splitlines())] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     copied = tmp_path / "moved"
     shutil.copytree(folder, copied)
     trainer = make("ppo", tmp_path / "two", max_steps=8)
