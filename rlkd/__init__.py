@@ -32,6 +32,7 @@ _PUBLIC = {
     "load_pseudolabels": "generation.pseudolabels",
     "Evaluator": "evaluation",
     "TASK_METRICS": "metrics",
+    "RowMean": "metrics",
     "SupervisedArguments": "trainers.arguments",
     "ReinforceArguments": "trainers.arguments",
     "PPOArguments": "trainers.arguments",

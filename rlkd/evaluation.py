@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .generation.decode import decode, greedy
 from .generation.rollouts import greedy_answers, sample_rollouts
+from .metrics import RowMean
 from .models.student import Policy
 from .models.teacher import Teacher
 from .objectives.advantages import regret_per_sequence
@@ -18,7 +19,7 @@ from .objectives.policy import kl_k3
 from .objectives.rewards import induced_advantage
 from .records import Example, Rollouts
 
-# predictions, then the examples they answer -> named scores
+# predictions, then the examples they answer -> named scores; a RowMean keeps the score of each row
 TaskMetric = Callable[[list[str], list[Example]], dict[str, float]]
 
 
@@ -39,8 +40,17 @@ class Evaluator:
     seed: int = 0
     _teacher_answers: dict[str, str] = field(default_factory=dict)
 
-    def rows(self, policy: Policy, reference: Policy | None, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """One record per index: texts, regret, length and so on of the greedy and the sampled answer."""
+    def rows(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        indices: Sequence[int],
+        advance: Callable[[int, int], None] = lambda rows, tokens: None,
+    ) -> list[dict[str, Any]]:
+        """One record per index: texts, regret, length and so on of the greedy and the sampled answer.
+
+        advance is told of every batch: (rows, tokens of their answers).
+        """
         out: list[dict[str, Any]] = []
         for start in range(0, len(indices), self.batch_rows):
             examples = [self.examples[i] for i in indices[start : start + self.batch_rows]]
@@ -58,6 +68,7 @@ class Evaluator:
                 row["match"] = float(row["student"] == row["teacher"])
                 row["index"] = indices[start + i]
                 out.append(row)
+            advance(len(examples), int(best.answer_mask.sum() + drawn.answer_mask.sum()))
         return out
 
     def _judge(self, policy: Policy, reference: Policy | None, answers: Rollouts) -> dict[str, list[Any]]:
@@ -74,6 +85,9 @@ class Evaluator:
                 kl = kl_k3(logps, reference_logps)
         return {
             "student": self.texts(answers.answer_ids, mask),
+            "tokens": [
+                self.tokenizer.convert_ids_to_tokens(ids[m]) for ids, m in zip(answers.answer_ids, mask, strict=True)
+            ],
             "regret": regret_per_sequence(regret, mask).tolist(),
             "logprob": ((scores.chosen - scores.logsumexp) * mask).sum(1).tolist(),
             "length": mask.sum(1).tolist(),
@@ -100,7 +114,10 @@ class Evaluator:
         return [self._teacher_answers[e.id] for e in examples]
 
     def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Means over rows, and the task metric of greedy and sampled answers. Names are defined in docs/metrics.md."""
+        """Means over rows, and the task metric of greedy and sampled answers. Names are defined in docs/metrics.md.
+
+        Rows are given their own task score, where the metric has one for each (a `RowMean`).
+        """
         names = [
             f"{p}{n}" for p in ("", "sample_") for n in ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
         ]
@@ -110,6 +127,10 @@ class Evaluator:
             for prefix in ("", "sample_"):
                 scores = self.task_metric([row[prefix + "student"] for row in rows], examples)
                 metrics.update({prefix + name: float(value) for name, value in scores.items()})
+                for name, value in scores.items():
+                    if isinstance(value, RowMean):
+                        for row, score in zip(rows, value.rows, strict=True):
+                            row[prefix + name] = float(score)
         return metrics
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation import Evaluator, TaskMetric
+from ..generation.progress import progress
 from ..models.student import Policy
 from ..models.teacher import Teacher
 from ..records import Example
 from .arguments import DistillationArguments
+from .run_files import HELD_OUT, SAMPLES, append_lines, keep_first_and_last
 from .student_trainer import StudentTrainer
 
 
@@ -60,6 +61,7 @@ class DistillationTrainer(StudentTrainer):
                 seed=args.data_seed or args.seed,
             )
         self.trained = self.policy
+        self.tokens_since_log, self.last_log = 0, time.perf_counter()
         super().__init__(
             args=args,
             train_dataset=train_dataset,
@@ -92,7 +94,9 @@ class DistillationTrainer(StudentTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator.summarise(rows).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self.log(metrics)
-        self._save_samples(rows[: self.args.sample_table_rows])
+        if self.is_world_process_zero():
+            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, rows)
+            self._save_samples(rows[: self.args.sample_table_rows])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -102,20 +106,16 @@ class DistillationTrainer(StudentTrainer):
         total = len(self.evaluator.examples) if limit is None else min(limit, len(self.evaluator.examples))
         share = range(self.accelerator.process_index, total, self.accelerator.num_processes)
         self.policy.eval()
-        rows = self.evaluator.rows(self.policy, self.reference, list(share))
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        with progress(len(share), what="evaluation", quiet=quiet) as advance:
+            rows = self.evaluator.rows(self.policy, self.reference, list(share), advance)
         if self.accelerator.num_processes > 1:
             rows = gather_object(rows)
         return sorted(rows, key=lambda row: row["index"])
 
     def _save_samples(self, rows: list[dict[str, Any]]) -> None:
-        if not rows or not self.is_world_process_zero():
-            return
         columns = ("id", "input", "teacher", "student", "regret", "sample_student", "sample_regret")
-        path = self.run_folder / "samples.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({"step": self.state.global_step, **row}, ensure_ascii=False) + "\n")
+        append_lines(self.run_folder / SAMPLES, [{"step": self.state.global_step, **row} for row in rows])
         if not self.args.disable_tqdm:
             _print_samples(self.state.global_step, columns, rows)
         if "wandb" in (self.args.report_to or ()):
@@ -123,6 +123,14 @@ class DistillationTrainer(StudentTrainer):
 
             table = wandb.Table(columns=list(columns), data=[[row[c] for c in columns] for row in rows])
             wandb.log({"samples": table}, commit=False)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            seconds = time.perf_counter() - self.last_log
+            tokens = self.tokens_since_log * self.accelerator.num_processes
+            self.record(tokens=tokens, tokens_per_second=tokens / seconds)
+            self.tokens_since_log, self.last_log = 0, time.perf_counter()
+        super().log(logs, start_time)
 
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..errors import DivergenceError
+from .progress import TrainingProgress
+from .run_files import METRICS, append_lines
 
 STATE_FILE = "rlkd_state.json"
 
@@ -22,10 +24,8 @@ class JsonlCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
-            path = Path(args.output_dir) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
+            record = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+            append_lines(Path(args.output_dir) / METRICS, [record])
 
 
 class _FiniteGradient(TrainerCallback):
@@ -51,8 +51,11 @@ class StudentTrainer(Trainer):
 
     def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **options: Any):
         self._recorded: dict[str, list[Tensor]] = {}
+        self._cpu_started = time.process_time()
         own = [JsonlCallback(), _FiniteGradient(self)]
         super().__init__(model=self.trained, callbacks=[*own, *(callbacks or [])], **options)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        self.add_callback(TrainingProgress())
 
     @property
     def run_folder(self) -> Path:
@@ -84,6 +87,8 @@ class StudentTrainer(Trainer):
                     sums = self.accelerator.reduce(torch.stack([total.sum(), count.sum()]), reduction="sum")
                     logs[name] = float(sums[0] / sums[1].clamp(min=1))
             self._recorded.clear()
+        if "train_runtime" in logs:
+            logs["train_cpu_seconds"] = time.process_time() - self._cpu_started
         super().log(logs, start_time)
 
     @staticmethod
