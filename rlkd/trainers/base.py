@@ -125,10 +125,13 @@ class DistillationTrainer(StudentTrainer):
             wandb.log({"samples": table}, commit=False)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs or "train_runtime" in logs:
             seconds = time.perf_counter() - self.last_log
             tokens = self.tokens_since_log * self.accelerator.num_processes
-            self.record(tokens=tokens, tokens_per_second=tokens / seconds)
+            if "loss" in logs:
+                self.record(tokens=tokens, tokens_per_second=tokens / seconds)
+            else:
+                logs["tokens"] = tokens
             self.tokens_since_log, self.last_log = 0, time.perf_counter()
         super().log(logs, start_time)
 
