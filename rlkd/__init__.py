@@ -33,6 +33,8 @@ _PUBLIC = {
     "Evaluator": "evaluation",
     "TASK_METRICS": "metrics",
     "RowMean": "metrics",
+    "RewardView": "inspection.reward_view",
+    "reward_view": "inspection.build",
     "SupervisedArguments": "trainers.arguments",
     "ReinforceArguments": "trainers.arguments",
     "PPOArguments": "trainers.arguments",
