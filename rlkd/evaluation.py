@@ -14,6 +14,7 @@ from .generation.rollouts import greedy_answers, sample_rollouts
 from .metrics import RowMean
 from .models.student import Policy
 from .models.teacher import Teacher
+from .models.vocabulary import token_pieces
 from .objectives.advantages import regret_per_sequence
 from .objectives.policy import kl_k3
 from .objectives.rewards import induced_advantage
@@ -86,7 +87,7 @@ class Evaluator:
         return {
             "student": self.texts(answers.answer_ids, mask),
             "tokens": [
-                self.tokenizer.convert_ids_to_tokens(ids[m]) for ids, m in zip(answers.answer_ids, mask, strict=True)
+                token_pieces(self.tokenizer, ids[m].tolist()) for ids, m in zip(answers.answer_ids, mask, strict=True)
             ],
             "regret": regret_per_sequence(regret, mask).tolist(),
             "logprob": ((scores.chosen - scores.logsumexp) * mask).sum(1).tolist(),

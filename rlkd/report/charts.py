@@ -34,9 +34,11 @@ PANELS = (
     ("Regret", "nats per answer", (("regret", TRAIN), ("eval_regret", GREEDY), ("eval_sample_regret", SAMPLED))),
     ("Loss", "loss", (("loss", TRAIN), ("eval_loss", GREEDY))),
     ("KL to the initial student", "nats per token", (("kl", TRAIN), ("eval_kl", GREEDY), ("eval_sample_kl", SAMPLED))),
-    ("Entropy of the student", "nats per token", (("entropy", TRAIN), ("eval_entropy", GREEDY), ("eval_sample_entropy", SAMPLED))),
+    ("Entropy of the student", "nats per token",
+     (("entropy", TRAIN), ("eval_entropy", GREEDY), ("eval_sample_entropy", SAMPLED))),
     ("Length of answers", "tokens", (("length", TRAIN), ("eval_length", GREEDY), ("eval_sample_length", SAMPLED))),
-    ("Answers that ended", "share", (("finish_rate", TRAIN), ("eval_finish_rate", GREEDY), ("eval_sample_finish_rate", SAMPLED))),
+    ("Answers that ended", "share",
+     (("finish_rate", TRAIN), ("eval_finish_rate", GREEDY), ("eval_sample_finish_rate", SAMPLED))),
     ("Clipped tokens", "share", (("clip_fraction", TRAIN),)),
     ("Explained variance of the critic", "share", (("explained_variance", TRAIN),)),
     ("Speed", "tokens per second", (("tokens_per_second", TRAIN),)),
@@ -69,6 +71,11 @@ class Chart:
     header: list[str]
     rows: list[list[Any]]
 
+    @property
+    def cells(self) -> list[list[str]]:
+        """The rows as text."""
+        return [["" if x is None else x if isinstance(x, str) else f"{x:.5g}" for x in row] for row in self.rows]
+
 
 @dataclass
 class Sheet:
@@ -84,7 +91,8 @@ class Sheet:
         """Rules of the classes, and the colours of the series."""
         colours = "".join(f"--s{i}: light-dark({light}, {dark}); " for i, (light, dark) in enumerate(PALETTE))
         rules = [f".rlkd svg .{name} {{ {style} }}" for style, name in self.names.items()]
-        return "\n".join([f".rlkd {{ {colours}}}", *rules])
+        swatches = [f".rlkd .swatch.s{i} {{ background: var(--s{i}); }}" for i in range(len(PALETTE))]
+        return "\n".join([f".rlkd {{ {colours}}}", *swatches, *rules])
 
 
 def curves(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
@@ -105,9 +113,7 @@ def curves(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
     return charts
 
 
-def scatter(
-    title: str, names: tuple[str, str], points: Sequence[tuple[str, float, float]], sheet: Sheet
-) -> Chart:
+def scatter(title: str, names: tuple[str, str], points: Sequence[tuple[str, float, float]], sheet: Sheet) -> Chart:
     """Named points (name, x, y); `names` of the axes."""
 
     def draw(axes: Any) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from .reading import Arm, Row, RunData, number
-from .statistics import Difference, Interval, mean_interval, overall, paired_difference
+from .statistics import Difference, Interval, lower_is_better, mean_interval, overall, paired_difference
 
 # Shown beside the task scores, in this order.
 COMMON = ("regret", "sample_regret", "match", "length", "finish_rate")
+START = "its start"
 SHARES = ("accuracy", "exact_match", "match", "finish_rate")  # shown as percentages
 
 
@@ -116,7 +117,7 @@ def since_start(arm: Arm, name: str) -> Comparison | None:
     now = found[1][:, [place[key] for key in ids]]
     then = np.array([[table[key] for key in ids] for table in before])
     means = (float(now.mean()), float(then.mean()))
-    return Comparison(arm.name, "its start", name, means, paired_difference(now, then))
+    return Comparison(arm.name, START, name, means, paired_difference(now, then))
 
 
 def headline_scores(arms: Sequence[Arm]) -> list[str]:
@@ -135,7 +136,7 @@ def rival(arms: Sequence[Arm], name: str) -> Arm | None:
     """The imitation arm that is hardest to beat on a score."""
     others = [(mean, arm) for arm in arms if arm.kind == "supervised" and not arm.is_teacher
               if (mean := _mean(arm, name)) is not None]  # fmt: skip
-    best = min if name in ("regret",) else max
+    best = min if lower_is_better(name) else max
     return best(others, key=lambda pair: pair[0])[1] if others else None
 
 
@@ -151,10 +152,16 @@ def judged(arms: Sequence[Arm]) -> list[Comparison]:
     return [comparison for comparison in found if comparison is not None]
 
 
+def against_first(arms: Sequence[Arm]) -> list[Comparison]:
+    """Every arm against the first, on every task score and on what all generating students have."""
+    names = [*task_names(arms), *COMMON]
+    found = [compare(arm, arms[0], name) for arm in arms[1:] for name in names]
+    return [comparison for comparison in found if comparison is not None]
+
+
 def answer(comparisons: Sequence[Comparison]) -> str:
-    """One word on the deciding score: better, worse, within noise, mixed, partly better / worse, not known."""
-    first = [c.verdict for c in comparisons if c.score == comparisons[0].score]
-    return overall(first)
+    """One answer of comparisons on one score: better, worse, within noise, mixed, partly better / worse, not known."""
+    return overall([comparison.verdict for comparison in comparisons])
 
 
 def cost(arm: Arm) -> Cost:

@@ -123,7 +123,7 @@ def read_arms(folder: Path) -> list[Arm]:
     """The run in `folder`, or the arms below it (`ARM/`, `seed-N/ARM/`). Raises DataError if there is none."""
     runs = read_runs(folder)
     names = list(dict.fromkeys(run.name for run in runs))
-    seeds = {name: sorted((r for r in runs if r.name == name), key=lambda r: (r.seed or 0)) for name in names}
+    seeds = {name: sorted((r for r in runs if r.name == name), key=lambda r: r.seed or 0) for name in names}
     order = {"supervised": 1, "rl": 2}
     arms = [Arm(name, seeds[name]) for name in names]
     return sorted(arms, key=lambda arm: 0 if arm.is_teacher else order.get(arm.kind, 3))

@@ -12,6 +12,7 @@ LEVEL = 0.95
 FEW_ROWS = 10  # below this no interval is given: resampling so few rows says too little
 CHUNK = 2**22  # numbers drawn at once
 LOWER_IS_BETTER = ("regret", "loss", "kl")
+NEITHER_IS_BETTER = ("length", "entropy")
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Difference:
     p_value: float | None
 
     def verdict(self, name: str) -> str:
-        """better, worse or within noise, for the score `name`; not known without an interval."""
+        """better, worse (or more, less, where neither is better) or within noise; not known without an interval."""
         low, high = self.interval.low, self.interval.high
         if low is None or high is None:
             return "not known"
         if low <= 0 <= high:
             return "within noise"
+        if name.removeprefix("sample_") in NEITHER_IS_BETTER:
+            return "more" if low > 0 else "less"
         return "better" if (low > 0) != lower_is_better(name) else "worse"
 
 
