@@ -54,7 +54,7 @@ def reward_view(
     given = answers if isinstance(answers, Mapping) else {} if answers is None else {"answer": answers}
     current = None if student is None else _policy(student, tokenizer)
     earlier = None if student_before is None else _policy(student_before, tokenizer)
-    limits = {"max_input_tokens": teacher.max_input_tokens, "max_new_tokens": max_new_tokens}
+    limits: dict[str, Any] = {"max_input_tokens": teacher.max_input_tokens, "max_new_tokens": max_new_tokens}
     samples: list[Sample] = []
     for start in range(0, len(examples), BATCH_ROWS):
         batch = examples[start : start + BATCH_ROWS]
@@ -71,7 +71,7 @@ def reward_view(
             texts = [example.references[0] for example in referenced]
             found["reference"] = _given_answers(teacher, tokenizer, referenced, texts, max_new_tokens), current
         for source, (rollouts, policy) in found.items():
-            options = {"source": source, "policy": policy, "value": value, "top_k": top_k}
+            options: dict[str, Any] = {"source": source, "policy": policy, "value": value, "top_k": top_k}
             samples += score_rollouts(teacher, tokenizer, rollouts, template_names=names, **options)
             for k in range(len(names) if per_template and len(names) > 1 else 0):
                 alone = [replace(e, teacher_inputs=(e.teacher_inputs[k],)) for e in rollouts.examples]
@@ -97,15 +97,17 @@ def score_rollouts(
     mask = rollouts.answer_mask
     ids = [example.id for example in rollouts.examples]
     scores = teacher.score(inputs, rollouts.answer_ids, mask, with_hidden=top_k > 0, ids=ids)
-    columns = teacher_columns(scores, mask) | {"rewards": _rows(induced_advantage(scores, value), mask)}
+    columns: dict[str, Any] = teacher_columns(scores, mask) | {
+        "rewards": rows_of(induced_advantage(scores, value), mask)
+    }
     if scores.hidden is not None:
         columns["top"] = top_tokens(teacher, tokenizer, scores.hidden, mask, top_k)
     if policy is not None:
         with torch.no_grad():
             (logps, _), values = policy(rollouts.input_ids, rollouts.input_mask, rollouts.answer_ids, mask)
-        columns["student_logprobs"] = _rows(logps, mask)
+        columns["student_logprobs"] = rows_of(logps, mask)
         if policy.value_head is not None:
-            columns["values"] = _rows(values, mask)
+            columns["values"] = rows_of(values, mask)
     answers = [row[kept].tolist() for row, kept in zip(rollouts.answer_ids, mask, strict=True)]
     return [
         Sample(
@@ -128,9 +130,9 @@ def score_rollouts(
 def teacher_columns(scores: TeacherScores, mask: Tensor) -> dict[str, list[Any]]:
     """Log-probability of each token of `mask` [B, R], the largest there, and the entropy, as lists of rows."""
     return {
-        "logprobs": _rows(scores.chosen - scores.logsumexp, mask),
-        "max_logprobs": _rows(scores.max - scores.logsumexp, mask),
-        "entropies": _rows(scores.entropy, mask),
+        "logprobs": rows_of(scores.chosen - scores.logsumexp, mask),
+        "max_logprobs": rows_of(scores.max - scores.logsumexp, mask),
+        "entropies": rows_of(scores.entropy, mask),
     }
 
 
@@ -142,11 +144,12 @@ def top_tokens(
     texts = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
     return [
         [[(texts[i], p) for i, p in zip(*pair, strict=True)] for pair in zip(row_ids, row_logps, strict=True)]
-        for row_ids, row_logps in zip(_rows(ids, mask), _rows(logps, mask), strict=True)
+        for row_ids, row_logps in zip(rows_of(ids, mask), rows_of(logps, mask), strict=True)
     ]
 
 
-def _rows(values: Tensor, mask: Tensor) -> list[Any]:
+def rows_of(values: Tensor, mask: Tensor) -> list[Any]:
+    """The entries of values [B, R, ...] at True positions of mask [B, R], one list per row."""
     return [row[kept].tolist() for row, kept in zip(values, mask, strict=True)]
 
 

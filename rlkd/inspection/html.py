@@ -63,12 +63,10 @@ def _shown(character: str) -> str:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number as the pages show it, with a true minus sign; a dash if it is not known."""
+    """A number as the pages show it."""
     if value is None:
-        return "–"
-    if isinstance(value, float):
-        value = f"{value:.{digits}f}"
-    return str(value).replace("-", "−", 1) if str(value).startswith("-") else str(value)
+        return "not known"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 @lru_cache(maxsize=65536)

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import ConfigError, DataError, nearest
 
 # In the order in which the answers to one input are shown; any other name may be used and comes last.
-SOURCES = ("student", "student before", "student sampled", "teacher greedy", "pseudo-label", "reference")
+SOURCES = ("student", "student before", "student sampled", "rollout", "teacher greedy", "pseudo-label", "reference")
 Numbers = list[float | None]
 # Column of a sample -> what one number of it is called.
 COLUMNS = {
@@ -192,12 +192,12 @@ class RewardView:
     def cases(self) -> list[Case]:
         """The samples by input, inputs in the order in which they first come."""
         rank = {source: i for i, source in enumerate(SOURCES)}
-        by_id: dict[str, list[Sample]] = {}
+        # Training and held-out inputs may have the same ids.
+        by_input: dict[tuple[str, str], list[Sample]] = {}
         for sample in self.samples:
-            by_id.setdefault(sample.id, []).append(sample)
+            by_input.setdefault((sample.id, sample.input), []).append(sample)
         return [
-            Case(name, group[0].input, sorted(group, key=lambda s: rank.get(s.source, len(rank))))
-            for name, group in by_id.items()
+            Case(*key, sorted(group, key=lambda s: rank.get(s.source, len(rank)))) for key, group in by_input.items()
         ]
 
     # Selections
@@ -253,6 +253,22 @@ class RewardView:
             raise DataError(f'{where} holds no reward view: no "format": "{FORMAT}". Write one with to_json().')
         samples = [sample_from(row, f"{where}: sample {i}") for i, row in enumerate(data["samples"])]
         return cls(samples, data["value"], data["title"])
+
+    # Reading
+
+    @classmethod
+    def from_run(cls, folder: str | Path, *, step: int | None = None) -> RewardView:
+        """What a trainer saved in its run folder, at the last evaluation or that of `step`."""
+        from .saved import from_run
+
+        return from_run(Path(folder), step=step)
+
+    @classmethod
+    def from_labels(cls, folder: str | Path, tokenizer: Any, **options: Any) -> RewardView:
+        """Pseudo-labels of a folder; options as in `rlkd.inspection.labels.from_labels`."""
+        from .labels import from_labels
+
+        return from_labels(Path(folder), tokenizer, **options)
 
     # Showing
 

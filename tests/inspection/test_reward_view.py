@@ -87,7 +87,7 @@ def test_json_of_something_else_is_refused(tmp_path):
         RewardView.from_json(Path(tmp_path / "gone.json"))
     data = json.loads(view(1).to_json())
     data["samples"][1]["reward"] = data["samples"][1].pop("rewards")
-    with pytest.raises(DataError, match="sample 1: unknown field 'reward'. Did you mean 'rewards'"):
+    with pytest.raises(DataError, match=r"sample 1: unknown field 'reward'. Did you mean 'rewards'"):
         RewardView.from_json(json.dumps(data))
     del data["samples"][1]["reward"], data["samples"][0]["tokens"]
     with pytest.raises(DataError, match="sample 0"):
