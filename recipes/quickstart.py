@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, TrainerCallback
+from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 import quickstart_task as task
@@ -160,8 +160,7 @@ def reserved_notes(plan: Plan) -> frozenset[str]:
 
 
 def train(trainer: Any, stage: str) -> float:
-    """Train with progress lines instead of dictionaries, save the model; returns CPU seconds of the training."""
-    trainer.remove_callback(PrinterCallback)
+    """Train with progress lines, save the model; returns CPU seconds of the training."""
     trainer.add_callback(Progress(stage))
     started = time.process_time()
     trainer.train()
@@ -172,7 +171,8 @@ def train(trainer: Any, stage: str) -> float:
 
 def judge(trainer: Any, seconds: float) -> dict[str, float]:
     """Held-out metrics of the trainer's policy."""
-    return {**trainer.evaluator.summarise(trainer.judge_policy(None)), "cpu_seconds": seconds}
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items() if "eval_" in name}
+    return {**metrics, "cpu_seconds": seconds}
 
 
 def train_teacher(folder: Path, plan: Plan, split: str) -> dict[str, float]:

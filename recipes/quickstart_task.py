@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from rlkd.records import Example
+from rlkd import Example, RowMean
 
 THINGS = [
     ("cup", "mug"), ("bag", "sack"), ("coat", "jacket"), ("shoe", "boot"), ("hat", "cap"), ("pan", "skillet"),
@@ -75,7 +75,7 @@ def make_examples(count: int, seed: int, exclude: frozenset[str] = frozenset()) 
 def task_metric(predictions: list[str], examples: list[Example]) -> dict[str, float]:
     """accuracy: share of answers the checker accepts."""
     right = [is_right(p, frozenset(map(int, e.references))) for p, e in zip(predictions, examples, strict=True)]
-    return {"accuracy": sum(right) / max(len(right), 1)}
+    return {"accuracy": RowMean(right)}
 
 
 def teacher_rows(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[dict[str, str]]:

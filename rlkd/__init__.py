@@ -32,6 +32,7 @@ _PUBLIC = {
     "load_pseudolabels": "generation.pseudolabels",
     "Evaluator": "evaluation",
     "TASK_METRICS": "metrics",
+    "RowMean": "metrics",
     "RewardView": "inspection.reward_view",
     "reward_view": "inspection.build",
     "SupervisedArguments": "trainers.arguments",

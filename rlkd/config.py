@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -52,7 +53,11 @@ def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = Non
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script; an error the user can mend is printed without a traceback and sets the exit code."""
+    """Run a script, its log lines on stderr; an error the user can mend is printed without a traceback and sets the
+    exit code.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("rlkd").setLevel(logging.INFO)
     try:
         main()
     except RlkdError as error:

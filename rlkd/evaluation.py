@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .generation.decode import decode, greedy
 from .generation.rollouts import greedy_answers, sample_rollouts
+from .metrics import RowMean
 from .models.student import Policy
 from .models.teacher import Teacher
+from .models.vocabulary import token_pieces
 from .objectives.advantages import regret_per_sequence
 from .objectives.policy import kl_k3
 from .objectives.rewards import induced_advantage
@@ -21,7 +23,7 @@ from .records import Example, Rollouts
 # What every row has, of the greedy and of the sampled answer.
 JUDGED = ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
 MEANS = [*(prefix + name for prefix in ("", "sample_") for name in JUDGED), "match"]
-# predictions, then the examples they answer -> named scores
+# predictions, then the examples they answer -> named scores; a RowMean keeps the score of each row
 TaskMetric = Callable[[list[str], list[Example]], dict[str, float]]
 
 
@@ -42,8 +44,17 @@ class Evaluator:
     seed: int = 0
     _teacher_answers: dict[str, list[int]] = field(default_factory=dict)
 
-    def rows(self, policy: Policy, reference: Policy | None, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """One record per index: texts, token ids, regret, length and so on of the greedy and the sampled answer."""
+    def rows(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        indices: Sequence[int],
+        advance: Callable[[int, int], None] = lambda rows, tokens: None,
+    ) -> list[dict[str, Any]]:
+        """One record per index: texts, tokens, regret, length and so on of the greedy and the sampled answer.
+
+        advance is told of every batch: (rows, tokens of their answers).
+        """
         out: list[dict[str, Any]] = []
         for start in range(0, len(indices), self.batch_rows):
             examples = [self.examples[i] for i in indices[start : start + self.batch_rows]]
@@ -63,6 +74,7 @@ class Evaluator:
                 row["match"] = float(row["student"] == row["teacher"])
                 row["index"] = indices[start + i]
                 out.append(row)
+            advance(len(examples), int(best.answer_mask.sum() + drawn.answer_mask.sum()))
         return out
 
     def _judge(self, policy: Policy, reference: Policy | None, answers: Rollouts) -> dict[str, list[Any]]:
@@ -80,6 +92,9 @@ class Evaluator:
         return {
             "student": self.texts(answers.answer_ids, mask),
             "ids": [row[m].tolist() for row, m in zip(answers.answer_ids, mask, strict=True)],
+            "tokens": [
+                token_pieces(self.tokenizer, ids[m].tolist()) for ids, m in zip(answers.answer_ids, mask, strict=True)
+            ],
             "regret": regret_per_sequence(regret, mask).tolist(),
             "logprob": ((scores.chosen - scores.logsumexp) * mask).sum(1).tolist(),
             "length": mask.sum(1).tolist(),
@@ -119,13 +134,20 @@ class Evaluator:
         return [*MEANS, *(prefix + name for prefix in ("", "sample_") for name in task)]
 
     def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Means over rows, and the task metric of greedy and sampled answers. Names are defined in docs/metrics.md."""
+        """Means over rows, and the task metric of greedy and sampled answers. Names are defined in docs/metrics.md.
+
+        Rows are given their own task score, where the metric has one for each (a `RowMean`).
+        """
         metrics = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in MEANS}
         if self.task_metric is not None and rows:
             examples = [self.examples[row["index"]] for row in rows]
             for prefix in ("", "sample_"):
                 scores = self.task_metric([row[prefix + "student"] for row in rows], examples)
                 metrics.update({prefix + name: float(value) for name, value in scores.items()})
+                for name, value in scores.items():
+                    if isinstance(value, RowMean):
+                        for row, score in zip(rows, value.rows, strict=True):
+                            row[prefix + name] = float(score)
         return metrics
 
 

@@ -11,6 +11,18 @@ from .errors import DataError
 from .records import Example
 
 
+class RowMean(float):
+    """The mean of one score per row (0 without rows), which remembers them: intervals and comparisons need each."""
+
+    rows: tuple[float, ...]
+
+    def __new__(cls, rows: Sequence[float]) -> RowMean:
+        """rows: one score per row, in the rows' order."""
+        mean = super().__new__(cls, sum(rows) / max(len(rows), 1))
+        mean.rows = tuple(rows)
+        return mean
+
+
 def _references(examples: Sequence[Example]) -> list[tuple[str, ...]]:
     missing = [example.id for example in examples if not example.references]
     if missing:
@@ -27,12 +39,11 @@ def rouge(predictions: list[str], examples: list[Example]) -> dict[str, float]:
 
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(kinds, use_stemmer=True)
-    totals = dict.fromkeys(kinds, 0.0)
-    for prediction, references in zip(predictions, _references(examples), strict=True):
-        best = scorer.score_multi(list(references), prediction)
-        for kind in kinds:
-            totals[kind] += best[kind].fmeasure
-    return {kind: 100 * total / max(len(predictions), 1) for kind, total in totals.items()}
+    best = [
+        scorer.score_multi(list(references), prediction)
+        for prediction, references in zip(predictions, _references(examples), strict=True)
+    ]
+    return {kind: RowMean([100 * row[kind].fmeasure for row in best]) for kind in kinds}
 
 
 def bleu(predictions: list[str], examples: list[Example]) -> dict[str, float]:
@@ -52,7 +63,7 @@ def exact_match(predictions: list[str], examples: list[Example]) -> dict[str, fl
         prediction.strip().lower() in {r.strip().lower() for r in references}
         for prediction, references in zip(predictions, _references(examples), strict=True)
     ]
-    return {"exact_match": sum(hits) / max(len(hits), 1)}
+    return {"exact_match": RowMean(hits)}
 
 
 TASK_METRICS = {"rouge": rouge, "bleu": bleu, "exact_match": exact_match}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -74,8 +73,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("rlkd").setLevel(logging.INFO)
+    pass
 
 
 @app.command("generate-pseudolabels")

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a log line every 30 s elsewhere, nothing if quiet."""
+"""How far a long job is: a bar on a terminal, a log line every 30 s elsewhere, nothing if quiet."""
 
 from __future__ import annotations
 
@@ -12,29 +12,56 @@ logger = logging.getLogger(__name__)
 LOG_SECONDS = 30.0
 
 
+class Pace:
+    """Counts what was made and says it in one line; `due` when `LOG_SECONDS` have passed since the last line."""
+
+    def __init__(self, what: str, unit: str, total: int | None, done: int = 0):
+        self.what, self.unit, self.total, self.first, self.done = what, unit, total, done, done
+        self.tokens = 0
+        self.started = self.said = time.monotonic()
+
+    def advance(self, new: int, tokens: int) -> None:
+        """new, units made; tokens, those they hold (0 if not counted)."""
+        self.done, self.tokens = self.done + new, self.tokens + tokens
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def rate(self) -> str:
+        """Units and tokens per second."""
+        tokens = f"  {self.tokens / self.seconds:.0f} tokens/s" if self.tokens else ""
+        return f"{(self.done - self.first) / self.seconds:.1f} {self.unit}/s{tokens}"
+
+    def due(self) -> bool:
+        return time.monotonic() - self.said >= LOG_SECONDS or self.done == self.total
+
+    def say(self, more: str = "") -> None:
+        """Log the line, and count the seconds to the next."""
+        made = max(self.done - self.first, 1)
+        left = f"  {(self.total - self.done) * self.seconds / made:.0f} s left" if self.total else ""
+        logger.info("%s %d/%s  %s%s%s", self.what, self.done, self.total or "?", self.rate(), left, more)
+        self.said = time.monotonic()
+
+
 @contextmanager
-def progress(total: int | None, done: int = 0, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A function of (labels, tokens) made. total, None if unknown; done, labels that an earlier run made."""
+def progress(
+    total: int | None, done: int = 0, *, what: str = "labels", quiet: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """A function of (rows, tokens) made. total, None if unknown; done, rows that an earlier run made."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}  left"), TimeRemainingColumn())
-    with Progress("labels", *columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("labels", total=total, completed=done, rate="")
-        labels, tokens = done, 0
-        started = logged = time.monotonic()
+    with Progress(what, *columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, completed=done, rate="")
+        pace = Pace(what, "rows", total, done)
 
-        def advance(new_labels: int, new_tokens: int) -> None:
-            nonlocal labels, tokens, logged
-            labels, tokens = labels + new_labels, tokens + new_tokens
-            now = time.monotonic()
-            seconds = max(now - started, 1e-9)
-            rate = f"{(labels - done) / seconds:.1f} rows/s  {tokens / seconds:.0f} tokens/s"
-            bar.update(task, advance=new_labels, rate=rate)
-            if bar.disable and not quiet and (now - logged >= LOG_SECONDS or (labels == total and new_labels)):
-                left = f"  {((total or 0) - labels) * seconds / max(labels - done, 1):.0f} s left" if total else ""
-                logger.info("labels %d/%s  %s%s", labels, total or "?", rate, left)
-                logged = now
+        def advance(new: int, tokens: int) -> None:
+            pace.advance(new, tokens)
+            bar.update(task, advance=new, rate=pace.rate())
+            if bar.disable and not quiet and new and pace.due():
+                pace.say()
 
         yield advance

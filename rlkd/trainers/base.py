@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +12,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation import Evaluator, TaskMetric
-from ..generation.files import append_text
+from ..generation.progress import progress
 from ..inspection.recording import TOKEN_REWARDS, append_samples, evaluated_samples
 from ..inspection.reward_view import Sample
 from ..models.student import Policy
 from ..models.teacher import Teacher
 from ..records import Example
 from .arguments import DistillationArguments
+from .run_files import HELD_OUT, SAMPLES, append_lines, keep_first_and_last
 from .student_trainer import StudentTrainer
 from .trackers import Outage
 
@@ -67,6 +67,7 @@ class DistillationTrainer(StudentTrainer):
             )
         self.trained = self.policy
         self._table_to_wandb = Outage("wandb's table of samples").survived(_table_to_wandb)
+        self.tokens_since_log, self.last_log = 0, time.perf_counter()
         super().__init__(
             args=args,
             train_dataset=train_dataset,
@@ -104,7 +105,9 @@ class DistillationTrainer(StudentTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator.summarise(rows).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self.log(metrics)
-        self._save_samples(rows[: self.args.sample_table_rows])
+        if self.is_world_process_zero():
+            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, rows)
+            self._save_samples(rows[: self.args.sample_table_rows])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -118,23 +121,34 @@ class DistillationTrainer(StudentTrainer):
         total = len(self.evaluator.examples) if limit is None else min(limit, len(self.evaluator.examples))
         share = range(self.accelerator.process_index, total, self.accelerator.num_processes)
         self.policy.eval()
-        with self.finite.together([], None):
-            rows = self.evaluator.rows(self.policy, self.reference, list(share))
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        with self.finite.together([], None), progress(len(share), what="evaluation", quiet=quiet) as advance:
+            rows = self.evaluator.rows(self.policy, self.reference, list(share), advance)
         if self.accelerator.num_processes > 1:
             rows = gather_object(rows)
         return sorted(rows, key=lambda row: row["index"])
 
     def _save_samples(self, rows: list[dict[str, Any]]) -> None:
-        if not rows or not self.is_world_process_zero():
+        if not rows:
             return
         columns = ("id", "input", "teacher", "student", "regret", "sample_student", "sample_regret")
-        lines = [json.dumps({"step": self.state.global_step, **row}, ensure_ascii=False) + "\n" for row in rows]
-        append_text(self.run_folder / "samples.jsonl", "".join(lines))
+        append_lines(self.run_folder / SAMPLES, [{"step": self.state.global_step, **row} for row in rows])
         self._save_token_rewards(rows)
         if not self.args.disable_tqdm:
             _print_samples(self.state.global_step, columns, rows)
         if "wandb" in (self.args.report_to or ()):
             self._table_to_wandb(list(columns), [[row[c] for c in columns] for row in rows])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs or "train_runtime" in logs:
+            seconds = time.perf_counter() - self.last_log
+            tokens = self.tokens_since_log * self.accelerator.num_processes
+            if "loss" in logs:
+                self.record(tokens=tokens, tokens_per_second=tokens / seconds)
+            else:
+                logs["tokens"] = tokens
+            self.tokens_since_log, self.last_log = 0, time.perf_counter()
+        super().log(logs, start_time)
 
     def _save_token_rewards(self, rows: list[dict[str, Any]]) -> None:
         """The same answers token by token, and those that training has just learned from: `RewardView.from_run`."""

@@ -100,7 +100,6 @@ class RLTrainer(DistillationTrainer):
         self.behaviour = self.policy if args.sync_every == 1 else self.policy.frozen_copy()
         self.kl_coef = args.kl_coef
         self.newest: Minibatch | None = None
-        self.tokens_since_log, self.last_log = 0, time.perf_counter()
         self.prompts_per_process = args.rows_per_rollout // args.rollouts_per_prompt
         self.prompts_per_rollout = self.prompts_per_process * self.accelerator.num_processes
         if len(train_examples) < self.prompts_per_rollout:
@@ -352,13 +351,6 @@ class RLTrainer(DistillationTrainer):
     def gather(self, x: Tensor) -> Tensor:
         """The rows [B, ...] of every process, padded with 0 to the longest answer."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            seconds = time.perf_counter() - self.last_log
-            self.record(tokens_per_second=self.tokens_since_log * self.accelerator.num_processes / seconds)
-            self.tokens_since_log, self.last_log = 0, time.perf_counter()
-        super().log(logs, start_time)
 
     # What a checkpoint carries beside the student
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,9 +12,8 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from ..generation.files import append_text
 from ..generation.label_store import weights_digest
 from ..runs import RUN_FILE, RunRecord, describe_data, describe_templates, settings_of
 from .arguments import StudentArguments
@@ -23,7 +21,9 @@ from .best import BestCheckpoint, check_best_metric
 from .checkpoints import read_state
 from .finite import FiniteGuard
 from .guards import AlarmCallback
+from .progress import TrainingProgress
 from .resumable import ResumableTrainer
+from .run_files import METRICS, append_lines
 
 
 class JsonlCallback(TrainerCallback):
@@ -32,7 +32,7 @@ class JsonlCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
             record = {"step": state.global_step, "time": round(time.time(), 3), **logs}
-            append_text(Path(args.output_dir) / "metrics.jsonl", json.dumps(record) + "\n")
+            append_lines(Path(args.output_dir) / METRICS, [record])
 
 
 class StudentTrainer(ResumableTrainer):
@@ -51,11 +51,14 @@ class StudentTrainer(ResumableTrainer):
     def __init__(self, *, settings: Sequence[Any] = (), callbacks: list[TrainerCallback] | None = None, **options: Any):
         self.settings = settings
         self._recorded: dict[str, list[Tensor]] = {}
+        self._cpu_started = time.process_time()
         self.finite, self.alarms = FiniteGuard(self), AlarmCallback(self)
         own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint()]
         patience = options["args"].early_stopping_patience
         stopping = [EarlyStoppingCallback(patience)] if patience else []
         super().__init__(model=self.trained, callbacks=[*own, *stopping, *(callbacks or [])], **options)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        self.add_callback(TrainingProgress())
         check_best_metric(self.args, self.held_out_names)
 
     def begin_run(self, checkpoint: Path | None) -> None:
@@ -110,6 +113,8 @@ class StudentTrainer(ResumableTrainer):
                     sums = self.accelerator.reduce(torch.stack([total.sum(), count.sum()]), reduction="sum")
                     logs[name] = float(sums[0] / sums[1].clamp(min=1))
             self._recorded.clear()
+        if "train_runtime" in logs:
+            logs["train_cpu_seconds"] = time.process_time() - self._cpu_started
         self.alarms.observe(logs)
         super().log(logs, start_time)
 

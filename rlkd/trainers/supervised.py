@@ -91,8 +91,9 @@ class SupervisedTrainer(DistillationTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = torch.tensor(float(sum(int(batch["answer_mask"].sum()) for batch in batches)), device=device)
-        return batches, self.accelerator.reduce(tokens, reduction="sum")
+        own = sum(int(batch["answer_mask"].sum()) for batch in batches)
+        self.tokens_since_log += own
+        return batches, self.accelerator.reduce(torch.tensor(float(own), device=device), reduction="sum")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

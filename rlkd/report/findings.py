@@ -1,0 +1,243 @@
+"""What the data of a run say: did it help, at what cost, where does it fail. Nothing here is guessed: what the files do
+not show is said to be unknown, with what would show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .reading import Arm, Row, RunData, number
+from .statistics import Difference, Interval, lower_is_better, mean_interval, overall, paired_difference
+
+# Shown beside the task scores, in this order.
+COMMON = ("regret", "sample_regret", "match", "length", "finish_rate")
+START = "its start"
+SHARES = ("accuracy", "exact_match", "match", "finish_rate")  # shown as percentages
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`one` against `other` on a score: the means of both, and of the difference."""
+
+    one: str
+    other: str
+    score: str
+    means: tuple[float, float]
+    difference: Difference
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, within noise or not known."""
+        return self.difference.verdict(self.score)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Means over an arm's seeds; None where a run did not log it."""
+
+    arm: str
+    steps: float | None
+    cpu_seconds: float | None
+    seconds: float | None
+    tokens: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Held-out rows that have something in common: how many, and their mean scores."""
+
+    name: str
+    rows: int
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Where the student of an arm is worst, by regret of greedy answers (else by the task score).
+
+    total       mean of that score; rows, their number
+    half        the fewest rows that hold half of all the regret, None without regret
+    end_share   share of the regret that lies in each answer's last token; first_share, in its first
+    worst       rows from the worst on, of the first seed's run
+    """
+
+    arm: str
+    run: RunData
+    by: str
+    total: float
+    rows: int
+    half: int | None
+    first_share: float | None
+    end_share: float | None
+    groups: list[Group]
+    worst: list[Row]
+
+
+def score_table(runs: Sequence[RunData], name: str) -> tuple[list[str], np.ndarray] | None:
+    """ids [N] and scores [S, N] of the newest evaluations, of the rows that every run has; None if there are none."""
+    tables = [_scores(run.newest, name) for run in runs]
+    ids = [key for key in tables[0] if all(key in table for table in tables)] if tables else []
+    return (ids, np.array([[table[key] for key in ids] for table in tables])) if ids else None
+
+
+def interval(arm: Arm, name: str) -> Interval | None:
+    """The mean of a score over an arm's rows and seeds; without rows, the logged number and no interval."""
+    if found := score_table(arm.runs, name):
+        return mean_interval(found[1])
+    logged = [number(run.evaluations[-1].get(f"eval_{name}")) for run in arm.runs if run.evaluations]
+    known = [value for value in logged if value is not None]
+    return Interval(float(np.mean(known)), None, None, 0, len(known)) if known else None
+
+
+def compare(one: Arm, other: Arm, name: str) -> Comparison | None:
+    """The newest evaluations of two arms, paired by row and, where both have the same seeds, by seed."""
+    found = score_table([*one.runs, *other.runs], name)
+    if found is None:
+        return None
+    mine, theirs = found[1][: len(one.runs)], found[1][len(one.runs) :]
+    if [run.seed for run in one.runs] != [run.seed for run in other.runs]:
+        mine, theirs = mine.mean(0, keepdims=True), theirs.mean(0, keepdims=True)
+    means = (float(mine.mean()), float(theirs.mean()))
+    return Comparison(one.name, other.name, name, means, paired_difference(mine, theirs))
+
+
+def since_start(arm: Arm, name: str) -> Comparison | None:
+    """The newest evaluation against the first of the same runs; None unless that was before the first step."""
+    if any(len(run.held_out) < 2 or min(run.held_out) > 0 for run in arm.runs):
+        return None
+    before = [_scores(run.held_out[min(run.held_out)], name) for run in arm.runs]
+    found = score_table(arm.runs, name)
+    ids = [key for key in (found[0] if found else []) if all(key in table for table in before)]
+    if found is None or not ids:
+        return None
+    place = {key: i for i, key in enumerate(found[0])}
+    now = found[1][:, [place[key] for key in ids]]
+    then = np.array([[table[key] for key in ids] for table in before])
+    means = (float(now.mean()), float(then.mean()))
+    return Comparison(arm.name, START, name, means, paired_difference(now, then))
+
+
+def headline_scores(arms: Sequence[Arm]) -> list[str]:
+    """The scores that decide: the first task score that every student's rows have, then regret."""
+    students = [arm for arm in arms if not arm.is_teacher]
+    tasks = [name for name in task_names(students) if all(score_table(arm.runs, name) for arm in students)]
+    return [*tasks[:1], *(["regret"] if any(score_table(arm.runs, "regret") for arm in students) else [])]
+
+
+def task_names(arms: Sequence[Arm]) -> list[str]:
+    """Task scores of any run, the headline's first."""
+    return list(dict.fromkeys(name for arm in arms for run in arm.runs for name in run.task_names))
+
+
+def rival(arms: Sequence[Arm], name: str) -> Arm | None:
+    """The imitation arm that is hardest to beat on a score."""
+    others = [(mean, arm) for arm in arms if arm.kind == "supervised" and not arm.is_teacher
+              if (mean := _mean(arm, name)) is not None]  # fmt: skip
+    best = min if lower_is_better(name) else max
+    return best(others, key=lambda pair: pair[0])[1] if others else None
+
+
+def judged(arms: Sequence[Arm]) -> list[Comparison]:
+    """What decides whether training helped: each RL arm against the strongest imitation arm; without one, every arm
+    against its own start.
+    """
+    scores = headline_scores(arms)
+    learners = [arm for arm in arms if arm.kind == "rl"]
+    found = [compare(arm, other, name) for arm in learners for name in scores if (other := rival(arms, name))]
+    if not found:
+        found = [since_start(arm, name) for arm in arms for name in scores if not arm.is_teacher]
+    return [comparison for comparison in found if comparison is not None]
+
+
+def against_first(arms: Sequence[Arm]) -> list[Comparison]:
+    """Every arm against the first, on every task score and on what all generating students have."""
+    names = [*task_names(arms), *COMMON]
+    found = [compare(arm, arms[0], name) for arm in arms[1:] for name in names]
+    return [comparison for comparison in found if comparison is not None]
+
+
+def answer(comparisons: Sequence[Comparison]) -> str:
+    """One answer of comparisons on one score: better, worse, within noise, mixed, partly better / worse, not known."""
+    return overall([comparison.verdict for comparison in comparisons])
+
+
+def cost(arm: Arm) -> Cost:
+    """Steps, CPU seconds, wall-clock seconds and answer tokens of an arm's training, means over its seeds."""
+    return Cost(
+        arm.name,
+        _average([run.steps for run in arm.runs]),
+        _average([number(run.end.get("train_cpu_seconds")) for run in arm.runs]),
+        _average([number(run.end.get("train_runtime")) for run in arm.runs]),
+        _average([run.tokens for run in arm.runs]),
+    )
+
+
+def failures(arm: Arm, worst: int = 5) -> Failures | None:
+    """Where the students of an arm are worst on the newest evaluation; None without rows."""
+    by = "regret" if score_table(arm.runs, "regret") else next(iter(arm.runs[0].task_names), "")
+    found = score_table(arm.runs, by)
+    if found is None:
+        return None
+    ids, scores = found
+    rows = {str(row["id"]): row for row in arm.runs[0].newest}
+    mean = scores.mean(0)
+    order = np.argsort(-mean if by == "regret" else mean, kind="stable")
+    half = None
+    if by == "regret" and mean.sum() > 0:
+        half = int(np.searchsorted(np.cumsum(mean[order]), mean.sum() / 2)) + 1
+    first_share, end_share = _where([row for run in arm.runs for row in run.newest])
+    names = [name for name in (by, *arm.runs[0].task_names) if score_table(arm.runs, name)]
+    return Failures(
+        arm.name, arm.runs[0], by, float(mean.mean()), len(ids), half, first_share, end_share,
+        _groups(arm, list(dict.fromkeys(names))), [rows[ids[i]] for i in order[:worst]],
+    )  # fmt: skip
+
+
+def _where(rows: Sequence[Row]) -> tuple[float | None, float | None]:
+    """Share of the regret of greedy answers in their first token, and in their last."""
+    rewards = [row["rewards"] for row in rows if isinstance(row.get("rewards"), list) and len(row["rewards"]) > 1]
+    total = sum(sum(own) for own in rewards)
+    if not total:
+        return None, None
+    return sum(own[0] for own in rewards) / total, sum(own[-1] for own in rewards) / total
+
+
+def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
+    """Rows by length of the input (thirds), by whether the answer ended, and by whether it is the teacher's."""
+    rows = [row for run in arm.runs for row in run.newest]
+    words = np.array([len(str(row.get("input", "")).split()) for row in rows])
+    low, high = np.quantile(words, [1 / 3, 2 / 3])
+    conditions = [
+        (f"inputs of up to {low:.0f} words", words <= low),
+        (f"inputs of {low:.0f} to {high:.0f} words", (words > low) & (words <= high)),
+        (f"inputs of more than {high:.0f} words", words > high),
+        ("answers cut before their end", np.array([row.get("finish_rate") == 0 for row in rows])),
+        ("answers equal to the teacher's", np.array([row.get("match") == 1 for row in rows])),
+        ("answers unlike the teacher's", np.array([row.get("match") == 0 for row in rows])),
+    ]
+    groups = []
+    for label, chosen in conditions:
+        mine = [row for row, is_in in zip(rows, chosen, strict=True) if is_in]
+        means = {name: _average([number(row.get(name)) for row in mine]) for name in names}
+        if mine:
+            groups.append(Group(label, len(mine), {name: mean for name, mean in means.items() if mean is not None}))
+    return groups
+
+
+def _scores(rows: Sequence[Row], name: str) -> dict[str, float]:
+    """id -> score of the rows that have it."""
+    pairs = ((str(row.get("id")), number(row.get(name))) for row in rows)
+    return {key: value for key, value in pairs if value is not None}
+
+
+def _mean(arm: Arm, name: str) -> float | None:
+    found = score_table(arm.runs, name)
+    return None if found is None else float(found[1].mean())
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,196 @@
+"""The report of a run as one HTML page that needs no network and no script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ..inspection.html import environment, heat_map_html, legend_html, standalone_page
+from ..inspection.reward_view import Sample
+from . import findings, words
+from .charts import Chart, Sheet, curves, scatter
+from .reading import Arm, Row, number, read_arms
+
+WORST = 5
+RUN_FACTS = ("rlkd", "trainer", "command", "started", "resumed", "git", "processes")
+
+
+def report(folder: Path) -> str:
+    """The page of the run in `folder`, or of the arms below it. Raises DataError if there is none."""
+    arms = read_arms(folder)
+    sheet = Sheet()
+    comparisons = findings.judged(arms)
+    students = [arm for arm in arms if not arm.is_teacher] or arms
+    failed = [found for arm in _watched(students) if (found := findings.failures(arm, WORST)) is not None]
+    body = _render(
+        "report.html.jinja",
+        title=folder.resolve().name,
+        arms=arms,
+        learns="reinforcement learning" if any(arm.kind == "rl" for arm in arms) else "training",
+        headline=words.headline(comparisons),
+        sentences=[words.verdict(c) for c in comparisons] or words.why_unknown(arms),
+        prices=[words.price(findings.cost(arm)) for arm in students],
+        fair=_fair(arms, comparisons),
+        weak=[(found, words.weak_spots(found)) for found in failed],
+        worst=[(found, [_cases(found, row) for row in found.worst]) for found in failed],
+        groups=_groups,
+        table=results_table(arms),
+        charts=curves(arms, sheet) + _trade_offs(arms, sheet),
+        alarms=[
+            [run.title, *(alarm.get(name, "–") for name in ("step", "alarm", "message", "value", "threshold"))]
+            for arm in arms for run in arm.runs for alarm in run.alarms
+        ],
+        settings=settings_table(arms),
+        facts=_facts(arms),
+        notes=_notes(arms),
+        rivals=any(c.other != findings.START for c in comparisons),
+        several=any(len(arm.runs) > 1 for arm in arms),
+    )  # fmt: skip
+    return _page(f"{folder.resolve().name}: report", body, sheet)
+
+
+def comparison(arms: Sequence[Arm]) -> str:
+    """The page that shows arms side by side, each against the first."""
+    sheet = Sheet()
+    title = f"{len(arms)} runs compared"
+    differences = [
+        [c.one, words.name_of(c.score), *words.difference(c), c.difference.interval.over]
+        for c in findings.against_first(arms)
+    ]
+    body = _render(
+        "compare.html.jinja", title=title, arms=arms, table=results_table(arms), charts=curves(arms, sheet),
+        settings=settings_table(arms), differences=differences,
+    )  # fmt: skip
+    return _page(title, body, sheet)
+
+
+def results_table(arms: Sequence[Arm]) -> dict[str, Any]:
+    """Every arm's newest scores with their intervals: header, rows of text, what the intervals are over."""
+    names = [*findings.task_names(arms), *findings.COMMON]
+    names = [n for task in names for n in ((task, f"sample_{task}") if task not in findings.COMMON else (task,))]
+    cells = {(arm.name, name): findings.interval(arm, name) for arm in arms for name in names}
+    kept = [name for name in names if any(cells[arm.name, name] is not None for arm in arms)]
+    over = dict.fromkeys(cell.over for cell in cells.values() if cell is not None and cell.low is not None)
+    rows = [[arm.name, *(words.with_interval(name, cells[arm.name, name]) for name in kept)] for arm in arms]
+    header = [f"{words.name_of(name)}, {words.unit(name)}".removesuffix(", ") for name in kept]
+    return {"header": ["", *header], "rows": rows, "over": list(over)}
+
+
+def settings_table(arms: Sequence[Arm]) -> dict[str, Any]:
+    """run.json's settings: those that differ between arms (name, value per arm), and those that all share."""
+    own = {arm.name: flat(arm.runs[0].record.get("settings", {})) for arm in arms if arm.runs[0].record}
+    names = list(dict.fromkeys(name for settings in own.values() for name in settings))
+    values = {name: [settings.get(name, "–") for settings in own.values()] for name in names}
+    return {
+        "arms": list(own),
+        "differ": [[name, *given] for name, given in values.items() if len(set(given)) > 1],
+        "same": [(name, given[0]) for name, given in values.items() if len(set(given)) == 1],
+    }
+
+
+def flat(settings: Any) -> dict[str, str]:
+    """name -> value as text, of settings as run.json has them."""
+    if not isinstance(settings, dict):
+        return {}
+    return {str(name): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for name, value in settings.items()}  # fmt: skip
+
+
+def jinja_source(name: str) -> str:
+    """The text of a file in rlkd/report/assets."""
+    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
+
+
+def _render(name: str, **values: Any) -> str:
+    made = environment().overlay(loader=jinja2.FunctionLoader(jinja_source))
+    return made.get_template(name).render(heat_map=heat_map_html, legend=legend_html(), shown=words.shown,
+                                          name_of=words.name_of, **values)  # fmt: skip
+
+
+def _page(title: str, body: str, sheet: Sheet) -> str:
+    return standalone_page(title, Markup(body), css=f"{jinja_source('report.css')}\n{sheet.css()}")
+
+
+def _groups(found: findings.Failures) -> tuple[list[str], list[list[str]]]:
+    names = list(found.groups[0].scores)
+    rows = [[g.name, str(g.rows), *(words.shown(name, g.scores.get(name)) for name in names)] for g in found.groups]
+    return ["", "answers", *map(words.name_of, names)], rows
+
+
+def _notes(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
+    """Each note once, with the runs it is of."""
+    notes: dict[str, list[str]] = {}
+    for arm in arms:
+        for run in arm.runs:
+            for note in run.notes:
+                notes.setdefault(note, []).append(run.title)
+    return list(notes.items())
+
+
+def _watched(students: Sequence[Arm]) -> Sequence[Arm]:
+    """The arms whose failures are shown: those of RL, or all if there are none."""
+    return [arm for arm in students if arm.kind == "rl"] or students
+
+
+def _fair(arms: Sequence[Arm], comparisons: Sequence[findings.Comparison]) -> list[str]:
+    by_name = {arm.name: findings.cost(arm) for arm in arms}
+    pairs = dict.fromkeys((c.one, c.other) for c in comparisons if c.other in by_name)
+    return [said for one, other in pairs if (said := words.fairness(by_name[one], by_name[other]))]
+
+
+def _cases(found: findings.Failures, row: Row) -> dict[str, Any]:
+    """A held-out row as the heat map takes it: the student's greedy and sampled answer."""
+    samples = []
+    for prefix, source in (("", "student"), ("sample_", "student sampled")):
+        tokens, rewards = row.get(f"{prefix}tokens"), row.get(f"{prefix}rewards")
+        if isinstance(tokens, list) and isinstance(rewards, list) and len(tokens) == len(rewards):
+            samples.append(
+                Sample(
+                    str(row.get("id")), str(row.get("input", "")), source, str(row.get(f"{prefix}student", "")),
+                    [str(token) for token in tokens], [0] * len(tokens), [number(reward) for reward in rewards],
+                    finished=row.get(f"{prefix}finish_rate") != 0,
+                )
+            )  # fmt: skip
+    return {"row": row, "samples": samples, "score": number(row.get(found.by))}
+
+
+def _trade_offs(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
+    """Size, latency and quality of encoder students, if a recipe wrote summary.json."""
+    points: dict[str, dict[str, float | None]] = {}
+    for arm in arms:
+        for run in arm.runs:
+            for role, figures in run.summary.items() if isinstance(run.summary, dict) else ():
+                if isinstance(figures, dict):
+                    points[f"{run.title}: {role}"] = {name: number(value) for name, value in figures.items()}
+    charts = []
+    for title, x, y in (
+        ("Score against size", "file_mb", "dev_score"),
+        ("Score against latency", "latency_ms", "dev_score"),
+    ):
+        both = [(name, p[x], p[y]) for name, p in points.items() if p.get(x) is not None and p.get(y) is not None]
+        if both:
+            charts.append(scatter(title, (x, y), both, sheet))  # type: ignore[arg-type]
+    return charts
+
+
+def _facts(arms: Sequence[Arm]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Per arm: what run.json says of its command, data, templates, models and versions."""
+    out = []
+    for arm in arms:
+        record = arm.runs[0].record
+        sections = {name: record.get(name) for name in RUN_FACTS} | {
+            f"{part}: {name}": value
+            for part in ("models", "data", "versions")
+            for name, value in (record.get(part) or {}).items()
+        }
+        sections |= {"templates": record.get("templates")}
+        lines = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+                 for name, value in sections.items() if value]  # fmt: skip
+        if lines:
+            out.append((arm.name, lines))
+    return out

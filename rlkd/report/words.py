@@ -1,0 +1,164 @@
+"""Findings as sentences. Their numbers come from the run's files; what those do not show is said to be unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .findings import SHARES, Comparison, Cost, Failures, answer
+from .reading import Arm, number
+from .statistics import Interval
+
+HEADLINES = {
+    "better": "Yes",
+    "worse": "No, it made it worse",
+    "within noise": "Within noise",
+    "mixed": "Mixed: one arm is better, another worse",
+    "partly better": "In part: not every arm is better",
+    "partly worse": "No: one arm is worse, the others are within noise",
+    "not known": "Not known",
+}
+UNITS = {"regret": " nats", "length": " tokens"}
+
+
+def unit(score: str) -> str:
+    """The unit of a score; empty if it has none."""
+    base = score.removeprefix("sample_")
+    return "%" if base in SHARES else UNITS.get(base, "").strip()
+
+
+def name_of(score: str) -> str:
+    """A logged name in words."""
+    base = score.removeprefix("sample_").replace("_", " ")
+    return f"{base} of samples" if score.startswith("sample_") else base
+
+
+def shown(score: str, value: float | None, *, sign: bool = False, unit: bool = True) -> str:
+    """A value of a score as it is printed: shares in %, their differences in points."""
+    if value is None:
+        return "–"
+    base = score.removeprefix("sample_")
+    if base in SHARES:
+        text, after = f"{100 * value:{'+' if sign else ''}.1f}", " points" if sign else " %"
+    else:
+        text, after = f"{value:{'+' if sign else ''}.{2 if abs(value) < 1000 else 0}f}", UNITS.get(base, "")
+    return text.replace("-", "−") + (after if unit else "")
+
+
+def with_interval(score: str, interval: Interval | None) -> str:
+    """`93.1 (92.0 to 94.1)`; the value alone where there is no interval, a dash where there is no value."""
+    if interval is None:
+        return "–"
+    text = shown(score, interval.value, unit=False)
+    if interval.low is None:
+        return text
+    return f"{text} ({shown(score, interval.low, unit=False)} to {shown(score, interval.high, unit=False)})"
+
+
+def verdict(comparison: Comparison) -> str:
+    """One comparison in one sentence: both means, the verdict, by how much and how sure."""
+    score, both = comparison.score, comparison.difference.interval
+    one, other = (shown(score, mean) for mean in comparison.means)
+    said = f"{comparison.one} against {comparison.other}: {name_of(score)} {one} against {other}"
+    if both.low is None:
+        return f"{said}; {both.rows} rows are too few to say how sure that is."
+    low, high = (shown(score, end, sign=True, unit=False) for end in (both.low, both.high))
+    size = shown(score, abs(both.value)) if score not in SHARES else f"{100 * abs(both.value):.1f} points"
+    word = (
+        "the difference is within noise" if comparison.verdict == "within noise" else f"{comparison.verdict} by {size}"
+    )
+    return f"{said}, {word} (95 % interval of the difference {low} to {high}; {both.over})."
+
+
+def difference(comparison: Comparison) -> tuple[str, str, str, str]:
+    """Size, interval, p and verdict of a comparison."""
+    found, score = comparison.difference, comparison.score
+    size = shown(score, found.interval.value, sign=True)
+    if found.interval.low is None or found.p_value is None:
+        return size, "–", "–", "not known: too few rows"
+    low, high = (shown(score, end, sign=True, unit=False) for end in (found.interval.low, found.interval.high))
+    p = f"{found.p_value:.4f}" if found.p_value >= 1e-3 else "< 0.001"
+    return size, f"{low} to {high}", p, comparison.verdict
+
+
+def headline(comparisons: Sequence[Comparison]) -> str:
+    """The answer to: did it help? One word if all scores agree, else one of each score."""
+    answers = {
+        score: answer([c for c in comparisons if c.score == score])
+        for score in dict.fromkeys(c.score for c in comparisons)
+    }
+    if len(set(answers.values())) > 1:
+        return "; ".join(f"{name_of(score)}: {said}" for score, said in answers.items())
+    return HEADLINES[next(iter(answers.values()), "not known")]
+
+
+def why_unknown(arms: Sequence[Arm]) -> list[str]:
+    """What is missing for an answer, and what the logged evaluations show without one."""
+    students = [arm for arm in arms if not arm.is_teacher]
+    lines = []
+    if not any(run.held_out for arm in students for run in arm.runs):
+        lines.append("No run here kept its held-out rows (held_out.jsonl): nothing can be paired row by row.")
+    else:
+        lines.append(
+            "There is neither an arm trained by imitation to compare with, nor an evaluation before the first step "
+            "(eval_on_start: true makes one)."
+        )
+    for arm in students:
+        for run in arm.runs:
+            for name in run.task_names[:1] or ["regret"]:
+                known = [(line["step"], value) for line in run.evaluations
+                         if (value := number(line.get(f"eval_{name}"))) is not None]  # fmt: skip
+                if len(known) > 1:
+                    (first, then), (last, now) = known[0], known[-1]
+                    lines.append(
+                        f"{run.title}: the logged {name_of(name)} went from {shown(name, then)} at step {first} to "
+                        f"{shown(name, now)} at step {last}; how sure that is is not known."
+                    )
+    return lines
+
+
+def price(cost: Cost) -> str:
+    """What an arm took, as far as it was logged."""
+    parts = []
+    if cost.steps is not None:
+        parts.append(f"{cost.steps:,.0f} steps")
+    if cost.cpu_seconds is not None:
+        parts.append(f"{cost.cpu_seconds:,.1f} CPU s")
+    if cost.seconds is not None:
+        parts.append(f"{cost.seconds:,.1f} s by the clock")
+    if cost.tokens is not None:
+        parts.append(f"{cost.tokens:,.0f} answer tokens")
+    return f"{cost.arm}: {', '.join(parts) or 'not logged'}"
+
+
+def fairness(one: Cost, other: Cost) -> str | None:
+    """How the costs of two arms compare; None if neither CPU seconds nor steps of both are known."""
+    for name, unit in (("cpu_seconds", "CPU time"), ("seconds", "time"), ("steps", "steps")):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if mine and theirs:
+            return f"{one.arm} took {mine / theirs:.2f} times the {unit} of {other.arm}."
+    return None
+
+
+def weak_spots(failures: Failures) -> list[str]:
+    """Where an arm's students fail."""
+    lines = []
+    if failures.half is not None:
+        lines.append(
+            f"{failures.arm}: {failures.half} of {failures.rows} held-out rows hold half of all the regret "
+            f"(mean {failures.total:.2f} nats)."
+        )
+        if failures.first_share is not None and failures.end_share is not None:
+            lines.append(
+                f"{100 * failures.first_share:.0f} % of it lies in the first token of an answer, "
+                f"{100 * failures.end_share:.0f} % in the last (where it ends)."
+            )
+    by_input = [group for group in failures.groups if group.name.startswith("inputs")]
+    scored = [(group.scores[failures.by], group) for group in by_input if failures.by in group.scores]
+    if len(scored) > 1:
+        pick = max if failures.by == "regret" else min
+        value, group = pick(scored, key=lambda pair: pair[0])
+        lines.append(f"By input, it is worst on {group.name}: {name_of(failures.by)} {shown(failures.by, value)}.")
+    cut = [group.rows for group in failures.groups if group.name.startswith("answers cut")]
+    if cut:
+        lines.append(f"{cut[0]} answers were cut before their end.")
+    return lines
