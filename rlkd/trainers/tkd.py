@@ -278,7 +278,8 @@ class TKDTrainer(StudentTrainer):
 
     @torch.no_grad()
     def _ask_teacher(self, inputs: dict[str, Tensor], *, hidden: bool, rows: bool = False) -> EncoderOutputs:
-        out = run_encoder(self.teacher, inputs, hidden=hidden, attention=self.teacher_attention if rows else None)
+        with self.accelerator.autocast():  # the Trainer sees to the student's forward alone
+            out = run_encoder(self.teacher, inputs, hidden=hidden, attention=self.teacher_attention if rows else None)
         logits = out.logits.float()  # as they are kept: their softmax is not for bf16
         if not hidden:
             return out._replace(logits=logits)
@@ -294,8 +295,7 @@ class TKDTrainer(StudentTrainer):
         with_states = kind != "logits"
 
         def compute(index: list[int]) -> EncoderOutputs:
-            with self.compute_loss_context_manager():
-                return self._ask_teacher(self._teacher_batch(index), hidden=with_states)
+            return self._ask_teacher(self._teacher_batch(index), hidden=with_states)
 
         key = cache_key(
             self.teacher,
