@@ -67,14 +67,6 @@ class EncodedTexts(Sequence[dict[str, Any]]):
                 digest.update(b"%d:" % len(ids) + torch.tensor(ids, dtype=torch.int32).numpy().tobytes())
         return digest.hexdigest()
 
-    def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """All rows, the shortest first: the numbers of `size` rows, and what a model reads of them."""
-        lengths = self.lengths
-        order = sorted(range(len(self)), key=lambda i: (lengths[i], i))
-        for start in range(0, len(order), size):
-            numbers = order[start : start + size]
-            yield numbers, model_inputs(self.collate([self[i] for i in numbers]))
-
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """input_ids, attention_mask (and token_type_ids) [B, L], padded on the right; labels and index [B]."""
         batch: dict[str, Tensor] = {
@@ -85,6 +77,14 @@ class EncodedTexts(Sequence[dict[str, Any]]):
         batch["labels"] = torch.tensor([row["label"] for row in rows])
         batch["index"] = torch.tensor([row["index"] for row in rows])
         return batch
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """All rows, the shortest first: the numbers of `size` rows, and what a model reads of them."""
+        lengths = self.lengths
+        order = sorted(range(len(self)), key=lambda i: (lengths[i], i))
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size]
+            yield numbers, model_inputs(self.collate([self[i] for i in numbers]))
 
 
 def labelled_rows(rows: Sequence[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:
