@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from ..data.probe_rows import ProbeRows
@@ -107,20 +107,19 @@ def _read(
 
 
 def _check(name: str, numbers: list[int] | None, max_length: int) -> Any:
-    """The configuration of a model that has these layers and positions."""
-    from ..models.encoders import check_max_length
+    """The configuration of a model that has these layers and as many positions."""
+    from ..models.encoders import check_length
     from ..models.representations import load_encoder_config
 
     config = load_encoder_config(name)
     last = config.num_hidden_layers
     if numbers is not None and numbers[-1] > last:
         raise ConfigError(f"--layers {numbers[-1]}: model '{name}' has the layers 0 to {last}")
-    check_max_length(max_length, config, f"model '{name}'")
+    check_length(max_length, config, f"model '{name}'")
     return config
 
 
 def _check_tokenizer(tokenizer: Any, config: Any, name: str) -> None:
-    from ..errors import ModelError
     from ..models.vocabulary import check_vocabulary_fits
 
     check_vocabulary_fits(config, max(tokenizer.get_vocab().values()) + 1, "model", name)

@@ -17,8 +17,8 @@ from .attention import AttentionSource, recorded_attention
 
 Init = Literal["mapped", "first", "pretrained", "random"]
 PROJECTIONS_FILE = "projections.safetensors"
-# These number their positions from pad_token_id + 1 on.
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "xmod")
+# Families that number positions from pad_token_id + 1, so that as many of the embedding's rows are never used.
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "roberta-prelayernorm")
 
 
 class EncoderOutputs(NamedTuple):
@@ -52,20 +52,17 @@ def width_of(config: Any) -> int:
     return int(getattr(config, "output_width", config.hidden_size))
 
 
-def max_positions(config: Any) -> int | None:
-    """Tokens the longest input may have; None for a model without a bound."""
+def check_length(max_length: int, config: Any, role: str) -> None:
+    """Raises ConfigError if the model has fewer positions than `max_length` tokens."""
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or config.model_type not in OFFSET_POSITIONS:
-        return positions
-    return int(positions) - config.pad_token_id - 1
-
-
-def check_max_length(max_length: int, config: Any, model: str) -> None:
-    """Raises ConfigError if `model` has no positions for texts of max_length tokens."""
-    positions = max_positions(config)
-    if positions is not None and max_length > positions:
+    if positions is None:
+        return
+    if config.model_type in POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
+    if max_length > positions:
         raise ConfigError(
-            f"max_length = {max_length}: {model} has {positions} positions. Set it to {positions} at most."
+            f"max_length = {max_length}: the {role} ('{config.model_type}') has {positions} positions. "
+            f"Set max_length to at most {positions}; longer texts are cut."
         )
 
 

@@ -115,8 +115,10 @@ class TKDArguments(StudentArguments):
     def _check_cache(self) -> None:
         if self.teacher_cache == "none":
             return
-        if self.preset == "ft":
-            raise ConfigError(f"teacher_cache = {self.teacher_cache!r}: preset 'ft' asks no teacher. Set it to none.")
+        if self.teacher_needs == "none":
+            raise ConfigError(
+                f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} asks no teacher. Set it to none."
+            )
         if "td_teacher" in self.weights:
             raise ConfigError(
                 f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} grows a tree in the teacher's "

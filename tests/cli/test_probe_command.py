@@ -102,7 +102,7 @@ def test_the_table_has_a_row_for_each_layer_and_baseline(probe):
         (
             ["teacher", "--task-file", "task.txt"],
             ConfigError,
-            "max_length = 128: model 'teacher' has 40 positions. Set it to 40",
+            r"max_length = 128: the model 'teacher' \('bert'\) has 40 positions",
         ),
         (["teacher", "t5", "--task-file", "task.txt", *SHORT], ModelError, "'t5' .* is no encoder-only model"),
         (["teacher", "nothing", "--task-file", "task.txt", *SHORT], ModelError, "'nothing' is neither a folder"),

@@ -10,7 +10,7 @@ from transformers import AutoModel
 from rlkd.data.labelled import EncodedTexts
 from rlkd.errors import ConfigError, ModelError
 from rlkd.models.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
-from rlkd.models.encoders import check_max_length, max_positions
+from rlkd.models.encoders import check_length
 from rlkd.models.representations import load_encoder, load_encoder_config, pooled_layers
 from rlkd.probing import Split, linear_probe, majority_baseline
 from tiny import CLASSIFIER_WORDS, classifier_tokenizer, save_pretrained, tiny_classifier, tiny_t5
@@ -112,12 +112,13 @@ def test_models_that_cannot_be_probed(tmp_path):
 @pytest.mark.parametrize(("kind", "positions"), [("bert", 40), ("roberta", 39), ("distilbert", 40), ("bilstm", None)])
 def test_positions_are_those_the_model_takes(kind, positions):
     model = make(kind)
-    assert max_positions(model.config) == positions
-    check_max_length(positions or 10_000, model.config, "the model")
+    check_length(positions or 10_000, model.config, "model")
     length = positions or 60
     model(input_ids=torch.full((1, length), 5))
     if positions:
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=torch.full((1, length + 1), 5))
-        with pytest.raises(ConfigError, match=f"max_length = {positions + 1}: the model has {positions} positions"):
-            check_max_length(positions + 1, model.config, "the model")
+        with pytest.raises(
+            ConfigError, match=rf"max_length = {positions + 1}: the model \('{kind}'\) has {positions} positions"
+        ):
+            check_length(positions + 1, model.config, "model")
