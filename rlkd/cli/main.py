@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..config import run_main
-from . import data, prompts
+from . import config, data, prompts
 
 app = typer.Typer(
     name="rlkd",
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
 
 
 class Strategy(StrEnum):
