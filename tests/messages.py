@@ -20,12 +20,21 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlkd"
-OURS = {
-    "RlkdError", "ConfigError", "DataError", "ModelError", "DivergenceError", "LockedError", "InterruptedRunError",
-    "BadRowError", "SandboxError",
-}  # fmt: skip
 HELPERS = {"_require"}
 FOLDER = "RLKD_MESSAGES"
+
+
+def our_errors(package: Path = PACKAGE) -> set[str]:
+    """RlkdError and all classes below it, by name."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    found = {"RlkdError"}
+    while more := {c.name for c in classes if {getattr(base, "id", "") for base in c.bases} & found} - found:
+        found |= more
+    return found
+
+
+OURS = our_errors()
 Hits = dict[tuple[str, int], str]  # (file, line) -> the first test that came by
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from ..data.examples import Examples
 from ..data.prompts import load_templates
 from ..data.row_maps import parse_row_map
@@ -147,10 +149,8 @@ def prepare(
     if student.use_peft:
         student.lora_task_type = "SEQ_2_SEQ_LM"
     settings = (data, teacher, student)
-    if training.resume_from_checkpoint:
-        check_settings(
-            Path(training.resume_from_checkpoint), (*settings, training), allow_change=training.allow_config_change
-        )
+    if checkpoint := _resumed_from(training):
+        check_settings(checkpoint, (*settings, training), allow_change=training.allow_config_change)
     tokenizer, valid_vocab = _check_models(teacher, student, name)
     train, evaluation, labels = _load_data(data)
 
@@ -187,6 +187,14 @@ def prepare(
         TASK_METRICS.get(data.task_metric),
         settings,
     )
+
+
+def _resumed_from(training: DistillationArguments) -> Path | None:
+    given = training.resume_from_checkpoint
+    if given in ("auto", "true"):
+        run = str(training.output_dir)
+        given = get_last_checkpoint(run) if Path(run).is_dir() else None
+    return Path(given) if given else None
 
 
 def _check_models(teacher: TeacherArguments, student: ModelConfig, name: str) -> tuple[Any, int]:
