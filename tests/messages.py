@@ -102,6 +102,7 @@ class Recorder:
         def make(error: RlkdError, *args: Any) -> None:
             Exception.__init__(error, *args)
             recorder.note_frames(sys._getframe(1))
+            recorder.note_last(sys.exc_info()[2])  # made while another error is handled: it tells that one
 
         leave = RaisesExc.__exit__
 
