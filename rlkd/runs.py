@@ -36,9 +36,10 @@ FREE = {
     "do_train", "early_stopping_patience", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
     "hub_strategy", "hub_token", "ignore_data_skip", "local_rank", "log_level", "log_level_replica",
     "log_on_each_node", "logging_first_step", "logging_steps", "logging_strategy", "output_dir", "project",
-    "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "sample_table_rows", "save_on_each_node",
-    "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics", "teacher_cache_dir",
-    "teacher_cache_mb", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "weak_start",
+    "push_to_hub", "report_to", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name",
+    "sample_table_rows", "save_on_each_node", "save_only_model", "save_steps", "save_strategy", "save_total_limit",
+    "skip_memory_metrics", "teacher_cache_dir", "teacher_cache_mb", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id", "weak_start",
 }  # fmt: skip
 # A run may be made longer under these schedules only: all others end where the run ends.
 LENGTH = {"max_steps", "num_train_epochs"}
