@@ -9,13 +9,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
-from enum import Enum
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
-from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from . import __version__
 from .errors import ConfigError
 from .generation.files import write_durably
 from .redaction import redacted
+from .settings import default_of, own_names, plain
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +36,14 @@ FREE = {
     "do_train", "early_stopping_patience", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
     "hub_strategy", "hub_token", "ignore_data_skip", "local_rank", "log_level", "log_level_replica",
     "log_on_each_node", "logging_first_step", "logging_steps", "logging_strategy", "output_dir", "project",
-    "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "sample_table_rows", "save_on_each_node",
-    "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics", "teacher_cache_dir",
-    "teacher_cache_mb", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "weak_start",
+    "push_to_hub", "report_to", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name",
+    "sample_table_rows", "save_on_each_node", "save_only_model", "save_steps", "save_strategy", "save_total_limit",
+    "skip_memory_metrics", "teacher_cache_dir", "teacher_cache_mb", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id", "weak_start",
 }  # fmt: skip
 # A run may be made longer under these schedules only: all others end where the run ends.
 LENGTH = {"max_steps", "num_train_epochs"}
 ENDLESS = {"constant", "constant_with_warmup", "inverse_sqrt"}
-FOREIGN = {"transformers", "trl"}
 
 
 def now() -> str:
@@ -161,10 +160,10 @@ def settings_of(sections: Iterable[Any]) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for section in sections:
-        ours = _own_names(type(section))
+        ours = own_names(type(section))
         for item in fields(section):
             value = plain(getattr(section, item.name))
-            if item.init and (item.name in ours or value != _default(item)):
+            if item.init and (item.name in ours or value != default_of(item)):
                 out[item.name] = value
     return redacted(out)
 
@@ -176,13 +175,13 @@ def changed_settings(then: Mapping[str, Any], sections: Iterable[Any]) -> list[s
     current = settings_of(sections)
     free = FREE | (LENGTH if _is_endless(then) and _is_endless(current) else set())
     for section in sections:
-        ours = _own_names(type(section))
+        ours = own_names(type(section))
         for item in fields(section):
             name = item.name
             # One of ours that is not in the record is newer than it, or was not known to what wrote it.
             if name in free or not item.init or (name in ours and name not in then):
                 continue
-            before, after = (record.get(name, redacted(_default(item), name)) for record in (then, current))
+            before, after = (record.get(name, redacted(default_of(item), name)) for record in (then, current))
             if before != after:
                 lines.append(f"  {name}: {_shown(before)} -> {_shown(after)}")
     return lines
@@ -209,32 +208,6 @@ def describe_templates(*data: Any) -> list[dict[str, str]]:
     """{name, id, fingerprint} of each template that some data are read under."""
     templates = [template for rows in data for template in getattr(rows, "templates", ())]
     return list({t.fingerprint: {"name": t.name, "id": t.id, "fingerprint": t.fingerprint} for t in templates}.values())
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON has it."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return plain(value.to_dict()) if hasattr(value, "to_dict") else str(value)
-
-
-def _own_names(kind: type) -> set[str]:
-    """The settings that rlkd, or a recipe, declares: those of transformers and TRL left out."""
-    return {
-        name for base in kind.__mro__ if base.__module__.split(".")[0] not in FOREIGN for name in get_annotations(base)
-    }
-
-
-def _default(item: Field) -> Any:
-    if item.default is not MISSING:
-        return plain(item.default)
-    return plain(item.default_factory()) if item.default_factory is not MISSING else None
 
 
 def _is_endless(settings: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
     **dict.fromkeys(["records", "errors"], 0),
-    **dict.fromkeys(["tensors", "redaction"], 1),
+    **dict.fromkeys(["tensors", "redaction", "settings"], 1),
     **dict.fromkeys(["objectives", "data", "models", "metrics", "config"], 2),
     **dict.fromkeys(["generation", "runs"], 3),
     **dict.fromkeys(["trainers", "evaluation", "probing", "inspection", "report"], 4),

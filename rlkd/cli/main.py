@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..config import run_main
-from . import data, probe, prompts
+from . import config, data, probe, prompts
 
 app = typer.Typer(
     name="rlkd",
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
 app.command()(probe.probe)
 
 

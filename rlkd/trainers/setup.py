@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from ..data.examples import Examples
 from ..data.prompts import load_templates
+from ..data.row_maps import parse_row_map
 from ..data.rows import check_columns, load_rows
 from ..errors import ConfigError
 from ..evaluation import TaskMetric
@@ -20,6 +23,7 @@ from ..models.teacher import Teacher
 from ..models.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
 from ..runs import check_settings
+from ..settings import Count, Natural, check_ranges
 from .arguments import DistillationArguments
 
 
@@ -32,7 +36,7 @@ class DataArguments:
     )
     dataset_subset: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split of unlabeled inputs."})
-    train_limit: int | None = field(default=None, metadata={"help": "Use only the first so many inputs."})
+    train_limit: Count | None = field(default=None, metadata={"help": "Use only the first so many inputs."})
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Held-out inputs; null takes eval_split of dataset."}
     )
@@ -49,6 +53,25 @@ class DataArguments:
             "combined."
         },
     )
+    templates_dir: str | None = field(
+        default=None, metadata={"help": "Folder, YAML file or archive of templates; null: `rlkd prompts --help`."}
+    )
+    all_templates: bool = field(
+        default=False, metadata={"help": "With no name: also templates of other than the original task."}
+    )
+    gold_input: bool = field(default=False, metadata={"help": "Allow templates whose input shows gold columns."})
+    truncation: Literal["none", "t0"] = field(
+        default="none", metadata={"help": "t0 cuts each {{...}} at 2,048 characters, as T0's training data were."}
+    )
+    strict_compat: bool = field(
+        default=False, metadata={"help": "Let a '|||' inside a row's lists split the text, as promptsource."}
+    )
+    column_map: list[str] = field(
+        default_factory=list, metadata={"help": "Columns to rename first: old=new[,...], or JSON."}
+    )
+    label_map: list[str] = field(
+        default_factory=list, metadata={"help": "Labels to change then: [column:]old=new[,...], or JSON."}
+    )
     student_template: str | None = field(
         default=None, metadata={"help": "One template for the student; null gives it the raw input_column."}
     )
@@ -58,6 +81,9 @@ class DataArguments:
     task_metric: Literal["none", "rouge", "bleu", "exact_match"] = field(
         default="none", metadata={"help": "Scored on greedy and sampled answers at every evaluation."}
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass
@@ -77,9 +103,12 @@ class TeacherArguments:
     template_combination: Literal["average", "pool"] = field(
         default="average", metadata={"help": "Several templates: average their rewards, or pool their log-probs."}
     )
-    teacher_cache_mb: int = field(
+    teacher_cache_mb: Natural = field(
         default=512, metadata={"help": "Room for the teacher's encoder states of prompts seen."}
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass
@@ -120,10 +149,8 @@ def prepare(
     if student.use_peft:
         student.lora_task_type = "SEQ_2_SEQ_LM"
     settings = (data, teacher, student)
-    if training.resume_from_checkpoint:
-        check_settings(
-            Path(training.resume_from_checkpoint), (*settings, training), allow_change=training.allow_config_change
-        )
+    if checkpoint := _resumed_from(training):
+        check_settings(checkpoint, (*settings, training), allow_change=training.allow_config_change)
     tokenizer, valid_vocab = _check_models(teacher, student, name)
     train, evaluation, labels = _load_data(data)
 
@@ -162,6 +189,14 @@ def prepare(
     )
 
 
+def _resumed_from(training: DistillationArguments) -> Path | None:
+    given = training.resume_from_checkpoint
+    if given in ("auto", "true"):
+        run = str(training.output_dir)
+        given = get_last_checkpoint(run) if Path(run).is_dir() else None
+    return Path(given) if given else None
+
+
 def _check_models(teacher: TeacherArguments, student: ModelConfig, name: str) -> tuple[Any, int]:
     """Configurations and tokenizers of both models; returns the shared tokenizer and its size."""
     configs = {}
@@ -188,10 +223,15 @@ def _student_dtype(student: ModelConfig) -> str:
 
 def _load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
     """Rows, templates and pseudo-labels, with every column checked."""
-    templates = [template for spec in data.templates for template in load_templates(spec)]
+    reading: dict[str, Any] = {
+        "folder": Path(data.templates_dir) if data.templates_dir else None,
+        **{name: getattr(data, name) for name in ("all_templates", "gold_input", "truncation", "strict_compat")},
+    }
+    row_map = parse_row_map(data.column_map, data.label_map)
+    templates = [template for spec in data.templates for template in load_templates(spec, **reading)]
     student_template = None
     if data.student_template is not None:
-        found = load_templates(data.student_template)
+        found = load_templates(data.student_template, **reading)
         if len(found) != 1:
             raise ConfigError(
                 f"student_template = {data.student_template!r} names {len(found)} templates: add one's name after a "
@@ -205,7 +245,7 @@ def _load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
     examples = {}
     for part, (source, split, limit) in sources.items():
         split = "train" if Path(source).exists() else split
-        rows = load_rows(source, split=split, subset=data.dataset_subset, limit=limit)
+        rows = row_map.dataset(load_rows(source, split=split, subset=data.dataset_subset, limit=limit))
         wanted = {"input_column": data.input_column}
         # Training never looks at references.
         reference = data.reference_column if part == "evaluation" else None

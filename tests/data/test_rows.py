@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlkd.data.rows import check_columns, check_text_column, load_rows
+from rlkd.data.rows import RowStream, check_columns, check_text_column, load_rows
 from rlkd.errors import DataError
 
 ROWS = [
@@ -194,3 +194,48 @@ def test_check_text_column():
     for column, lists in (("l", False), ("n", False), ("n", True)):
         with pytest.raises(DataError, match=f"column '{column}' holds .* not text"):
             check_text_column(rows, column, "x", lists=lists)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "deep.jsonl",
+            b'{"a": 1}\n{"a": ' + b"[" * 200_000,
+            r"deep\.jsonl:2 is nested too deeply\. Flatten or remove it",
+        ),
+        (
+            "late.json",
+            b'[{"a": "' + b"x" * 70_000 + b'\xff"}]',
+            r"late\.json is not UTF-8 \(byte \d+\)\. Save the file",
+        ),
+        ("head.csv", b'"a"b,c\n1,2\n', r"head\.csv:1 is malformed: "),
+        ("huge.jsonl", b'{"a": 1}\n{"a": %d}\n' % 2**70, r"column 'a' has values that do not fit one type: "),
+    ],
+)
+def test_what_no_row_can_be_made_of(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": "x"}\n' * 3)
+    stream = RowStream(str(file))
+    scan = stream.scan()
+    file.write_text('{"a": "x"}\n' * 2)
+    with pytest.raises(DataError, match=r"had 3 rows and now has 2: it changed while it was read"):
+        list(stream.blocks(scan, 2, lambda k: True))
+
+
+def test_a_hub_stream_that_breaks_off(monkeypatch):
+    def rows(*_, **__):
+        yield {"a": "x"}
+        raise ConnectionError("the line went dead")
+
+    monkeypatch.setattr("rlkd.data.hub.load_hub", rows)
+    reader = RowStream("some/name").reader
+    message = r"'some/name', row 2 cannot be read: ConnectionError: the line went dead.*repeat the command to go on"
+    with pytest.raises(DataError, match=message):
+        list(reader.records())

@@ -301,9 +301,12 @@ def test_recipes_refuse_before_they_look_at_a_model(run, monkeypatch):
     for name in ("load_config", "load_tokenizer", "load_encoder_decoder"):
         monkeypatch.setattr(f"rlkd.trainers.setup.{name}", loaded)
     settings = (DataArguments(dataset="other"), TeacherArguments(), ModelConfig(model_name_or_path="m"))
-    training = arguments(resume_from_checkpoint=str(run / "checkpoint-1"))
-    with pytest.raises(ConfigError, match=r'dataset: "rows\.jsonl" -> "other"'):
-        prepare(*settings, training)
+    for given in (str(run / "checkpoint-1"), "auto"):
+        training = ReinforceArguments(str(run), use_cpu=True, resume_from_checkpoint=given)
+        with pytest.raises(ConfigError, match=r'dataset: "rows\.jsonl" -> "other"'):
+            prepare(*settings, training)
+    with pytest.raises(AssertionError, match="a model was looked at"):
+        prepare(*settings, ReinforceArguments(str(run / "new"), use_cpu=True, resume_from_checkpoint="auto"))
 
 
 # Secrets

@@ -530,8 +530,8 @@ def test_bf16_runs_and_stays_close(tmp_path):
     ("settings", "message"),
     [
         ({"preset": "tdk"}, "preset = 'tdk': allowed are ft, kd"),
-        ({"w_kd": -1.0}, "w_kd = -1.0: must not be negative"),
-        ({"temperature": 0.0}, "temperature = 0.0: must be positive"),
+        ({"w_kd": -1.0}, "w_kd = -1.0: must be at least 0"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be above 0"),
         ({"noise_probability": 2.0}, "noise_probability = 2.0"),
         ({"noise_deviation": -1.0}, "noise_deviation = -1.0"),
         ({"tree_m": 0}, "tree_m = 0: must be at least 1"),
