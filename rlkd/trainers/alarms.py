@@ -86,8 +86,13 @@ class Alarm:
 
 
 def _now_and_start(history: History, name: str) -> list[tuple[float, float, str]]:
-    """(now, at the start, whose) of the sampled answers and, where evaluated, of the greedy held-out answers."""
-    found = []
+    """(now, at the start, whose) of the sampled answers and, where evaluated, of the greedy held-out answers.
+
+    Of RL only: supervised training begins with a student whose answers mean nothing.
+    """
+    found: list[tuple[float, float, str]] = []
+    if name not in history.first:
+        return found
     for series, lines, whose in ((name, WINDOW, "sampled"), (f"eval_{name}", 1, "greedy held-out")):
         now = history.recent(series, lines)
         if now is not None:
@@ -175,18 +180,21 @@ def _objective(history: History) -> str:
 
 
 def rise(history: History) -> Reading | None:
-    """Regret (RL) or loss over its lowest; a tenth of the first reading on both sides, or small losses would swing."""
+    """Regret (RL) or loss over its lowest; a fifth of the first reading on both sides, or small ones would swing."""
     name = _objective(history)
     now = history.recent(name, USUAL)
     if now is None:
         return None
-    lowest, slack = history.lowest(name, USUAL), abs(history.first[name]) / 10
+    lowest, slack = history.lowest(name, USUAL), abs(history.first[name]) / 5
     value = (now + slack) / (lowest + slack) if lowest + slack > 0 else 1.0
     return Reading(value, f"{name} is {now:.3g}, it was {lowest:.3g}")
 
 
 def held_out_loss(history: History) -> Reading | None:
-    """Largest share by which a held-out score fell below its best while training went on improving."""
+    """Largest share by which a held-out score fell below its best while training went on improving.
+
+    Regret counts in RL only: empty answers of an untrained student have a low one.
+    """
     objective = _objective(history)
     now = history.recent(objective)
     if now is None or now > history.first[objective]:
@@ -194,6 +202,8 @@ def held_out_loss(history: History) -> Reading | None:
     losses = []
     for name, values in history.values.items():
         if not name.startswith("eval_") or name in NOT_A_SCORE or len(values) < 3:
+            continue
+        if "regret" in name and objective != "regret":
             continue
         lower = name.removeprefix("eval_") in LOWER_IS_BETTER
         recent, best = mean(list(values)[-2:]), (min if lower else max)(values)
@@ -293,7 +303,7 @@ ALARMS = (
         "Lower learning_rate, and go back to an earlier checkpoint.",
         ("regret", "ce", "kd", "loss"),
         rise,
-        1.4,
+        1.3,
     ),
     Alarm(
         "held_out_worse",
