@@ -15,12 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-import chaos
 import pytest
 import torch
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import WandbCallback
 
+import chaos
 from rlkd.errors import CheckpointError, ConfigError, InterruptedRunError, LockedError, RlkdError
 from rlkd.trainers import checkpoints
 from rlkd.trainers.checkpoints import LOGS, MANIFEST, SET_ASIDE, STATE_FILE, UNFINISHED, damage
@@ -136,7 +136,7 @@ def flip(path, offset):
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_it_taken(tmp_path, whole):
+def test_a_flipped_bit_in_any_file_is_found(tmp_path, whole):
     original = whole[0] / "checkpoint-3"
     draw = random.Random(0)
     for file in sorted(original.iterdir()):
@@ -382,6 +382,60 @@ def test_two_writers(tmp_path, server, caplog):
     assert re_found(f"recovered the lock of process {process.pid}", caplog)
 
 
+# Several processes
+
+
+def launched(folder, killed_at=0, steps=4):
+    """A run of two_ranks.py on two processes."""
+    script = Path(chaos.__file__).with_name("two_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    paths = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*command, str(folder), str(killed_at), str(steps)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.multi
+def test_one_of_two_ranks_killed(tmp_path):
+    """The other ends within a minute, the launcher names the dead one, and the repeated command ends the same run."""
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    assert launched(straight).wait(300) == 0
+    process = launched(folder, killed_at=3)
+    wait_for(lambda: (folder / "checkpoint-2").exists())
+    begun = time.monotonic()
+    _, message = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert time.monotonic() - begun < 60
+    assert re.search(r"local_rank: 1\b", message)
+    assert re.search(r"SIGKILL|exitcode *: -9", message)
+    assert damage(folder / "checkpoint-2") is None
+    # Fewer processes would be another run.
+    with pytest.raises(CheckpointError, match="is of 2 processes, this run has 1"):
+        chaos.build("reinforce", folder).train(resume_from_checkpoint="auto")
+    assert launched(folder).wait(300) == 0
+    models = [chaos.safetensors.torch.load_file(path / "model.safetensors") for path in (straight, folder)]
+    assert_same(*models)
+    assert [row["step"] for row in logged(folder)] == [row["step"] for row in logged(straight)]
+
+
+@pytest.mark.multi
+def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_ranks(tmp_path):
+    folder = tmp_path / "run"
+    process = launched(folder, steps=100_000)
+    wait_for(lambda: (folder / "checkpoint-2").exists())
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode != 0
+    saved = re.findall(r"stopped by SIGTERM: \S*(checkpoint-\d+) is saved", message)
+    assert len(saved) == 2
+    assert len(set(saved)) == 1
+    assert damage(folder / saved[0]) is None
+    assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {path.name for path in (folder / saved[0]).iterdir()}
+
+
 # No room
 
 
@@ -464,3 +518,18 @@ def test_the_same_seed_gives_the_same_weights(tmp_path, kind):
     for run in runs:
         run.train()
     assert chaos.difference(*map(chaos.outcome, runs)) == ""
+
+
+# The page
+
+
+def test_every_proof_named_in_the_documentation_exists():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in page.split("## Faults")[1].splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 25
+    for row in rows:
+        proofs = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row)
+        assert proofs, row
+        for file, name in proofs:
+            assert f"\ndef {name}(" in (root / file).read_text(encoding="utf-8"), (file, name)
