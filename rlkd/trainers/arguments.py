@@ -20,7 +20,7 @@ class DistillationArguments(TrainingArguments):
     """What every rlkd trainer shares.
 
     Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
-    to a tracker unless asked for, and columns are kept for the collators.
+    to a tracker unless asked for, columns are kept for the collators, and a resumed run restores its callbacks.
     """
 
     max_input_tokens: int = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
@@ -30,6 +30,9 @@ class DistillationArguments(TrainingArguments):
     )
     sample_table_rows: int = field(
         default=4, metadata={"help": "Rows of the prompt / student / teacher / reward table shown at each evaluation."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Kept on: patience goes on where it was."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})

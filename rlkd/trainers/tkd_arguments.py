@@ -21,7 +21,8 @@ CACHE_ORDER = ("none", "logits", "cls", "hidden")
 class TKDArguments(TrainingArguments):
     """Which terms the loss has and how they weigh, how the tree is grown, and what is kept of the teacher.
 
-    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), columns are kept.
+    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), columns are kept, and a
+    resumed run restores its callbacks.
     """
 
     # Loss
@@ -83,6 +84,9 @@ class TKDArguments(TrainingArguments):
         default=None, metadata={"help": "Stop after this many evaluations without a better one; null never does."}
     )
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Kept on: patience goes on where it was."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator uses all columns."})
 

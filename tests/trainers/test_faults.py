@@ -309,7 +309,8 @@ class Stop(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step:
-            for _ in range(self.times):
+            for n in range(self.times):
+                time.sleep(0.3 * n)
                 os.kill(os.getpid(), self.signum)
 
 
@@ -395,6 +396,7 @@ def launched(folder, killed_at=0, steps=4):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -422,14 +424,19 @@ def test_one_of_two_ranks_killed(tmp_path):
 
 
 @pytest.mark.multi
-def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_ranks(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_ranks(tmp_path, signum):
+    """SIGTERM to the launcher alone; Ctrl-C, which a terminal sends to all of them."""
     folder = tmp_path / "run"
     process = launched(folder, steps=100_000)
     wait_for(lambda: (folder / "checkpoint-2").exists())
-    process.send_signal(signal.SIGTERM)
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
     _, message = process.communicate(timeout=60)
     assert process.returncode != 0
-    saved = re.findall(r"stopped by SIGTERM: \S*(checkpoint-\d+) is saved", message)
+    saved = re.findall(rf"stopped by {signum.name}: \S*(checkpoint-\d+) is saved", message)
     assert len(saved) == 2
     assert len(set(saved)) == 1
     assert damage(folder / saved[0]) is None
