@@ -69,6 +69,7 @@ def commit(written: Path, final: Path) -> None:
         os.rename(final, written.with_name("replaced"))
     os.rename(written, final)
     sync_folder(final.parent)
+    clear_unfinished(final.parent)
 
 
 def explained_save(error: Exception, final: Path, needed: int) -> Exception:

@@ -90,6 +90,13 @@ class ResumableTrainer(Trainer):
             self.on_main(lambda: rewind(run, checkpoint) if wanted else clear_unfinished(run))
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
+    def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
+        # The Trainer would take one step more of a run that was finished when it was resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**options)
+
     # One writer, several processes
 
     @contextmanager

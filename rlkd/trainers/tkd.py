@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback, set_seed
 
 from ..data.labelled import EncodedTexts, model_inputs
 from ..errors import ConfigError, ModelError
@@ -100,6 +100,7 @@ class TKDTrainer(StudentTrainer):
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
             teacher.eval().requires_grad_(False).to(args.device)
         self.teacher, self.tokenizer = teacher, tokenizer
+        set_seed(args.seed)  # projections are drawn before the Trainer does so
         self.trained = self._wrap(student, args)
         labels = student.config.num_labels
         train = EncodedTexts(train_rows, tokenizer, args.max_length, labels)

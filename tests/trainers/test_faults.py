@@ -521,10 +521,12 @@ def test_a_tracker_that_is_down_does_not_end_the_run(tmp_path, monkeypatch, whol
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_gives_the_same_weights(tmp_path, kind):
-    runs = [chaos.build(kind, tmp_path / str(n)) for n in range(2)]
-    for run in runs:
-        run.train()
-    assert chaos.difference(*map(chaos.outcome, runs)) == ""
+    outcomes = []
+    for n in range(2):
+        trainer = chaos.build(kind, tmp_path / str(n))
+        trainer.train()
+        outcomes.append(chaos.outcome(trainer))
+    assert chaos.difference(*outcomes) == ""
 
 
 # The page
