@@ -7,7 +7,7 @@ ARGS ?=
 # A machine with a GPU keeps the torch that pip chooses; one without takes the CPU build.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: quickstart test test-all lint docker-check notebooks clean
+.PHONY: quickstart test test-all test-faults lint docker-check notebooks clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python recipes/quickstart.py $(ARGS)
@@ -18,6 +18,11 @@ test: $(VENV)/.installed-dev
 # Everything a CPU can run, the slow and multi-process tests included.
 test-all: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m "not gpu and not net" $(ARGS)
+
+# The tests that kill and starve, then every trainer killed at every file event of a save: one table.
+test-faults: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m fault
+	$(VENV)/bin/python tests/trainers/chaos.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -63,7 +63,8 @@ class Teacher:
     max_input_tokens  prompts are cut to this
     append_eos        end inputs with end-of-sequence (T5, Flan-T5: yes; T0: no)
     combination       several templates of one input: average their rewards, or pool their log-probs
-    batch_tokens      padded tokens per forward; less uses less memory and changes no result. Halved when memory runs out
+    batch_tokens      padded tokens per forward; less uses less memory and changes no result
+                      (halved when memory runs out)
     cache_bytes       room for encoder states of prompts seen before
     """
 

@@ -21,8 +21,8 @@ def _require(condition: bool, name: str, value: object, constraint: str) -> None
 class StudentArguments(TrainingArguments):
     """What every rlkd trainer shares.
 
-    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), and columns are kept
-    for the collators.
+    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
+    to a tracker unless asked for, columns are kept for the collators, and a resumed run restores its callbacks.
     """
 
     allow_config_change: bool = field(
@@ -34,6 +34,9 @@ class StudentArguments(TrainingArguments):
     )
     early_stopping_patience: Count | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without a better one; null never does."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Kept on: patience goes on where it was."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
@@ -52,8 +55,6 @@ class StudentArguments(TrainingArguments):
                 patience,
                 "needs load_best_model_at_end: true (and eval_strategy, save_strategy: epoch or steps)",
             )
-            # Or a resumed run would count its evaluations anew.
-            self.restore_callback_states_from_checkpoint = True
         _require(
             not self.load_best_model_at_end or self.save_strategy != "steps" or self.save_steps == self.eval_steps,
             "save_steps",

@@ -69,6 +69,7 @@ def commit(written: Path, final: Path) -> None:
         os.rename(final, written.with_name("replaced"))
     os.rename(written, final)
     sync_folder(final.parent)
+    clear_unfinished(final.parent)
 
 
 def explained_save(error: Exception, final: Path, needed: int) -> Exception:
@@ -111,24 +112,31 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def find_checkpoint(wanted: str | bool | None, run: Path) -> Path | None:
+def requested(resume_from_checkpoint: str | bool | None) -> str | None:
+    """ "auto" (also for True and "true"), a folder, or None for a new run."""
+    word = str(resume_from_checkpoint).lower()
+    if word in ("none", "false", ""):
+        return None
+    return "auto" if word in ("true", "auto") else str(resume_from_checkpoint)
+
+
+def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
     """The checkpoint to resume from; None to start anew.
 
-    wanted: a folder; or True, "true", "auto": the newest checkpoint of the run that is whole, saying why newer ones are
-    not. Raises CheckpointError if there are checkpoints and none is whole, ConfigError if a new run would mix with
-    those of an earlier one.
+    wanted: a folder; or auto, the newest checkpoint of the run that is whole, saying why newer ones are not.
+    Raises CheckpointError if there are checkpoints and none is whole, ConfigError if a new run would mix with those of
+    an earlier one.
     """
     own = checkpoints(run)
-    word = str(wanted).lower()
-    if word in ("none", "false", ""):
+    if wanted is None:
         if own:
             raise ConfigError(
                 f"{run} holds checkpoints of an earlier run (up to step {max(own)}). Go on with it ({RESUME}), or "
                 "choose another output_dir."
             )
         return None
-    if word not in ("true", "auto"):
-        return _given(Path(str(wanted)))
+    if wanted != "auto":
+        return _given(Path(wanted))
     reasons = []
     for path in own.values():
         reason = damage(path)

@@ -27,6 +27,7 @@ from .checkpoints import (
     find_checkpoint,
     log_sizes,
     read_state,
+    requested,
     rewind,
 )
 from .trackers import survive_outages
@@ -81,17 +82,24 @@ class ResumableTrainer(Trainer):
         """As in Trainer. resume_from_checkpoint: a checkpoint's folder; True or "auto": the run's newest whole one, or
         a new run if it has none.
         """
+        run, wanted = self.run_folder, requested(resume_from_checkpoint)
         with self.writing(), Stop() as self._stop:
-            checkpoint = self.on_main(lambda: find_checkpoint(resume_from_checkpoint, self.run_folder))
+            checkpoint = self.on_main(lambda: find_checkpoint(wanted, run))
             self.begin_run(checkpoint)
-            if checkpoint is not None or resume_from_checkpoint:
-                self.on_main(lambda: rewind(self.run_folder, checkpoint))
+            self.on_main(lambda: rewind(run, checkpoint) if wanted else clear_unfinished(run))
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def begin_run(self, checkpoint: Path | None) -> None:
         """Before anything is loaded or written. Raises CheckpointError if this run cannot be that checkpoint's."""
         if checkpoint is not None:
             self.check_resumable(checkpoint)
+
+    def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
+        # The Trainer would take one step more of a run that was finished when it was resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**options)
 
     # One writer, several processes
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback, set_seed
 
 from ..data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ..errors import ConfigError, ModelError
@@ -116,7 +116,7 @@ class TKDTrainer(StudentTrainer):
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
             teacher.eval().requires_grad_(False).to(args.device)
         self.teacher, self.tokenizer = teacher, tokenizer
-        torch.manual_seed(args.seed)  # for the projections; the Trainer sets it too late for them
+        set_seed(args.seed)  # projections are drawn before the Trainer does so
         self.trained = self._wrap(student, args)
         labels = student.config.num_labels
         check_labels_and_vocabulary(student, "student", tokenizer)

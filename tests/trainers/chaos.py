@@ -21,12 +21,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from test_tkd import make as make_tkd  # noqa: E402
+
 from tiny_runs import examples, logged, make, weights  # noqa: E402
 
 # Rotation begins at the third save: that is the one they are killed in.
@@ -51,12 +52,15 @@ def build(kind: str, folder: Path, *callbacks: TrainerCallback) -> Any:
         trainer = make(kind, folder, n=12, **options, **evaluation)
     for callback in callbacks:
         trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def outcome(trainer: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], bytes]:
     """Weights, log lines and samples that two runs which are the same run have in common."""
-    rows = [{k: v for k, v in row.items() if not any(part in k for part in UNEQUAL)} for row in logged(trainer.run_folder)]
+    rows = [
+        {k: v for k, v in row.items() if not any(part in k for part in UNEQUAL)} for row in logged(trainer.run_folder)
+    ]
     samples = trainer.run_folder / "samples.jsonl"
     return weights(trainer.trained), rows, samples.read_bytes() if samples.exists() else b""
 
@@ -92,8 +96,10 @@ class Killer:
     def _audit(self, name: str, args: tuple[Any, ...]) -> None:
         if name in MODIFYING:
             self.event(f"{name} {Path(os.fsdecode(args[0])).name}")
-        elif name == "open" and isinstance(args[0], str) and (
-            set(args[1] or "") & set("wax+") if args[1] else args[2] & (os.O_WRONLY | os.O_RDWR)
+        elif (
+            name == "open"
+            and isinstance(args[0], str)
+            and (set(args[1] or "") & set("wax+") if args[1] else args[2] & (os.O_WRONLY | os.O_RDWR))
         ):
             self.event(f"open {Path(args[0]).name}")
 
@@ -144,8 +150,6 @@ class Fork(TrainerCallback):
             os._exit(0)
 
 
-
-
 def killed_in_a_save(kind: str, root: Path, events: int | None, seed: int) -> dict[str, str]:
     """Run folders of runs killed in the third save, by what they were about to do; `events` of them, or all."""
     step = RUNS[kind]["save_steps"] * 3
@@ -165,7 +169,7 @@ def killed_in_a_save(kind: str, root: Path, events: int | None, seed: int) -> di
             if not child:
                 return
             _, status = os.waitpid(child, 0)
-            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (names[n], status)
+            assert status == signal.SIGKILL, (names[n], status)
             killed[str(root / f"event {n}")] = names[n]
 
     build(kind, root / "mother", Fork({step}, action)).train()
@@ -209,6 +213,7 @@ def resume(kind: str, folder: str, reference: Any) -> str:
     report = Path(folder + ".report")
     child = os.fork()
     if not child:
+        os.dup2(os.open(folder + ".log", os.O_WRONLY | os.O_CREAT), 2)
         try:
             trainer = build(kind, Path(folder))
             trainer.train(resume_from_checkpoint="auto")
@@ -254,7 +259,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as root:
             got = trial(kind, Path(root) / "chaos", args.events, args.moments, args.seed)
         counts = [got[f"{name}_{what}"] for name in ("events", "moments") for what in ("killed", "resumed")]
-        print(f"{kind:<12} {counts[0]:>16} {counts[1]:>9} {counts[2]:>17} {counts[3]:>9} {got['seconds']:>8}", flush=True)
+        print(
+            f"{kind:<12} {counts[0]:>16} {counts[1]:>9} {counts[2]:>17} {counts[3]:>9} {got['seconds']:>8}", flush=True
+        )
         for where, problem in got["failures"].items():
             failed = True
             print(f"  {where}: {problem[:400]}")

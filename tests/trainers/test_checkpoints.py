@@ -7,6 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_tkd import make as make_tkd
+from test_tkd import rows as labelled_rows
 from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -185,6 +187,19 @@ def test_lora_trains_saves_and_resumes_its_adapter_only(tmp_path, kind):
     resumed = make(kind, tmp_path / "two", model=lora(), **options)
     resumed.train(resume_from_checkpoint=str(folder))
     assert_same(weights(straight.policy), weights(resumed.policy))
+
+
+def test_patience_goes_on_where_it_was(tmp_path):
+    """A student that learns nothing: the second evaluation without a better one is at step 3, resumed or not."""
+    options = {
+        "dev": labelled_rows(4), "learning_rate": 0.0, "max_steps": 6, "early_stopping_patience": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "accuracy",
+        **dict.fromkeys(("eval_strategy", "save_strategy"), "steps"), **dict.fromkeys(("eval_steps", "save_steps"), 1),
+    }  # fmt: skip
+    straight, resumed = (make_tkd(tmp_path / name, **options) for name in ("straight", "resumed"))
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert (straight.state.global_step, resumed.state.global_step) == (3, 3)
 
 
 def test_a_run_saved_without_resume_state_cannot_be_resumed(tmp_path):
