@@ -163,7 +163,7 @@ def student_config(
     layer_map: list[int] | None = None,
     pretrained: str | None = None,
 ) -> Any:
-    """Configuration of the student that `build_student` makes of these arguments; needs no weights. Raises ConfigError."""
+    """Configuration of the student that `build_student` makes of these arguments. Raises ConfigError."""
     if init not in get_args(Init):
         raise ConfigError(f"init = {init!r}: allowed are {', '.join(map(repr, get_args(Init)))}")
     if layers < 1:

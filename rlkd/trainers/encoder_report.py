@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, EvalPrediction
 
 from ..data.labelled import EncodedTexts, model_inputs
 from ..models.footprint import count_parameters, latency, megabytes
-from ..models.onnx_export import export_onnx
+from ..models.onnx_export import Agreement, export_onnx
 from .encoder_setup import EncoderSetup
 
 SUMMARY_FILE = "summary.json"
@@ -64,7 +64,8 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
     }
     if setup.student.export_onnx:
         onnx_folder = Path(folders["student"]) / "onnx"
-        summary["onnx"] = {"folder": str(onnx_folder), **export_onnx(folders["student"], onnx_folder)._asdict()}
+        agreement = export_onnx(folders["student"], onnx_folder)
+        summary["onnx"] = {"folder": str(onnx_folder), **agreement._asdict()}
     text = json.dumps(summary, indent=2) + "\n"
     (Path(folders["student"]) / SUMMARY_FILE).write_text(text, encoding="utf-8")
     show_summary(summary)
@@ -106,12 +107,8 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
         soft_wrap=True,
     )
     if "onnx" in summary:
-        onnx = summary["onnx"]
-        console.print(
-            f"ONNX: {onnx['folder']}, logits within {onnx['largest_difference']:.1e} of PyTorch's, same label in "
-            f"{onnx['same_label']:.1%} of {onnx['rows']} random rows",
-            soft_wrap=True,
-        )
+        onnx = dict(summary["onnx"])
+        console.print(f"ONNX: {onnx.pop('folder')}, {Agreement(**onnx)}", soft_wrap=True)
     console.print(
         f"student: {student['folder']} (AutoModelForSequenceClassification), teacher: {teacher['folder']}",
         soft_wrap=True,

@@ -64,15 +64,14 @@ class EncoderStudentArguments:
         """Keyword arguments of `build_student` and `student_config`. Raises ConfigError for a width without heads."""
         shape: dict[str, Any] = {}
         if self.student_width is not None:
-            head = teacher_config.hidden_size // teacher_config.num_attention_heads
+            width, inner = teacher_config.hidden_size, getattr(teacher_config, "intermediate_size", None)
+            head = width // teacher_config.num_attention_heads
             if self.student_width < head or self.student_width % head:
                 raise ConfigError(f"student_width = {self.student_width}: must be a multiple of a head's width, {head}")
             shape = {
                 "hidden_size": self.student_width,
                 "attention_heads": self.student_width // head,
-                "intermediate_size": teacher_config.intermediate_size
-                * self.student_width
-                // teacher_config.hidden_size,
+                "intermediate_size": inner and inner * self.student_width // width,
             }
         return {
             "layers": self.student_layers,
