@@ -93,9 +93,7 @@ def test_shipped_configurations_parse(size):
 @pytest.mark.slow
 def test_a_csv_becomes_a_small_classifier(user, monkeypatch, capsys):
     out = user / "runs" / "csv"
-    recipe(
-        user, monkeypatch, "--train_file", "train.csv", "--dev_file", "dev.csv", "--output_dir", str(out)
-    )  # fmt: skip
+    recipe(user, monkeypatch, "--train_file", "train.csv", "--dev_file", "dev.csv", "--output_dir", str(out))
     screen = capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
     labels = ["leave", "neither", "take"]
@@ -153,7 +151,7 @@ def test_a_given_teacher_is_used_and_not_touched(user, monkeypatch, capsys):
     assert "24 of 240 rows split off runs/tiny/labelled.csv, 10% of each label, dev_seed 0" in capsys.readouterr().out
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a kill: nothing is written after it."""
 
 
@@ -163,7 +161,7 @@ def killing(monkeypatch, preset, step):
 
     def dies(self, *args, **kwargs):
         if self.args.preset == preset and self.state.global_step == step:
-            raise Killed
+            raise KilledError
         return train(self, *args, **kwargs)
 
     monkeypatch.setattr(TKDTrainer, "training_step", dies)
@@ -176,14 +174,16 @@ def test_a_killed_recipe_goes_on(user, monkeypatch):
     short = ("--teacher_epochs", "2", "--num_train_epochs", "2")
     recipe(user, monkeypatch, "--output_dir", str(straight), *short)
     mine = ("--output_dir", str(stopped), *short)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         killing(patch, "ft", 17)  # after the checkpoint of step 14
-        recipe(user, patch, *mine)
+        with pytest.raises(KilledError):
+            recipe(user, patch, *mine)
     assert not json.loads((stopped / "teacher" / "fine_tuning.json").read_text()).get("finished")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         killing(patch, "tkd", 17)
         killing(patch, "ft", 13)  # its first epoch is not run again
-        recipe(user, patch, *mine)
+        with pytest.raises(KilledError):
+            recipe(user, patch, *mine)
     assert_same(weights(straight / "teacher"), weights(stopped / "teacher"))
 
     before = content(stopped / "teacher")
@@ -204,7 +204,9 @@ def test_the_table_of_a_summary(capsys):
     summary = {
         "preset": "tkd", "data": {"name": "mnli"}, "dev_rows": "the task's own split",
         "timing": {"device": "cpu", "threads": 3, "sentences": 32},
-        "teacher": facts | {"scores": {"m": {"score": 0.8, "accuracy": 0.8}, "mm": {"score": 0.5, "f1": 0.6, "a": 0.4}}},
+        "teacher": facts | {
+            "scores": {"m": {"score": 0.8, "accuracy": 0.8}, "mm": {"score": 0.5, "f1": 0.6, "a": 0.4}},
+        },
         "student": facts | {
             "folder": "b", "layers": 1, "ms_per_sentence": {"batch_1": 0.5},
             "scores": {"m": {"score": 0.4, "accuracy": 0.4}, "mm": {"score": 0.25, "f1": 0.3, "a": 0.2}},
