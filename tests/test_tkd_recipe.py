@@ -278,7 +278,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
     given = "--teacher_finetuned true --max_length 32 --teacher"
     return {
         "unknown column": ("--text_column texd", 3, ("labelled.csv", "texd", "Did you mean 'text'", "text_column")),
-        "unknown label column": ("--label_column lable", 3, ("label_column: 'lable'", "Did you mean 'label'")),
+        "unknown label column": ("--label_column labell", 3, ("label_column: 'labell'", "Did you mean 'label'")),
         "text as label": ("--label_column text --text_column text", 3, ("values in 240 rows", "Is it the label?")),
         "labels outside the set": ("--labels take leave", 3, ("labels outside the set", "neither", "take, leave")),
         "dev labels of its own": (
@@ -291,7 +291,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         "given labels, one found": ("--train_file one.csv --labels take leave", 3, ("only the label 'take'",)),
         "no dev labels": ("--train_file train.csv --dev_file unlabelled.csv", 3, ("unlabelled.csv", "no row has a")),
         "nothing to split off": ("--train_file twins.csv", 3, ("twins.csv", "too few rows", "dev_file")),
-        "missing file": ("--train_file trian.csv", 3, ("trian.csv", "does not exist", "train.csv")),
+        "missing file": ("--train_file trainn.csv", 3, ("trainn.csv", "does not exist", "train.csv")),
         "not a file": ("--train_file reviews", 3, ("reviews", "no such file", "task")),
         "pairs as single sentences": ("--train_file pairs.csv", 3, ("pairs.csv", "pair_column: text_pair")),
         "single sentences as pairs": ("--pair_column text_pare", 3, ("labelled.csv", "single sentences", "text_pare")),
@@ -318,7 +318,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
             f"{given} other --labels take leave neither", 2, ("good, bad, neither", "take, leave, neither"),
         ),
         "no encoder": ("--teacher t5", 2, ("'t5' is a 't5' model", "BERT family")),
-        "metric": ("--metrics acuracy", 2, ("acuracy", "Did you mean 'accuracy'")),
+        "metric": ("--metrics accurac", 2, ("accurac", "Did you mean 'accuracy'")),
         "dev share": ("--dev_fraction 1.5", 2, ("dev_fraction = 1.5",)),
     }  # fmt: skip
 

@@ -218,7 +218,7 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: A
         from transformers import AutoModelForSequenceClassification
 
         return AutoModelForSequenceClassification.from_pretrained(
-            options["pretrained"], config=config, dtype=torch.float32
+            options["pretrained"], config=config, dtype=torch.float32, ignore_mismatched_sizes=True
         )
     student = type(teacher)(config)
     if init != "random":

@@ -106,6 +106,7 @@ class EncoderSetup:
             config=copy.deepcopy(self.teacher_config),
             revision=self.teacher.teacher_revision if name == self.teacher.teacher else None,
             dtype=torch.float32,
+            ignore_mismatched_sizes=name != self.teacher_folder,  # a head for another task is replaced
         )
 
     def new_student(self, teacher: Any) -> Any:
