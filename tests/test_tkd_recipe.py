@@ -120,7 +120,7 @@ def test_a_csv_becomes_a_small_classifier(user, monkeypatch, capsys):
         assert all(facts["ms_per_sentence"][name] > 0 for name in ("batch_1", "batch_32"))
     assert summary["teacher"]["scores"]["dev"]["accuracy"] > 0.9
     assert summary["student"]["scores"]["dev"]["accuracy"] > 0.8
-    assert summary["timing"] == {"device": "cpu", "threads": torch.get_num_threads(), "sentences": 32}
+    assert summary["timing"] == {"device": "cpu", "threads": torch.get_num_threads(), "sentences": 32, "passes": 5}
     for words in ("dev accuracy", "parameters", "ms a sentence, batch 32", f"student: {out}", "rows of dev.csv"):
         assert words in screen, words
     names = {key for line in (out / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
@@ -203,7 +203,7 @@ def test_the_table_of_a_summary(capsys):
     facts = {"folder": "a", "layers": 4, "parameters": 2_000, "megabytes": 8.0, "ms_per_sentence": {"batch_1": 2.0}}
     summary = {
         "preset": "tkd", "data": {"name": "mnli"}, "dev_rows": "the task's own split",
-        "timing": {"device": "cpu", "threads": 3, "sentences": 32},
+        "timing": {"device": "cpu", "threads": 3, "sentences": 32, "passes": 5},
         "teacher": facts | {
             "scores": {"m": {"score": 0.8, "accuracy": 0.8}, "mm": {"score": 0.5, "f1": 0.6, "a": 0.4}},
         },
@@ -310,7 +310,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         "pretrained unnamed": ("--student_init pretrained", 2, ("pretrained",)),
         "width": ("--student_width 24", 2, ("student_width = 24", "multiple of", "16")),
         "width of copies": ("--student_width 16", 2, ("init: random",)),
-        "no teacher": ("--preset ft", 2, ("'ft' asks no teacher",)),
+        "no epochs": ("--teacher_epochs 0", 2, ("teacher_epochs = 0", "must be positive")),
         "not fine-tuned": ("--teacher_finetuned true", 2, ("runs/tiny/encoder", "BertModel", "not a fine-tuned")),
         "other number of labels": (f"{given} two", 2, ("'two' has 2 labels", "3 (leave, neither, take)")),
         "other labels": (f"{given} other", 3, ("labels outside the set", "good, bad, neither", "the teacher's")),
@@ -319,6 +319,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         ),
         "no encoder": ("--teacher t5", 2, ("'t5' is a 't5' model", "BERT family")),
         "metric": ("--metrics accurac", 2, ("accurac", "Did you mean 'accuracy'")),
+        "best by": ("--metric_for_best_model f1", 2, ("metric_for_best_model", "f1", "score, accuracy, loss")),
         "dev share": ("--dev_fraction 1.5", 2, ("dev_fraction = 1.5",)),
     }  # fmt: skip
 

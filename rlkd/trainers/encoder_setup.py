@@ -41,6 +41,11 @@ class EncoderTeacherArguments:
     teacher_epochs: float = field(default=3.0, metadata={"help": "Epochs of its fine-tuning, the best on dev kept."})
     teacher_learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
 
+    def __post_init__(self) -> None:
+        for name in ("teacher_epochs", "teacher_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive")
+
 
 @dataclass
 class EncoderStudentArguments:
@@ -153,8 +158,10 @@ def prepare_encoders(
     tokenizer = teacher_tokenizer
     if student.student_init == "pretrained" and student.student_pretrained is not None:
         tokenizer = load_tokenizer(student.student_pretrained, "student")
-    if training.preset == "ft":
-        raise ConfigError("preset = 'ft' asks no teacher. Choose another preset; the teacher itself is fine-tuned so.")
+    best = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    known = list(dict.fromkeys(["score", *loaded.metrics, "accuracy", "loss"]))
+    if best not in known:
+        raise ConfigError(f"metric_for_best_model = {best!r}: allowed are {', '.join(known)} (see metrics)")
     own = student_config(config, **student.options(config, training.layer_map))
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer)
@@ -203,6 +210,7 @@ def _fine_tune(setup: EncoderSetup) -> None:
         num_train_epochs=setup.teacher.teacher_epochs,
         learning_rate=setup.teacher.teacher_learning_rate,
         max_steps=-1,
+        report_to=[],  # a tracker shows the student's run
         teacher_cache="none",
         tree_start_epoch=0.0,
         resume_from_checkpoint=_last_checkpoint(folder),

@@ -31,10 +31,10 @@ def test_latency_is_the_median_per_sentence_of_passes_in_turns(monkeypatch):
 
     batch = {"input_ids": torch.zeros(4, 3)}
     models = {"slow": model("slow", [9, 2, 4, 100]), "fast": model("fast", [9, 1, 1, 3])}
-    found = latency(models, {"slow": [batch], "fast": [batch]}, repeats=3)
+    found = latency(models, {"slow": [batch], "fast": [batch]}, passes=3)
     assert found == {"slow": pytest.approx(1000.0), "fast": pytest.approx(250.0)}  # medians 4 and 1 of four sentences
     assert calls == ["slow", "fast"] * 4
     # Several batches are one pass.
     calls.clear()
-    found = latency({"slow": model("slow", [1, 1, 3, 5])}, {"slow": [batch, batch]}, repeats=1)
+    found = latency({"slow": model("slow", [1, 1, 3, 5])}, {"slow": [batch, batch]}, passes=1)
     assert found == {"slow": pytest.approx(1000.0)}
