@@ -50,13 +50,8 @@ def write_tiny_encoder(folder: Path, rows: int = 240) -> None:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     notes = make_examples(rows, 2)
-    words = [
-        "[PAD]",
-        "[CLS]",
-        "[SEP]",
-        "[UNK]",
-        *sorted({word for note in notes for word in note.student_input.split()}),
-    ]
+    seen = {word for note in notes for word in note.student_input.split()}
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *sorted(seen)]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
@@ -66,7 +61,8 @@ def write_tiny_encoder(folder: Path, rows: int = 240) -> None:
     torch.manual_seed(2)
     config = BertConfig(
         vocab_size=len(words), hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, pad_token_id=0, initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        max_position_embeddings=64, pad_token_id=0, initializer_range=0.2, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder / "encoder")
     with (folder / "labelled.csv").open("w", newline="") as file:

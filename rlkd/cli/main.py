@@ -165,6 +165,21 @@ def generate_pseudolabels(
     )
 
 
+@app.command("export-onnx")
+def export_onnx(
+    model: Annotated[str, typer.Argument(help="A saved sequence classifier: a local folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write model.onnx, configuration and tokenizer to.")],
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of a logit from PyTorch's; beyond it nothing is written.")
+    ] = 1e-4,
+) -> None:
+    """Write a classifier as ONNX (batch and length free) after comparing it with PyTorch."""
+    from ..models.onnx_export import export_onnx
+
+    agreement = export_onnx(model, out, tolerance=tolerance)
+    typer.echo(f"{out / 'model.onnx'}: {agreement}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run `rlkd`; an error the user can mend is one message on stderr and its exit code, without a traceback."""
     run_main(lambda: app(args=argv, prog_name="rlkd"))

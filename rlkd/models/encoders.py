@@ -163,7 +163,7 @@ def student_config(
     layer_map: list[int] | None = None,
     pretrained: str | None = None,
 ) -> Any:
-    """Configuration of the student that `build_student` makes of these arguments; needs no weights. Raises ConfigError."""
+    """Configuration of the student that `build_student` makes of these arguments. Raises ConfigError."""
     if init not in get_args(Init):
         raise ConfigError(f"init = {init!r}: allowed are {', '.join(map(repr, get_args(Init)))}")
     if layers < 1:
@@ -218,7 +218,7 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: A
         from transformers import AutoModelForSequenceClassification
 
         return AutoModelForSequenceClassification.from_pretrained(
-            options["pretrained"], config=config, dtype=torch.float32
+            options["pretrained"], config=config, dtype=torch.float32, ignore_mismatched_sizes=True
         )
     student = type(teacher)(config)
     if init != "random":

@@ -23,21 +23,21 @@ def megabytes(model: Any) -> float:
 
 @torch.inference_mode()
 def latency(
-    models: Mapping[str, Any], batches: Mapping[str, Sequence[Mapping[str, Tensor]]], repeats: int = 5
+    models: Mapping[str, Any], batches: Mapping[str, Sequence[Mapping[str, Tensor]]], passes: int = 5
 ) -> dict[str, float]:
-    """Milliseconds per sentence of each model: the median over `repeats` passes over its batches (input_ids [B, L]).
+    """Milliseconds per sentence of each model: the median of `passes` passes over its batches (input_ids [B, L]).
 
     The models take turns, so that a machine that slows down slows all of them, after one pass to warm up. Tokenisation
     is not counted. Each model and its batches must be on one device.
     """
-    passes: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats + 1):
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(passes + 1):
         for name, model in models.items():
             start = time.perf_counter()
             for batch in batches[name]:
                 model(**batch)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            passes[name].append(time.perf_counter() - start)
+                if model.device.type != "cpu":
+                    torch.accelerator.synchronize(model.device)  # an answer is one that has come back
+            seconds[name].append(time.perf_counter() - start)
     sentences = {name: sum(len(batch["input_ids"]) for batch in batches[name]) for name in models}
-    return {name: 1000 * statistics.median(passes[name][1:]) / sentences[name] for name in models}
+    return {name: 1000 * statistics.median(seconds[name][1:]) / sentences[name] for name in models}

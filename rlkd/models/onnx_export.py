@@ -29,6 +29,12 @@ class Agreement(NamedTuple):
     same_label: float
     rows: int
 
+    def __str__(self) -> str:
+        return (
+            f"logits within {self.largest_difference:.1e} of PyTorch's, same label in {self.same_label:.1%} of "
+            f"{self.rows} random rows"
+        )
+
 
 class _Logits(nn.Module):
     """The model as a function of tensors in a fixed order, which the exporter wants."""
@@ -52,9 +58,9 @@ def export_onnx(model: str | Path, folder: str | Path, *, tolerance: float = 1e-
     """Write `folder`/model.onnx, the configuration and the tokenizer of a saved sequence classifier.
 
     Inputs input_ids, attention_mask (and token_type_ids) [batch, tokens], both of any size; output logits
-    [batch, labels], in float32. The file is compared with PyTorch on ragged batches of random tokens, and kept only if no
-    logit differs by more than `tolerance` (times the largest logit, if that is above 1).
-    Raises ConfigError without the extra, ModelError for a model that is no classifier, cannot be exported, or disagrees.
+    [batch, labels], in float32. The file is compared with PyTorch on ragged batches of random tokens, and kept only if
+    no logit differs by more than `tolerance` (times the largest logit, if that is above 1).
+    Raises ConfigError without the extra; ModelError for what is no classifier, cannot be exported, or disagrees.
     """
     require_onnx()
     config, tokenizer = load_config(str(model), "model"), load_tokenizer(str(model), "model")
@@ -101,9 +107,8 @@ def _write(model: Any, names: list[str], path: Path) -> None:
                 verbose=False,
             )
     except Exception as error:
-        raise ModelError(
-            f"torch cannot export a '{model.config.model_type}' model to ONNX: {str(error).strip().splitlines()[0]}"
-        ) from error
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ModelError(f"torch cannot export a '{model.config.model_type}' model to ONNX: {reason}") from error
 
 
 def _compare(model: Any, names: list[str], path: Path, tolerance: float) -> Agreement:

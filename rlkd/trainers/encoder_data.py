@@ -53,9 +53,7 @@ class LabelledDataArguments:
             find_task(self.task)
             for name in ("pair_column", "labels"):
                 if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"{name} is set without train_file: task {self.task} has its own columns and labels"
-                    )
+                    raise ConfigError(f"{name} is set without train_file: task {self.task} has its own")
         if not 0 < self.dev_fraction < 1:
             raise ConfigError(f"dev_fraction = {self.dev_fraction}: must lie between 0 and 1")
         for name in self.metrics or []:
@@ -136,6 +134,7 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
                 raise
             whose = "the teacher's" if teacher_labels else f"those of '{data.train_file}'"
             raise DataError(f"{error} (The labels are {whose}; set labels to name others.)") from None
+        _check_texts(loaded[role], data, source)
     train = loaded["train_file"]
     _check_labels(train, labels, sources["train_file"])
     if "dev_file" in loaded:
@@ -187,6 +186,14 @@ def _check_pairs(data: LabelledDataArguments, role: str, source: str) -> None:
         )
     elif len({data.text_column, data.pair_column, data.label_column}) < 3:
         raise ConfigError("text_column, pair_column and label_column must be three different columns")
+
+
+def _check_texts(rows: Rows, data: LabelledDataArguments, source: str) -> None:
+    for key, column in (("text", data.text_column), ("text_pair", data.pair_column)):
+        blank = [i for i, row in enumerate(rows) if column is not None and not row[key].strip()]
+        if blank:
+            shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
+            raise DataError(f"'{source}', rows {shown}: column '{column}' is empty. Fill or remove them.")
 
 
 def _check_labels(rows: Rows, labels: tuple[str, ...], source: str) -> None:

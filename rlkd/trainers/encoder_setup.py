@@ -41,6 +41,11 @@ class EncoderTeacherArguments:
     teacher_epochs: float = field(default=3.0, metadata={"help": "Epochs of its fine-tuning, the best on dev kept."})
     teacher_learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
 
+    def __post_init__(self) -> None:
+        for name in ("teacher_epochs", "teacher_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive")
+
 
 @dataclass
 class EncoderStudentArguments:
@@ -64,15 +69,14 @@ class EncoderStudentArguments:
         """Keyword arguments of `build_student` and `student_config`. Raises ConfigError for a width without heads."""
         shape: dict[str, Any] = {}
         if self.student_width is not None:
-            head = teacher_config.hidden_size // teacher_config.num_attention_heads
+            width, inner = teacher_config.hidden_size, getattr(teacher_config, "intermediate_size", None)
+            head = width // teacher_config.num_attention_heads
             if self.student_width < head or self.student_width % head:
                 raise ConfigError(f"student_width = {self.student_width}: must be a multiple of a head's width, {head}")
             shape = {
                 "hidden_size": self.student_width,
                 "attention_heads": self.student_width // head,
-                "intermediate_size": teacher_config.intermediate_size
-                * self.student_width
-                // teacher_config.hidden_size,
+                "intermediate_size": inner and inner * self.student_width // width,
             }
         return {
             "layers": self.student_layers,
@@ -107,6 +111,7 @@ class EncoderSetup:
             config=copy.deepcopy(self.teacher_config),
             revision=self.teacher.teacher_revision if name == self.teacher.teacher else None,
             dtype=torch.float32,
+            ignore_mismatched_sizes=name != self.teacher_folder,  # a head for another task is replaced
         )
 
     def new_student(self, teacher: Any) -> Any:
@@ -153,8 +158,10 @@ def prepare_encoders(
     tokenizer = teacher_tokenizer
     if student.student_init == "pretrained" and student.student_pretrained is not None:
         tokenizer = load_tokenizer(student.student_pretrained, "student")
-    if training.preset == "ft":
-        raise ConfigError("preset = 'ft' asks no teacher. Choose another preset; the teacher itself is fine-tuned so.")
+    best = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    known = list(dict.fromkeys(["score", *loaded.metrics, "accuracy", "loss"]))
+    if best not in known:
+        raise ConfigError(f"metric_for_best_model = {best!r}: allowed are {', '.join(known)} (see metrics)")
     own = student_config(config, **student.options(config, training.layer_map))
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer)
@@ -203,6 +210,7 @@ def _fine_tune(setup: EncoderSetup) -> None:
         num_train_epochs=setup.teacher.teacher_epochs,
         learning_rate=setup.teacher.teacher_learning_rate,
         max_steps=-1,
+        report_to=[],  # a tracker shows the student's run
         teacher_cache="none",
         tree_start_epoch=0.0,
         resume_from_checkpoint=_last_checkpoint(folder),

@@ -43,12 +43,16 @@ def test_pairs(tmp_path):
 def test_label_sets_are_found():
     assert find_labels(["b", "a", None, "b", ""]) == ("a", "b")
     assert find_labels([2, 0, -1]) == ("0", "1", "2")
+    assert find_labels([5, 1, 3]) == ("1", "2", "3", "4", "5")
+    assert find_labels([True, False]) == ("False", "True")
 
 
 def test_labels_by_name_or_index_and_hidden_ones():
     assert label_indices(["pos", 0, 1, -1, None, ""], ("neg", "pos"), "x") == [1, 0, 1, None, None, None]
     # A name that looks like a number is the name: scores from 1 to 5.
     assert label_indices([1, 5], ("1", "2", "3", "4", "5"), "x") == [0, 4]
+    with pytest.raises(DataError, match=r"outside the set: 0 in rows 1. Allowed: 1, 2, 3.$"):
+        label_indices([1, 0], ("1", "2", "3"), "x")
 
 
 @pytest.mark.parametrize("name", TASKS)

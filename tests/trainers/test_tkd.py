@@ -555,6 +555,21 @@ def test_settings_that_cannot_work(tmp_path, settings, message):
         make(tmp_path, **settings)
 
 
+def test_texts_longer_than_a_model_has_positions(tmp_path):
+    make(tmp_path, max_length=40)
+    with pytest.raises(ConfigError, match=r"max_length = 41: the student \('bert'\) has 40 positions"):
+        make(tmp_path, max_length=41)
+    with pytest.raises(ConfigError, match=r"the student .* has 40 positions"):
+        make(tmp_path, max_length=41, teacher=None, model=tiny_classifier(), preset="ft")
+    # RoBERTa's positions begin after that of padding.
+    with pytest.raises(ConfigError, match=r"\('roberta'\) has 39 positions"):
+        make(tmp_path, max_length=40, teacher="roberta")
+    judge, student = tiny_classifier(), BiLSTMForSequenceClassification(BiLSTMConfig(vocab_size=30))
+    make(tmp_path, teacher=judge, model=student, preset="kd")  # has no positions to run out of
+    with pytest.raises(ConfigError, match=r"the teacher .* has 40 positions"):
+        make(tmp_path, max_length=41, teacher=judge, model=student, preset="kd")
+
+
 def test_models_that_do_not_fit(tmp_path):
     with pytest.raises(ConfigError, match="compares with a teacher: give one, or preset: ft"):
         make(tmp_path, teacher=None, model=tiny_classifier())
