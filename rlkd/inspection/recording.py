@@ -53,7 +53,9 @@ def append_samples(folder: Path, samples: Iterable[Sample], *, step: int, value:
     lines = []
     for sample in samples:
         row = {name: field for name, field in asdict(sample).items() if field is not None}
-        row |= {name: [round(x, 6) for x in row[name]] for name in COLUMNS if name in row}
-        row["top"] = [[(text, round(x, 3)) for text, x in best] for best in row.get("top", [])]
+        for name in set(row) & set(COLUMNS):
+            row[name] = [x if x is None else round(x, 6) for x in row[name]]
+        if "top" in row:
+            row["top"] = [[(text, round(x, 3)) for text, x in best] for best in row["top"]]
         lines.append(json.dumps({"value": value, **row, "step": step}, ensure_ascii=False) + "\n")
     append_text(folder / TOKEN_REWARDS, "".join(lines))
