@@ -24,7 +24,13 @@ FLOORS = {
     **dict.fromkeys(["cli"], 5),
 }
 # The only steps sideways. Nothing may go back the other way.
-BESIDE = {("models", "objectives"), ("config", "models"), ("trainers", "evaluation"), ("trainers", "inspection")}
+BESIDE = {
+    ("models", "objectives"),
+    ("config", "models"),
+    ("trainers", "evaluation"),
+    ("trainers", "inspection"),
+    ("report", "inspection"),
+}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..config import run_main
-from . import data, prompts
+from . import data, prompts, report
 
 app = typer.Typer(
     name="rlkd",
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
+app.command("report")(report.report)
+app.command("compare")(report.compare)
 
 
 class Strategy(StrEnum):

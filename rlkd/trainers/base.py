@@ -21,6 +21,7 @@ from ..records import Example
 from .arguments import DistillationArguments
 from .run_files import HELD_OUT, SAMPLES, append_lines, keep_first_and_last
 from .student_trainer import StudentTrainer
+from .tracking import TEXTS, SampleTables
 
 
 class DistillationTrainer(StudentTrainer):
@@ -63,6 +64,7 @@ class DistillationTrainer(StudentTrainer):
                 seed=args.data_seed or args.seed,
             )
         self.trained = self.policy
+        self.sample_tables = SampleTables(args.report_to or ())
         self.tokens_since_log, self.last_log = 0, time.perf_counter()
         super().__init__(
             args=args,
@@ -118,16 +120,11 @@ class DistillationTrainer(StudentTrainer):
     def _save_samples(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        columns = ("id", "input", "teacher", "student", "regret", "sample_student", "sample_regret")
         append_lines(self.run_folder / SAMPLES, [{"step": self.state.global_step, **row} for row in rows])
         self._save_token_rewards(rows)
         if not self.args.disable_tqdm:
-            _print_samples(self.state.global_step, columns, rows)
-        if "wandb" in (self.args.report_to or ()):
-            import wandb
-
-            table = wandb.Table(columns=list(columns), data=[[row[c] for c in columns] for row in rows])
-            wandb.log({"samples": table}, commit=False)
+            _print_samples(self.state.global_step, rows)
+        self.sample_tables.log(self.state.global_step, rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_runtime" in logs:
@@ -165,13 +162,13 @@ class DistillationTrainer(StudentTrainer):
         return super().save_extras(folder)
 
 
-def _print_samples(step: int, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+def _print_samples(step: int, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"samples at step {step}", show_lines=True)
-    for column in columns:
+    for column in TEXTS:
         table.add_column(column, overflow="fold", justify="right" if "regret" in column else "left")
     for row in rows:
-        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in TEXTS))
     Console(stderr=True).print(table)

@@ -1,0 +1,40 @@
+"""The table of evaluated samples in the trackers that `report_to` names: the same columns in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+TEXTS = ("id", "input", "teacher", "student", "regret", "sample_student", "sample_regret")
+COLUMNS = ("step", *TEXTS, "tokens", "sample_tokens")
+NAME = "samples"
+
+
+class SampleTables:
+    """One table per tracker. wandb's grows with every evaluation; trackio keeps one per evaluation."""
+
+    def __init__(self, trackers: Iterable[str]):
+        self.trackers = {"wandb", "trackio"} & set(trackers)
+        self._wandb: Any = None
+
+    def log(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Send rows of an `Evaluator`; the trackers' runs are open, for the Trainer has logged to them before."""
+        cells = [[step, *(row[name] for name in TEXTS), priced(row), priced(row, "sample_")] for row in rows]
+        if "wandb" in self.trackers:
+            import wandb
+
+            if self._wandb is None:
+                self._wandb = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
+            for row in cells:
+                self._wandb.add_data(*row)
+            wandb.log({NAME: self._wandb}, commit=False)
+        if "trackio" in self.trackers:
+            import trackio
+
+            trackio.log({NAME: trackio.Table(columns=list(COLUMNS), data=cells)})
+
+
+def priced(row: dict[str, Any], prefix: str = "") -> str:
+    """The tokens of an answer, each with its reward in nats: `pen (0.00) and (-0.31)`."""
+    pairs = zip(row[f"{prefix}tokens"], row[f"{prefix}rewards"], strict=True)
+    return " ".join(f"{token.strip()} ({reward:.2f})" for token, reward in pairs)
