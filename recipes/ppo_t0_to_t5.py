@@ -6,9 +6,11 @@ accelerate launch recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--
 from rlkd import DataArguments, PPOArguments, PPOTrainer, TeacherArguments, parse_config, prepare, run_main
 from rlkd.models.trl_compat import ModelConfig
 
+SETTINGS = (DataArguments, TeacherArguments, ModelConfig, PPOArguments)
+
 
 def main() -> None:
-    data, teacher, student, training = parse_config((DataArguments, TeacherArguments, ModelConfig, PPOArguments))
+    data, teacher, student, training = parse_config(SETTINGS)
     setup = prepare(data, teacher, student, training)
     trainer = PPOTrainer(setup.student, training, train_examples=setup.train_examples, **setup.trainer_inputs())
     trainer.run()

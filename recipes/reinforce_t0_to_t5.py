@@ -6,9 +6,11 @@ accelerate launch recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to
 from rlkd import DataArguments, ReinforceArguments, ReinforceTrainer, TeacherArguments, parse_config, prepare, run_main
 from rlkd.models.trl_compat import ModelConfig
 
+SETTINGS = (DataArguments, TeacherArguments, ModelConfig, ReinforceArguments)
+
 
 def main() -> None:
-    data, teacher, student, training = parse_config((DataArguments, TeacherArguments, ModelConfig, ReinforceArguments))
+    data, teacher, student, training = parse_config(SETTINGS)
     setup = prepare(data, teacher, student, training)
     trainer = ReinforceTrainer(setup.student, training, train_examples=setup.train_examples, **setup.trainer_inputs())
     trainer.run()

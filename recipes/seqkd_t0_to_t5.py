@@ -16,9 +16,11 @@ from rlkd import (
 from rlkd.errors import ConfigError
 from rlkd.models.trl_compat import ModelConfig
 
+SETTINGS = (DataArguments, TeacherArguments, ModelConfig, SupervisedArguments)
+
 
 def main() -> None:
-    data, teacher, student, training = parse_config((DataArguments, TeacherArguments, ModelConfig, SupervisedArguments))
+    data, teacher, student, training = parse_config(SETTINGS)
     if data.pseudo_labels is None:
         raise ConfigError(
             "pseudo_labels is not set: name a folder written by `rlkd generate-pseudolabels --out FOLDER`"

@@ -12,18 +12,20 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from textwrap import shorten
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
 from .errors import ConfigError, RlkdError, nearest
+from .redaction import redacted
+from .settings import default_of, in_words, limits_of, own_names, plain, type_hints
 
 MOST_PROBLEMS = 20  # what fits on one screen
 WORDS = {bool: "true, false", int: "whole numbers", float: "numbers", str: "text", NoneType: "null", dict: "mappings"}
@@ -31,6 +33,51 @@ WORDS = {bool: "true, false", int: "whole numbers", float: "numbers", str: "text
 
 def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
     """One instance per dataclass, filled from `argv` (the command line by default) and the file of its `--config`."""
+    values, origins = _given(dataclass_types, argv)
+    _refuse_missing(dataclass_types, values)
+    return _build(dataclass_types, values, origins)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as a run would have it: value, resolved and without secrets; origin, `default`, file:line or flag;
+    own, False for one that transformers or TRL declares.
+    """
+
+    name: str
+    value: Any
+    origin: str
+    allowed: str
+    default: Any
+    help: str
+    section: str
+    own: bool
+
+
+def describe_config(dataclass_types: tuple[type, ...], argv: list[str]) -> list[Setting]:
+    """Every setting that `parse_config` would fill, and where its value comes from. Raises ConfigError as it does."""
+    values, origins = _given(dataclass_types, argv)
+    _refuse_missing(dataclass_types, values)
+    hints = _hints(dataclass_types)
+    return [
+        Setting(
+            item.name,
+            redacted(plain(getattr(section, item.name)), item.name),
+            origins.get(item.name, "default"),
+            _allowed(hints[item.name]),
+            redacted(default_of(item), item.name),
+            item.metadata.get("help", ""),
+            type(section).__name__,
+            item.name in own_names(type(section)),
+        )
+        for section in _build(dataclass_types, values, origins)
+        for item in fields(section)
+        if item.init
+    ]
+
+
+def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """What file and flags set, and where each stands."""
     from .models.trl_compat import TrlParser  # loads torch, which `run_main` does not need
 
     hints = _hints(dataclass_types)
@@ -47,9 +94,7 @@ def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = Non
         raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): allowed is one file.")
     values, origins = _read(Path(files[0]), hints) if files else ({}, {})
     values |= flags
-    origins |= {name: f"--{name}" for name in flags}
-    _refuse_missing(dataclass_types, values)
-    return _build(dataclass_types, values, origins)
+    return values, origins | {name: f"--{name}" for name in flags}
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -61,7 +106,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except RlkdError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 
@@ -75,7 +120,7 @@ def _hints(dataclass_types: tuple[type, ...]) -> dict[str, Any]:
     owners: dict[str, str] = {}
     hints: dict[str, Any] = {}
     for kind in dataclass_types:
-        resolved = get_type_hints(kind)
+        resolved = type_hints(kind)
         for field in fields(kind):
             if field.name in owners:
                 raise TypeError(
@@ -113,6 +158,8 @@ def _allowed(hint: Any) -> str:
         return ", ".join(repr(choice) for choice in get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):
         return ", ".join(repr(item.value) for item in hint)
+    if get_origin(hint) is Annotated:
+        return f"{_allowed(get_args(hint)[0])} ({in_words(limits_of(hint))})"
     if get_origin(hint) is list:
         return f"lists of {_allowed(get_args(hint)[0])}"
     return WORDS.get(get_origin(hint) or hint, str(hint))
@@ -195,7 +242,8 @@ def _check_file(path: Path, text: str, hints: dict[str, Any]) -> tuple[dict[str,
         try:
             values[name], origins[name] = _value(loader, node, hints[name]), f"{path}:{line}"
         except (TypeError, ValueError):
-            problem = f"{name} = {_source(text, node)}: allowed are {_allowed(hints[name])}."
+            shown = redacted(_source(text, node), name)
+            problem = f"{name} = {shown}: allowed are {_allowed(hints[name])}."
             problems.append((line, problem + _remedy(node, hints[name])))
     if problems:
         _refuse([f"{path}:{line}: {problem}" for line, problem in sorted(problems)])

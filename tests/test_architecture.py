@@ -17,9 +17,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
     **dict.fromkeys(["records", "errors"], 0),
-    **dict.fromkeys(["tensors"], 1),
+    **dict.fromkeys(["tensors", "redaction", "settings"], 1),
     **dict.fromkeys(["objectives", "data", "models", "metrics", "config"], 2),
-    **dict.fromkeys(["generation"], 3),
+    **dict.fromkeys(["generation", "runs"], 3),
     **dict.fromkeys(["trainers", "evaluation", "inspection", "report"], 4),
     **dict.fromkeys(["cli"], 5),
 }
@@ -30,6 +30,7 @@ BESIDE = {
     ("trainers", "evaluation"),
     ("trainers", "inspection"),
     ("report", "inspection"),
+    ("runs", "generation"),
 }
 
 MAX_FILE_LINES = 400

@@ -1,14 +1,17 @@
 """Settings: what is accepted, and the exact sentence for everything that is not."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from annotated_types import Gt
 from transformers import TrainingArguments
 
-from rlkd.config import MOST_PROBLEMS, parse_config, run_main
+from rlkd.config import MOST_PROBLEMS, describe_config, parse_config, run_main
 from rlkd.errors import ConfigError, DataError
 from rlkd.models.trl_compat import ModelConfig
+from rlkd.redaction import REDACTED
+from rlkd.settings import Count, Fraction, check_ranges
 
 
 @dataclass
@@ -45,6 +48,18 @@ class Teacher:
     """One required setting."""
 
     teacher: str
+
+
+@dataclass
+class Ranged:
+    """Settings with ranges."""
+
+    lam: Fraction = 0.5
+    beams: Count | None = None
+    rate: Annotated[float, Gt(0)] = 1.0
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass
@@ -279,6 +294,75 @@ def test_help_shows_the_settings_even_with_a_broken_command_line(capsys):
 def test_a_file_leaves_the_defaults_as_they_were(parse):
     assert parse("group: 9").group == 9
     assert parse("").group == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("lam: 1.5", "lam = 1.5: allowed are numbers (at least 0 and at most 1)."),
+        ("lam: -1", "lam = -1: allowed are numbers (at least 0 and at most 1)."),
+        ("lam: .nan", "lam = .nan: allowed are numbers (at least 0 and at most 1)."),
+        ("beams: 0", "beams = 0: allowed are whole numbers (at least 1), null."),
+        ("beams: 2.5", "beams = 2.5: allowed are whole numbers (at least 1), null."),
+        ("rate: 0", "rate = 0: allowed are numbers (above 0)."),
+    ],
+)
+def test_ranges(parse, line, sentence):
+    assert refusal(parse, line, kinds=(Ranged,)) == f"r.yaml:1: {sentence}"
+    assert refusal(parse, f"seed: 1\n{line}", kinds=(Ranged, Arguments)) == f"r.yaml:2: {sentence}"
+
+
+def test_ranges_at_their_bounds(parse):
+    assert parse("lam: 1\nbeams: 1\nrate: 1e-9", kinds=(Ranged,)) == Ranged(1.0, 1, 1e-9)
+    assert parse("lam: 0\nbeams: null", kinds=(Ranged,)) == Ranged(0.0, None)
+
+
+def test_values_out_of_range_are_named_together_wherever_they_come_from(parse):
+    message = refusal(parse, "rate: 2", "--lam", "2", "--beams", "0", kinds=(Ranged,))
+    assert message == (
+        "Ranged: lam = 2.0: must be at least 0 and at most 1\nbeams = 0: must be at least 1\n"
+        "  given: lam (--lam), beams (--beams)"
+    )
+    with pytest.raises(ConfigError, match=r"^lam = nan: must be at least 0 and at most 1$"):
+        Ranged(lam=float("nan"))
+
+
+def test_what_transformers_does_not_check(parse):
+    message = refusal(parse, "per_device_train_batch_size: 0\nmax_grad_norm: -1")
+    assert message.splitlines() == [
+        "r.yaml:1: per_device_train_batch_size = 0: allowed are whole numbers (at least 1).",
+        "r.yaml:2: max_grad_norm = -1: allowed are numbers (at least 0).",
+    ]
+
+
+def test_every_setting_is_described_with_its_place(parse):
+    parse("")
+    with open("r.yaml", "w") as file:
+        file.write("lam: 0.25\nhub_token: abc\nseed: 3")
+    found = {s.name: s for s in describe_config((Ranged, Arguments), ["--config", "r.yaml", "--seed", "4"])}
+    shown = {name: (found[name].value, found[name].origin, found[name].own) for name in ("lam", "rate", "seed")}
+    assert shown == {
+        "lam": (0.25, "r.yaml:1", True),
+        "rate": (1.0, "default", True),
+        "seed": (4, "--seed", False),
+    }
+    assert (found["lam"].allowed, found["lam"].default) == ("numbers (at least 0 and at most 1)", 0.5)
+    assert (found["value"].help, found["value"].section) == ("V of the reward.", "Arguments")
+    assert (found["hub_token"].value, found["hub_token"].origin) == (REDACTED, "r.yaml:2")
+    assert found["report_to"].value == []  # resolved, not the "none" it stands for
+
+
+def test_no_message_shows_a_secret(parse, capsys, monkeypatch):
+    secret = "hf_" + "a1B2" * 8
+    assert secret not in refusal(parse, f"hub_token: [{secret}]")
+    monkeypatch.setenv("SOME_TOKEN", "canary-in-a-path")
+
+    def main():
+        raise ConfigError(f"{secret} canary-in-a-path")
+
+    with pytest.raises(SystemExit):
+        run_main(main)
+    assert capsys.readouterr().err == f"error: {REDACTED} {REDACTED}\n"
 
 
 @pytest.mark.parametrize("error", [ConfigError("a = 3: allowed are 1, 2"), DataError("rows.csv:3: no label")])

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..config import run_main
-from . import data, prompts, report
+from . import config, data, prompts, report
 
 app = typer.Typer(
     name="rlkd",
@@ -24,6 +24,7 @@ app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
 app.command("report")(report.report)
 app.command("compare")(report.compare)
+app.add_typer(config.app, name="config")
 
 
 class Strategy(StrEnum):

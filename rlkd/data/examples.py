@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import ConfigError, DataError
@@ -221,7 +224,7 @@ class Examples(Sequence[Example]):
         source: str = "the rows",
         seed: int = 0,
     ):
-        self.rows, self.templates = rows, templates
+        self.rows, self.templates, self.source = rows, templates, source
         self.render = RowRenderer(tuple(templates), student_column, student_template, reference_column, id_column, seed)
         self._check(source)
         self.skipped: dict[str, int] = {}
@@ -231,6 +234,18 @@ class Examples(Sequence[Example]):
     def template_names(self) -> list[str]:
         """One name per teacher input of an example; 'none' for the bare input."""
         return self.render.template_names
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The first 16 digits of the SHA-256 of the templates and of all columns that are read."""
+        render = self.render
+        student = render.student_template.fingerprint if render.student_template else None
+        read = [t.fingerprint for t in self.templates], student, render.student_column, render.id_column, render.seed
+        digest = sha256(json.dumps(read).encode())
+        columns = sorted(set(render.wanted_columns().values()))
+        for batch in self.rows.select_columns(columns).iter(1000):
+            digest.update(json.dumps([batch[name] for name in columns], default=str).encode())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -61,6 +61,11 @@ class EncodedTexts(Sequence[dict[str, Any]]):
                 digest.update(b"%d:" % len(ids) + torch.tensor(ids, dtype=torch.int32).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def fingerprint(self) -> str:
+        """The first 16 digits of the SHA-256 of everything that trains, labels included."""
+        return sha256(f"{self.digest()} {self.labels}".encode()).hexdigest()[:16]
+
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """input_ids, attention_mask (and token_type_ids) [B, L], padded on the right; labels and index [B]."""
         batch: dict[str, Tensor] = {

@@ -63,9 +63,10 @@ class RowMap:
         )
 
     def dataset(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """All rows changed, in memory."""
+        """All rows changed, in memory. Raises DataError as the call does."""
         if not self.columns and not self.labels:
             return rows
+        self.names(rows.column_names)
         changed = [self(row) for row in rows] if self.labels else None
         return rows.rename_columns(dict(self.columns)) if changed is None else type(rows).from_list(changed)
 

@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
+from ..settings import Count, Fraction, Natural, NonNegative, Positive, check_ranges
 
 
 def _require(condition: bool, name: str, value: object, constraint: str) -> None:
@@ -16,34 +17,39 @@ def _require(condition: bool, name: str, value: object, constraint: str) -> None
 
 
 @dataclass
-class DistillationArguments(TrainingArguments):
+class StudentArguments(TrainingArguments):
     """What every rlkd trainer shares.
 
-    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
-    to a tracker unless asked for, and columns are kept for the collators.
+    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), and columns are kept
+    for the collators.
     """
 
-    max_input_tokens: int = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Answers are cut to this many tokens."})
-    eval_limit: int | None = field(
-        default=512, metadata={"help": "Evaluate on at most this many inputs; null for all."}
-    )
-    sample_table_rows: int = field(
-        default=4, metadata={"help": "Rows of the prompt / student / teacher / reward table shown at each evaluation."}
+    allow_config_change: bool = field(
+        default=False, metadata={"help": "Resume a checkpoint that was written with other settings."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.max_input_tokens >= 1, "max_input_tokens", self.max_input_tokens, "must be at least 1")
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "must be at least 1")
-        _require(
-            self.eval_limit is None or self.eval_limit >= 1,
-            "eval_limit",
-            self.eval_limit,
-            "must be at least 1, or null",
-        )
+        check_ranges(self)
+
+
+@dataclass
+class DistillationArguments(StudentArguments):
+    """What the trainers of generating students share."""
+
+    max_input_tokens: Count = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
+    max_new_tokens: Count = field(default=64, metadata={"help": "Answers are cut to this many tokens."})
+    eval_limit: Count | None = field(
+        default=512, metadata={"help": "Evaluate on at most this many inputs; null for all."}
+    )
+    sample_table_rows: Natural = field(
+        default=4, metadata={"help": "Rows of the prompt / student / teacher / reward table shown at each evaluation."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             not self.fp16, "fp16", self.fp16, "float16 overflows to inf in T5 models. Use bf16: true (GPU) or neither."
         )
@@ -62,7 +68,7 @@ class SupervisedArguments(DistillationArguments):
             "label prefix."
         },
     )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
 
 
 @dataclass
@@ -78,10 +84,10 @@ class RLArguments(DistillationArguments):
         default="log_prob", metadata={"help": "Only matters with baseline none; for replication."}
     )
     # Rollouts
-    rollouts_per_prompt: int = field(default=4, metadata={"help": "Answers sampled for each prompt."})
-    epochs_per_rollout: int = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
-    minibatches_per_rollout: int = field(default=1, metadata={"help": "Optimizer steps per pass."})
-    sync_every: int = field(
+    rollouts_per_prompt: Count = field(default=4, metadata={"help": "Answers sampled for each prompt."})
+    epochs_per_rollout: Count = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
+    minibatches_per_rollout: Count = field(default=1, metadata={"help": "Optimizer steps per pass."})
+    sync_every: Count = field(
         default=1, metadata={"help": "Rollout batches between copies of the student into the behaviour policy."}
     )
     # Credit
@@ -89,11 +95,11 @@ class RLArguments(DistillationArguments):
         default="leave_one_out",
         metadata={"help": "What is taken from the credit; never changes the expected gradient."},
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
-    lam: float = field(
+    gamma: Fraction = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
+    lam: Fraction = field(
         default=0.2, metadata={"help": "Credit horizon: 0 immediate regret (safe, biased) .. 1 full return (unbiased)."}
     )
-    k_step: int = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
+    k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
     one_step: Literal["exact", "sampled"] = field(
         default="exact",
         metadata={
@@ -107,35 +113,28 @@ class RLArguments(DistillationArguments):
     loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = field(
         default="token_mean", metadata={"help": "How token losses are averaged; it weights length."}
     )
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, nats per token."})
-    kl_coef: float = field(
+    entropy_coef: NonNegative = field(default=0.0, metadata={"help": "Weight of the entropy bonus, nats per token."})
+    kl_coef: NonNegative = field(
         default=0.05, metadata={"help": "Weight of the KL leash to the initial student; 0 turns it off."}
     )
-    kl_target: float | None = field(
+    kl_target: Positive | None = field(
         default=None, metadata={"help": "KL per token to hold by adapting kl_coef; null keeps it fixed."}
     )
     kl_in: Literal["loss", "reward"] = field(
         default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
     )
-    value_coef: float = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
-    value_clip_range: float = field(
+    value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
+    value_clip_range: Positive = field(
         default=5.0, metadata={"help": "The critic moves at most this far per rollout batch, nats."}
     )
     weak_start: Literal["warn", "refuse", "ignore"] = field(
         default="warn",
         metadata={"help": "When regret per sequence is not well below the price of an early end-of-sequence."},
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate."})
+    learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rollouts_per_prompt", "epochs_per_rollout", "minibatches_per_rollout", "sync_every", "k_step"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("gamma", "lam"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie in [0, 1]")
-        for name in ("entropy_coef", "kl_coef", "value_coef"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        _require(self.value_clip_range > 0, "value_clip_range", self.value_clip_range, "must be positive")
         if self.baseline == "leave_one_out":
             _require(
                 self.rollouts_per_prompt >= 2,
@@ -151,12 +150,7 @@ class RLArguments(DistillationArguments):
                 "k_step > 1 has no critic: choose another baseline or k_step 1",
             )
         if self.kl_target is not None:
-            _require(
-                self.kl_target > 0 and self.kl_coef > 0,
-                "kl_target",
-                self.kl_target,
-                "needs kl_target > 0 and a starting kl_coef > 0",
-            )
+            _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
         rows = self.rows_per_rollout
         _require(
             rows % self.rollouts_per_prompt == 0,
@@ -194,24 +188,16 @@ class ReinforceArguments(RLArguments):
     importance_weight: Literal["none", "token", "cumulative"] = field(
         default="cumulative", metadata={"help": "Correction for a behaviour policy older than the student."}
     )
-    importance_cap: float = field(default=2.0, metadata={"help": "Off-policy weights are truncated here."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.importance_cap > 0, "importance_cap", self.importance_cap, "must be positive")
+    importance_cap: Positive = field(default=2.0, metadata={"help": "Off-policy weights are truncated here."})
 
 
 @dataclass
 class PPOArguments(RLArguments):
     """PPO: several passes over each rollout batch, clipped ratio, learned critic."""
 
-    epochs_per_rollout: int = field(default=2, metadata={"help": "Passes over each batch of rollouts."})
-    minibatches_per_rollout: int = field(default=2, metadata={"help": "Optimizer steps per pass."})
+    epochs_per_rollout: Count = field(default=2, metadata={"help": "Passes over each batch of rollouts."})
+    minibatches_per_rollout: Count = field(default=2, metadata={"help": "Optimizer steps per pass."})
     baseline: Literal["none", "teacher", "closed_form", "leave_one_out", "critic"] = field(
         default="critic", metadata={"help": "What is taken from the credit; critic is GAE with a learned value head."}
     )
-    clip_range: float = field(default=0.2, metadata={"help": "The ratio leaves the objective outside 1 +- this."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.clip_range > 0, "clip_range", self.clip_range, "must be positive")
+    clip_range: Positive = field(default=0.2, metadata={"help": "The ratio leaves the objective outside 1 +- this."})

@@ -28,7 +28,8 @@ class DistillationTrainer(StudentTrainer):
     """transformers.Trainer around a `Policy`. Subclasses say where minibatches come from and what the loss is.
 
     Args: student, a loaded encoder-decoder (dropout 0); teacher, frozen; tokenizer, shared by both; train_dataset,
-    what the subclass reads; eval_examples, held-out inputs; task_metric, (predictions, examples) -> scores.
+    what the subclass reads; eval_examples, held-out inputs; task_metric, (predictions, examples) -> scores; settings,
+    other dataclasses of settings, for run.json.
     Saved models are the bare student, as AutoModelForSeq2SeqLM loads them; checkpoints add critic and state.
     """
 
@@ -45,6 +46,7 @@ class DistillationTrainer(StudentTrainer):
         eval_examples: Sequence[Example] | None = None,
         task_metric: TaskMetric | None = None,
         critic: bool = False,
+        settings: Sequence[Any] = (),
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
@@ -71,6 +73,7 @@ class DistillationTrainer(StudentTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_examples,
             data_collator=data_collator or (lambda rows: rows),
+            settings=settings,
             callbacks=callbacks,
         )
 
@@ -82,6 +85,9 @@ class DistillationTrainer(StudentTrainer):
         if self.is_world_process_zero():
             shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3g}" for name, value in metrics.items())
             print(f"held-out: {shown}\nstudent and metrics.jsonl saved in {self.run_folder}")
+
+    def models(self) -> dict[str, Any]:
+        return {"teacher": self.teacher and self.teacher.adapter.model, "student": self.policy.student}
 
     # Evaluation: the Evaluator replaces the Trainer's loss-only loop.
 

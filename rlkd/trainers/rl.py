@@ -76,6 +76,7 @@ class RLTrainer(DistillationTrainer):
         train_examples: Sequence[Example],
         eval_examples: Sequence[Example] | None = None,
         task_metric: TaskMetric | None = None,
+        settings: Sequence[Any] = (),
         callbacks: list[TrainerCallback] | None = None,
     ):
         super().__init__(
@@ -86,6 +87,7 @@ class RLTrainer(DistillationTrainer):
             train_dataset=train_examples,
             eval_examples=eval_examples,
             task_metric=task_metric,
+            settings=settings,
             critic=args.baseline == "critic",
             callbacks=callbacks,
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..data.examples import Examples
 from ..data.prompts import load_templates
+from ..data.row_maps import parse_row_map
 from ..data.rows import check_columns, load_rows
 from ..errors import ConfigError
 from ..evaluation import TaskMetric
@@ -19,6 +20,8 @@ from ..models.architectures import EncoderDecoder, check_config, load_config, lo
 from ..models.teacher import Teacher
 from ..models.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
+from ..runs import check_settings
+from ..settings import Count, Natural, check_ranges
 from .arguments import DistillationArguments
 
 
@@ -31,7 +34,7 @@ class DataArguments:
     )
     dataset_subset: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split of unlabeled inputs."})
-    train_limit: int | None = field(default=None, metadata={"help": "Use only the first so many inputs."})
+    train_limit: Count | None = field(default=None, metadata={"help": "Use only the first so many inputs."})
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Held-out inputs; null takes eval_split of dataset."}
     )
@@ -48,6 +51,25 @@ class DataArguments:
             "combined."
         },
     )
+    templates_dir: str | None = field(
+        default=None, metadata={"help": "Folder, YAML file or archive of templates; null: `rlkd prompts --help`."}
+    )
+    all_templates: bool = field(
+        default=False, metadata={"help": "With no name: also templates of other than the original task."}
+    )
+    gold_input: bool = field(default=False, metadata={"help": "Allow templates whose input shows gold columns."})
+    truncation: Literal["none", "t0"] = field(
+        default="none", metadata={"help": "t0 cuts each {{...}} at 2,048 characters, as T0's training data were."}
+    )
+    strict_compat: bool = field(
+        default=False, metadata={"help": "Let a '|||' inside a row's lists split the text, as promptsource."}
+    )
+    column_map: list[str] = field(
+        default_factory=list, metadata={"help": "Columns to rename first: old=new[,...], or JSON."}
+    )
+    label_map: list[str] = field(
+        default_factory=list, metadata={"help": "Labels to change then: [column:]old=new[,...], or JSON."}
+    )
     student_template: str | None = field(
         default=None, metadata={"help": "One template for the student; null gives it the raw input_column."}
     )
@@ -57,6 +79,9 @@ class DataArguments:
     task_metric: Literal["none", "rouge", "bleu", "exact_match"] = field(
         default="none", metadata={"help": "Scored on greedy and sampled answers at every evaluation."}
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass
@@ -76,9 +101,12 @@ class TeacherArguments:
     template_combination: Literal["average", "pool"] = field(
         default="average", metadata={"help": "Several templates: average their rewards, or pool their log-probs."}
     )
-    teacher_cache_mb: int = field(
+    teacher_cache_mb: Natural = field(
         default=512, metadata={"help": "Room for the teacher's encoder states of prompts seen."}
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass
@@ -92,6 +120,7 @@ class Setup:
     eval_examples: Examples
     pseudo_labels: Any
     task_metric: TaskMetric | None
+    settings: tuple[Any, ...]
 
     def trainer_inputs(self) -> dict[str, Any]:
         """Keyword arguments every trainer takes."""
@@ -100,6 +129,7 @@ class Setup:
             "tokenizer": self.tokenizer,
             "eval_examples": self.eval_examples,
             "task_metric": self.task_metric,
+            "settings": self.settings,
         }
 
 
@@ -108,11 +138,19 @@ def prepare(
 ) -> Setup:
     """Check names, settings, vocabularies, files, columns and templates; then load weights.
 
-    Raises ModelError, DataError or ConfigError, each before any weights load.
+    Raises ModelError, DataError or ConfigError, each before any weights load; among them that of a checkpoint to resume
+    that was written with other settings.
     """
     name = student.model_name_or_path
     if not name:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
+    if student.use_peft:
+        student.lora_task_type = "SEQ_2_SEQ_LM"
+    settings = (data, teacher, student)
+    if training.resume_from_checkpoint:
+        check_settings(
+            Path(training.resume_from_checkpoint), (*settings, training), allow_change=training.allow_config_change
+        )
     tokenizer, valid_vocab = _check_models(teacher, student, name)
     train, evaluation, labels = _load_data(data)
 
@@ -127,7 +165,6 @@ def prepare(
     if student.use_peft:
         from peft import get_peft_model
 
-        student.lora_task_type = "SEQ_2_SEQ_LM"
         model = get_peft_model(model, get_peft_config(student))  # type: ignore[arg-type]
     frozen = load_encoder_decoder(
         teacher.teacher, "teacher", dtype=teacher.teacher_dtype, revision=teacher.teacher_revision
@@ -148,6 +185,7 @@ def prepare(
         evaluation,
         labels,
         TASK_METRICS.get(data.task_metric),
+        settings,
     )
 
 
@@ -177,10 +215,15 @@ def _student_dtype(student: ModelConfig) -> str:
 
 def _load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
     """Rows, templates and pseudo-labels, with every column checked."""
-    templates = [template for spec in data.templates for template in load_templates(spec)]
+    reading: dict[str, Any] = {
+        "folder": Path(data.templates_dir) if data.templates_dir else None,
+        **{name: getattr(data, name) for name in ("all_templates", "gold_input", "truncation", "strict_compat")},
+    }
+    row_map = parse_row_map(data.column_map, data.label_map)
+    templates = [template for spec in data.templates for template in load_templates(spec, **reading)]
     student_template = None
     if data.student_template is not None:
-        found = load_templates(data.student_template)
+        found = load_templates(data.student_template, **reading)
         if len(found) != 1:
             raise ConfigError(
                 f"student_template = {data.student_template!r} names {len(found)} templates: add one's name after a "
@@ -194,7 +237,7 @@ def _load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
     examples = {}
     for part, (source, split, limit) in sources.items():
         split = "train" if Path(source).exists() else split
-        rows = load_rows(source, split=split, subset=data.dataset_subset, limit=limit)
+        rows = row_map.dataset(load_rows(source, split=split, subset=data.dataset_subset, limit=limit))
         wanted = {"input_column": data.input_column}
         # Training never looks at references.
         reference = data.reference_column if part == "evaluation" else None
@@ -207,6 +250,7 @@ def _load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
             student_column=data.input_column,
             student_template=student_template,
             reference_column=reference,
+            source=source,
         )
     labels = load_pseudolabels(Path(data.pseudo_labels)) if data.pseudo_labels is not None else None
     return examples["train"], examples["evaluation"], labels

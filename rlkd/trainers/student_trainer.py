@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,12 @@ import torch
 import yaml
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import DivergenceError
+from ..errors import ConfigError, DivergenceError
+from ..generation.label_store import weights_digest
+from ..runs import RUN_FILE, RunRecord, describe_data, describe_templates, settings_of
+from .arguments import StudentArguments
 from .progress import TrainingProgress
 from .run_files import METRICS, append_lines
 
@@ -42,14 +48,18 @@ class _FiniteGradient(TrainerCallback):
 class StudentTrainer(Trainer):
     """transformers.Trainer around a wrapped student. Saved models are the bare student and its tokenizer.
 
-    Subclasses set `trained` and `tokenizer` before they call this constructor. The wrapper has the plain model as
-    `student` and a `load(folder)` that reads what checkpoints hold of it.
+    Subclasses set `trained`, `tokenizer` and `teacher` before they call this constructor. The wrapper has the plain
+    model as `student` and a `load(folder)` that reads what checkpoints hold of it. settings: the other dataclasses the
+    run was made from, for run.json.
     """
 
     trained: Any
     tokenizer: Any
+    teacher: Any
+    args: StudentArguments
 
-    def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **options: Any):
+    def __init__(self, *, settings: Sequence[Any] = (), callbacks: list[TrainerCallback] | None = None, **options: Any):
+        self.settings = settings
         self._recorded: dict[str, list[Tensor]] = {}
         self._cpu_started = time.process_time()
         own = [JsonlCallback(), _FiniteGradient(self)]
@@ -61,6 +71,40 @@ class StudentTrainer(Trainer):
     def run_folder(self) -> Path:
         """Where metrics, samples, checkpoints and the final student go."""
         return Path(str(self.args.output_dir))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """As in Trainer, after run.json is written. Raises ConfigError if a resumed run has other settings."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(str(self.run_folder))
+        self.begin_run(Path(checkpoint) if checkpoint else None)
+        return super().train(resume_from_checkpoint, *args, **options)
+
+    def begin_run(self, checkpoint: Path | None) -> None:
+        """Write run.json; if the run goes on from a checkpoint, check first that it is the same run."""
+        sections = [*self.settings, self.args]
+        data = {"train": self.train_dataset, "eval": self.eval_dataset}
+        models = {role: model for role, model in self.models().items() if model is not None}
+        record = RunRecord(
+            trainer=type(self).__name__,
+            settings=settings_of(sections),
+            data={role: describe_data(rows) for role, rows in data.items() if rows is not None},
+            templates=describe_templates(*data.values()),
+            models={role: getattr(model.config, "name_or_path", None) or None for role, model in models.items()},
+            revisions={
+                role: getattr(model.config, "_commit_hash", None) or weights_digest(model)
+                for role, model in models.items()
+            },
+            processes=self.accelerator.num_processes,
+        )
+        if checkpoint is not None:
+            record.resume(checkpoint, sections, allow_change=self.args.allow_config_change)
+        if self.is_world_process_zero():
+            record.write(self.run_folder)
+
+    def models(self) -> dict[str, Any]:
+        """Role -> plain model, None for a role that is not taken."""
+        return {"teacher": self.teacher, "student": self.trained.student}
 
     # Logging: losses record detached values; a log line holds their means over all tokens, micro-batches and processes,
     # so it does not depend on how the batch was split.
@@ -122,13 +166,14 @@ class StudentTrainer(Trainer):
         # Called for resumable checkpoints only, after the student was written.
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
+            shutil.copy(self.run_folder / RUN_FILE, output_dir)
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(self.save_extras(Path(output_dir)), indent=2))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         extras = json.loads((folder / STATE_FILE).read_text())
         if extras["trainer"] != type(self).__name__:
-            raise ValueError(
+            raise ConfigError(
                 f"{folder} was written by {extras['trainer']}, not by {type(self).__name__}: give another output_dir, "
                 "or start from that checkpoint's student instead of resuming it"
             )

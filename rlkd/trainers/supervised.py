@@ -68,6 +68,7 @@ class SupervisedTrainer(DistillationTrainer):
         teacher: Teacher | None = None,
         eval_examples: Sequence[Example] | None = None,
         task_metric: TaskMetric | None = None,
+        settings: Sequence[Any] = (),
         callbacks: list[TrainerCallback] | None = None,
     ):
         if args.objective != "sequence" and teacher is None:
@@ -83,6 +84,7 @@ class SupervisedTrainer(DistillationTrainer):
             eval_examples=eval_examples,
             task_metric=task_metric,
             data_collator=PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens),
+            settings=settings,
             callbacks=callbacks,
         )
 

@@ -75,7 +75,7 @@ class TKDTrainer(StudentTrainer):
 
     Args: student, a sequence classifier (see `build_student`); teacher, a fine-tuned one, None for preset ft;
     tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}; teacher_tokenizer if it differs;
-    compute_metrics as in Trainer, accuracy by default. What is saved is the bare student.
+    compute_metrics as in Trainer, accuracy by default; settings, for run.json. What is saved is the bare student.
     Raises ConfigError, ModelError or DataError for what cannot work.
     """
 
@@ -92,6 +92,7 @@ class TKDTrainer(StudentTrainer):
         eval_rows: Sequence[Mapping[str, Any]] | None = None,
         teacher_tokenizer: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        settings: Sequence[Any] = (),
         callbacks: list[TrainerCallback] | None = None,
     ):
         if teacher is None and args.teacher_needs != "none":
@@ -116,6 +117,7 @@ class TKDTrainer(StudentTrainer):
             eval_dataset=None if eval_rows is None else EncodedTexts(eval_rows, tokenizer, args.max_length, labels),
             data_collator=train.collate,
             compute_metrics=compute_metrics or classification_metrics(["accuracy"]),
+            settings=settings,
             callbacks=[*stopping, *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch: accumulation averages it

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from transformers import TrainingArguments
+from annotated_types import Ge
 
 from ..errors import ConfigError
 from ..objectives.encoder import PRESETS, TREE_TERMS
-from .arguments import _require
+from ..settings import Count, Fraction, NonNegative, Positive
+from .arguments import StudentArguments, _require
 
 Preset = Literal[
     "ft", "kd", "pkd", "tkd", "teacher-tkd", "t-s-tkd", "rand", "all", "all-tkd", "all-t-tkd", "all-t-s-tkd"
@@ -18,34 +19,37 @@ CACHE_ORDER = ("none", "logits", "cls", "hidden")
 
 
 @dataclass
-class TKDArguments(TrainingArguments):
-    """Which terms the loss has and how they weigh, how the tree is grown, and what is kept of the teacher.
-
-    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), columns are kept.
-    """
+class TKDArguments(StudentArguments):
+    """Which terms the loss has and how they weigh, how the tree is grown, and what is kept of the teacher."""
 
     # Loss
     preset: Preset = field(
         default="tkd", metadata={"help": "Row of the paper's Table 1: which terms are on (docs/tkd.md)."}
     )
-    w_ce: float = field(default=0.5, metadata={"help": "Weight of cross-entropy with the labels (1 in preset ft)."})
-    w_kd: float = field(default=0.5, metadata={"help": "Weight of the teacher's logits."})
-    beta: float = field(default=100.0, metadata={"help": "Weight of patience: [CLS] at every layer."})
-    gamma_s: float = field(default=100.0, metadata={"help": "Weight of the tree grown in the student's attention."})
-    gamma_t: float = field(default=100.0, metadata={"help": "Weight of the tree grown in the teacher's attention."})
-    gamma_r: float = field(default=100.0, metadata={"help": "Weight of as many random tokens."})
-    eta: float = field(default=100.0, metadata={"help": "Weight of all tokens."})
+    w_ce: NonNegative = field(
+        default=0.5, metadata={"help": "Weight of cross-entropy with the labels (1 in preset ft)."}
+    )
+    w_kd: NonNegative = field(default=0.5, metadata={"help": "Weight of the teacher's logits."})
+    beta: NonNegative = field(default=100.0, metadata={"help": "Weight of patience: [CLS] at every layer."})
+    gamma_s: NonNegative = field(
+        default=100.0, metadata={"help": "Weight of the tree grown in the student's attention."}
+    )
+    gamma_t: NonNegative = field(
+        default=100.0, metadata={"help": "Weight of the tree grown in the teacher's attention."}
+    )
+    gamma_r: NonNegative = field(default=100.0, metadata={"help": "Weight of as many random tokens."})
+    eta: NonNegative = field(default=100.0, metadata={"help": "Weight of all tokens."})
     auto_scale: bool = field(
         default=False,
         metadata={"help": "Instead of beta, gamma, eta: each such term weighs at its first step as much as CE + KD."},
     )
     # Logits
-    temperature: float = field(default=5.0, metadata={"help": "Of both softmaxes in the KD term."})
+    temperature: Positive = field(default=5.0, metadata={"help": "Of both softmaxes in the KD term."})
     logit_loss: Literal["kl", "mse"] = field(
         default="kl", metadata={"help": "KD term: KL at the temperature, or squared error of the logits."}
     )
-    noise_probability: float = field(default=0.0, metadata={"help": "Share of rows whose teacher logits get noise."})
-    noise_deviation: float = field(default=0.5, metadata={"help": "Relative deviation of that noise."})
+    noise_probability: Fraction = field(default=0.0, metadata={"help": "Share of rows whose teacher logits get noise."})
+    noise_deviation: NonNegative = field(default=0.5, metadata={"help": "Relative deviation of that noise."})
     # Hidden states
     normalise: bool = field(
         default=True, metadata={"help": "Compare directions; false compares the states themselves (PKD un-normalised)."}
@@ -60,7 +64,7 @@ class TKDArguments(TrainingArguments):
         default=True, metadata={"help": "Patience on the last layer too (eq. 7); PKD's authors leave it out."}
     )
     # Tree
-    tree_m: int = field(default=2, metadata={"help": "Children of each node."})
+    tree_m: Count = field(default=2, metadata={"help": "Children of each node."})
     tree_variant: Literal["algorithm1", "abstract", "flow"] = field(
         default="algorithm1", metadata={"help": "The paper's three readings of the tree (docs/tkd.md)."}
     )
@@ -68,7 +72,7 @@ class TKDArguments(TrainingArguments):
     tree_exclude: list[str] = field(
         default_factory=list, metadata={"help": "Never choose these: any of self, cls, sep."}
     )
-    tree_start_epoch: float = field(
+    tree_start_epoch: NonNegative = field(
         default=0.0, metadata={"help": "Before this many epochs only CE, KD and patience count."}
     )
     # Teacher and texts
@@ -78,24 +82,17 @@ class TKDArguments(TrainingArguments):
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Where it is kept, for several runs to share; null: inside output_dir."}
     )
-    max_length: int = field(default=128, metadata={"help": "Texts are cut to this many tokens."})
+    max_length: Annotated[int, Ge(3)] = field(
+        default=128, metadata={"help": "Texts are cut to this many tokens, [CLS] and [SEP] included."}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without a better one; null never does."}
     )
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collator uses all columns."})
+    learning_rate: NonNegative = field(default=2e-5, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.preset in PRESETS, "preset", self.preset, f"allowed are {', '.join(PRESETS)}")
-        for name in ("w_ce", "w_kd", "beta", "gamma_s", "gamma_t", "gamma_r", "eta", "tree_start_epoch"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        _require(self.temperature > 0, "temperature", self.temperature, "must be positive")
-        _require(0 <= self.noise_probability <= 1, "noise_probability", self.noise_probability, "must lie in [0, 1]")
-        _require(self.noise_deviation >= 0, "noise_deviation", self.noise_deviation, "must not be negative")
-        _require(self.tree_m >= 1, "tree_m", self.tree_m, "must be at least 1")
-        _require(self.max_length >= 3, "max_length", self.max_length, "must be at least 3: [CLS], a token, [SEP]")
         unknown = set(self.tree_exclude) - {"self", "cls", "sep"}
         _require(not unknown, "tree_exclude", self.tree_exclude, "allowed are 'self', 'cls', 'sep'")
         self._check_weights()

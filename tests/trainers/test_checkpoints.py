@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_utils import get_last_checkpoint
 
+from rlkd.errors import ConfigError
 from rlkd.trainers.rl import BEHAVIOUR_FILE
 from rlkd.trainers.student_trainer import STATE_FILE
 from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, weights
@@ -90,7 +91,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     for kind in ("ppo", "supervised"):
         trainer = make(kind, tmp_path / kind, max_steps=8)
         before = weights(trainer.policy)
-        with pytest.raises(ValueError, match="written by ReinforceTrainer, not by"):
+        with pytest.raises(ConfigError, match="written by ReinforceTrainer, not by"):
             trainer.train(resume_from_checkpoint=str(folder))
         assert_same(before, weights(trainer.policy))
 

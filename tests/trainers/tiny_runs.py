@@ -29,6 +29,7 @@ TINY = {
     "per_device_train_batch_size": 8,
     "max_new_tokens": 5,
     "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
     "logging_steps": 1,
     "save_strategy": "no",
     "weak_start": "ignore",

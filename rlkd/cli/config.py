@@ -1,0 +1,89 @@
+"""`rlkd config`: look at the settings of a run before it runs."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from ..config import Setting
+
+app = typer.Typer(help="Check and show the settings of a recipe.", no_args_is_help=True, rich_markup_mode=None)
+PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+File = Annotated[Path, typer.Argument(help="YAML file of settings. What follows goes before it: --name value ...")]
+Recipe = Annotated[
+    str | None, typer.Option(help="The script that reads the file. Default: the one beside it, x.py for x.yaml.")
+]
+
+
+@app.command(context_settings=PASS_ON)
+def check(context: typer.Context, file: File, recipe: Recipe = None) -> None:
+    """Name every mistake in the settings, or say that there is none. No model or data are loaded."""
+    found = _settings(file, recipe, context.args)
+    given = sum(setting.origin != "default" for setting in found)
+    typer.echo(f"{file}: {given} settings given, {len(found) - given} by default, all can work")
+
+
+@app.command(context_settings=PASS_ON)
+def show(
+    context: typer.Context,
+    file: File,
+    recipe: Recipe = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Also defaults that are not ours but transformers' or TRL's.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for machines; always all.")] = False,
+) -> None:
+    """Every setting as a run would have it, and where it comes from; the text is YAML that gives the same run."""
+    found = _settings(file, recipe, context.args)
+    if as_json:
+        typer.echo(json.dumps([asdict(setting) for setting in found], ensure_ascii=False))
+        return
+    section = ""
+    for setting in found:
+        if setting.section != section:
+            section = setting.section
+            typer.echo(f"# {section}")
+        if all_ or setting.own or setting.origin != "default":
+            value = json.dumps(setting.value, ensure_ascii=False)
+            typer.echo(
+                f"{setting.name}: {value}  # {setting.origin}; {setting.allowed}; {' '.join(setting.help.split())}"
+            )
+
+
+def _settings(file: Path, recipe: str | None, flags: list[str]) -> list[Setting]:
+    from ..config import describe_config
+
+    return describe_config(_sections(file, recipe), ["--config", str(file), *flags])
+
+
+def _sections(file: Path, recipe: str | None) -> tuple[type, ...]:
+    """The dataclasses that a recipe's `SETTINGS` names. Raises ConfigError if there is no such recipe."""
+    if recipe is None:
+        script = file.with_name(file.name.split(".")[0] + ".py")
+    else:
+        script = Path(recipe) if recipe.endswith(".py") else Path("recipes", f"{recipe}.py")
+    if not script.is_file():
+        scripts = [str(other) for other in sorted(script.parent.glob("*.py"))]
+        raise ConfigError(
+            f"{script}: no such recipe.{nearest(str(script), scripts)} "
+            f"Name the script that reads {file}: --recipe FILE.py"
+        )
+    sys.path.insert(0, str(script.parent))  # as when the script runs
+    try:
+        sections = runpy.run_path(str(script), run_name="recipe").get("SETTINGS")
+    except Exception as error:  # whatever a script may raise
+        raise ConfigError(f"{script} cannot be read: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(script.parent))
+    if not sections:
+        raise ConfigError(f"{script} has no SETTINGS: give it the tuple of dataclasses that it passes to parse_config.")
+    return sections

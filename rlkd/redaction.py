@@ -1,0 +1,74 @@
+"""Secrets are taken out of everything that is written down or shown: run.json, messages, the list of settings.
+
+A secret is known by its name (hub_token, WANDB_API_KEY), by its form (hf_..., a wandb key, a password in an address),
+or because an environment variable with such a name holds it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+REDACTED = "<redacted>"
+SECRET_WORDS = {
+    "token", "key", "apikey", "secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials",
+}  # fmt: skip
+SHORTEST = 8  # shorter values of the environment are words that stand everywhere
+FORMS = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}"
+    r"|\bwandb_v\d+_\w{16,}"
+    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
+    r"|\bsk-[\w-]{20,}"
+    r"|\bAKIA[0-9A-Z]{16}\b"
+    r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"
+    r"|(?<=\bBearer )[\w.~+/-]{8,}=*"
+)
+WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # and a git commit
+COMMIT_WORDS = {"revision", "revisions", "commit", "sha", "sha1"}
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting, flag or variable of that name holds a secret: hub_token and --api-key, not max_new_tokens."""
+    return bool(SECRET_WORDS & _words(name))
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """`value` (JSON-able, or a command line as a list) without its secrets; `name` is that of the setting it is."""
+    if isinstance(value, dict):
+        return {key: redacted(item, f"{name}.{key}") for key, item in value.items()}
+    if value is not None and not isinstance(value, bool) and is_secret(name):
+        return REDACTED
+    if isinstance(value, (list, tuple)):
+        return _redacted_list(list(value), name)
+    return _redacted_text(value, name) if isinstance(value, str) else value
+
+
+def _redacted_list(items: list[Any], name: str) -> list[Any]:
+    """What follows `--name` is its value, as `--name value` or `--name=value`."""
+    out, flag = [], name
+    for item in items:
+        if isinstance(item, str) and item.startswith("--"):
+            flag, equals, value = item.partition("=")
+            out.append(f"{flag}={redacted(value, flag)}" if equals else flag)
+            flag = name if equals else flag
+        else:
+            out.append(redacted(item, flag))
+            flag = flag if is_secret(flag) else name
+    return out
+
+
+def _redacted_text(text: str, name: str) -> str:
+    for secret in _from_environment():
+        text = text.replace(secret, REDACTED)
+    text = FORMS.sub(REDACTED, text)
+    return text if COMMIT_WORDS & _words(name) else WANDB_KEY.sub(REDACTED, text)
+
+
+def _from_environment() -> list[str]:
+    values = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST}
+    return sorted(values, key=len, reverse=True)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))

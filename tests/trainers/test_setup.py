@@ -1,0 +1,86 @@
+"""How the recipes read rows and templates."""
+
+import json
+
+import pytest
+
+from rlkd import DataArguments
+from rlkd.errors import ConfigError, DataError
+from rlkd.trainers.setup import _load_data
+
+TEMPLATES = """dataset: mine
+templates:
+  1: !Template
+    answer_choices: null
+    id: '1'
+    jinja: "ask {{text}} ||| {{gold}}"
+    metadata: &m
+      choices_in_prompt: false
+      languages: [en]
+      metrics: [Other]
+      original_task: true
+    name: ask
+    reference: ''
+  2: !Template
+    answer_choices: null
+    id: '2'
+    jinja: "{{text}} of {{label}} ||| {{text}}"
+    metadata:
+      choices_in_prompt: false
+      languages: [en]
+      metrics: [Other]
+      original_task: false
+    name: other task
+    reference: ''
+"""
+ROWS = [{"body": "x" * 3000, "gold": "g", "label": 0}, {"body": "b", "gold": "g", "label": 1}]
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "templates.yaml").write_text(TEMPLATES)
+
+    def load(**options):
+        options = {"templates": ["mine"], "templates_dir": str(tmp_path), "column_map": ["body=text"]} | options
+        data = DataArguments(
+            dataset=str(tmp_path / "rows.jsonl"), input_column="text", reference_column="gold", **options
+        )
+        return _load_data(data)
+
+    return load
+
+
+def test_columns_are_renamed_in_training_and_evaluation_data(load):
+    train, evaluation, labels = load()
+    assert (train[1].student_input, train[1].teacher_inputs, train[1].references) == ("b", ("ask b",), ())
+    assert evaluation[1].references == ("g",)
+    assert labels is None
+
+
+def test_labels_are_renamed(load):
+    train, *_ = load(all_templates=True, gold_input=True, label_map=["0=no,1=yes"])
+    assert train[1].teacher_inputs == ("ask b", "b of yes")
+
+
+def test_templates_of_other_tasks_and_long_fields(load):
+    assert [t.name for t in load()[0].templates] == ["ask"]
+    assert [t.name for t in load(all_templates=True, gold_input=True)[0].templates] == ["ask", "other task"]
+    assert len(load()[0][0].teacher_inputs[0]) == 3004
+    assert len(load(truncation="t0")[0][0].teacher_inputs[0]) == 4 + 2048
+
+
+def test_student_templates_are_found_in_the_same_folder(load):
+    assert load(student_template="mine:ask")[0][1].student_input == "ask b"
+    with pytest.raises(ConfigError, match="student_template = 'mine' names 2 templates: add one's name"):
+        load(student_template="mine", all_templates=True)
+
+
+def test_what_cannot_be_read_is_named(load):
+    with pytest.raises(ConfigError, match="write old=new"):
+        load(column_map=["body"])
+    with pytest.raises(DataError, match="column_map: there is no column 'bodi'"):
+        load(column_map=["bodi=text"])
+    with pytest.raises(ConfigError, match="train_limit = 0: must be at least 1"):
+        DataArguments(train_limit=0)
