@@ -42,7 +42,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"visible": visible, "number": number}
+    made.filters |= {"visible": visible, "sortable": lambda number: "" if number is None else f"{number:.3f}"}
     return made
 
 
@@ -71,7 +71,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 @lru_cache(maxsize=65536)
 def _token(name: str, piece: str) -> str:
-    return f"<b class={name}>{escape(visible(piece))}</b>"
+    return f"<b>{escape(visible(piece))}</b>" if name == "z" else f"<b class={name}>{escape(visible(piece))}</b>"
 
 
 def tokens_html(sample: Sample, *, titles: bool = False) -> Markup:
@@ -156,7 +156,7 @@ def notebook_html(view: RewardView) -> str:
     )  # fmt: skip
 
 
-def standalone_page(title: str, body: Markup, *, css: str = "", script: str = "") -> str:
+def standalone_page(title: str, body: Markup, *, subtitle: str = "", css: str = "", script: str = "") -> str:
     """A whole page in one file: `body` (escaped already) in the house's frame, with a switch between light and dark.
 
     Its policy allows the given style and script by their hashes and nothing else: no network, no inline handlers and no
@@ -166,6 +166,7 @@ def standalone_page(title: str, body: Markup, *, css: str = "", script: str = ""
     script = "\n".join(part for part in (asset("page.js"), script) if part)
     return environment().get_template("page.html.jinja").render(
         title=title,
+        subtitle=subtitle,
         body=body,
         css=Markup(css),
         script=Markup(script),
@@ -177,7 +178,3 @@ def standalone_page(title: str, body: Markup, *, css: str = "", script: str = ""
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-
-def page_html(view: RewardView) -> str:
-    """The view as a standalone page."""
-    return standalone_page(view.title, Markup("<main>{}</main>").format(Markup(notebook_html(view))))

@@ -279,7 +279,7 @@ class RewardView:
 
     def to_html(self, path: str | Path) -> None:
         """Write one HTML file that needs no network and no server."""
-        from .html import page_html
+        from .page import page_html
 
         Path(path).write_text(page_html(self), encoding="utf-8")
 
