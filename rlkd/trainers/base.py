@@ -110,6 +110,12 @@ class DistillationTrainer(StudentTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @property
+    def held_out_rows(self) -> int | None:
+        """As in `StudentTrainer`, of the first `eval_limit`."""
+        rows = super().held_out_rows
+        return rows if rows is None or self.args.eval_limit is None else min(rows, self.args.eval_limit)
+
     def judge_policy(self, limit: int | None) -> list[dict[str, Any]]:
         """The evaluator's record of each held-out input (the first `limit`), in order, on every process."""
         assert self.evaluator is not None

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError, DivergenceError
 from ..generation.label_store import weights_digest
+from ..redaction import redacted
 from ..runs import RUN_FILE, RunRecord, describe_data, describe_templates, settings_of
 from .arguments import StudentArguments
+from .card import write_card
 from .progress import TrainingProgress
 from .run_files import METRICS, append_lines
 
@@ -61,6 +64,7 @@ class StudentTrainer(Trainer):
     def __init__(self, *, settings: Sequence[Any] = (), callbacks: list[TrainerCallback] | None = None, **options: Any):
         self.settings = settings
         self._recorded: dict[str, list[Tensor]] = {}
+        self.run_record: RunRecord | None = None
         self._cpu_started = time.process_time()
         own = [JsonlCallback(), _FiniteGradient(self)]
         super().__init__(model=self.trained, callbacks=[*own, *(callbacks or [])], **options)
@@ -99,6 +103,7 @@ class StudentTrainer(Trainer):
         )
         if checkpoint is not None:
             record.resume(checkpoint, sections, allow_change=self.args.allow_config_change)
+        self.run_record = record
         if self.is_world_process_zero():
             record.write(self.run_folder)
 
@@ -161,6 +166,30 @@ class StudentTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.trained.student.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        self.write_card(folder)
+
+    def write_card(self, folder: Path) -> None:
+        """README.md: the model card of the student as it is now."""
+        record = asdict(self.run_record) if self.run_record else {"trainer": type(self).__name__}
+        evaluations = [line for line in self.state.log_history if any(name.startswith("eval_") for name in line)]
+        write_card(
+            folder,
+            redacted(record),
+            architecture=type(self.trained.student).__name__,
+            scores=evaluations[-1] if evaluations else {},
+            rows=self.held_out_rows,
+            step=self.state.global_step,
+        )
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Ours, where pushing to the hub would write the Trainer's."""
+        if self.is_world_process_zero():
+            self.write_card(self.run_folder)
+
+    @property
+    def held_out_rows(self) -> int | None:
+        """How many rows an evaluation judges; None without held-out rows."""
+        return None if self.eval_dataset is None else len(self.eval_dataset)  # type: ignore[arg-type]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Called for resumable checkpoints only, after the student was written.
