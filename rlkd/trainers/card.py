@@ -119,7 +119,7 @@ def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
     train = (record.get("data") or {}).get("train", {})
     lines = [
         f"- It imitates its teacher on {_named(train.get('source'), 'the data above')} ({train.get('rows', '?')} rows) "
-        "and was judged on nothing else: other tasks, domains and languages were not tested, and no language is claimed.",
+        "and was judged on nothing else: other tasks, domains and languages were not tested: no language is claimed.",
         "- The teacher's mistakes and biases are among what it learned.",
     ]
     if "max_new_tokens" in settings:
