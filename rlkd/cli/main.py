@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..config import run_main
-from . import config, data, prompts, report
+from . import config, data, prompts, report, rewards
 
 app = typer.Typer(
     name="rlkd",
@@ -25,6 +25,7 @@ app.add_typer(data.app, name="data")
 app.command("report")(report.report)
 app.command("compare")(report.compare)
 app.add_typer(config.app, name="config")
+app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
 class Strategy(StrEnum):

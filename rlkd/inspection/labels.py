@@ -50,9 +50,7 @@ def _reference(row: dict[str, Any], tokenizer: Any) -> Sample:
     return Sample(row["id"], row["student_input"], "reference", text, token_pieces(tokenizer, ids), ids)
 
 
-def _scored(
-    teacher: Teacher, tokenizer: Any, labels: list[dict[str, Any]], value: Value, top_k: int
-) -> list[Sample]:
+def _scored(teacher: Teacher, tokenizer: Any, labels: list[dict[str, Any]], value: Value, top_k: int) -> list[Sample]:
     samples: list[Sample] = []
     for start in range(0, len(labels), BATCH_ROWS):
         batch = labels[start : start + BATCH_ROWS]

@@ -117,7 +117,7 @@ class Sample:
 
 def _total(column: Numbers | None) -> float | None:
     known = [x for x in column if x is not None] if column is not None else None
-    return None if known is None or len(known) < len(column or ()) else sum(known)
+    return None if known is None or len(known) < len(column or ()) else sum(known, 0.0)
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,11 @@ class RewardView:
         return [
             Case(*key, sorted(group, key=lambda s: rank.get(s.source, len(rank)))) for key, group in by_input.items()
         ]
+
+    @property
+    def above_zero(self) -> bool:
+        """Whether some reward is positive: never under `max` and `lse` without a KL term."""
+        return any(reward is not None and reward > 0 for s in self.samples for reward in s.rewards or ())
 
     # Selections
 

@@ -26,7 +26,7 @@ def show(view: RewardView, console: Any = None) -> None:
 
     console = console or Console()
     scale = Text("nats  ")
-    for name, numbers in legend():
+    for name, numbers in legend(above_zero=view.above_zero):
         scale.append(f" {numbers} ", STYLES[name])
         scale.append(" ")
     console.print(Text(f"{view.title}, V = {view.value}", style="bold"), scale, sep="\n")

@@ -28,7 +28,6 @@ def report(arms: Sequence[Arm], title: str) -> str:
     failed = [found for arm in findings.watched(arms) if (found := findings.failures(arm, WORST)) is not None]
     body = _render(
         "report.html.jinja",
-        title=title,
         arms=arms,
         learns="reinforcement learning" if any(arm.kind == "rl" for arm in arms) else "training",
         headline=words.headline(comparisons),
@@ -62,7 +61,7 @@ def comparison(arms: Sequence[Arm]) -> str:
         for c in findings.against_first(arms)
     ]
     body = _render(
-        "compare.html.jinja", title=title, arms=arms, table=results_table(arms), charts=curves(arms, sheet),
+        "compare.html.jinja", arms=arms, table=results_table(arms), charts=curves(arms, sheet),
         settings=settings_table(arms), differences=differences,
     )  # fmt: skip
     return _page(title, body, sheet)
