@@ -56,8 +56,16 @@ def read(folder):
     return Page(report(read_arms(folder), folder.name))
 
 
-def test_the_page_answers_first(tmp_path):
-    page = read(arms(tmp_path, shift=1.0))
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The folder of a job with two arms and two seeds, its page as text and read."""
+    folder = arms(tmp_path_factory.mktemp("job"), shift=1.0)
+    text = report(read_arms(folder), "x")
+    return folder, text, Page(text)
+
+
+def test_the_page_answers_first(job):
+    page = job[2]
     headings = re.findall(r"Did reinforcement learning help\?\s*Yes", page.text)
     assert len(headings) == 1
     order = [
@@ -66,10 +74,10 @@ def test_the_page_answers_first(tmp_path):
     assert order == sorted(order)
 
 
-def test_the_numbers_of_the_curves_are_those_of_the_log(tmp_path):
-    page = read(arms(tmp_path, shift=1.0))
+def test_the_numbers_of_the_curves_are_those_of_the_log(job):
+    folder, _, page = job
     header, *rows = page.tables["Regret, numbers"]
-    logged = [json.loads(line) for line in (tmp_path / "seed-2" / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (folder / "seed-2" / "ppo" / "metrics.jsonl").read_text().splitlines()]
     column = header.index("ppo, seed 2, training")
     shown = {float(row[0]): float(row[column]) for row in rows if row[column]}
     assert shown == pytest.approx({line["step"]: line["regret"] for line in logged if "regret" in line}, rel=1e-4)
@@ -78,15 +86,15 @@ def test_the_numbers_of_the_curves_are_those_of_the_log(tmp_path):
     assert [float(row[column]) for row in rows if row[column]] == pytest.approx([final["eval_regret"]], rel=1e-4)
 
 
-def test_the_results_are_means_of_the_held_out_rows(tmp_path):
-    page = read(arms(tmp_path, shift=1.0))
+def test_the_results_are_means_of_the_held_out_rows(job):
+    folder, _, page = job
     header, *rows = page.tables["Results"]
     rows = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     for arm in ("seqkd", "ppo"):
         kept = [
             json.loads(line)["regret"]
             for seed in (1, 2)
-            for line in (tmp_path / f"seed-{seed}" / arm / "held_out.jsonl").read_text().splitlines()
+            for line in (folder / f"seed-{seed}" / arm / "held_out.jsonl").read_text().splitlines()
         ]
         value, low, high = map(float, re.findall(r"[\d.]+", rows[arm]["regret, nats"]))
         assert value == pytest.approx(np.mean(kept), abs=0.006)
@@ -133,9 +141,8 @@ def test_hostile_text_is_text(tmp_path):
         assert "49" not in page.text.split("{{")[1][:8]
 
 
-def test_nothing_comes_from_elsewhere(tmp_path):
-    text = report(read_arms(arms(tmp_path, shift=1.0)), "x")
-    page = Page(text)
+def test_nothing_comes_from_elsewhere(job):
+    _, text, page = job
     links = [given[key] for _, given in page.elements for key in ("src", "href", "xlink:href") if key in given]
     assert all(link.startswith("#") for link in links)
     assert "default-src 'none'" in text
@@ -146,8 +153,8 @@ def test_nothing_comes_from_elsewhere(tmp_path):
     assert used <= set(ids)
 
 
-def test_every_chart_has_a_name_and_its_numbers(tmp_path):
-    page = read(arms(tmp_path, shift=1.0))
+def test_every_chart_has_a_name_and_its_numbers(job):
+    page = job[2]
     names = [given["aria-label"] for tag, given in page.elements if tag == "svg" and given.get("role") == "img"]
     assert {"accuracy", "Regret", "Loss", "Clipped tokens", "Speed"} <= set(names)
     assert {f"{name}, numbers" for name in names} <= set(page.tables)
