@@ -29,6 +29,7 @@ BESIDE = {
     ("config", "models"),
     ("trainers", "evaluation"),
     ("trainers", "inspection"),
+    ("report", "inspection"),
     ("runs", "generation"),
 }
 

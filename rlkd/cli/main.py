@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..config import run_main
-from . import config, data, probe, prompts, rewards
+from . import config, data, probe, prompts, report, rewards
 
 app = typer.Typer(
     name="rlkd",
@@ -24,6 +24,8 @@ app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command()(probe.probe)
+app.command("report")(report.report)
+app.command("compare")(report.compare)
 app.command("inspect-rewards")(rewards.inspect_rewards)
 
 

@@ -1,7 +1,8 @@
-"""What a label folder holds, in words: the data card, and the summary at the end of a run."""
+"""What a label folder holds, in words: the data card, and the summary at the end of a run; what cards share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -29,21 +30,17 @@ def card(header: dict[str, Any], totals: dict[str, Any]) -> str:
     ok = max(status["ok"], 1)
     ended = totals["finish"].get("eos", 0) + totals["finish"].get("ranked", 0)
     front = {"configs": [{"config_name": "default", "data_files": "labels-*.parquet"}]}
-    rows = [f"| {_cell(name)} | {_counts(counts)} |" for name, counts in totals["templates"].items()]
-    reasons = [f"- {count} x {_cell(text)}" for text, count in totals["reasons"].items()] or ["- none"]
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
+    rows = [(name, _counts(counts)) for name, counts in totals["templates"].items()]
+    reasons = [f"- {count} x {cell(text)}" for text, count in totals["reasons"].items()] or ["- none"]
+    return f"""{front_matter(front)}
 
-# Pseudo-labels of {_cell(str(settings.get("teacher", "a teacher")))}
+# Pseudo-labels of {cell(str(settings.get("teacher", "a teacher")))}
 
 {totals["rows"]} rows from {totals["inputs"]} inputs: {_counts(status)}.
 {totals["truncated"]} prompts were truncated. Answers have {totals["tokens"] / ok:.1f} tokens on average;
 {100 * ended / ok:.1f} % of them ended by themselves. {totals["bad_rows"]} bad input rows are left out.
 
-| template | rows |
-| --- | --- |
-{chr(10).join(rows)}
+{table(("template", "rows"), rows)}
 
 Why rows have no label:
 
@@ -86,6 +83,17 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
-def _cell(text: str) -> str:
+def front_matter(metadata: dict[str, Any]) -> str:
+    """The YAML block that a card begins with."""
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False).strip()}\n---"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; no cell can break out of it."""
+    lines = [header, ["---"] * len(header), *([cell(str(value)) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(text: str) -> str:
     """Text that cannot end a table cell, a line or open a tag."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")

@@ -164,9 +164,10 @@ def _svg(draw: Callable[[Any], None], title: str, sheet: Sheet) -> Markup:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "font.family": "sans-serif"}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "font.family": "sans-serif"}
     with rc_context(settings):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        figure = Figure(figsize=(4.6, 2.7))
+        figure.subplots_adjust(left=0.14, right=0.98, top=0.96, bottom=0.18)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)

@@ -175,6 +175,12 @@ def cost(arm: Arm) -> Cost:
     )
 
 
+def watched(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms whose failures are shown: those of RL, or all students if there are none."""
+    students = [arm for arm in arms if not arm.is_teacher] or list(arms)
+    return [arm for arm in students if arm.kind == "rl"] or students
+
+
 def failures(arm: Arm, worst: int = 5) -> Failures | None:
     """Where the students of an arm are worst on the newest evaluation; None without rows."""
     by = "regret" if score_table(arm.runs, "regret") else next(iter(arm.runs[0].task_names), "")

@@ -14,22 +14,20 @@ from ..inspection.html import environment, heat_map_html, legend_html, standalon
 from ..inspection.reward_view import Sample
 from . import findings, words
 from .charts import Chart, Sheet, curves, scatter
-from .reading import Arm, Row, number, read_arms
+from .reading import Arm, Row, number
 
 WORST = 5
 RUN_FACTS = ("rlkd", "trainer", "command", "started", "resumed", "git", "processes")
 
 
-def report(folder: Path) -> str:
-    """The page of the run in `folder`, or of the arms below it. Raises DataError if there is none."""
-    arms = read_arms(folder)
+def report(arms: Sequence[Arm], title: str) -> str:
+    """The page of a run, or of the arms of one job."""
     sheet = Sheet()
     comparisons = findings.judged(arms)
     students = [arm for arm in arms if not arm.is_teacher] or arms
-    failed = [found for arm in _watched(students) if (found := findings.failures(arm, WORST)) is not None]
+    failed = [found for arm in findings.watched(arms) if (found := findings.failures(arm, WORST)) is not None]
     body = _render(
         "report.html.jinja",
-        title=folder.resolve().name,
         arms=arms,
         learns="reinforcement learning" if any(arm.kind == "rl" for arm in arms) else "training",
         headline=words.headline(comparisons),
@@ -51,7 +49,7 @@ def report(folder: Path) -> str:
         rivals=any(c.other != findings.START for c in comparisons),
         several=any(len(arm.runs) > 1 for arm in arms),
     )  # fmt: skip
-    return _page(f"{folder.resolve().name}: report", body, sheet)
+    return _page(f"{title}: report", body, sheet)
 
 
 def comparison(arms: Sequence[Arm]) -> str:
@@ -63,7 +61,7 @@ def comparison(arms: Sequence[Arm]) -> str:
         for c in findings.against_first(arms)
     ]
     body = _render(
-        "compare.html.jinja", title=title, arms=arms, table=results_table(arms), charts=curves(arms, sheet),
+        "compare.html.jinja", arms=arms, table=results_table(arms), charts=curves(arms, sheet),
         settings=settings_table(arms), differences=differences,
     )  # fmt: skip
     return _page(title, body, sheet)
@@ -130,11 +128,6 @@ def _notes(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
             for note in run.notes:
                 notes.setdefault(note, []).append(run.title)
     return list(notes.items())
-
-
-def _watched(students: Sequence[Arm]) -> Sequence[Arm]:
-    """The arms whose failures are shown: those of RL, or all if there are none."""
-    return [arm for arm in students if arm.kind == "rl"] or students
 
 
 def _fair(arms: Sequence[Arm], comparisons: Sequence[findings.Comparison]) -> list[str]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,28 @@ def read_arms(folder: Path) -> list[Arm]:
     order = {"supervised": 1, "rl": 2}
     arms = [Arm(name, seeds[name]) for name in names]
     return sorted(arms, key=lambda arm: 0 if arm.is_teacher else order.get(arm.kind, 3))
+
+
+def read_side_by_side(folders: Sequence[Path]) -> list[Arm]:
+    """The arms of several folders, each named so that they differ. Raises DataError as `read_runs` does, and if there
+    are fewer than two.
+    """
+    found = [(folder, arm) for folder in folders for arm in read_arms(folder)]
+    if len(found) < 2:
+        raise DataError("compare: give two runs, or the folder of several.")
+    names = [arm.name if len(folders) == 1 else _label(folder, arm) for folder, arm in found]
+    if len(set(names)) < len(names):
+        names = [f"{folder}/{arm.name}" for folder, arm in found]
+    if len(set(names)) < len(names):
+        raise DataError("compare: the same run is given twice.")
+    return [
+        Arm(name, [replace(run, name=name) for run in arm.runs]) for name, (_, arm) in zip(names, found, strict=True)
+    ]
+
+
+def _label(folder: Path, arm: Arm) -> str:
+    name = folder.resolve().name
+    return name if arm.runs[0].folder == folder else f"{name}/{arm.name}"
 
 
 def read_runs(folder: Path) -> list[RunData]:

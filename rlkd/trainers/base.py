@@ -21,7 +21,7 @@ from ..records import Example
 from .arguments import DistillationArguments
 from .run_files import HELD_OUT, SAMPLES, append_lines, keep_first_and_last
 from .student_trainer import StudentTrainer
-from .trackers import Outage
+from .tracking import TEXTS, SampleTables
 
 
 class DistillationTrainer(StudentTrainer):
@@ -66,7 +66,7 @@ class DistillationTrainer(StudentTrainer):
                 seed=args.data_seed or args.seed,
             )
         self.trained = self.policy
-        self._table_to_wandb = Outage("wandb's table of samples").survived(_table_to_wandb)
+        self.sample_tables = SampleTables(args.report_to or ())
         self.tokens_since_log, self.last_log = 0, time.perf_counter()
         super().__init__(
             args=args,
@@ -115,6 +115,12 @@ class DistillationTrainer(StudentTrainer):
         """As in `StudentTrainer`."""
         return None if self.evaluator is None else self.evaluator.names()
 
+    @property
+    def held_out_rows(self) -> int | None:
+        """As in `StudentTrainer`, of the first `eval_limit`."""
+        rows = super().held_out_rows
+        return rows if rows is None or self.args.eval_limit is None else min(rows, self.args.eval_limit)
+
     def judge_policy(self, limit: int | None) -> list[dict[str, Any]]:
         """The evaluator's record of each held-out input (the first `limit`), in order, on every process."""
         assert self.evaluator is not None
@@ -131,13 +137,11 @@ class DistillationTrainer(StudentTrainer):
     def _save_samples(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
-        columns = ("id", "input", "teacher", "student", "regret", "sample_student", "sample_regret")
         append_lines(self.run_folder / SAMPLES, [{"step": self.state.global_step, **row} for row in rows])
         self._save_token_rewards(rows)
         if not self.args.disable_tqdm:
-            _print_samples(self.state.global_step, columns, rows)
-        if "wandb" in (self.args.report_to or ()):
-            self._table_to_wandb(list(columns), [[row[c] for c in columns] for row in rows])
+            _print_samples(self.state.global_step, rows)
+        self.sample_tables.log(self.state.global_step, rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_runtime" in logs:
@@ -175,19 +179,13 @@ class DistillationTrainer(StudentTrainer):
         return super().save_extras(folder)
 
 
-def _table_to_wandb(columns: list[str | int], rows: list[list[Any]]) -> None:
-    import wandb
-
-    wandb.log({"samples": wandb.Table(columns=columns, data=rows)}, commit=False)
-
-
-def _print_samples(step: int, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+def _print_samples(step: int, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"samples at step {step}", show_lines=True)
-    for column in columns:
+    for column in TEXTS:
         table.add_column(column, overflow="fold", justify="right" if "regret" in column else "left")
     for row in rows:
-        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in TEXTS))
     Console(stderr=True).print(table)

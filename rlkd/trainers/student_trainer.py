@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..generation.label_store import weights_digest
+from ..redaction import redacted
 from ..runs import RUN_FILE, RunRecord, describe_data, describe_templates, settings_of
 from .arguments import StudentArguments
 from .best import BestCheckpoint, check_best_metric
+from .card import write_card
 from .checkpoints import read_state
 from .finite import FiniteGuard
 from .guards import AlarmCallback
@@ -51,6 +54,7 @@ class StudentTrainer(ResumableTrainer):
     def __init__(self, *, settings: Sequence[Any] = (), callbacks: list[TrainerCallback] | None = None, **options: Any):
         self.settings = settings
         self._recorded: dict[str, list[Tensor]] = {}
+        self.run_record: RunRecord | None = None
         self._cpu_started = time.process_time()
         self.finite, self.alarms = FiniteGuard(self), AlarmCallback(self)
         own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint()]
@@ -81,6 +85,7 @@ class StudentTrainer(ResumableTrainer):
         )
         if checkpoint is not None:
             record.resume(checkpoint, sections, allow_change=self.args.allow_config_change)
+        self.run_record = record
         if self.is_world_process_zero():
             record.write(self.run_folder)
 
@@ -165,6 +170,30 @@ class StudentTrainer(ResumableTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.trained.student.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        self.write_card(folder)
+
+    def write_card(self, folder: Path) -> None:
+        """README.md: the model card of the student as it is now."""
+        record = asdict(self.run_record) if self.run_record else {"trainer": type(self).__name__}
+        evaluations = [line for line in self.state.log_history if any(name.startswith("eval_") for name in line)]
+        write_card(
+            folder,
+            redacted(record),
+            architecture=type(self.trained.student).__name__,
+            scores=evaluations[-1] if evaluations else {},
+            rows=self.held_out_rows,
+            step=self.state.global_step,
+        )
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Ours, where pushing to the hub would write the Trainer's."""
+        if self.is_world_process_zero():
+            self.write_card(self.run_folder)
+
+    @property
+    def held_out_rows(self) -> int | None:
+        """How many rows an evaluation judges; None without held-out rows."""
+        return None if self.eval_dataset is None else len(self.eval_dataset)  # type: ignore[arg-type]
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `ResumableTrainer`; run.json goes beside the student."""

@@ -1,0 +1,63 @@
+"""`rlkd report` and `rlkd compare`: runs after they ended, or while they go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing.")]
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of several (ARM/, seed-N/ARM/).")],
+    out: Annotated[Path | None, typer.Option(help="Page to write. Default: report.html in the folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON instead of sentences.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """What a run did, as one HTML page: did it help, at what cost, where does it fail; curves, tables, worst rows."""
+    from ..report.page import report as page
+    from ..report.reading import read_arms
+    from ..report.summary import lines, summary
+
+    arms = read_arms(run)
+    path = out or run / "report.html"
+    _write(path, page(arms, run.resolve().name))
+    if as_json:
+        typer.echo(json.dumps(summary(arms) | {"page": str(path)}, ensure_ascii=False))
+    elif not quiet:
+        typer.echo("\n".join([*lines(arms), f"page: {path}"]))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; the others are compared with the first.")],
+    out: Annotated[Path | None, typer.Option(help="HTML page to write, with the curves overlaid.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Runs side by side: settings that differ, scores, and paired differences on the held-out rows they share."""
+    from ..report.page import comparison as page
+    from ..report.reading import read_side_by_side
+    from ..report.summary import comparison_tables, differences
+
+    arms = read_side_by_side(runs)
+    if out is not None:
+        _write(out, page(arms))
+    if as_json:
+        typer.echo(json.dumps(differences(arms) | ({"page": str(out)} if out else {}), ensure_ascii=False))
+    elif not quiet:
+        comparison_tables(arms)
+        if out:
+            typer.echo(f"page: {out}")
+
+
+def _write(path: Path, text: str) -> None:
+    from ..errors import ConfigError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be written: {error.strerror}. Name another file.") from None

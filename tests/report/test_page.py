@@ -1,0 +1,203 @@
+"""The pages: their numbers are those of the files, data stay text, nothing is loaded from elsewhere."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from markupsafe import Markup
+from runs import HOSTILE, arms, held_out, lines, write_run
+from typer.testing import CliRunner
+
+from rlkd.cli.main import app
+from rlkd.report.page import comparison, report
+from rlkd.report.reading import FILES, read_arms, read_side_by_side
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text of table cells by table label."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.tables, self.row, self.cell, self.label = [], {}, None, None, None
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.elements.append((tag, given))
+        if "scroll" in (given.get("class") or ""):
+            self.label = given["aria-label"]
+            self.tables[self.label] = []
+        if tag == "tr":
+            self.tables[self.label].append([])
+        if tag in ("td", "th"):
+            self.tables[self.label][-1].append("")
+            self.cell = self.tables[self.label][-1]
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.cell = None
+
+    def handle_data(self, data):
+        self.text += data
+        if self.cell is not None:
+            self.cell[-1] += data
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """For tests that look at no chart: matplotlib takes most of a page's time."""
+    monkeypatch.setattr("rlkd.report.charts._svg", lambda draw, title, sheet: Markup("<svg></svg>"))
+
+
+def read(folder):
+    return Page(report(read_arms(folder), folder.name))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The folder of a job with two arms and two seeds, its page as text and read."""
+    folder = arms(tmp_path_factory.mktemp("job"), shift=1.0)
+    text = report(read_arms(folder), "x")
+    return folder, text, Page(text)
+
+
+def test_the_page_answers_first(job):
+    page = job[2]
+    headings = re.findall(r"Did reinforcement learning help\?\s*Yes", page.text)
+    assert len(headings) == 1
+    order = [
+        page.text.index(words) for words in ("Did reinforcement", "At what cost?", "Where does it fail?", "Curves")
+    ]
+    assert order == sorted(order)
+
+
+def test_the_numbers_of_the_curves_are_those_of_the_log(job):
+    folder, _, page = job
+    header, *rows = page.tables["Regret, numbers"]
+    logged = [json.loads(line) for line in (folder / "seed-2" / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    column = header.index("ppo, seed 2, training")
+    shown = {float(row[0]): float(row[column]) for row in rows if row[column]}
+    assert shown == pytest.approx({line["step"]: line["regret"] for line in logged if "regret" in line}, rel=1e-4)
+    column = header.index("ppo, seed 2, held out, greedy")
+    (final,) = [line for line in logged if "eval_regret" in line]
+    assert [float(row[column]) for row in rows if row[column]] == pytest.approx([final["eval_regret"]], rel=1e-4)
+
+
+def test_the_results_are_means_of_the_held_out_rows(job):
+    folder, _, page = job
+    header, *rows = page.tables["Results"]
+    rows = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    for arm in ("seqkd", "ppo"):
+        kept = [
+            json.loads(line)["regret"]
+            for seed in (1, 2)
+            for line in (folder / f"seed-{seed}" / arm / "held_out.jsonl").read_text().splitlines()
+        ]
+        value, low, high = map(float, re.findall(r"[\d.]+", rows[arm]["regret, nats"]))
+        assert value == pytest.approx(np.mean(kept), abs=0.006)
+        assert low < value < high
+    assert "60 held-out rows and 2 seeds" in page.text
+
+
+@pytest.mark.parametrize("missing", [*FILES, "all but run.json", "all but metrics.jsonl"])
+def test_a_page_is_made_of_what_there_is(tmp_path, missing, no_drawing):
+    rows = [*held_out(0, [0.0] * 12, [4.0] * 12), *held_out(100, [1.0] * 12, [2.0] * 12)]
+    write_run(tmp_path, "PPOTrainer", rows)
+    lines(tmp_path / "alarms.jsonl", [{"step": 3, "alarm": "kl_high", "message": "KL", "value": 2, "threshold": 1}])
+    lines(tmp_path / "samples.jsonl", [])
+    for name in FILES:
+        if name == missing or (missing.startswith("all but") and name not in missing):
+            (tmp_path / name).unlink()
+    page = read(tmp_path)
+    unknown = "Not known" in page.text.split("At what cost?")[0]
+    assert unknown == (missing == "held_out.jsonl" or missing.startswith("all but"))
+    assert ("kl_high" in page.text) == (missing != "alarms.jsonl" and not missing.startswith("all but"))
+
+
+def test_hostile_text_is_text(tmp_path):
+    name = "arm <img src=x>"
+    rows = [row | {"id": f"{HOSTILE}{i}", "input": HOSTILE, "teacher": HOSTILE, "tokens": [HOSTILE, HOSTILE]}
+            for i, row in enumerate(held_out(100, [1.0] * 12, [2.0] * 12))]  # fmt: skip
+    rows = [row | {HOSTILE: 1.0} for row in rows]
+    write_run(
+        tmp_path / name, "PPOTrainer", rows, settings={HOSTILE: HOSTILE}, command=[HOSTILE],
+        versions={HOSTILE: HOSTILE}, models={"teacher": HOSTILE}, data={"train": {"source": HOSTILE}},
+        templates=[{"name": HOSTILE}],
+    )  # fmt: skip
+    write_run(tmp_path / "other", "SupervisedTrainer", rows, settings={HOSTILE: "else"})
+    lines(tmp_path / name / "alarms.jsonl", [{"step": HOSTILE, "alarm": HOSTILE, "message": HOSTILE, "value": HOSTILE}])
+    with (tmp_path / name / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 100, f"eval_{HOSTILE}": 1.0}) + "\n")
+    for page in (read(tmp_path), Page(comparison(read_side_by_side([tmp_path])))):
+        tags = [tag for tag, _ in page.elements]
+        assert tags.count("script") == 1
+        assert not {"img", "iframe", "object", "link", "form"} & set(tags)
+        attributes = {key for _, given in page.elements for key in given}
+        assert not [key for key in attributes if key.startswith("on") or key == "style"]
+        assert "<img src=x>" in page.text
+        assert "49" not in page.text.split("{{")[1][:8]
+
+
+def test_nothing_comes_from_elsewhere(job):
+    _, text, page = job
+    links = [given[key] for _, given in page.elements for key in ("src", "href", "xlink:href") if key in given]
+    assert all(link.startswith("#") for link in links)
+    assert "default-src 'none'" in text
+    assert not re.search(r"url\((?!#)", text)
+    ids = [given["id"] for _, given in page.elements if "id" in given]
+    assert len(ids) == len(set(ids))
+    used = {link[1:] for link in links} | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert used <= set(ids)
+
+
+def test_every_chart_has_a_name_and_its_numbers(job):
+    page = job[2]
+    names = [given["aria-label"] for tag, given in page.elements if tag == "svg" and given.get("role") == "img"]
+    assert {"accuracy", "Regret", "Loss", "Clipped tokens", "Speed"} <= set(names)
+    assert {f"{name}, numbers" for name in names} <= set(page.tables)
+
+
+def invoke(*given):
+    return CliRunner().invoke(app, list(map(str, given)), catch_exceptions=False)
+
+
+def test_the_report_command(tmp_path, no_drawing):
+    arms(tmp_path, shift=1.0)
+    result = invoke("report", tmp_path)
+    assert "Did reinforcement learning help? Yes" in result.stdout
+    assert "ppo: 100 steps, 50.0 CPU s" in result.stdout
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    found = json.loads(invoke("report", tmp_path, "--json", "--out", tmp_path / "new" / "x.html").stdout)
+    assert (tmp_path / "new" / "x.html").exists()
+    assert found["helped"] == "Yes"
+    assert {c["verdict"] for c in found["comparisons"]} == {"better"}
+    assert invoke("report", tmp_path, "--quiet").stdout == ""
+
+
+def test_the_compare_command(tmp_path, no_drawing):
+    arms(tmp_path, shift=1.0, seeds=1)
+    seqkd, ppo = (tmp_path / "seed-1" / name for name in ("seqkd", "ppo"))
+    shown = invoke("compare", seqkd, ppo).stdout
+    assert "differences to seqkd" in shown
+    assert re.search(r"lam\s*│ null\s*│ 0\.2", shown)
+    found = json.loads(invoke("compare", seqkd, ppo, "--json", "--out", tmp_path / "c.html").stdout)
+    assert found["settings"] == {"lam": {"seqkd": "null", "ppo": "0.2"}}
+    (regret,) = [d for d in found["differences"] if d["score"] == "regret"]
+    assert regret["interval"][0] <= -1.0 <= regret["interval"][1]
+    assert regret["verdict"] == "better"
+    page = Page((tmp_path / "c.html").read_text())
+    assert page.tables["Settings that differ"] == [["", "seqkd", "ppo"], ["lam", "null", "0.2"]]
+    assert "Regret, numbers" in page.tables
+    assert invoke("compare", seqkd, ppo, "--quiet").stdout == ""
+
+
+def test_a_page_that_cannot_be_written_is_said(tmp_path, no_drawing):
+    from rlkd.errors import ConfigError
+
+    arms(tmp_path, shift=1.0, seeds=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out .*x\.html: cannot be written"):
+        invoke("report", tmp_path, "--out", tmp_path / "file" / "x.html")
