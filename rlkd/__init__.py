@@ -32,6 +32,8 @@ _PUBLIC = {
     "load_pseudolabels": "generation.pseudolabels",
     "Evaluator": "evaluation",
     "TASK_METRICS": "metrics",
+    "RewardView": "inspection.reward_view",
+    "reward_view": "inspection.build",
     "SupervisedArguments": "trainers.arguments",
     "ReinforceArguments": "trainers.arguments",
     "PPOArguments": "trainers.arguments",

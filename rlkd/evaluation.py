@@ -37,10 +37,10 @@ class Evaluator:
     task_metric: TaskMetric | None = None
     batch_rows: int = 64
     seed: int = 0
-    _teacher_answers: dict[str, str] = field(default_factory=dict)
+    _teacher_answers: dict[str, list[int]] = field(default_factory=dict)
 
     def rows(self, policy: Policy, reference: Policy | None, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """One record per index: texts, regret, length and so on of the greedy and the sampled answer."""
+        """One record per index: texts, token ids, regret, length and so on of the greedy and the sampled answer."""
         out: list[dict[str, Any]] = []
         for start in range(0, len(indices), self.batch_rows):
             examples = [self.examples[i] for i in indices[start : start + self.batch_rows]]
@@ -50,9 +50,11 @@ class Evaluator:
                 policy, self.tokenizer, examples, rollouts_per_prompt=1, seed=(self.seed, "evaluation"), **limits
             )
             judged = [self._judge(policy, reference, answers) for answers in (best, drawn)]
+            teacher_ids = self._teacher_ids(examples)
             teacher_texts = self.teacher_answers(examples)
             for i, example in enumerate(examples):
                 row: dict[str, Any] = {"id": example.id, "input": example.student_input, "teacher": teacher_texts[i]}
+                row["teacher_ids"] = teacher_ids[i]
                 for prefix, record in zip(("", "sample_"), judged, strict=True):
                     row.update({prefix + name: values[i] for name, values in record.items()})
                 row["match"] = float(row["student"] == row["teacher"])
@@ -74,6 +76,7 @@ class Evaluator:
                 kl = kl_k3(logps, reference_logps)
         return {
             "student": self.texts(answers.answer_ids, mask),
+            "ids": [row[m].tolist() for row, m in zip(answers.answer_ids, mask, strict=True)],
             "regret": regret_per_sequence(regret, mask).tolist(),
             "logprob": ((scores.chosen - scores.logsumexp) * mask).sum(1).tolist(),
             "length": mask.sum(1).tolist(),
@@ -91,12 +94,15 @@ class Evaluator:
 
     def teacher_answers(self, examples: Sequence[Example]) -> list[str]:
         """The teacher's greedy answer to each example under its first template."""
+        return self.tokenizer.batch_decode(self._teacher_ids(examples), skip_special_tokens=True)
+
+    def _teacher_ids(self, examples: Sequence[Example]) -> list[list[int]]:
         missing = [e for e in examples if e.id not in self._teacher_answers]
         if missing:
             states = self.teacher.encode([e.teacher_inputs[0] for e in missing])
             answer = decode(self.teacher.adapter, states, greedy, max_new_tokens=self.max_new_tokens)
-            for example, text in zip(missing, self.texts(answer.ids, answer.mask), strict=True):
-                self._teacher_answers[example.id] = text
+            for example, ids, mask in zip(missing, answer.ids, answer.mask, strict=True):
+                self._teacher_answers[example.id] = ids[mask].tolist()
         return [self._teacher_answers[e.id] for e in examples]
 
     def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:

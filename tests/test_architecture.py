@@ -24,7 +24,7 @@ FLOORS = {
     **dict.fromkeys(["cli"], 5),
 }
 # The only steps sideways. Nothing may go back the other way.
-BESIDE = {("models", "objectives"), ("config", "models"), ("trainers", "evaluation")}
+BESIDE = {("models", "objectives"), ("config", "models"), ("trainers", "evaluation"), ("trainers", "inspection")}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -118,6 +118,22 @@ class Teacher:
         self._check_finite(combined, ids)
         return combined
 
+    @torch.no_grad()
+    def alternatives(self, hidden: Tensor, answer_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k most probable next tokens at each position, best first, and their log-probabilities, both [B, R, k].
+
+        Args: hidden [B, R, D] from `score(with_hidden=True)`; with several templates they are of the renormalised mean
+        log-probability.
+        """
+
+        def best(logits: Tensor) -> tuple[Tensor, ...]:
+            values, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+            return (*ids.unbind(-1), *values.unbind(-1))
+
+        columns = [unpack(column, answer_mask) for column in self.adapter.head().map(best, hidden[answer_mask])]
+        half = len(columns) // 2
+        return torch.stack(columns[:half], -1), torch.stack(columns[half:], -1)
+
     def _scores(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor, with_hidden: bool) -> TeacherScores:
         values = self.adapter.head().map(token_scores, hidden[mask], answer_ids[mask])
         chosen, largest, logsumexp, mean, entropy = (unpack(value, mask) for value in values)

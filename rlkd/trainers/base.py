@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation import Evaluator, TaskMetric
+from ..inspection.recording import TOKEN_REWARDS, append_samples, evaluated_samples
+from ..inspection.reward_view import Sample
 from ..models.student import Policy
 from ..models.teacher import Teacher
 from ..records import Example
@@ -116,6 +118,7 @@ class DistillationTrainer(StudentTrainer):
         with path.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps({"step": self.state.global_step, **row}, ensure_ascii=False) + "\n")
+        self._save_token_rewards(rows)
         if not self.args.disable_tqdm:
             _print_samples(self.state.global_step, columns, rows)
         if "wandb" in (self.args.report_to or ()):
@@ -123,6 +126,21 @@ class DistillationTrainer(StudentTrainer):
 
             table = wandb.Table(columns=list(columns), data=[[row[c] for c in columns] for row in rows])
             wandb.log({"samples": table}, commit=False)
+
+    def _save_token_rewards(self, rows: list[dict[str, Any]]) -> None:
+        """The same answers token by token, and those that training has just learned from: `RewardView.from_run`."""
+        assert self.evaluator is not None
+        value: Any = getattr(self.args, "reward_value", "max")
+        examples = [self.evaluator.examples[row["index"]] for row in rows]
+        samples = evaluated_samples(self.evaluator.teacher, self.tokenizer, self.policy, examples, rows, value)
+        if (self.run_folder / TOKEN_REWARDS).exists():
+            # The teacher's answers never change.
+            samples = [sample for sample in samples if sample.source != "teacher greedy"]
+        append_samples(self.run_folder, [*samples, *self.rollout_samples()], step=self.state.global_step, value=value)
+
+    def rollout_samples(self) -> list[Sample]:
+        """The first answers of the newest rollout batch; none in trainers without rollouts."""
+        return []
 
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""

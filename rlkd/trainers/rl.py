@@ -30,6 +30,8 @@ from ..errors import ConfigError
 from ..evaluation import TaskMetric
 from ..generation.decode import row_seed
 from ..generation.rollouts import sample_rollouts
+from ..inspection.recording import rollout_samples
+from ..inspection.reward_view import Sample
 from ..models.teacher import Teacher
 from ..objectives.advantages import (
     assign_credit,
@@ -94,6 +96,7 @@ class RLTrainer(DistillationTrainer):
         self.reference = self.policy.frozen_copy()
         self.behaviour = self.policy if args.sync_every == 1 else self.policy.frozen_copy()
         self.kl_coef = args.kl_coef
+        self.newest: Minibatch | None = None
         self.tokens_since_log, self.last_log = 0, time.perf_counter()
         self.prompts_per_process = args.rows_per_rollout // args.rollouts_per_prompt
         self.prompts_per_rollout = self.prompts_per_process * self.accelerator.num_processes
@@ -210,6 +213,7 @@ class RLTrainer(DistillationTrainer):
             reward_scale=scale,
             kl_coef=self.kl_coef,
         )
+        self.newest = select_rows(minibatch, torch.arange(min(len(mask), args.sample_table_rows)))
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, mean_kl, args.kl_target)
         return minibatch
@@ -316,6 +320,12 @@ class RLTrainer(DistillationTrainer):
         if self.args.baseline == "critic":
             self.record(explained_variance=explained_variance(values, returns, mask))
         return float(mean_kl)
+
+    def rollout_samples(self) -> list[Sample]:
+        if self.newest is None or not len(self.newest.advantages):
+            return []
+        critic = self.args.baseline == "critic"
+        return rollout_samples(self.teacher, self.tokenizer, self.newest, self.args.reward_value, critic=critic)
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows [B, ...] of every process, padded with 0 to the longest answer."""
