@@ -31,6 +31,10 @@ docker-check: $(VENV)/.installed-dev
 	$(VENV)/bin/hadolint docker/Dockerfile.*
 	$(VENV)/bin/python -m pytest tests/test_docker.py -n 0 -m "slow or not slow"
 
+# Every notebook from top to bottom.
+notebooks: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest tests/test_notebooks.py -n 0 -m "slow or not slow" --durations 0
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
