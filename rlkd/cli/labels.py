@@ -49,9 +49,9 @@ def label(
     decoding = _decoding(request)
     part = part_of(request["shard"]) if request["shard"] else None
     manifest = check_output(out, overwrite=overwrite, part=part)
-    tokenizer, valid_vocab = _check_teacher(request["teacher"], request["teacher_dtype"])
+    tokenizer, valid_vocab = check_teacher(request["teacher"], request["teacher_dtype"])
     earlier = manifest.header["scan"] if manifest.headers else None
-    source = _source(request, earlier)
+    source = source_of(request, earlier)
     options = RunOptions(
         seed=request["seed"],
         on_long=request["on_long"],
@@ -66,11 +66,11 @@ def label(
     # A second writer is turned away before it loads the weights.
     with writer_lock(out / manifest_name(part)) as lock:
         quantization = request["teacher_quantization"]
-        teacher = _load_teacher(request, tokenizer, valid_vocab, quantization)
+        teacher = load_teacher(request, tokenizer, valid_vocab, quantization)
         engine = make_engine(request["engine"], teacher.adapter, decoding, compute_type=request["compute_type"] or None)
 
         def full_precision() -> Engine:
-            exact = teacher if quantization == "none" else _load_teacher(request, tokenizer, valid_vocab, "none")
+            exact = teacher if quantization == "none" else load_teacher(request, tokenizer, valid_vocab, "none")
             return TorchEngine(exact.adapter, exact.batch_tokens)
 
         totals = label_rows(
@@ -95,7 +95,7 @@ def _decoding(request: dict[str, Any]) -> Decoding | None:
     return None
 
 
-def _source(request: dict[str, Any], earlier: dict[str, Any] | None) -> PromptedRows:
+def source_of(request: dict[str, Any], earlier: dict[str, Any] | None) -> PromptedRows:
     folder = Path(request["templates_dir"]) if request["templates_dir"] else None
     reading = {name: request[name] for name in ("all_templates", "gold_input", "truncation", "strict_compat")}
     specs = request["templates"] or []
@@ -119,7 +119,7 @@ def _source(request: dict[str, Any], earlier: dict[str, Any] | None) -> Prompted
     return PromptedRows(stream, render, row_map=row_map, earlier=earlier)
 
 
-def _check_teacher(name: str, dtype: str) -> tuple[Any, int]:
+def check_teacher(name: str, dtype: str) -> tuple[Any, int]:
     """The tokenizer and the number of its ids, if the configuration can be a teacher's; no weights load."""
     from ..models.architectures import check_config, load_config, resolve_dtype
     from ..models.vocabulary import check_vocabulary_fits, load_tokenizer
@@ -132,7 +132,7 @@ def _check_teacher(name: str, dtype: str) -> tuple[Any, int]:
     return tokenizer, valid_vocab
 
 
-def _load_teacher(request: dict[str, Any], tokenizer: Any, valid_vocab: int, quantization: str) -> Teacher:
+def load_teacher(request: dict[str, Any], tokenizer: Any, valid_vocab: int, quantization: str) -> Teacher:
     import torch
 
     from ..models import architectures

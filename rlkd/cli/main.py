@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..config import run_main
-from . import data, prompts
+from . import data, prompts, rewards
 
 app = typer.Typer(
     name="rlkd",
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
+app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
 class Strategy(StrEnum):

@@ -77,7 +77,7 @@ def _token(name: str, piece: str) -> str:
 def tokens_html(sample: Sample, *, titles: bool = False) -> Markup:
     """The tokens of an answer, coloured by reward; `titles` adds each one's numbers as a tooltip."""
     if not sample.tokens:
-        return Markup("<em>(no tokens)</em>")
+        return escape(visible(sample.text)) or Markup("<em>(no tokens)</em>")
     rewards = sample.rewards or [None] * len(sample)
     if not titles:
         pairs = zip(rewards, sample.tokens, strict=True)
@@ -112,8 +112,8 @@ def sums(sample: Sample) -> list[tuple[str, str]]:
         ("regret", sample.regret),
         ("teacher log-prob", sample.logprob),
         ("student gap", sample.student_gap),
-        ("tokens", len(sample)),
-        ("cut", None if sample.finished is not False else "before its end"),
+        ("tokens", len(sample) if sample.tokens or not sample.text else None),
+        ("ended", None if sample.finished is not False else "no, cut"),
         ("step", sample.step),
         *sample.facts.items(),
     ]
@@ -130,9 +130,10 @@ def heat_map_html(samples: Iterable[Sample], *, titles: bool = True) -> Markup:
     ))  # fmt: skip
 
 
-def legend_html() -> Markup:
+def legend_html(*, above_zero: bool = True) -> Markup:
     """The numbers that the colours stand for, as an HTML fragment (see `heat_map_html`)."""
-    items = Markup("").join(Markup('<li><i class="{}">{}</i></li>').format(*entry) for entry in legend())
+    steps = legend(above_zero=above_zero)
+    items = Markup("").join(Markup('<li><i class="{}">{}</i></li>').format(*entry) for entry in steps)
     return Markup('<ul class="legend" aria-label="reward of a token, nats">{}</ul>').format(items)
 
 
@@ -148,7 +149,7 @@ def notebook_html(view: RewardView) -> str:
     cases = view.cases()
     return environment().get_template("notebook.html.jinja").render(
         css=Markup(scale_css()),
-        legend=legend_html(),
+        legend=legend_html(above_zero=view.above_zero),
         value=view.value,
         cases=cases[:NOTEBOOK_CASES],
         left=len(cases) - NOTEBOOK_CASES,
@@ -177,4 +178,3 @@ def standalone_page(title: str, body: Markup, *, subtitle: str = "", css: str = 
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-

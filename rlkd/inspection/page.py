@@ -33,7 +33,7 @@ def page_html(view: RewardView) -> str:
     rank = {source: i for i, source in enumerate(SOURCES)}
     sources = sorted(dict.fromkeys(sample.source for sample in shown), key=lambda s: rank.get(s, len(rank)))
     body = environment().get_template("rewards.html.jinja").render(
-        legend=legend_html(),
+        legend=legend_html(above_zero=view.above_zero),
         orders=ORDERS.items(),
         sources=sources,
         cases=cases,

@@ -52,6 +52,8 @@ def append_samples(folder: Path, samples: Iterable[Sample], *, step: int, value:
     with (folder / TOKEN_REWARDS).open("a", encoding="utf-8") as file:
         for sample in samples:
             row = {name: field for name, field in asdict(sample).items() if field is not None}
-            row |= {name: [round(x, 6) for x in row[name]] for name in COLUMNS if name in row}
-            row["top"] = [[(text, round(x, 3)) for text, x in best] for best in row.get("top", [])]
+            for name in set(row) & set(COLUMNS):
+                row[name] = [x if x is None else round(x, 6) for x in row[name]]
+            if "top" in row:
+                row["top"] = [[(text, round(x, 3)) for text, x in best] for best in row["top"]]
             file.write(json.dumps({"value": value, **row, "step": step}, ensure_ascii=False) + "\n")

@@ -37,7 +37,8 @@ class Sample:
     id, input         name and raw text of the input; answers to one input share the id
     source            whose answer: one of SOURCES, or another name
     text              the answer, special tokens left out
-    tokens, ids       [T] pieces of text that join to the answer, and their ids; end-of-sequence included
+    tokens, ids       [T] pieces of text that join to the answer, and their ids; end-of-sequence included. None of
+                      them where only the text is known
     rewards           [T] A_V(s_t, a_t) for the view's V, which training sums (see `rlkd.objectives.rewards`)
     logprobs          [T] log p(a_t|s_t) of the teacher; max_logprobs [T] the largest there; entropies [T] of p(.|s_t)
     student_logprobs  [T] log-probability of the token under the student
@@ -117,7 +118,7 @@ class Sample:
 
 def _total(column: Numbers | None) -> float | None:
     known = [x for x in column if x is not None] if column is not None else None
-    return None if known is None or len(known) < len(column or ()) else sum(known)
+    return None if known is None or len(known) < len(column or ()) else sum(known, 0.0)
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,11 @@ class RewardView:
         return [
             Case(*key, sorted(group, key=lambda s: rank.get(s.source, len(rank)))) for key, group in by_input.items()
         ]
+
+    @property
+    def above_zero(self) -> bool:
+        """Whether some reward is positive: never under `max` and `lse` without a KL term."""
+        return any(reward is not None and reward > 0 for s in self.samples for reward in s.rewards or ())
 
     # Selections
 

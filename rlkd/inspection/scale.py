@@ -16,9 +16,9 @@ def step(number: float | None) -> str:
     return "z" if k == 0 else f"{'n' if number < 0 else 'p'}{k}"
 
 
-def legend() -> list[tuple[str, str]]:
-    """(class, the numbers it stands for) of every step, from the lowest to the highest."""
+def legend(*, above_zero: bool = True) -> list[tuple[str, str]]:
+    """(class, the numbers it stands for) of every step, or of those up to 0, from the lowest up."""
     bounds = [(f"{low:g}", f"{high:g}" if high else None) for low, high in zip(EDGES, [*EDGES[1:], None], strict=True)]
     above = [(f"p{k}", f"{low} to {high}" if high else f"{low} or more") for k, (low, high) in enumerate(bounds, 1)]
     below = [(f"n{k}", f"-{low} to -{high}" if high else f"-{low} or less") for k, (low, high) in enumerate(bounds, 1)]
-    return [*reversed(below), ("z", f"within {EDGES[0]:g} of 0"), *above]
+    return [*reversed(below), ("z", f"within {EDGES[0]:g} of 0"), *(above if above_zero else [])]

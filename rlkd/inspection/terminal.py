@@ -26,7 +26,7 @@ def show(view: RewardView, console: Any = None) -> None:
 
     console = console or Console()
     scale = Text("nats  ")
-    for name, numbers in legend():
+    for name, numbers in legend(above_zero=view.above_zero):
         scale.append(f" {numbers} ", STYLES[name])
         scale.append(" ")
     console.print(Text(f"{view.title}, V = {view.value}", style="bold"), scale, sep="\n")
@@ -51,7 +51,7 @@ def _heading(sample: Sample) -> Any:
 def _tokens(sample: Sample) -> Any:
     from rich.text import Text
 
-    line = Text() if sample.tokens else Text("(no tokens)", "italic")
+    line = Text() if sample.tokens else Text(visible(sample.text) or "(no tokens)", "italic")
     for reward, piece in zip(sample.rewards or [None] * len(sample), sample.tokens, strict=True):
         line.append(visible(piece), STYLES[step(reward)])
     return line

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from views import HOSTILE, sample, view
 
 from rlkd import RewardView
 from rlkd.errors import ConfigError, DataError
+from views import HOSTILE, sample, view
 
 
 def test_sums_are_of_the_shown_numbers():

@@ -70,6 +70,10 @@
     }
     panel.firstElementChild.replaceChildren(...parts);
     panel.hidden = false;
+    // Out of the way of its token.
+    panel.classList.remove("up");
+    const own = panel.getBoundingClientRect(), other = token.getBoundingClientRect();
+    panel.classList.toggle("up", other.bottom > own.top - 8 && other.right > own.left);
   };
 
   list.addEventListener("mouseover", (event) => {
