@@ -25,6 +25,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell rlkd recipes tests benchmarks docs docker prompts README.md
 	$(VENV)/bin/hadolint docker/Dockerfile.*
+	$(VENV)/bin/nbstripout --verify --extra-keys metadata.language_info recipes/notebooks/*.ipynb
 
 # Both Dockerfiles and their build stage, without a Docker engine.
 docker-check: $(VENV)/.installed-dev
