@@ -193,7 +193,7 @@ def main() -> None:
             [f"guards + checkpoint every {SAVE_STEPS} steps", "", f"{figures['overhead']:.4f}"],
             [f"guards + checkpoint every {OFTEN} steps", "", f"{figures[f'overhead_save_steps_{OFTEN}']:.4f}"],
         ],
-        f"Medians of steps that took turns. A checkpoint: student and AdamW's state, {figures['checkpoint_mb']:.0f} MB.",
+        f"Medians of steps that took turns. A checkpoint (with AdamW's state): {figures['checkpoint_mb']:.0f} MB.",
     )
     report(figures)
 
