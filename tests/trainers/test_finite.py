@@ -126,7 +126,11 @@ def test_only_the_bad_rows_are_named(tmp_path, kind):
 @pytest.mark.parametrize("part", ["loss", "teacher"])
 def test_tkd(tmp_path, part):
     trainer = make_tkd(tmp_path, preset="kd")
-    poison((trainer.teacher if part == "teacher" else trainer.trained.student).classifier)
+    if part == "teacher":
+        poison(trainer.teacher.classifier)
+    else:
+        term = trainer.logit_term
+        trainer.logit_term = lambda own, theirs: term(own, theirs) * NAN
     tensors, plain, _ = diverges(trainer, f"^step 0: the {'teacher.s logits' if part == 'teacher' else 'loss'} is not")
     assert plain["ids"] == [str(i) for i in tensors["index"].tolist()]
     assert len(plain["texts"]["input_ids"]) == len(plain["ids"]) == 4
