@@ -8,6 +8,7 @@ import json
 import random
 import re
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -87,6 +88,16 @@ def test_all_tokens_and_sums_are_there_without_scripts(tmp_path):
     assert [text.replace("&lt;", "<").replace("&gt;", ">") for text in found] == ["".join(s.tokens) for s in expected]
     returns = [float(text) for text in re.findall(r"<dt>return</dt><dd>([^<]*)</dd>", html)]
     assert returns == pytest.approx([s.total_reward for s in expected], abs=5e-4)
+
+
+def test_numbers_that_are_not_finite_are_shown_and_break_nothing(tmp_path):
+    nan, infinite = float("nan"), float("-inf")
+    one = replace(
+        sample(["a", "b"]), rewards=[nan, -1.0], student_logprobs=[infinite, None], top=[[("x", infinite)]] * 2
+    )
+    RewardView([one]).to_html(tmp_path / "page.html")
+    assert "<dt>return</dt><dd>nan</dd>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "nan" in heat_map_html([one])
 
 
 def test_the_pages_numbers_are_the_views(tmp_path):
