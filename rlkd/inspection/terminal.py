@@ -53,5 +53,5 @@ def _tokens(sample: Sample) -> Any:
 
     line = Text() if sample.tokens else Text(visible(sample.text) or "(no tokens)", "italic")
     for reward, piece in zip(sample.rewards or [None] * len(sample), sample.tokens, strict=True):
-        line.append(visible(piece), STYLES[step(reward)])
+        line.append(visible(piece) or "·", STYLES[step(reward)])
     return line
