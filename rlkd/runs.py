@@ -125,22 +125,20 @@ class RunRecord:
 
     def resume(self, checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
         """Make this the record of a run that goes on from `checkpoint`. Raises ConfigError as `check_settings` does,
-        and for other data, another teacher or another number of processes.
+        and for other data or another teacher.
         """
         before = RunRecord.read(checkpoint)
         if before is None:
             logger.warning("%s has no %s: whether the settings are the same is not known", checkpoint, RUN_FILE)
             return
         changed = changed_settings(before.settings, sections) + self._changed_inputs(before)
-        # A checkpoint of another trainer is refused where its state is read.
-        _refuse(checkpoint, changed, allow_change or before.trainer != self.trainer)
+        _refuse(checkpoint, changed, allow_change)
         again = {"time": self.started, "checkpoint": str(checkpoint), "command": self.command, "changed": changed}
         self.started, self.resumed = before.started, [*before.resumed, again]
 
     def _changed_inputs(self, before: RunRecord) -> list[str]:
         pairs = {f"data.{role}": (_shown_data(before, role), _shown_data(self, role)) for role in ("train", "eval")}
         pairs["teacher's weights"] = str(before.revisions.get("teacher")), str(self.revisions.get("teacher"))
-        pairs["processes"] = str(before.processes), str(self.processes)
         return [f"  {name}: {then} -> {new}" for name, (then, new) in pairs.items() if then != new]
 
 
