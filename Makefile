@@ -30,11 +30,16 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell rlkd recipes tests benchmarks docs docker prompts README.md
 	$(VENV)/bin/hadolint docker/Dockerfile.*
+	$(VENV)/bin/nbstripout --verify --extra-keys metadata.language_info recipes/notebooks/*.ipynb
 
 # Both Dockerfiles and their build stage, without a Docker engine.
 docker-check: $(VENV)/.installed-dev
 	$(VENV)/bin/hadolint docker/Dockerfile.*
 	$(VENV)/bin/python -m pytest tests/test_docker.py -n 0 -m "slow or not slow"
+
+# Every notebook from top to bottom.
+notebooks: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest tests/test_notebooks.py -n 0 -m "slow or not slow" --durations 0
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -264,4 +264,10 @@ def test_pre_commit_works_without_a_network():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
     assert [repo["repo"] for repo in hooks] == ["local"]
     assert all(hook["language"] == "system" for hook in hooks[0]["hooks"])
-    assert [hook["id"] for hook in hooks[0]["hooks"]] == ["ruff-check", "ruff-format", "mypy", "codespell"]
+    assert [hook["id"] for hook in hooks[0]["hooks"]] == [
+        "ruff-check",
+        "ruff-format",
+        "mypy",
+        "codespell",
+        "nbstripout",
+    ]
