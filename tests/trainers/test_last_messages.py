@@ -1,5 +1,7 @@
 """Messages of trainers and of what looks at their work that no other test meets."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from rlkd.errors import ConfigError, DataError, DivergenceError
 from rlkd.records import Example
 from rlkd.trainers.arguments import ReinforceArguments
 from rlkd.trainers.best import check_best_metric
+from rlkd.trainers.encoder_setup import TEACHER_RECORD, fine_tuned_teacher
 from tiny import save_pair, tiny_teacher, tiny_tokenizer
 from tiny_runs import make
 
@@ -55,3 +58,13 @@ def test_a_template_that_fails_on_a_row_to_look_at(tmp_path, monkeypatch, capsys
         main([*command, "--input-column", "text", "--templates", "t.yaml"])
     assert end.value.code == 3
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_teacher_of_other_settings_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlkd.trainers.encoder_setup._fine_tuning_settings", lambda setup: {"seed": 2, "epochs": 3})
+    (tmp_path / TEACHER_RECORD).write_text('{"settings": {"seed": 1, "epochs": 3}, "finished": true}')
+    setup = SimpleNamespace(
+        teacher_folder=str(tmp_path), training=None, teacher=SimpleNamespace(teacher_finetuned=False)
+    )
+    with pytest.raises(ConfigError, match=r"was fine-tuned with seed 1 \(now 2\)\. Give another output_dir, or remove"):
+        fine_tuned_teacher(setup)
