@@ -16,10 +16,11 @@ from rlkd import (
     run_main,
 )
 
+SETTINGS = (LabelledDataArguments, EncoderTeacherArguments, EncoderStudentArguments, TKDArguments)
+
 
 def main() -> None:
-    kinds = (LabelledDataArguments, EncoderTeacherArguments, EncoderStudentArguments, TKDArguments)
-    data, teacher, student, training = parse_config(kinds)
+    data, teacher, student, training = parse_config(SETTINGS)
     setup = prepare_encoders(data, teacher, student, training)
     judge = fine_tuned_teacher(setup)
     trainer = TKDTrainer(setup.new_student(judge), training, teacher=judge, **setup.trainer_inputs())

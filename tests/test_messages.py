@@ -203,7 +203,7 @@ def test_a_value_of_another_type(names, option, capsys):
     assert f"Invalid value for '{option}" in wrong(capsys, *names, option, "no-such-value")
 
 
-@pytest.mark.parametrize("words", [("labels",), ("data", "verifi"), ("config", "chekc")])
+@pytest.mark.parametrize("words", [("labels",), ("data", "verifies"), ("config", "checks")])
 def test_an_unknown_command(words, capsys):
     assert f"'{words[-1]}'" in wrong(capsys, *words)
 

@@ -310,7 +310,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         "pretrained unnamed": ("--student_init pretrained", 2, ("pretrained",)),
         "width": ("--student_width 24", 2, ("student_width = 24", "multiple of", "16")),
         "width of copies": ("--student_width 16", 2, ("init: random",)),
-        "no epochs": ("--teacher_epochs 0", 2, ("teacher_epochs = 0", "must be positive")),
+        "no epochs": ("--teacher_epochs 0", 2, ("teacher_epochs = 0", "must be above 0")),
         "not fine-tuned": ("--teacher_finetuned true", 2, ("runs/tiny/encoder", "BertModel", "not a fine-tuned")),
         "other number of labels": (f"{given} two", 2, ("'two' has 2 labels", "3 (leave, neither, take)")),
         "other labels": (f"{given} other", 3, ("labels outside the set", "good, bad, neither", "the teacher's")),

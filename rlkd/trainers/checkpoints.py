@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError, RlkdError
 from ..generation.files import sha256, sync_folder, write_durably
+from ..runs import check_settings
 
 logger = logging.get_logger("rlkd")
 
@@ -150,6 +152,16 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
         )
     logger.warning(f"no checkpoint in {run} yet: starting anew")
     return None
+
+
+def check_resumed_settings(args: Any, sections: Iterable[Any]) -> None:
+    """Raise ConfigError if the checkpoint that a recipe is to resume was written with other settings; for recipes,
+    before a model is looked at. args, the trainer's settings; sections, the others.
+    """
+    wanted, own = requested(args.resume_from_checkpoint), checkpoints(Path(str(args.output_dir)))
+    checkpoint = next(iter(own.values()), None) if wanted == "auto" else wanted
+    if checkpoint:
+        check_settings(Path(checkpoint), (*sections, args), allow_change=args.allow_config_change)
 
 
 def _given(folder: Path) -> Path:

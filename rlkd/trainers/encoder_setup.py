@@ -20,6 +20,8 @@ from ..models.architectures import load_config
 from ..models.encoders import Init, build_student, student_config
 from ..models.onnx_export import require_onnx
 from ..models.vocabulary import load_tokenizer
+from ..settings import Positive, check_ranges
+from .checkpoints import check_resumed_settings
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
 from .tkd import TKDTrainer, check_distillation
 from .tkd_arguments import TKDArguments
@@ -38,13 +40,11 @@ class EncoderTeacherArguments:
     teacher_finetuned: bool = field(
         default=False, metadata={"help": "It is fine-tuned on this task already: use it as it is."}
     )
-    teacher_epochs: float = field(default=3.0, metadata={"help": "Epochs of its fine-tuning, the best on dev kept."})
-    teacher_learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
+    teacher_epochs: Positive = field(default=3.0, metadata={"help": "Epochs of its fine-tuning, the best on dev kept."})
+    teacher_learning_rate: Positive = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
 
     def __post_init__(self) -> None:
-        for name in ("teacher_epochs", "teacher_learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be positive")
+        check_ranges(self)
 
 
 @dataclass
@@ -98,6 +98,7 @@ class EncoderSetup:
     teacher_config: Any
     tokenizer: Any
     teacher_tokenizer: Any
+    settings: tuple[Any, ...]
 
     @property
     def teacher_folder(self) -> str:
@@ -127,6 +128,7 @@ class EncoderSetup:
             "train_rows": self.data.train,
             "eval_rows": self.data.first_dev,
             "compute_metrics": self.data.compute_metrics(),
+            "settings": self.settings,
         }
 
 
@@ -140,6 +142,8 @@ def prepare_encoders(
 
     Raises ConfigError, DataError or ModelError.
     """
+    settings = (data, teacher, student)
+    check_resumed_settings(training, settings)
     if student.export_onnx:
         require_onnx()
     config = load_config(teacher.teacher, "teacher", teacher.teacher_revision)
@@ -164,7 +168,7 @@ def prepare_encoders(
         raise ConfigError(f"metric_for_best_model = {best!r}: allowed are {', '.join(known)} (see metrics)")
     own = student_config(config, **student.options(config, training.layer_map))
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
-    return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer)
+    return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)
 
 
 def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments) -> None:
@@ -214,6 +218,7 @@ def _fine_tune(setup: EncoderSetup) -> None:
         teacher_cache="none",
         tree_start_epoch=0.0,
         resume_from_checkpoint=_last_checkpoint(folder),
+        allow_config_change=True,  # what matters to the teacher was compared above
     )
     set_seed(training.seed)
     inputs = setup.trainer_inputs() | {"tokenizer": setup.teacher_tokenizer, "teacher_tokenizer": None}

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from ..data.examples import Examples
 from ..data.prompts import load_templates
 from ..data.row_maps import parse_row_map
@@ -22,9 +20,9 @@ from ..models.architectures import EncoderDecoder, check_config, load_config, lo
 from ..models.teacher import Teacher
 from ..models.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
-from ..runs import check_settings
 from ..settings import Count, Natural, check_ranges
 from .arguments import DistillationArguments
+from .checkpoints import check_resumed_settings
 
 
 @dataclass
@@ -149,8 +147,7 @@ def prepare(
     if student.use_peft:
         student.lora_task_type = "SEQ_2_SEQ_LM"
     settings = (data, teacher, student)
-    if checkpoint := _resumed_from(training):
-        check_settings(checkpoint, (*settings, training), allow_change=training.allow_config_change)
+    check_resumed_settings(training, settings)
     tokenizer, valid_vocab = _check_models(teacher, student, name)
     train, evaluation, labels = _load_data(data)
 
@@ -187,14 +184,6 @@ def prepare(
         TASK_METRICS.get(data.task_metric),
         settings,
     )
-
-
-def _resumed_from(training: DistillationArguments) -> Path | None:
-    given = training.resume_from_checkpoint
-    if given in ("auto", "true"):
-        run = str(training.output_dir)
-        given = get_last_checkpoint(run) if Path(run).is_dir() else None
-    return Path(given) if given else None
 
 
 def _check_models(teacher: TeacherArguments, student: ModelConfig, name: str) -> tuple[Any, int]:
