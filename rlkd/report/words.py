@@ -95,8 +95,13 @@ def why_unknown(arms: Sequence[Arm]) -> list[str]:
     """What is missing for an answer, and what the logged evaluations show without one."""
     students = [arm for arm in arms if not arm.is_teacher]
     lines = []
-    if not any(run.held_out for arm in students for run in arm.runs):
-        lines.append("No run here kept its held-out rows (held_out.jsonl): nothing can be paired row by row.")
+    learners = [arm for arm in students if arm.kind == "rl"] or students
+    without = [run.title for arm in learners for run in arm.runs if not run.held_out]
+    if without:
+        lines.append(
+            f"There are no held-out rows (held_out.jsonl) of {'; '.join(without)}: nothing can be paired row by row. "
+            "Such rows come with the first evaluation."
+        )
     else:
         lines.append(
             "There is neither an arm trained by imitation to compare with, nor an evaluation before the first step "

@@ -77,7 +77,7 @@ def test_without_a_start_nothing_is_claimed(tmp_path):
     assert "eval_on_start" in said
     assert "went from 0.0 % at step 50 to 100.0 % at step 100; how sure that is is not known" in said
     (tmp_path / "held_out.jsonl").unlink()
-    assert "kept its held-out rows" in " ".join(words.why_unknown(read_arms(tmp_path)))
+    assert "There are no held-out rows" in " ".join(words.why_unknown(read_arms(tmp_path)))
 
 
 def test_costs_are_those_logged(tmp_path):
