@@ -31,7 +31,7 @@ def report(arms: Sequence[Arm], title: str) -> str:
         arms=arms,
         learns="reinforcement learning" if any(arm.kind == "rl" for arm in arms) else "training",
         headline=words.headline(comparisons),
-        sentences=[words.verdict(c) for c in comparisons] or words.why_unknown(arms),
+        sentences=words.helped(arms, comparisons),
         prices=[words.price(findings.cost(arm)) for arm in students],
         fair=_fair(arms, comparisons),
         weak=[(found, words.weak_spots(found)) for found in failed],
