@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,17 @@ class Failures:
     end_share: float | None
     groups: list[Group]
     worst: list[Row]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model of summary.json: parameters, megabytes on disk, ms a sentence (one at a time), mean dev score."""
+
+    name: str
+    parameters: float | None
+    megabytes: float | None
+    ms: float | None
+    score: float | None
 
 
 def evaluated(runs: Sequence[RunData]) -> list[RunData]:
@@ -189,6 +201,36 @@ def cost(arm: Arm) -> Cost:
     )
 
 
+def footprints(arms: Sequence[Arm]) -> list[Footprint]:
+    """Each teacher and student that a summary.json measured; a teacher that several share is named once."""
+    found: dict[tuple[Any, ...], Footprint] = {}
+    for arm in arms:
+        for run in arm.runs:
+            for role in ("teacher", "student"):
+                figures = _part(run.summary, role)
+                if not isinstance(figures, dict):
+                    continue
+                scores = figures.get("scores")
+                made = Footprint(
+                    run.title if role == "student" else f"teacher of {run.title}",
+                    number(figures.get("parameters")),
+                    number(figures.get("megabytes")),
+                    number(_part(figures, "ms_per_sentence", "batch_1")),
+                    _average(
+                        [number(_part(split, "score")) for split in scores.values()] if isinstance(scores, dict) else []
+                    ),
+                )
+                key = ("teacher", str(figures.get("folder"))) if role == "teacher" else ("student", run.folder)
+                found.setdefault(key, made)
+    return list(found.values())
+
+
+def _part(value: Any, *names: str) -> Any:
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def watched(arms: Sequence[Arm]) -> list[Arm]:
     """The arms whose failures are shown: those of RL, or all students if there are none."""
     students = [arm for arm in arms if not arm.is_teacher] or list(arms)
@@ -231,10 +273,19 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
     rows = [row for run in arm.runs for row in run.newest]
     words = np.array([len(str(row.get("input", "")).split()) for row in rows])
     low, high = np.quantile(words, [1 / 3, 2 / 3])
+    by_length = (
+        []
+        if not words.any()
+        else [
+            (f"inputs of up to {low:.0f} words", words <= low),
+            (f"inputs of {low:.0f} to {high:.0f} words", (words > low) & (words <= high)),
+            (f"inputs of more than {high:.0f} words", words > high),
+        ]
+    )
+    labels = sorted({row["label"] for row in rows if isinstance(row.get("label"), int)})
     conditions = [
-        (f"inputs of up to {low:.0f} words", words <= low),
-        (f"inputs of {low:.0f} to {high:.0f} words", (words > low) & (words <= high)),
-        (f"inputs of more than {high:.0f} words", words > high),
+        *by_length,
+        *((f"rows labelled {label}", np.array([row.get("label") == label for row in rows])) for label in labels),
         ("answers cut before their end", np.array([row.get("finish_rate") == 0 for row in rows])),
         ("answers equal to the teacher's", np.array([row.get("match") == 1 for row in rows])),
         ("answers unlike the teacher's", np.array([row.get("match") == 0 for row in rows])),

@@ -184,3 +184,17 @@ def test_wandb_offline(tmp_path, monkeypatch):
     wandb.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert "regret" in logged(tmp_path / "run")[0]
+
+
+def test_held_out_rows_of_a_classifier_average_to_its_accuracy(tmp_path):
+    make_tkd(
+        tmp_path, preset="kd", dev=labelled_rows(7), eval_strategy="steps", eval_steps=1, eval_on_start=True
+    ).train()
+    rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    evaluated = {line["step"]: line["eval_accuracy"] for line in logged(tmp_path) if "eval_accuracy" in line}
+    steps = sorted({row["step"] for row in rows})
+    assert steps == [0, max(evaluated)]
+    for step in steps:
+        mine = [row for row in rows if row["step"] == step]
+        assert [row["label"] for row in mine] == [row["label"] for row in labelled_rows(7)]
+        assert sum(row["accuracy"] for row in mine) / 7 == pytest.approx(evaluated[step])
