@@ -358,6 +358,7 @@ def main() -> None:
         )
     print(f"run folder: {out}  (results.json, the teacher, every student and its metrics.jsonl)")
     print(f"PPO student of seed 1: {out / 'seed-1' / 'ppo'}")
+    print(f"did RL help, at what cost, where does it fail:  rlkd report {out}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -103,11 +104,23 @@ def run_main(main: Callable[[], None]) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rlkd").setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        _no_bars()
     try:
         main()
     except RlkdError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def _no_bars() -> None:
+    """Turn off the bars of the libraries that load and save: in a log file they are carriage returns."""
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # it has read the variable already
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def _refuse(problems: list[str]) -> NoReturn:

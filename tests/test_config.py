@@ -1,5 +1,7 @@
 """Settings: what is accepted, and the exact sentence for everything that is not."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -380,3 +382,13 @@ def test_run_main_lets_other_errors_and_success_through():
     assert run_main(lambda: None) is None
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)  # a fault of ours keeps its traceback
+
+
+def test_scripts_that_write_to_a_file_show_no_bars(tmp_path):
+    script = (
+        "import transformers\nfrom rlkd import run_main\nfrom transformers.utils import logging\n"
+        "run_main(lambda: list(logging.tqdm(range(3))))\nprint(logging.is_progress_bar_enabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+    assert "\r" not in done.stderr

@@ -11,6 +11,8 @@ import typer
 
 app = typer.Typer(help="Check, join and mend folders of pseudo-labels.", no_args_is_help=True, rich_markup_mode=None)
 METRICS = ("exact_match", "rouge", "bleu")
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")]
 Folder = Annotated[Path, typer.Argument(help="Folder written by rlkd generate-pseudolabels.")]
 
 
@@ -20,32 +22,45 @@ def merge(
     parts: Annotated[
         list[Path] | None, typer.Argument(help="Folders of the parts. None: all parts are in the first folder.")
     ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Join the parts that `--shard i/n` wrote into one folder, equal to that of one process."""
     from ..generation.card import summary
     from ..generation.upkeep import merge as join
 
-    typer.echo(f"{summary(join(out, parts or []))}\n{out}")
+    totals = join(out, parts or [])
+    if as_json:
+        typer.echo(json.dumps({"folder": str(out)} | totals, ensure_ascii=False))
+    elif not quiet:
+        typer.echo(f"{summary(totals)}\n{out}")
 
 
 @app.command()
-def verify(folder: Folder) -> None:
+def verify(folder: Folder, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Check every shard: checksum, rows, order, gaps. Exit code 3 if there is a problem; each is listed."""
     from ..errors import DataError
     from ..generation.upkeep import manifests
     from ..generation.upkeep import verify as check
 
-    if problems := check(folder):
-        raise DataError("\n".join([f"{folder} has {len(problems)} problems:", *problems, f"rlkd data repair {folder}"]))
+    problems = check(folder)
     shards = [shard for manifest in manifests(folder) for shard in manifest.shards.values()]
-    typer.echo(f"{folder}: {len(shards)} shards, {sum(shard['rows'] for shard in shards)} rows, all as written")
+    rows = sum(shard["rows"] for shard in shards)
+    if as_json:
+        found = {"folder": str(folder), "shards": len(shards), "rows": rows, "problems": problems}
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        raise typer.Exit(DataError.exit_code if problems else 0)
+    if problems:
+        raise DataError("\n".join([f"{folder} has {len(problems)} problems:", *problems, f"rlkd data repair {folder}"]))
+    if not quiet:
+        typer.echo(f"{folder}: {len(shards)} shards, {rows} rows, all as written")
 
 
 @app.command()
 def score(
     folder: Folder,
     metric: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(METRICS)}; repeatable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare the labels with the references kept beside them, template by template."""
     from ..errors import ConfigError, nearest
@@ -72,6 +87,8 @@ def score(
 def repair(
     folder: Folder,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made again, and stop.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Move damaged shards aside and make only those again, by the command that the manifest records."""
     from ..errors import DataError
@@ -79,7 +96,10 @@ def repair(
 
     out = folder.resolve()
     dropped, request = drop(out, dry_run=dry_run)
-    typer.echo("\n".join(dropped) or f"{folder}: nothing to repair")
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "dropped": dropped, "dry_run": dry_run}, ensure_ascii=False))
+    elif not quiet:
+        typer.echo("\n".join(dropped) or f"{folder}: nothing to repair")
     if dry_run or not dropped:
         return
     if request is None:
@@ -92,4 +112,4 @@ def repair(
     # Relative paths of the request start where it was made.
     if Path(request["folder"]).is_dir():
         os.chdir(request["folder"])
-    label(request, out)
+    label(request, out, quiet=quiet or as_json)

@@ -156,6 +156,7 @@ def lint(
     split: Split = "train",
     templates_dir: TemplatesDir = None,
     as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing: the exit code tells.")] = False,
 ) -> None:
     """All problems of a templates file, each with its line; exit code 3 if there is an error among them."""
     from ..data.prompts import locate
@@ -165,7 +166,7 @@ def lint(
     problems = check(file, None if dataset is None else _columns_of(dataset, subset, split))
     if as_json:
         typer.echo(json.dumps([asdict(p) | {"file": file.place} for p in problems], ensure_ascii=False))
-    else:
+    elif not quiet:
         for problem in problems:
             typer.echo(f"{file.place}:{problem.line}: {problem.level}: {problem.message}")
         counts = [(level, sum(p.level == level for p in problems)) for level in ("error", "warning", "note")]

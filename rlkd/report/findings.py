@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,13 +37,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Cost:
-    """Means over an arm's seeds; None where a run did not log it."""
+    """Means over an arm's seeds; None where no run logged it. unfinished: runs that did not log their end."""
 
     arm: str
     steps: float | None
     cpu_seconds: float | None
     seconds: float | None
     tokens: float | None
+    unfinished: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,25 @@ class Failures:
     worst: list[Row]
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """A model of summary.json: parameters, megabytes on disk, ms a sentence (one at a time), mean dev score."""
+
+    name: str
+    parameters: float | None
+    megabytes: float | None
+    ms: float | None
+    score: float | None
+
+
+def evaluated(runs: Sequence[RunData]) -> list[RunData]:
+    """The runs that have held-out rows; one that goes on or broke off may have none yet."""
+    return [run for run in runs if run.held_out]
+
+
 def score_table(runs: Sequence[RunData], name: str) -> tuple[list[str], np.ndarray] | None:
     """ids [N] and scores [S, N] of the newest evaluations, of the rows that every run has; None if there are none."""
+    runs = evaluated(runs)
     tables = [_scores(run.newest, name) for run in runs]
     ids = [key for key in tables[0] if all(key in table for table in tables)] if tables else []
     return (ids, np.array([[table[key] for key in ids] for table in tables])) if ids else None
@@ -93,12 +112,19 @@ def interval(arm: Arm, name: str) -> Interval | None:
 
 
 def compare(one: Arm, other: Arm, name: str) -> Comparison | None:
-    """The newest evaluations of two arms, paired by row and, where both have the same seeds, by seed."""
-    found = score_table([*one.runs, *other.runs], name)
+    """The newest evaluations of two arms, paired by row and, of the seeds that both have, by seed; where they share
+    none, means over the seeds of each.
+    """
+    both = [{run.seed: run for run in evaluated(arm.runs)} for arm in (one, other)]
+    if not all(both):
+        return None
+    shared = both[0].keys() & both[1].keys()
+    runs = [[run for seed, run in own.items() if seed in shared or not shared] for own in both]
+    found = score_table([*runs[0], *runs[1]], name)
     if found is None:
         return None
-    mine, theirs = found[1][: len(one.runs)], found[1][len(one.runs) :]
-    if [run.seed for run in one.runs] != [run.seed for run in other.runs]:
+    mine, theirs = found[1][: len(runs[0])], found[1][len(runs[0]) :]
+    if not shared:
         mine, theirs = mine.mean(0, keepdims=True), theirs.mean(0, keepdims=True)
     means = (float(mine.mean()), float(theirs.mean()))
     return Comparison(one.name, other.name, name, means, paired_difference(mine, theirs))
@@ -106,10 +132,9 @@ def compare(one: Arm, other: Arm, name: str) -> Comparison | None:
 
 def since_start(arm: Arm, name: str) -> Comparison | None:
     """The newest evaluation against the first of the same runs; None unless that was before the first step."""
-    if any(len(run.held_out) < 2 or min(run.held_out) > 0 for run in arm.runs):
-        return None
-    before = [_scores(run.held_out[min(run.held_out)], name) for run in arm.runs]
-    found = score_table(arm.runs, name)
+    runs = [run for run in arm.runs if len(run.held_out) > 1 and min(run.held_out) == 0]
+    before = [_scores(run.held_out[0], name) for run in runs]
+    found = score_table(runs, name)
     ids = [key for key in (found[0] if found else []) if all(key in table for table in before)]
     if found is None or not ids:
         return None
@@ -172,7 +197,38 @@ def cost(arm: Arm) -> Cost:
         _average([number(run.end.get("train_cpu_seconds")) for run in arm.runs]),
         _average([number(run.end.get("train_runtime")) for run in arm.runs]),
         _average([run.tokens for run in arm.runs]),
+        sum(not run.end for run in arm.runs),
     )
+
+
+def footprints(arms: Sequence[Arm]) -> list[Footprint]:
+    """Each teacher and student that a summary.json measured; a teacher that several share is named once."""
+    found: dict[tuple[Any, ...], Footprint] = {}
+    for arm in arms:
+        for run in arm.runs:
+            for role in ("teacher", "student"):
+                figures = _part(run.summary, role)
+                if not isinstance(figures, dict):
+                    continue
+                scores = figures.get("scores")
+                made = Footprint(
+                    run.title if role == "student" else f"teacher of {run.title}",
+                    number(figures.get("parameters")),
+                    number(figures.get("megabytes")),
+                    number(_part(figures, "ms_per_sentence", "batch_1")),
+                    _average(
+                        [number(_part(split, "score")) for split in scores.values()] if isinstance(scores, dict) else []
+                    ),
+                )
+                key = ("teacher", str(figures.get("folder"))) if role == "teacher" else ("student", run.folder)
+                found.setdefault(key, made)
+    return list(found.values())
+
+
+def _part(value: Any, *names: str) -> Any:
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def watched(arms: Sequence[Arm]) -> list[Arm]:
@@ -188,7 +244,8 @@ def failures(arm: Arm, worst: int = 5) -> Failures | None:
     if found is None:
         return None
     ids, scores = found
-    rows = {str(row["id"]): row for row in arm.runs[0].newest}
+    first = evaluated(arm.runs)[0]
+    rows = {str(row["id"]): row for row in first.newest}
     mean = scores.mean(0)
     order = np.argsort(-mean if by == "regret" else mean, kind="stable")
     half = None
@@ -197,7 +254,7 @@ def failures(arm: Arm, worst: int = 5) -> Failures | None:
     first_share, end_share = _where([row for run in arm.runs for row in run.newest])
     names = [name for name in (by, *arm.runs[0].task_names) if score_table(arm.runs, name)]
     return Failures(
-        arm.name, arm.runs[0], by, float(mean.mean()), len(ids), half, first_share, end_share,
+        arm.name, first, by, float(mean.mean()), len(ids), half, first_share, end_share,
         _groups(arm, list(dict.fromkeys(names))), [rows[ids[i]] for i in order[:worst]],
     )  # fmt: skip
 
@@ -216,10 +273,19 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
     rows = [row for run in arm.runs for row in run.newest]
     words = np.array([len(str(row.get("input", "")).split()) for row in rows])
     low, high = np.quantile(words, [1 / 3, 2 / 3])
+    by_length = (
+        []
+        if not words.any()
+        else [
+            (f"inputs of up to {low:.0f} words", words <= low),
+            (f"inputs of {low:.0f} to {high:.0f} words", (words > low) & (words <= high)),
+            (f"inputs of more than {high:.0f} words", words > high),
+        ]
+    )
+    labels = sorted({row["label"] for row in rows if isinstance(row.get("label"), int)})
     conditions = [
-        (f"inputs of up to {low:.0f} words", words <= low),
-        (f"inputs of {low:.0f} to {high:.0f} words", (words > low) & (words <= high)),
-        (f"inputs of more than {high:.0f} words", words > high),
+        *by_length,
+        *((f"rows labelled {label}", np.array([row.get("label") == label for row in rows])) for label in labels),
         ("answers cut before their end", np.array([row.get("finish_rate") == 0 for row in rows])),
         ("answers equal to the teacher's", np.array([row.get("match") == 1 for row in rows])),
         ("answers unlike the teacher's", np.array([row.get("match") == 0 for row in rows])),

@@ -31,14 +31,16 @@ def report(arms: Sequence[Arm], title: str) -> str:
         arms=arms,
         learns="reinforcement learning" if any(arm.kind == "rl" for arm in arms) else "training",
         headline=words.headline(comparisons),
-        sentences=[words.verdict(c) for c in comparisons] or words.why_unknown(arms),
+        sentences=words.helped(arms, comparisons),
         prices=[words.price(findings.cost(arm)) for arm in students],
         fair=_fair(arms, comparisons),
         weak=[(found, words.weak_spots(found)) for found in failed],
         worst=[(found, [_cases(found, row) for row in found.worst]) for found in failed],
+        heated=any("tokens" in row for found in failed for row in found.worst),
         groups=_groups,
         table=results_table(arms),
         charts=curves(arms, sheet) + _trade_offs(arms, sheet),
+        sizes=_sizes(arms),
         alarms=[
             [run.title, *(alarm.get(name, "–") for name in ("step", "alarm", "message", "value", "threshold"))]
             for arm in arms for run in arm.runs for alarm in run.alarms
@@ -153,22 +155,25 @@ def _cases(found: findings.Failures, row: Row) -> dict[str, Any]:
 
 
 def _trade_offs(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
-    """Size, latency and quality of encoder students, if a recipe wrote summary.json."""
-    points: dict[str, dict[str, float | None]] = {}
-    for arm in arms:
-        for run in arm.runs:
-            for role, figures in run.summary.items() if isinstance(run.summary, dict) else ():
-                if isinstance(figures, dict):
-                    points[f"{run.title}: {role}"] = {name: number(value) for name, value in figures.items()}
+    """Size, latency and quality of teachers and encoder students, if a recipe wrote summary.json."""
+    found = findings.footprints(arms)
     charts = []
-    for title, x, y in (
-        ("Score against size", "file_mb", "dev_score"),
-        ("Score against latency", "latency_ms", "dev_score"),
+    for title, axis, figure in (
+        ("Score against size", "megabytes", "megabytes"),
+        ("Score against latency", "ms a sentence, one at a time", "ms"),
     ):
-        both = [(name, p[x], p[y]) for name, p in points.items() if p.get(x) is not None and p.get(y) is not None]
-        if both:
-            charts.append(scatter(title, (x, y), both, sheet))  # type: ignore[arg-type]
+        points = [(f.name, x, f.score) for f in found if (x := getattr(f, figure)) is not None and f.score is not None]
+        if points:
+            charts.append(scatter(title, (axis, "dev score"), points, sheet))
     return charts
+
+
+def _sizes(arms: Sequence[Arm]) -> list[list[str]]:
+    rows = []
+    for found in findings.footprints(arms):
+        figures = ((found.parameters, 0), (found.megabytes, 2), (found.ms, 3), (found.score, 4))
+        rows.append([found.name, *("–" if x is None else f"{x:,.{digits}f}" for x, digits in figures)])
+    return rows
 
 
 def _facts(arms: Sequence[Arm]) -> list[tuple[str, list[tuple[str, str]]]]:

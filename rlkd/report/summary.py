@@ -16,7 +16,7 @@ def lines(arms: Sequence[Arm]) -> list[str]:
     comparisons = findings.judged(arms)
     learns = "reinforcement learning" if any(arm.kind == "rl" for arm in arms) else "training"
     out = [f"Did {learns} help? {words.headline(comparisons)}"]
-    out += [f"  {line}" for line in [words.verdict(c) for c in comparisons] or words.why_unknown(arms)]
+    out += [f"  {line}" for line in words.helped(arms, comparisons)]
     out += ["At what cost?", *(f"  {words.price(findings.cost(arm))}" for arm in arms if not arm.is_teacher)]
     weak = [line for arm in findings.watched(arms) if (found := findings.failures(arm)) is not None
             for line in words.weak_spots(found)]  # fmt: skip

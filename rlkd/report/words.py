@@ -95,8 +95,13 @@ def why_unknown(arms: Sequence[Arm]) -> list[str]:
     """What is missing for an answer, and what the logged evaluations show without one."""
     students = [arm for arm in arms if not arm.is_teacher]
     lines = []
-    if not any(run.held_out for arm in students for run in arm.runs):
-        lines.append("No run here kept its held-out rows (held_out.jsonl): nothing can be paired row by row.")
+    learners = [arm for arm in students if arm.kind == "rl"] or students
+    without = [run.title for arm in learners for run in arm.runs if not run.held_out]
+    if without:
+        lines.append(
+            f"There are no held-out rows (held_out.jsonl) of {'; '.join(without)}: nothing can be paired row by row. "
+            "Such rows come with the first evaluation."
+        )
     else:
         lines.append(
             "There is neither an arm trained by imitation to compare with, nor an evaluation before the first step "
@@ -116,6 +121,22 @@ def why_unknown(arms: Sequence[Arm]) -> list[str]:
     return lines
 
 
+def helped(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> list[str]:
+    """The sentences below the headline."""
+    said = [verdict(comparison) for comparison in comparisons]
+    return [*said, *left_out(arms)] if said else why_unknown(arms)
+
+
+def left_out(arms: Sequence[Arm]) -> list[str]:
+    """Which seeds the answers say nothing of, where others of the arm have held-out rows."""
+    return [
+        f"Left out: {run.title}, which has no held-out rows."
+        for arm in arms
+        for run in arm.runs
+        if not run.held_out and any(other.held_out for other in arm.runs)
+    ]
+
+
 def price(cost: Cost) -> str:
     """What an arm took, as far as it was logged."""
     parts = []
@@ -127,7 +148,8 @@ def price(cost: Cost) -> str:
         parts.append(f"{cost.seconds:,.1f} s by the clock")
     if cost.tokens is not None:
         parts.append(f"{cost.tokens:,.0f} answer tokens")
-    return f"{cost.arm}: {', '.join(parts) or 'not logged'}"
+    ended = f" (of {cost.unfinished} the end is not logged)" if cost.unfinished and parts else ""
+    return f"{cost.arm}: {', '.join(parts) or 'not logged'}{ended}"
 
 
 def fairness(one: Cost, other: Cost) -> str | None:

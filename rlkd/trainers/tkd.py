@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from ..models.vocabulary import check_vocabulary_fits
 from ..objectives.attention_tree import AttentionRows, all_tokens, attention_tree, cls_token, random_tokens
 from ..objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance, weighted_terms
 from ..objectives.neighbours import logit_mse, noisy_logits
+from .run_files import HELD_OUT, keep_first_and_last
 from .student_trainer import StudentTrainer
 from .tkd_arguments import TKDArguments
 
@@ -342,6 +343,25 @@ class TKDTrainer(StudentTrainer):
             logits = model(model_inputs(inputs)).logits.float()
             loss = cross_entropy(logits, inputs["labels"])
         return (loss, None, None) if prediction_loss_only else (loss, logits, inputs["labels"])
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """As in Trainer; whether each labelled row was right goes to held_out.jsonl."""
+        out = super().evaluation_loop(*args, **options)
+        rows: Any = self.eval_dataset
+        logits, labels = cast(Any, out.predictions), cast(Any, out.label_ids)
+        # Rows sorted by length come in another order: then it is not known which is which.
+        known = (
+            options.get("metric_key_prefix", "eval") == "eval" and labels is not None and labels.tolist() == rows.labels
+        )
+        if known and self.is_world_process_zero():
+            predicted = logits.argmax(-1).tolist()
+            judged = [
+                {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
+                for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
+                if label >= 0
+            ]
+            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, judged)
+        return out
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the projections go beside the student."""

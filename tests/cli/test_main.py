@@ -236,18 +236,29 @@ def test_parts_verify_and_repair(folder, teacher, capsys):
     whole = {file.name: file.read_bytes() for file in (folder / "labels").glob("*.parquet")}
     for i in range(2):
         main_ok([*arguments(teacher, "--shard-rows", "2", "--shard", f"{i}/2"), "--out", "parts"])
-    main_ok(["data", "merge", "parts"])
+    capsys.readouterr()
+    main_ok(["data", "merge", "parts", "--json"])
+    assert json.loads(capsys.readouterr().out)["rows"] == 9
     assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
     capsys.readouterr()
     main_ok(["data", "verify", "parts"])
     assert capsys.readouterr().out == "parts: 5 shards, 9 rows, all as written\n"
+    main_ok(["data", "verify", "parts", "--quiet"])
+    assert capsys.readouterr().out == ""
     (folder / "parts" / "labels-00002.parquet").write_bytes(b"damaged")
     status, message = failing(capsys, ["data", "verify", "parts"])
     assert status == 3
     assert "labels-00002.parquet differs from its checksum" in message
-    main_ok(["data", "repair", "parts", "--dry-run"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "verify", "parts", "--json"])
+    assert stopped.value.code == 3
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shards"], found["rows"], len(found["problems"])) == (5, 9, 1)
+    main_ok(["data", "repair", "parts", "--dry-run", "--json"])
+    assert "labels-00002" in json.loads(capsys.readouterr().out)["dropped"][0]
     assert (folder / "parts" / "labels-00002.parquet").read_bytes() == b"damaged"
-    main_ok(["data", "repair", "parts"])
+    main_ok(["data", "repair", "parts", "--quiet"])
+    assert capsys.readouterr().out == ""
     assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
     main_ok(["data", "verify", "parts"])
 

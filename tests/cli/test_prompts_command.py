@@ -146,6 +146,8 @@ def test_lint(file, tmp_path, rows):
     assert f"{bad}:2: error: " in result.stdout
     assert f"{bad}:3: error: template 2: field 'jinja' is None" in result.stdout
     assert "2 errors, " in result.stdout
+    silent = CliRunner().invoke(app, ["prompts", "lint", str(bad), "--quiet"])
+    assert (silent.exit_code, silent.stdout) == (result.exit_code, "")
     (first, _) = json.loads(CliRunner().invoke(app, ["prompts", "lint", str(bad), "--json"]).stdout)
     assert (first["file"], first["line"], first["level"]) == (str(bad), 2, "error")
 

@@ -77,7 +77,7 @@ def test_without_a_start_nothing_is_claimed(tmp_path):
     assert "eval_on_start" in said
     assert "went from 0.0 % at step 50 to 100.0 % at step 100; how sure that is is not known" in said
     (tmp_path / "held_out.jsonl").unlink()
-    assert "kept its held-out rows" in " ".join(words.why_unknown(read_arms(tmp_path)))
+    assert "There are no held-out rows" in " ".join(words.why_unknown(read_arms(tmp_path)))
 
 
 def test_costs_are_those_logged(tmp_path):
@@ -113,3 +113,27 @@ def test_rows_that_are_not_shared_are_not_compared(tmp_path):
     write_run(tmp_path / "b", "PPOTrainer", [row | {"id": f"x{row['id']}"} for row in rows[:20]] + rows[20:])
     a, b = read_arms(tmp_path)
     assert findings.compare(b, a, "regret").difference.interval.rows == 20
+
+
+def test_a_seed_without_rows_is_left_out_and_said(tmp_path):
+    arms(tmp_path, shift=1.0, seeds=3)
+    (tmp_path / "seed-2" / "ppo" / "held_out.jsonl").unlink()
+    metrics = tmp_path / "seed-2" / "ppo" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
+    found = read_arms(tmp_path)
+    comparisons = findings.judged(found)
+    said = words.helped(found, comparisons)
+    assert all("60 held-out rows and 2 seeds" in line for line in said[:2])
+    assert said[2:] == ["Left out: ppo, seed 2, which has no held-out rows."]
+    assert words.price(findings.cost(found[1])).endswith("(of 1 the end is not logged)")
+    # Only the other seeds of the rival are compared with.
+    seqkd = [np.mean([row["regret"] for row in found[0].runs[i].newest]) for i in (0, 2)]
+    (regret,) = [c for c in comparisons if c.score == "regret"]
+    assert regret.means[1] == pytest.approx(np.mean(seqkd))
+
+
+def test_arms_with_other_seeds_are_compared_by_their_means(tmp_path):
+    arms(tmp_path, shift=1.0, seeds=1)
+    (tmp_path / "seed-1" / "ppo").rename(tmp_path / "ppo")
+    (found,) = [c for c in findings.judged(read_arms(tmp_path)) if c.score == "regret"]
+    assert (found.difference.interval.seeds, found.verdict) == (1, "better")

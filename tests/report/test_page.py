@@ -201,3 +201,32 @@ def test_a_page_that_cannot_be_written_is_said(tmp_path, no_drawing):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--out .*x\.html: cannot be written"):
         invoke("report", tmp_path, "--out", tmp_path / "file" / "x.html")
+
+
+def test_size_latency_and_score_of_encoder_students(tmp_path):
+    summary = {
+        role: {
+            "folder": role, "parameters": p, "megabytes": mb, "scores": {"dev": {"score": s}, "mm": {"score": s - 0.1}},
+            "ms_per_sentence": {"batch_1": ms},
+        }
+        for role, p, mb, s, ms in (("teacher", 1_000_000, 4.0, 0.9, 3.0), ("student", 1000, 0.5, 0.8, 0.25))
+    }  # fmt: skip
+    rows = [
+        {"step": 10, "id": str(i), "label": i % 2, "predicted": 0, "accuracy": float(i % 2 == 0)} for i in range(20)
+    ]
+    lines(tmp_path / "held_out.jsonl", rows)
+    lines(
+        tmp_path / "metrics.jsonl", [{"step": 10, "loss": 1.0, "weighted_ce": 1.0}, {"step": 10, "eval_accuracy": 0.5}]
+    )
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = read(tmp_path)
+    assert page.tables["Models"][1:] == [
+        [f"teacher of {tmp_path.name}", "1,000,000", "4.00", "3.000", "0.8500"],
+        [tmp_path.name, "1,000", "0.50", "0.250", "0.7500"],
+    ]
+    assert page.tables["Score against size, numbers"][2][1:] == ["0.5", "0.75"]
+    assert "Score against latency, numbers" in page.tables
+    groups = page.tables[f"Groups, {tmp_path.name}"]
+    assert ["rows labelled 0", "10", "100.0 %"] in groups
+    assert ["rows labelled 1", "10", "0.0 %"] in groups
+    assert "Did training help?" in page.text

@@ -100,6 +100,33 @@ def test_samples_are_kept_at_each_evaluation(tmp_path):
         assert sum(row["rewards"]) == pytest.approx(-row["regret"], abs=1e-4)
 
 
+def test_held_out_rows_of_the_first_and_the_newest_evaluation_are_kept(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    make(
+        "ppo", tmp_path, max_steps=3, eval_examples=examples(5), task_metric=TASK_METRICS["exact_match"], **options
+    ).train()
+    rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0] * 5 + [3] * 5
+    evaluated = {line["step"]: line for line in logged(tmp_path) if "eval_regret" in line}
+    for step in (0, 3):
+        mine = [row for row in rows if row["step"] == step]
+        assert [row["id"] for row in mine] == [e.id for e in examples(5)]
+        for name in ("regret", "sample_regret", "exact_match", "sample_exact_match", "match"):
+            assert sum(row[name] for row in mine) / 5 == pytest.approx(evaluated[step][f"eval_{name}"])
+        assert all(len(row["tokens"]) == len(row["rewards"]) == row["length"] for row in mine)
+
+
+def test_tokens_add_up_to_what_was_sampled(tmp_path):
+    make("reinforce", tmp_path, max_steps=5, logging_steps=2).train()
+    lines = logged(tmp_path)
+    each = make("reinforce", tmp_path / "each", max_steps=5, logging_steps=1)
+    each.train()
+    by_step = [line for line in logged(tmp_path / "each") if "length" in line]
+    sampled = sum(line["length"] * 8 for line in by_step)
+    assert sum(line.get("tokens", 0) for line in lines) == pytest.approx(sampled)
+    assert lines[-1]["train_cpu_seconds"] > 0
+
+
 def test_the_table_of_samples_is_shown_beside_a_progress_bar(tmp_path, capsys):
     trainer = make("reinforce", tmp_path, eval_examples=examples(5))
     trainer.args.disable_tqdm = False
@@ -107,6 +134,31 @@ def test_the_table_of_samples_is_shown_beside_a_progress_bar(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "samples at step 0" in shown
     assert all(f"row {i}" in shown for i in range(4))
+
+
+@pytest.mark.parametrize("kind", ["ppo", "supervised"])
+def test_progress_where_there_is_no_terminal_is_lines(tmp_path, caplog, capfd, monkeypatch, kind):
+    """With the pace of lines set to 0 s: one line per step and one per evaluation, and no carriage return."""
+    monkeypatch.setattr("rlkd.generation.progress.LOG_SECONDS", 0.0)
+    trainer = make(kind, tmp_path, max_steps=3, eval_strategy="steps", eval_steps=3, eval_examples=examples(4))
+    trainer.args.disable_tqdm = False
+    with caplog.at_level("INFO", logger="rlkd"):
+        trainer.train()
+    lines = [r.message.split("  ") for r in caplog.records if r.message.startswith(("training", "evaluation"))]
+    assert [line[0] for line in lines] == ["training 1/3", "training 2/3", "training 3/3", "evaluation 4/4"]
+    assert re.fullmatch(r"[\d.]+ steps/s", lines[0][1])
+    assert re.fullmatch(r"\d+ s left", lines[0][2])
+    assert any(part.startswith("tokens_per_second ") for part in lines[2])
+    assert "tokens/s" in lines[3][2]
+    assert "\r" not in "".join(capfd.readouterr())
+
+
+def test_disable_tqdm_is_silence(tmp_path, caplog, capfd, monkeypatch):
+    monkeypatch.setattr("rlkd.generation.progress.LOG_SECONDS", 0.0)
+    with caplog.at_level("INFO", logger="rlkd"):
+        make("reinforce", tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, eval_examples=examples(4)).train()
+    assert not [r for r in caplog.records if "steps/s" in r.message or "rows/s" in r.message]
+    assert capfd.readouterr().out == ""
 
 
 def test_evaluating_changes_no_training(tmp_path):
@@ -132,3 +184,17 @@ def test_wandb_offline(tmp_path, monkeypatch):
     wandb.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert "regret" in logged(tmp_path / "run")[0]
+
+
+def test_held_out_rows_of_a_classifier_average_to_its_accuracy(tmp_path):
+    make_tkd(
+        tmp_path, preset="kd", dev=labelled_rows(7), eval_strategy="steps", eval_steps=1, eval_on_start=True
+    ).train()
+    rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    evaluated = {line["step"]: line["eval_accuracy"] for line in logged(tmp_path) if "eval_accuracy" in line}
+    steps = sorted({row["step"] for row in rows})
+    assert steps == [0, max(evaluated)]
+    for step in steps:
+        mine = [row for row in rows if row["step"] == step]
+        assert [row["label"] for row in mine] == [row["label"] for row in labelled_rows(7)]
+        assert sum(row["accuracy"] for row in mine) / 7 == pytest.approx(evaluated[step])

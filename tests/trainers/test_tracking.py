@@ -1,0 +1,109 @@
+"""The table of samples in each tracker: the same columns and rows, from stand-ins; and from trackio itself."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlkd.trainers.tracking import COLUMNS, NAME, SampleTables, priced
+from tiny_runs import logged
+
+ROWS = [
+    {
+        "id": f"r{i}", "input": "x", "teacher": "a", "student": "a b", "regret": 0.5, "tokens": ["a", " b"],
+        "rewards": [0.0, -0.5], "sample_student": "b", "sample_regret": 1.0, "sample_tokens": ["b"],
+        "sample_rewards": [-1.0],
+    }
+    for i in range(2)
+]  # fmt: skip
+
+
+class Table:
+    def __init__(self, columns=None, data=None, log_mode=None):
+        self.columns, self.data, self.log_mode = columns, data or [], log_mode
+
+    def add_data(self, *row):
+        self.data.append(list(row))
+
+
+@pytest.fixture
+def trackers(monkeypatch):
+    sent = {"wandb": [], "trackio": []}
+    for name, calls in sent.items():
+        log = lambda values, calls=calls, **_: calls.append({k: (v, len(v.data)) for k, v in values.items()})  # noqa: E731
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(Table=Table, log=log))
+    return sent
+
+
+def test_both_trackers_get_the_same_rows(trackers):
+    tables = SampleTables(["wandb", "trackio", "tensorboard"])
+    tables.log(1, ROWS)
+    tables.log(5, ROWS[:1])
+    first = [1, "r0", "x", "a", "a b", 0.5, "b", 1.0, "a (0.00) b (-0.50)", "b (-1.00)"]
+    assert [call[NAME][1] for call in trackers["wandb"]] == [2, 3]  # one table that grows
+    assert [call[NAME][1] for call in trackers["trackio"]] == [2, 1]
+    for calls in trackers.values():
+        table = calls[0][NAME][0]
+        assert table.columns == list(COLUMNS)
+        assert table.data[0] == first
+    assert trackers["wandb"][0][NAME][0].log_mode == "INCREMENTAL"
+    assert [row[0] for row in trackers["wandb"][-1][NAME][0].data] == [1, 1, 5]
+
+
+def test_without_trackers_none_is_imported(monkeypatch):
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, None)
+    SampleTables([]).log(1, ROWS)
+
+
+def test_each_token_with_its_reward():
+    assert priced(ROWS[0]) == "a (0.00) b (-0.50)"
+    assert priced(ROWS[0], "sample_") == "b (-1.00)"
+
+
+@pytest.mark.slow
+def test_trackio_gets_the_names_of_the_log_and_the_samples(tmp_path):
+    pytest.importorskip("trackio")
+    from transformers.integrations import is_trackio_available
+
+    if not is_trackio_available():
+        pytest.skip("transformers does not see trackio")
+    script = tmp_path / "run.py"  # run() evaluates after train() has closed the tracker
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tiny_runs import examples, make\n"
+        "make('reinforce', Path(sys.argv[1]), max_steps=2, report_to='trackio', project='tiny', run_name='one',\n"
+        "     eval_strategy='steps', eval_steps=1, eval_examples=examples(4)).run()\n"
+    )
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {
+        "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), str(tests / "trainers")]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = {name for line in logged(tmp_path / "run") for name in line}
+    kept = _trackio_names(tmp_path / "trackio")
+    assert {"train/regret", "train/kl", "train/tokens_per_second"} <= kept
+    expected = {f"eval/{n.removeprefix('eval_')}" for n in names if n.startswith("eval_")}
+    assert expected <= kept
+    assert NAME in kept
+
+
+def _trackio_names(folder):
+    """Names of everything that trackio stored."""
+    found = set()
+    for path in folder.glob("*.db"):
+        with sqlite3.connect(path) as store:
+            found |= {name for (text,) in store.execute("select metrics from metrics") for name in json.loads(text)}
+    return found
