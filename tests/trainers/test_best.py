@@ -70,11 +70,11 @@ def test_tkd_refuses_it_too_and_takes_what_its_metrics_name(tmp_path):
             tmp_path, preset="kd", dev=dev, **{**EVERY, "max_steps": 2, "metric_for_best_model": metric, **options}
         )
 
-    with pytest.raises(ConfigError, match=r"'acuracy': .* Allowed are loss, accuracy. Did you mean 'accuracy'"):
-        make_one("acuracy")
+    with pytest.raises(ConfigError, match=r"'accurate': .* Allowed are loss, accuracy. Did you mean 'accuracy'"):
+        make_one("accurate")
     for metric, greater in (("accuracy", True), ("eval_accuracy", True), ("loss", False)):
         assert make_one(metric).args.greater_is_better is greater
-    make_one("acuracy", eval_strategy="no", save_strategy="no")
+    make_one("accurate", eval_strategy="no", save_strategy="no")
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "eval_sample_exact_match", "regret", "match"])

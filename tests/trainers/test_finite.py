@@ -178,7 +178,7 @@ def test_no_checkpoint_and_no_student_is_saved(tmp_path, part):
                     spoiled[0] = NAN
 
     trainer.add_callback(Spoil())
-    with pytest.raises(DivergenceError, match="^step 4: weights or optimizer state are not finite, and are not saved"):
+    with pytest.raises(DivergenceError, match=r"^step 4: weights or optimizer state are not finite, and are not saved"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     with pytest.raises(DivergenceError):
@@ -221,14 +221,14 @@ def test_a_batch_that_cannot_be_written_hides_nothing(tmp_path, monkeypatch):
 def test_evaluation_stops_too(tmp_path):
     trainer = make("reinforce", tmp_path, eval_examples=examples(4))
     poison(trainer.teacher.adapter.model.decoder.final_layer_norm)
-    with pytest.raises(DivergenceError, match="^step 0: the teacher's logits are not finite"):
+    with pytest.raises(DivergenceError, match=r"^step 0: the teacher's logits are not finite"):
         trainer.evaluate()
 
 
 def test_float16_is_pointed_out(tmp_path):
     trainer = make("supervised", tmp_path)
     trainer.trained.student.half()
-    with pytest.raises(DivergenceError, match="in float16, .*use bfloat16 or float32"):
+    with pytest.raises(DivergenceError, match=r"in float16, .*use bfloat16 or float32"):
         trainer.finite.check({"the loss": torch.tensor(NAN)}, ["row 1"], {})
 
 
