@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from runs import arms, held_out, lines, write_run
 
 from rlkd.report import findings, words
 from rlkd.report.reading import read_arms
+from runs import arms, held_out, lines, write_run
 
 
 def sentences(folder):

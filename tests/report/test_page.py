@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from markupsafe import Markup
-from runs import HOSTILE, arms, held_out, lines, write_run
 from typer.testing import CliRunner
 
 from rlkd.cli.main import app
 from rlkd.report.page import comparison, report
 from rlkd.report.reading import FILES, read_arms, read_side_by_side
+from runs import HOSTILE, arms, held_out, lines, write_run
 
 
 class Page(HTMLParser):

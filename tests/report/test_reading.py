@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from runs import arms, held_out, write_run
 
 from rlkd.errors import DataError
 from rlkd.report.reading import FILES, read_arms, read_run, read_side_by_side
+from runs import arms, held_out, write_run
 
 
 def test_arms_and_seeds_are_found(tmp_path):

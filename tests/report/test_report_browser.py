@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import arms, held_out, lines, write_run
 
 from rlkd.report.page import comparison, report
 from rlkd.report.reading import read_arms, read_side_by_side
+from runs import arms, held_out, lines, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api")
