@@ -115,6 +115,7 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
         "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 250,
         "eval_limit": None,
+        "sample_table_rows": 20,
         **LIMITS,
         **more,
     }
@@ -170,7 +171,7 @@ def train(trainer: Any, stage: str) -> float:
 
 
 def judge(trainer: Any, seconds: float) -> dict[str, float]:
-    """Held-out metrics of the trainer's policy."""
+    """Held-out metrics of the trainer's policy; samples and their token rewards stay in its run folder."""
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items() if "eval_" in name}
     return {**metrics, "cpu_seconds": seconds}
 

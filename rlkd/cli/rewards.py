@@ -35,12 +35,12 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-FROM_MODELS = ("teacher", "student", "student_before", "dataset", "templates", "input_column")
+FROM_MODELS = ("teacher", "student", "student_before", "dataset", "templates", "input_column", "reward_value")
 # Which options each kind of input needs, and which it takes beside them.
 INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dataset": (("teacher", "input_column"), FROM_MODELS),
     "run": ((), ("step",)),
-    "labels": ((), ("teacher",)),
+    "labels": ((), ("teacher", "reward_value")),
 }
 
 
@@ -72,7 +72,9 @@ def inspect_rewards(
     min_length: Annotated[int, typer.Option(help="Only answers of at least so many tokens.", min=0)] = 0,
     max_length: Annotated[int | None, typer.Option(help="Only answers of at most so many tokens.", min=0)] = None,
     search: Annotated[str | None, typer.Option(help="Only inputs that have this text in them or in an answer.")] = None,
-    reward_value: Annotated[Value, typer.Option(help="V of the reward; a run has its own.")] = Value.max,
+    reward_value: Annotated[
+        Value | None, typer.Option(help="V of the reward. Default: max; a run has its own.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
     max_input_tokens: Annotated[int, typer.Option(help="Prompts are cut to this.", min=1)] = 512,
     input_eos: Annotated[bool, typer.Option(help="End the teacher's inputs with end-of-sequence. T0: no.")] = True,
@@ -147,6 +149,10 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _value(request: dict[str, Any]) -> Any:
+    return (request["reward_value"] or Value.max).value
+
+
 def _of_models(request: dict[str, Any]) -> RewardView:
     """Checks in order of cost: configurations and vocabularies, templates and rows; weights load last."""
     from ..inspection.build import reward_view
@@ -165,7 +171,7 @@ def _of_models(request: dict[str, Any]) -> RewardView:
         if request[role] is not None
     }
     return reward_view(
-        teacher, tokenizer, examples, value=request["reward_value"].value, template_names=names, per_template=True,
+        teacher, tokenizer, examples, value=_value(request), template_names=names, per_template=True,
         max_new_tokens=request["max_new_tokens"], **students,
     )  # fmt: skip
 
@@ -210,7 +216,7 @@ def _of_labels(request: dict[str, Any]) -> RewardView:
 
     settings = finished_manifest(request["labels"]).header["settings"]
     tokenizer, valid_vocab = check_teacher(request["teacher"] or settings["teacher"], request["teacher_dtype"])
-    options: dict[str, Any] = {"value": request["reward_value"].value, "limit": request["limit"]}
+    options: dict[str, Any] = {"value": _value(request), "limit": request["limit"]}
     if request["teacher"] is not None:
         reading = {"max_input_tokens": settings["max_input_tokens"], "input_eos": settings["append_eos"]}
         options["teacher"] = load_teacher({**request, **reading}, tokenizer, valid_vocab, "none")

@@ -77,7 +77,7 @@ def _token(name: str, piece: str) -> str:
 def tokens_html(sample: Sample, *, titles: bool = False) -> Markup:
     """The tokens of an answer, coloured by reward; `titles` adds each one's numbers as a tooltip."""
     if not sample.tokens:
-        return Markup("<em>(no tokens)</em>")
+        return escape(visible(sample.text)) or Markup("<em>(no tokens)</em>")
     rewards = sample.rewards or [None] * len(sample)
     if not titles:
         pairs = zip(rewards, sample.tokens, strict=True)
@@ -112,7 +112,7 @@ def sums(sample: Sample) -> list[tuple[str, str]]:
         ("regret", sample.regret),
         ("teacher log-prob", sample.logprob),
         ("student gap", sample.student_gap),
-        ("tokens", len(sample)),
+        ("tokens", len(sample) if sample.tokens or not sample.text else None),
         ("ended", None if sample.finished is not False else "no, cut"),
         ("step", sample.step),
         *sample.facts.items(),

@@ -40,14 +40,12 @@ def from_labels(
     else:
         samples = _scored(teacher, tokenizer, labels, value, top_k)
     samples = [replace(s, facts=_facts(row), finished=_finished(row)) for s, row in zip(samples, labels, strict=True)]
-    references = {row["id"]: _reference(row, tokenizer) for row in labels if row["references"]}
+    references = {
+        row["id"]: Sample(row["id"], row["student_input"], "reference", row["references"][0], [], [])
+        for row in labels
+        if row["references"]
+    }
     return RewardView([*samples, *references.values()], value, f"Pseudo-labels of {folder.name}")
-
-
-def _reference(row: dict[str, Any], tokenizer: Any) -> Sample:
-    text = row["references"][0]
-    ids = tokenizer(text)["input_ids"]
-    return Sample(row["id"], row["student_input"], "reference", text, token_pieces(tokenizer, ids), ids)
 
 
 def _scored(teacher: Teacher, tokenizer: Any, labels: list[dict[str, Any]], value: Value, top_k: int) -> list[Sample]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from typing import Any
 
@@ -69,14 +70,16 @@ def _entry(sample: Sample, texts: dict[str, int], digits: int, most: int) -> str
     """Columns as whole numbers of 10^-digits nats; of the alternatives [T][k] text numbers and hundredths of a nat."""
     known = {name: column for name in COLUMNS if (column := getattr(sample, name)) is not None}
     unit = 10**digits
-    entry: dict[str, Any] = {
-        "columns": {name: [None if x is None else round(unit * x) for x in column] for name, column in known.items()}
-    }
+    entry: dict[str, Any] = {"columns": {name: [_whole(x, unit) for x in column] for name, column in known.items()}}
     if sample.top is not None:
         kept = [best[:most] for best in sample.top]
         entry["texts"] = [[texts.setdefault(visible(text), len(texts)) for text, _ in best] for best in kept]
-        entry["logprobs"] = [[round(100 * p) for _, p in best] for best in kept]
+        entry["logprobs"] = [[_whole(p, 100) for _, p in best] for best in kept]
     return base64.b64encode(zlib.compress(_compact(entry).encode(), 6)).decode()
+
+
+def _whole(x: float | None, unit: int) -> int | None:
+    return None if x is None or not math.isfinite(x) else round(unit * x)
 
 
 def _compact(value: Any, **_: Any) -> str:

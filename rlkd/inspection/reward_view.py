@@ -37,7 +37,8 @@ class Sample:
     id, input         name and raw text of the input; answers to one input share the id
     source            whose answer: one of SOURCES, or another name
     text              the answer, special tokens left out
-    tokens, ids       [T] pieces of text that join to the answer, and their ids; end-of-sequence included
+    tokens, ids       [T] pieces of text that join to the answer, and their ids; end-of-sequence included. None of
+                      them where only the text is known
     rewards           [T] A_V(s_t, a_t) for the view's V, which training sums (see `rlkd.objectives.rewards`)
     logprobs          [T] log p(a_t|s_t) of the teacher; max_logprobs [T] the largest there; entropies [T] of p(.|s_t)
     student_logprobs  [T] log-probability of the token under the student

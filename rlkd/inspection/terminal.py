@@ -51,7 +51,7 @@ def _heading(sample: Sample) -> Any:
 def _tokens(sample: Sample) -> Any:
     from rich.text import Text
 
-    line = Text() if sample.tokens else Text("(no tokens)", "italic")
+    line = Text() if sample.tokens else Text(visible(sample.text) or "(no tokens)", "italic")
     for reward, piece in zip(sample.rewards or [None] * len(sample), sample.tokens, strict=True):
-        line.append(visible(piece), STYLES[step(reward)])
+        line.append(visible(piece) or "·", STYLES[step(reward)])
     return line

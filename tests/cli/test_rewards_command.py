@@ -125,6 +125,7 @@ def test_of_a_run_without_loading_torch(folder):
         (["--run", "x", "--labels", "y"], 2, "--run and --labels is given"),
         (["--dataset", "rows.jsonl"], 2, "--dataset needs --teacher and --input-column as well"),
         (["--run", "x", "--teacher", "t"], 2, "--run takes no --teacher"),
+        (["--run", "x", "--reward-value", "lse"], 2, "--run takes no --reward-value"),
         (["--labels", "x", "--student", "t"], 2, "--labels takes no --student"),
         (["--dataset", "rows.jsonl", "--step", "3"], 2, "--dataset needs --teacher"),
         (["--run", "x", "--out", "page.pdf"], 2, "ends in .html"),

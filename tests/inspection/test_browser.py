@@ -1,4 +1,4 @@
-"""The page of rewards in a real chromium: `pytest -m browser` (needs the `browser` extra and a chromium on the PATH)."""
+"""The page of rewards in a chromium: `pytest -m browser`, with the `browser` extra and a chromium on the PATH."""
 
 from __future__ import annotations
 
@@ -70,6 +70,11 @@ def visible_ids(page):
     return [e.inner_text() for e in page.locator("#cases article:not([hidden]) h2").all()]
 
 
+def counted(page, text):
+    """Waits until the filters are through."""
+    playwright.expect(page.locator("output")).to_have_text(text)
+
+
 def test_hostile_text_is_text(opened):
     page = opened()
     assert page.locator("img").count() == 0
@@ -118,23 +123,21 @@ def test_the_keyboard_reaches_everything(opened):
     page.keyboard.press("Escape")
     page.keyboard.press("/")
     page.keyboard.type("row 3")
-    page.wait_for_function("document.querySelector('output').textContent.startsWith('1 of 5')")
+    counted(page, "1 of 5 inputs")
     assert visible_ids(page) == ["row 3"]
 
 
 def test_filters_and_order(opened):
     page = opened()
     page.select_option("[name=order]", "regret")
-    page.wait_for_function("document.querySelector('#cases').firstElementChild.querySelector('h2').textContent != 'row 0'"
-                           " || document.querySelector('output').textContent.startsWith('5 of 5')")  # fmt: skip
+    counted(page, "5 of 5 inputs")
     regrets = [float(r or "-inf") for r in page.locator("article").evaluate_all("a => a.map(e => e.dataset.regret)")]
     assert regrets == sorted(regrets, reverse=True)
     page.fill("[name=from]", "1")
-    page.wait_for_function("document.querySelector('output').textContent.startsWith('4 of 5')")
+    counted(page, "4 of 5 inputs")
     assert "odd" not in visible_ids(page)  # its student's answer is empty
-    page.get_by_label("teacher greedy").uncheck()
-    page.wait_for_function("[...document.querySelectorAll('.answer')].some(e => e.hidden)")
-    assert page.locator(".answer:visible").count() == 4
+    page.get_by_role("checkbox", name="teacher greedy").uncheck()
+    playwright.expect(page.locator(".answer:visible")).to_have_count(4)
 
 
 def test_without_scripts_everything_is_there(opened):

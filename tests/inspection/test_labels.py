@@ -38,7 +38,7 @@ def test_recorded_and_scored_numbers_agree(folder, value):
                 assert [p for _, p in shown[:5]] == pytest.approx([p for _, p in expected], abs=1e-4)
         else:
             assert one.text == one.input  # these inputs' references
-            assert one.total_reward is None
+            assert one.tokens == []
 
 
 def test_what_was_not_recorded_is_not_made_up(tmp_path):

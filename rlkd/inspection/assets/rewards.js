@@ -61,7 +61,7 @@
       const best = element("table");
       best.append(element("caption", "The teacher's most probable tokens"));
       texts[place].forEach((number, i) => {
-        const text = data.texts[number], logprob = logprobs[place][i] / 100;
+        const text = data.texts[number], logprob = (logprobs[place][i] ?? -Infinity) / 100;
         const given = text.trim() === token.textContent.trim();
         const percent = (100 * Math.exp(logprob)).toFixed(1);
         best.append(row(element("code", text), `${logprob.toFixed(2)}, ${percent} %`, given ? "given" : ""));
