@@ -37,6 +37,10 @@ class DivergenceError(RlkdError):
     batch: tuple[dict[str, object], ...] = ()
 
 
+class CheckpointError(RlkdError):
+    """A checkpoint that is damaged, or not of this run: resuming from it would be another run."""
+
+
 class LockedError(RlkdError):
     """Another process writes there; trying again later may work (sysexits' EX_TEMPFAIL)."""
 

@@ -20,6 +20,9 @@ from .objectives.policy import kl_k3
 from .objectives.rewards import induced_advantage
 from .records import Example, Rollouts
 
+# What every row has, of the greedy and of the sampled answer.
+JUDGED = ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
+MEANS = [*(prefix + name for prefix in ("", "sample_") for name in JUDGED), "match"]
 # predictions, then the examples they answer -> named scores; a RowMean keeps the score of each row
 TaskMetric = Callable[[list[str], list[Example]], dict[str, float]]
 
@@ -120,15 +123,22 @@ class Evaluator:
                 self._teacher_answers[example.id] = ids[mask].tolist()
         return [self._teacher_answers[e.id] for e in examples]
 
+    def names(self) -> list[str] | None:
+        """What `summarise` names; None if the task metric cannot say what it yields before there are answers."""
+        task: dict[str, float] = {}
+        if self.task_metric is not None:
+            try:
+                task = self.task_metric([self.examples[0].student_input], [self.examples[0]])
+            except Exception:  # whatever a user's function cannot do with one made-up answer
+                return None
+        return [*MEANS, *(prefix + name for prefix in ("", "sample_") for name in task)]
+
     def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Means over rows, and the task metric of greedy and sampled answers. Names are defined in docs/metrics.md.
 
         Rows are given their own task score, where the metric has one for each (a `RowMean`).
         """
-        names = [
-            f"{p}{n}" for p in ("", "sample_") for n in ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
-        ]
-        metrics = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in [*names, "match"]}
+        metrics = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in MEANS}
         if self.task_metric is not None and rows:
             examples = [self.examples[row["index"]] for row in rows]
             for prefix in ("", "sample_"):

@@ -93,27 +93,30 @@ def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[s
     return scores
 
 
-# Classifiers: (predicted, true) label indices -> score in [-1, 1]. Rows without a label are left out before.
+# Classifiers: (predicted, true) label indices -> score in [-1, 1], by scikit-learn; 0 without rows. Rows without a
+# label are left out before.
 
 
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Share of equal labels; 0 without rows."""
-    return float((predicted == true).mean()) if len(true) else 0.0
+    """Share of equal labels."""
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(true, predicted)) if len(true) else 0.0
 
 
 def f1(predicted: np.ndarray, true: np.ndarray) -> float:
-    """2 TP / (2 TP + FP + FN) of label 1, as GLUE scores QQP and MRPC; 0 if neither side has it."""
-    both, either = ((predicted == 1) & (true == 1)).sum(), (predicted == 1).sum() + (true == 1).sum()
-    return float(2 * both / either) if either else 0.0
+    """F1 of label 1, whatever other labels there are, as GLUE scores QQP and MRPC; 0 if neither side has it."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(true, predicted, labels=[1], average="macro", zero_division=0)) if len(true) else 0.0
 
 
 def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Matthews correlation, that of the two one-hot codings (Gorodkin 2004); 0 if either is constant."""
-    size = int(max(predicted.max(initial=0), true.max(initial=0))) + 1
-    p, t = (np.eye(size)[labels] for labels in (predicted, true))
-    p, t = (one_hot - one_hot.mean(0) for one_hot in (p, t)) if len(true) else (p, t)
-    spread = float(np.sqrt((p * p).sum() * (t * t).sum()))
-    return float((p * t).sum()) / spread if spread else 0.0
+    """Matthews correlation, of several classes too (Gorodkin 2004); 0 if either side is constant."""
+    from sklearn.metrics import matthews_corrcoef
+
+    # Of one label in all, scikit-learn gives 0 too, but warns.
+    return float(matthews_corrcoef(true, predicted)) if len(np.union1d(true, predicted)) > 1 else 0.0
 
 
 CLASSIFICATION_METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews}

@@ -28,17 +28,19 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
 # Settings that a resumed run may change: they decide where and when something is written or shown, what is kept in
-# memory, or whether the run ends sooner, and no number that reaches the weights. Evaluation is not among them: it draws
-# from the same random numbers as dropout.
+# memory, which checkpoint is the best, or whether the run ends sooner, and no number that training puts into the
+# weights. When and what is evaluated is not among them: evaluation draws from the same random numbers as dropout.
 FREE = {
     "alarms", "allow_config_change", "dataloader_num_workers", "dataloader_persistent_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict",
-    "do_train", "early_stopping_patience", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
-    "hub_strategy", "hub_token", "ignore_data_skip", "local_rank", "log_level", "log_level_replica",
-    "log_on_each_node", "logging_first_step", "logging_steps", "logging_strategy", "output_dir", "project",
-    "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "sample_table_rows", "save_on_each_node",
-    "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics", "teacher_cache_dir",
-    "teacher_cache_mb", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "weak_start",
+    "do_train", "early_stopping_patience", "greater_is_better", "hub_always_push", "hub_model_id", "hub_private_repo",
+    "hub_revision", "hub_strategy", "hub_token", "ignore_data_skip", "load_best_model_at_end", "local_rank",
+    "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps", "logging_strategy",
+    "metric_for_best_model", "output_dir", "project", "push_to_hub", "report_to",
+    "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name", "sample_table_rows",
+    "save_on_each_node", "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
+    "teacher_cache_dir", "teacher_cache_mb", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+    "weak_start",
 }  # fmt: skip
 # A run may be made longer under these schedules only: all others end where the run ends.
 LENGTH = {"max_steps", "num_train_epochs"}
@@ -124,22 +126,20 @@ class RunRecord:
 
     def resume(self, checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
         """Make this the record of a run that goes on from `checkpoint`. Raises ConfigError as `check_settings` does,
-        and for other data, another teacher or another number of processes.
+        and for other data or another teacher.
         """
         before = RunRecord.read(checkpoint)
         if before is None:
             logger.warning("%s has no %s: whether the settings are the same is not known", checkpoint, RUN_FILE)
             return
         changed = changed_settings(before.settings, sections) + self._changed_inputs(before)
-        # A checkpoint of another trainer is refused where its state is read.
-        _refuse(checkpoint, changed, allow_change or before.trainer != self.trainer)
+        _refuse(checkpoint, changed, allow_change)
         again = {"time": self.started, "checkpoint": str(checkpoint), "command": self.command, "changed": changed}
         self.started, self.resumed = before.started, [*before.resumed, again]
 
     def _changed_inputs(self, before: RunRecord) -> list[str]:
         pairs = {f"data.{role}": (_shown_data(before, role), _shown_data(self, role)) for role in ("train", "eval")}
         pairs["teacher's weights"] = str(before.revisions.get("teacher")), str(self.revisions.get("teacher"))
-        pairs["processes"] = str(before.processes), str(self.processes)
         return [f"  {name}: {then} -> {new}" for name, (then, new) in pairs.items() if then != new]
 
 

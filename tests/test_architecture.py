@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(["tensors", "redaction", "settings"], 1),
     **dict.fromkeys(["objectives", "data", "models", "metrics", "config"], 2),
     **dict.fromkeys(["generation", "runs"], 3),
-    **dict.fromkeys(["trainers", "evaluation", "inspection", "report"], 4),
+    **dict.fromkeys(["trainers", "evaluation", "probing", "inspection", "report"], 4),
     **dict.fromkeys(["cli"], 5),
 }
 # The only steps sideways. Nothing may go back the other way.
@@ -264,4 +264,10 @@ def test_pre_commit_works_without_a_network():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
     assert [repo["repo"] for repo in hooks] == ["local"]
     assert all(hook["language"] == "system" for hook in hooks[0]["hooks"])
-    assert [hook["id"] for hook in hooks[0]["hooks"]] == ["ruff-check", "ruff-format", "mypy", "codespell"]
+    assert [hook["id"] for hook in hooks[0]["hooks"]] == [
+        "ruff-check",
+        "ruff-format",
+        "mypy",
+        "codespell",
+        "nbstripout",
+    ]

@@ -11,6 +11,7 @@ from rlkd.metrics import (
     bleu,
     classification_metrics,
     exact_match,
+    f1,
     matthews,
     rouge,
 )
@@ -29,8 +30,10 @@ def test_exact_match_strips_ignores_case_and_takes_any_reference():
 def test_rouge_by_hand():
     # Unigrams: 3 of 4 predicted and 3 of 6 wanted. Bigrams: the cat, 1 of 3 and 1 of 5. Longest common: the cat sat.
     got = rouge(["the cat quickly sat"], rows(("the cat on mats sat down",)))
-    f1 = lambda p, r: 100 * 2 * p * r / (p + r)  # noqa: E731
-    assert got == pytest.approx({"rouge1": f1(3 / 4, 3 / 6), "rouge2": f1(1 / 3, 1 / 5), "rougeL": f1(3 / 4, 3 / 6)})
+    mean = lambda p, r: 100 * 2 * p * r / (p + r)  # noqa: E731
+    assert got == pytest.approx(
+        {"rouge1": mean(3 / 4, 3 / 6), "rouge2": mean(1 / 3, 1 / 5), "rougeL": mean(3 / 4, 3 / 6)}
+    )
 
 
 def test_rouge_stems_takes_the_best_reference_and_averages_rows():
@@ -79,6 +82,12 @@ def test_classification_metrics_from_the_four_counts(seed):
     expected = by_hand(logits.argmax(-1)[kept], labels[kept])
     found = classification_metrics(list(CLASSIFICATION_METRICS))(EvalPrediction(logits, labels))
     assert found == pytest.approx(expected)
+
+
+def test_f1_is_that_of_label_1_among_several():
+    predicted, true = np.array([0, 1, 1, 2, 1, 0]), np.array([0, 1, 2, 2, 1, 1])
+    assert f1(predicted, true) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert f1(np.array([0, 2]), np.array([2, 2])) == 0
 
 
 def test_matthews_of_several_classes_is_their_correlation():

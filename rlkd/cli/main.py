@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..config import run_main
-from . import config, data, prompts, report, rewards
+from . import config, data, probe, prompts, report, rewards
 
 app = typer.Typer(
     name="rlkd",
@@ -22,9 +22,10 @@ app = typer.Typer(
 )
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
+app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
-app.add_typer(config.app, name="config")
 app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
@@ -165,6 +166,21 @@ def generate_pseudolabels(
         allow_config_change=allow_config_change,
         quiet=quiet,
     )
+
+
+@app.command("export-onnx")
+def export_onnx(
+    model: Annotated[str, typer.Argument(help="A saved sequence classifier: a local folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write model.onnx, configuration and tokenizer to.")],
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of a logit from PyTorch's; beyond it nothing is written.")
+    ] = 1e-4,
+) -> None:
+    """Write a classifier as ONNX (batch and length free) after comparing it with PyTorch."""
+    from ..models.onnx_export import export_onnx
+
+    agreement = export_onnx(model, out, tolerance=tolerance)
+    typer.echo(f"{out / 'model.onnx'}: {agreement}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,8 +50,13 @@ class Reader(Protocol):
         ...
 
 
-def open_local(path: Path, split: str) -> Reader:
-    """The reader of a file or of a folder of parquet shards. Raises DataError for unknown or empty files."""
+def open_local(path: Path, split: str, *, columns: Sequence[str] | None = None, quoted: bool = True) -> Reader:
+    """The reader of a file or of a folder of parquet shards; columns and quoted as in `Cells`.
+
+    Raises DataError for unknown or empty files, and for columns or quoted with other than .csv and .tsv.
+    """
+    if (columns is not None or not quoted) and (path.is_dir() or path.suffix.lower() not in (".csv", ".tsv")):
+        raise DataError(f"{path}: only a .csv or .tsv file takes columns or quoted. Leave them out.")
     if path.is_dir():
         return ParquetFiles(_shards(path, split), path)
     suffix = path.suffix.lower()
@@ -62,7 +67,7 @@ def open_local(path: Path, split: str) -> Reader:
     if suffix == ".parquet":
         return ParquetFiles([path], path)
     if suffix in (".csv", ".tsv"):
-        return Cells(path, "\t" if suffix == ".tsv" else ",")
+        return Cells(path, "\t" if suffix == ".tsv" else ",", columns=columns, quoted=quoted)
     if suffix == ".json":
         with path.open("rb") as file:
             if file.read(4096).removeprefix(BOM).lstrip()[:1] == b"[":
@@ -174,22 +179,34 @@ class JsonArray:
 
 
 class Cells:
-    """A CSV or TSV file with a header line; every value as text."""
+    """A CSV or TSV file; every value as text.
+
+    columns names those of a file without a header line. Without `quoted` a quote is a character like any other, and a
+    line is a row. Raises DataError for columns that are not named once each.
+    """
 
     cells = True
 
-    def __init__(self, path: Path, delimiter: str):
+    def __init__(self, path: Path, delimiter: str, *, columns: Sequence[str] | None = None, quoted: bool = True):
         csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
-        self.path, self.delimiter = path, delimiter
-        self.header: list[str] = []
+        self.path, self.delimiter, self.columns, self.quoted = path, delimiter, columns, quoted
+        self.header: list[str] = list(columns or [])
+        if columns is not None and not _distinct(self.header):
+            raise DataError(f"{path}: columns = {self.header} must name each column once.")
 
     def where(self, place: int) -> str:
         return f"{self.path}:{place}"
 
     def records(self) -> Iterator[tuple[int, Any]]:
         with self.path.open("rb") as file:
-            reader = csv.reader(self._lines(file), delimiter=self.delimiter, strict=True)
-            self.header = self._header(reader)
+            reader = csv.reader(
+                self._lines(file),
+                delimiter=self.delimiter,
+                quoting=csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE,
+                strict=True,
+            )
+            if self.columns is None:
+                self.header = self._header(reader)
             while True:
                 start = reader.line_num + 1
                 try:
@@ -197,12 +214,8 @@ class Cells:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield (
-                        start,
-                        BadRowError(
-                            f'{self.where(start)} is malformed: {error}. Write a quote inside a quoted cell twice: "".'
-                        ),
-                    )
+                    remedy = 'Write a quote inside a quoted cell twice: "".' if self.quoted else "Mend or remove it."
+                    yield start, BadRowError(f"{self.where(start)} is malformed: {error}. {remedy}")
                     continue
                 if cells:
                     yield start, cells
@@ -212,8 +225,11 @@ class Cells:
             header: list[str] = next(reader, [])
         except csv.Error as error:
             raise DataError(f"{self.path}:1 is malformed: {error}.") from error
-        if not header or len(set(header)) < len(header) or "" in header:
-            raise DataError(f"{self.path}:1 must name each column once; found {header}.")
+        if not _distinct(header):
+            raise DataError(
+                f"{self.path}:1 must name each column once; found {header}. If the file has no header, name its "
+                "columns (columns)."
+            )
         return header
 
     def _lines(self, file: Any) -> Iterator[str]:
@@ -225,9 +241,11 @@ class Cells:
         if isinstance(raw, BadRowError):
             raise raw
         if len(raw) != len(self.header):
+            remedy = 'Quote a cell that contains the delimiter: "a, b".' if self.quoted else "Mend or remove it."
+            named = "the header has" if self.columns is None else "columns name"
             raise BadRowError(
-                f"{self.where(place)} has {len(raw)} cells, the header has {len(self.header)} "
-                f'({", ".join(self.header)}). Quote a cell that contains the delimiter: "a, b".'
+                f"{self.where(place)} has {len(raw)} cells, {named} {len(self.header)} "
+                f"({', '.join(self.header)}). {remedy}"
             )
         for column, value in enumerate(raw, 1):
             if not value.isascii():
@@ -331,6 +349,10 @@ def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
                 f"{where}: column '{name}' holds half a character (surrogates: {error.object[error.start]!r})."
                 " Mend or remove it."
             ) from error
+
+
+def _distinct(names: Sequence[str]) -> bool:
+    return bool(names) and len(set(names)) == len(names) and "" not in names
 
 
 def _columns(schema: pa.Schema) -> str:

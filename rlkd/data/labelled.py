@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
 from ..tensors import length_mask, pad_stack
+
+logger = logging.getLogger(__name__)
 
 UNLABELLED = -100
 
@@ -19,13 +22,17 @@ class EncodedTexts(Sequence[dict[str, Any]]):
     """Rows {text, text_pair (or none), label (or none)} tokenised once, each with its index for the teacher's cache.
 
     Args: rows; tokenizer, fast; max_length, tokens to cut to; num_labels, to check labels against. A row without a
-    label trains on the teacher alone. Raises DataError for a label outside the set, or a pair task with a single
-    sentence.
+    label trains on the teacher alone. Raises DataError for no rows, a text that is none, a label outside the set, or a
+    pair task with a single sentence; ModelError for a tokenizer that cannot pad.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, num_labels: int):
+        if not rows:
+            raise DataError("no rows: at least one text is needed")
+        if tokenizer.pad_token_id is None:
+            raise ModelError("the tokenizer has no padding token. Set its pad_token to one that the model knows.")
         self.pad_id = int(tokenizer.pad_token_id)
-        first = [str(row["text"]) for row in rows]
+        first = [row.get("text") for row in rows]
         second = [row.get("text_pair") for row in rows]
         alone = [i for i, text in enumerate(second) if text is None]
         if alone and len(alone) < len(second):
@@ -33,12 +40,11 @@ class EncodedTexts(Sequence[dict[str, Any]]):
                 f"rows {', '.join(map(str, alone[:5]))}: text_pair is missing, and other rows have one. A pair task "
                 "needs two sentences in every row."
             )
+        for i, pair in enumerate(zip(first, second, strict=True)):
+            if not all(isinstance(text, str) for text in pair[: 1 if alone else 2]):
+                raise DataError(f"row {i}: text and text_pair must be text, found {pair}. Mend or remove the row.")
         self.labels = [_label(i, row.get("label"), num_labels) for i, row in enumerate(rows)]
-        encoded = (
-            tokenizer(first, None if alone else second, truncation=True, max_length=max_length, verbose=False)
-            if first
-            else {"input_ids": []}
-        )
+        encoded = tokenizer(first, None if alone else second, truncation=True, max_length=max_length, verbose=False)
         self.names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
         self.ids = {name: encoded[name] for name in self.names}
 
@@ -76,6 +82,24 @@ class EncodedTexts(Sequence[dict[str, Any]]):
         batch["labels"] = torch.tensor([row["label"] for row in rows])
         batch["index"] = torch.tensor([row["index"] for row in rows])
         return batch
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """All rows, the shortest first: the numbers of `size` rows, and what a model reads of them."""
+        lengths = self.lengths
+        order = sorted(range(len(self)), key=lambda i: (lengths[i], i))
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size]
+            yield numbers, model_inputs(self.collate([self[i] for i in numbers]))
+
+
+def labelled_rows(rows: Sequence[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:
+    """The rows that have a label, where others say nothing. Raises DataError if there is none."""
+    kept = [row for row in rows if row.get("label") is not None]
+    if not kept:
+        raise DataError(f"{role}: none of {len(rows)} rows has a label, and only labelled ones count here")
+    if len(kept) < len(rows):
+        logger.warning("%s: %d of %d rows have no label and are left out", role, len(rows) - len(kept), len(rows))
+    return kept
 
 
 def _label(index: int, label: Any, num_labels: int) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,18 +50,27 @@ def load_rows(
     subset: str | None = None,
     revision: str | None = None,
     limit: int | None = None,
+    columns: Sequence[str] | None = None,
+    quoted: bool = True,
+    on_bad_row: OnBadRow = "fail",
 ) -> datasets.Dataset:
     """Rows of a local file, of a folder of parquet shards, or of a hub data set.
 
     Args: source, a path (.jsonl, .json, .csv, .tsv, .parquet, or a folder) or a hub id; split, a hub split, or the
     shards `<split>*.parquet` of a folder whose shards are named by split (one file has one split, whatever its name);
-    subset and revision, of a hub data set only; limit keeps the first rows.
+    subset and revision, of a hub data set only; limit keeps the first rows; columns, the names in a CSV or TSV file
+    without a header; quoted False where quotes in such a file mean nothing (GLUE); on_bad_row, as in `RowStream`.
     In CSV and TSV a column of whole numbers only is read as integers, every other one as text.
     Raises: DataError that names the file, the line where there is one, and the remedy.
     """
     check_limit(limit)
     path = local_path(source, split=split, subset=subset, revision=revision)
-    rows = _load_hub(source, split, subset, revision) if path is None else _load_local(open_local(path, split))
+    if path is not None:
+        rows = _load_local(open_local(path, split, columns=columns, quoted=quoted), on_bad_row)
+    elif columns is not None or not quoted:
+        raise DataError(f"'{source}' is a hub data set: only a local .csv or .tsv file takes columns or quoted.")
+    else:
+        rows = _load_hub(source, split, subset, revision)
     if len(rows) == 0:
         raise no_rows(source, split)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
@@ -323,17 +332,26 @@ class RowStream:
                 first[name] = where
 
 
-def _load_local(reader: Reader) -> datasets.Dataset:
+def _load_local(reader: Reader, on_bad_row: OnBadRow) -> datasets.Dataset:
     import datasets
 
     if isinstance(reader, ParquetFiles):
         return read_parquet(reader.files)
     columns = Columns()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    bad: list[BadRowError] = []
     for place, raw in reader.records():
-        row = reader.parse(place, raw)
-        columns.add(place, row, reader)
-        rows.append(row)
+        try:
+            row = reader.parse(place, raw)
+            columns.add(place, row, reader)
+        except BadRowError as error:
+            if on_bad_row == "fail":
+                raise
+            bad.append(error)
+        else:
+            rows.append(row)
+    if bad:
+        logger.warning("%d bad rows left out, the first: %s", len(bad), bad[0])
     complete = columns.complete(cells=reader.cells)
     rows = [complete(row) for row in rows]
     arrays = {}

@@ -27,6 +27,16 @@ def write_durably(path: Path, content: bytes) -> None:
         raise explained(error, path, len(content)) from error
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add `text` to the end of `path`, made if need be. Raises RlkdError naming the file if the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise explained(error, path, len(text)) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder: without it a rename may be lost with the power."""
     handle = os.open(folder, os.O_RDONLY)

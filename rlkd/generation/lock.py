@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 from ..errors import LockedError
 
 logger = logging.getLogger(__name__)
+
+# One Ctrl-C reaches a worker of torchrun twice, from the terminal and from the launcher.
+ONE_PRESS = 0.25
 
 
 @contextmanager
@@ -64,6 +68,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -79,7 +84,9 @@ class Stop:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
-            raise SystemExit(128 + signum)
-        self.signum = signum
+            if time.monotonic() - self._first > ONE_PRESS:
+                raise SystemExit(128 + signum)
+            return
+        self.signum, self._first = signum, time.monotonic()
         # print and logging may be what the signal interrupted: write(2) is safe.
-        os.write(2, b"stopping after this batch; once more to stop at once\n")
+        os.write(2, b"stopping as soon as what was done is saved; once more to stop at once\n")

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ..generation.files import append_text
 from ..models.student import Policy
 from ..models.teacher import Teacher
 from ..objectives.rewards import Value
@@ -49,11 +50,12 @@ def rollout_samples(teacher: Teacher, tokenizer: Any, batch: Minibatch, value: V
 
 def append_samples(folder: Path, samples: Iterable[Sample], *, step: int, value: str) -> None:
     """Add one line per sample to the run's file; numbers are kept to a millionth of a nat."""
-    with (folder / TOKEN_REWARDS).open("a", encoding="utf-8") as file:
-        for sample in samples:
-            row = {name: field for name, field in asdict(sample).items() if field is not None}
-            for name in set(row) & set(COLUMNS):
-                row[name] = [x if x is None else round(x, 6) for x in row[name]]
-            if "top" in row:
-                row["top"] = [[(text, round(x, 3)) for text, x in best] for best in row["top"]]
-            file.write(json.dumps({"value": value, **row, "step": step}, ensure_ascii=False) + "\n")
+    lines = []
+    for sample in samples:
+        row = {name: field for name, field in asdict(sample).items() if field is not None}
+        for name in set(row) & set(COLUMNS):
+            row[name] = [x if x is None else round(x, 6) for x in row[name]]
+        if "top" in row:
+            row["top"] = [[(text, round(x, 3)) for text, x in best] for best in row["top"]]
+        lines.append(json.dumps({"value": value, **row, "step": step}, ensure_ascii=False) + "\n")
+    append_text(folder / TOKEN_REWARDS, "".join(lines))

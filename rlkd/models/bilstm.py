@@ -1,6 +1,7 @@
 """A BiLSTM classifier as a PreTrainedModel: a student of another architecture (Tang et al. 2019, arXiv 1903.12136).
 
 Importing this module registers it with transformers' Auto classes, so that a saved one loads as any other model does.
+The saved folder holds this file too, which imports nothing of rlkd: elsewhere it loads with trust_remote_code=True.
 It has no attention, so it learns from logits (and, through projections, from hidden states), never from a tree.
 """
 
@@ -94,3 +95,5 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
 
 AutoConfig.register(BiLSTMConfig.model_type, BiLSTMConfig)
 AutoModelForSequenceClassification.register(BiLSTMConfig, BiLSTMForSequenceClassification)
+BiLSTMConfig.register_for_auto_class()
+BiLSTMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
 from ..objectives.attention_tree import AttentionRows, rows_of_map
+from .architectures import load_config
 from .attention import AttentionSource, recorded_attention
 
 Init = Literal["mapped", "first", "pretrained", "random"]
 PROJECTIONS_FILE = "projections.safetensors"
+# Families that number positions from pad_token_id + 1, so that as many of the embedding's rows are never used.
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "roberta-prelayernorm")
 
 
 class EncoderOutputs(NamedTuple):
@@ -47,6 +50,20 @@ def run_encoder(
 def width_of(config: Any) -> int:
     """Width of a model's hidden states; those of a bidirectional network join both directions."""
     return int(getattr(config, "output_width", config.hidden_size))
+
+
+def check_length(max_length: int, config: Any, role: str) -> None:
+    """Raises ConfigError if the model has fewer positions than `max_length` tokens."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if config.model_type in POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
+    if max_length > positions:
+        raise ConfigError(
+            f"max_length = {max_length}: the {role} ('{config.model_type}') has {positions} positions. "
+            f"Set max_length to at most {positions}; longer texts are cut."
+        )
 
 
 def matched_layers(student_layers: int, teacher_layers: int, layer_map: list[int] | None = None) -> list[int]:
@@ -135,8 +152,8 @@ def layer_list(model: Any) -> str:
     return found[0]
 
 
-def build_student(
-    teacher: Any,
+def student_config(
+    teacher_config: Any,
     layers: int,
     init: Init = "mapped",
     *,
@@ -146,14 +163,11 @@ def build_student(
     layer_map: list[int] | None = None,
     pretrained: str | None = None,
 ) -> Any:
-    """A student of `layers` layers in the family of a fine-tuned `teacher`, as a plain sequence classifier.
-
-    mapped      embeddings, head and layers I(1) .. I(K) of the teacher (see `matched_layers`)
-    first       embeddings, head and layers 1 .. K of the teacher
-    pretrained  the first K layers of the model `pretrained` names (hub id or folder), with a fresh head
-    random      fresh weights
-    hidden_size, attention_heads and intermediate_size make a narrower student: init random only. Raises ConfigError.
-    """
+    """Configuration of the student that `build_student` makes of these arguments. Raises ConfigError."""
+    if init not in get_args(Init):
+        raise ConfigError(f"init = {init!r}: allowed are {', '.join(map(repr, get_args(Init)))}")
+    if layers < 1:
+        raise ConfigError(f"layers = {layers}: a student needs at least 1")
     narrower = {
         name: value
         for name, value in (
@@ -161,18 +175,24 @@ def build_student(
             ("num_attention_heads", attention_heads),
             ("intermediate_size", intermediate_size),
         )
-        if value is not None and value != getattr(teacher.config, name)
+        if value is not None and value != getattr(teacher_config, name)
     }
     if narrower and init != "random":
         raise ConfigError(
             f"init = {init!r} copies weights, which does not fit other widths ({narrower}): use init: random"
         )
-    chosen = matched_layers(layers, teacher.config.num_hidden_layers, layer_map)
+    matched_layers(layers, teacher_config.num_hidden_layers, layer_map)
     if init == "pretrained":
-        return _first_layers_of(pretrained, layers, teacher.config)
-    if init not in ("mapped", "first", "random"):
-        raise ConfigError(f"init = {init!r}: allowed are 'mapped', 'first', 'pretrained', 'random'")
-    config = copy.deepcopy(teacher.config)
+        if pretrained is None:
+            raise ConfigError("init = 'pretrained': name the model in pretrained (hub id or folder)")
+        config = load_config(pretrained, "student")
+        if layers > config.num_hidden_layers:
+            raise ConfigError(
+                f"a student of {layers} layers: the model '{pretrained}' has only {config.num_hidden_layers}"
+            )
+        config.id2label, config.label2id = teacher_config.id2label, teacher_config.label2id
+    else:
+        config = copy.deepcopy(teacher_config)
     config.num_hidden_layers = layers
     for name, value in narrower.items():
         setattr(config, name, value)
@@ -180,9 +200,31 @@ def build_student(
         raise ConfigError(
             f"attention_heads = {config.num_attention_heads}: must divide hidden_size = {config.hidden_size}"
         )
+    return config
+
+
+def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: Any) -> Any:
+    """A student of `layers` layers in the family of a fine-tuned `teacher`, as a plain sequence classifier.
+
+    mapped      embeddings, head and layers I(1) .. I(K) of the teacher (see `matched_layers`)
+    first       embeddings, head and layers 1 .. K of the teacher
+    pretrained  the first K layers of the model `pretrained` names (hub id or folder), with a fresh head
+    random      fresh weights
+    options: as in `student_config`; hidden_size, attention_heads and intermediate_size make a narrower student, init
+    random only. Raises ConfigError.
+    """
+    config = student_config(teacher.config, layers, init, **options)
+    if init == "pretrained":
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification.from_pretrained(
+            options["pretrained"], config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
     student = type(teacher)(config)
     if init != "random":
-        _copy_layers(teacher, student, chosen if init == "mapped" else list(range(1, layers + 1)))
+        M = teacher.config.num_hidden_layers
+        mapped = matched_layers(layers, M, options.get("layer_map"))
+        _copy_layers(teacher, student, mapped if init == "mapped" else list(range(1, layers + 1)))
     return student
 
 
@@ -197,15 +239,6 @@ def _copy_layers(teacher: Any, student: Any, chosen: list[int]) -> None:
         elif int(inside[2]) in place:
             weights[f"{inside[1]}{place[int(inside[2])]}{inside[3]}"] = tensor
     student.load_state_dict(weights)
-
-
-def _first_layers_of(name: str | None, layers: int, teacher_config: Any) -> Any:
-    from transformers import AutoModelForSequenceClassification
-
-    if name is None:
-        raise ConfigError("init = 'pretrained': name the model in pretrained (hub id or folder)")
-    labels = {"id2label": teacher_config.id2label, "label2id": teacher_config.label2id}
-    return AutoModelForSequenceClassification.from_pretrained(name, num_hidden_layers=layers, **labels)
 
 
 def check_head_slices(heads: int, teacher_width: int, source: str) -> None:

@@ -7,13 +7,16 @@ valid tokens reach the head, and the head runs in chunks: logits [B, R, V] never
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 from torch import Tensor
+from transformers.utils import logging
 
-from ..errors import DivergenceError
+from ..errors import DivergenceError, ModelError
 from ..objectives.rewards import pool_templates, token_scores
 from ..records import TeacherScores
 from ..tensors import unpack
@@ -21,6 +24,8 @@ from .architectures import EncoderDecoder
 from .vocabulary import encode_texts
 
 TemplateCombination = Literal["average", "pool"]
+Result = TypeVar("Result")
+logger = logging.get_logger("rlkd")
 
 
 class EncoderCache:
@@ -59,6 +64,7 @@ class Teacher:
     append_eos        end inputs with end-of-sequence (T5, Flan-T5: yes; T0: no)
     combination       several templates of one input: average their rewards, or pool their log-probs
     batch_tokens      padded tokens per forward; less uses less memory and changes no result
+                      (halved when memory runs out)
     cache_bytes       room for encoder states of prompts seen before
     """
 
@@ -83,9 +89,8 @@ class Teacher:
         states = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         missing = [key for key, state in states.items() if state is None]
         with torch.no_grad():
-            for key, state in zip(
-                missing, self.adapter.encode_prompts([list(k) for k in missing], self.batch_tokens), strict=True
-            ):
+            made = self._in_memory(lambda tokens: self.adapter.encode_prompts([list(k) for k in missing], tokens))
+            for key, state in zip(missing, made, strict=True):
                 states[key] = state
                 self.cache.put(key, state)
         return [states[key] for key in keys]  # type: ignore[misc]
@@ -104,13 +109,14 @@ class Teacher:
 
         Args: teacher_inputs, B tuples of the same number K of texts; answer_ids, answer_mask [B, R]; with_hidden keeps
         the head input for exact expectations; ids name the rows in errors.
-        Returns: TeacherScores, zeros at padding. Raises DivergenceError if a teacher logit is not finite.
+        Returns: TeacherScores, zeros at padding. Raises DivergenceError if a teacher logit is not finite, ModelError
+        if not even one row at a time fits in memory.
         """
         lengths = answer_mask.sum(1).tolist()
         per_template = []
         for k in range(len(teacher_inputs[0])):
             states = self.encode([texts[k] for texts in teacher_inputs])
-            per_template.append(self.adapter.answer_hidden(states, answer_ids, lengths, self.batch_tokens))
+            per_template.append(self._answer_hidden(states, answer_ids, lengths))
         if self.combination == "pool":
             per_template = [torch.stack(per_template).mean(0)]
         scores = [self._scores(hidden, answer_ids, answer_mask, with_hidden) for hidden in per_template]
@@ -134,6 +140,34 @@ class Teacher:
         half = len(columns) // 2
         return torch.stack(columns[:half], -1), torch.stack(columns[half:], -1)
 
+    def _answer_hidden(self, states: list[Tensor], answer_ids: Tensor, lengths: list[int]) -> Tensor:
+        return self._in_memory(lambda tokens: self.adapter.answer_hidden(states, answer_ids, lengths, tokens))
+
+    def _in_memory(self, forward: Callable[[int], Result]) -> Result:
+        """`forward(batch_tokens)`; when memory runs out, again with half as many, which then stay."""
+        try:
+            return forward(self.batch_tokens)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+
+        def halve() -> int:
+            self.batch_tokens //= 2
+            logger.warning(f"out of memory in the teacher: trying again with {self.batch_tokens} tokens a batch")
+            return self.batch_tokens
+
+        asked = self.batch_tokens
+        try:
+            return find_executable_batch_size(forward, halve(), halve)()
+        except RuntimeError as error:
+            if self.batch_tokens:
+                raise
+            self.batch_tokens = asked
+            raise ModelError(
+                "the teacher does not fit in memory, not even one row at a time: lower max_input_tokens or "
+                "max_new_tokens, load it in bfloat16 (teacher_dtype), or use a smaller teacher"
+            ) from error
+
     def _scores(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor, with_hidden: bool) -> TeacherScores:
         values = self.adapter.head().map(token_scores, hidden[mask], answer_ids[mask])
         chosen, largest, logsumexp, mean, entropy = (unpack(value, mask) for value in values)
@@ -148,6 +182,5 @@ class Teacher:
         raise DivergenceError(
             f"the teacher's logits are not finite for {len(bad)} of {len(good)} answers: {', '.join(names)}. "
             f"Its weights are {self.adapter.model.dtype}: use bfloat16 or float32 for T5 models, and check that the "
-            f"checkpoint loads "
-            "without missing weights. Nothing was updated with these rewards."
+            "checkpoint loads without missing weights."
         )

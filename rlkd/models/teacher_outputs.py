@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -86,13 +86,16 @@ def cached_outputs(
     key = {**key, "kind": kind}
     folder = root / sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     if not (folder / META_FILE).exists():
-        partial = root / f"{folder.name}.partial-{os.getpid()}"
+        # Not named by process: its number comes again, after a kill or in another container.
+        partial = root / f"{folder.name}.partial-{uuid4().hex}"
         partial.mkdir(parents=True)
         try:
             _write(partial, kind, lengths, compute, batch_rows)
             (partial / META_FILE).write_text(json.dumps(key, indent=2))
-            if not folder.exists():
-                partial.rename(folder)
+            partial.rename(folder)
+        except OSError:
+            if not (folder / META_FILE).exists():  # else another run was first
+                raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return TeacherOutputs(folder)

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from ..errors import ConfigError
 from ..settings import Count, Fraction, Natural, NonNegative, Positive, check_ranges
+from .best import LOWER_IS_BETTER
 
 
 def _require(condition: bool, name: str, value: object, constraint: str) -> None:
@@ -20,19 +21,47 @@ def _require(condition: bool, name: str, value: object, constraint: str) -> None
 class StudentArguments(TrainingArguments):
     """What every rlkd trainer shares.
 
-    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), and columns are kept
-    for the collators.
+    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
+    to a tracker unless asked for, columns are kept for the collators, and a resumed run restores its callbacks.
     """
 
     allow_config_change: bool = field(
         default=False, metadata={"help": "Resume a checkpoint that was written with other settings."}
     )
+    alarms: Literal["warn", "stop", "off"] = field(
+        default="warn",
+        metadata={"help": "When a logged number crosses a threshold of docs/guards.md: warn, or save and exit with 5."},
+    )
+    early_stopping_patience: Count | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a better one; null never does."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Kept on: patience goes on where it was."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
 
     def __post_init__(self) -> None:
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and metric in LOWER_IS_BETTER:
+            self.greater_is_better = False
         super().__post_init__()
         check_ranges(self)
+        patience = self.early_stopping_patience
+        if patience is not None:
+            _require(
+                self.load_best_model_at_end,
+                "early_stopping_patience",
+                patience,
+                "needs load_best_model_at_end: true (and eval_strategy, save_strategy: epoch or steps)",
+            )
+        _require(
+            not self.load_best_model_at_end or self.save_strategy != "steps" or self.save_steps == self.eval_steps,
+            "save_steps",
+            self.save_steps,
+            f"load_best_model_at_end keeps an evaluated step only if it is saved: set it to eval_steps = "
+            f"{self.eval_steps}, or save_strategy to best",
+        )
 
 
 @dataclass
@@ -49,6 +78,8 @@ class DistillationArguments(StudentArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "regret"
         super().__post_init__()
         _require(
             not self.fp16, "fp16", self.fp16, "float16 overflows to inf in T5 models. Use bf16: true (GPU) or neither."

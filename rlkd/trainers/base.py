@@ -79,9 +79,10 @@ class DistillationTrainer(StudentTrainer):
 
     def run(self) -> None:
         """A whole job, as the recipes run it: train (or resume), judge, save the student, say where it is."""
-        self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-        metrics = self.evaluate()
-        self.save_model()
+        with self.writing():
+            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+            metrics = self.evaluate()
+            self.save_model()
         if self.is_world_process_zero():
             shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3g}" for name, value in metrics.items())
             print(f"held-out: {shown}\nstudent and metrics.jsonl saved in {self.run_folder}")
@@ -110,6 +111,10 @@ class DistillationTrainer(StudentTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def held_out_names(self) -> list[str] | None:
+        """As in `StudentTrainer`."""
+        return None if self.evaluator is None else self.evaluator.names()
+
     @property
     def held_out_rows(self) -> int | None:
         """As in `StudentTrainer`, of the first `eval_limit`."""
@@ -123,7 +128,7 @@ class DistillationTrainer(StudentTrainer):
         share = range(self.accelerator.process_index, total, self.accelerator.num_processes)
         self.policy.eval()
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        with progress(len(share), what="evaluation", quiet=quiet) as advance:
+        with self.finite.together([], None), progress(len(share), what="evaluation", quiet=quiet) as advance:
             rows = self.evaluator.rows(self.policy, self.reference, list(share), advance)
         if self.accelerator.num_processes > 1:
             rows = gather_object(rows)

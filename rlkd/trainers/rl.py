@@ -93,6 +93,7 @@ class RLTrainer(DistillationTrainer):
         )
         # On resume `ExperienceLoader` knows from the step count where it is: the Trainer must not skip anything.
         self.args.ignore_data_skip = True
+        self.steps_between_checkpoints = args.updates_per_rollout
         self.teacher: Teacher = teacher
         self.train_examples = train_examples
         self.reference = self.policy.frozen_copy()
@@ -108,6 +109,7 @@ class RLTrainer(DistillationTrainer):
                 "minibatches_per_rollout, or raise rollouts_per_prompt"
             )
         self.add_callback(StartCheck(self))
+        self.add_callback(_EpochOfStep())
 
     # The loop
 
@@ -163,13 +165,7 @@ class RLTrainer(DistillationTrainer):
         """Teacher scores, KL, values and credit of a whole rollout batch."""
         args, mask = self.args, rollouts.answer_mask
         needs_vocabulary = args.one_step == "exact" or args.baseline == "closed_form"
-        scores = self.teacher.score(
-            [example.teacher_inputs for example in rollouts.examples],
-            rollouts.answer_ids,
-            mask,
-            with_hidden=needs_vocabulary,
-            ids=[example.id for example in rollouts.examples],
-        )
+        scores = self.score(rollouts, with_hidden=needs_vocabulary)
         advantage = induced_advantage(scores, args.reward_value)
         offset = state_value(scores, args.reward_value)
         statistics, token_args = self.statistics(scores, offset)
@@ -199,6 +195,18 @@ class RLTrainer(DistillationTrainer):
             values=values,
             teacher_value=teacher_baseline(scores, args.reward_value, args.gauge),
         )
+        self.finite.check(
+            {
+                "the student's log-probability": rollouts.behaviour_logps,
+                "the reference's log-probability": reference_logps,
+                "the critic's value": values,
+                "the reward": reward * mask,
+                "the advantage": advantages,
+                "the return": returns,
+            },
+            [example.id for example in rollouts.examples],
+            rollouts,
+        )
         advantages, scale = self.scale_advantages(advantages, mask)
         rewards = scale * reward * mask
         mean_kl = self.record_experience(rollouts, scores, advantages, values, returns, kl)
@@ -218,6 +226,15 @@ class RLTrainer(DistillationTrainer):
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, mean_kl, args.kl_target)
         return minibatch
+
+    def score(self, rollouts: Rollouts, *, with_hidden: bool) -> TeacherScores:
+        """What the teacher says of the answers. Raises DivergenceError on every process if it fails on one."""
+        ids = [example.id for example in rollouts.examples]
+        with self.finite.together(ids, rollouts):
+            prompts = [example.teacher_inputs for example in rollouts.examples]
+            return self.teacher.score(
+                prompts, rollouts.answer_ids, rollouts.answer_mask, with_hidden=with_hidden, ids=ids
+            )
 
     def statistics(self, scores: TeacherScores, offset: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
         """The function of the student's logits that the loss needs, and its per-token arguments."""
@@ -293,8 +310,11 @@ class RLTrainer(DistillationTrainer):
             loss = loss + args.value_coef * critic
             self.record_tokens(mask, value_loss=critic)
         total = reduce_tokens(loss, mask, args.loss_reduction, minibatch.denominator)
-        self.check_finite("the loss", total, [example.id for example in rollouts.examples])
-        ratio = ((logps.detach() - rollouts.behaviour_logps) * mask).exp()
+        log_ratio = (logps.detach() - rollouts.behaviour_logps) * mask
+        ids = [example.id for example in rollouts.examples]
+        watched = {"the log-ratio": log_ratio, "the loss": torch.where(mask, loss, 0.0), "the summed loss": total}
+        self.finite.watch(watched, ids, minibatch)
+        ratio = log_ratio.exp()
         self.record_tokens(mask, entropy=entropy, ratio_mean=ratio)
         self.record(ratio_max=ratio.max())
         return self.scale_to_global(total)
@@ -363,6 +383,13 @@ class ExperienceLoader:
     def __iter__(self) -> Iterator[dict[str, Minibatch]]:
         done = self.trainer.state.global_step * self.trainer.args.gradient_accumulation_steps % self.length
         yield from islice(self.trainer.experience(), self.length - done)
+
+
+class _EpochOfStep(TrainerCallback):
+    """The Trainer, which skips no data here, would count the micro-batches of a resumed epoch from its beginning."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step * args.gradient_accumulation_steps / len(kwargs["train_dataloader"])
 
 
 def _policy_inputs(rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..generation.files import append_text
+
 METRICS, SAMPLES, HELD_OUT = "metrics.jsonl", "samples.jsonl", "held_out.jsonl"
 
 
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append records; the folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(_line(record) for record in records)
+    """Append records; the folder is made if need be. Raises RlkdError naming the file if the disk is full."""
+    append_text(path, "".join(_line(record) for record in records))
 
 
 def keep_first_and_last(path: Path, step: int, rows: list[dict[str, Any]]) -> None:

@@ -20,9 +20,9 @@ from ..models.architectures import EncoderDecoder, check_config, load_config, lo
 from ..models.teacher import Teacher
 from ..models.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
-from ..runs import check_settings
 from ..settings import Count, Natural, check_ranges
 from .arguments import DistillationArguments
+from .checkpoints import check_resumed_settings
 
 
 @dataclass
@@ -147,10 +147,7 @@ def prepare(
     if student.use_peft:
         student.lora_task_type = "SEQ_2_SEQ_LM"
     settings = (data, teacher, student)
-    if training.resume_from_checkpoint:
-        check_settings(
-            Path(training.resume_from_checkpoint), (*settings, training), allow_change=training.allow_config_change
-        )
+    check_resumed_settings(training, settings)
     tokenizer, valid_vocab = _check_models(teacher, student, name)
     train, evaluation, labels = _load_data(data)
 

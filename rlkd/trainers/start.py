@@ -53,13 +53,7 @@ class StartCheck(TrainerCallback):
         trainer, teacher = self.trainer, self.trainer.teacher
         rollouts, eos = trainer.sample(0), teacher.adapter.eos_id
         mask = rollouts.answer_mask
-        scores = teacher.score(
-            [example.teacher_inputs for example in rollouts.examples],
-            rollouts.answer_ids,
-            mask,
-            with_hidden=True,
-            ids=[example.id for example in rollouts.examples],
-        )
+        scores = trainer.score(rollouts, with_hidden=True)
         assert scores.hidden is not None
         (eos_logits,) = teacher.adapter.head().map(lambda logits: (logits[:, eos],), scores.hidden[mask])
         gap = scores.max.masked_scatter(mask, scores.max[mask] - eos_logits)

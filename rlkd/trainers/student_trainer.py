@@ -1,31 +1,32 @@
-"""What every rlkd trainer shares: recording what is logged, stopping at what is not finite, saving the bare student."""
+"""What every rlkd trainer shares: recording what is logged, guards, saving the bare student."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from ..errors import ConfigError, DivergenceError
 from ..generation.label_store import weights_digest
 from ..redaction import redacted
 from ..runs import RUN_FILE, RunRecord, describe_data, describe_templates, settings_of
 from .arguments import StudentArguments
+from .best import BestCheckpoint, check_best_metric
 from .card import write_card
+from .checkpoints import read_state
+from .finite import FiniteGuard
+from .guards import AlarmCallback
 from .progress import TrainingProgress
+from .resumable import ResumableTrainer
 from .run_files import METRICS, append_lines
-
-STATE_FILE = "rlkd_state.json"
 
 
 class JsonlCallback(TrainerCallback):
@@ -37,18 +38,7 @@ class JsonlCallback(TrainerCallback):
             append_lines(Path(args.output_dir) / METRICS, [record])
 
 
-class _FiniteGradient(TrainerCallback):
-    """Stops before an optimizer step with a gradient that is not finite."""
-
-    def __init__(self, trainer: StudentTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        norms = [p.grad.norm() for p in self.trainer.trained.parameters() if p.grad is not None]
-        self.trainer.check_finite("the gradient", torch.stack(norms), ["of this update"])
-
-
-class StudentTrainer(Trainer):
+class StudentTrainer(ResumableTrainer):
     """transformers.Trainer around a wrapped student. Saved models are the bare student and its tokenizer.
 
     Subclasses set `trained`, `tokenizer` and `teacher` before they call this constructor. The wrapper has the plain
@@ -66,26 +56,18 @@ class StudentTrainer(Trainer):
         self._recorded: dict[str, list[Tensor]] = {}
         self.run_record: RunRecord | None = None
         self._cpu_started = time.process_time()
-        own = [JsonlCallback(), _FiniteGradient(self)]
-        super().__init__(model=self.trained, callbacks=[*own, *(callbacks or [])], **options)
+        self.finite, self.alarms = FiniteGuard(self), AlarmCallback(self)
+        own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint()]
+        patience = options["args"].early_stopping_patience
+        stopping = [EarlyStoppingCallback(patience)] if patience else []
+        super().__init__(model=self.trained, callbacks=[*own, *stopping, *(callbacks or [])], **options)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingProgress())
-
-    @property
-    def run_folder(self) -> Path:
-        """Where metrics, samples, checkpoints and the final student go."""
-        return Path(str(self.args.output_dir))
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
-        """As in Trainer, after run.json is written. Raises ConfigError if a resumed run has other settings."""
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.run_folder))
-        self.begin_run(Path(checkpoint) if checkpoint else None)
-        return super().train(resume_from_checkpoint, *args, **options)
+        check_best_metric(self.args, self.held_out_names)
 
     def begin_run(self, checkpoint: Path | None) -> None:
         """Write run.json; if the run goes on from a checkpoint, check first that it is the same run."""
+        super().begin_run(checkpoint)
         sections = [*self.settings, self.args]
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
         models = {role: model for role, model in self.models().items() if model is not None}
@@ -138,6 +120,7 @@ class StudentTrainer(Trainer):
             self._recorded.clear()
         if "train_runtime" in logs:
             logs["train_cpu_seconds"] = time.process_time() - self._cpu_started
+        self.alarms.observe(logs)
         super().log(logs, start_time)
 
     @staticmethod
@@ -151,15 +134,36 @@ class StudentTrainer(Trainer):
             kwargs |= {name: yaml.safe_load(value) for name, value in given.items()}
         return optimizer, kwargs
 
-    def check_finite(self, name: str, value: Tensor, ids: list[str]) -> None:
-        """Raise DivergenceError before a non-finite number reaches the weights."""
-        if not torch.isfinite(value).all():
-            raise DivergenceError(
-                f"{name} is not finite at step {self.state.global_step} (rows {', '.join(ids[:5])}). Nothing was "
-                "updated with it. Lower learning_rate, or resume from the last checkpoint."
-            )
+    # Guards: `finite` stops what is not finite, `alarms` judges what is logged.
 
-    # Saving: the bare student; beside it, in checkpoints only, what resuming needs (`save_extras`).
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer. Raises DivergenceError for numbers that are not finite, and after an alarm that stops."""
+        result = super().train(*args, **kwargs)
+        self.alarms.raise_if_stopped()
+        return result
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether `flag` is true on any process; each must ask."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), reduction="sum") > 0)
+
+    def held_out_names(self) -> list[str] | None:
+        """Names of the numbers an evaluation yields, without `eval_`; None if only running it would tell."""
+        return None
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.finite.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.finite.grad_norm
+
+    # Saving: the bare student; beside it, in checkpoints only, what resuming needs (`resumable.py`).
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer. Raises DivergenceError, and writes nothing, if weights or optimizer state are not finite."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        held = (t for state in states for t in state.values() if isinstance(t, Tensor))
+        self.finite.check_weights(chain(self.trained.state_dict().values(), held))
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder
@@ -191,31 +195,16 @@ class StudentTrainer(Trainer):
         """How many rows an evaluation judges; None without held-out rows."""
         return None if self.eval_dataset is None else len(self.eval_dataset)  # type: ignore[arg-type]
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Called for resumable checkpoints only, after the student was written.
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            shutil.copy(self.run_folder / RUN_FILE, output_dir)
-            (Path(output_dir) / STATE_FILE).write_text(json.dumps(self.save_extras(Path(output_dir)), indent=2))
+    def save_extras(self, folder: Path) -> dict[str, Any]:
+        """As in `ResumableTrainer`; run.json goes beside the student."""
+        shutil.copy(self.run_folder / RUN_FILE, folder)
+        return super().save_extras(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        extras = json.loads((folder / STATE_FILE).read_text())
-        if extras["trainer"] != type(self).__name__:
-            raise ConfigError(
-                f"{folder} was written by {extras['trainer']}, not by {type(self).__name__}: give another output_dir, "
-                "or start from that checkpoint's student instead of resuming it"
-            )
         self.trained.load(folder)
-        self.load_extras(extras, folder)
+        self.load_extras(read_state(folder), folder)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.trained.load(self.state.best_model_checkpoint)
-
-    def save_extras(self, folder: Path) -> dict[str, Any]:
-        """JSON-able state beyond weights, optimizer, scheduler and RNG; tensors go to files in `folder`."""
-        return {"trainer": type(self).__name__}
-
-    def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
-        """Restore what `save_extras` returned and wrote; the student is already loaded."""

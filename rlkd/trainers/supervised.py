@@ -100,13 +100,17 @@ class SupervisedTrainer(DistillationTrainer):
     ) -> Any:
         """Mean of -log pi(label token), or of the divergence, over the tokens of the whole update."""
         mask = inputs["answer_mask"]
+        ids = inputs.get("row_ids") or [f"{i} of this batch" for i in range(len(mask))]
         given = (inputs["input_ids"], inputs["input_mask"], inputs["answer_ids"], mask)
         if self.args.objective == "sequence":
             (logps, entropy), _ = model(*given)
             token_loss = -logps
         else:
             assert self.teacher is not None
-            scores = self.teacher.score(inputs["teacher_inputs"], inputs["answer_ids"], mask, with_hidden=True)
+            with self.finite.together(ids, inputs):
+                scores = self.teacher.score(
+                    inputs["teacher_inputs"], inputs["answer_ids"], mask, with_hidden=True, ids=ids
+                )
             divergence, head = DIVERGENCES[self.args.objective], self.teacher.adapter.head()
 
             def statistics(logits: Tensor, ids: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -115,6 +119,6 @@ class SupervisedTrainer(DistillationTrainer):
             (_, entropy, token_loss), _ = model(*given, statistics, (scores.hidden,))
         tokens = None if num_items_in_batch is None else float(num_items_in_batch)
         loss = reduce_tokens(token_loss, mask, "token_mean", tokens)
-        self.check_finite("the loss", loss, inputs.get("row_ids", ["of this batch"]))
+        self.finite.watch({"the loss": torch.where(mask, token_loss, 0.0), "the summed loss": loss}, ids, inputs)
         self.record_tokens(mask, entropy=entropy)
         return loss if tokens is None else self.scale_to_global(loss)

@@ -8,9 +8,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback, set_seed
 
-from ..data.labelled import EncodedTexts, model_inputs
+from ..data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ..errors import ConfigError, ModelError
 from ..metrics import classification_metrics
 from ..models.attention import prepare_attention
@@ -18,11 +18,13 @@ from ..models.encoders import (
     EncoderOutputs,
     EncoderStudent,
     check_head_slices,
+    check_length,
     matched_layers,
     run_encoder,
     width_of,
 )
 from ..models.teacher_outputs import TeacherOutputs, cache_key, cached_outputs
+from ..models.vocabulary import check_vocabulary_fits
 from ..objectives.attention_tree import AttentionRows, all_tokens, attention_tree, cls_token, random_tokens
 from ..objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance, weighted_terms
 from ..objectives.neighbours import logit_mse, noisy_logits
@@ -45,6 +47,8 @@ def check_distillation(
             f"the teacher has {teacher_config.num_labels} labels and the student {student_config.num_labels}: "
             "fine-tune the teacher on this task first"
         )
+    check_length(args.max_length, student_config, "student")
+    check_length(args.max_length, teacher_config, "teacher")
     terms = args.weights.keys() - {"ce", "kd"}
     if not terms:
         return
@@ -69,6 +73,16 @@ def check_distillation(
             )
         if needing:
             check_head_slices(config.num_attention_heads, width_of(teacher_config), role)
+
+
+def check_labels_and_vocabulary(model: Any, role: str, tokenizer: Any) -> None:
+    """Raises ModelError for a model of one label, which has nothing to tell apart, or ids beyond its embeddings."""
+    if model.config.num_labels < 2:
+        raise ModelError(
+            f"the {role} has {model.config.num_labels} label: a classifier needs at least 2 (no regression)"
+        )
+    name = model.config.name_or_path or model.config.model_type
+    check_vocabulary_fits(model.config, max(tokenizer.get_vocab().values()) + 1, role, name)
 
 
 class TKDTrainer(StudentTrainer):
@@ -98,12 +112,20 @@ class TKDTrainer(StudentTrainer):
     ):
         if teacher is None and args.teacher_needs != "none":
             raise ConfigError(f"preset = {args.preset!r} compares with a teacher: give one, or preset: ft")
+        check_length(args.max_length, student.config, "student")
         if teacher is not None:
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
             teacher.eval().requires_grad_(False).to(args.device)
         self.teacher, self.tokenizer = teacher, tokenizer
+        set_seed(args.seed)  # projections are drawn before the Trainer does so
         self.trained = self._wrap(student, args)
         labels = student.config.num_labels
+        check_labels_and_vocabulary(student, "student", tokenizer)
+        if teacher is not None:
+            check_labels_and_vocabulary(teacher, "teacher", teacher_tokenizer or tokenizer)
+        if args.weights.keys() == {"ce"}:
+            train_rows = labelled_rows(train_rows, "train_rows")
+        eval_rows = None if eval_rows is None else labelled_rows(eval_rows, "eval_rows")
         train = EncodedTexts(train_rows, tokenizer, args.max_length, labels)
         self.teacher_tokenizer, self.teacher_texts = tokenizer, train
         if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -111,7 +133,6 @@ class TKDTrainer(StudentTrainer):
             self.teacher_texts = EncodedTexts(train_rows, teacher_tokenizer, args.max_length, labels)
         self.teacher_cache: TeacherOutputs | None = None
         self.scales: dict[str, float] = {}  # of auto_scale, once known
-        stopping = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []
         super().__init__(
             args=args,
             train_dataset=train,
@@ -119,7 +140,7 @@ class TKDTrainer(StudentTrainer):
             data_collator=train.collate,
             compute_metrics=compute_metrics or classification_metrics(["accuracy"]),
             settings=settings,
-            callbacks=[*stopping, *(callbacks or [])],
+            callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch: accumulation averages it
 
@@ -139,17 +160,20 @@ class TKDTrainer(StudentTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, after the teacher's outputs were computed, where they are to be kept."""
-        self.open_teacher_cache()
-        return super().train(*args, **kwargs)
+        with self.writing():
+            self.open_teacher_cache()
+            return super().train(*args, **kwargs)
 
     def run(self) -> None:
         """A whole job, as the recipes run it: train (or resume), judge, save the student, say where it is."""
-        self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-        metrics = self.evaluate() if self.eval_dataset is not None else {}
-        self.save_model()
+        with self.writing():
+            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+            metrics = self.evaluate() if self.eval_dataset is not None else {}
+            self.save_model()
         if self.is_world_process_zero():
             shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items())
-            print(f"held-out: {shown or 'no eval_rows'}\nstudent and metrics.jsonl saved in {self.run_folder}")
+            what = "model" if self.teacher is None else "student"
+            print(f"held-out: {shown or 'no eval_rows'}\n{what} and metrics.jsonl saved in {self.run_folder}")
 
     # The loss
 
@@ -168,7 +192,10 @@ class TKDTrainer(StudentTrainer):
             terms |= self.hidden_terms(weights, student, teacher, inputs["attention_mask"], inputs["input_ids"])
         weighted = weighted_terms(terms, self.scaled(weights, terms))
         loss = torch.stack(list(weighted.values())).sum()
-        self.check_finite("the loss", loss, [str(i) for i in inputs["index"].tolist()])
+        watched = {"the loss": loss}
+        if weights.keys() - {"ce"}:
+            watched = {"the teacher's logits": teacher.logits, **watched}
+        self.finite.watch(watched, [str(i) for i in inputs["index"].tolist()], inputs)
         self.record(**terms, **{f"weighted_{name}": value for name, value in weighted.items()})
         return (loss, {"logits": student.logits}) if return_outputs else loss
 
@@ -240,8 +267,10 @@ class TKDTrainer(StudentTrainer):
             base = torch.stack([weights[name] * terms[name].detach() for name in ("ce", "kd") if name in terms]).sum()
             first = torch.stack([base, *(terms[name].detach() for name in new)]).float()
             reference, *values = self.accelerator.reduce(first, reduction="mean").tolist()
-            self.scales |= {name: reference / max(v, SMALLEST_TERM) for name, v in zip(new, values, strict=True)}
-        return weights | {name: scale for name, scale in self.scales.items() if name in terms}
+            if reference > 0:  # not in a batch without labels, if CE is alone
+                self.scales |= {name: reference / max(v, SMALLEST_TERM) for name, v in zip(new, values, strict=True)}
+        # 0 until there is something to scale to.
+        return {name: weights[name] if name in ("ce", "kd") else self.scales.get(name, 0.0) for name in terms}
 
     # The teacher
 
@@ -261,11 +290,13 @@ class TKDTrainer(StudentTrainer):
 
     @torch.no_grad()
     def _ask_teacher(self, inputs: dict[str, Tensor], *, hidden: bool, rows: bool = False) -> EncoderOutputs:
-        out = run_encoder(self.teacher, inputs, hidden=hidden, attention=self.teacher_attention if rows else None)
+        with self.accelerator.autocast():  # the Trainer sees to the student's forward alone
+            out = run_encoder(self.teacher, inputs, hidden=hidden, attention=self.teacher_attention if rows else None)
+        logits = out.logits.float()  # as they are kept: their softmax is not for bf16
         if not hidden:
-            return out
+            return out._replace(logits=logits)
         return EncoderOutputs(
-            out.logits, [out.hidden[k - 1] for k in self.layers], [out.rows[k - 1] for k in self.layers] if rows else []
+            logits, [out.hidden[k - 1] for k in self.layers], [out.rows[k - 1] for k in self.layers] if rows else []
         )
 
     def open_teacher_cache(self) -> None:
@@ -276,8 +307,7 @@ class TKDTrainer(StudentTrainer):
         with_states = kind != "logits"
 
         def compute(index: list[int]) -> EncoderOutputs:
-            with self.compute_loss_context_manager():
-                return self._ask_teacher(self._teacher_batch(index), hidden=with_states)
+            return self._ask_teacher(self._teacher_batch(index), hidden=with_states)
 
         key = cache_key(
             self.teacher,
@@ -286,6 +316,7 @@ class TKDTrainer(StudentTrainer):
             self.args.max_length,
             layers=self.layers if with_states else [],
             bf16=self.args.bf16,
+            fp16=self.args.fp16,
         )
         root = Path(self.args.teacher_cache_dir or self.run_folder / "teacher_cache")
         with self.args.main_process_first(desc="teacher outputs"):
@@ -294,6 +325,14 @@ class TKDTrainer(StudentTrainer):
             )
 
     # Evaluation and saving
+
+    def held_out_names(self) -> list[str] | None:
+        """As in `StudentTrainer`: cross-entropy, and what `compute_metrics` names for two made-up rows."""
+        try:
+            made_up = EvalPrediction(torch.eye(2, self.trained.config.num_labels).numpy(), torch.tensor([0, 1]).numpy())
+            return ["loss", *(self.compute_metrics or classification_metrics([]))(made_up)]
+        except Exception:  # whatever a user's function cannot do with them
+            return None
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -85,9 +85,6 @@ class TKDArguments(StudentArguments):
     max_length: Annotated[int, Ge(3)] = field(
         default=128, metadata={"help": "Texts are cut to this many tokens, [CLS] and [SEP] included."}
     )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without a better one; null never does."}
-    )
     learning_rate: NonNegative = field(default=2e-5, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
@@ -104,12 +101,6 @@ class TKDArguments(StudentArguments):
                 self.tree_start_epoch,
                 f"must be less than num_train_epochs = {self.num_train_epochs:g}, or the tree never starts",
             )
-        _require(
-            self.early_stopping_patience is None or self.load_best_model_at_end,
-            "early_stopping_patience",
-            self.early_stopping_patience,
-            "needs load_best_model_at_end: true (and eval_strategy, save_strategy: epoch or steps)",
-        )
 
     def _check_weights(self) -> None:
         logits = self.weights.keys() & {"ce", "kd"}
@@ -128,8 +119,10 @@ class TKDArguments(StudentArguments):
     def _check_cache(self) -> None:
         if self.teacher_cache == "none":
             return
-        if self.preset == "ft":
-            raise ConfigError(f"teacher_cache = {self.teacher_cache!r}: preset 'ft' asks no teacher. Set it to none.")
+        if self.teacher_needs == "none":
+            raise ConfigError(
+                f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} asks no teacher. Set it to none."
+            )
         if "td_teacher" in self.weights:
             raise ConfigError(
                 f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} grows a tree in the teacher's "

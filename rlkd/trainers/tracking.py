@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
+
+from .trackers import Outage
 
 TEXTS = ("id", "input", "teacher", "student", "regret", "sample_student", "sample_regret")
 COLUMNS = ("step", *TEXTS, "tokens", "sample_tokens")
@@ -13,25 +15,32 @@ NAME = "samples"
 class SampleTables:
     """One table per tracker. wandb's grows with every evaluation; trackio keeps one per evaluation."""
 
-    def __init__(self, trackers: Iterable[str]):
-        self.trackers = {"wandb", "trackio"} & set(trackers)
+    def __init__(self, trackers: Collection[str]):
+        senders = {"wandb": self._to_wandb, "trackio": self._to_trackio}
+        self._send = [
+            Outage(f"{name}'s table of samples").survived(send) for name, send in senders.items() if name in trackers
+        ]
         self._wandb: Any = None
 
     def log(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Send rows of an `Evaluator`; the trackers' runs are open, for the Trainer has logged to them before."""
         cells = [[step, *(row[name] for name in TEXTS), priced(row), priced(row, "sample_")] for row in rows]
-        if "wandb" in self.trackers:
-            import wandb
+        for send in self._send:
+            send(cells)
 
-            if self._wandb is None:
-                self._wandb = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
-            for row in cells:
-                self._wandb.add_data(*row)
-            wandb.log({NAME: self._wandb}, commit=False)
-        if "trackio" in self.trackers:
-            import trackio
+    def _to_wandb(self, cells: list[list[Any]]) -> None:
+        import wandb
 
-            trackio.log({NAME: trackio.Table(columns=list(COLUMNS), data=cells)})
+        if self._wandb is None:
+            self._wandb = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
+        for row in cells:
+            self._wandb.add_data(*row)
+        wandb.log({NAME: self._wandb}, commit=False)
+
+    def _to_trackio(self, cells: list[list[Any]]) -> None:
+        import trackio
+
+        trackio.log({NAME: trackio.Table(columns=list(COLUMNS), data=cells)})
 
 
 def priced(row: dict[str, Any], prefix: str = "") -> str:

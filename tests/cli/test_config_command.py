@@ -24,10 +24,10 @@ def run(capsys, *words):
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("kind", ["ppo", "reinforce", "seqkd"])
+@pytest.mark.parametrize("recipe", ["ppo_t0_to_t5", "reinforce_t0_to_t5", "seqkd_t0_to_t5", "tkd_glue"])
 @pytest.mark.parametrize("size", ["", ".tiny"])
-def test_shipped_files_can_work(capsys, kind, size):
-    file = RECIPES / f"{kind}_t0_to_t5{size}.yaml"
+def test_shipped_files_can_work(capsys, recipe, size):
+    file = RECIPES / f"{recipe}{size}.yaml"
     given = set(yaml.safe_load(file.read_text())) | {"bf16"}
     code, out, err = run(capsys, "check", str(file), "--bf16", "false")
     assert (code, err) == (0, "")

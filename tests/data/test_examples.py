@@ -3,8 +3,10 @@ import logging
 import datasets
 import pytest
 
-from rlkd.data.examples import Examples, supervised_pairs
+from rlkd.data.examples import Examples, PromptedRows, RowRenderer, supervised_pairs
 from rlkd.data.prompts import Template
+from rlkd.data.row_maps import parse_row_map
+from rlkd.data.rows import RowStream
 from rlkd.errors import ConfigError, DataError
 from rlkd.records import Example
 
@@ -94,3 +96,18 @@ def test_supervised_pairs(caplog):
     assert supervised_pairs(gold, [ASK])["label"][:] == ["A", "C", "D"]
     with pytest.raises(DataError, match=r"none of 4 rendered rows .* \(no target: 3, not applicable: 1\)"):
         supervised_pairs(rows(), [Template("t", "{{ q }}")])
+
+
+def test_a_row_on_which_a_template_fails_is_an_error_where_every_row_trains():
+    with pytest.raises(
+        DataError, match=r"(?s)template 'T' cannot be rendered: ZeroDivisionError.*Check that the row's"
+    ):
+        Examples(rows(), [Template("T", "{{ 10 // n }}")], student_column="q")
+
+
+def test_an_unknown_label_is_told_with_its_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"q": "a", "label": 0}\n{"q": "b", "label": 7}\n')
+    render = RowRenderer((ASK,), "q")
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: label_map: column 'label' has 7, which is not mapped"):
+        PromptedRows(RowStream(str(file)), render, row_map=parse_row_map([], ["0=no,1=yes"]))

@@ -43,12 +43,16 @@ def test_pairs(tmp_path):
 def test_label_sets_are_found():
     assert find_labels(["b", "a", None, "b", ""]) == ("a", "b")
     assert find_labels([2, 0, -1]) == ("0", "1", "2")
+    assert find_labels([5, 1, 3]) == ("1", "2", "3", "4", "5")
+    assert find_labels([True, False]) == ("False", "True")
 
 
 def test_labels_by_name_or_index_and_hidden_ones():
     assert label_indices(["pos", 0, 1, -1, None, ""], ("neg", "pos"), "x") == [1, 0, 1, None, None, None]
     # A name that looks like a number is the name: scores from 1 to 5.
     assert label_indices([1, 5], ("1", "2", "3", "4", "5"), "x") == [0, 4]
+    with pytest.raises(DataError, match=r"outside the set: 0 in rows 1. Allowed: 1, 2, 3.$"):
+        label_indices([1, 0], ("1", "2", "3"), "x")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -69,6 +73,97 @@ def test_tasks_read_their_own_columns(name, monkeypatch):
     assert second["label"] is None
     assert (asked["source"], asked["subset"], asked["split"]) == (task.source, task.subset, task.dev_splits[0])
     assert set(task.metrics) <= CLASSIFICATION_METRICS.keys()
+
+
+# GLUE's own files: task -> (training file, test file, rows of the training file)
+RAW = {
+    "cola": (
+        "gj04\t1\t\tOur friends won't buy this.\ngj04\t0\t*\tThe \"more.\n",
+        'index\tsentence\n0\tBill "sings.\n',
+        [("Our friends won't buy this.", None, 1), ('The "more.', None, 0)],
+    ),
+    "sst2": (
+        'sentence\tlabel\nhide new secretions \t0\n" too deep \t1\n',
+        "index\tsentence\n0\tuneasy\n",
+        [("hide new secretions ", None, 0), ('" too deep ', None, 1)],
+    ),
+    "mrpc": (
+        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t70\t71\tHe said " yes .\tYes , he said .\n',
+        "\ufeffindex\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t1\t2\ta\tb\n",
+        [('He said " yes .', "Yes , he said .", 1)],
+    ),
+    "qqp": (
+        'id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tWhy "?\tHow?\t0\n',
+        "id\tquestion1\tquestion2\n0\ta\tb\n",
+        [('Why "?', "How?", 0)],
+    ),
+    "qnli": (
+        'index\tquestion\tsentence\tlabel\n0\tWhen?\tIn "1800.\tnot_entailment\n',
+        "index\tquestion\tsentence\n0\ta\tb\n",
+        [("When?", 'In "1800.', 1)],
+    ),
+    "rte": (
+        'index\tsentence1\tsentence2\tlabel\n0\tOne.\tTwo ".\tentailment\n',
+        "index\tsentence1\tsentence2\n0\ta\tb\n",
+        [("One.", 'Two ".', 0)],
+    ),
+    "mnli": (
+        "index\tpromptID\tgenre\tsentence1_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
+        '0\t5\tfiction\t(ROOT)\tOne.\tTwo ".\tneutral\tcontradiction\n',
+        "index\tpromptID\tgenre\tsentence1_parse\tsentence1\tsentence2\n0\t5\tfiction\t(ROOT)\ta\tb\n",
+        [("One.", 'Two ".', 2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_the_files_that_glue_distributes(tmp_path, name):
+    train, test, expected = RAW[name]
+    (tmp_path / "train.tsv").write_text(train)
+    (tmp_path / "test.tsv").write_text(test)
+    rows = load_task(name, file=str(tmp_path / "train.tsv"))
+    assert [(row["text"], row["text_pair"], row["label"]) for row in rows] == expected
+    (row,) = load_task(name, TASKS[name].submissions[0][0], file=str(tmp_path / "test.tsv"))
+    assert row["label"] is None
+    assert row["text"].startswith(("a", "Bill", "uneasy"))
+
+
+def test_other_files_of_a_task_have_the_hubs_columns(tmp_path):
+    source = write(tmp_path / "mnli.jsonl", [("One.", "Two.", 2)], ("premise", "hypothesis", "label"))
+    assert load_task("mnli", file=source) == [{"text": "One.", "text_pair": "Two.", "label": 2}]
+    source = write(tmp_path / "trec.tsv", [('"How" many?', 5)], ("text", "coarse_label"))
+    assert load_task("trec6", file=source) == [{"text": '"How" many?', "text_pair": None, "label": 5}]
+
+
+def test_files_of_a_task_that_cannot_be_read(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text(RAW["cola"][1])
+    with pytest.raises(DataError, match=r"a\.tsv:1 has 2 cells, columns name 4 \(source, label, star, sentence\)"):
+        load_task("cola", "validation", file=str(path))
+    path.write_text(RAW["cola"][0])
+    with pytest.raises(DataError, match=r"a\.tsv:1 must name each column once.*If the file has no header"):
+        load_task("cola", "test", file=str(path))
+    path.write_text(RAW["rte"][1])
+    with pytest.raises(DataError, match="missing  label_column: 'label'"):
+        load_task("rte", file=str(path))
+    path.write_text(RAW["rte"][0].replace("entailment", "maybe"))
+    with pytest.raises(DataError, match=r"labels outside the set: 'maybe' in rows 0. Allowed: entailment"):
+        load_task("rte", file=str(path))
+    path.write_text(RAW["qqp"][0] + "half a line\n")
+    with pytest.raises(DataError, match=r"a\.tsv:3 has 1 cells, the header has 6"):
+        load_task("qqp", file=str(path))
+    assert len(load_task("qqp", file=str(path), on_bad_row="skip")) == 1
+    with pytest.raises(DataError, match=r"b\.tsv' does not exist. Did you mean 'a\.tsv'"):
+        load_task("rte", file=str(tmp_path / "b.tsv"))
+
+
+def test_tables_without_a_header(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('yes\tsay "hi\nno\tb\n')
+    rows = load_labelled(
+        str(path), text_column="t", label_column="l", labels=("no", "yes"), columns=("l", "t"), quoted=False
+    )
+    assert rows == [{"text": 'say "hi', "text_pair": None, "label": 1}, {"text": "b", "text_pair": None, "label": 0}]
 
 
 def test_submissions_are_as_the_server_wants_them(tmp_path):

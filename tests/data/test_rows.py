@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlkd.data.rows import check_columns, check_text_column, load_rows
+from rlkd.data.rows import RowStream, check_columns, check_text_column, load_rows
 from rlkd.errors import DataError
 
 ROWS = [
@@ -86,7 +86,7 @@ def test_columns_missing_in_the_first_row_are_kept(tmp_path):
         ("a.json", '[{"a": 1},\n {"a" 2}]', ["a.json:2:7 is not valid JSON"]),
         ("a.json", '[{"a": 1}, 2]', ["entry 2 is a JSON int"]),
         ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv:3 has 3 cells, the header has 2 (a, b)"]),
-        ("a.csv", "a,a\n1,2\n", ["a.csv:1 must name each column once"]),
+        ("a.csv", "a,a\n1,2\n", ["a.csv:1 must name each column once", "If the file has no header, name its columns"]),
         ("a.csv", 'a,b\n"x" y,2\n', ["a.csv:2 is malformed", '""']),
         ("a.csv", 'a,b\n"x,2\n', ["a.csv:2 is malformed"]),
         ("a.csv", b"a,b\nx,\xe9\n", ["a.csv", "not UTF-8"]),
@@ -101,6 +101,42 @@ def test_bad_files_are_named_with_place_and_remedy(tmp_path, name, content, want
     for text in wanted:
         assert text in str(error.value)
     assert str(error.value).count("\n") < 24
+
+
+def test_files_without_a_header_and_with_bare_quotes(tmp_path):
+    names = ("text", "label")
+    source = write(tmp_path / "a.tsv", '\ufeff"Oh", he said\t0\n"an open quote\t1\r\nplain\t0\n')
+    expected = [('"Oh", he said', 0), ('"an open quote', 1), ("plain", 0)]
+    assert [tuple(row.values()) for row in load_rows(source, columns=names, quoted=False)] == expected
+    assert load_rows(source, columns=names, quoted=False).column_names == [*names]
+    with pytest.raises(DataError, match=r"a\.tsv:1 is malformed"):
+        load_rows(source, columns=names)
+    plain = write(tmp_path / "b.csv", 'a,"b, c"\n')
+    assert load_rows(plain, columns=("x", "y")).to_list() == [{"x": "a", "y": "b, c"}]
+
+
+def test_columns_and_quotes_that_make_no_sense(tmp_path):
+    source = write(tmp_path / "a.tsv", "x\t1\ny\n")
+    with pytest.raises(DataError, match=r"a\.tsv:2 has 1 cells, columns name 2 \(text, label\)\. Mend or remove it"):
+        load_rows(source, columns=("text", "label"), quoted=False)
+    for columns in ((), ("a", "a"), ("a", "")):
+        with pytest.raises(DataError, match="must name each column once"):
+            load_rows(source, columns=columns)
+    lines = write(tmp_path / "a.jsonl", jsonl())
+    for wrong in ({"columns": ("a",)}, {"quoted": False}):
+        with pytest.raises(DataError, match=r"only a \.csv or \.tsv file takes columns or quoted"):
+            load_rows(lines, **wrong)
+        with pytest.raises(DataError, match=r"'owner/set' is a hub data set: only a local \.csv or \.tsv"):
+            load_rows("owner/set", **wrong)
+
+
+def test_bad_rows_can_be_left_out_with_a_word(tmp_path, caplog):
+    source = write(tmp_path / "a.tsv", "a\tb\n1\t2\nbroken\n3\t4\n")
+    assert load_rows(source, on_bad_row="skip").to_list() == [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
+    assert "1 bad rows left out, the first: " in caplog.text
+    assert "a.tsv:3 has 1 cells" in caplog.text
+    with pytest.raises(DataError, match="has no rows"):
+        load_rows(write(tmp_path / "b.tsv", "a\tb\nbroken\n"), on_bad_row="skip")
 
 
 def test_missing_files_and_wrong_arguments(tmp_path):
@@ -158,3 +194,48 @@ def test_check_text_column():
     for column, lists in (("l", False), ("n", False), ("n", True)):
         with pytest.raises(DataError, match=f"column '{column}' holds .* not text"):
             check_text_column(rows, column, "x", lists=lists)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "deep.jsonl",
+            b'{"a": 1}\n{"a": ' + b"[" * 200_000,
+            r"deep\.jsonl:2 is nested too deeply\. Flatten or remove it",
+        ),
+        (
+            "late.json",
+            b'[{"a": "' + b"x" * 70_000 + b'\xff"}]',
+            r"late\.json is not UTF-8 \(byte \d+\)\. Save the file",
+        ),
+        ("head.csv", b'"a"b,c\n1,2\n', r"head\.csv:1 is malformed: "),
+        ("huge.jsonl", b'{"a": 1}\n{"a": %d}\n' % 2**70, r"column 'a' has values that do not fit one type: "),
+    ],
+)
+def test_what_no_row_can_be_made_of(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": "x"}\n' * 3)
+    stream = RowStream(str(file))
+    scan = stream.scan()
+    file.write_text('{"a": "x"}\n' * 2)
+    with pytest.raises(DataError, match=r"had 3 rows and now has 2: it changed while it was read"):
+        list(stream.blocks(scan, 2, lambda k: True))
+
+
+def test_a_hub_stream_that_breaks_off(monkeypatch):
+    def rows(*_, **__):
+        yield {"a": "x"}
+        raise ConnectionError("the line went dead")
+
+    monkeypatch.setattr("rlkd.data.hub.load_hub", rows)
+    reader = RowStream("some/name").reader
+    message = r"'some/name', row 2 cannot be read: ConnectionError: the line went dead.*repeat the command to go on"
+    with pytest.raises(DataError, match=message):
+        list(reader.records())

@@ -74,3 +74,13 @@ def test_a_package_that_is_not_there_and_a_cache_that_cannot_be_written(index, m
 def test_the_archive_of_promptsource_itself(tmp_path):
     path, _ = download(target=tmp_path / "promptsource.tar.gz")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+
+
+def test_what_pip_lets_through_is_checked_again(index, tmp_path, monkeypatch):
+    archive = index / "toyprompts-1.0.tar.gz"
+    monkeypatch.setattr("rlkd.data.template_download._pip_download", lambda *_: archive)
+    with pytest.raises(
+        DataError, match=r"^toyprompts-1\.0\.tar\.gz has sha256 \w+, expected 0{64}\. Nothing was kept\.$"
+    ):
+        toy(index, sha256="0" * 64)
+    assert not (tmp_path / "cache").exists()

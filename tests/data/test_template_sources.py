@@ -189,3 +189,10 @@ def test_looking_at_templates_and_local_rows_imports_nothing_heavy(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
+
+
+def test_an_archive_that_unpacks_to_too_much(home, monkeypatch):
+    monkeypatch.setattr("rlkd.data.template_sources.MAX_ARCHIVE_BYTES", 1 << 20)
+    path = tar_of(home / "bomb.tar.gz", {"toy/templates.yaml": yaml_of("one"), "zeros": "0" * (1 << 20)})
+    with pytest.raises(DataError, match=r"bomb\.tar\.gz unpacks to more than 1 MiB: no archive of templates"):
+        load_templates("toy", folder=path)

@@ -106,3 +106,12 @@ def test_the_child_sees_no_secrets_and_ends_with_its_worker(monkeypatch):
             assert "a-secret" not in environ.read()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_worker_that_does_not_start_is_told(monkeypatch):
+    monkeypatch.setattr("rlkd.data.worker.START_SECONDS", 0.0)
+    with (
+        RenderWorker() as slow,
+        pytest.raises(DataError, match=r"the render worker did not start within 0 s\. Try again on an idle machine"),
+    ):
+        list(slow.parts(Template("T", "{{ n }}"), rows(1)))

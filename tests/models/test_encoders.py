@@ -1,5 +1,9 @@
 """Recorded attention is the model's own, students are cut as asked, and what cannot be is refused."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -175,13 +179,17 @@ def test_narrower_and_pretrained_students(tmp_path):
     small = build_student(teacher, 2, "random", hidden_size=8, attention_heads=4, intermediate_size=12)
     assert small(**batch()).logits.shape == (2, 3)
     assert (small.config.hidden_size, small.config.num_attention_heads, small.config.intermediate_size) == (8, 4, 12)
-    other = tiny_classifier(seed=5, labels=3)
+    other = tiny_classifier(seed=5, labels=5)  # its head is for another task
     other.save_pretrained(tmp_path)
     student = build_student(teacher, 2, "pretrained", pretrained=str(tmp_path))
     assert torch.equal(
         student.bert.encoder.layer[1].output.dense.weight, other.bert.encoder.layer[1].output.dense.weight
     )
     assert student.config.num_labels == 3
+    assert student(**batch()).logits.shape == (2, 3)
+    tiny_classifier(layers=3).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"a student of 4 layers: the model .* has only 3"):
+        build_student(teacher, 4, "pretrained", pretrained=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -190,12 +198,13 @@ def test_narrower_and_pretrained_students(tmp_path):
         ({"hidden_size": 8}, r"init = 'mapped' copies weights.*use init: random"),
         ({"init": "random", "attention_heads": 3}, r"attention_heads = 3: must divide hidden_size = 16"),
         ({"init": "pretrained"}, "name the model in pretrained"),
+        ({"layers": 0}, "layers = 0: a student needs at least 1"),
         ({"init": "magic"}, "allowed are 'mapped', 'first', 'pretrained', 'random'"),
     ],
 )
 def test_students_that_cannot_be_built(options, message):
     with pytest.raises(ConfigError, match=message):
-        build_student(tiny_classifier(), 2, **options)
+        build_student(tiny_classifier(), **{"layers": 2, **options})
 
 
 def test_layers_that_cannot_be_told():
@@ -239,6 +248,27 @@ def test_bilstm_is_saved_and_loaded_as_any_classifier(tmp_path):
     torch.testing.assert_close(loaded(**batch()).logits, model(**batch()).logits)
     assert loaded(**batch()).logits.abs().min() > 1e-3
     assert loaded(**batch()).logits.shape == (2, 3)
+
+
+@pytest.mark.slow
+def test_a_saved_bilstm_loads_where_rlkd_is_not(tmp_path):
+    model = bilstm().eval()
+    model.save_pretrained(tmp_path / "model")
+    inputs = batch()
+    torch.save((inputs["input_ids"], model(**inputs).logits), tmp_path / "expected")
+    script = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained("model", trust_remote_code=True).eval()
+ids, logits = torch.load("expected")
+assert torch.allclose(model(ids, attention_mask=(ids != 0).long()).logits, logits, atol=1e-6)
+assert "rlkd" not in sys.modules
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_bilstm_does_not_see_padding_and_reads_both_directions():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlkd.errors import DivergenceError
+from rlkd.errors import DivergenceError, ModelError
 from rlkd.models.teacher import EncoderCache
 from rlkd.objectives.rewards import expected_advantage, induced_advantage
 from tiny import EOS, KINDS, PAD, VALID, tiny_teacher
@@ -232,3 +232,56 @@ def test_a_teacher_is_frozen_in_eval_mode():
     assert not any(p.requires_grad for p in teacher.adapter.model.parameters())
     scores = teacher.score(SINGLE, ANSWERS, MASK, with_hidden=True)
     assert not any(getattr(scores, f.name).requires_grad for f in dataclasses.fields(scores))
+
+
+# -- Out of memory -------------------------------------------------------------------------------------------------
+
+
+def limit_rows(teacher, monkeypatch, rows):
+    """The teacher runs out of memory on batches of more than `rows` rows."""
+    adapter, tried = type(teacher.adapter), []
+
+    def limited(forward):
+        def call(self, states, *args):
+            tried.append(len(states))
+            if len(states) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return forward(self, states, *args)
+
+        return call
+
+    for name in ("encode", "hidden"):
+        monkeypatch.setattr(adapter, name, limited(getattr(adapter, name)))
+    return tried
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_teacher_out_of_memory_scores_the_same_in_smaller_batches(monkeypatch, caplog, rows):
+    reference = tiny_teacher().score(PAIRS, ANSWERS, MASK, with_hidden=True)
+    teacher = tiny_teacher()
+    tried = limit_rows(teacher, monkeypatch, rows)
+    scores = teacher.score(PAIRS, ANSWERS, MASK, with_hidden=True)
+    assert max(tried) > rows
+    assert_same(scores, reference)
+    torch.testing.assert_close(scores.hidden, reference.hidden, atol=1e-5, rtol=1e-5)
+    assert 1 <= teacher.batch_tokens < 4096
+    assert f"out of memory in the teacher: trying again with {teacher.batch_tokens} tokens a batch" in caplog.text
+    # What fitted is kept: the next batch runs at once.
+    tried.clear()
+    teacher.score(PAIRS, ANSWERS, MASK)
+    assert max(tried) <= rows
+
+
+def test_a_teacher_without_room_for_one_row_says_so(monkeypatch):
+    teacher = tiny_teacher()
+    limit_rows(teacher, monkeypatch, 0)
+    with pytest.raises(ModelError, match="not even one row at a time"):
+        teacher.score(PAIRS, ANSWERS, MASK)
+
+
+def test_other_errors_of_the_teacher_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    teacher = tiny_teacher()
+    monkeypatch.setattr(type(teacher.adapter), "encode", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        teacher.score(PAIRS, ANSWERS, MASK)
+    assert teacher.batch_tokens == 4096

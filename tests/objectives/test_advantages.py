@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkd.objectives.advantages import (
+    assign_credit,
     discounted_sum,
     explained_variance,
     gae,
@@ -184,3 +185,11 @@ def test_regret_and_price_of_stopping_count_valid_tokens_only():
     want = [sum(row[:n]) for row, n in zip(gap.tolist(), mask.sum(1).tolist(), strict=True)]
     np.testing.assert_allclose(regret_per_sequence(-gap, mask).numpy(), want)
     assert float(price_of_stopping(gap, mask)) == pytest.approx(sum(want) / int(mask.sum()))
+
+
+def test_an_unknown_baseline():
+    ones = torch.ones(2, 3)
+    with pytest.raises(
+        ValueError, match="baseline = 'x': allowed are 'none', 'teacher', 'closed_form', 'leave_one_out'"
+    ):
+        assign_credit(ones, ones.bool(), baseline="x", gamma=1.0, lam=0.5)

@@ -7,15 +7,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_tkd import make as make_tkd
+from test_tkd import rows as labelled_rows
 from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_utils import get_last_checkpoint
 
-from rlkd.errors import ConfigError
+from rlkd.errors import CheckpointError
+from rlkd.trainers.checkpoints import STATE_FILE
 from rlkd.trainers.rl import BEHAVIOUR_FILE
-from rlkd.trainers.student_trainer import STATE_FILE
 from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, weights
 
-TIMES = {"time", "rollout_seconds", "tokens_per_second", "epoch", "eval_seconds"}
+TIMES = {"time", "rollout_seconds", "tokens_per_second", "eval_seconds"}
 
 RUNS = {
     "ppo": ("ppo", {"kl_target": 0.01, "max_steps": 8, "save_steps": 4}),
@@ -91,7 +93,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     for kind in ("ppo", "supervised"):
         trainer = make(kind, tmp_path / kind, max_steps=8)
         before = weights(trainer.policy)
-        with pytest.raises(ConfigError, match="written by ReinforceTrainer, not by"):
+        with pytest.raises(CheckpointError, match="written by ReinforceTrainer, not by"):
             trainer.train(resume_from_checkpoint=str(folder))
         assert_same(before, weights(trainer.policy))
 
@@ -102,7 +104,7 @@ def test_an_incomplete_checkpoint_is_an_error(tmp_path, file):
     folder = checkpoint(tmp_path / "one", **options)
     (folder / file).unlink()
     trainer = make("ppo", tmp_path / "two", **{**options, "max_steps": 8})
-    with pytest.raises(OSError, match=file.split(".")[0]):
+    with pytest.raises(CheckpointError, match=f"{file} is missing"):
         trainer.train(resume_from_checkpoint=str(folder))
 
 
@@ -187,17 +189,37 @@ def test_lora_trains_saves_and_resumes_its_adapter_only(tmp_path, kind):
     assert_same(weights(straight.policy), weights(resumed.policy))
 
 
+def test_patience_goes_on_where_it_was(tmp_path):
+    """A student that learns nothing: the second evaluation without a better one is at step 3, resumed or not."""
+    options = {
+        "dev": labelled_rows(4), "learning_rate": 0.0, "max_steps": 6, "early_stopping_patience": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "accuracy",
+        **dict.fromkeys(("eval_strategy", "save_strategy"), "steps"), **dict.fromkeys(("eval_steps", "save_steps"), 1),
+    }  # fmt: skip
+    straight, resumed = (make_tkd(tmp_path / name, **options) for name in ("straight", "resumed"))
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert (straight.state.global_step, resumed.state.global_step) == (3, 3)
+
+
 def test_a_run_saved_without_resume_state_cannot_be_resumed(tmp_path):
     make("ppo", tmp_path, max_steps=4, save_strategy="steps", save_steps=4, save_only_model=True).train()
     assert not (tmp_path / "checkpoint-4" / STATE_FILE).exists()
-    with pytest.raises(OSError, match=STATE_FILE):
+    with pytest.raises(CheckpointError, match=f"{STATE_FILE}: with save_only_model"):
         make("ppo", tmp_path / "two").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_state_is_json_that_names_its_trainer(tmp_path):
     folder = checkpoint(tmp_path)
     state = json.loads((folder / STATE_FILE).read_text())
-    assert state == {"trainer": "PPOTrainer", "kl_coef": 0.05, "behaviour_lags": False}
+    size = state.pop("logs")["metrics.jsonl"]
+    assert state == {"trainer": "PPOTrainer", "processes": 1, "kl_coef": 0.05, "behaviour_lags": False}
+    assert [row["step"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_bytes()[:size].splitlines())] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     copied = tmp_path / "moved"
     shutil.copytree(folder, copied)
     trainer = make("ppo", tmp_path / "two", max_steps=8)

@@ -173,7 +173,7 @@ def test_nan_in_the_teacher_stops_before_any_update(tmp_path, weak_start):
     poison(judge.adapter.model.decoder.final_layer_norm)
     trainer = make("ppo", tmp_path, judge=judge, weak_start=weak_start)
     before = weights(trainer.policy)
-    with pytest.raises(DivergenceError, match=r"teacher's logits are not finite .* row \d"):
+    with pytest.raises(DivergenceError, match=r"^step 0: the teacher's logits are not finite .* row \d"):
         trainer.train()
     assert_same(before, weights(trainer.policy))
 
@@ -192,7 +192,7 @@ def test_nan_loss_stops_before_the_update(tmp_path, kind):
         return (logps, *more), values
 
     trainer.policy.forward = broken
-    with pytest.raises(DivergenceError, match=r"the loss is not finite at step 2 \(rows row \d"):
+    with pytest.raises(DivergenceError, match=r"^step 2: the (loss|log-ratio) is not finite \(rows row \d"):
         trainer.train()
     assert_same(kept[0], weights(trainer.policy))
 
@@ -202,7 +202,7 @@ def test_nan_gradient_of_a_finite_loss_stops_before_the_update(tmp_path, accumul
     trainer = make("reinforce", tmp_path, gradient_accumulation_steps=accumulation, per_device_train_batch_size=4)
     next(trainer.policy.parameters()).register_hook(lambda gradient: gradient * float("inf"))
     before = weights(trainer.policy)
-    with pytest.raises(DivergenceError, match="the gradient is not finite at step 0"):
+    with pytest.raises(DivergenceError, match=r"^step 0: the gradient is not finite \(rows row"):
         trainer.train()
     assert_same(before, weights(trainer.policy))
 

@@ -4,7 +4,7 @@ import errno
 import json
 import logging
 import subprocess
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import datasets
 import pytest
@@ -249,12 +249,6 @@ def test_other_data_and_another_teacher_are_other_runs(run, tmp_path):
     assert changed[0].startswith("  data.train: 8 rows (")
 
 
-def test_more_processes_are_another_run(tmp_path):
-    record().write(tmp_path)
-    with pytest.raises(ConfigError, match="processes: 1 -> 2"):
-        record(processes=2).resume(tmp_path, [], allow_change=False)
-
-
 def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="rlkd"):
         record().resume(tmp_path, [arguments()], allow_change=False)
@@ -285,12 +279,7 @@ def test_settings_newer_than_the_record_are_no_change():
 
 def test_free_settings_exist():
     """A misspelt or outdated name would free nothing."""
-
-    @dataclass
-    class Announced:  # of engineers who build on this
-        alarms: bool = True
-
-    kinds = (PPOArguments, TKDArguments, TeacherArguments, Announced)
+    kinds = (PPOArguments, TKDArguments, TeacherArguments)
     assert (FREE | LENGTH) - {item.name for kind in kinds for item in fields(kind)} == set()
 
 
@@ -301,9 +290,12 @@ def test_recipes_refuse_before_they_look_at_a_model(run, monkeypatch):
     for name in ("load_config", "load_tokenizer", "load_encoder_decoder"):
         monkeypatch.setattr(f"rlkd.trainers.setup.{name}", loaded)
     settings = (DataArguments(dataset="other"), TeacherArguments(), ModelConfig(model_name_or_path="m"))
-    training = arguments(resume_from_checkpoint=str(run / "checkpoint-1"))
-    with pytest.raises(ConfigError, match=r'dataset: "rows\.jsonl" -> "other"'):
-        prepare(*settings, training)
+    for given in (str(run / "checkpoint-1"), "auto"):
+        training = ReinforceArguments(str(run), use_cpu=True, resume_from_checkpoint=given)
+        with pytest.raises(ConfigError, match=r'dataset: "rows\.jsonl" -> "other"'):
+            prepare(*settings, training)
+    with pytest.raises(AssertionError, match="a model was looked at"):
+        prepare(*settings, ReinforceArguments(str(run / "new"), use_cpu=True, resume_from_checkpoint="auto"))
 
 
 # Secrets

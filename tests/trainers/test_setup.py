@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from rlkd import DataArguments
+from rlkd import DataArguments, PPOArguments, TeacherArguments, prepare
 from rlkd.errors import ConfigError, DataError
+from rlkd.models.trl_compat import ModelConfig
 from rlkd.trainers.setup import _load_data
 
 TEMPLATES = """dataset: mine
@@ -84,3 +85,8 @@ def test_what_cannot_be_read_is_named(load):
         load(column_map=["bodi=text"])
     with pytest.raises(ConfigError, match="train_limit = 0: must be at least 1"):
         DataArguments(train_limit=0)
+
+
+def test_a_recipe_without_a_student():
+    with pytest.raises(ConfigError, match="model_name_or_path is not set: name the student"):
+        prepare(DataArguments(), TeacherArguments(), ModelConfig(), PPOArguments("x", use_cpu=True))

@@ -1,7 +1,9 @@
 """The TKD trainer: every preset trains, the cache changes nothing, runs resume, and the student is left plain."""
 
 import json
+import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -43,6 +45,7 @@ def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=
             "per_device_train_batch_size": 4,
             "save_strategy": "no",
             "learning_rate": 1e-3,
+            "max_length": 32,
             **settings,
         },
     )
@@ -258,6 +261,47 @@ def test_an_interrupted_cache_leaves_nothing(tmp_path, monkeypatch):
     assert len(trainer.teacher_cache) == 12
 
 
+def test_runs_that_share_a_cache_do_not_trip_over_each_other(tmp_path, monkeypatch):
+    """The other run finishes while this one computes; and one that was killed left its part behind."""
+    options = {"preset": "kd", "teacher_cache": "logits", "teacher_cache_dir": str(tmp_path / "cache")}
+    slow, fast = make(tmp_path / "a", **options), make(tmp_path / "b", **options)
+    asked = slow._ask_teacher
+
+    def overtaken(*args, **kwargs):
+        fast.open_teacher_cache()
+        return asked(*args, **kwargs)
+
+    monkeypatch.setattr(slow, "_ask_teacher", overtaken)
+    slow.open_teacher_cache()
+    (name,) = folders(tmp_path / "cache")
+    assert len(slow.teacher_cache) == len(fast.teacher_cache) == 12
+    shutil.rmtree(tmp_path / "cache" / name)
+    (tmp_path / "cache" / f"{name}.partial-{os.getpid()}").mkdir()
+    make(tmp_path / "c", **options).open_teacher_cache()
+    assert name in folders(tmp_path / "cache")
+
+
+def test_a_cache_of_another_precision_is_another(tmp_path):
+    made = set()
+    for flag in ({}, {"bf16": True}, {"fp16": True}):
+        trainer = make(tmp_path, preset="kd", teacher_cache="logits")
+        for name in flag:  # fp16 is refused on a CPU
+            setattr(trainer.args, name, True)
+        trainer.open_teacher_cache()
+        made.add(frozenset(folders(tmp_path / "teacher_cache")))
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_teacher_computes_in_the_precision_asked_for_and_answers_in_float32(tmp_path, bf16):
+    trainer = make(tmp_path, preset="teacher-tkd", bf16=bf16)
+    found = trainer.teacher_outputs(one_batch(trainer), hidden=True, rows=True).logits
+    exact = trainer.teacher(**model_inputs(one_batch(trainer))).logits
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float()) is bf16
+    torch.testing.assert_close(found, exact, atol=0.1 if bf16 else 1e-6, rtol=0.05 if bf16 else 1e-6)
+
+
 def test_a_kept_teacher_is_not_asked_again(tmp_path, monkeypatch):
     trainer = make(tmp_path, preset="tkd", teacher_cache="hidden")
     trainer.open_teacher_cache()
@@ -332,16 +376,18 @@ def test_the_best_dev_score_is_kept_and_training_stops_early(tmp_path):
     assert trainer.evaluate()["eval_accuracy"] == best
 
 
-def test_evaluation_is_accuracy_and_cross_entropy_of_the_student_alone(tmp_path, monkeypatch):
+def test_evaluation_is_accuracy_and_cross_entropy_of_the_student_alone(tmp_path, monkeypatch, caplog):
     dev = rows(9, seed=2)
     dev[4]["label"] = None
-    trainer = make(tmp_path, dev=dev)
+    trainer = make(tmp_path, dev=dev, per_device_eval_batch_size=3)
+    assert "eval_rows: 1 of 9 rows have no label and are left out" in caplog.text
     monkeypatch.setattr(trainer.teacher, "forward", None)
     metrics = trainer.evaluate()
-    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(9)])
-    inputs = model_inputs(batch)
-    hits = (trainer.trained.student(**inputs).logits.argmax(-1) == batch["labels"]).tolist()
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(8)])
+    logits = trainer.trained.student(**model_inputs(batch)).logits
+    hits = (logits.argmax(-1) == torch.tensor([row["label"] for row in dev if row["label"] is not None])).tolist()
     assert metrics["eval_accuracy"] == pytest.approx(sum(hits) / 8)
+    assert metrics["eval_loss"] == pytest.approx(cross_entropy(logits, batch["labels"]).item(), rel=1e-5)
 
 
 def test_it_fine_tunes_a_teacher_and_learns(tmp_path, capsys):
@@ -350,7 +396,7 @@ def test_it_fine_tunes_a_teacher_and_learns(tmp_path, capsys):
         model,
         TKDArguments(
             output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, report_to=[], preset="ft", max_steps=150,
-            learning_rate=1e-2, per_device_train_batch_size=16, save_strategy="no",
+            learning_rate=1e-2, per_device_train_batch_size=16, save_strategy="no", max_length=32,
         ),
         tokenizer=classifier_tokenizer(),
         train_rows=rows(200, seed=3),
@@ -358,7 +404,7 @@ def test_it_fine_tunes_a_teacher_and_learns(tmp_path, capsys):
     )  # fmt: skip
     trainer.run()
     assert trainer.evaluate()["eval_accuracy"] > 0.9
-    assert "student and metrics.jsonl saved in" in capsys.readouterr().out
+    assert "model and metrics.jsonl saved in" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").exists()
 
 
@@ -410,6 +456,41 @@ def test_unlabelled_rows_train_on_the_teacher_alone(tmp_path):
     assert all(row["kd"] > 0 for row in lines)
 
 
+def test_preset_ft_leaves_out_what_has_no_label(tmp_path):
+    train = rows()
+    mixed = [{"text": "z z", "label": None}, *train, {"text": "y"}]
+    one, other = (make(tmp_path / str(len(r)), preset="ft", train=r) for r in (train, mixed))
+    for trainer in (one, other):
+        trainer.train()
+    assert len(other.train_dataset) == len(train)
+    assert_same(weights(one.trained), weights(other.trained))
+
+
+def test_auto_scale_waits_for_something_to_scale_to(tmp_path):
+    """CE alone has no value in a batch without labels."""
+    trainer = make(tmp_path, preset="pkd", w_kd=0.0, auto_scale=True, max_steps=6)
+    batch = one_batch(trainer)
+    unlabelled = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert trainer.compute_loss(trainer.model, unlabelled).item() == 0
+    assert trainer.scales == {}
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert trainer.scales["pt"] > 0
+    logits = trainer.trained.student(**model_inputs(batch)).logits
+    torch.testing.assert_close(loss, 2 * 0.5 * cross_entropy(logits, batch["labels"]))
+
+
+def test_the_seed_draws_the_projections(tmp_path):
+    drawn = []
+    for before, seed in ((1, 0), (2, 0), (2, 5)):
+        judge = tiny_classifier()
+        model = build_student(judge, 2, "random", hidden_size=8)
+        torch.manual_seed(before)
+        trainer = make(tmp_path, model=model, teacher=judge, preset="pkd", seed=seed)
+        drawn.append(weights(trainer.trained.projections))
+    assert_same(drawn[0], drawn[1])
+    assert differ(drawn[1], drawn[2])
+
+
 def test_pairs_keep_their_token_types(tmp_path):
     trainer = make(tmp_path, train=rows(4, pairs=True))
     batch = one_batch(trainer)
@@ -449,8 +530,8 @@ def test_bf16_runs_and_stays_close(tmp_path):
     ("settings", "message"),
     [
         ({"preset": "tdk"}, "preset = 'tdk': allowed are ft, kd"),
-        ({"w_kd": -1.0}, "w_kd = -1.0: must not be negative"),
-        ({"temperature": 0.0}, "temperature = 0.0: must be positive"),
+        ({"w_kd": -1.0}, "w_kd = -1.0: must be at least 0"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be above 0"),
         ({"noise_probability": 2.0}, "noise_probability = 2.0"),
         ({"noise_deviation": -1.0}, "noise_deviation = -1.0"),
         ({"tree_m": 0}, "tree_m = 0: must be at least 1"),
@@ -462,6 +543,7 @@ def test_bf16_runs_and_stays_close(tmp_path):
         ({"w_ce": 0.0, "w_kd": 0.0, "auto_scale": True}, "scales to CE and KD"),
         ({"early_stopping_patience": 2}, "needs load_best_model_at_end: true"),
         ({"teacher_cache": "logits", "preset": "ft"}, "preset 'ft' asks no teacher"),
+        ({"teacher_cache": "logits", "preset": "kd", "w_kd": 0.0}, "preset 'kd' asks no teacher"),
         ({"teacher_cache": "hidden", "preset": "t-s-tkd"}, "grows a tree in the teacher's attention"),
         ({"teacher_cache": "logits", "preset": "pkd"}, "preset 'pkd' needs 'cls' or hidden, or none"),
         ({"teacher_cache": "cls", "preset": "tkd"}, "preset 'tkd' needs 'hidden', or none"),
@@ -471,6 +553,21 @@ def test_bf16_runs_and_stays_close(tmp_path):
 def test_settings_that_cannot_work(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         make(tmp_path, **settings)
+
+
+def test_texts_longer_than_a_model_has_positions(tmp_path):
+    make(tmp_path, max_length=40)
+    with pytest.raises(ConfigError, match=r"max_length = 41: the student \('bert'\) has 40 positions"):
+        make(tmp_path, max_length=41)
+    with pytest.raises(ConfigError, match=r"the student .* has 40 positions"):
+        make(tmp_path, max_length=41, teacher=None, model=tiny_classifier(), preset="ft")
+    # RoBERTa's positions begin after that of padding.
+    with pytest.raises(ConfigError, match=r"\('roberta'\) has 39 positions"):
+        make(tmp_path, max_length=40, teacher="roberta")
+    judge, student = tiny_classifier(), BiLSTMForSequenceClassification(BiLSTMConfig(vocab_size=30))
+    make(tmp_path, teacher=judge, model=student, preset="kd")  # has no positions to run out of
+    with pytest.raises(ConfigError, match=r"the teacher .* has 40 positions"):
+        make(tmp_path, max_length=41, teacher=judge, model=student, preset="kd")
 
 
 def test_models_that_do_not_fit(tmp_path):
@@ -488,6 +585,19 @@ def test_models_that_do_not_fit(tmp_path):
     make(tmp_path, model=tiny_classifier(layers=2, width=12, heads=3), preset="teacher-tkd")
     with pytest.raises(ModelError, match="'rlkd_bilstm' model without attention heads"):
         make(tmp_path, model=BiLSTMForSequenceClassification(BiLSTMConfig(vocab_size=30)), preset="tkd")
+    with pytest.raises(ModelError, match="the student has 1 label: a classifier needs at least 2"):
+        make(tmp_path, model=tiny_classifier(labels=1), teacher=None, preset="ft")
+    more = classifier_tokenizer([*CLASSIFIER_WORDS, "zz"])
+    with pytest.raises(
+        ModelError, match="student 'bert': the tokenizer has ids up to 30 but the model's vocab_size is 30"
+    ):
+        make(tmp_path, tokenizer=more, teacher=None, model=tiny_classifier(), preset="ft")
+    with pytest.raises(ModelError, match="teacher 'bert': the tokenizer has ids up to 30"):
+        make(tmp_path, other=more, preset="kd")
+    unpadded = classifier_tokenizer()
+    unpadded.pad_token = None
+    with pytest.raises(ModelError, match="the tokenizer has no padding token"):
+        make(tmp_path, tokenizer=unpadded)
     with pytest.raises(ConfigError, match="a student of 1 layer has no other"):
         make(tmp_path, model=tiny_classifier(layers=1), preset="pkd", patience_last_layer=False)
 
@@ -498,9 +608,23 @@ def test_models_that_do_not_fit(tmp_path):
         ({"text": "a b", "label": 2}, "row 12: label 2 is outside the set: allowed are the whole numbers 0 to 1"),
         ({"text": "a b", "label": "yes"}, "row 12: label 'yes' is outside the set"),
         ({"text": "a b", "label": True}, "row 12: label True is outside the set"),
+        ({"text": None, "label": 1}, r"row 12: text and text_pair must be text, found \(None, None\)"),
+        ({"txt": "a", "label": 1}, "row 12: text and text_pair must be text"),
+        ({"text": 7, "label": 1}, r"row 12: .* found \(7, None\)"),
         ({"text": "a b", "label": 1, "text_pair": "c"}, "text_pair is missing.*needs two sentences in every row"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
         make(tmp_path, train=[*rows(), row])
+
+
+def test_no_rows_and_no_labels(tmp_path):
+    unlabelled = [{"text": "a b"}] * 4
+    with pytest.raises(DataError, match="no rows: at least one text is needed"):
+        make(tmp_path, train=[])
+    with pytest.raises(DataError, match="train_rows: none of 4 rows has a label"):
+        make(tmp_path, preset="ft", train=unlabelled)
+    for dev in ([], unlabelled):
+        with pytest.raises(DataError, match=f"eval_rows: none of {len(dev)} rows has a label"):
+            make(tmp_path, dev=dev)

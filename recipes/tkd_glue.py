@@ -1,0 +1,33 @@
+"""Tree Knowledge Distillation of a fine-tuned BERT into a few layers, on a GLUE task or on your own labelled file.
+
+accelerate launch recipes/tkd_glue.py --config recipes/tkd_glue.yaml [--train_file reviews.csv] [--field value ...]
+"""
+
+from rlkd import (
+    EncoderStudentArguments,
+    EncoderTeacherArguments,
+    LabelledDataArguments,
+    TKDArguments,
+    TKDTrainer,
+    compare_with_teacher,
+    fine_tuned_teacher,
+    parse_config,
+    prepare_encoders,
+    run_main,
+)
+
+SETTINGS = (LabelledDataArguments, EncoderTeacherArguments, EncoderStudentArguments, TKDArguments)
+
+
+def main() -> None:
+    data, teacher, student, training = parse_config(SETTINGS)
+    setup = prepare_encoders(data, teacher, student, training)
+    judge = fine_tuned_teacher(setup)
+    trainer = TKDTrainer(setup.new_student(judge), training, teacher=judge, **setup.trainer_inputs())
+    trainer.run()
+    if trainer.is_world_process_zero():
+        compare_with_teacher(setup)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,122 @@
+"""Rows of a probing task: tables of your own, or one file as SentEval has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .files import BadRowError, Cells
+from .glue import find_labels, load_labelled
+from .rows import check_columns, check_limit, load_rows
+
+SPLITS = {"tr": "train", "va": "validation", "te": "test"}
+HELD_OUT = 0.1  # of the training rows, where there are no validation rows
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """Rows {text, text_pair, label, where} of each split; label is the index in `classes`."""
+
+    classes: tuple[str, ...]
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+
+def read_task_file(file: str, *, limit: int | None = None, seed: int = 0) -> ProbeRows:
+    """A file of lines `split<TAB>label<TAB>text` without header or quoting, split tr, va or te, as SentEval has them.
+
+    limit keeps the first rows of each split. Raises DataError, naming file and line of what cannot be used.
+    """
+    check_limit(limit)
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"'{file}' is no file here. Give one of lines split<TAB>label<TAB>text, split tr, va or te.")
+    reader = Cells(path, "\t", columns=("split", "label", "text"), quoted=False)
+    rows: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    for place, raw in reader.records():
+        row = reader.parse(place, raw)
+        if row["split"] not in SPLITS:
+            raise BadRowError(f"{reader.where(place)}: split '{row['split']}': allowed are {', '.join(SPLITS)}.")
+        if limit is None or len(rows[row["split"]]) < limit:
+            where = reader.where(place)
+            rows[row["split"]].append({"text": row["text"], "text_pair": None, "label": row["label"], "where": where})
+    for name in ("tr", "te"):
+        if not rows[name]:
+            raise DataError(f"{file} has no rows of split '{name}' ({SPLITS[name]}). At least one is needed.")
+    classes = find_labels(row["label"] for split in rows.values() for row in split)
+    for row in (row for split in rows.values() for row in split):
+        row["label"] = classes.index(row["label"]) if row["label"] else None
+    return _checked(classes, rows["tr"], rows["va"], rows["te"], seed)
+
+
+def read_tables(
+    train: str,
+    test: str,
+    validation: str | None = None,
+    *,
+    text_column: str = "text",
+    pair_column: str | None = None,
+    label_column: str = "label",
+    limit: int | None = None,
+    seed: int = 0,
+) -> ProbeRows:
+    """Tables as `load_labelled` reads them. Without validation a tenth of the training rows is, drawn by `seed`.
+
+    limit keeps the first rows of each. Raises DataError for what cannot be used.
+    """
+    values: list[Any] = []
+    sources = [train, test] if validation is None else [train, test, validation]
+    for source in sources:
+        rows = load_rows(source, limit=limit)
+        check_columns(rows, {"label_column": label_column}, source)
+        values += rows[label_column]
+    classes = find_labels(values)
+
+    def read(source: str) -> list[Row]:
+        found = load_labelled(
+            source,
+            text_column=text_column,
+            pair_column=pair_column,
+            label_column=label_column,
+            labels=classes,
+            limit=limit,
+        )
+        return [row | {"where": f"{source}, row {i}"} for i, row in enumerate(found)]
+
+    return _checked(classes, read(train), [] if validation is None else read(validation), read(test), seed)
+
+
+def _checked(
+    classes: tuple[str, ...], train: list[Row], validation: list[Row], test: list[Row], seed: int
+) -> ProbeRows:
+    for row in (*train, *validation, *test):
+        if row["label"] is None:
+            raise DataError(f"{row['where']} has no label. Probing needs one in every row: add it or remove the row.")
+    known = _labels(train)
+    for row in (*validation, *test):
+        if row["label"] not in known:
+            raise DataError(
+                f"{row['where']}: the label '{classes[row['label']]}' never occurs in the training rows (those have "
+                f"{', '.join(classes[i] for i in sorted(known)[:10])}), so no probe can give it. Remove such rows, or "
+                "train on more."
+            )
+    if not validation:
+        order = np.random.default_rng(seed).permutation(len(train)).tolist()
+        held_out = set(order[: max(1, int(HELD_OUT * len(train)))])
+        validation = [row for i, row in enumerate(train) if i in held_out]
+        train = [row for i, row in enumerate(train) if i not in held_out]
+    if len(_labels(train)) < 2:
+        found = ", ".join(classes[i] for i in _labels(train)) or "none"
+        raise DataError(f"the training rows have fewer than 2 labels ({found}): there is nothing to tell apart.")
+    return ProbeRows(classes, train, validation, test)
+
+
+def _labels(rows: Iterable[Row]) -> set[int]:
+    return {row["label"] for row in rows}

@@ -1,0 +1,116 @@
+"""Judges what trainers log by the alarms: a warning, a line in alarms.jsonl, the count `alarms`, or the end of the run.
+
+An alarm fires once per episode, which ends after a few readings inside the threshold.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..errors import DivergenceError
+from .alarms import ALARMS, Alarm, History, Reading
+
+if TYPE_CHECKING:
+    from .student_trainer import StudentTrainer
+
+logger = logging.get_logger("rlkd")
+
+ALARMS_FILE = "alarms.jsonl"
+CALM = 3  # readings inside the threshold that end an episode
+
+
+class Watch:
+    """All alarms over one run's records."""
+
+    def __init__(self) -> None:
+        self.history = History()
+        self.calm: dict[str, int] = {}  # readings inside the threshold, of alarms whose episode has not ended
+        self.count = 0
+
+    def add(self, record: Mapping[str, Any]) -> list[tuple[Alarm, Reading]]:
+        """Take a record in; the alarms that fire at it."""
+        self.history.add(record)
+        fired = []
+        for alarm in ALARMS:
+            reading = alarm.measure(self.history) if record.keys() & set(alarm.reads) else None
+            if reading is None:
+                continue
+            if not alarm.crossed(reading):
+                self.calm[alarm.name] = self.calm.get(alarm.name, CALM) + 1
+            elif self.calm.get(alarm.name, CALM) >= CALM:
+                fired.append((alarm, reading))
+                self.calm[alarm.name] = 0
+            else:
+                self.calm[alarm.name] = 0
+        self.count += len(fired)
+        return fired
+
+
+class AlarmCallback(TrainerCallback):
+    """Watches what a trainer logs; `alarms: stop` ends training at the next step a checkpoint may be written."""
+
+    def __init__(self, trainer: StudentTrainer):
+        self.trainer, self.watch = trainer, Watch()
+        self.stopped_by: str | None = None
+
+    def observe(self, logs: dict[str, Any]) -> None:
+        """Judge a record before it is written; lines of training also get the count of `alarms`."""
+        trainer = self.trainer
+        if trainer.args.alarms == "off":
+            return
+        for alarm, reading in self.watch.add(logs):
+            message = f"{alarm.name}: {reading.text}. {alarm.meaning} {alarm.advice}"
+            if trainer.args.alarms == "stop" and trainer.is_in_train and self.stopped_by is None:
+                self.stopped_by = message
+            if trainer.is_world_process_zero():
+                logger.warning(f"alarm at step {trainer.state.global_step}, {message}")
+                self._write(alarm, reading, message)
+        if "loss" in logs:
+            logs["alarms"] = self.watch.count
+
+    def _write(self, alarm: Alarm, reading: Reading, message: str) -> None:
+        line = {
+            "step": self.trainer.state.global_step,
+            "time": round(time.time(), 3),
+            "alarm": alarm.name,
+            "message": message,
+            "value": reading.value,
+            "threshold": alarm.threshold,
+        }
+        path = self.trainer.run_folder / ALARMS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A resumed run goes on with the history of the run it resumes.
+        self.watch, self.stopped_by = Watch(), None
+        for record in state.log_history:
+            self.watch.add(record)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._end(args, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._end(args, state, control)
+
+    def _end(self, args: Any, state: Any, control: Any) -> None:
+        # Checkpoints fall between rollout batches.
+        if self.stopped_by and state.global_step % getattr(args, "updates_per_rollout", 1) == 0:
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
+
+    def raise_if_stopped(self) -> None:
+        """DivergenceError after the run that an alarm has ended."""
+        if self.stopped_by is None:
+            return
+        step = self.trainer.state.global_step
+        folder = self.trainer.run_folder / f"checkpoint-{step}"
+        saved = f" The checkpoint is in {folder}." if folder.is_dir() else ""
+        raise DivergenceError(f"stopped at step {step} by an alarm (alarms: stop), {self.stopped_by}{saved}")

@@ -1,0 +1,45 @@
+"""Trackers (wandb, trackio, ...) that are down do not end a run: metrics.jsonl has everything they would have had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import logging
+
+logger = logging.get_logger("rlkd")
+
+
+def survive_outages(callbacks: Iterable[TrainerCallback]) -> None:
+    """Let each of transformers' tracker callbacks fail once, with a warning; it is not asked again."""
+    for callback in callbacks:
+        if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
+            outage = Outage(type(callback).__name__.removesuffix("Callback"))
+            for event in (name for name in dir(callback) if name.startswith("on_")):
+                setattr(callback, event, outage.survived(getattr(callback, event)))
+
+
+class Outage:
+    """Whether a tracker has failed."""
+
+    def __init__(self, tracker: str):
+        self.tracker, self.failed = tracker, False
+
+    def survived(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, doing nothing once the tracker has failed."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.failed:
+                return None
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                self.failed = True
+                logger.warning(
+                    f"the tracker {self.tracker} failed and is left out from here on; metrics.jsonl has every number "
+                    f"({type(error).__name__}: {error})"
+                )
+
+        return call

@@ -1,0 +1,131 @@
+"""The notebooks: stripped, with public names only, and each running from top to bottom."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlkd
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "recipes" / "notebooks").glob("*.ipynb"))
+# Modules that may be imported besides the package itself: each is told of in the documentation.
+DOCUMENTED = {
+    "rlkd.records": "README.md",
+    "rlkd.objectives.rewards": "docs/method.md",
+    "rlkd.objectives.attention_tree": "docs/tkd.md",
+    "rlkd.objectives.encoder": "docs/tkd.md",
+}
+MACHINE = re.compile(r"(?<![\w.~-])/(?:work|root|home|Users|tmp)/|[A-Z]:\\")
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def code(path: Path) -> list[str]:
+    return ["".join(cell["source"]) for cell in read(path)["cells"] if cell["cell_type"] == "code"]
+
+
+def problems(notebook: dict[str, Any]) -> list[str]:
+    """What should have been stripped before the commit."""
+    found = []
+    if set(notebook["metadata"]) != {"kernelspec"} or notebook["metadata"]["kernelspec"]["name"] != "python3":
+        found.append(f"metadata: {notebook['metadata']}")
+    for cell in notebook["cells"]:
+        if cell["metadata"]:
+            found.append(f"{cell['id']}: metadata {cell['metadata']}")
+        if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"] is not None):
+            found.append(f"{cell['id']}: outputs or execution count")
+    if MACHINE.search("\n".join("".join(cell["source"]) for cell in notebook["cells"])):
+        found.append("a path of one machine")
+    return found
+
+
+@each
+def test_notebooks_are_stripped(path):
+    assert not problems(read(path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"outputs": [{"output_type": "stream", "name": "stdout", "text": ["1"]}]},
+        {"execution_count": 1},
+        {"metadata": {"collapsed": True}},
+        {"source": ["open('/" + "home/someone/x')"]},
+    ],
+)
+def test_what_is_not_stripped_is_found(change):
+    notebook = read(NOTEBOOKS[0])
+    cell = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    assert not problems(notebook)
+    cell.update(change)
+    assert problems(notebook)
+
+
+@each
+def test_notebooks_use_documented_names(path):
+    for node in (node for cell in code(path) for node in ast.walk(ast.parse(cell))):
+        if isinstance(node, ast.Import):
+            assert not [alias.name for alias in node.names if alias.name.split(".")[0] == "rlkd"], (
+                "import names from it"
+            )
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rlkd":
+            names = {alias.name for alias in node.names}
+            if node.module == "rlkd":
+                assert names <= set(rlkd.__all__)
+            else:
+                assert node.module in DOCUMENTED, f"{node.module} is not documented"
+                assert not [name for name in names if name.startswith("_")]
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_modules_that_notebooks_use_are_documented(module):
+    names = (module.replace(".", "/") + ".py", module.split(".")[-1] + ".py")
+    assert any(name in (ROOT / DOCUMENTED[module]).read_text(encoding="utf-8") for name in names)
+
+
+@each
+def test_notebooks_begin_and_end_with_words(path):
+    first, *_, last = read(path)["cells"]
+    assert first["cell_type"] == last["cell_type"] == "markdown"
+    assert "".join(first["source"]).startswith("# ")
+    assert re.search(r"minute|seconds", "".join(first["source"])), "say how long it takes"
+    assert "".join(last["source"]).startswith("## Next")
+    assert path.name in (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory) -> Path:
+    """A copy of the recipes, so that what the notebooks train is shared among them and left nowhere."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "recipes"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@each
+def test_notebooks_run(path, recipes, tmp_path, monkeypatch):
+    import nbformat
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(recipes / "notebooks" / path.name, as_version=4)
+    # Pipes in the file system instead of ports: the tests have no network. Their names must be short.
+    monkeypatch.chdir(tmp_path)
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip="kernel")
+    resources = {"metadata": {"path": str(recipes / "notebooks")}}
+    NotebookClient(notebook, timeout=500, km=kernel, resources=resources).execute()

@@ -1,0 +1,356 @@
+"""Alarms: each fires on what it is for, once per episode, and stays quiet on healthy runs."""
+
+import copy
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlkd.errors import DivergenceError
+from rlkd.trainers.alarms import ALARMS, History
+from rlkd.trainers.guards import ALARMS_FILE, CALM, Watch
+from tiny_runs import examples, logged, make, teacher
+
+DOCS = Path(__file__).parents[2] / "docs" / "guards.md"
+BY_NAME = {alarm.name: alarm for alarm in ALARMS}
+
+
+def stream(**columns):
+    """Records from columns of numbers; None leaves a name out of its line."""
+    lines = zip(*columns.values(), strict=True)
+    return [{k: v for k, v in zip(columns, line, strict=True) if v is not None} for line in lines]
+
+
+def fired(records):
+    """(line, alarm) of everything that fires."""
+    watch = Watch()
+    return [(i, alarm.name) for i, record in enumerate(records) for alarm, _ in watch.add(record)]
+
+
+# Runs of recipes/studies/quora_agnews.py: lam 0.3, 0.7, 0.9 on validation rows (first seed, second run), and PPO with
+# lam 0.3 in the first run. What was logged every 10 steps, to three digits.
+START = {"start_length": 7.94, "start_finish_rate": 0.938}
+STUDY = {
+    "lam 0.3": [
+        START,
+        *stream(
+            regret=[18.4, 14.5, 18.4, 19.7, 21.6],
+            length=[7.7, 7.88, 9.53, 10.4, 10.4],
+            finish_rate=[0.991, 0.956, 0.822, 0.741, 0.722],
+            kl=[0.117, 0.798, 1.47, 1.79, 1.73],
+            grad_norm=[2.39, 1.9, 2.25, 1.45, 1.69],
+        ),
+    ],
+    "lam 0.7": [
+        START,
+        *stream(
+            regret=[20.7, 11.3, 11, 9.6, 10.7, 9.86, 8.98],
+            length=[7.71, 6.5, 6.47, 6.41, 6.76, 6.24, 6.19],
+            finish_rate=[0.975, 1, 1, 0.997, 0.994, 0.997, 1],
+            entropy=[2.15, 1.32, 1.05, 0.918, 0.912, 0.882, 0.88],
+            kl=[0.0737, 0.344, 0.554, 0.553, 0.591, 0.573, 0.627],
+            grad_norm=[5.43, 4.65, 5.57, 5.33, 6.19, 3.02, 2.74],
+        ),
+    ],
+    "lam 0.9": [
+        START,
+        *stream(
+            regret=[20, 12.3, 10.4, 8.99, 10.1, 9.06, 8.33, 7.94, 7.28],
+            length=[7.37, 6.02, 5.59, 5.62, 5.59, 5.35, 5.21, 5.21, 5.02],
+            finish_rate=[0.984, 1, 1, 1, 1, 1, 1, 1, 1],
+            kl=[0.0561, 0.301, 0.44, 0.529, 0.591, 0.584, 0.645, 0.62, 0.643],
+        ),
+    ],
+    "PPO": [
+        {"start_length": 8.02, "start_finish_rate": 0.969},
+        *stream(
+            regret=[18.7, 21.7, 18.1, 23.1, 24.6, 32.7, 26.9, 30.7, 33.3, 29.8, 34],
+            length=[7.68, 9.76, 9.52, 10.5, 11.3, 13.4, 11.8, 14.4, 14.2, 11.8, 14.4],
+            finish_rate=[0.984, 0.898, 0.859, 0.734, 0.625, 0.438, 0.51, 0.328, 0.339, 0.484, 0.328],
+            entropy=[1.83, 1.13, 0.863, 0.699, 0.605, 0.44, 0.358, 0.317, 0.236, 0.246, 0.237],
+            teacher_entropy=[2.29, 2.6, 3, 3, 3.01, 3, 3.02, 3.2, 3.53, 3.5, 3.53],
+            kl=[0.135, 0.881, 1.48, 1.9, 1.99, 2.46, 2.76, 3, 2.97, 3, 3.09],
+            clip_fraction=[0.171, 0.15, 0.0869, 0.0964, 0.0464, 0.0611, 0.0461, 0.049, 0.024, 0.0394, 0.00607],
+            value_loss=[15.9, 10.2, 6.57, 6.6, 4.58, 5.29, 3.74, 2.97, 2.5, 3.93, 3.11],
+            explained_variance=[-0.002, -0.004, 0.03, 0.07, 0.12, 0.16, 0.26, 0.26, 0.33, 0.32, 0.31],
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ("lam 0.3", {"run_on", "finish_rate_drop", "kl_runaway"}),
+        ("lam 0.7", set()),
+        ("lam 0.9", {"length_collapse"}),
+        ("PPO", {"run_on", "finish_rate_drop", "kl_runaway", "entropy_collapse", "objective_rising"}),
+    ],
+)
+def test_runs_of_the_study_raise_the_alarms_its_readme_describes(run, expected):
+    names = [name for _, name in fired(STUDY[run])]
+    assert sorted(names) == sorted(expected)
+
+
+STREAMS = {
+    "length_collapse": (
+        [{"start_length": 8.0}, *stream(length=[8, 6, 5, 5])],
+        [{"start_length": 8.0}, *stream(length=[8, 7, 6, 6])],
+    ),
+    "run_on": (stream(length=[8, 9, 10, 11]), stream(length=[8, 9, 9, 9])),
+    "finish_rate_drop": (
+        stream(finish_rate=[1.0, 0.9, 0.85, 0.8]),
+        [{"start_finish_rate": 0.9}, *stream(finish_rate=[0.8, 0.9, 0.85, 0.86])],
+    ),
+    "entropy_collapse": (
+        stream(entropy=[1.0, 0.1, 0.1, 0.1], teacher_entropy=[2.0] * 4),
+        stream(entropy=[1.0, 0.001, 0.001, 0.001], teacher_entropy=[0.004] * 4),  # a sharp teacher
+    ),
+    "kl_runaway": (stream(kl=[0.1, 1.0, 1.5, 2]), stream(kl=[0.1, 0.2, 2.5, 0.2, 0.2])),
+    "kl_negative": (stream(kl=[-0.2] * 3), stream(kl=[-0.05] * 6)),
+    "value_loss_explosion": (
+        stream(value_loss=[3, 2, 2, 1, 1, 1, 30, 40, 50]),
+        stream(value_loss=[60, 30, 9, 3, 1, 1, 30, 1, 1, 8]),
+    ),
+    "critic_misled": (stream(explained_variance=[-0.5] * 5), stream(explained_variance=[-0.5, -0.1, 0, 0.1, 0.2, 0.3])),
+    "clip_saturated": (stream(clip_fraction=[0.2, 0.4, 0.5]), stream(clip_fraction=[0.1, 0.6, 0.1, 0.1])),
+    "gradient_spikes": (
+        stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 15]),
+        stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 2, 20, 1, 1]),  # a spike alone is none
+    ),
+    "objective_rising": (
+        stream(loss=[3, 2, 1, 1, 1, 1, 1, 2, 3, 3, 3]),
+        stream(loss=[0.7, 1e-3, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 3e-3, 1e-2, 1e-3, 1e-3]),
+    ),
+    "held_out_worse": (
+        stream(
+            regret=[5, 4, 3, 2, 1],
+            eval_regret=[None, 3, 2, 3, 3],
+            eval_bleu=[None, 10, 12, 12, 12],
+            eval_seconds=[None, 1, 1, 1, 1],
+        ),
+        stream(
+            regret=[5, 4, 3, 2, 1],
+            eval_regret=[None, 3, 2, 2.3, 1.9],
+            eval_bleu=[None, 10, 12, 12, 11.5],
+            eval_length=[None, 9, 9, 1, 1],
+            eval_seconds=[None, 4, 2, 2, 2],
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_each_alarm_alone(name):
+    alarm, (bad, healthy) = BY_NAME[name], STREAMS[name]
+    for records, expected in ((bad, True), (healthy, False)):
+        history, crossed = History(), []
+        for record in records:
+            history.add(record)
+            reading = alarm.measure(history)
+            crossed.append(reading is not None and alarm.crossed(reading))
+        assert any(crossed) is expected
+        if expected:
+            assert not crossed[0]
+            assert re.search(r"\d", reading.text)
+    assert name in {fired_name for _, fired_name in fired(bad)}
+    assert name not in {fired_name for _, fired_name in fired(healthy)}
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        # A task metric that falls though regret improves: a reward misused.
+        (stream(regret=[5, 4, 3, 2, 1], eval_bleu=[10, 11, 12, 9, 8], eval_seconds=[1] * 5), True),
+        # TKD: cross-entropy falls, and so does the dev score; its loss jumps when the tree joins.
+        (stream(ce=[3, 2, 1, 0.5], loss=[3, 2, 9, 9], eval_accuracy=[0.9, 0.9, 0.8, 0.7], eval_runtime=[1] * 4), True),
+        (stream(ce=[3, 2, 1, 0.5], loss=[3, 2, 9, 9], eval_accuracy=[0.8, 0.9, 0.9, 0.9], eval_runtime=[1] * 4), False),
+        # Everything gets worse together: another alarm's business.
+        (stream(regret=[1, 2, 3, 4, 5], eval_regret=[1, 2, 3, 4, 5], eval_seconds=[1] * 5), False),
+    ],
+)  # fmt: skip
+def test_held_out_scores_that_fall_while_training_improves(records, expected):
+    assert ("held_out_worse" in {name for _, name in fired(records)}) is expected
+
+
+@pytest.mark.parametrize("name", ["regret", "ce", "kd", "loss"])
+def test_what_training_lowers_may_not_rise(name):
+    rising = [3.0, 2, 1, 1, 1, 1, 1, 2, 3, 3, 3]
+    assert "objective_rising" in {found for _, found in fired([{name: value} for value in rising])}
+    # The loss of RL says nothing by itself, and TKD's grows when terms join.
+    falling = sorted(rising, reverse=True)
+    records = stream(**{name: falling, "loss": rising}) if name != "loss" else stream(loss=falling)
+    assert fired(records) == []
+
+
+def test_an_alarm_fires_once_per_episode():
+    bad, good = {"kl": 5.0}, {"kl": 0.0}
+    assert fired([bad] * 20) == [(2, "kl_runaway")]
+    # Three means inside the threshold end the episode; fewer do not.
+    ends = [bad] * 3 + [good] * (3 + CALM) + [bad] * 3
+    assert [name for _, name in fired(ends)] == ["kl_runaway"] * 2
+    holds = [bad] * 3 + [good] * 4 + [bad] * 3
+    assert [name for _, name in fired(holds)] == ["kl_runaway"]
+
+
+def test_numbers_that_are_not_finite_are_no_readings():
+    records = [{"kl": value} for value in (float("nan"), float("inf"), 0.1, 0.1, 0.1)]
+    assert fired(records) == []
+
+
+def alarms_of(folder):
+    path = folder / ALARMS_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def twin():
+    """A student that equals its teacher and reads what it reads."""
+    judge = teacher()
+    data = [replace(e, student_input=e.teacher_inputs[0]) for e in examples(32)]
+    return {"model": copy.deepcopy(judge.adapter.model).requires_grad_(), "judge": judge, "data": data}
+
+
+BATCH = {"per_device_train_batch_size": 16, "weak_start": "warn", "n": 16}
+SHORTER = {**BATCH, "reward_value": "lse", "lam": 1.0, "learning_rate": 3e-2, "kl_coef": 0.01, "max_steps": 12}
+
+
+@pytest.mark.parametrize("kind", ["reinforce", "ppo"])
+def test_a_healthy_run_raises_none(tmp_path, kind):
+    options = {**BATCH, "learning_rate": 1e-3, "max_steps": 16, "eval_strategy": "steps", "eval_steps": 4}
+    start = twin()
+    make(kind, tmp_path, eval_examples=start["data"], **{**options, **start}).train()
+    assert alarms_of(tmp_path) == []
+    assert {line["alarms"] for line in logged(tmp_path) if "loss" in line} == {0}
+
+
+def test_a_healthy_supervised_run_raises_none(tmp_path):
+    options = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 5, "eval_examples": examples(8)}
+    make("supervised", tmp_path, learning_rate=3e-3, **options).train()
+    assert alarms_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        # From random weights answers first become longer, then lse with the full return makes them short.
+        ("reinforce", SHORTER, {"run_on", "finish_rate_drop", "length_collapse"}),
+        (
+            "reinforce",
+            {**BATCH, "reward_value": "softmax", "lam": 1.0, "learning_rate": 3e-2, "kl_coef": 0.01, "max_steps": 12},
+            {"kl_runaway", "entropy_collapse"},
+        ),
+        (
+            "ppo",
+            {"n": 16, "learning_rate": 0.1, "epochs_per_rollout": 4, "kl_coef": 0.01, "max_steps": 16},
+            {"clip_saturated"},
+        ),
+    ],
+)
+def test_runs_that_go_wrong_raise_them(tmp_path, kind, options, expected):
+    start = twin() if options.get("reward_value") == "softmax" else {}
+    make(kind, tmp_path, **{**options, **start}).train()
+    assert expected <= {line["alarm"] for line in alarms_of(tmp_path)}
+
+
+def test_samples_of_another_policy_are_noticed(tmp_path):
+    trainer = make("reinforce", tmp_path, max_steps=4, learning_rate=1e-3)
+    sample = trainer.sample
+
+    def lagging(index):
+        rollouts = sample(index)
+        return replace(rollouts, behaviour_logps=rollouts.behaviour_logps - 0.5 * rollouts.answer_mask)
+
+    trainer.sample = lagging
+    trainer.train()
+    assert "kl_negative" in {line["alarm"] for line in alarms_of(tmp_path)}
+
+
+def test_what_is_written(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("rlkd.trainers.guards.logger.propagate", True)
+    make("reinforce", tmp_path, **SHORTER).train()
+    lines = alarms_of(tmp_path)
+    assert {line["alarm"] for line in lines} >= {"length_collapse"}
+    for line in lines:
+        assert set(line) == {"step", "time", "alarm", "message", "value", "threshold"}
+        alarm = BY_NAME[line["alarm"]]
+        assert line["threshold"] == alarm.threshold
+        assert (line["value"] < line["threshold"]) == alarm.below
+        assert alarm.advice in line["message"]
+        assert f"alarm at step {line['step']}, {line['message']}" in caplog.text
+    # Every line of training counts the alarms up to and with its own step.
+    for row in logged(tmp_path):
+        if "loss" in row:
+            assert row["alarms"] == sum(line["step"] <= row["step"] for line in lines)
+
+
+def test_off_watches_nothing(tmp_path):
+    make("reinforce", tmp_path, **SHORTER, alarms="off").train()
+    assert alarms_of(tmp_path) == []
+    assert not any("alarms" in line for line in logged(tmp_path))
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps", "best"])
+@pytest.mark.parametrize("kind", ["reinforce", "ppo"])
+def test_stop_saves_a_checkpoint_and_ends_with_exit_code_5(tmp_path, kind, strategy):
+    options = {**SHORTER, "save_strategy": strategy, "save_steps": 100, "max_steps": 100, "learning_rate": 0.1}
+    if strategy == "best":
+        options |= {"eval_strategy": "steps", "eval_steps": 100, "eval_examples": examples(4)}
+    trainer = make(kind, tmp_path, **options, alarms="stop")
+    with pytest.raises(DivergenceError, match=r"stopped at step \d+ by an alarm .*checkpoint-\d+") as caught:
+        trainer.train()
+    assert caught.value.exit_code == 5
+    step, first = trainer.state.global_step, alarms_of(tmp_path)[0]
+    # At once, or where the rollout batch ends.
+    every = trainer.args.updates_per_rollout
+    assert step == -(-first["step"] // every) * every < 100
+    folder = tmp_path / f"checkpoint-{step}"
+    assert str(folder) in str(caught.value)
+    assert first["alarm"] in str(caught.value)
+    again = make(kind, tmp_path, **{**options, "max_steps": step + every, "save_strategy": "no"})
+    again.train(resume_from_checkpoint=str(folder))
+    assert again.state.global_step == step + every
+    # The episode goes on: it is not reported anew.
+    assert [line["alarm"] for line in alarms_of(tmp_path)].count(first["alarm"]) == 1
+
+
+def test_a_resumed_run_remembers_the_start(tmp_path):
+    options = {**SHORTER, "save_strategy": "steps", "save_steps": 5}
+    make("reinforce", tmp_path / "straight", **options).train()
+    make("reinforce", tmp_path / "resumed", **options).train(
+        resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-5")
+    )
+    later = [line for line in alarms_of(tmp_path / "straight") if line["step"] > 5]
+    assert later
+    for line in [*later, *alarms_of(tmp_path / "resumed")]:
+        line.pop("time")
+    assert alarms_of(tmp_path / "resumed")[0]["alarm"] == later[0]["alarm"]
+    counts = [[row["alarms"] for row in logged(tmp_path / run) if "loss" in row] for run in ("straight", "resumed")]
+    assert counts[0][5:] == counts[1]
+
+
+def test_the_page_lists_every_alarm_with_its_threshold_and_remedy():
+    rows = [line.split("|")[1:-1] for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    listed = {cells[0].strip(" `"): [cell.strip() for cell in cells] for cells in rows if len(cells) == 5}
+    assert list(listed) == list(BY_NAME)
+    for name, (_, meaning, threshold, advice, test) in listed.items():
+        alarm = BY_NAME[name]
+        assert meaning == alarm.meaning
+        assert advice == alarm.advice
+        assert re.search(rf"{'below' if alarm.below else 'above'} {alarm.threshold:g}\b", threshold), name
+        function = test.strip("`").partition("[")[0]
+        assert function in globals(), name
+
+
+def test_every_name_an_alarm_reads_is_a_logged_one():
+    documented = (DOCS.parent / "metrics.md").read_text(encoding="utf-8")
+    for alarm in ALARMS:
+        assert all(f"`{name}`" in documented for name in alarm.reads), alarm.name
+
+
+def test_thresholds_are_judged_on_the_right_side():
+    assert all(torch.isfinite(torch.tensor(alarm.threshold)) for alarm in ALARMS)
+    assert len(BY_NAME) == len(ALARMS)
+    assert set(STREAMS) == set(BY_NAME)
