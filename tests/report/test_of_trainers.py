@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-from runs import HOSTILE
 from test_page import Page
 from trainers.tiny_runs import examples, make
 
@@ -13,6 +12,7 @@ from rlkd.records import Example
 from rlkd.report import findings
 from rlkd.report.page import report
 from rlkd.report.reading import read_arms, read_side_by_side
+from runs import HOSTILE
 
 
 @pytest.fixture(scope="module")
