@@ -229,6 +229,7 @@ def trial(kind: str, root: Path, events: int | None, moments: int, seed: int = 0
     """Kill and resume one trainer. Returns counts, seconds, and the failures by kill point."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # all forks share tqdm's lock, and a killed one may hold it
     begun = time.monotonic()
     root.mkdir(parents=True)
     first = build(kind, root / "reference")
