@@ -193,7 +193,8 @@ def rise(history: History) -> Reading | None:
 def held_out_loss(history: History) -> Reading | None:
     """Largest share by which a held-out score fell below its best while training went on improving.
 
-    Regret counts in RL only: empty answers of an untrained student have a low one.
+    Regret counts in RL only (empty answers of an untrained student have a low one), and half of training's first is
+    added to the best, which may be near 0.
     """
     objective = _objective(history)
     now = history.recent(objective)
@@ -203,11 +204,13 @@ def held_out_loss(history: History) -> Reading | None:
     for name, values in history.values.items():
         if not name.startswith("eval_") or name in NOT_A_SCORE or len(values) < 3:
             continue
-        if "regret" in name and objective != "regret":
+        regret = "regret" in name
+        if regret and objective != "regret":
             continue
         lower = name.removeprefix("eval_") in LOWER_IS_BETTER
         recent, best = mean(list(values)[-2:]), (min if lower else max)(values)
-        fall = (recent - best if lower else best - recent) / abs(best) if best else 0.0
+        scale = abs(best) + (history.first["regret"] / 2 if regret else 0.0)
+        fall = (recent - best if lower else best - recent) / scale if scale else 0.0
         losses.append(Reading(fall, f"{name} is {recent:.3g}, it was {best:.3g}, while training lowers {objective}"))
     return max(losses, key=lambda r: r.value, default=None)
 

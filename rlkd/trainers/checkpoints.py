@@ -29,8 +29,8 @@ UNFINISHED = "_unfinished"
 SET_ASIDE = "set_aside"
 # What a run logs; a resumed run takes back the lines that came after its checkpoint.
 LOGS = ("metrics.jsonl", "samples.jsonl", "token_rewards.jsonl", "alarms.jsonl")
-# Bytes a checkpoint may take beside its tensors.
-SMALL_FILES = 2**24
+# Bytes that a checkpoint takes beside its tensors, and a disk beside its files.
+SMALL_FILES = 2**20
 RESUME = "--resume_from_checkpoint auto"
 
 
@@ -75,10 +75,14 @@ def commit(written: Path, final: Path) -> None:
 
 
 def explained_save(error: Exception, final: Path, needed: int) -> Exception:
-    """What to tell the user of a save that failed; `needed` bytes make a checkpoint. Frees what was written of it."""
-    written = sum(path.stat().st_size for path in (final.parent / UNFINISHED).rglob("*") if path.is_file())
-    room = shutil.disk_usage(final.parent).free + written
-    clear_unfinished(final.parent)
+    """What to tell the user of a save that failed: `error` itself unless the disk is full. Frees what was written.
+
+    needed: bytes of the tensors in a checkpoint.
+    """
+    run = final.parent
+    needed = max([needed, *(_size(path) for path in list(checkpoints(run).values())[:1])])
+    room = shutil.disk_usage(run).free + _size(run / UNFINISHED)
+    clear_unfinished(run)
     # safetensors and torch each have an error of their own for a full disk.
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not full and room > needed + SMALL_FILES:
@@ -87,6 +91,10 @@ def explained_save(error: Exception, final: Path, needed: int) -> Exception:
         f"no space left for {final}: it needs about {needed / 1e6:.2f} MB, there is room for {room / 1e6:.2f} MB. "
         f"Earlier checkpoints are intact: free some space and repeat the command with {RESUME}."
     )
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 # Finding

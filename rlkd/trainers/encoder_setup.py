@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..errors import ConfigError, ModelError
+from ..generation.files import write_durably
 from ..models.architectures import load_config
 from ..models.encoders import Init, build_student, student_config
 from ..models.onnx_export import require_onnx
@@ -217,7 +218,7 @@ def _fine_tune(setup: EncoderSetup) -> None:
         report_to=[],  # a tracker shows the student's run
         teacher_cache="none",
         tree_start_epoch=0.0,
-        resume_from_checkpoint=_last_checkpoint(folder),
+        resume_from_checkpoint="auto" if path.exists() else None,
         allow_config_change=True,  # what matters to the teacher was compared above
     )
     set_seed(training.seed)
@@ -248,18 +249,10 @@ def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
     }
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; trainer_state.json is the last file of one."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(map(str, found), key=lambda path: int(path.rpartition("-")[2]), default=None)
-
-
 def _digest(rows: Sequence[dict[str, Any]]) -> str:
     return sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_durably(path, (json.dumps(record, indent=2) + "\n").encode())

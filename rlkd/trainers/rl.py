@@ -195,18 +195,7 @@ class RLTrainer(DistillationTrainer):
             values=values,
             teacher_value=teacher_baseline(scores, args.reward_value, args.gauge),
         )
-        self.finite.check(
-            {
-                "the student's log-probability": rollouts.behaviour_logps,
-                "the reference's log-probability": reference_logps,
-                "the critic's value": values,
-                "the reward": reward * mask,
-                "the advantage": advantages,
-                "the return": returns,
-            },
-            [example.id for example in rollouts.examples],
-            rollouts,
-        )
+        self.check_experience(rollouts, reference_logps, values, reward * mask, advantages, returns)
         advantages, scale = self.scale_advantages(advantages, mask)
         rewards = scale * reward * mask
         mean_kl = self.record_experience(rollouts, scores, advantages, values, returns, kl)
@@ -226,6 +215,12 @@ class RLTrainer(DistillationTrainer):
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, mean_kl, args.kl_target)
         return minibatch
+
+    def check_experience(self, rollouts: Rollouts, *numbers: Tensor) -> None:
+        """Raise DivergenceError, on every process, if a number [B, R] of a rollout batch is not finite."""
+        names = ["the reference's log-probability", "the critic's value", "the reward", "the advantage", "the return"]
+        values = {"the student's log-probability": rollouts.behaviour_logps, **dict(zip(names, numbers, strict=True))}
+        self.finite.check(values, [example.id for example in rollouts.examples], rollouts)
 
     def score(self, rollouts: Rollouts, *, with_hidden: bool) -> TeacherScores:
         """What the teacher says of the answers. Raises DivergenceError on every process if it fails on one."""

@@ -24,6 +24,7 @@ def test_defaults_construct(tmp_path, kind):
     assert args.report_to == []
     assert not args.logging_nan_inf_filter
     assert not args.remove_unused_columns
+    assert args.restore_callback_states_from_checkpoint
     assert list(tmp_path.iterdir()) == []
 
 
@@ -89,6 +90,7 @@ def test_rows_of_a_rollout_batch(tmp_path):
 def test_every_field_of_ours_says_what_it_is_and_repeats_none_of_transformers():
     theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
     changed = {"logging_nan_inf_filter", "remove_unused_columns", "report_to", "learning_rate"}
+    changed.add("restore_callback_states_from_checkpoint")
     for kind in (DistillationArguments, RLArguments, *ALL):
         assert set(kind.__annotations__) & theirs <= changed
         for field in dataclasses.fields(kind):

@@ -219,7 +219,14 @@ SHORTER = {**BATCH, "reward_value": "lse", "lam": 1.0, "learning_rate": 3e-2, "k
 
 @pytest.mark.parametrize("kind", ["reinforce", "ppo"])
 def test_a_healthy_run_raises_none(tmp_path, kind):
-    options = {**BATCH, "learning_rate": 1e-3, "max_steps": 16, "eval_strategy": "steps", "eval_steps": 4}
+    options = {
+        **BATCH,
+        "learning_rate": 1e-3,
+        "max_steps": 24,
+        "eval_strategy": "steps",
+        "eval_steps": 8,
+        "logging_steps": 4,
+    }
     start = twin()
     make(kind, tmp_path, eval_examples=start["data"], **{**options, **start}).train()
     assert alarms_of(tmp_path) == []

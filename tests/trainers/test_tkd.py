@@ -347,7 +347,7 @@ def test_the_saved_student_is_a_plain_classifier(tmp_path, kind):
     trainer.save_model()
     assert "projections.safetensors" in folders(tmp_path / "checkpoint-2")
     saved = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {*saved, "metrics.jsonl", "run.json"}
+    assert {path.name for path in tmp_path.glob("[!.]*") if path.is_file()} == {*saved, "metrics.jsonl", "run.json"}
     for folder in (tmp_path, tmp_path / "checkpoint-2"):
         loaded, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"]
