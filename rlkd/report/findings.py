@@ -184,6 +184,14 @@ def against_first(arms: Sequence[Arm]) -> list[Comparison]:
     return [comparison for comparison in found if comparison is not None]
 
 
+def against_imitation(arms: Sequence[Arm]) -> list[Comparison]:
+    """Each RL arm against each arm trained by imitation: the scores that decide, of greedy and of sampled answers."""
+    names = [name for score in headline_scores(arms) for name in (score, f"sample_{score}")]
+    others = [arm for arm in arms if arm.kind == "supervised" and not arm.is_teacher]
+    found = [compare(one, two, name) for one in arms if one.kind == "rl" for two in others for name in names]
+    return [comparison for comparison in found if comparison is not None]
+
+
 def answer(comparisons: Sequence[Comparison]) -> str:
     """One answer of comparisons on one score: better, worse, within noise, mixed, partly better / worse, not known."""
     return overall([comparison.verdict for comparison in comparisons])

@@ -40,6 +40,9 @@ def report(arms: Sequence[Arm], title: str) -> str:
         groups=_groups,
         table=results_table(arms),
         charts=curves(arms, sheet) + _trade_offs(arms, sheet),
+        pairs=[
+            [c.one, c.other, words.name_of(c.score), *words.difference(c)] for c in findings.against_imitation(arms)
+        ],
         sizes=_sizes(arms),
         alarms=[
             [run.title, *(alarm.get(name, "–") for name in ("step", "alarm", "message", "value", "threshold"))]

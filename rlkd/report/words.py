@@ -182,5 +182,6 @@ def weak_spots(failures: Failures) -> list[str]:
         lines.append(f"By input, it is worst on {group.name}: {name_of(failures.by)} {shown(failures.by, value)}.")
     cut = [group.rows for group in failures.groups if group.name.startswith("answers cut")]
     if cut:
-        lines.append(f"{cut[0]} answers were cut before their end.")
+        of = f" of {sum(group.rows for group in by_input)}" if by_input else ""
+        lines.append(f"{cut[0]}{of} answers were cut before their end.")
     return lines

@@ -50,7 +50,7 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
     seed = settings.get("seed", 42)
     numbers = {k.removeprefix("eval_"): v for k, v in scores.items() if k.startswith("eval_") and k not in NO_SCORES}
     sections = [
-        f"# {_named(models.get('student'), 'A student')} distilled from {_named(models.get('teacher'), 'no teacher')}",
+        f"# {_named(models.get('student'), 'A student')} {_from_teacher(models)}",
         f"Trained with rlkd {record.get('rlkd')} for {step} steps by {METHODS.get(trainer, trainer)}.",
         "## Results",
         _results(numbers, rows, seed),
@@ -66,6 +66,12 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
         _how(record, settings),
     ]
     return f"{front_matter(_metadata(models, record, task))}\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _from_teacher(models: dict[str, Any]) -> str:
+    if "teacher" not in models:
+        return "trained without a teacher"
+    return f"distilled from {_named(models['teacher'], 'a teacher made in memory')}"
 
 
 def _metadata(models: dict[str, Any], record: dict[str, Any], task: str) -> dict[str, Any]:
@@ -118,9 +124,10 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
 def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
     train = (record.get("data") or {}).get("train", {})
     lines = [
-        f"- It imitates its teacher on {_named(train.get('source'), 'the data above')} ({train.get('rows', '?')} rows) "
-        "and was judged on nothing else: other tasks, domains and languages were not tested: no language is claimed.",
-        "- The teacher's mistakes and biases are among what it learned.",
+        f"- It was trained on {_named(train.get('source'), 'the training data above')} ({train.get('rows', '?')} "
+        "rows), and the held-out rows above are all that it was judged on. Other tasks, domains and languages were "
+        "not tested; no language is claimed.",
+        "- It learned from a teacher or from labels, with their mistakes and biases.",
     ]
     if "max_new_tokens" in settings:
         lines.append(

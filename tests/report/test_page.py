@@ -100,6 +100,10 @@ def test_the_results_are_means_of_the_held_out_rows(job):
         assert value == pytest.approx(np.mean(kept), abs=0.006)
         assert low < value < high
     assert "60 held-out rows and 2 seeds" in page.text
+    pairs = page.tables["Reinforcement learning against imitation"][1:]
+    assert {(one, other) for one, other, *_ in pairs} == {("ppo", "seqkd")}
+    assert {row[2] for row in pairs} == {"accuracy", "accuracy of samples", "regret", "regret of samples"}
+    assert {row[-1] for row in pairs} == {"better"}
 
 
 @pytest.mark.parametrize("missing", [*FILES, "all but run.json", "all but metrics.jsonl"])

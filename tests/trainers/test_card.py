@@ -26,6 +26,7 @@ def test_every_trainer_writes_a_card_beside_the_student(tmp_path):
         assert f"| regret | {regret:.4g} |" in read.text
         assert ("reward and credit: reward_value max" in read.text) == (kind != "supervised")
         assert "| train | made in memory | 8 |" in read.text
+        assert "# A student distilled from a teacher made in memory" in read.text
     assert "lam 0.3," in ModelCard.load(tmp_path / "ppo" / "README.md").text
 
 
@@ -77,8 +78,12 @@ def test_hub_names_are_in_the_metadata():
     found = metadata(text)
     assert (found["base_model"], found["datasets"]) == ("org/small", ["org/data"])
     local = record(models={"teacher": None, "student": "/a/b/student"})
-    found = metadata(card(local, architecture="T5ForConditionalGeneration", scores={}, rows=None, step=0))
-    assert "base_model" not in found
+    text = card(local, architecture="T5ForConditionalGeneration", scores={}, rows=None, step=0)
+    assert "base_model" not in metadata(text)
+    assert "# student distilled from a teacher made in memory" in text
+    alone = record(models={"student": "org/small"})
+    text = card(alone, architecture="T5ForConditionalGeneration", scores={}, rows=None, step=0)
+    assert "# org/small trained without a teacher" in text
 
 
 def test_names_cannot_break_out_of_the_card():
