@@ -19,8 +19,8 @@ FLOORS = {
     **dict.fromkeys(["records", "errors"], 0),
     **dict.fromkeys(["tensors", "redaction", "settings"], 1),
     **dict.fromkeys(["objectives", "data", "models", "metrics", "config"], 2),
-    **dict.fromkeys(["generation", "runs"], 3),
-    **dict.fromkeys(["trainers", "evaluation", "probing", "inspection", "report"], 4),
+    **dict.fromkeys(["generation"], 3),
+    **dict.fromkeys(["trainers", "running", "evaluation", "probing", "inspection", "report"], 4),
     **dict.fromkeys(["cli"], 5),
 }
 # The only steps sideways. Nothing may go back the other way.
@@ -30,7 +30,10 @@ BESIDE = {
     ("trainers", "evaluation"),
     ("trainers", "inspection"),
     ("report", "inspection"),
-    ("runs", "generation"),
+    ("report", "running"),
+    ("inspection", "running"),
+    ("trainers", "running"),
+    ("running", "evaluation"),
 }
 
 MAX_FILE_LINES = 400

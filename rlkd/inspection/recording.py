@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..generation.files import append_text
 from ..models.student import Policy
 from ..models.teacher import Teacher
 from ..objectives.rewards import Value
 from ..records import Example, Minibatch
+from ..running.files import TOKEN_REWARDS, append_lines
 from .build import answers_as_rollouts, rows_of, score_rollouts
 from .reward_view import COLUMNS, Sample
-from .saved import TOKEN_REWARDS
 
 # Column of the evaluator's rows -> whose answer its token ids are.
 EVALUATED = {"ids": "student", "sample_ids": "student sampled", "teacher_ids": "teacher greedy"}
@@ -50,12 +48,12 @@ def rollout_samples(teacher: Teacher, tokenizer: Any, batch: Minibatch, value: V
 
 def append_samples(folder: Path, samples: Iterable[Sample], *, step: int, value: str) -> None:
     """Add one line per sample to the run's file; numbers are kept to a millionth of a nat."""
-    lines = []
+    rows = []
     for sample in samples:
         row = {name: field for name, field in asdict(sample).items() if field is not None}
         for name in set(row) & set(COLUMNS):
             row[name] = [x if x is None else round(x, 6) for x in row[name]]
         if "top" in row:
             row["top"] = [[(text, round(x, 3)) for text, x in best] for best in row["top"]]
-        lines.append(json.dumps({"value": value, **row, "step": step}, ensure_ascii=False) + "\n")
-    append_text(folder / TOKEN_REWARDS, "".join(lines))
+        rows.append({"value": value, **row, "step": step})
+    append_lines(folder / TOKEN_REWARDS, rows)

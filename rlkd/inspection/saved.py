@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import DataError
+from ..running.files import TOKEN_REWARDS
 from .reward_view import RewardView, Sample, sample_from
 
-TOKEN_REWARDS = "token_rewards.jsonl"
 STUDENT = ("student", "student sampled", "rollout")
 
 

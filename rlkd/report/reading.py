@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..running.files import ALARMS_FILE, HELD_OUT, METRICS, RUN_FILE, SAMPLES, SUMMARY_FILE
 
-METRICS, HELD_OUT, SAMPLES, ALARMS, RUN, SUMMARY = (
-    "metrics.jsonl", "held_out.jsonl", "samples.jsonl", "alarms.jsonl", "run.json", "summary.json",
-)  # fmt: skip
-FILES = (METRICS, HELD_OUT, SAMPLES, ALARMS, RUN)
+FILES = (METRICS, HELD_OUT, SAMPLES, ALARMS_FILE, RUN_FILE)
 SEED = re.compile(r"seed[-_]?(\d+)$")
 DEPTH = 3  # of run folders below the one given
 # What every evaluation of a generating student has; other numbers of a row are task scores.
@@ -166,7 +164,7 @@ def read_runs(folder: Path) -> list[RunData]:
 def read_run(folder: Path, name: str, seed: int | None = None) -> RunData:
     """What is in one run folder; nothing in it is required."""
     notes: list[str] = []
-    record = _json(folder / RUN, notes)
+    record = _json(folder / RUN_FILE, notes)
     lines = _numbered(folder / METRICS, notes)
     held_out: dict[int, list[Row]] = {}
     for row in _numbered(folder / HELD_OUT, notes):
@@ -184,8 +182,8 @@ def read_run(folder: Path, name: str, seed: int | None = None) -> RunData:
         ends[-1] if ends else {},
         held_out,
         _lines(folder / SAMPLES, notes),
-        _lines(folder / ALARMS, notes, optional=True),
-        _json(folder / SUMMARY, notes, optional=True),
+        _lines(folder / ALARMS_FILE, notes, optional=True),
+        _json(folder / SUMMARY_FILE, notes, optional=True),
         notes,
     )
 

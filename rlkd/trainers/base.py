@@ -13,15 +13,15 @@ from transformers import TrainerCallback
 
 from ..evaluation import Evaluator, TaskMetric
 from ..generation.progress import progress
-from ..inspection.recording import TOKEN_REWARDS, append_samples, evaluated_samples
+from ..inspection.recording import append_samples, evaluated_samples
 from ..inspection.reward_view import Sample
 from ..models.student import Policy
 from ..models.teacher import Teacher
 from ..records import Example
+from ..running.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
+from ..running.sample_tables import TEXTS, SampleTables
 from .arguments import DistillationArguments
-from .run_files import HELD_OUT, SAMPLES, append_lines, keep_first_and_last
 from .student_trainer import StudentTrainer
-from .tracking import TEXTS, SampleTables
 
 
 class DistillationTrainer(StudentTrainer):

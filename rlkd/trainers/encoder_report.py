@@ -16,9 +16,9 @@ from transformers import AutoModelForSequenceClassification, EvalPrediction
 from ..data.labelled import EncodedTexts, model_inputs
 from ..models.footprint import count_parameters, latency, megabytes
 from ..models.onnx_export import Agreement, export_onnx
+from ..running.files import SUMMARY_FILE
 from .encoder_setup import EncoderSetup
 
-SUMMARY_FILE = "summary.json"
 BATCH_SIZES = (1, 32)
 TIMED_SENTENCES = 32
 TIMED_PASSES = 5

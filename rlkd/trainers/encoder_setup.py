@@ -21,8 +21,8 @@ from ..models.architectures import load_config
 from ..models.encoders import Init, build_student, student_config
 from ..models.onnx_export import require_onnx
 from ..models.vocabulary import load_tokenizer
+from ..running.checkpoints import check_resumed_settings
 from ..settings import Positive, check_ranges
-from .checkpoints import check_resumed_settings
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
 from .tkd import TKDTrainer, check_distillation
 from .tkd_arguments import TKDArguments

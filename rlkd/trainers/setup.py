@@ -20,9 +20,9 @@ from ..models.architectures import EncoderDecoder, check_config, load_config, lo
 from ..models.teacher import Teacher
 from ..models.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
+from ..running.checkpoints import check_resumed_settings
 from ..settings import Count, Natural, check_ranges
 from .arguments import DistillationArguments
-from .checkpoints import check_resumed_settings
 
 
 @dataclass

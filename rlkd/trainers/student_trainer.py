@@ -17,16 +17,16 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from ..generation.label_store import weights_digest
 from ..redaction import redacted
-from ..runs import RUN_FILE, RunRecord, describe_data, describe_templates, settings_of
+from ..running.best import BestCheckpoint, check_best_metric
+from ..running.card import write_card
+from ..running.checkpoints import read_state
+from ..running.files import METRICS, RUN_FILE, append_lines
+from ..running.finite import FiniteGuard
+from ..running.guards import AlarmCallback
+from ..running.progress import TrainingProgress
+from ..running.record import RunRecord, describe_data, describe_templates, settings_of
+from ..running.resumable import ResumableTrainer
 from .arguments import StudentArguments
-from .best import BestCheckpoint, check_best_metric
-from .card import write_card
-from .checkpoints import read_state
-from .finite import FiniteGuard
-from .guards import AlarmCallback
-from .progress import TrainingProgress
-from .resumable import ResumableTrainer
-from .run_files import METRICS, append_lines
 
 
 class JsonlCallback(TrainerCallback):

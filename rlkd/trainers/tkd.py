@@ -28,7 +28,7 @@ from ..models.vocabulary import check_vocabulary_fits
 from ..objectives.attention_tree import AttentionRows, all_tokens, attention_tree, cls_token, random_tokens
 from ..objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance, weighted_terms
 from ..objectives.neighbours import logit_mse, noisy_logits
-from .run_files import HELD_OUT, keep_first_and_last
+from ..running.files import HELD_OUT, keep_first_and_last
 from .student_trainer import StudentTrainer
 from .tkd_arguments import TKDArguments
 

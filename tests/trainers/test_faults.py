@@ -22,8 +22,8 @@ from transformers.integrations.integration_utils import WandbCallback
 
 import chaos
 from rlkd.errors import CheckpointError, ConfigError, InterruptedRunError, LockedError, RlkdError
+from rlkd.running.checkpoints import LOGS, MANIFEST, SET_ASIDE, STATE_FILE, UNFINISHED, damage
 from rlkd.trainers import checkpoints
-from rlkd.trainers.checkpoints import LOGS, MANIFEST, SET_ASIDE, STATE_FILE, UNFINISHED, damage
 from tiny_runs import assert_same, logged, make, weights
 
 KINDS = list(chaos.RUNS)
@@ -119,7 +119,7 @@ def test_older_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypa
     def fails(written, final):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("rlkd.trainers.resumable.commit", fails)
+    monkeypatch.setattr("rlkd.running.resumable.commit", fails)
     trainer = build(tmp_path, max_steps=2, save_total_limit=1)
     with pytest.raises(OSError, match="Input/output"):
         trainer.train(resume_from_checkpoint=True)

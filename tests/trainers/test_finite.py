@@ -211,7 +211,7 @@ def test_a_batch_that_cannot_be_written_hides_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rlkd.trainers.finite.write_batch", full)
+    monkeypatch.setattr("rlkd.running.finite.write_batch", full)
     trainer = make("supervised", tmp_path)
     poison(trainer.policy)
     with pytest.raises(DivergenceError, match=r"the loss is not finite.*could not be written to .*No space left"):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rlkd.errors import DivergenceError
-from rlkd.trainers.alarms import ALARMS, History
-from rlkd.trainers.guards import ALARMS_FILE, CALM, Watch
+from rlkd.running.alarms import ALARMS, History
+from rlkd.running.files import ALARMS_FILE
+from rlkd.running.guards import CALM, Watch
 from tiny_runs import examples, logged, make, teacher
 
 DOCS = Path(__file__).parents[2] / "docs" / "guards.md"
@@ -276,7 +277,7 @@ def test_samples_of_another_policy_are_noticed(tmp_path):
 
 
 def test_what_is_written(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("rlkd.trainers.guards.logger.propagate", True)
+    monkeypatch.setattr("rlkd.running.guards.logger.propagate", True)
     make("reinforce", tmp_path, **SHORTER).train()
     lines = alarms_of(tmp_path)
     assert {line["alarm"] for line in lines} >= {"length_collapse"}

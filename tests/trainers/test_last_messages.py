@@ -9,8 +9,8 @@ from rlkd import RewardView, generate_pseudolabels
 from rlkd.cli.main import main
 from rlkd.errors import ConfigError, DataError, DivergenceError
 from rlkd.records import Example
+from rlkd.running.best import check_best_metric
 from rlkd.trainers.arguments import ReinforceArguments
-from rlkd.trainers.best import check_best_metric
 from rlkd.trainers.encoder_setup import TEACHER_RECORD, fine_tuned_teacher
 from tiny import save_pair, tiny_teacher, tiny_tokenizer
 from tiny_runs import make

@@ -16,7 +16,7 @@ from rlkd.data.prompts import Template
 from rlkd.errors import ConfigError, RlkdError
 from rlkd.models.trl_compat import ModelConfig
 from rlkd.redaction import REDACTED
-from rlkd.runs import (
+from rlkd.running.record import (
     FREE,
     LENGTH,
     PACKAGES,
@@ -147,7 +147,7 @@ def test_git(tmp_path, monkeypatch):
 
 
 def test_packages_that_are_not_installed_are_none(monkeypatch):
-    monkeypatch.setattr("rlkd.runs.PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr("rlkd.running.record.PACKAGES", ("torch", "no-such-package"))
     assert record().versions["no-such-package"] is None
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlkd.trainers.tracking import COLUMNS, NAME, SampleTables, priced
+from rlkd.running.sample_tables import COLUMNS, NAME, SampleTables, priced
 from tiny_runs import logged
 
 ROWS = [

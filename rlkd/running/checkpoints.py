@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, ConfigError, RlkdError
 from ..generation.files import sha256, sync_folder, write_durably
-from ..runs import check_settings
+from .files import ALARMS_FILE, METRICS, SAMPLES, TOKEN_REWARDS
+from .record import check_settings
 
 logger = logging.get_logger("rlkd")
 
@@ -28,7 +29,7 @@ STATE_FILE = "rlkd_state.json"
 UNFINISHED = "_unfinished"
 SET_ASIDE = "set_aside"
 # What a run logs; a resumed run takes back the lines that came after its checkpoint.
-LOGS = ("metrics.jsonl", "samples.jsonl", "token_rewards.jsonl", "alarms.jsonl")
+LOGS = (METRICS, SAMPLES, TOKEN_REWARDS, ALARMS_FILE)
 # Bytes that a checkpoint takes beside its tensors, and a disk beside its files.
 SMALL_FILES = 2**20
 RESUME = "--resume_from_checkpoint auto"

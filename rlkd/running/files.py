@@ -10,7 +10,9 @@ from typing import Any
 
 from ..generation.files import append_text
 
-METRICS, SAMPLES, HELD_OUT = "metrics.jsonl", "samples.jsonl", "held_out.jsonl"
+RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"
+METRICS, ALARMS_FILE = "metrics.jsonl", "alarms.jsonl"
+SAMPLES, TOKEN_REWARDS, HELD_OUT = "samples.jsonl", "token_rewards.jsonl", "held_out.jsonl"
 
 
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,9 +18,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import DivergenceError
-
-if TYPE_CHECKING:
-    from .student_trainer import StudentTrainer
 
 DIVERGED_FOLDER = "diverged"
 NAMED_ROWS = 5
@@ -56,7 +53,7 @@ class FiniteGuard(TrainerCallback):
     Raises DivergenceError; the batch lies under `diverged/step-N` of the run folder then.
     """
 
-    def __init__(self, trainer: StudentTrainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
         self.watched: list[Watched] = []
         self.grad_norm: Any = None  # of this update, before clipping

@@ -8,20 +8,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..errors import DivergenceError
 from .alarms import ALARMS, Alarm, History, Reading
-
-if TYPE_CHECKING:
-    from .student_trainer import StudentTrainer
+from .files import ALARMS_FILE
 
 logger = logging.get_logger("rlkd")
 
-ALARMS_FILE = "alarms.jsonl"
 CALM = 3  # readings inside the threshold that end an episode
 
 
@@ -55,7 +52,7 @@ class Watch:
 class AlarmCallback(TrainerCallback):
     """Watches what a trainer logs; `alarms: stop` ends training at the next step a checkpoint may be written."""
 
-    def __init__(self, trainer: StudentTrainer):
+    def __init__(self, trainer: Any):
         self.trainer, self.watch = trainer, Watch()
         self.stopped_by: str | None = None
 

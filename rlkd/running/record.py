@@ -17,15 +17,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .errors import ConfigError
-from .generation.files import write_durably
-from .redaction import redacted
-from .settings import default_of, own_names, plain
+from .. import __version__
+from ..errors import ConfigError
+from ..generation.files import write_durably
+from ..redaction import redacted
+from ..settings import default_of, own_names, plain
+from .files import RUN_FILE
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
 # Settings that a resumed run may change: they decide where and when something is written or shown, what is kept in
 # memory, which checkpoint is the best, or whether the run ends sooner, and no number that training puts into the
