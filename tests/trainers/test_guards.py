@@ -247,7 +247,7 @@ def test_a_healthy_supervised_run_raises_none(tmp_path):
         ("reinforce", SHORTER, {"run_on", "finish_rate_drop", "length_collapse"}),
         (
             "reinforce",
-            {**BATCH, "reward_value": "softmax", "lam": 1.0, "learning_rate": 3e-2, "kl_coef": 0.01, "max_steps": 12},
+            {**BATCH, "reward_value": "softmax", "lam": 1.0, "learning_rate": 0.1, "kl_coef": 0.01, "max_steps": 12},
             {"kl_runaway", "entropy_collapse"},
         ),
         (
