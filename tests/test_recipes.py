@@ -143,7 +143,7 @@ def test_bad_input_is_one_screen_before_any_weights_load(tiny_run, monkeypatch, 
     monkeypatch.setattr("rlkd.trainers.setup.load_encoder_decoder", weights)
     for what, (flags, code, words) in _bad_inputs(tiny_run).items():
         with pytest.raises(SystemExit) as exit_info:
-            _recipe("ppo", tiny_run, monkeypatch, *flags)
+            _recipe("ppo", tiny_run, monkeypatch, "--output_dir", "runs/tiny/refused", *flags)
         screen = capsys.readouterr().err
         assert exit_info.value.code == code, (what, screen)
         assert "Traceback" not in screen, what

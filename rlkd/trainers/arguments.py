@@ -47,6 +47,7 @@ class StudentArguments(TrainingArguments):
             self.greater_is_better = False
         super().__post_init__()
         check_ranges(self)
+        _require(self.alarms in ("warn", "stop", "off"), "alarms", self.alarms, "allowed are 'warn', 'stop', 'off'")
         patience = self.early_stopping_patience
         if patience is not None:
             _require(
