@@ -1,4 +1,4 @@
-"""Run by test_run_faults.py under torchrun: a run with checkpoints, one of whose ranks may kill itself in the middle."""
+"""Run by test_run_faults.py under torchrun: a run with checkpoints; one of its ranks may kill itself half-way."""
 
 import os
 import signal
