@@ -73,7 +73,7 @@ def test_the_report_holds_every_finished_run(study, plan, tmp_path):
     text = study.report(plan, tmp_path)
     record = json.loads((tmp_path / "results.json").read_text())
     runs = sum(len(seeds) for tasks in record["scores"].values() for p in tasks.values() for seeds in p.values())
-    assert runs == 3 * 5 * (11 + 6) == len(record["cpu_seconds"])
+    assert runs == 3 * 5 * (11 + 5) == len(record["cpu_seconds"])
     for preset, values in wobble.items():
         assert f"| {preset} | {values[1:].mean():.2f} ± {values[1:].std(ddof=1):.2f} (5)" in text
     assert (tmp_path / "plot.svg").read_text().count("<svg") == 1

@@ -275,7 +275,7 @@ def spread(values: list[float]) -> str:
 
 
 def comparisons(plan: dict[str, Any], tests: dict[str, Any]) -> str:
-    """Markdown: paired differences of each task, and pooled with their 95 % interval and p."""
+    """Markdown: paired differences and p of each task, and pooled with their 95 % interval."""
     names = list(plan["tasks"])
     lines = [
         "| init | difference | " + " | ".join(names) + " | pooled | 95 % | p | above 0 |",
@@ -283,7 +283,7 @@ def comparisons(plan: dict[str, Any], tests: dict[str, Any]) -> str:
     ]
     for init, comparisons in tests.items():
         for test in comparisons:
-            own = [f"{test['tasks'][name]['mean']:+.2f}" if name in test["tasks"] else "" for name in names]
+            own = [signed(test["tasks"][name]) if name in test["tasks"] else "" for name in names]
             pooled = test["pooled"]
             if "p" not in pooled:
                 continue
@@ -298,6 +298,12 @@ def comparisons(plan: dict[str, Any], tests: dict[str, Any]) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def signed(difference: dict[str, Any]) -> str:
+    """A mean difference, and its p where there is one."""
+    p = f" (p {difference['p']:.3f})" if "p" in difference else ""
+    return f"{difference['mean']:+.2f}{p}"
 
 
 def plot(scores: dict[str, Any], path: Path) -> None:
