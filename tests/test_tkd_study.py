@@ -96,6 +96,7 @@ def test_a_finished_run_is_not_repeated(study, plan, tmp_path, monkeypatch):
             return {"score": 0.7, "cpu_seconds": 2.0}
 
     monkeypatch.setattr(study, "Task", Stub)
+    monkeypatch.setattr(study, "plot", lambda *_: None)
     study.study(plan, "model", Path("data"), tmp_path)
     assert made == [("trec", "first", "rand", 3, 1.5e-4)]
     assert json.loads((tmp_path / "results.json").read_text())["scores"]["first"]["trec"]["rand"]["3"] == 70.0

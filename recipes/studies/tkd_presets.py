@@ -329,7 +329,7 @@ def plot(scores: dict[str, Any], path: Path) -> None:
         panel.invert_yaxis()
         panel.set_title(f"init: {init}")
         panel.set_xlabel("points above kd, paired by seed")
-        panel.legend(loc="lower right", fontsize=8)
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=len(tasks), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
