@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from common import arguments, report, show
 from rl_step import EOS, STUDENT, VALID_VOCAB, t5
-from rlkd.models.architectures import EncoderDecoder
+from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.teacher import Teacher
 from rlkd.records import Example
 from rlkd.trainers.arguments import ReinforceArguments

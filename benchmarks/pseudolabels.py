@@ -30,11 +30,11 @@ from transformers.utils import logging
 from common import arguments, interleave, report, show
 from label_pipeline import overhead, two_processes
 from rl_step import EOS, PAD, PADDED_VOCAB, STUDENT, TEACHER, VALID_VOCAB, log_normal_lengths
-from rlkd.generation.agreement import agreement
-from rlkd.generation.ctranslate2_engine import CTranslate2Engine
-from rlkd.generation.engines import Answer, Decoding, Engine, TorchEngine
-from rlkd.generation.schedule import Budget, answer_all
-from rlkd.models.architectures import EncoderDecoder
+from rlkd.models.encoder_decoder import EncoderDecoder
+from rlkd.sampling.agreement import agreement
+from rlkd.sampling.engines.ctranslate2_engine import CTranslate2Engine
+from rlkd.sampling.engines.engine import Answer, Decoding, Engine, TorchEngine
+from rlkd.sampling.schedule import Budget, answer_all
 
 LONGEST_PROMPT, LONGEST_ANSWER = 256, 64
 HF_BATCH = 16
@@ -127,7 +127,7 @@ def draw_prompts(rows: int, seed: int) -> list[list[int]]:
     return [prompt_for(answer, prompt, rng) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def hf_in_order(adapter: EncoderDecoder, prompts: list[list[int]]) -> list[list[int]]:
+def hf_in_order(lm: EncoderDecoder, prompts: list[list[int]]) -> list[list[int]]:
     """Plain generate: batches in file order, each padded to its longest prompt. It records no log-probabilities."""
     settings = GenerationConfig(
         max_new_tokens=LONGEST_ANSWER,
@@ -138,8 +138,8 @@ def hf_in_order(adapter: EncoderDecoder, prompts: list[list[int]]) -> list[list[
     )
     answers = []
     for start in range(0, len(prompts), HF_BATCH):
-        ids, mask = adapter.pad_prompts(prompts[start : start + HF_BATCH])
-        sequences = adapter.model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
+        ids, mask = lm.pad_prompts(prompts[start : start + HF_BATCH])
+        sequences = lm.model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
         for row in sequences[:, 1:].tolist():
             answers.append(row[: row.index(EOS) + 1] if EOS in row else row)
     return answers
@@ -161,11 +161,11 @@ def measure_speed(name: str, rows: int, repetitions: int, seed: int) -> Result:
     """Label the same prompts in every way, taking turns."""
     logging.set_verbosity_error()
     shape, tied = SHAPES[name]
-    adapter = EncoderDecoder(clocked_t5(shape, tied=tied, seed=seed), VALID_VOCAB)
+    lm = EncoderDecoder(clocked_t5(shape, tied=tied, seed=seed), VALID_VOCAB)
     engines: dict[str, Engine] = {
-        "torch": TorchEngine(adapter),
-        "ct2 float32": CTranslate2Engine(adapter, "float32", threads=1),
-        "ct2 int8": CTranslate2Engine(adapter, "int8", threads=1),
+        "torch": TorchEngine(lm),
+        "ct2 float32": CTranslate2Engine(lm, "float32", threads=1),
+        "ct2 int8": CTranslate2Engine(lm, "int8", threads=1),
     }
     prompts = draw_prompts(rows, seed)
     made: dict[str, Any] = {}
@@ -174,7 +174,7 @@ def measure_speed(name: str, rows: int, repetitions: int, seed: int) -> Result:
         made[key] = [row[0] for row in answer_all(engines[key], prompts, [[0]] * rows, GREEDY, Budget())]
 
     def reference() -> None:
-        made["hf"] = hf_in_order(adapter, prompts)
+        made["hf"] = hf_in_order(lm, prompts)
 
     variants: dict[str, Callable[[], None]] = {"hf": reference}
     variants |= {key: lambda key=key: label(key) for key in engines}
@@ -182,16 +182,16 @@ def measure_speed(name: str, rows: int, repetitions: int, seed: int) -> Result:
     return Result(
         seconds,
         {k: sum(a.ids == b for a, b in zip(made[k], made["hf"], strict=True)) / rows for k in engines},
-        {k: max(map(partial(_difference, adapter), prompts[:8], map(_without_end, made[k][:8]))) for k in engines},
+        {k: max(map(partial(_difference, lm), prompts[:8], map(_without_end, made[k][:8]))) for k in engines},
         {k: sum(len(a) if k == "hf" else len(a.ids) for a in made[k]) / rows for k in made},
     )
 
 
 @torch.no_grad()
-def _difference(adapter: EncoderDecoder, prompt: list[int], answer: Any) -> float:
+def _difference(lm: EncoderDecoder, prompt: list[int], answer: Any) -> float:
     decoder_input = torch.tensor([[PAD, *answer.ids[:-1]]])
-    logits: Tensor = adapter.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_input).logits
-    want = logits[0, :, : adapter.valid_vocab].log_softmax(-1)[range(len(answer.ids)), answer.ids]
+    logits: Tensor = lm.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_input).logits
+    want = logits[0, :, : lm.valid_vocab].log_softmax(-1)[range(len(answer.ids)), answer.ids]
     return (torch.tensor(answer.logps) - want).abs().max().item()
 
 
@@ -235,14 +235,14 @@ def measure_agreement(steps: int, prompts: int, seed: int) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         schedule.step()
-    adapter = EncoderDecoder(model.eval(), len(tokenizer))
+    lm = EncoderDecoder(model.eval(), len(tokenizer))
     texts = [next(notes)[0] for _ in range(prompts)]
     ids = tokenizer(texts).input_ids
-    int8, float32 = (CTranslate2Engine(adapter, precision, threads=1) for precision in ("int8", "float32"))
+    int8, float32 = (CTranslate2Engine(lm, precision, threads=1) for precision in ("int8", "float32"))
     decoding = Decoding("greedy", 24)
     exact = [row[0] for row in answer_all(float32, ids, [[0]] * len(ids), decoding, Budget())]
-    more = {"loss": loss.item(), "difference": max(map(partial(_difference, adapter), ids, exact))}
-    return agreement(int8, TorchEngine(adapter), ids, decoding) | more
+    more = {"loss": loss.item(), "difference": max(map(partial(_difference, lm), ids, exact))}
+    return agreement(int8, TorchEngine(lm), ids, decoding) | more
 
 
 def main() -> None:

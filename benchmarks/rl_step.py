@@ -22,13 +22,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.utils import logging
 
 from common import arguments, interleave, report, show
-from rlkd.generation.decode import decode, sampler
-from rlkd.models.architectures import EncoderDecoder
-from rlkd.models.student import Policy
+from rlkd.models.encoder_decoder import EncoderDecoder
+from rlkd.models.policy import Policy
 from rlkd.models.teacher import Teacher
 from rlkd.objectives.advantages import discounted_sum
 from rlkd.objectives.policy import reduce_tokens, reinforce_loss
 from rlkd.objectives.rewards import induced_advantage
+from rlkd.sampling.decode import decode, sampler
 
 PADDED_VOCAB, VALID_VOCAB = 32_128, 32_100
 PAD, EOS = 0, 1
@@ -121,20 +121,20 @@ def tokenizer(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
 
 def rlkd_step(policy: Policy, teacher: Teacher, batch: Batch) -> Tensor:
     """The same rewards and gradients through decode, Teacher.score and Policy.forward."""
-    adapter = policy.adapter
-    draw = sampler(list(range(len(batch.prompts))), LONGEST_ANSWER, adapter.device)
+    lm = policy.lm
+    draw = sampler(list(range(len(batch.prompts))), LONGEST_ANSWER, lm.device)
 
     def choose(log_probs: Tensor, rows: Tensor, step: int) -> Tensor:
         draw(log_probs, rows, step)
         return batch.answers[rows, step]
 
     with torch.no_grad():
-        states = adapter.encode_prompts(batch.prompts)
-    rollout = decode(adapter, states, choose, max_new_tokens=LONGEST_ANSWER)
+        states = lm.encode_prompts(batch.prompts)
+    rollout = decode(lm, states, choose, max_new_tokens=LONGEST_ANSWER)
     texts = [(" ".join(map(str, prompt)),) for prompt in batch.prompts]
     rewards = induced_advantage(teacher.score(texts, rollout.ids, rollout.mask))
     advantages = discounted_sum(rewards, rollout.mask, 1.0)
-    (logps, _), _ = policy(*adapter.pad_prompts(batch.prompts), rollout.ids, rollout.mask)
+    (logps, _), _ = policy(*lm.pad_prompts(batch.prompts), rollout.ids, rollout.mask)
     loss = reinforce_loss(logps, advantages, rollout.mask.float())
     reduce_tokens(loss, rollout.mask, "token_mean").backward()
     return rewards

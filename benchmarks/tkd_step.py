@@ -19,9 +19,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
 from common import arguments, interleave, report, show
-from rlkd.models.encoders import build_student
-from rlkd.trainers.tkd import TKDTrainer
-from rlkd.trainers.tkd_arguments import TKDArguments
+from rlkd.models.encoders.classifiers import build_student
+from rlkd.trainers.encoders.arguments import TKDArguments
+from rlkd.trainers.encoders.tkd import TKDTrainer
 
 VOCAB, ROWS, LENGTH, CHILDREN = 30_522, 8, 128, 2
 TEACHER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}

@@ -4,7 +4,7 @@ accelerate launch recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--
 """
 
 from rlkd import DataArguments, PPOArguments, PPOTrainer, TeacherArguments, parse_config, prepare, run_main
-from rlkd.models.trl_compat import ModelConfig
+from rlkd.settings.trl_compat import ModelConfig
 
 SETTINGS = (DataArguments, TeacherArguments, ModelConfig, PPOArguments)
 

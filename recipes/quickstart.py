@@ -192,7 +192,7 @@ def train_teacher(folder: Path, plan: Plan, split: str) -> dict[str, float]:
         task_metric=task.task_metric,
     )
     seconds = train(trainer, "teacher")
-    trainer.teacher.adapter.model.load_state_dict(model.state_dict())
+    trainer.teacher.lm.model.load_state_dict(model.state_dict())
     return judge(trainer, seconds)
 
 

@@ -4,7 +4,7 @@ accelerate launch recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to
 """
 
 from rlkd import DataArguments, ReinforceArguments, ReinforceTrainer, TeacherArguments, parse_config, prepare, run_main
-from rlkd.models.trl_compat import ModelConfig
+from rlkd.settings.trl_compat import ModelConfig
 
 SETTINGS = (DataArguments, TeacherArguments, ModelConfig, ReinforceArguments)
 

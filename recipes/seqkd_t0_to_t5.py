@@ -14,7 +14,7 @@ from rlkd import (
     run_main,
 )
 from rlkd.errors import ConfigError
-from rlkd.models.trl_compat import ModelConfig
+from rlkd.settings.trl_compat import ModelConfig
 
 SETTINGS = (DataArguments, TeacherArguments, ModelConfig, SupervisedArguments)
 

@@ -12,13 +12,13 @@ from typing import Any
 import filelock  # noqa: F401  what a run imports late: a forked child has it at once
 import rich.progress  # noqa: F401
 
-from rlkd.config import run_main
 from rlkd.data.examples import PromptedRows, RowRenderer
-from rlkd.data.prompts import Template
 from rlkd.data.rows import RowStream
-from rlkd.generation.engines import Answer, Decoding
-from rlkd.generation.manifest import Manifest, manifest_name
-from rlkd.generation.pseudolabels import RunOptions, label_rows
+from rlkd.labels.manifest import Manifest, manifest_name
+from rlkd.labels.pseudolabels import RunOptions, label_rows
+from rlkd.sampling.engines.engine import Answer, Decoding
+from rlkd.settings.parsing import run_main
+from rlkd.templates.template import Template
 from tiny import EOS, tiny_tokenizer
 
 WORDS = "abcdefghijklm0123456789"

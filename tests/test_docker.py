@@ -134,7 +134,7 @@ def run_without_rights(image: Path, *command: str) -> subprocess.CompletedProces
 LOOK_AROUND = """
 import os, sys, rlkd, huggingface_hub.constants
 from pathlib import Path
-from rlkd.data.template_sources import cache_folder
+from rlkd.templates.sources import cache_folder
 prefix, home = Path(sys.prefix), Path.home()
 assert Path(rlkd.__file__).is_relative_to(prefix), rlkd.__file__
 writable = [str(path) for path in (prefix, *prefix.rglob("*")) if not path.is_symlink() and os.access(path, os.W_OK)]

@@ -19,14 +19,14 @@ from rlkd.errors import ConfigError, InterruptedRunError
 # Errors of whoever writes code against rlkd: no command line and no file of settings leads to them.
 PROGRAMMING = {
     "__init__.py": {"AttributeError"},
-    "config.py": {"TypeError"},
-    "data/allowed.py": {"TypeError"},  # told as a DataError where the template is rendered
+    "settings/parsing.py": {"TypeError"},
+    "templates/allowed.py": {"TypeError"},  # told as a DataError where the template is rendered
     "data/files.py": {"JSONDecodeError"},  # told as a DataError, like that of templates
-    "data/meter.py": {"ValueError"},
-    "data/template_yaml.py": {"ConstructorError"},
-    "generation/labelling.py": {"StoppedError"},  # caught where shards are written
+    "templates/meter.py": {"ValueError"},
+    "templates/parsing.py": {"ConstructorError"},
+    "labels/labelling.py": {"StoppedError"},  # caught where shards are written
     "trainers/base.py": {"ValueError"},
-    "trainers/tkd.py": {"ValueError"},
+    "trainers/encoders/tkd.py": {"ValueError"},
 }
 ENDS = {"SystemExit", "Exit"}
 
@@ -54,7 +54,7 @@ def test_all_our_errors_are_known():
         return {kind.__name__}.union(*map(below, kind.__subclasses__()))
 
     import rlkd.data.files
-    import rlkd.data.meter  # noqa: F401
+    import rlkd.templates.meter  # noqa: F401
     from rlkd.errors import RlkdError
 
     assert below(RlkdError) == OURS
@@ -96,7 +96,7 @@ def test_the_package_has_them_all():
     found = messages.messages()
     assert len(found) > 150
     assert len(set(found)) == len(found)
-    assert {"trainers/arguments.py", "data/rows.py", "generation/folder.py"} <= {m.file for m in found}
+    assert {"trainers/arguments.py", "data/rows.py", "labels/folder.py"} <= {m.file for m in found}
 
 
 def test_a_message_names_the_test_that_came_by():
@@ -110,8 +110,8 @@ def test_recording(monkeypatch, tmp_path):
     from _pytest.raises import RaisesExc
 
     from rlkd.errors import RlkdError
+    from rlkd.jobs.setup import DataArguments
     from rlkd.objectives.policy import token_weights
-    from rlkd.trainers.setup import DataArguments
 
     monkeypatch.setattr(RlkdError, "__init__", RlkdError.__init__)  # put back afterwards
     monkeypatch.setattr(RaisesExc, "__exit__", RaisesExc.__exit__)

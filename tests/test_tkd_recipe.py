@@ -18,10 +18,10 @@ from transformers import AutoModelForSequenceClassification, T5Config, pipeline
 
 from rlkd import EncoderStudentArguments, EncoderTeacherArguments, LabelledDataArguments, TKDArguments, parse_config
 from rlkd.data import glue
-from rlkd.models.encoders import matched_layers
-from rlkd.trainers import encoder_data
-from rlkd.trainers.encoder_report import show_summary
-from rlkd.trainers.tkd import TKDTrainer
+from rlkd.jobs import encoder_data
+from rlkd.jobs.encoder_report import show_summary
+from rlkd.models.encoders.classifiers import matched_layers
+from rlkd.trainers.encoders.tkd import TKDTrainer
 from tiny import classifier_tokenizer, save_pretrained, tiny_classifier
 
 RECIPES = Path(__file__).parents[1] / "recipes"

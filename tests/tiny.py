@@ -25,7 +25,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rlkd.models.architectures import EncoderDecoder, protect_untied_head
+from rlkd.models.encoder_decoder import EncoderDecoder
+from rlkd.models.loading import protect_untied_head
 from rlkd.models.teacher import Teacher
 
 PAD, EOS, UNK = 0, 1, 2

@@ -175,8 +175,8 @@ class Study:
     def teacher(self) -> Teacher:
         folder = self.out / "teacher"
         self.once(folder, self.train_teacher)
-        adapter = EncoderDecoder(load_encoder_decoder(str(folder), "teacher"), len(self.tokenizer))
-        return Teacher(adapter, self.tokenizer, max_input_tokens=self.plan["limits"]["max_input_tokens"])
+        lm = EncoderDecoder(load_encoder_decoder(str(folder), "teacher"), len(self.tokenizer))
+        return Teacher(lm, self.tokenizer, max_input_tokens=self.plan["limits"]["max_input_tokens"])
 
     def train_teacher(self, folder: Path) -> dict[str, Any]:
         plan = self.plan["teacher"]
@@ -195,7 +195,7 @@ class Study:
         prompted = [replace(example, student_input=example.teacher_inputs[0]) for example in self.examples(split)]
         arguments = SupervisedArguments(**self.settings(folder))
         shared = {**self.judged_by_teacher(split), "eval_examples": prompted}
-        return judge(SupervisedTrainer(self.teacher.adapter.model, arguments, train_dataset=[], **shared))
+        return judge(SupervisedTrainer(self.teacher.lm.model, arguments, train_dataset=[], **shared))
 
     @cached_property
     def labels(self) -> Any:

@@ -14,7 +14,7 @@ import typer
 from ..errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from ..config import Setting
+    from ..settings.parsing import Setting
 
 app = typer.Typer(help="Check and show the settings of a recipe.", no_args_is_help=True, rich_markup_mode=None)
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -60,7 +60,7 @@ def show(
 
 
 def _settings(file: Path, recipe: str | None, flags: list[str]) -> list[Setting]:
-    from ..config import describe_config
+    from ..settings.parsing import describe_config
 
     return describe_config(_sections(file, recipe), ["--config", str(file), *flags])
 

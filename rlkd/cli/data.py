@@ -26,8 +26,8 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Join the parts that `--shard i/n` wrote into one folder, equal to that of one process."""
-    from ..generation.card import summary
-    from ..generation.upkeep import merge as join
+    from ..labels.card import summary
+    from ..labels.maintenance import merge as join
 
     totals = join(out, parts or [])
     if as_json:
@@ -40,8 +40,8 @@ def merge(
 def verify(folder: Folder, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Check every shard: checksum, rows, order, gaps. Exit code 3 if there is a problem; each is listed."""
     from ..errors import DataError
-    from ..generation.upkeep import manifests
-    from ..generation.upkeep import verify as check
+    from ..labels.maintenance import manifests
+    from ..labels.maintenance import verify as check
 
     problems = check(folder)
     shards = [shard for manifest in manifests(folder) for shard in manifest.shards.values()]
@@ -70,8 +70,8 @@ def score(
         raise ConfigError(
             f"--metric '{unknown[0]}': allowed are {', '.join(METRICS)}.{nearest(unknown[0], list(METRICS))}"
         )
-    from ..generation.label_store import load_pseudolabels
-    from ..metrics import score_labels
+    from ..evaluation.task_metrics import score_labels
+    from ..labels.store import load_pseudolabels
 
     scores = score_labels(load_pseudolabels(folder).to_list(), chosen)
     if as_json:
@@ -92,7 +92,7 @@ def repair(
 ) -> None:
     """Move damaged shards aside and make only those again, by the command that the manifest records."""
     from ..errors import DataError
-    from ..generation.upkeep import repair as drop
+    from ..labels.maintenance import repair as drop
 
     out = folder.resolve()
     dropped, request = drop(out, dry_run=dry_run)

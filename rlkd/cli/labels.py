@@ -9,18 +9,18 @@ from typing import Any
 import typer
 
 from ..data.examples import PromptedRows, RowRenderer
-from ..data.prompts import load_templates
 from ..data.row_maps import parse_row_map
 from ..data.rows import RowStream
 from ..errors import ConfigError
-from ..generation.card import summary
-from ..generation.engines import Decoding, Engine, TorchEngine, make_engine
-from ..generation.folder import check_output
-from ..generation.lock import writer_lock
-from ..generation.manifest import manifest_name
-from ..generation.pseudolabels import RunOptions, label_rows
-from ..generation.upkeep import part_of
+from ..io.lock import writer_lock
+from ..labels.card import summary
+from ..labels.folder import check_output
+from ..labels.maintenance import part_of
+from ..labels.manifest import manifest_name
+from ..labels.pseudolabels import RunOptions, label_rows
 from ..models.teacher import Teacher
+from ..sampling.engines.engine import Decoding, Engine, TorchEngine, make_engine
+from ..templates.template import load_templates
 
 # How the command is run, not what it makes.
 NOT_IN_REQUEST = ("out", "overwrite", "allow_config_change", "quiet")
@@ -67,11 +67,11 @@ def label(
     with writer_lock(out / manifest_name(part)) as lock:
         quantization = request["teacher_quantization"]
         teacher = load_teacher(request, tokenizer, valid_vocab, quantization)
-        engine = make_engine(request["engine"], teacher.adapter, decoding, compute_type=request["compute_type"] or None)
+        engine = make_engine(request["engine"], teacher.lm, decoding, compute_type=request["compute_type"] or None)
 
         def full_precision() -> Engine:
             exact = teacher if quantization == "none" else load_teacher(request, tokenizer, valid_vocab, "none")
-            return TorchEngine(exact.adapter, exact.batch_tokens)
+            return TorchEngine(exact.lm, exact.batch_tokens)
 
         totals = label_rows(
             teacher, source, out=out, decoding=decoding, options=options, engine=engine,
@@ -121,7 +121,7 @@ def source_of(request: dict[str, Any], earlier: dict[str, Any] | None) -> Prompt
 
 def check_teacher(name: str, dtype: str) -> tuple[Any, int]:
     """The tokenizer and the number of its ids, if the configuration can be a teacher's; no weights load."""
-    from ..models.architectures import check_config, load_config, resolve_dtype
+    from ..models.loading import check_config, load_config, resolve_dtype
     from ..models.vocabulary import check_vocabulary_fits, load_tokenizer
 
     config = load_config(name, "teacher")
@@ -135,16 +135,17 @@ def check_teacher(name: str, dtype: str) -> tuple[Any, int]:
 def load_teacher(request: dict[str, Any], tokenizer: Any, valid_vocab: int, quantization: str) -> Teacher:
     import torch
 
-    from ..models import architectures
+    from ..models import loading
+    from ..models.encoder_decoder import EncoderDecoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = architectures.quantization_config(quantization)
-    model = architectures.load_encoder_decoder(
+    settings = loading.quantization_config(quantization)
+    model = loading.load_encoder_decoder(
         request["teacher"], "teacher", dtype=request["teacher_dtype"], quantization=settings
     )
     return Teacher(
         # bitsandbytes places its weights itself.
-        architectures.EncoderDecoder(model.to(device) if settings is None else model, valid_vocab),
+        EncoderDecoder(model.to(device) if settings is None else model, valid_vocab),
         tokenizer,
         max_input_tokens=request["max_input_tokens"],
         append_eos=request["input_eos"],

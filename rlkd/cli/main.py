@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import run_main
+from ..settings.parsing import run_main
 from . import config, data, probe, prompts, report, rewards
 
 app = typer.Typer(
@@ -177,7 +177,7 @@ def export_onnx(
     ] = 1e-4,
 ) -> None:
     """Write a classifier as ONNX (batch and length free) after comparing it with PyTorch."""
-    from ..models.onnx_export import export_onnx
+    from ..models.encoders.onnx_export import export_onnx
 
     agreement = export_onnx(model, out, tolerance=tolerance)
     typer.echo(f"{out / 'model.onnx'}: {agreement}")

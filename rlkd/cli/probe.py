@@ -15,7 +15,7 @@ from ..errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from ..data.probe_rows import ProbeRows
-    from ..probing import ProbeScore
+    from ..evaluation.probing import ProbeScore
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ def _read(
 
 def _check(name: str, numbers: list[int] | None, max_length: int) -> Any:
     """The configuration of a model that has these layers and as many positions."""
-    from ..models.encoders import check_length
-    from ..models.representations import load_encoder_config
+    from ..models.encoders.classifiers import check_length
+    from ..models.encoders.representations import load_encoder_config
 
     config = load_encoder_config(name)
     last = config.num_hidden_layers
@@ -142,8 +142,8 @@ def _probe(
     import torch
 
     from ..data.labelled import EncodedTexts
-    from ..models.representations import load_encoder, pooled_layers
-    from ..probing import Split, linear_probe
+    from ..evaluation.probing import Split, linear_probe
+    from ..models.encoders.representations import load_encoder, pooled_layers
 
     model = load_encoder(name, config).to("cuda" if torch.cuda.is_available() else "cpu")
     wanted = list(dict.fromkeys([(0, "mean"), *((layer, pool) for layer in layers)]))
@@ -165,7 +165,7 @@ def _probe(
 def _majority(rows: ProbeRows) -> ProbeScore:
     import numpy as np
 
-    from ..probing import majority_baseline
+    from ..evaluation.probing import majority_baseline
 
     return majority_baseline(*(np.array([row["label"] for row in part]) for part in (rows.train, rows.test)))
 

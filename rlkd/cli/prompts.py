@@ -14,7 +14,7 @@ import typer
 from ..errors import DataError
 
 if TYPE_CHECKING:
-    from ..data.prompts import Rendered, Template
+    from ..templates.template import Rendered, Template
 
 app = typer.Typer(
     help="List, show, render, check and fetch prompt templates.", no_args_is_help=True, rich_markup_mode=None
@@ -61,8 +61,8 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """Data sets that have templates, or all templates of one data set or file."""
-    from ..data.prompts import load_templates
-    from ..data.template_sources import sources
+    from ..templates.sources import sources
+    from ..templates.template import load_templates
 
     if spec is None:
         rows = [
@@ -83,7 +83,7 @@ def show(
     spec: Annotated[str, typer.Argument(help=SPEC)], templates_dir: TemplatesDir = None, as_json: AsJson = False
 ) -> None:
     """The source of templates, the columns they read and where they come from."""
-    from ..data.prompts import load_templates
+    from ..templates.template import load_templates
 
     chosen = load_templates(spec, folder=templates_dir, all_templates=True, gold_input=True)
     if as_json:
@@ -124,8 +124,8 @@ def render(
 ) -> None:
     """Rows of a data set under templates: input, target and answer choices."""
     from ..data.examples import check_template_columns
-    from ..data.prompts import load_templates
     from ..data.row_maps import parse_row_map
+    from ..templates.template import load_templates
 
     row_map = parse_row_map(column_map or [], label_map or [])
     templates = load_templates(
@@ -159,8 +159,8 @@ def lint(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing: the exit code tells.")] = False,
 ) -> None:
     """All problems of a templates file, each with its line; exit code 3 if there is an error among them."""
-    from ..data.prompts import locate
-    from ..data.template_lint import lint as check
+    from ..templates.lint import lint as check
+    from ..templates.template import locate
 
     file, _ = locate(spec, templates_dir)
     problems = check(file, None if dataset is None else _columns_of(dataset, subset, split))
@@ -178,7 +178,7 @@ def lint(
 @app.command()
 def download() -> None:
     """Fetch promptsource's 2,085 templates (0.2 MB, Apache-2.0) with pip into $RLKD_CACHE or ~/.cache/rlkd."""
-    from ..data.template_download import download as fetch
+    from ..templates.download import download as fetch
 
     path, fetched = fetch()
     typer.echo(f"{path}{'' if fetched else ' (already there)'}")
@@ -233,7 +233,7 @@ def _columns_of(dataset: str, subset: str | None, split: str) -> list[str]:
 
 
 def _text(rendered: Rendered) -> str:
-    from ..data.prompts import NOT_APPLICABLE
+    from ..templates.template import NOT_APPLICABLE
 
     if rendered.reason == NOT_APPLICABLE:
         return f"({NOT_APPLICABLE})"

@@ -156,7 +156,7 @@ def _value(request: dict[str, Any]) -> Any:
 def _of_models(request: dict[str, Any]) -> RewardView:
     """Checks in order of cost: configurations and vocabularies, templates and rows; weights load last."""
     from ..inspection.build import reward_view
-    from ..models.architectures import load_encoder_decoder
+    from ..models.loading import load_encoder_decoder
     from .labels import check_teacher, load_teacher
 
     tokenizer, valid_vocab = check_teacher(request["teacher"], request["teacher_dtype"])
@@ -166,7 +166,7 @@ def _of_models(request: dict[str, Any]) -> RewardView:
     names, examples = _examples(request)
     teacher = load_teacher(request, tokenizer, valid_vocab, "none")
     students = {
-        role: load_encoder_decoder(request[role], role).to(teacher.adapter.device)
+        role: load_encoder_decoder(request[role], role).to(teacher.lm.device)
         for role in ("student", "student_before")
         if request[role] is not None
     }
@@ -177,7 +177,7 @@ def _of_models(request: dict[str, Any]) -> RewardView:
 
 
 def _check_student(name: str, role: str, tokenizer: Any, teacher: str) -> None:
-    from ..models.architectures import check_config, load_config, resolve_dtype
+    from ..models.loading import check_config, load_config, resolve_dtype
     from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
 
     config = load_config(name, role)
@@ -210,8 +210,8 @@ def _examples(request: dict[str, Any]) -> tuple[list[str], list[Example]]:
 
 def _of_labels(request: dict[str, Any]) -> RewardView:
     """Labels with recorded numbers, or those of --teacher, which reads prompts as the labels' settings say."""
-    from ..generation.label_store import finished_manifest
     from ..inspection.labels import from_labels
+    from ..labels.store import finished_manifest
     from .labels import check_teacher, load_teacher
 
     settings = finished_manifest(request["labels"]).header["settings"]

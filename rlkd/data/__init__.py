@@ -1,1 +1,1 @@
-"""Rows in, prompts over them, and the examples both models see."""
+"""Rows in, and the examples that both models see."""

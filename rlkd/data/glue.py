@@ -29,8 +29,9 @@ class RawColumns:
 class ClassificationTask:
     """Where a data set lives and how it is read and scored.
 
-    labels, in the order of their indices; metrics, of `rlkd.metrics.CLASSIFICATION_METRICS`; submissions, the GLUE
-    server's file for each test split, and whether it wants labels by name; raw, how GLUE's own files look.
+    labels, in the order of their indices; metrics, names in `rlkd.evaluation.task_metrics.CLASSIFICATION_METRICS`;
+    submissions, the GLUE server's file for each test split, and whether it wants labels by name; raw, how GLUE's own
+    files look.
     """
 
     source: str

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from ..errors import DataError
-from .aliases import hub_id
+from ..templates.aliases import hub_id
 from .files import allowed_sources, first_line
 
 

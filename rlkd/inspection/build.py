@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..generation.decode import decode, greedy
-from ..generation.rollouts import greedy_answers
-from ..models.student import Policy
+from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, encode_texts, token_pieces
 from ..objectives.rewards import Value, induced_advantage
 from ..records import Example, Rollouts, TeacherScores
+from ..sampling.decode import decode, greedy
+from ..sampling.rollouts import greedy_answers
 from ..tensors import length_mask, pad_stack
 from .reward_view import RewardView, Sample
 
@@ -179,7 +179,7 @@ def _policy(student: Any, tokenizer: Any) -> Policy:
 def _teacher_answers(teacher: Teacher, examples: list[Example], max_new_tokens: int) -> Rollouts:
     """What the teacher answers itself under the first template."""
     states = teacher.encode([example.teacher_inputs[0] for example in examples])
-    answer = decode(teacher.adapter, states, greedy, max_new_tokens=max_new_tokens)
+    answer = decode(teacher.lm, states, greedy, max_new_tokens=max_new_tokens)
     return _as_rollouts(teacher, examples, answer.ids, answer.mask, answer.finished)
 
 
@@ -187,7 +187,7 @@ def _given_answers(
     teacher: Teacher, tokenizer: Any, examples: list[Example], texts: list[str], max_new_tokens: int
 ) -> Rollouts:
     """Texts as answers: tokens and end-of-sequence, cut to `max_new_tokens` (then without it)."""
-    eos = teacher.adapter.eos_id
+    eos = teacher.lm.eos_id
     whole = [
         [*(token for token in row if token != eos), eos]
         for row in encode_texts(tokenizer, texts, max_new_tokens + 1, append_eos=False)
@@ -197,13 +197,13 @@ def _given_answers(
 
 def answers_as_rollouts(teacher: Teacher, examples: list[Example], answers: list[list[int]]) -> Rollouts:
     """Answers given as token ids; one without end-of-sequence at its end counts as cut."""
-    device = teacher.adapter.device
-    ids = pad_stack([torch.tensor(row, dtype=torch.long) for row in answers], teacher.adapter.pad_id).to(device)
-    finished = torch.tensor([row[-1:] == [teacher.adapter.eos_id] for row in answers], device=device)
+    device = teacher.lm.device
+    ids = pad_stack([torch.tensor(row, dtype=torch.long) for row in answers], teacher.lm.pad_id).to(device)
+    finished = torch.tensor([row[-1:] == [teacher.lm.eos_id] for row in answers], device=device)
     return _as_rollouts(teacher, examples, ids, length_mask([len(row) for row in answers]).to(device), finished)
 
 
 def _as_rollouts(teacher: Teacher, examples: list[Example], ids: Tensor, mask: Tensor, finished: Tensor) -> Rollouts:
     prompts = encode_texts(teacher.tokenizer, [e.student_input for e in examples], teacher.max_input_tokens)
-    input_ids, input_mask = teacher.adapter.pad_prompts(prompts)
+    input_ids, input_mask = teacher.lm.pad_prompts(prompts)
     return Rollouts(examples, input_ids, input_mask, ids, mask, torch.zeros(ids.shape, device=ids.device), finished)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..generation.label_store import load_pseudolabels
+from ..labels.store import load_pseudolabels
 from ..models.teacher import Teacher
 from ..models.vocabulary import token_pieces
 from ..objectives.rewards import Value

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from .html import asset, environment, legend_html, standalone_page, sums, tokens_html, visible
+from .markup import asset, environment, legend_html, standalone_page, sums, tokens_html, visible
 from .reward_view import COLUMNS, SOURCES, Case, RewardView, Sample
 
 # data-* attribute of a case -> what the reader orders by.

@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..models.student import Policy
+from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..objectives.rewards import Value
 from ..records import Example, Minibatch
-from ..running.files import TOKEN_REWARDS, append_lines
+from ..runs.files import TOKEN_REWARDS, append_lines
 from .build import answers_as_rollouts, rows_of, score_rollouts
 from .reward_view import COLUMNS, Sample
 

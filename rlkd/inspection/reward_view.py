@@ -279,7 +279,7 @@ class RewardView:
     # Showing
 
     def _repr_html_(self) -> str:
-        from .html import notebook_html
+        from .markup import notebook_html
 
         return notebook_html(self)
 

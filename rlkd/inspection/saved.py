@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import DataError
-from ..running.files import TOKEN_REWARDS
+from ..runs.files import TOKEN_REWARDS
 from .reward_view import RewardView, Sample, sample_from
 
 STUDENT = ("student", "student sampled", "rollout")

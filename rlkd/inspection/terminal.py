@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .html import sums, visible
+from .markup import sums, visible
 from .reward_view import RewardView, Sample
 from .scale import legend, step
 

@@ -1,1 +1,1 @@
-"""Model families, heads, the frozen teacher and the trained policy."""
+"""Language models behind one protocol, their heads and vocabularies, the frozen teacher and the trained policy."""

@@ -20,7 +20,7 @@ from ..errors import DivergenceError, ModelError
 from ..objectives.rewards import pool_templates, token_scores
 from ..records import TeacherScores
 from ..tensors import unpack
-from .architectures import EncoderDecoder
+from .encoder_decoder import EncoderDecoder
 from .vocabulary import encode_texts
 
 TemplateCombination = Literal["average", "pool"]
@@ -68,7 +68,7 @@ class Teacher:
     cache_bytes       room for encoder states of prompts seen before
     """
 
-    adapter: EncoderDecoder
+    lm: EncoderDecoder
     tokenizer: Any
     max_input_tokens: int = 512
     append_eos: bool = True
@@ -78,7 +78,7 @@ class Teacher:
     cache: EncoderCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.adapter.model.eval().requires_grad_(False)
+        self.lm.model.eval().requires_grad_(False)
         self.cache = EncoderCache(self.cache_bytes)
 
     def encode(self, texts: list[str]) -> list[Tensor]:
@@ -89,7 +89,7 @@ class Teacher:
         states = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         missing = [key for key, state in states.items() if state is None]
         with torch.no_grad():
-            made = self._in_memory(lambda tokens: self.adapter.encode_prompts([list(k) for k in missing], tokens))
+            made = self._in_memory(lambda tokens: self.lm.encode_prompts([list(k) for k in missing], tokens))
             for key, state in zip(missing, made, strict=True):
                 states[key] = state
                 self.cache.put(key, state)
@@ -136,12 +136,12 @@ class Teacher:
             values, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
             return (*ids.unbind(-1), *values.unbind(-1))
 
-        columns = [unpack(column, answer_mask) for column in self.adapter.head().map(best, hidden[answer_mask])]
+        columns = [unpack(column, answer_mask) for column in self.lm.head().map(best, hidden[answer_mask])]
         half = len(columns) // 2
         return torch.stack(columns[:half], -1), torch.stack(columns[half:], -1)
 
     def _answer_hidden(self, states: list[Tensor], answer_ids: Tensor, lengths: list[int]) -> Tensor:
-        return self._in_memory(lambda tokens: self.adapter.answer_hidden(states, answer_ids, lengths, tokens))
+        return self._in_memory(lambda tokens: self.lm.answer_hidden(states, answer_ids, lengths, tokens))
 
     def _in_memory(self, forward: Callable[[int], Result]) -> Result:
         """`forward(batch_tokens)`; when memory runs out, again with half as many, which then stay."""
@@ -169,7 +169,7 @@ class Teacher:
             ) from error
 
     def _scores(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor, with_hidden: bool) -> TeacherScores:
-        values = self.adapter.head().map(token_scores, hidden[mask], answer_ids[mask])
+        values = self.lm.head().map(token_scores, hidden[mask], answer_ids[mask])
         chosen, largest, logsumexp, mean, entropy = (unpack(value, mask) for value in values)
         return TeacherScores(chosen, largest, logsumexp, mean, entropy, hidden if with_hidden else None)
 
@@ -181,6 +181,6 @@ class Teacher:
         names = [ids[i] if ids else f"row {i}" for i in bad[:5]]
         raise DivergenceError(
             f"the teacher's logits are not finite for {len(bad)} of {len(good)} answers: {', '.join(names)}. "
-            f"Its weights are {self.adapter.model.dtype}: use bfloat16 or float32 for T5 models, and check that the "
+            f"Its weights are {self.lm.model.dtype}: use bfloat16 or float32 for T5 models, and check that the "
             "checkpoint loads without missing weights."
         )

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .intervals import Difference, Interval, lower_is_better, mean_interval, overall, paired_difference
 from .reading import Arm, Row, RunData, number
-from .statistics import Difference, Interval, lower_is_better, mean_interval, overall, paired_difference
 
 # Shown beside the task scores, in this order.
 COMMON = ("regret", "sample_regret", "match", "length", "finish_rate")

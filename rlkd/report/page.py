@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..inspection.html import environment, heat_map_html, legend_html, standalone_page
+from ..inspection.markup import environment, heat_map_html, legend_html, standalone_page
 from ..inspection.reward_view import Sample
 from . import findings, words
 from .charts import Chart, Sheet, curves, scatter

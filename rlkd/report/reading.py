@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..running.files import ALARMS_FILE, HELD_OUT, METRICS, RUN_FILE, SAMPLES, SUMMARY_FILE
+from ..runs.files import ALARMS_FILE, HELD_OUT, METRICS, RUN_FILE, SAMPLES, SUMMARY_FILE
 
 FILES = (METRICS, HELD_OUT, SAMPLES, ALARMS_FILE, RUN_FILE)
 SEED = re.compile(r"seed[-_]?(\d+)$")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .findings import SHARES, Comparison, Cost, Failures, answer
+from .intervals import Interval
 from .reading import Arm, number
-from .statistics import Interval
 
 HEADLINES = {
     "better": "Yes",

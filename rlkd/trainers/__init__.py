@@ -1,1 +1,1 @@
-"""Trainers on transformers.Trainer: supervised warm-up, REINFORCE and PPO, and what the recipes build them from."""
+"""Trainers on transformers.Trainer: supervised distillation, REINFORCE and PPO."""

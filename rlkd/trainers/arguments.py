@@ -8,8 +8,8 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
-from ..running.best import LOWER_IS_BETTER
-from ..settings import Count, Fraction, Natural, NonNegative, Positive, check_ranges
+from ..runs.best import LOWER_IS_BETTER
+from ..settings.ranges import Count, Fraction, Natural, NonNegative, Positive, check_ranges
 
 
 def _require(condition: bool, name: str, value: object, constraint: str) -> None:

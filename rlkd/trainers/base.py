@@ -11,15 +11,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..evaluation import Evaluator, TaskMetric
-from ..generation.progress import progress
+from ..evaluation.evaluator import Evaluator, TaskMetric
 from ..inspection.recording import append_samples, evaluated_samples
 from ..inspection.reward_view import Sample
-from ..models.student import Policy
+from ..io.progress import progress
+from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..records import Example
-from ..running.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
-from ..running.sample_tables import TEXTS, SampleTables
+from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
+from ..runs.sample_tables import TEXTS, SampleTables
 from .arguments import DistillationArguments
 from .student_trainer import StudentTrainer
 
@@ -88,7 +88,7 @@ class DistillationTrainer(StudentTrainer):
             print(f"held-out: {shown}\nstudent and metrics.jsonl saved in {self.run_folder}")
 
     def models(self) -> dict[str, Any]:
-        return {"teacher": self.teacher and self.teacher.adapter.model, "student": self.policy.student}
+        return {"teacher": self.teacher and self.teacher.lm.model, "student": self.policy.student}
 
     # Evaluation: the Evaluator replaces the Trainer's loss-only loop.
 

@@ -27,17 +27,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import ConfigError
-from ..evaluation import TaskMetric
-from ..generation.decode import row_seed
-from ..generation.rollouts import sample_rollouts
+from ..evaluation.evaluator import TaskMetric
 from ..inspection.recording import rollout_samples
 from ..inspection.reward_view import Sample
 from ..models.teacher import Teacher
-from ..objectives.advantages import (
-    assign_credit,
-    explained_variance,
-    regret_per_sequence,
-)
+from ..objectives.advantages import assign_credit, explained_variance, regret_per_sequence
 from ..objectives.policy import (
     adapt_kl_coef,
     kl_k1,
@@ -49,6 +43,8 @@ from ..objectives.policy import (
 )
 from ..objectives.rewards import expected_advantage, induced_advantage, state_value, teacher_baseline
 from ..records import Example, Minibatch, Rollouts, TeacherScores, select_rows
+from ..sampling.decode import row_seed
+from ..sampling.rollouts import sample_rollouts
 from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
 from .arguments import RLArguments
 from .base import DistillationTrainer
@@ -235,7 +231,7 @@ class RLTrainer(DistillationTrainer):
         """The function of the student's logits that the loss needs, and its per-token arguments."""
         if scores.hidden is None:
             return token_statistics, ()
-        teacher_head = self.teacher.adapter.head()
+        teacher_head = self.teacher.lm.head()
 
         def with_expectation(logits: Tensor, ids: Tensor, hidden: Tensor, value: Tensor) -> tuple[Tensor, ...]:
             return *token_statistics(logits, ids), expected_advantage(logits, teacher_head.logits(hidden), value)

@@ -51,11 +51,11 @@ class StartCheck(TrainerCallback):
     def measure(self) -> dict[str, float]:
         """Regret per sequence, price of an early end, length and finish rate of the first rollout batch."""
         trainer, teacher = self.trainer, self.trainer.teacher
-        rollouts, eos = trainer.sample(0), teacher.adapter.eos_id
+        rollouts, eos = trainer.sample(0), teacher.lm.eos_id
         mask = rollouts.answer_mask
         scores = trainer.score(rollouts, with_hidden=True)
         assert scores.hidden is not None
-        (eos_logits,) = teacher.adapter.head().map(lambda logits: (logits[:, eos],), scores.hidden[mask])
+        (eos_logits,) = teacher.lm.head().map(lambda logits: (logits[:, eos],), scores.hidden[mask])
         gap = scores.max.masked_scatter(mask, scores.max[mask] - eos_logits)
         regret = regret_per_sequence(induced_advantage(scores, "max"), mask)
         going_on = mask & (rollouts.answer_ids != eos)

@@ -15,17 +15,17 @@ import yaml
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from ..generation.label_store import weights_digest
-from ..redaction import redacted
-from ..running.best import BestCheckpoint, check_best_metric
-from ..running.card import write_card
-from ..running.checkpoints import read_state
-from ..running.files import METRICS, RUN_FILE, append_lines
-from ..running.finite import FiniteGuard
-from ..running.guards import AlarmCallback
-from ..running.progress import TrainingProgress
-from ..running.record import RunRecord, describe_data, describe_templates, settings_of
-from ..running.resumable import ResumableTrainer
+from ..io.redaction import redacted
+from ..models.digests import weights_digest
+from ..runs.best import BestCheckpoint, check_best_metric
+from ..runs.card import write_card
+from ..runs.checkpoints import read_state
+from ..runs.files import METRICS, RUN_FILE, append_lines
+from ..runs.finite import FiniteGuard
+from ..runs.guards import AlarmCallback
+from ..runs.progress import TrainingProgress
+from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
+from ..runs.resumable import ResumableTrainer
 from .arguments import StudentArguments
 
 

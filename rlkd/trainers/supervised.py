@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import ConfigError
-from ..evaluation import TaskMetric
+from ..evaluation.evaluator import TaskMetric
 from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
 from ..objectives.divergences import DIVERGENCES
@@ -111,7 +111,7 @@ class SupervisedTrainer(DistillationTrainer):
                 scores = self.teacher.score(
                     inputs["teacher_inputs"], inputs["answer_ids"], mask, with_hidden=True, ids=ids
                 )
-            divergence, head = DIVERGENCES[self.args.objective], self.teacher.adapter.head()
+            divergence, head = DIVERGENCES[self.args.objective], self.teacher.lm.head()
 
             def statistics(logits: Tensor, ids: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
                 return *token_statistics(logits, ids), divergence(logits, head.logits(hidden))

@@ -8,7 +8,7 @@ import yaml
 
 from rlkd import DataArguments, PPOArguments, TeacherArguments, parse_config
 from rlkd.cli.main import main
-from rlkd.models.trl_compat import ModelConfig
+from rlkd.settings.trl_compat import ModelConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = str(RECIPES / "ppo_t0_to_t5.tiny.yaml")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from rlkd.cli.main import app, main
 from rlkd.errors import DataError
-from rlkd.generation.pseudolabels import load_pseudolabels
+from rlkd.labels.pseudolabels import load_pseudolabels
 from tiny import save_pair, save_pretrained, tiny_t5, tiny_tokenizer
 
 ROWS = [{"source": "a b c", "target": "c b a"}, {"source": "d e", "target": "e d"}, {"source": "", "target": "x"}]
@@ -112,7 +112,7 @@ def test_mistakes_end_before_the_weights_load(folder, teacher, capsys, monkeypat
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("rlkd.models.architectures.load_encoder_decoder", refuse)
+    monkeypatch.setattr("rlkd.models.loading.load_encoder_decoder", refuse)
     status, message = failing(capsys, arguments(teacher, *more))
     assert wanted in message
     assert status == code

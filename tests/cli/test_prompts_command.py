@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rlkd.cli.main import app, main
-from rlkd.data.prompts import PACKAGE_PROMPTS
 from rlkd.errors import DataError
+from rlkd.templates.template import PACKAGE_PROMPTS
 
 
 def invoke(*args):
@@ -153,5 +153,5 @@ def test_lint(file, tmp_path, rows):
 
 
 def test_download_says_where_the_archive_is(monkeypatch, tmp_path):
-    monkeypatch.setattr("rlkd.data.template_download.download", lambda: (tmp_path / "a.tar.gz", False))
+    monkeypatch.setattr("rlkd.templates.download.download", lambda: (tmp_path / "a.tar.gz", False))
     assert invoke("download") == f"{tmp_path / 'a.tar.gz'} (already there)\n"

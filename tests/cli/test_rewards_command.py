@@ -88,8 +88,8 @@ def test_the_page_and_the_terminal(folder, pair):
 def test_of_labels(folder, pair):
     inputs = [Example("7", "a b", ("copy a b",), ("b a",))]
     teacher = tiny_teacher()
-    save_pretrained(folder / "labeller", teacher.adapter.model)
-    teacher.adapter.model.name_or_path = str(folder / "labeller")
+    save_pretrained(folder / "labeller", teacher.lm.model)
+    teacher.lm.model.name_or_path = str(folder / "labeller")
     options = {"strategy": "greedy", "template_names": ["copy"], "max_new_tokens": 4, "quiet": True}
     generate_pseudolabels(teacher, inputs, out=folder / "labels", **options)
     plain = view_of("--labels", "labels")
@@ -162,7 +162,7 @@ def test_mistakes_end_before_the_weights_load(folder, pair, capsys, monkeypatch,
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("rlkd.models.architectures.load_encoder_decoder", refuse)
+    monkeypatch.setattr("rlkd.models.loading.load_encoder_decoder", refuse)
     status, message = failing(capsys, models(pair, *more))
     assert wanted in message
     assert status == code

@@ -4,11 +4,11 @@ import datasets
 import pytest
 
 from rlkd.data.examples import Examples, PromptedRows, RowRenderer, supervised_pairs
-from rlkd.data.prompts import Template
 from rlkd.data.row_maps import parse_row_map
 from rlkd.data.rows import RowStream
 from rlkd.errors import ConfigError, DataError
 from rlkd.records import Example
+from rlkd.templates.template import Template
 
 ASK = Template("ask", "Ask {{ q }} ||| {{ a }}", id="1")
 EVEN = Template("even", "{% if n % 2 == 0 %}Even {{ q }} ||| {{ a }}{% endif %}", id="2")

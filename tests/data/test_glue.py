@@ -9,7 +9,7 @@ import pytest
 from rlkd.data import glue
 from rlkd.data.glue import TASKS, find_labels, find_task, label_indices, load_labelled, load_task, write_submission
 from rlkd.errors import ConfigError, DataError
-from rlkd.metrics import CLASSIFICATION_METRICS
+from rlkd.evaluation.task_metrics import CLASSIFICATION_METRICS
 
 ROWS = [("good film", "yes"), ("a, b", "no"), ('he said "no"', "yes")]
 

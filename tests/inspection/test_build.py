@@ -9,7 +9,7 @@ from trainers.tiny_runs import make
 from rlkd import reward_view
 from rlkd.errors import ConfigError
 from rlkd.inspection.build import score_rollouts
-from rlkd.models.student import Policy
+from rlkd.models.policy import Policy
 from rlkd.objectives.rewards import induced_reward, teacher_baseline
 from rlkd.records import Example
 from tiny import KINDS, VALID, tiny_model, tiny_teacher, tiny_tokenizer
@@ -49,7 +49,7 @@ def test_columns_agree_with_a_plain_forward(kind):
     assert [s.source for s in view.cases()[0].samples] == ["student", "teacher greedy", "mine"]
     for sample in view:
         for model, prompt, shown in (
-            (teacher.adapter.model, sample.prompts["template 1"], sample.logprobs),
+            (teacher.lm.model, sample.prompts["template 1"], sample.logprobs),
             (student, sample.input, sample.student_logprobs),
         ):
             logits = model(**tokenizer(prompt, return_tensors="pt"), labels=torch.tensor([sample.ids])).logits[0]

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from rlkd import RewardView
-from rlkd.inspection.html import heat_map_html, standalone_page, visible
+from rlkd.inspection.markup import heat_map_html, standalone_page, visible
 from rlkd.inspection.scale import EDGES, legend, step
 from views import HOSTILE, sample, view
 

@@ -5,12 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, GPT2Config, ProphetNetConfig, T5Config, T5EncoderModel
 
 from rlkd.errors import ModelError
-from rlkd.models.architectures import (
-    BART_FAMILY,
+from rlkd.models.encoder_decoder import BART_FAMILY, T5_FAMILY, EncoderDecoder, batches_by_length
+from rlkd.models.loading import (
     NOISE,
-    T5_FAMILY,
-    EncoderDecoder,
-    batches_by_length,
     check_config,
     load_config,
     load_encoder_decoder,
@@ -23,13 +20,13 @@ PROMPTS = [[5, 6, 7, 8, EOS], [9, EOS], [4, 4, 4, 10, 11, 12, EOS]]
 ANSWERS = torch.tensor([[5, 6, 7, EOS], [8, EOS, PAD, PAD], [9, 10, 11, 12]])  # ended, padded, cut
 
 
-def adapter_of(kind, **options):
+def model_of(kind, **options):
     return EncoderDecoder(tiny_model(kind, **options), VALID)
 
 
-def logits_of(adapter, prompts, answers):
-    ids, mask = adapter.pad_prompts(prompts)
-    return adapter.head().logits(adapter.hidden(adapter.encode(ids, mask), mask, answers))
+def logits_of(lm, prompts, answers):
+    ids, mask = lm.pad_prompts(prompts)
+    return lm.head().logits(lm.hidden(lm.encode(ids, mask), mask, answers))
 
 
 # -- the head and the decoder's input ------------------------------------------------------------------------------
@@ -86,7 +83,7 @@ def small_model(family):
 def test_every_family_gives_the_models_own_logits_and_no_noise_in_training_mode(family, tmp_path):
     save_pretrained(tmp_path, small_model(family))
     model = load_encoder_decoder(str(tmp_path), "student")
-    adapter = EncoderDecoder(model, VALID)
+    lm = EncoderDecoder(model, VALID)
     ids = torch.tensor([[5, 6, 7, 8, 9, EOS], [9, 4, 5, 11, 12, EOS]])
     answers = torch.tensor([[5, 6, 7], [8, EOS, PAD]])
     shifted = torch.tensor([[PAD, 5, 6], [PAD, 8, EOS]])
@@ -95,24 +92,24 @@ def test_every_family_gives_the_models_own_logits_and_no_noise_in_training_mode(
         want = model.eval()(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=shifted).logits[..., :VALID]
         for training in (False, True):
             model.train(training)
-            got = adapter.head().logits(adapter.hidden(adapter.encode(ids, mask), mask, answers))
+            got = lm.head().logits(lm.hidden(lm.encode(ids, mask), mask, answers))
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_of_hidden_is_the_models_own_logits(kind):
-    adapter = adapter_of(kind)
+    lm = model_of(kind)
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
-        decoder_input = torch.tensor([[adapter.start_id, *answer[:-1].tolist()]])
+        decoder_input = torch.tensor([[lm.start_id, *answer[:-1].tolist()]])
         with torch.no_grad():
-            want = adapter.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_input).logits[..., :VALID]
-            got = logits_of(adapter, [prompt], answer[None])
+            want = lm.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_input).logits[..., :VALID]
+            got = logits_of(lm, [prompt], answer[None])
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_the_tiny_models_differ_in_what_the_head_must_get_right():
     """Controls: a tied and scaled head, an untied unscaled one, a bias."""
-    tied, untied, bart = (adapter_of(kind) for kind in KINDS)
+    tied, untied, bart = (model_of(kind) for kind in KINDS)
     assert tied.head().scale == 0.25
     assert tied.head().weight is tied.model.shared.weight
     assert untied.head().scale == 1.0
@@ -122,18 +119,18 @@ def test_the_tiny_models_differ_in_what_the_head_must_get_right():
 
 
 def test_quantised_head_is_refused():
-    adapter = adapter_of("t5")
+    lm = model_of("t5")
     quantised = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    adapter.model.lm_head.weight = quantised
+    lm.model.lm_head.weight = quantised
     with pytest.raises(ModelError, match="llm_int8_skip_modules"):
-        adapter.head()
+        lm.head()
 
 
 def test_special_ids_come_from_the_configuration():
-    adapter = adapter_of("bart")
-    assert (adapter.start_id, adapter.eos_id, adapter.pad_id) == (EOS, EOS, PAD)
-    adapter.config.eos_token_id = [EOS, 7]
-    assert adapter.eos_id == EOS
+    lm = model_of("bart")
+    assert (lm.start_id, lm.eos_id, lm.pad_id) == (EOS, EOS, PAD)
+    lm.config.eos_token_id = [EOS, 7]
+    assert lm.eos_id == EOS
 
 
 # -- padding and batching (METHOD check 9) -------------------------------------------------------------------------
@@ -143,13 +140,13 @@ def test_special_ids_come_from_the_configuration():
 @torch.no_grad()
 def test_a_rows_logits_do_not_change_with_batch_or_padding(kind):
     """Batch of 1 against batch of 3, other rows left out, a wider prompt and a wider answer; cut rows included."""
-    adapter = adapter_of(kind)
-    together = logits_of(adapter, PROMPTS, ANSWERS)
-    some = logits_of(adapter, PROMPTS[:2], ANSWERS[:2])
-    wide = logits_of(adapter, [*PROMPTS, [3] * 12], torch.cat([ANSWERS, torch.full((3, 2), PAD)], 1)[[0, 1, 2, 2]])
+    lm = model_of(kind)
+    together = logits_of(lm, PROMPTS, ANSWERS)
+    some = logits_of(lm, PROMPTS[:2], ANSWERS[:2])
+    wide = logits_of(lm, [*PROMPTS, [3] * 12], torch.cat([ANSWERS, torch.full((3, 2), PAD)], 1)[[0, 1, 2, 2]])
     lengths = [4, 2, 4]
     for i, n in enumerate(lengths):
-        alone = logits_of(adapter, PROMPTS[i : i + 1], ANSWERS[i : i + 1, :n])[0]
+        alone = logits_of(lm, PROMPTS[i : i + 1], ANSWERS[i : i + 1, :n])[0]
         for other in (together, wide, some if i < 2 else together):
             torch.testing.assert_close(other[i, :n], alone, atol=1e-5, rtol=1e-5)
 
@@ -157,13 +154,12 @@ def test_a_rows_logits_do_not_change_with_batch_or_padding(kind):
 @pytest.mark.parametrize("kind", ["t5", "t5-untied"])
 @torch.no_grad()
 def test_t5_does_not_care_on_which_side_a_prompt_is_padded(kind):
-    adapter = adapter_of(kind)
-    right, mask = adapter.pad_prompts(PROMPTS)
+    lm = model_of(kind)
+    right, mask = lm.pad_prompts(PROMPTS)
     left = torch.stack([row.roll(int((~m).sum())) for row, m in zip(right, mask, strict=True)])
     left_mask = mask.flip(1)
     one, other = (
-        adapter.head().logits(adapter.hidden(adapter.encode(ids, m), m, ANSWERS))
-        for ids, m in ((right, mask), (left, left_mask))
+        lm.head().logits(lm.hidden(lm.encode(ids, m), m, ANSWERS)) for ids, m in ((right, mask), (left, left_mask))
     )
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -172,32 +168,30 @@ def test_t5_does_not_care_on_which_side_a_prompt_is_padded(kind):
 @torch.no_grad()
 def test_padding_ids_do_not_matter_and_masking_does(kind):
     """A control of the two tests above: hide one real token and the logits move."""
-    adapter = adapter_of(kind)
-    ids, mask = adapter.pad_prompts(PROMPTS)
-    reference = adapter.hidden(adapter.encode(ids, mask), mask, ANSWERS)
+    lm = model_of(kind)
+    ids, mask = lm.pad_prompts(PROMPTS)
+    reference = lm.hidden(lm.encode(ids, mask), mask, ANSWERS)
     other_ids = torch.where(mask, ids, 13)
-    torch.testing.assert_close(
-        adapter.hidden(adapter.encode(other_ids, mask), mask, ANSWERS), reference, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(lm.hidden(lm.encode(other_ids, mask), mask, ANSWERS), reference, atol=1e-5, rtol=1e-5)
     hidden_token = mask.clone()
     hidden_token[0, 1] = False
-    assert (adapter.hidden(adapter.encode(ids, hidden_token), hidden_token, ANSWERS) - reference)[0].abs().max() > 1e-2
+    assert (lm.hidden(lm.encode(ids, hidden_token), hidden_token, ANSWERS) - reference)[0].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_tokens", [1, 10, 4096])
 @torch.no_grad()
 def test_encode_prompts_equals_encoding_each_prompt_alone(kind, batch_tokens):
-    adapter = adapter_of(kind)
-    states = adapter.encode_prompts(PROMPTS, batch_tokens)
+    lm = model_of(kind)
+    states = lm.encode_prompts(PROMPTS, batch_tokens)
     for prompt, state in zip(PROMPTS, states, strict=True):
-        alone = adapter.model.get_encoder()(input_ids=torch.tensor([prompt])).last_hidden_state[0]
+        alone = lm.model.get_encoder()(input_ids=torch.tensor([prompt])).last_hidden_state[0]
         assert state.shape == (len(prompt), 16)
         torch.testing.assert_close(state, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_encode_no_prompts():
-    assert adapter_of("t5").encode_prompts([]) == []
+    assert model_of("t5").encode_prompts([]) == []
 
 
 def test_batches_by_length_hold_every_row_once_within_the_budget():

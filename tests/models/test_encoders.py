@@ -15,9 +15,7 @@ from transformers import (
 )
 
 from rlkd.errors import ConfigError, ModelError
-from rlkd.models.attention import RECORDED_SDPA, prepare_attention
-from rlkd.models.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
-from rlkd.models.encoders import (
+from rlkd.models.encoders.classifiers import (
     EncoderStudent,
     build_student,
     check_head_slices,
@@ -27,6 +25,8 @@ from rlkd.models.encoders import (
     run_encoder,
     width_of,
 )
+from rlkd.models.encoders.classifiers.attention import RECORDED_SDPA, prepare_attention
+from rlkd.models.encoders.classifiers.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.objectives.attention_tree import attention_tree, rows_of_map
 from tiny import CLASSIFIER_WORDS, tiny_classifier
 

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from rlkd.generation.decode import decode, sampler
-from rlkd.models.student import VALUE_HEAD_FILE, Policy
+from rlkd.models.policy import VALUE_HEAD_FILE, Policy
 from rlkd.objectives.policy import ppo_loss, reduce_tokens
+from rlkd.sampling.decode import decode, sampler
 from tiny import EOS, KINDS, PAD, VALID, tiny_model, tiny_t5
 
 IDS = torch.tensor([[5, 6, 7, EOS], [9, EOS, PAD, PAD]])
@@ -60,10 +60,10 @@ def test_token_arguments_reach_the_statistics_beside_their_token():
 def test_first_update_has_ratio_one_in_training_mode(kind):
     """METHOD check 10: what was recorded while sampling is what the loss recomputes (dropout is 0)."""
     policy = policy_of(kind).train()
-    adapter = policy.adapter
+    lm = policy.lm
     with torch.no_grad():
-        states = adapter.encode_prompts([[5, 6, 7, EOS], [9, EOS]])
-    drawn = decode(adapter, states, sampler([1, 2], 6, torch.device("cpu")), max_new_tokens=6)
+        states = lm.encode_prompts([[5, 6, 7, EOS], [9, EOS]])
+    drawn = decode(lm, states, sampler([1, 2], 6, torch.device("cpu")), max_new_tokens=6)
     (logps, _), _ = policy(IDS, INPUT_MASK, drawn.ids, drawn.mask)
     ratio = (logps - drawn.logps)[drawn.mask].exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=2e-5, rtol=0)

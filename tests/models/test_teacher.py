@@ -30,8 +30,8 @@ FIELDS = ("chosen", "max", "logsumexp", "mean", "entropy")
 def plain_logits(teacher, text, answer):
     """One row, no batch, no cache: logits [R, V] float64 for every token of `answer` from the model's own forward."""
     ids = teacher.tokenizer(text, add_special_tokens=teacher.append_eos)["input_ids"]
-    start = teacher.adapter.config.decoder_start_token_id
-    out = teacher.adapter.model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[start, *answer[:-1]]]))
+    start = teacher.lm.config.decoder_start_token_id
+    out = teacher.lm.model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[start, *answer[:-1]]]))
     return out.logits[0, :, :VALID].double().numpy()
 
 
@@ -153,7 +153,7 @@ def test_hidden_states_give_exact_expectations_under_every_combination(combinati
     teacher = tiny_teacher(combination=combination)
     scores = teacher.score(PAIRS, ANSWERS, MASK, with_hidden=True)
     student = torch.randn(int(MASK.sum()), VALID, generator=torch.Generator().manual_seed(0))
-    logits = teacher.adapter.head().logits(scores.hidden[MASK])
+    logits = teacher.lm.head().logits(scores.hidden[MASK])
     got = expected_advantage(student, logits, scores.max[MASK])
     pi, rows = student.double().softmax(-1).numpy(), []
     for i, texts in enumerate(PAIRS):
@@ -214,22 +214,22 @@ def test_cached_states_do_not_keep_the_batch_they_were_cut_from():
 def test_not_finite_scores_name_the_rows():
     teacher = tiny_teacher()
     with torch.no_grad():
-        teacher.adapter.model.shared.weight[teacher.tokenizer.convert_tokens_to_ids("m")] = torch.nan
+        teacher.lm.model.shared.weight[teacher.tokenizer.convert_tokens_to_ids("m")] = torch.nan
     names = [f"dev-{i}" for i in range(5)]
     with pytest.raises(DivergenceError, match=r"not finite for 1 of 5 answers: dev-3\. Its weights are torch\.float32"):
         teacher.score(SINGLE, ANSWERS, MASK, ids=names)
     with pytest.raises(DivergenceError, match="row 3"):
         teacher.score(SINGLE, ANSWERS, MASK)
     with torch.no_grad():
-        teacher.adapter.model.lm_head.weight.fill_(torch.nan)
+        teacher.lm.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(DivergenceError, match="5 of 5 answers: dev-0, dev-1, dev-2, dev-3, dev-4"):
         teacher.score(SINGLE, ANSWERS, MASK, ids=names)
 
 
 def test_a_teacher_is_frozen_in_eval_mode():
     teacher = tiny_teacher()
-    assert not teacher.adapter.model.training
-    assert not any(p.requires_grad for p in teacher.adapter.model.parameters())
+    assert not teacher.lm.model.training
+    assert not any(p.requires_grad for p in teacher.lm.model.parameters())
     scores = teacher.score(SINGLE, ANSWERS, MASK, with_hidden=True)
     assert not any(getattr(scores, f.name).requires_grad for f in dataclasses.fields(scores))
 
@@ -239,7 +239,7 @@ def test_a_teacher_is_frozen_in_eval_mode():
 
 def limit_rows(teacher, monkeypatch, rows):
     """The teacher runs out of memory on batches of more than `rows` rows."""
-    adapter, tried = type(teacher.adapter), []
+    lm, tried = type(teacher.lm), []
 
     def limited(forward):
         def call(self, states, *args):
@@ -251,7 +251,7 @@ def limit_rows(teacher, monkeypatch, rows):
         return call
 
     for name in ("encode", "hidden"):
-        monkeypatch.setattr(adapter, name, limited(getattr(adapter, name)))
+        monkeypatch.setattr(lm, name, limited(getattr(lm, name)))
     return tried
 
 
@@ -283,7 +283,7 @@ def test_a_teacher_without_room_for_one_row_says_so(monkeypatch):
 
 def test_other_errors_of_the_teacher_are_not_taken_for_a_lack_of_memory(monkeypatch):
     teacher = tiny_teacher()
-    monkeypatch.setattr(type(teacher.adapter), "encode", lambda *args: 1 / 0)
+    monkeypatch.setattr(type(teacher.lm), "encode", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         teacher.score(PAIRS, ANSWERS, MASK)
     assert teacher.batch_tokens == 4096

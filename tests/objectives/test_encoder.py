@@ -7,14 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkd.objectives.attention_tree import all_tokens, cls_token
-from rlkd.objectives.encoder import (
-    PRESETS,
-    TERMS,
-    cross_entropy,
-    soft_cross_entropy,
-    token_distance,
-    weighted_terms,
-)
+from rlkd.objectives.encoder import PRESETS, TERMS, cross_entropy, soft_cross_entropy, token_distance, weighted_terms
 
 few = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 10_000)

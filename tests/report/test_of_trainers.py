@@ -7,7 +7,7 @@ import pytest
 from test_page import Page
 from trainers.tiny_runs import examples, make
 
-from rlkd.metrics import TASK_METRICS
+from rlkd.evaluation.task_metrics import TASK_METRICS
 from rlkd.records import Example
 from rlkd.report import findings
 from rlkd.report.page import report

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlkd.report.statistics import Difference, Interval, mean_interval, overall, paired_difference
+from rlkd.report.intervals import Difference, Interval, mean_interval, overall, paired_difference
 
 
 def test_the_interval_of_a_mean_is_that_of_normal_theory_for_many_rows():
@@ -65,7 +65,7 @@ def test_few_rows_have_no_interval():
 def test_large_sets_are_drawn_in_blocks(monkeypatch):
     scores = np.random.default_rng(0).normal(size=(2, 500))
     whole = mean_interval(scores)
-    monkeypatch.setattr("rlkd.report.statistics.CHUNK", 5000)
+    monkeypatch.setattr("rlkd.report.intervals.CHUNK", 5000)
     parts = mean_interval(scores)
     assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), abs=0.02)
 

@@ -18,7 +18,7 @@ def main(folder: str, where: str) -> None:
         def broken(*args, **options):
             if rank == 1 and trainer.state.global_step == 1:
                 with torch.no_grad():
-                    next(trainer.teacher.adapter.model.decoder.final_layer_norm.parameters())[0] = float("nan")
+                    next(trainer.teacher.lm.model.decoder.final_layer_norm.parameters())[0] = float("nan")
             return score(*args, **options)
 
         trainer.teacher.score = broken

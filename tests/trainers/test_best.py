@@ -7,7 +7,7 @@ from test_tkd import make as make_tkd
 from test_tkd import rows as labelled_rows
 
 from rlkd.errors import ConfigError
-from rlkd.metrics import exact_match
+from rlkd.evaluation.task_metrics import exact_match
 from rlkd.trainers.arguments import PPOArguments, ReinforceArguments, SupervisedArguments
 from tiny_runs import assert_same, examples, make, weights
 

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from test_tkd import make as make_tkd
 from test_tkd import rows as labelled_rows
 
-from rlkd.running.card import card
+from rlkd.runs.card import card
 from tiny_runs import examples, logged, make
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from rlkd.errors import CheckpointError
-from rlkd.running.checkpoints import STATE_FILE
+from rlkd.runs.checkpoints import STATE_FILE
 from rlkd.trainers.rl import BEHAVIOUR_FILE
 from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, weights
 

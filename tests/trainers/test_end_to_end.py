@@ -8,10 +8,10 @@ import random
 import pytest
 import torch
 
-from rlkd.generation.decode import decode, sampler
-from rlkd.models.architectures import EncoderDecoder
+from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.teacher import Teacher
 from rlkd.records import Example
+from rlkd.sampling.decode import decode, sampler
 from tiny import tiny_t5, tiny_tokenizer
 from tiny_runs import VALID, WORDS, make, teacher
 
@@ -42,9 +42,7 @@ def pair(tmp_path_factory):
     fit(folder / "teacher", model, gold, 400, 5e-3)
     judge = Teacher(EncoderDecoder(model, VALID), tiny_tokenizer(WORDS))
     inputs = [x for x, _ in gold]
-    answers = decode(
-        judge.adapter, judge.encode(inputs), sampler([*range(600)], 8, torch.device("cpu")), max_new_tokens=8
-    )
+    answers = decode(judge.lm, judge.encode(inputs), sampler([*range(600)], 8, torch.device("cpu")), max_new_tokens=8)
     texts = judge.tokenizer.batch_decode(
         [row[mask].tolist() for row, mask in zip(answers.ids, answers.mask, strict=True)], skip_special_tokens=True
     )

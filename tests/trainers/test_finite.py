@@ -52,7 +52,7 @@ def diverges(trainer, match):
 
 def test_a_teacher_that_is_not_finite_leaves_the_rollouts(tmp_path):
     judge = teacher()
-    poison(judge.adapter.model.decoder.final_layer_norm)
+    poison(judge.lm.model.decoder.final_layer_norm)
     tensors, plain, message = diverges(
         make("ppo", tmp_path, judge=judge), "^step 0: the teacher's logits are not finite"
     )
@@ -211,7 +211,7 @@ def test_a_batch_that_cannot_be_written_hides_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rlkd.running.finite.write_batch", full)
+    monkeypatch.setattr("rlkd.runs.finite.write_batch", full)
     trainer = make("supervised", tmp_path)
     poison(trainer.policy)
     with pytest.raises(DivergenceError, match=r"the loss is not finite.*could not be written to .*No space left"):
@@ -220,7 +220,7 @@ def test_a_batch_that_cannot_be_written_hides_nothing(tmp_path, monkeypatch):
 
 def test_evaluation_stops_too(tmp_path):
     trainer = make("reinforce", tmp_path, eval_examples=examples(4))
-    poison(trainer.teacher.adapter.model.decoder.final_layer_norm)
+    poison(trainer.teacher.lm.model.decoder.final_layer_norm)
     with pytest.raises(DivergenceError, match=r"^step 0: the teacher's logits are not finite"):
         trainer.evaluate()
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rlkd.errors import DivergenceError
-from rlkd.running.alarms import ALARMS, History
-from rlkd.running.files import ALARMS_FILE
-from rlkd.running.guards import CALM, Watch
+from rlkd.runs.alarms import ALARMS, History
+from rlkd.runs.files import ALARMS_FILE
+from rlkd.runs.guards import CALM, Watch
 from tiny_runs import examples, logged, make, teacher
 
 DOCS = Path(__file__).parents[2] / "docs" / "guards.md"
@@ -211,7 +211,7 @@ def twin():
     """A student that equals its teacher and reads what it reads."""
     judge = teacher()
     data = [replace(e, student_input=e.teacher_inputs[0]) for e in examples(32)]
-    return {"model": copy.deepcopy(judge.adapter.model).requires_grad_(), "judge": judge, "data": data}
+    return {"model": copy.deepcopy(judge.lm.model).requires_grad_(), "judge": judge, "data": data}
 
 
 BATCH = {"per_device_train_batch_size": 16, "weak_start": "warn", "n": 16}
@@ -277,7 +277,7 @@ def test_samples_of_another_policy_are_noticed(tmp_path):
 
 
 def test_what_is_written(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("rlkd.running.guards.logger.propagate", True)
+    monkeypatch.setattr("rlkd.runs.guards.logger.propagate", True)
     make("reinforce", tmp_path, **SHORTER).train()
     lines = alarms_of(tmp_path)
     assert {line["alarm"] for line in lines} >= {"length_collapse"}

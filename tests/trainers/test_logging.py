@@ -8,9 +8,9 @@ import pytest
 from test_tkd import make as make_tkd
 from test_tkd import rows as labelled_rows
 
-from rlkd.evaluation import Evaluator
-from rlkd.metrics import TASK_METRICS
-from rlkd.models.student import Policy
+from rlkd.evaluation.evaluator import Evaluator
+from rlkd.evaluation.task_metrics import TASK_METRICS
+from rlkd.models.policy import Policy
 from tiny import tiny_tokenizer
 from tiny_runs import WORDS, assert_same, examples, logged, make, student, teacher, weights
 
@@ -139,7 +139,7 @@ def test_the_table_of_samples_is_shown_beside_a_progress_bar(tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["ppo", "supervised"])
 def test_progress_where_there_is_no_terminal_is_lines(tmp_path, caplog, capfd, monkeypatch, kind):
     """With the pace of lines set to 0 s: one line per step and one per evaluation, and no carriage return."""
-    monkeypatch.setattr("rlkd.generation.progress.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("rlkd.io.progress.LOG_SECONDS", 0.0)
     trainer = make(kind, tmp_path, max_steps=3, eval_strategy="steps", eval_steps=3, eval_examples=examples(4))
     trainer.args.disable_tqdm = False
     with caplog.at_level("INFO", logger="rlkd"):
@@ -154,7 +154,7 @@ def test_progress_where_there_is_no_terminal_is_lines(tmp_path, caplog, capfd, m
 
 
 def test_disable_tqdm_is_silence(tmp_path, caplog, capfd, monkeypatch):
-    monkeypatch.setattr("rlkd.generation.progress.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("rlkd.io.progress.LOG_SECONDS", 0.0)
     with caplog.at_level("INFO", logger="rlkd"):
         make("reinforce", tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, eval_examples=examples(4)).train()
     assert not [r for r in caplog.records if "steps/s" in r.message or "rows/s" in r.message]

@@ -170,7 +170,7 @@ def poison(module):
 @pytest.mark.parametrize("weak_start", ["warn", "ignore"])
 def test_nan_in_the_teacher_stops_before_any_update(tmp_path, weak_start):
     judge = teacher()
-    poison(judge.adapter.model.decoder.final_layer_norm)
+    poison(judge.lm.model.decoder.final_layer_norm)
     trainer = make("ppo", tmp_path, judge=judge, weak_start=weak_start)
     before = weights(trainer.policy)
     with pytest.raises(DivergenceError, match=r"^step 0: the teacher's logits are not finite .* row \d"):
@@ -209,7 +209,7 @@ def test_nan_gradient_of_a_finite_loss_stops_before_the_update(tmp_path, accumul
 
 def expected_start(trainer):
     """Start numbers from full logits, answer by answer."""
-    rollouts, model = trainer.sample(0), trainer.teacher.adapter.model
+    rollouts, model = trainer.sample(0), trainer.teacher.lm.model
     regrets, gaps, lengths = [], [], []
     for i, example in enumerate(rollouts.examples):
         answer = rollouts.answer_ids[i, rollouts.answer_mask[i]].tolist()
@@ -260,7 +260,7 @@ def test_weak_start_warns_refuses_or_is_ignored(tmp_path, caplog, monkeypatch):
 def test_a_strong_start_is_silent(tmp_path, caplog):
     # The student is the teacher sharpened until its samples are the teacher's greedy answers.
     judge = teacher()
-    twin = copy.deepcopy(judge.adapter.model).requires_grad_()
+    twin = copy.deepcopy(judge.lm.model).requires_grad_()
     with torch.no_grad():
         twin.lm_head.weight.mul_(50)
     data = [replace(e, student_input=e.teacher_inputs[0]) for e in examples()]

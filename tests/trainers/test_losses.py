@@ -42,9 +42,7 @@ class Row:
         self.mu = rollouts.behaviour_logps[i, : self.n].tolist()
         self.prompt = prompt_ids(self.example.student_input)
         with torch.no_grad():
-            self.q, _ = full_logits(
-                trainer.teacher.adapter.model, prompt_ids(self.example.teacher_inputs[0]), self.answer
-            )
+            self.q, _ = full_logits(trainer.teacher.lm.model, prompt_ids(self.example.teacher_inputs[0]), self.answer)
             reference, _ = full_logits(trainer.reference.student, self.prompt, self.answer)
             old, hidden = full_logits(trainer.policy.student, self.prompt, self.answer)
             head = trainer.policy.value_head
@@ -276,7 +274,7 @@ def test_cumulative_weights_are_unbiased_under_a_stale_policy(tmp_path):
         )
 
     teacher_logits = {
-        y: full_logits(trainer.teacher.adapter.model, prompt_ids(example.teacher_inputs[0]), list(y))[0].detach()
+        y: full_logits(trainer.teacher.lm.model, prompt_ids(example.teacher_inputs[0]), list(y))[0].detach()
         for y in answers
     }
     returns = torch.tensor(
@@ -304,7 +302,7 @@ def test_cumulative_weights_are_unbiased_under_a_stale_policy(tmp_path):
 
 def test_only_the_answer_of_the_policy_is_trained_not_the_teacher_or_the_reference(tmp_path):
     trainer = make("ppo", tmp_path, max_steps=4)
-    frozen = [weights(trainer.teacher.adapter.model), weights(trainer.reference)]
+    frozen = [weights(trainer.teacher.lm.model), weights(trainer.reference)]
     trainer.train()
-    for before, module in zip(frozen, (trainer.teacher.adapter.model, trainer.reference), strict=True):
+    for before, module in zip(frozen, (trainer.teacher.lm.model, trainer.reference), strict=True):
         assert all(torch.equal(before[n], t) for n, t in module.state_dict().items())

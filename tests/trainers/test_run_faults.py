@@ -22,8 +22,8 @@ from transformers.integrations.integration_utils import WandbCallback
 
 import chaos
 from rlkd.errors import CheckpointError, ConfigError, InterruptedRunError, LockedError, RlkdError
-from rlkd.running import checkpoints
-from rlkd.running.checkpoints import LOGS, MANIFEST, SET_ASIDE, STATE_FILE, UNFINISHED, damage
+from rlkd.runs import checkpoints
+from rlkd.runs.checkpoints import LOGS, MANIFEST, SET_ASIDE, STATE_FILE, UNFINISHED, damage
 from tiny_runs import assert_same, logged, make, weights
 
 KINDS = list(chaos.RUNS)
@@ -119,7 +119,7 @@ def test_older_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypa
     def fails(written, final):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("rlkd.running.resumable.commit", fails)
+    monkeypatch.setattr("rlkd.runs.resumable.commit", fails)
     trainer = build(tmp_path, max_steps=2, save_total_limit=1)
     with pytest.raises(OSError, match="Input/output"):
         trainer.train(resume_from_checkpoint=True)
@@ -357,7 +357,7 @@ def test_a_signal_ends_a_recipe_with_its_code_within_seconds(tmp_path, server):
 
 
 def long_run(folder):
-    from rlkd.config import run_main
+    from rlkd.settings.parsing import run_main
 
     torch.set_num_threads(1)
     run_main(build(Path(folder), max_steps=100_000, save_steps=100_000).run)
@@ -499,7 +499,7 @@ def test_a_full_tmpfs(tmp_path, server, whole, free):
 
 
 def short_run(folder, log):
-    from rlkd.config import run_main
+    from rlkd.settings.parsing import run_main
 
     torch.set_num_threads(1)
     sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115

@@ -12,11 +12,9 @@ import pytest
 from rlkd import DataArguments, PPOArguments, ReinforceArguments, TeacherArguments, TKDArguments, prepare
 from rlkd.data.examples import Examples
 from rlkd.data.labelled import EncodedTexts
-from rlkd.data.prompts import Template
 from rlkd.errors import ConfigError, RlkdError
-from rlkd.models.trl_compat import ModelConfig
-from rlkd.redaction import REDACTED
-from rlkd.running.record import (
+from rlkd.io.redaction import REDACTED
+from rlkd.runs.record import (
     FREE,
     LENGTH,
     PACKAGES,
@@ -29,6 +27,8 @@ from rlkd.running.record import (
     git_state,
     settings_of,
 )
+from rlkd.settings.trl_compat import ModelConfig
+from rlkd.templates.template import Template
 from tiny import tiny_tokenizer
 from tiny_runs import assert_same, examples, labels, make, teacher, weights
 
@@ -147,7 +147,7 @@ def test_git(tmp_path, monkeypatch):
 
 
 def test_packages_that_are_not_installed_are_none(monkeypatch):
-    monkeypatch.setattr("rlkd.running.record.PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr("rlkd.runs.record.PACKAGES", ("torch", "no-such-package"))
     assert record().versions["no-such-package"] is None
 
 
@@ -288,7 +288,7 @@ def test_recipes_refuse_before_they_look_at_a_model(run, monkeypatch):
         raise AssertionError("a model was looked at")
 
     for name in ("load_config", "load_tokenizer", "load_encoder_decoder"):
-        monkeypatch.setattr(f"rlkd.trainers.setup.{name}", loaded)
+        monkeypatch.setattr(f"rlkd.jobs.setup.{name}", loaded)
     settings = (DataArguments(dataset="other"), TeacherArguments(), ModelConfig(model_name_or_path="m"))
     for given in (str(run / "checkpoint-1"), "auto"):
         training = ReinforceArguments(str(run), use_cpu=True, resume_from_checkpoint=given)

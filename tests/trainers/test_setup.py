@@ -6,8 +6,8 @@ import pytest
 
 from rlkd import DataArguments, PPOArguments, TeacherArguments, prepare
 from rlkd.errors import ConfigError, DataError
-from rlkd.models.trl_compat import ModelConfig
-from rlkd.trainers.setup import _load_data
+from rlkd.jobs.setup import _load_data
+from rlkd.settings.trl_compat import ModelConfig
 
 TEMPLATES = """dataset: mine
 templates:

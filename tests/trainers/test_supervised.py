@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from rlkd.errors import ConfigError
-from rlkd.metrics import exact_match
+from rlkd.evaluation.task_metrics import exact_match
 from rlkd.trainers.arguments import SupervisedArguments
 from rlkd.trainers.supervised import PseudoLabelCollator, SupervisedTrainer
 from tiny import tiny_tokenizer
@@ -94,7 +94,7 @@ def test_loss_and_gradient_equal_full_logits(tmp_path, objective):
             losses.append(F.cross_entropy(student, torch.tensor(answer), reduction="none"))
         else:
             with torch.no_grad():
-                target = full_logits(trainer.teacher.adapter.model, row["teacher_input"], answer).log_softmax(-1)
+                target = full_logits(trainer.teacher.lm.model, row["teacher_input"], answer).log_softmax(-1)
             losses.append(hand_divergence(objective, student.log_softmax(-1), target))
     expected = torch.cat(losses).mean()
     expected.backward()
@@ -124,7 +124,7 @@ def test_training_a_teacher_on_gold_labels_needs_no_teacher(tmp_path):
     args = SupervisedArguments(
         output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, max_steps=2, save_strategy="no"
     )
-    model = teacher().adapter.model.requires_grad_()
+    model = teacher().lm.model.requires_grad_()
     trainer = SupervisedTrainer(model, args, tokenizer=tiny_tokenizer(WORDS), train_dataset=labels())
     before = weights(model)
     trainer.train()
@@ -143,9 +143,9 @@ def test_adafactor_reads_its_optim_args(tmp_path, scaled):
     options = {"optim": "adafactor", "optim_args": "scale_parameter=True" if scaled else None, "learning_rate": lr}
     trainer = make("supervised", tmp_path, max_steps=1, warmup_steps=0, lr_scheduler_type="constant", **options)
     name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
-    before = trainer.policy.adapter.model.get_parameter(name).detach().clone()
+    before = trainer.policy.lm.model.get_parameter(name).detach().clone()
     trainer.train()
-    step = trainer.policy.adapter.model.get_parameter(name).detach() - before
+    step = trainer.policy.lm.model.get_parameter(name).detach() - before
     rms = step.square().mean().sqrt() / lr
     expected = before.square().mean().sqrt() if scaled else torch.tensor(1.0)
     torch.testing.assert_close(rms, expected, rtol=0.15, atol=0.0)

@@ -12,12 +12,12 @@ from transformers import AutoModelForSequenceClassification
 
 from rlkd.data.labelled import model_inputs
 from rlkd.errors import ConfigError, DataError, ModelError
-from rlkd.models.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
-from rlkd.models.encoders import build_student
+from rlkd.models.encoders.classifiers import build_student
+from rlkd.models.encoders.classifiers.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.objectives.attention_tree import all_tokens, cls_token, rows_of_map
 from rlkd.objectives.encoder import PRESETS, TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance
-from rlkd.trainers.tkd import TKDTrainer, distil_chain
-from rlkd.trainers.tkd_arguments import TKDArguments
+from rlkd.trainers.encoders.arguments import TKDArguments
+from rlkd.trainers.encoders.tkd import TKDTrainer, distil_chain
 from tiny import CLASSIFIER_WORDS, classifier_tokenizer, tiny_classifier
 from tiny_runs import assert_same, differ, logged, weights
 

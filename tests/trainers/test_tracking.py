@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlkd.running.sample_tables import COLUMNS, NAME, SampleTables, priced
+from rlkd.runs.sample_tables import COLUMNS, NAME, SampleTables, priced
 from tiny_runs import logged
 
 ROWS = [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkd.models.architectures import EncoderDecoder
+from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.teacher import Teacher
 from rlkd.records import Example
 from rlkd.trainers.arguments import PPOArguments, ReinforceArguments, SupervisedArguments
@@ -42,8 +42,8 @@ def student(seed: int = 11, **options: Any) -> Any:
 
 
 def teacher(seed: int = 2, **options: Any) -> Teacher:
-    adapter = EncoderDecoder(tiny_t5(seed=seed, tied=False, vocab=PADDED), VALID)
-    return Teacher(adapter, tiny_tokenizer(WORDS), **options)
+    lm = EncoderDecoder(tiny_t5(seed=seed, tied=False, vocab=PADDED), VALID)
+    return Teacher(lm, tiny_tokenizer(WORDS), **options)
 
 
 def examples(n: int = 8) -> list[Example]:

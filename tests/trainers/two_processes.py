@@ -7,8 +7,8 @@ from pathlib import Path
 from test_tkd import make as make_tkd
 from test_tkd import rows
 
-from rlkd.metrics import exact_match
-from rlkd.models.encoders import build_student
+from rlkd.evaluation.task_metrics import exact_match
+from rlkd.models.encoders.classifiers import build_student
 from tiny import tiny_classifier
 from tiny_runs import examples, make
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 import chaos
-from rlkd.config import run_main
+from rlkd.settings.parsing import run_main
 
 
 class KilledRank(TrainerCallback):

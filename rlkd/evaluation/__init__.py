@@ -1,0 +1,1 @@
+"""Scores: the held-out evaluation of a policy, task metrics, linear probes."""

@@ -1,0 +1,155 @@
+"""What a policy is worth on held-out inputs: task metric, regret, match with the teacher, length, entropy, KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.policy import Policy
+from ..models.teacher import Teacher
+from ..models.vocabulary import token_pieces
+from ..objectives.advantages import regret_per_sequence
+from ..objectives.policy import kl_k3
+from ..objectives.rewards import induced_advantage
+from ..records import Example, Rollouts
+from ..sampling.decode import decode, greedy
+from ..sampling.rollouts import greedy_answers, sample_rollouts
+from .task_metrics import RowMean
+
+# What every row has, of the greedy and of the sampled answer.
+JUDGED = ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
+MEANS = [*(prefix + name for prefix in ("", "sample_") for name in JUDGED), "match"]
+# predictions, then the examples they answer -> named scores; a RowMean keeps the score of each row
+TaskMetric = Callable[[list[str], list[Example]], dict[str, float]]
+
+
+@dataclass
+class Evaluator:
+    """Answers `examples` with a policy and lets the teacher judge; what the teacher answers itself is computed once.
+
+    Both greedy and sampled answers are judged: greedy is what a user will run, samples are what training improves.
+    """
+
+    teacher: Teacher
+    tokenizer: Any
+    examples: Sequence[Example]
+    max_input_tokens: int
+    max_new_tokens: int
+    task_metric: TaskMetric | None = None
+    batch_rows: int = 64
+    seed: int = 0
+    _teacher_answers: dict[str, list[int]] = field(default_factory=dict)
+
+    def rows(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        indices: Sequence[int],
+        advance: Callable[[int, int], None] = lambda rows, tokens: None,
+    ) -> list[dict[str, Any]]:
+        """One record per index: texts, tokens, regret, length and so on of the greedy and the sampled answer.
+
+        advance is told of every batch: (rows, tokens of their answers).
+        """
+        out: list[dict[str, Any]] = []
+        for start in range(0, len(indices), self.batch_rows):
+            examples = [self.examples[i] for i in indices[start : start + self.batch_rows]]
+            limits = {"max_input_tokens": self.max_input_tokens, "max_new_tokens": self.max_new_tokens}
+            best = greedy_answers(policy, self.tokenizer, examples, **limits)
+            drawn = sample_rollouts(
+                policy, self.tokenizer, examples, rollouts_per_prompt=1, seed=(self.seed, "evaluation"), **limits
+            )
+            judged = [self._judge(policy, reference, answers) for answers in (best, drawn)]
+            teacher_ids = self._teacher_ids(examples)
+            teacher_texts = self.teacher_answers(examples)
+            for i, example in enumerate(examples):
+                row: dict[str, Any] = {"id": example.id, "input": example.student_input, "teacher": teacher_texts[i]}
+                row["teacher_ids"] = teacher_ids[i]
+                for prefix, record in zip(("", "sample_"), judged, strict=True):
+                    row.update({prefix + name: values[i] for name, values in record.items()})
+                row["match"] = float(row["student"] == row["teacher"])
+                row["index"] = indices[start + i]
+                out.append(row)
+            advance(len(examples), int(best.answer_mask.sum() + drawn.answer_mask.sum()))
+        return out
+
+    def _judge(self, policy: Policy, reference: Policy | None, answers: Rollouts) -> dict[str, list[Any]]:
+        mask = answers.answer_mask
+        inputs = [example.teacher_inputs for example in answers.examples]
+        scores = self.teacher.score(inputs, answers.answer_ids, mask, ids=[e.id for e in answers.examples])
+        regret = induced_advantage(scores, "max")
+        given = (answers.input_ids, answers.input_mask, answers.answer_ids, mask)
+        with torch.no_grad():
+            (logps, entropy), _ = policy(*given)
+            kl = torch.zeros_like(logps)
+            if reference is not None:
+                (reference_logps, _), _ = reference(*given)
+                kl = kl_k3(logps, reference_logps)
+        return {
+            "student": self.texts(answers.answer_ids, mask),
+            "ids": [row[m].tolist() for row, m in zip(answers.answer_ids, mask, strict=True)],
+            "tokens": [
+                token_pieces(self.tokenizer, ids[m].tolist()) for ids, m in zip(answers.answer_ids, mask, strict=True)
+            ],
+            "regret": regret_per_sequence(regret, mask).tolist(),
+            "logprob": ((scores.chosen - scores.logsumexp) * mask).sum(1).tolist(),
+            "length": mask.sum(1).tolist(),
+            "finish_rate": answers.finished.float().tolist(),
+            "entropy": _row_means(entropy, mask),
+            "kl": _row_means(kl, mask),
+            "rewards": [r[m].tolist() for r, m in zip(regret, mask, strict=True)],
+        }
+
+    def texts(self, ids: Tensor, mask: Tensor) -> list[str]:
+        """Answers as text, special tokens removed."""
+        return self.tokenizer.batch_decode(
+            [row[m].tolist() for row, m in zip(ids, mask, strict=True)], skip_special_tokens=True
+        )
+
+    def teacher_answers(self, examples: Sequence[Example]) -> list[str]:
+        """The teacher's greedy answer to each example under its first template."""
+        return self.tokenizer.batch_decode(self._teacher_ids(examples), skip_special_tokens=True)
+
+    def _teacher_ids(self, examples: Sequence[Example]) -> list[list[int]]:
+        missing = [e for e in examples if e.id not in self._teacher_answers]
+        if missing:
+            states = self.teacher.encode([e.teacher_inputs[0] for e in missing])
+            answer = decode(self.teacher.lm, states, greedy, max_new_tokens=self.max_new_tokens)
+            for example, ids, mask in zip(missing, answer.ids, answer.mask, strict=True):
+                self._teacher_answers[example.id] = ids[mask].tolist()
+        return [self._teacher_answers[e.id] for e in examples]
+
+    def names(self) -> list[str] | None:
+        """What `summarise` names; None if the task metric cannot say what it yields before there are answers."""
+        task: dict[str, float] = {}
+        if self.task_metric is not None:
+            try:
+                task = self.task_metric([self.examples[0].student_input], [self.examples[0]])
+            except Exception:  # whatever a user's function cannot do with one made-up answer
+                return None
+        return [*MEANS, *(prefix + name for prefix in ("", "sample_") for name in task)]
+
+    def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Means over rows, and the task metric of greedy and sampled answers. Names are defined in docs/metrics.md.
+
+        Rows are given their own task score, where the metric has one for each (a `RowMean`).
+        """
+        metrics = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in MEANS}
+        if self.task_metric is not None and rows:
+            examples = [self.examples[row["index"]] for row in rows]
+            for prefix in ("", "sample_"):
+                scores = self.task_metric([row[prefix + "student"] for row in rows], examples)
+                metrics.update({prefix + name: float(value) for name, value in scores.items()})
+                for name, value in scores.items():
+                    if isinstance(value, RowMean):
+                        for row, score in zip(rows, value.rows, strict=True):
+                            row[prefix + name] = float(score)
+        return metrics
+
+
+def _row_means(values: Tensor, mask: Tensor) -> list[float]:
+    return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()

@@ -1,0 +1,134 @@
+"""Task metrics by name: (predictions, examples) -> scores. References come from the examples, never from training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from ..records import Example
+
+
+class RowMean(float):
+    """The mean of one score per row (0 without rows), which remembers them: intervals and comparisons need each."""
+
+    rows: tuple[float, ...]
+
+    def __new__(cls, rows: Sequence[float]) -> RowMean:
+        """rows: one score per row, in the rows' order."""
+        mean = super().__new__(cls, sum(rows) / max(len(rows), 1))
+        mean.rows = tuple(rows)
+        return mean
+
+
+def _references(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    missing = [example.id for example in examples if not example.references]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(examples)} evaluation rows have no reference (first: {missing[0]}). "
+            "Set reference_column, or task_metric: none"
+        )
+    return [example.references for example in examples]
+
+
+def rouge(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    """Mean ROUGE-1/2/L F1 (x 100, stemmed) against the best of each row's references; google-research/rouge."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    best = [
+        scorer.score_multi(list(references), prediction)
+        for prediction, references in zip(predictions, _references(examples), strict=True)
+    ]
+    return {kind: RowMean([100 * row[kind].fmeasure for row in best]) for kind in kinds}
+
+
+def bleu(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    """Corpus BLEU with up to as many references as each row has (sacrebleu, 13a)."""
+    from sacrebleu.metrics import BLEU
+
+    references = _references(examples)
+    width = max(len(r) for r in references)
+    # sacrebleu takes None where a row has fewer references than others.
+    columns: list[Any] = [[r[i] if i < len(r) else None for r in references] for i in range(width)]
+    return {"bleu": BLEU().corpus_score(predictions, columns).score}
+
+
+def exact_match(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    """Share of predictions equal to one of the references, stripped and lower-cased (accuracy of a classifier)."""
+    hits = [
+        prediction.strip().lower() in {r.strip().lower() for r in references}
+        for prediction, references in zip(predictions, _references(examples), strict=True)
+    ]
+    return {"exact_match": RowMean(hits)}
+
+
+TASK_METRICS = {"rouge": rouge, "bleu": bleu, "exact_match": exact_match}
+
+
+def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Rows of pseudo-labels (dictionaries as PseudoLabel) against their references: template -> score -> value.
+
+    Besides the metrics `names`: rows; tokens, mean length; logprob, mean nats per token; finished, share of answers
+    that were not cut. Raises DataError if rows have no references.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["template"], []).append(row)
+    scores = {}
+    for template, mine in groups.items():
+        labels = [row["label"] for row in mine]
+        inputs = [Example(row["id"], row["student_input"], (), tuple(row["references"])) for row in mine]
+        tokens = sum(row["n_out"] for row in mine)
+        scores[template] = {
+            "rows": len(mine),
+            **{name: value for metric in names for name, value in TASK_METRICS[metric](labels, inputs).items()},
+            "tokens": tokens / len(mine),
+            "logprob": sum(row["sum_logprob"] for row in mine) / max(tokens, 1),
+            "finished": sum(row["finish_reason"] != "length" for row in mine) / len(mine),
+        }
+    return scores
+
+
+# Classifiers: (predicted, true) label indices -> score in [-1, 1], by scikit-learn; 0 without rows. Rows without a
+# label are left out before.
+
+
+def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Share of equal labels."""
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(true, predicted)) if len(true) else 0.0
+
+
+def f1(predicted: np.ndarray, true: np.ndarray) -> float:
+    """F1 of label 1, whatever other labels there are, as GLUE scores QQP and MRPC; 0 if neither side has it."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(true, predicted, labels=[1], average="macro", zero_division=0)) if len(true) else 0.0
+
+
+def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Matthews correlation, of several classes too (Gorodkin 2004); 0 if either side is constant."""
+    from sklearn.metrics import matthews_corrcoef
+
+    # Of one label in all, scikit-learn gives 0 too, but warns.
+    return float(matthews_corrcoef(true, predicted)) if len(np.union1d(true, predicted)) > 1 else 0.0
+
+
+CLASSIFICATION_METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+
+
+def classification_metrics(names: Sequence[str]) -> Callable[[Any], dict[str, float]]:
+    """`compute_metrics` of the Trainer: these metrics of the largest logits, over the rows that have a label."""
+
+    def compute(prediction: Any) -> dict[str, float]:
+        logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        labelled = labels >= 0
+        predicted, true = logits.argmax(-1)[labelled], labels[labelled]
+        return {name: CLASSIFICATION_METRICS[name](predicted, true) for name in names}
+
+    return compute

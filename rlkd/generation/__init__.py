@@ -1,1 +1,0 @@
-"""Answers: sampled for training (rollouts), or written to disk once (pseudo-labels)."""

@@ -1,0 +1,211 @@
+"""Labelled rows for the recipe of encoder-only students: a task of the hub by name, or files of one's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.glue import find_labels, find_task, load_labelled, load_task
+from ..data.rows import check_columns, load_rows, local_path
+from ..data.splits import split_off
+from ..errors import ConfigError, DataError, nearest
+from ..evaluation.task_metrics import CLASSIFICATION_METRICS, classification_metrics
+
+Rows = list[dict[str, Any]]
+# A file that has both of these columns holds pairs.
+PAIRED = {"sentence1": "sentence2", "question1": "question2", "premise": "hypothesis", "text": "text_pair"}
+
+
+@dataclass
+class LabelledDataArguments:
+    """Labelled sentences or pairs: a task of the hub, or your own files, which come before it."""
+
+    task: str | None = field(
+        default=None, metadata={"help": "sst2, cola, mnli, qqp, qnli, rte, mrpc, trec6 or sst5, read from the hub."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Your own .csv, .tsv, .jsonl or .parquet file, instead of a task."}
+    )
+    dev_file: str | None = field(default=None, metadata={"help": "Held-out rows; null splits them off train_file."})
+    text_column: str = field(default="text", metadata={"help": "Column of train_file with the sentence."})
+    pair_column: str | None = field(default=None, metadata={"help": "Column with the second sentence of a pair."})
+    label_column: str = field(default="label", metadata={"help": "Column with the label, a name or a number."})
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "Label names in the order of their indices; null finds them in train_file."}
+    )
+    metrics: list[str] | None = field(
+        default=None, metadata={"help": "Dev metrics; their mean is `score`. null: the task's own, or accuracy."}
+    )
+    dev_fraction: float = field(default=0.1, metadata={"help": "Share of each label that is split off as dev rows."})
+    dev_seed: int = field(default=0, metadata={"help": "Seed of that split, apart from that of training."})
+    train_limit: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    dev_limit: int | None = field(default=None, metadata={"help": "Use only the first so many held-out rows."})
+
+    def __post_init__(self) -> None:
+        if self.train_file is None:
+            if self.task is None:
+                raise ConfigError("neither task nor train_file is set: name a task (sst2, rte, ...) or your own file")
+            if self.dev_file is not None:
+                raise ConfigError("dev_file is set without train_file: a task brings its own held-out rows")
+            find_task(self.task)
+            for name in ("pair_column", "labels"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} is set without train_file: task {self.task} has its own")
+        if not 0 < self.dev_fraction < 1:
+            raise ConfigError(f"dev_fraction = {self.dev_fraction}: must lie between 0 and 1")
+        for name in self.metrics or []:
+            if name not in CLASSIFICATION_METRICS:
+                known = list(CLASSIFICATION_METRICS)
+                raise ConfigError(f"metrics: {name!r}: allowed are {', '.join(known)}.{nearest(name, known)}")
+
+
+@dataclass
+class LabelledData:
+    """What was loaded. dev has a set of rows for each held-out split, the first of which chooses checkpoints."""
+
+    name: str
+    train: Rows
+    dev: dict[str, Rows]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    note: str
+
+    @property
+    def first_dev(self) -> Rows:
+        return next(iter(self.dev.values()))
+
+    def compute_metrics(self) -> Callable[[Any], dict[str, float]]:
+        """`compute_metrics` of the Trainer: accuracy, the metrics asked for, and their mean as `score`."""
+        compute = classification_metrics(list(dict.fromkeys([*self.metrics, "accuracy"])))
+
+        def scored(prediction: Any) -> dict[str, float]:
+            values = compute(prediction)
+            return {"score": sum(values[name] for name in self.metrics) / len(self.metrics), **values}
+
+        return scored
+
+
+def load_labelled_data(data: LabelledDataArguments, teacher_labels: tuple[str, ...] = ()) -> LabelledData:
+    """Rows and label names, every column, label and text checked.
+
+    Args: teacher_labels, the names of a teacher that is fine-tuned already, in its order, which the data must follow.
+    Raises DataError or ConfigError.
+    """
+    return _load_files(data, teacher_labels) if data.train_file is not None else _load_task(data, teacher_labels)
+
+
+def _load_task(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) -> LabelledData:
+    assert data.task is not None
+    task = find_task(data.task)
+    if teacher_labels:
+        _check_order(task.labels, teacher_labels, f"task {data.task}")
+    train = load_task(data.task, limit=data.train_limit)
+    dev = {split: load_task(data.task, split, limit=data.dev_limit) for split in task.dev_splits}
+    _check_labels(train, task.labels, data.task)
+    return LabelledData(data.task, train, dev, task.labels, tuple(data.metrics or task.metrics), "the task's own split")
+
+
+def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) -> LabelledData:
+    files = {"train_file": data.train_file, "dev_file": data.dev_file}
+    sources = {role: source for role, source in files.items() if source is not None}
+    for role, source in sources.items():
+        if local_path(source, split="train", subset=None, revision=None) is None:
+            raise DataError(f"{role} = '{source}': no such file. For a data set of the hub, set task.")
+    labels = tuple(data.labels or ()) or teacher_labels or _labels_of_file(data)
+    if teacher_labels:
+        _check_order(labels, teacher_labels, "labels")
+    loaded = {}
+    for role, source in sources.items():
+        _check_pairs(data, role, source)
+        try:
+            loaded[role] = load_labelled(
+                source,
+                text_column=data.text_column,
+                pair_column=data.pair_column,
+                label_column=data.label_column,
+                labels=labels,
+                limit=data.train_limit if role == "train_file" else data.dev_limit,
+            )
+        except DataError as error:
+            if "labels outside the set" not in str(error) or data.labels:
+                raise
+            whose = "the teacher's" if teacher_labels else f"those of '{data.train_file}'"
+            raise DataError(f"{error} (The labels are {whose}; set labels to name others.)") from None
+        _check_texts(loaded[role], data, source)
+    train = loaded["train_file"]
+    _check_labels(train, labels, sources["train_file"])
+    if "dev_file" in loaded:
+        dev, note = [row for row in loaded["dev_file"] if row["label"] is not None], f"rows of {data.dev_file}"
+        if not dev:
+            raise DataError(f"'{data.dev_file}': no row has a label. Held-out rows need them.")
+    else:
+        train, dev = split_off(train, data.dev_fraction, data.dev_seed)
+        dev = [row for row in dev if row["label"] is not None][: data.dev_limit]
+        note = (
+            f"{len(dev)} of {len(loaded['train_file'])} rows split off {data.train_file}, "
+            f"{data.dev_fraction:.0%} of each label, dev_seed {data.dev_seed}"
+        )
+        if not dev:
+            raise DataError(f"'{data.train_file}' has too few rows to split any off: set dev_file.")
+    name = Path(sources["train_file"]).stem
+    return LabelledData(name, train, {"dev": dev}, labels, tuple(data.metrics or ["accuracy"]), note)
+
+
+def _labels_of_file(data: LabelledDataArguments) -> tuple[str, ...]:
+    assert data.train_file is not None
+    rows = load_rows(data.train_file, limit=data.train_limit)
+    check_columns(rows, {"label_column": data.label_column, "text_column": data.text_column}, data.train_file)
+    values = rows[data.label_column]
+    labels = find_labels(values)
+    if len(labels) * 2 > max(len(rows), 4):
+        raise DataError(
+            f"'{data.train_file}': column '{data.label_column}' has {len(labels)} values in {len(rows)} rows, e.g. "
+            f"'{labels[0][:40]}'. Is it the label? Name another label_column, or give labels."
+        )
+    return labels
+
+
+def _check_pairs(data: LabelledDataArguments, role: str, source: str) -> None:
+    """Pairs are asked for where there are pairs, and only there. Raises DataError."""
+    rows = load_rows(source, limit=1)
+    partner = PAIRED.get(data.text_column)
+    if data.pair_column is None:
+        if partner in rows.column_names:
+            raise DataError(
+                f"'{source}' has pairs: the columns '{data.text_column}' and '{partner}'. Set pair_column: {partner}, "
+                f"or remove the column '{partner}' if sentences stand alone."
+            )
+    elif data.pair_column not in rows.column_names:
+        raise DataError(
+            f"{role} '{source}' has single sentences: no column '{data.pair_column}' "
+            f"(pair_column).{nearest(data.pair_column, rows.column_names)} "
+            f"Found: {', '.join(rows.column_names)}. Name the second sentence's column, or leave pair_column out."
+        )
+    elif len({data.text_column, data.pair_column, data.label_column}) < 3:
+        raise ConfigError("text_column, pair_column and label_column must be three different columns")
+
+
+def _check_texts(rows: Rows, data: LabelledDataArguments, source: str) -> None:
+    for key, column in (("text", data.text_column), ("text_pair", data.pair_column)):
+        blank = [i for i, row in enumerate(rows) if column is not None and not row[key].strip()]
+        if blank:
+            shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
+            raise DataError(f"'{source}', rows {shown}: column '{column}' is empty. Fill or remove them.")
+
+
+def _check_labels(rows: Rows, labels: tuple[str, ...], source: str) -> None:
+    counts = Counter(row["label"] for row in rows if row["label"] is not None)
+    if len(counts) < 2:
+        found = f"only the label '{labels[next(iter(counts))]}'" if counts else "no label"
+        raise DataError(f"'{source}' has {found} in its {len(rows)} rows. A classifier needs two labels at least.")
+
+
+def _check_order(labels: tuple[str, ...], teacher_labels: tuple[str, ...], whose: str) -> None:
+    if [name.casefold() for name in labels] != [name.casefold() for name in teacher_labels]:
+        raise ConfigError(
+            f"the fine-tuned teacher judges {', '.join(teacher_labels)}, in this order, and {whose} has "
+            f"{', '.join(labels)}. Use a teacher of these labels, or let the recipe fine-tune one."
+        )

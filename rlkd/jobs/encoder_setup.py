@@ -1,0 +1,258 @@
+"""From settings to an encoder-only student beside its teacher, for the recipe: all that can be refused is refused
+before weights load, and a teacher that was fine-tuned once is not fine-tuned again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, set_seed
+
+from ..errors import ConfigError, ModelError
+from ..io.files import write_durably
+from ..models.encoders.classifiers import Init, build_student, student_config
+from ..models.encoders.onnx_export import require_onnx
+from ..models.loading import load_config
+from ..models.vocabulary import load_tokenizer
+from ..runs.checkpoints import check_resumed_settings
+from ..settings.ranges import Positive, check_ranges
+from ..trainers.encoders.arguments import TKDArguments
+from ..trainers.encoders.tkd import TKDTrainer, check_distillation
+from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
+
+TEACHER_RECORD = "fine_tuning.json"
+
+
+@dataclass
+class EncoderTeacherArguments:
+    """The teacher: a pretrained encoder that is fine-tuned here first, or one that is fine-tuned already."""
+
+    teacher: str = field(
+        default="google-bert/bert-base-uncased", metadata={"help": "Hub id or folder of a BERT-type model."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
+    teacher_finetuned: bool = field(
+        default=False, metadata={"help": "It is fine-tuned on this task already: use it as it is."}
+    )
+    teacher_epochs: Positive = field(default=3.0, metadata={"help": "Epochs of its fine-tuning, the best on dev kept."})
+    teacher_learning_rate: Positive = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass
+class EncoderStudentArguments:
+    """The student, cut from the teacher or narrower, and what is written of it."""
+
+    student_layers: int = field(default=3, metadata={"help": "Layers of the student."})
+    student_width: int | None = field(
+        default=None,
+        metadata={"help": "Width of a narrower student, with heads as wide as the teacher's (init random)."},
+    )
+    student_init: Init = field(
+        default="mapped",
+        metadata={"help": "Weights: the teacher's matched or first layers, another model's, or random."},
+    )
+    student_pretrained: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the model for student_init: pretrained."}
+    )
+    export_onnx: bool = field(default=False, metadata={"help": "Also write the student as ONNX, in output_dir/onnx."})
+
+    def options(self, teacher_config: Any, layer_map: list[int] | None) -> dict[str, Any]:
+        """Keyword arguments of `build_student` and `student_config`. Raises ConfigError for a width without heads."""
+        shape: dict[str, Any] = {}
+        if self.student_width is not None:
+            width, inner = teacher_config.hidden_size, getattr(teacher_config, "intermediate_size", None)
+            head = width // teacher_config.num_attention_heads
+            if self.student_width < head or self.student_width % head:
+                raise ConfigError(f"student_width = {self.student_width}: must be a multiple of a head's width, {head}")
+            shape = {
+                "hidden_size": self.student_width,
+                "attention_heads": self.student_width // head,
+                "intermediate_size": inner and inner * self.student_width // width,
+            }
+        return {
+            "layers": self.student_layers,
+            "init": self.student_init,
+            "layer_map": layer_map,
+            "pretrained": self.student_pretrained,
+            **shape,
+        }
+
+
+@dataclass
+class EncoderSetup:
+    """What the job is made of: settings, checked data and tokenizers; no weights yet."""
+
+    data: LabelledData
+    teacher: EncoderTeacherArguments
+    student: EncoderStudentArguments
+    training: TKDArguments
+    teacher_config: Any
+    tokenizer: Any
+    teacher_tokenizer: Any
+    settings: tuple[Any, ...]
+
+    @property
+    def teacher_folder(self) -> str:
+        """Where the fine-tuned teacher is: a folder of the run, or the one that was given."""
+        return self.teacher.teacher if self.teacher.teacher_finetuned else f"{self.training.output_dir}/teacher"
+
+    def load_teacher(self, name: str) -> Any:
+        """A sequence classifier in float32 with the labels of this task."""
+        return AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=copy.deepcopy(self.teacher_config),
+            revision=self.teacher.teacher_revision if name == self.teacher.teacher else None,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=name != self.teacher_folder,  # a head for another task is replaced
+        )
+
+    def new_student(self, teacher: Any) -> Any:
+        """The student before training, made of the fine-tuned teacher; the same one for the same seed."""
+        set_seed(self.training.seed)
+        return build_student(teacher, **self.student.options(teacher.config, self.training.layer_map))
+
+    def trainer_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the `TKDTrainer` that distils."""
+        return {
+            "tokenizer": self.tokenizer,
+            "teacher_tokenizer": self.teacher_tokenizer,
+            "train_rows": self.data.train,
+            "eval_rows": self.data.first_dev,
+            "compute_metrics": self.data.compute_metrics(),
+            "settings": self.settings,
+        }
+
+
+def prepare_encoders(
+    data: LabelledDataArguments,
+    teacher: EncoderTeacherArguments,
+    student: EncoderStudentArguments,
+    training: TKDArguments,
+) -> EncoderSetup:
+    """Check settings, data, configurations and tokenizers against one another, and load no weights.
+
+    Raises ConfigError, DataError or ModelError.
+    """
+    settings = (data, teacher, student)
+    check_resumed_settings(training, settings)
+    if student.export_onnx:
+        require_onnx()
+    config = load_config(teacher.teacher, "teacher", teacher.teacher_revision)
+    teacher_tokenizer = load_tokenizer(teacher.teacher, "teacher", teacher.teacher_revision)
+    _check_encoder(config, teacher_tokenizer, teacher)
+    names = tuple(config.id2label[i] for i in range(config.num_labels)) if teacher.teacher_finetuned else ()
+    named = not all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    loaded = load_labelled_data(data, names if named else ())
+    if teacher.teacher_finetuned and config.num_labels != len(loaded.labels):
+        raise ModelError(
+            f"teacher '{teacher.teacher}' has {config.num_labels} labels, and {loaded.name} has {len(loaded.labels)} "
+            f"({', '.join(loaded.labels)}). It was fine-tuned on another task."
+        )
+    config.id2label = dict(enumerate(loaded.labels))
+    config.label2id = {name: i for i, name in enumerate(loaded.labels)}
+    tokenizer = teacher_tokenizer
+    if student.student_init == "pretrained" and student.student_pretrained is not None:
+        tokenizer = load_tokenizer(student.student_pretrained, "student")
+    best = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    known = list(dict.fromkeys(["score", *loaded.metrics, "accuracy", "loss"]))
+    if best not in known:
+        raise ConfigError(f"metric_for_best_model = {best!r}: allowed are {', '.join(known)} (see metrics)")
+    own = student_config(config, **student.options(config, training.layer_map))
+    check_distillation(training, own, config, tokenizer, teacher_tokenizer)
+    return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)
+
+
+def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments) -> None:
+    name = teacher.teacher
+    if getattr(config, "is_encoder_decoder", False) or tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"teacher '{name}' is a '{config.model_type}' model, not an encoder whose texts begin with a [CLS] token. "
+            "Choose one of the BERT family."
+        )
+    kinds = config.architectures or []
+    if teacher.teacher_finetuned and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise ModelError(
+            f"teacher '{name}' is a {', '.join(kinds) or 'model without a head'}, not a fine-tuned classifier. "
+            "Leave teacher_finetuned out: the recipe fine-tunes it."
+        )
+
+
+def fine_tuned_teacher(setup: EncoderSetup) -> Any:
+    """The fine-tuned teacher, in evaluation mode: the one given, or the one in the run folder, fine-tuned now unless it
+    was finished before. An interrupted fine-tuning goes on from its last checkpoint.
+
+    Raises ConfigError if the run folder holds the teacher of other settings or other data.
+    """
+    if not setup.teacher.teacher_finetuned:
+        _fine_tune(setup)
+    return setup.load_teacher(setup.teacher_folder).eval()
+
+
+def _fine_tune(setup: EncoderSetup) -> None:
+    folder, training = Path(setup.teacher_folder), setup.training
+    path, wanted = folder / TEACHER_RECORD, _fine_tuning_settings(setup)
+    record = json.loads(path.read_text()) if path.exists() else {"settings": wanted}
+    changed = [name for name in wanted if record["settings"].get(name) != wanted[name]]
+    if changed:
+        before = ", ".join(f"{name} {record['settings'].get(name)} (now {wanted[name]})" for name in changed)
+        raise ConfigError(f"{folder} was fine-tuned with {before}. Give another output_dir, or remove that folder.")
+    if record.get("finished"):
+        return
+    args = replace(
+        training,
+        preset="ft",
+        output_dir=str(folder),
+        num_train_epochs=setup.teacher.teacher_epochs,
+        learning_rate=setup.teacher.teacher_learning_rate,
+        max_steps=-1,
+        report_to=[],  # a tracker shows the student's run
+        teacher_cache="none",
+        tree_start_epoch=0.0,
+        resume_from_checkpoint="auto" if path.exists() else None,
+        allow_config_change=True,  # what matters to the teacher was compared above
+    )
+    set_seed(training.seed)
+    inputs = setup.trainer_inputs() | {"tokenizer": setup.teacher_tokenizer, "teacher_tokenizer": None}
+    inputs["train_rows"] = [row for row in setup.data.train if row["label"] is not None]
+    trainer = TKDTrainer(setup.load_teacher(setup.teacher.teacher), args, **inputs)
+    if trainer.is_world_process_zero():
+        print(f"fine-tuning the teacher in {folder}")
+        _write(path, record)
+    trainer.run()
+    if trainer.is_world_process_zero():
+        _write(path, {**record, "finished": True})
+    trainer.accelerator.wait_for_everyone()
+
+
+def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
+    """What decides the fine-tuned teacher."""
+    teacher, training = setup.teacher, setup.training
+    return {
+        "teacher": teacher.teacher,
+        "teacher_revision": teacher.teacher_revision,
+        "teacher_epochs": teacher.teacher_epochs,
+        "teacher_learning_rate": teacher.teacher_learning_rate,
+        "max_length": training.max_length,
+        "seed": training.seed,
+        "labels": list(setup.data.labels),
+        "data": _digest([*setup.data.train, *setup.data.first_dev]),
+    }
+
+
+def _digest(rows: Sequence[dict[str, Any]]) -> str:
+    return sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, (json.dumps(record, indent=2) + "\n").encode())

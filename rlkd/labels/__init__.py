@@ -1,0 +1,1 @@
+"""Pseudo-labels on disk: label runs, shards, manifest, maintenance, card."""

@@ -1,0 +1,82 @@
+"""What a label folder holds, in words: the data card, and the summary at the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from ..io.cards import cell, front_matter, table
+
+
+def summary(totals: dict[str, Any]) -> str:
+    """Rows by status, why some have no label, and what each template gave; plain text for a terminal."""
+    status = totals["status"]
+    lines = [
+        f"{totals['rows']} rows in {totals['shards']} shards: {_counts(status)}; "
+        f"{totals['truncated']} prompts truncated; {totals['bad_rows']} bad input rows left out"
+    ]
+    lines += [f"  {count} x {reason}" for reason, count in sorted(totals["reasons"].items(), key=lambda item: -item[1])]
+    lines += [f"  {name}: {_counts(counts)}" for name, counts in totals["templates"].items()]
+    if seconds := totals.get("seconds"):
+        lines.append(f"{totals['made'] / seconds:.1f} rows/s, {seconds:.1f} s")
+    return "\n".join(lines)
+
+
+def card(header: dict[str, Any], totals: dict[str, Any]) -> str:
+    """The data card: Markdown with the YAML that lets `datasets.load_dataset(folder)` find the shards."""
+    settings, status = header["settings"], totals["status"]
+    ok = max(status["ok"], 1)
+    ended = totals["finish"].get("eos", 0) + totals["finish"].get("ranked", 0)
+    front = {"configs": [{"config_name": "default", "data_files": "labels-*.parquet"}]}
+    rows = [(name, _counts(counts)) for name, counts in totals["templates"].items()]
+    reasons = [f"- {count} x {cell(text)}" for text, count in totals["reasons"].items()] or ["- none"]
+    return f"""{front_matter(front)}
+
+# Pseudo-labels of {cell(str(settings.get("teacher", "a teacher")))}
+
+{totals["rows"]} rows from {totals["inputs"]} inputs: {_counts(status)}.
+{totals["truncated"]} prompts were truncated. Answers have {totals["tokens"] / ok:.1f} tokens on average;
+{100 * ended / ok:.1f} % of them ended by themselves. {totals["bad_rows"]} bad input rows are left out.
+
+{table(("template", "rows"), rows)}
+
+Why rows have no label:
+
+{chr(10).join(reasons)}
+
+## Load
+
+```python
+from rlkd import load_pseudolabels
+
+labels = load_pseudolabels("path/to/this/folder")  # rows with status ok, checked against their checksums
+```
+
+## Settings
+
+```yaml
+generation: {header["generation"]}
+{yaml.safe_dump({**settings, "packages": header["packages"]}, sort_keys=False, allow_unicode=True).strip()}
+```
+
+## Limits
+{_precision(header)}
+The labels are a model's answers: nobody checked them. `truncated` marks prompts the teacher saw in part, and
+`finish_reason` length answers that were cut; `sum_logprob` says how sure the teacher was.
+"""
+
+
+def _precision(header: dict[str, Any]) -> str:
+    """What an engine of lower precision changed, if one was used."""
+    if not (measured := header.get("agreement")):
+        return ""
+    return f"""
+Made in lower precision than the teacher's own: on the first {measured["prompts"]} prompts
+{100 * measured["exact_match"]:.1f} % of the greedy answers are the full-precision teacher's, and log-probabilities
+differ by {measured["mean_abs_delta_logprob"]:.4f} nats per token.
+"""
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in counts.items())

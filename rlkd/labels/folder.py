@@ -1,0 +1,71 @@
+"""Whether a folder may be written to, and by which settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..io.cards import CARD
+from .manifest import Manifest, manifest_name
+
+BAD_ROWS = "bad_rows.jsonl"
+
+
+def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = None) -> Manifest:
+    """The log of an unfinished run in `out`, if there is one. Raises DataError if `out` is taken and not to be
+    overwritten: finished labels, another split of the work, shards of unknown origin.
+    """
+    name = manifest_name(part)
+    if overwrite:
+        return Manifest(out / name)
+    manifest = Manifest.read(out / name)
+    if manifest.finished:
+        raise DataError(f"{out} already holds finished labels ({name}). Choose another folder, or pass --overwrite.")
+    others = {file.name for file in out.glob("manifest*.jsonl")} - {name}
+    strangers = [other for other in sorted(others) if part is None or not other.endswith(f"-of-{part[1]}.jsonl")]
+    if strangers:
+        raise DataError(
+            f"{out} holds a run that is divided otherwise ({', '.join(strangers[:4])}; this one would write {name}). "
+            "Choose another folder, or pass --overwrite."
+        )
+    if not others and not manifest.headers and any(out.glob("labels-*.parquet")):
+        raise DataError(
+            f"{out} holds label shards without {name}, so they cannot be trusted. "
+            "Choose another folder, or pass --overwrite."
+        )
+    return manifest
+
+
+def clear(out: Path, part: tuple[int, int] | None) -> None:
+    """Remove what a run, or one part of it, wrote. The log goes first: without it nothing can pass for finished."""
+    if part is None:
+        patterns = ["manifest*.jsonl", "labels-*.parquet", "partial-*.parquet", CARD, BAD_ROWS]
+        files = [file for pattern in patterns for file in out.glob(pattern)]
+    else:
+        shards = [*out.glob("labels-*.parquet"), *out.glob("partial-*.parquet")]
+        own = [file for file in shards if int(file.stem.split("-")[1]) % part[1] == part[0]]
+        files = [out / manifest_name(None), out / manifest_name(part), *own]
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line per setting that differs, nested ones as `source.sha256`."""
+    lines = []
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"  {prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def refuse(out: Path, changed: list[str], remedy: str) -> None:
+    """Raise the DataError of an unfinished run with other settings."""
+    raise DataError(
+        f"{out} holds an unfinished run with other settings:\n"
+        + "\n".join(changed)
+        + f"\nChoose another folder, {remedy}or pass --overwrite."
+    )

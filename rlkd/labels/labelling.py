@@ -1,0 +1,237 @@
+"""One block of rows in, one shard of labels out: every row, template and sample gets exactly one label row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import DataError, DivergenceError
+from ..models.teacher import Teacher
+from ..models.vocabulary import decode_texts, encode_texts
+from ..records import PromptedRow, PseudoLabel
+from ..sampling.decode import row_seed
+from ..sampling.engines.engine import Answer, Decoding, Engine
+from ..sampling.ranking import rank
+from ..sampling.schedule import Budget, in_batches
+
+OnLong = Literal["truncate", "error", "skip"]
+NO_LIMIT = 2**30
+
+
+class StoppedError(Exception):
+    """A signal came between two batches; `labels` are the finished ones by position in the shard."""
+
+    def __init__(self, labels: dict[int, PseudoLabel]):
+        super().__init__("stopped")
+        self.labels = labels
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A prompt to answer: the place of its first label in the shard, and what its label rows have in common."""
+
+    position: int
+    row: PromptedRow
+    template: tuple[str, str]
+    text: str
+    choices: tuple[str, ...] | None
+    ids: list[int]
+    truncated: bool = False
+
+
+@dataclass
+class Labeller:
+    """decoding, None to rank the templates' answer choices; templates, (name, id) of each prompt of a row; made,
+    (model, revision, generation) of its label rows; advance is told (labels, tokens) of each batch; stopping is asked
+    before each batch.
+    """
+
+    teacher: Teacher
+    engine: Engine
+    decoding: Decoding | None
+    templates: list[tuple[str, str]]
+    made: tuple[str, str | None, str]
+    seed: int = 0
+    budget: Budget = field(default_factory=Budget)
+    on_long: OnLong = "truncate"
+    advance: Callable[[int, int], None] = lambda labels, tokens: None
+    stopping: Callable[[], bool] = lambda: False
+
+    def shard(self, rows: list[PromptedRow], done: dict[int, PseudoLabel]) -> list[PseudoLabel]:
+        """The labels of all rows in order; `done` are known already, by position.
+
+        Raises: StoppedError when asked to stop, DivergenceError if log-probabilities are not finite, DataError for a
+        prompt beyond max_input_tokens with on_long = error.
+        """
+        labels = dict(done)
+        slots = self._slots(rows, labels)
+        self.advance(len(labels), 0)
+
+        def run(chosen: list[int]) -> None:
+            if self.stopping():
+                raise StoppedError(labels)
+            (self._answer if self.decoding else self._rank)([slots[i] for i in chosen], labels)
+
+        # Longest first. What an interrupted run did is the beginning of that order, so batches stay the same.
+        more = [self._room(slot) for slot in slots]
+        in_batches(run, [len(slot.ids) for slot in slots], more, self.budget)
+        return [labels[position] for position in range(len(labels))]
+
+    @property
+    def labels_per_prompt(self) -> int:
+        return self.decoding.labels_per_input if self.decoding else 1
+
+    def _room(self, slot: _Slot) -> int:
+        """Tokens that answering a prompt takes besides its own."""
+        if self.decoding:
+            return self.decoding.labels_per_input * self.decoding.max_new_tokens
+        return len(slot.choices or ()) * len(slot.ids)
+
+    def _slots(self, rows: list[PromptedRow], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+        """The prompts that need an answer; rows without one get their labels here."""
+        slots: list[_Slot] = []
+        position = 0
+        for row in rows:
+            for template, prompt in zip(self.templates, row.prompts, strict=True):
+                if position not in labels:
+                    if prompt.text is None:
+                        self._blank(position, row, template, None, prompt.status, prompt.error, labels)
+                    else:
+                        slots.append(_Slot(position, row, template, prompt.text, prompt.choices, []))
+                position += self.labels_per_prompt
+        limit, tokenizer, eos = self.teacher.max_input_tokens, self.teacher.tokenizer, self.teacher.append_eos
+        if slots:
+            for slot, ids in zip(
+                slots, encode_texts(tokenizer, [s.text for s in slots], NO_LIMIT, append_eos=eos), strict=True
+            ):
+                slot.ids, slot.truncated = ids, len(ids) > limit
+        if long := [slot for slot in slots if slot.truncated]:
+            slots = self._shorten(slots, long, labels)
+        return slots
+
+    def _shorten(self, slots: list[_Slot], long: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+        """Apply on_long to the prompts beyond max_input_tokens."""
+        limit = self.teacher.max_input_tokens
+        if self.on_long == "error":
+            first = long[0]
+            raise DataError(
+                f"row {first.row.number} (id '{first.row.id}'), template '{first.template[0]}' has {len(first.ids)} "
+                f"tokens, max_input_tokens is {limit}. Raise it, or use on_long truncate or skip."
+            )
+        if self.on_long == "skip":
+            for slot in long:
+                reason = f"prompt longer than {limit} tokens"
+                self._blank(slot.position, slot.row, slot.template, slot.text, "skipped", reason, labels)
+            return [slot for slot in slots if not slot.truncated]
+        cut = encode_texts(
+            self.teacher.tokenizer, [slot.text for slot in long], limit, append_eos=self.teacher.append_eos
+        )
+        for slot, ids in zip(long, cut, strict=True):
+            slot.ids = ids
+        return slots
+
+    def _answer(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> None:
+        assert self.decoding is not None
+        n = self.decoding.labels_per_input
+        seeds = [
+            [row_seed(self.seed, slot.row.id, slot.template[0], sample) for sample in range(n)]
+            if self.decoding.strategy == "sample"
+            else [0] * n
+            for slot in slots
+        ]
+        answers = self.engine.answer([slot.ids for slot in slots], seeds, self.decoding)
+        self._check_finite(slots, [[value for answer in made for value in answer.logps] for made in answers])
+        flat = [answer.ids for made in answers for answer in made]
+        texts = iter(decode_texts(self.teacher.tokenizer, flat))
+        for slot, made in zip(slots, answers, strict=True):
+            for sample, answer in enumerate(made):
+                labels[slot.position + sample] = self._label(slot, sample, answer, next(texts))
+        self.advance(len(flat), sum(map(len, flat)))
+
+    def _rank(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> None:
+        """The choice of the largest log-probability; ties go to the first."""
+        texts = list(dict.fromkeys(choice for slot in slots for choice in slot.choices or ()))
+        ids = dict(zip(texts, encode_texts(self.teacher.tokenizer, texts, NO_LIMIT), strict=True))
+        choices = [[ids[choice] for choice in slot.choices or ()] for slot in slots]
+        scores = rank(self.engine, [slot.ids for slot in slots], choices, self.budget)
+        self._check_finite(slots, scores)
+        for slot, sums in zip(slots, scores, strict=True):
+            best = max(range(len(sums)), key=sums.__getitem__)
+            text = (slot.choices or ())[best]
+            answer = Answer(ids[text], [sums[best]], True)
+            ranked = {"finish_reason": "ranked", "choices": list(slot.choices or ()), "choice_logprobs": sums}
+            labels[slot.position] = self._label(slot, 0, answer, text, **ranked)
+        self.advance(len(slots), sum(len(choice) for row in choices for choice in row))
+
+    def _label(self, slot: _Slot, sample: int, answer: Answer, text: str, **ranked: Any) -> PseudoLabel:
+        values: dict[str, Any] = {
+            "teacher_input": slot.text,
+            "label": text,
+            "token_ids": answer.ids,
+            "n_in": len(slot.ids),
+            "n_out": len(answer.ids),
+            "truncated": slot.truncated,
+            "finish_reason": "eos" if answer.finished else "length",
+            "sum_logprob": math.fsum(answer.logps),
+            "top_ids": None if answer.top_k is None else answer.top_k.ids.tolist(),
+            "top_logps": None if answer.top_k is None else answer.top_k.logps.tolist(),
+        }
+        return self._row(slot.row, slot.template, sample, "ok", None, values | ranked)
+
+    def _blank(
+        self,
+        position: int,
+        row: PromptedRow,
+        template: tuple[str, str],
+        text: str | None,
+        status: str,
+        error: str | None,
+        labels: dict[int, PseudoLabel],
+    ) -> None:
+        """Label rows that say why there is no label."""
+        for sample in range(self.labels_per_prompt):
+            labels[position + sample] = self._row(
+                row, template, sample, status, error or "unknown", {"teacher_input": text}
+            )
+
+    def _row(
+        self,
+        row: PromptedRow,
+        template: tuple[str, str],
+        sample: int,
+        status: str,
+        error: str | None,
+        values: dict[str, Any],
+    ) -> PseudoLabel:
+        return PseudoLabel(
+            id=row.id,
+            row=row.number,
+            template=template[0],
+            template_id=template[1],
+            status=status,
+            error=error,
+            student_input=row.student_input,
+            references=list(row.references),
+            sample=sample,
+            model=self.made[0],
+            revision=self.made[1],
+            generation=self.made[2],
+            **values,
+        )
+
+    def _check_finite(self, slots: list[_Slot], values: list[list[float]]) -> None:
+        bad = [slot.row.id for slot, row in zip(slots, values, strict=True) if not all(map(math.isfinite, row))]
+        if bad:
+            error = DivergenceError(
+                f"the teacher's log-probabilities are not finite for {len(bad)} of {len(slots)} inputs: "
+                f"{', '.join(bad[:5])}. Its weights are {self.engine.identity().get('dtype', 'of unknown precision')}: "
+                "use bfloat16 or float32 for T5 models. No label was written for them."
+            )
+            error.batch = tuple(
+                {"id": slot.row.id, "template": slot.template[0], "finite": slot.row.id not in bad,
+                 "teacher_input": slot.text, "token_ids": slot.ids}
+                for slot in slots
+            )  # fmt: skip
+            raise error

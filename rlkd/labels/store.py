@@ -1,0 +1,178 @@
+"""Label shards: zstd parquet files, one per block of input rows, whose bytes depend on their rows only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..data.rows import read_parquet
+from ..errors import DataError
+from ..io.files import sha256, write_durably
+from ..records import PseudoLabel
+from .manifest import MANIFEST, Manifest
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "row": pa.int64(),
+        "template": pa.string(),
+        "template_id": pa.string(),
+        "status": pa.string(),
+        "error": pa.string(),
+        "teacher_input": pa.string(),
+        "student_input": pa.string(),
+        "references": pa.list_(pa.string()),
+        "label": pa.string(),
+        "token_ids": pa.list_(pa.int32()),
+        "sample": pa.int32(),
+        "n_in": pa.int32(),
+        "n_out": pa.int32(),
+        "truncated": pa.bool_(),
+        "finish_reason": pa.string(),
+        "sum_logprob": pa.float64(),
+        "choices": pa.list_(pa.string()),
+        "choice_logprobs": pa.list_(pa.float64()),
+        "model": pa.string(),
+        "revision": pa.string(),
+        "generation": pa.string(),
+    }
+)
+TOP_K = pa.schema({"top_ids": pa.list_(pa.list_(pa.int32())), "top_logps": pa.list_(pa.list_(pa.float32()))})
+STATUSES = ("ok", "skipped", "failed")
+MOST_REASONS = 20
+LONGEST_REASON = 200
+
+
+def shard_name(k: int) -> str:
+    return f"labels-{k:05d}.parquet"
+
+
+def partial_name(k: int) -> str:
+    return f"partial-{k:05d}.parquet"
+
+
+def write_labels(
+    path: Path, labels: list[PseudoLabel], *, positions: list[int] | None = None, top_k: bool = False
+) -> str:
+    """Write one file of labels, with `positions` also each one's place in its shard. Returns its checksum.
+
+    Raises RlkdError naming the file and the MB needed if the disk is full.
+    """
+    schema = pa.schema([*SCHEMA, *TOP_K]) if top_k else SCHEMA
+    columns = [pa.array(list(map(attrgetter(name), labels)), schema.field(name).type) for name in schema.names]
+    table = pa.Table.from_arrays(columns, schema=schema)
+    if positions is not None:
+        table = table.append_column("position", pa.array(positions, pa.int64()))
+    # In memory first: pyarrow's own writer aborts the interpreter on a full disk, and the checksum is then of what was
+    # meant, not of what the disk made of it.
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    content = sink.getvalue()
+    write_durably(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_partial(path: Path) -> dict[int, PseudoLabel]:
+    """The labels of an interrupted shard by their position in it."""
+    rows = pq.ParquetFile(path).read().to_pylist()
+    return {row.pop("position"): PseudoLabel(**row) for row in rows}
+
+
+def summarise(labels: list[PseudoLabel]) -> dict[str, Any]:
+    """What the manifest says of a shard's rows: counts by status and template, reasons, lengths."""
+    reasons = Counter(reason(label.error) for label in labels if label.error is not None)
+    templates: dict[str, Counter[str]] = {}
+    for label in labels:
+        templates.setdefault(label.template, Counter())[label.status] += 1
+    made = [label for label in labels if label.status == "ok"]
+    return {
+        "status": {status: sum(counts[status] for counts in templates.values()) for status in STATUSES},
+        "truncated": sum(bool(label.truncated) for label in made),
+        "tokens": sum(label.n_out or 0 for label in made),
+        "finish": dict(Counter(str(label.finish_reason) for label in made)),
+        "templates": {name: dict(counts) for name, counts in templates.items()},
+        "reasons": dict(reasons.most_common(MOST_REASONS)),
+    }
+
+
+def reason(error: str) -> str:
+    """The first line of an error, short enough for a manifest."""
+    return error.splitlines()[0][:LONGEST_REASON] if error else "unknown"
+
+
+def total(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of what `summarise` counted in each shard."""
+    sums: dict[str, Any] = {"shards": len(shards), "inputs": 0, "rows": 0, "truncated": 0, "tokens": 0}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "finish", "reasons")}
+    templates: dict[str, Counter[str]] = {}
+    for shard in shards:
+        for name in ("inputs", "rows", "truncated", "tokens"):
+            sums[name] += shard[name]
+        for name, counter in counts.items():
+            counter.update(shard[name])
+        for name, by_status in shard["templates"].items():
+            templates.setdefault(name, Counter()).update(by_status)
+    sums |= {name: dict(counter) for name, counter in counts.items()}
+    return sums | {"templates": {name: dict(counter) for name, counter in templates.items()}}
+
+
+def damage(folder: Path, shard: dict[str, Any]) -> str | None:
+    """What is wrong with the file of a shard, None if it is what was committed."""
+    file = folder / shard["file"]
+    if not file.is_file():
+        return f"{file} is missing"
+    return None if sha256(file) == shard["sha256"] else f"{file} differs from its checksum"
+
+
+def load_pseudolabels(path: str | Path, *, statuses: tuple[str, ...] | None = ("ok",)) -> datasets.Dataset:
+    """The rows of a finished folder in input order, columns as in PseudoLabel; statuses=None for all of them.
+
+    Raises: DataError if the run is unfinished, a shard is missing or differs from its checksum, or columns are missing.
+    """
+    folder = Path(path)
+    manifest = finished_manifest(folder)
+    shards = [manifest.shards[k] for k in sorted(manifest.shards)]
+    for shard in shards:
+        if problem := damage(folder, shard):
+            raise DataError(f"{problem}. Only that shard is made again by: rlkd data repair {folder}")
+    rows = read_parquet([folder / shard["file"] for shard in shards])
+    wanted = [field.name for field in fields(PseudoLabel) if field.name not in TOP_K.names]
+    if missing := [name for name in wanted if name not in rows.column_names]:
+        raise DataError(
+            f"{folder} lacks the columns {', '.join(missing)}; found {', '.join(rows.column_names)}. "
+            "Generate the labels again."
+        )
+    if statuses is None:
+        return rows
+    return datasets.Dataset(rows.data.table.filter(pc.is_in(rows.data.table["status"], pa.array(list(statuses)))))
+
+
+def labels_finished(path: str | Path) -> bool:
+    """Whether the folder holds finished labels."""
+    return Manifest.read(Path(path) / MANIFEST).finished is not None
+
+
+def finished_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished folder. Raises DataError with what to do if it is not finished."""
+    manifest = Manifest.read(folder / MANIFEST)
+    if manifest.finished is None:
+        if parts := sorted(file.name for file in folder.glob("manifest-*-of-*.jsonl")):
+            raise DataError(
+                f"{folder} holds {len(parts)} parts of an array of processes ({', '.join(parts[:4])}). "
+                f"Join them, once all are finished: rlkd data merge {folder}"
+            )
+        state = "an unfinished run: repeat its command to finish it" if manifest.headers else "no labels"
+        raise DataError(
+            f"{folder} has no finished {MANIFEST}, so it holds {state}. "
+            f"Labels are written by: rlkd generate-pseudolabels --out {folder}"
+        )
+    return manifest

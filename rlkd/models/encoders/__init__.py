@@ -1,0 +1,1 @@
+"""Encoder-only classifiers: attention and hidden states, students cut from a teacher, ONNX."""

@@ -1,0 +1,262 @@
+"""Encoder-only classifiers: what a distillation reads of them, and students cut from a fine-tuned teacher."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError, ModelError
+from ...objectives.attention_tree import AttentionRows, rows_of_map
+from ..loading import load_config
+from .attention import AttentionSource, recorded_attention
+
+Init = Literal["mapped", "first", "pretrained", "random"]
+PROJECTIONS_FILE = "projections.safetensors"
+# Families that number positions from pad_token_id + 1, so that as many of the embedding's rows are never used.
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "roberta-prelayernorm")
+
+
+class EncoderOutputs(NamedTuple):
+    """logits [B, C]; hidden, the layers' outputs [B, L, D], layer 1 first; rows, their attention (`AttentionRows`).
+
+    hidden and rows are empty where they were not asked for.
+    """
+
+    logits: Tensor
+    hidden: list[Tensor]
+    rows: list[AttentionRows]
+
+
+def run_encoder(
+    model: Any, inputs: dict[str, Tensor], *, hidden: bool = False, attention: AttentionSource | None = None
+) -> EncoderOutputs:
+    """One forward of a sequence classifier on input_ids, attention_mask [B, L] and the like.
+
+    attention is what `prepare_attention` said of the model, or None where no rows are needed.
+    """
+    with recorded_attention() as record:
+        out = model(**inputs, output_hidden_states=hidden, output_attentions=attention == "eager")
+    rows = record if attention == "sdpa" else []
+    if attention == "eager":
+        rows = [rows_of_map(a.detach()) for a in out.attentions]
+    return EncoderOutputs(out.logits, list(out.hidden_states[1:]) if hidden else [], rows)
+
+
+def width_of(config: Any) -> int:
+    """Width of a model's hidden states; those of a bidirectional network join both directions."""
+    return int(getattr(config, "output_width", config.hidden_size))
+
+
+def check_length(max_length: int, config: Any, role: str) -> None:
+    """Raises ConfigError if the model has fewer positions than `max_length` tokens."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if config.model_type in POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
+    if max_length > positions:
+        raise ConfigError(
+            f"max_length = {max_length}: the {role} ('{config.model_type}') has {positions} positions. "
+            f"Set max_length to at most {positions}; longer texts are cut."
+        )
+
+
+def matched_layers(student_layers: int, teacher_layers: int, layer_map: list[int] | None = None) -> list[int]:
+    """I(k), the teacher's layer (from 1) that student layer k is compared with: round(k M / K), or `layer_map` itself.
+
+    PKD-skip is the default, PKD-last is [M-K+1, ..., M]. Raises ConfigError for a map that does not fit.
+    """
+    K, M = student_layers, teacher_layers
+    if layer_map is None:
+        if K > M:
+            raise ConfigError(f"a student of {K} layers has more than its teacher ({M}): choose at most {M}")
+        return [int(k * M / K + 0.5) for k in range(1, K + 1)]
+    if len(layer_map) != K or sorted(set(layer_map)) != layer_map or not 1 <= layer_map[0] <= layer_map[-1] <= M:
+        raise ConfigError(
+            f"layer_map = {layer_map}: must give {K} layers of the teacher, one for each layer of the student, "
+            f"increasing, from 1 to {M}"
+        )
+    return list(layer_map)
+
+
+class EncoderStudent(nn.Module):
+    """The student and, where widths differ, one trainable projection per layer that the saved student never sees.
+
+    Under DistributedDataParallel this forward is the only entry that carries gradients.
+    """
+
+    def __init__(self, student: Any, *, teacher_width: int | None = None, attention: AttentionSource | None = None):
+        super().__init__()
+        self.student, self.attention = student, attention
+        width = width_of(student.config)
+        needed = teacher_width is not None and teacher_width != width
+        self.projections = nn.ModuleList(
+            nn.Linear(width, teacher_width, bias=False)  # type: ignore[arg-type]
+            for _ in range(student.config.num_hidden_layers if needed else 0)
+        ).to(next(student.parameters()).device)
+
+    @property
+    def config(self) -> Any:
+        return self.student.config
+
+    def forward(self, inputs: dict[str, Tensor], *, hidden: bool = False, rows: bool = False) -> EncoderOutputs:
+        """Outputs of the student; hidden states [B, L, D] have the teacher's width."""
+        out = run_encoder(self.student, inputs, hidden=hidden, attention=self.attention if rows else None)
+        if not self.projections:
+            return out
+        if hidden:
+            projected = [project(h) for project, h in zip(self.projections, out.hidden, strict=True)]
+            return out._replace(hidden=projected)
+        # Part of every backward pass, as DistributedDataParallel demands of all parameters.
+        unused = sum(p.sum() for p in self.projections.parameters())
+        return out._replace(logits=out.logits + 0.0 * unused)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Called by the Trainer for `gradient_checkpointing`."""
+        self.student.gradient_checkpointing_enable(**options)
+
+    def save_projections(self, folder: str | Path) -> None:
+        """Write the projections beside a checkpoint's student, if there are any."""
+        from safetensors.torch import save_file
+
+        if self.projections:
+            save_file(self.projections.state_dict(), Path(folder) / PROJECTIONS_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Load in place a saved student, and the projections if they stand beside it."""
+        from safetensors.torch import load_file
+
+        loaded = type(self.student).from_pretrained(folder, dtype=next(self.student.parameters()).dtype)
+        self.student.load_state_dict(loaded.state_dict())
+        path = Path(folder) / PROJECTIONS_FILE
+        if self.projections and path.exists():
+            self.projections.load_state_dict(load_file(path))
+
+
+def layer_list(model: Any) -> str:
+    """Dotted name of the list that holds the layers of `model`. Raises ModelError if there is not exactly one."""
+    size = model.config.num_hidden_layers
+    found = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == size
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"teacher: the layers of a '{model.config.model_type}' cannot be told ({len(found)} lists of {size}): "
+            "use init: random or pretrained."
+        )
+    return found[0]
+
+
+def student_config(
+    teacher_config: Any,
+    layers: int,
+    init: Init = "mapped",
+    *,
+    hidden_size: int | None = None,
+    attention_heads: int | None = None,
+    intermediate_size: int | None = None,
+    layer_map: list[int] | None = None,
+    pretrained: str | None = None,
+) -> Any:
+    """Configuration of the student that `build_student` makes of these arguments. Raises ConfigError."""
+    if init not in get_args(Init):
+        raise ConfigError(f"init = {init!r}: allowed are {', '.join(map(repr, get_args(Init)))}")
+    if layers < 1:
+        raise ConfigError(f"layers = {layers}: a student needs at least 1")
+    narrower = {
+        name: value
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_attention_heads", attention_heads),
+            ("intermediate_size", intermediate_size),
+        )
+        if value is not None and value != getattr(teacher_config, name)
+    }
+    if narrower and init != "random":
+        raise ConfigError(
+            f"init = {init!r} copies weights, which does not fit other widths ({narrower}): use init: random"
+        )
+    matched_layers(layers, teacher_config.num_hidden_layers, layer_map)
+    if init == "pretrained":
+        if pretrained is None:
+            raise ConfigError("init = 'pretrained': name the model in pretrained (hub id or folder)")
+        config = load_config(pretrained, "student")
+        if layers > config.num_hidden_layers:
+            raise ConfigError(
+                f"a student of {layers} layers: the model '{pretrained}' has only {config.num_hidden_layers}"
+            )
+        config.id2label, config.label2id = teacher_config.id2label, teacher_config.label2id
+    else:
+        config = copy.deepcopy(teacher_config)
+    config.num_hidden_layers = layers
+    for name, value in narrower.items():
+        setattr(config, name, value)
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"attention_heads = {config.num_attention_heads}: must divide hidden_size = {config.hidden_size}"
+        )
+    return config
+
+
+def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: Any) -> Any:
+    """A student of `layers` layers in the family of a fine-tuned `teacher`, as a plain sequence classifier.
+
+    mapped      embeddings, head and layers I(1) .. I(K) of the teacher (see `matched_layers`)
+    first       embeddings, head and layers 1 .. K of the teacher
+    pretrained  the first K layers of the model `pretrained` names (hub id or folder), with a fresh head
+    random      fresh weights
+    options: as in `student_config`; hidden_size, attention_heads and intermediate_size make a narrower student, init
+    random only. Raises ConfigError.
+    """
+    config = student_config(teacher.config, layers, init, **options)
+    if init == "pretrained":
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification.from_pretrained(
+            options["pretrained"], config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+    student = type(teacher)(config)
+    if init != "random":
+        M = teacher.config.num_hidden_layers
+        mapped = matched_layers(layers, M, options.get("layer_map"))
+        _copy_layers(teacher, student, mapped if init == "mapped" else list(range(1, layers + 1)))
+    return student
+
+
+def _copy_layers(teacher: Any, student: Any, chosen: list[int]) -> None:
+    prefix = re.escape(layer_list(teacher))
+    place = {source - 1: k for k, source in enumerate(chosen)}
+    weights = {}
+    for name, tensor in teacher.state_dict().items():
+        inside = re.match(rf"({prefix}\.)(\d+)(\..*)", name)
+        if inside is None:
+            weights[name] = tensor
+        elif int(inside[2]) in place:
+            weights[f"{inside[1]}{place[int(inside[2])]}{inside[3]}"] = tensor
+    student.load_state_dict(weights)
+
+
+def check_head_slices(heads: int, teacher_width: int, source: str) -> None:
+    """Raises ConfigError unless the teacher's width can be cut into a slice for each head of the tree's source."""
+    if teacher_width % heads:
+        raise ConfigError(
+            f"the tree is cut into a slice for each of the {source}'s {heads} heads, and the teacher's width "
+            f"{teacher_width} is no multiple of {heads}. Choose a student with a number of heads that divides it, or a "
+            "preset without a student tree, random or all tokens (kd, pkd, teacher-tkd)."
+        )
+
+
+def parameter_digest(model: Any) -> str:
+    """SHA-256 of the names and values of all weights, the same on every device."""
+    from hashlib import sha256
+
+    digest = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""Frozen encoders as others trained them: loading one with or without a head, and its layers' outputs, pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ModelError
+from ..loading import load_config
+
+Pool = Literal["cls", "mean"]
+
+
+def load_encoder_config(name: str) -> Any:
+    """The configuration of an encoder-only model. Raises ModelError for what is none."""
+    from . import bilstm  # noqa: F401  (registers its configuration)
+
+    config = load_config(name, "model")
+    if config.is_encoder_decoder or not getattr(config, "num_hidden_layers", None):
+        raise ModelError(
+            f"model '{name}' ('{config.model_type}') is no encoder-only model with layers. Give a BERT-like model or a "
+            "classifier made of one."
+        )
+    return config
+
+
+def load_encoder(name: str, config: Any) -> Any:
+    """The model in evaluation mode, float32, with its classification head if it was saved with one.
+
+    Raises ModelError if weights that its layers need are missing.
+    """
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    classifies = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
+    family = AutoModelForSequenceClassification if classifies else AutoModel
+    model, loading = family.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    # A pooler or a head reads the layers: fresh ones change none of them.
+    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key and "classifier" not in key)
+    if missing:
+        raise ModelError(
+            f"model '{name}' lacks {len(missing)} weights of its architecture, which would stay random: "
+            f"{', '.join(missing[:5])}. Give a complete checkpoint."
+        )
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def pooled_layers(
+    model: Any, batches: Iterable[tuple[list[int], dict[str, Tensor]]], wanted: Sequence[tuple[int, Pool]]
+) -> dict[tuple[int, Pool], np.ndarray]:
+    """Features [rows, D] of each (layer, pool) of `wanted`, float32, in the order of the rows' numbers.
+
+    Layer 0 is the embeddings. cls is the first token; mean is that of all tokens but padding.
+    batches: rows' numbers, and what the model reads of them (input_ids, attention_mask [B, L] and the like).
+    Raises ModelError if the model shows another number of layers than its configuration says.
+    """
+    device = next(model.parameters()).device
+    parts: dict[tuple[int, Pool], list[Tensor]] = {choice: [] for choice in wanted}
+    order: list[int] = []
+    layers = model.config.num_hidden_layers
+    for numbers, batch in batches:
+        order += numbers
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        if len(states) != layers + 1:
+            raise ModelError(
+                f"a '{model.config.model_type}' model shows {len(states)} hidden states where its {layers} layers and "
+                "the embeddings were expected. Probe another model."
+            )
+        mask = inputs["attention_mask"][:, :, None]
+        for layer, pool in wanted:
+            h = states[layer].float()
+            pooled = h[:, 0] if pool == "cls" else (h * mask).sum(1) / mask.sum(1).clamp(min=1)
+            parts[layer, pool].append(pooled.cpu())
+    back = torch.tensor(order).argsort()
+    return {choice: torch.cat(rows)[back].numpy() for choice, rows in parts.items()}

@@ -1,0 +1,117 @@
+"""The trained policy: a plain student model, its head in chunks, and a value head that never enters the saved
+student.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..objectives.policy import token_statistics
+from ..tensors import unpack
+from .encoder_decoder import EncoderDecoder
+from .heads import TokenFunction
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class Policy(nn.Module):
+    """The student as a policy over valid tokens, optionally with a critic.
+
+    One forward runs encoder, decoder and head for given answers; whatever a loss needs of the logits is passed in as a
+    function of one chunk of them. Under DistributedDataParallel this forward is the only entry that carries gradients.
+    """
+
+    def __init__(self, student: Any, valid_vocab: int, *, critic: bool = False):
+        super().__init__()
+        self.student = student
+        self.valid_vocab = valid_vocab
+        self.value_head = nn.Linear(student.config.d_model, 1) if critic else None
+        if self.value_head is not None:
+            # Starts at 0: the residual critic then equals the teacher's own value.
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            self.value_head.to(next(student.parameters()).device)
+
+    @property
+    def lm(self) -> EncoderDecoder:
+        return EncoderDecoder(self.student, self.valid_vocab)
+
+    @property
+    def config(self) -> Any:
+        return self.student.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        input_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        statistics: TokenFunction = token_statistics,
+        token_args: tuple[Tensor, ...] = (),
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Token statistics and critic values of given answers.
+
+        Args: input_ids, input_mask [B, P]; answer_ids, answer_mask [B, R]; statistics, a function of
+        (logits [n, V], ids [n], *token_args [n, ...]) returning a tuple of [n]; token_args, tensors [B, R, ...].
+        Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding.
+        """
+        lm = self.lm
+        lengths = (answer_mask * torch.arange(1, answer_mask.shape[1] + 1, device=answer_mask.device)).amax(1).tolist()
+        hidden = lm.answer_hidden(self._encode(input_ids, input_mask), answer_ids, lengths)
+        packed = hidden[answer_mask]
+        outputs = lm.head().map(statistics, packed, answer_ids[answer_mask], *(a[answer_mask] for a in token_args))
+        values = (
+            torch.zeros_like(outputs[0])
+            if self.value_head is None
+            else self.value_head(packed.to(self.value_head.weight.dtype)).squeeze(-1)
+        )
+        return tuple(unpack(o, answer_mask) for o in outputs), unpack(values, answer_mask)
+
+    def _encode(self, input_ids: Tensor, input_mask: Tensor) -> list[Tensor]:
+        """Encoder states [P_i, D] of each row; a prompt shared by several rollouts is encoded once."""
+        rows = zip(input_ids.tolist(), input_mask.tolist(), strict=True)
+        prompts = [tuple(token for token, valid in zip(*row, strict=True) if valid) for row in rows]
+        unique = list(dict.fromkeys(prompts))
+        states = dict(zip(unique, self.lm.encode_prompts([list(p) for p in unique]), strict=True))
+        return [states[prompt] for prompt in prompts]
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in the backward pass: called by the Trainer for `gradient_checkpointing`."""
+        self.student.gradient_checkpointing_enable(**options)
+
+    def frozen_copy(self) -> Policy:
+        """An independent copy without gradients: the behaviour policy or the reference of the KL leash."""
+        return copy.deepcopy(self).eval().requires_grad_(False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the bare student as `from_pretrained` loads it."""
+        self.student.save_pretrained(folder)
+
+    def save_value_head(self, folder: str | Path) -> None:
+        """Write the critic, if there is one, beside a saved student."""
+        from safetensors.torch import save_file
+
+        if self.value_head is not None:
+            save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Load in place what `save` and `save_value_head` wrote. Raises OSError if the folder lacks the critic this
+        policy has.
+        """
+        from safetensors.torch import load_file
+
+        device = next(self.parameters()).device
+        if hasattr(self.student, "peft_config"):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.student, load_peft_weights(str(folder), device=str(device)))
+        else:
+            loaded = type(self.student).from_pretrained(folder, dtype=next(self.student.parameters()).dtype)
+            self.student.load_state_dict(loaded.state_dict())
+        if self.value_head is not None:
+            self.value_head.load_state_dict(load_file(Path(folder) / VALUE_HEAD_FILE, device=str(device)))

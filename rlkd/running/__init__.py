@@ -1,1 +1,0 @@
-"""Around training, whatever the algorithm: run.json, files, checkpoints, resuming, guards, progress, the card."""

@@ -1,0 +1,169 @@
+"""The model card beside every saved student: what it is, how it came about, what it scored, what it is not."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..io.cards import CARD, cell, front_matter, table
+
+REWARD = (
+    "reward_value", "gauge", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
+    "entropy_coef", "whiten_advantages", "loss_reduction", "rollouts_per_prompt",
+)  # fmt: skip
+METHODS = {
+    "PPOTrainer": "PPO on the reward that the teacher's own log-probabilities induce",
+    "ReinforceTrainer": "REINFORCE on the reward that the teacher's own log-probabilities induce",
+    "SupervisedTrainer": "imitation of the teacher's answers (sequence-level distillation, or a divergence to it)",
+    "TKDTrainer": "distillation of an encoder-only classifier",
+}
+HEAD = {
+    "Seq2SeqLM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+    "Classification": ("AutoModelForSequenceClassification", "text-classification"),
+}
+# Of transformers' evaluation: how long it took, not how well it went.
+NO_SCORES = ("epoch", "eval_seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
+
+def write_card(
+    folder: Path, record: dict[str, Any], *, architecture: str, scores: dict[str, Any], rows: int | None, step: int
+) -> None:
+    """Write README.md into `folder`.
+
+    record, run.json's content, secrets taken out; architecture, the student's class; scores, the newest `eval_*`
+    numbers ({} if it was never evaluated) of `rows` held-out rows; step, optimizer steps taken.
+    """
+    (folder / CARD).write_text(
+        card(record, architecture=architecture, scores=scores, rows=rows, step=step), encoding="utf-8"
+    )
+
+
+def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], rows: int | None, step: int) -> str:
+    """The card as Markdown with metadata; arguments as in `write_card`."""
+    models, settings = record.get("models") or {}, record.get("settings") or {}
+    trainer = str(record.get("trainer"))
+    auto, task = HEAD["Classification" if "Classification" in architecture else "Seq2SeqLM"]
+    seed = settings.get("seed", 42)
+    numbers = {k.removeprefix("eval_"): v for k, v in scores.items() if k.startswith("eval_") and k not in NO_SCORES}
+    sections = [
+        f"# {_named(models.get('student'), 'A student')} {_from_teacher(models)}",
+        f"Trained with rlkd {record.get('rlkd')} for {step} steps by {METHODS.get(trainer, trainer)}.",
+        "## Results",
+        _results(numbers, rows, seed),
+        "## Training",
+        _training(record, settings),
+        "## Use",
+        f"```python\nfrom transformers import AutoTokenizer, {auto}\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+        f'model = {auto}.from_pretrained("path/to/this/folder")\n```',
+        "## Limits",
+        _limits(record, settings, auto),
+        "## Command, settings, versions",
+        _how(record, settings),
+    ]
+    return f"{front_matter(_metadata(models, record, task))}\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _from_teacher(models: dict[str, Any]) -> str:
+    if "teacher" not in models:
+        return "trained without a teacher"
+    return f"distilled from {_named(models['teacher'], 'a teacher made in memory')}"
+
+
+def _metadata(models: dict[str, Any], record: dict[str, Any], task: str) -> dict[str, Any]:
+    from huggingface_hub import ModelCardData
+
+    sources = dict.fromkeys(d.get("source") for d in (record.get("data") or {}).values() if _on_hub(d.get("source")))
+    student = models.get("student")
+    data = ModelCardData(
+        base_model=student if _on_hub(student) else None,
+        datasets=list(sources) or None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["rlkd", "knowledge-distillation", str(record.get("trainer")).removesuffix("Trainer").lower()],
+    )
+    return data.to_dict()
+
+
+def _results(numbers: dict[str, Any], rows: int | None, seed: Any) -> str:
+    if not numbers:
+        return "Not evaluated."
+    lines = [(name, f"{value:.4g}") for name, value in numbers.items() if isinstance(value, (int, float))]
+    of = f"{rows} held-out rows, " if rows else ""
+    return (
+        f"One run ({of}seed {seed}); what these numbers mean: rlkd's docs/metrics.md. `sample_` is of answers drawn at "
+        f"temperature 1, the others are of greedy ones.\n\n{table(('score', 'value'), lines)}"
+    )
+
+
+def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
+    models = record.get("models") or {}
+    templates = ", ".join(cell(str(t.get("name"))) for t in record.get("templates") or []) or "none recorded"
+    data = [
+        (role, _named(d.get("source"), "made in memory"), d.get("rows"), d.get("fingerprint"))
+        for role, d in (record.get("data") or {}).items()
+    ]
+    lines = [
+        f"- teacher: {_named(models.get('teacher'), 'not recorded')}",
+        f"- student before training: {_named(models.get('student'), 'not recorded')}",
+        f"- templates the teacher read: {templates}",
+    ]
+    if "reward_value" in settings:
+        chosen = ", ".join(f"{name} {settings[name]}" for name in REWARD if name in settings)
+        lines.append(f"- reward and credit: {cell(chosen)}")
+    if "preset" in settings:
+        lines.append(f"- loss: preset {cell(str(settings['preset']))}")
+    shown = table(("data", "source", "rows", "fingerprint"), data) if data else "Which data is not recorded."
+    return "\n".join(lines) + f"\n\n{shown}"
+
+
+def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
+    train = (record.get("data") or {}).get("train", {})
+    lines = [
+        f"- It was trained on {_named(train.get('source'), 'the training data above')} ({train.get('rows', '?')} "
+        "rows), and the held-out rows above are all that it was judged on. Other tasks, domains and languages were "
+        "not tested; no language is claimed.",
+        "- It learned from a teacher or from labels, with their mistakes and biases.",
+    ]
+    if "max_new_tokens" in settings:
+        lines.append(
+            f"- It saw inputs of up to {settings.get('max_input_tokens')} tokens and wrote answers of up to "
+            f"{settings['max_new_tokens']}."
+        )
+    elif "max_length" in settings:
+        lines.append(f"- It saw texts of up to {settings['max_length']} tokens.")
+    if "Seq2Seq" in auto:
+        lines.append("- What it writes was not checked for being true.")
+    return "\n".join(lines)
+
+
+def _how(record: dict[str, Any], settings: dict[str, Any]) -> str:
+    versions = {"rlkd": record.get("rlkd"), **(record.get("versions") or {})}
+    command = shlex.join([_file(part) for part in map(str, record.get("command") or [])])
+    shown = {name: _file(value) if isinstance(value, str) else value for name, value in settings.items()}
+    block = {
+        "command": command,
+        "git": record.get("git"),
+        "started": record.get("started"),
+        "versions": {name: value for name, value in versions.items() if value},
+        "settings": shown,
+    }
+    return f"```yaml\n{yaml.safe_dump(block, sort_keys=False, allow_unicode=True).strip().replace('```', '')}\n```"
+
+
+def _named(name: Any, missing: str) -> str:
+    return cell(_file(str(name))) if name else missing
+
+
+def _file(text: str) -> str:
+    """An absolute path without the folders of this machine."""
+    return Path(text).name if os.path.isabs(text) and len(Path(text).parts) > 1 else text
+
+
+def _on_hub(name: Any) -> bool:
+    """Whether a name is a hub id and no folder or file here."""
+    return isinstance(name, str) and name.count("/") <= 1 and "." not in name[:1] and not Path(name).exists()

@@ -1,0 +1,237 @@
+"""Checkpoints on disk: whole or absent, and checked before they are used.
+
+A checkpoint is written in `_unfinished/`, flushed to disk, given a manifest with the size and the sha256 of each of its
+files, and only then renamed to `checkpoint-N`. What a killed save leaves in `_unfinished/` is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..errors import CheckpointError, ConfigError, RlkdError
+from ..io.files import sha256, sync_folder, write_durably
+from .files import ALARMS_FILE, METRICS, SAMPLES, TOKEN_REWARDS
+from .record import check_settings
+
+logger = logging.get_logger("rlkd")
+
+MANIFEST = "manifest.json"
+STATE_FILE = "rlkd_state.json"
+UNFINISHED = "_unfinished"
+SET_ASIDE = "set_aside"
+# What a run logs; a resumed run takes back the lines that came after its checkpoint.
+LOGS = (METRICS, SAMPLES, TOKEN_REWARDS, ALARMS_FILE)
+# Bytes that a checkpoint takes beside its tensors, and a disk beside its files.
+SMALL_FILES = 2**20
+RESUME = "--resume_from_checkpoint auto"
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, once it is whole."""
+    return run / f"checkpoint-{step}"
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, newest first; whether they are whole is for `damage` to say."""
+    found = {
+        int(m[1]): path for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    return {step: found[step] for step in sorted(found, reverse=True)}
+
+
+# Writing
+
+
+def clear_unfinished(run: Path) -> None:
+    """Remove what a killed save left."""
+    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+
+
+def commit(written: Path, final: Path) -> None:
+    """Make the files in `written` the checkpoint `final`, in one step that a crash leaves done or not done."""
+    files = sorted(path for path in written.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for folder in {path.parent for path in files} - {written}:
+        sync_folder(folder)
+    entries = {
+        path.relative_to(written).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+    }
+    write_durably(written / MANIFEST, json.dumps({"files": entries}, indent=2).encode())
+    if final.exists():  # of the same step and run: an epoch may end where a save was due
+        os.rename(final, written.with_name("replaced"))
+    os.rename(written, final)
+    sync_folder(final.parent)
+    clear_unfinished(final.parent)
+
+
+def explained_save(error: Exception, final: Path, needed: int) -> Exception:
+    """What to tell the user of a save that failed: `error` itself unless the disk is full. Frees what was written.
+
+    needed: bytes of the tensors in a checkpoint.
+    """
+    run = final.parent
+    needed = max([needed, *(_size(path) for path in list(checkpoints(run).values())[:1])])
+    room = shutil.disk_usage(run).free + _size(run / UNFINISHED)
+    clear_unfinished(run)
+    # safetensors and torch each have an error of their own for a full disk.
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and room > needed + SMALL_FILES:
+        return error
+    return RlkdError(
+        f"no space left for {final}: it needs about {needed / 1e6:.2f} MB, there is room for {room / 1e6:.2f} MB. "
+        f"Earlier checkpoints are intact: free some space and repeat the command with {RESUME}."
+    )
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# Finding
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None if every file is as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: its save was cut off, or it is not a checkpoint of rlkd"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, checksum) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not the {size} that were written"
+        if sha256(path) != checksum:
+            return f"{name} is not what was written: its sha256 differs"
+    if STATE_FILE not in expected:
+        return f"it has no {STATE_FILE}: with save_only_model a checkpoint holds nothing to resume from"
+    return None
+
+
+def requested(resume_from_checkpoint: str | bool | None) -> str | None:
+    """ "auto" (also for True and "true"), a folder, or None for a new run."""
+    word = str(resume_from_checkpoint).lower()
+    if word in ("none", "false", ""):
+        return None
+    return "auto" if word in ("true", "auto") else str(resume_from_checkpoint)
+
+
+def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
+    """The checkpoint to resume from; None to start anew.
+
+    wanted: a folder; or auto, the newest checkpoint of the run that is whole, saying why newer ones are not.
+    Raises CheckpointError if there are checkpoints and none is whole, ConfigError if a new run would mix with those of
+    an earlier one.
+    """
+    own = checkpoints(run)
+    if wanted is None:
+        if own:
+            raise ConfigError(
+                f"{run} holds checkpoints of an earlier run (up to step {max(own)}). Go on with it ({RESUME}), or "
+                "choose another output_dir."
+            )
+        return None
+    if wanted != "auto":
+        return _given(Path(wanted))
+    reasons = []
+    for path in own.values():
+        reason = damage(path)
+        if reason is None:
+            return path
+        logger.warning(f"skipped {path}: {reason}")
+        reasons.append(f"\n  {path.name}: {reason}")
+    if reasons:
+        raise CheckpointError(
+            f"no checkpoint in {run} can be resumed from:{''.join(reasons)}\nRestore one, or choose another output_dir."
+        )
+    logger.warning(f"no checkpoint in {run} yet: starting anew")
+    return None
+
+
+def check_resumed_settings(args: Any, sections: Iterable[Any]) -> None:
+    """Raise ConfigError if the checkpoint that a recipe is to resume was written with other settings; for recipes,
+    before a model is looked at. args, the trainer's settings; sections, the others.
+    """
+    wanted, own = requested(args.resume_from_checkpoint), checkpoints(Path(str(args.output_dir)))
+    checkpoint = next(iter(own.values()), None) if wanted == "auto" else wanted
+    if checkpoint:
+        check_settings(Path(checkpoint), (*sections, args), allow_change=args.allow_config_change)
+
+
+def _given(folder: Path) -> Path:
+    """`folder` if it is a whole checkpoint. Raises CheckpointError."""
+    reason = damage(folder) if folder.is_dir() else "there is no such folder"
+    if reason is None:
+        return folder
+    near = checkpoints(folder) or checkpoints(folder.parent)
+    hint = f" Checkpoints there: {', '.join(path.name for path in near.values())}." if near else ""
+    raise CheckpointError(f"cannot resume from {folder}: {reason}.{hint}")
+
+
+# A run folder that goes back to a checkpoint
+
+
+def log_sizes(run: Path) -> dict[str, int]:
+    """Bytes in each log of the run, flushed to disk."""
+    sizes = {}
+    for name in LOGS:
+        if (run / name).exists():
+            with (run / name).open("rb") as file:
+                os.fsync(file.fileno())
+                sizes[name] = os.fstat(file.fileno()).st_size
+    return sizes
+
+
+def rewind(run: Path, checkpoint: Path | None) -> None:
+    """Take the run folder back to what it was when `checkpoint` was saved (None: to before the first step).
+
+    Later checkpoints move to `set_aside/`. Log lines written after the checkpoint are cut off: the resumed run writes
+    them again. Logs of a run that never reached a checkpoint move to `set_aside/`.
+    """
+    clear_unfinished(run)
+    step = 0 if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    for later, path in checkpoints(run).items():
+        if later > step:
+            _set_aside(path)
+    if checkpoint is None:
+        for name in LOGS:
+            if (run / name).exists():
+                _set_aside(run / name)
+    elif checkpoint.resolve().parent == run.resolve():
+        sizes = read_state(checkpoint)["logs"]
+        for name in LOGS:
+            _cut(run / name, sizes.get(name, 0))
+
+
+def _set_aside(path: Path) -> None:
+    target = path.parent / SET_ASIDE / path.name
+    target.parent.mkdir(exist_ok=True)
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(path, target)
+    logger.warning(f"moved {path} to {target}: the run goes on from before it")
+
+
+def _cut(path: Path, size: int) -> None:
+    if path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What rlkd saved beside weights, optimizer, scheduler and random state."""
+    return json.loads((checkpoint / STATE_FILE).read_text())

@@ -1,0 +1,234 @@
+"""run.json: what was run, with which settings, on which data; and whether a resumed run still is that run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import ConfigError
+from ..io.files import write_durably
+from ..io.redaction import redacted
+from ..settings.ranges import default_of, own_names, plain
+from .files import RUN_FILE
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
+# Settings that a resumed run may change: they decide where and when something is written or shown, what is kept in
+# memory, which checkpoint is the best, or whether the run ends sooner, and no number that training puts into the
+# weights. When and what is evaluated is not among them: evaluation draws from the same random numbers as dropout.
+FREE = {
+    "alarms", "allow_config_change", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict",
+    "do_train", "early_stopping_patience", "greater_is_better", "hub_always_push", "hub_model_id", "hub_private_repo",
+    "hub_revision", "hub_strategy", "hub_token", "ignore_data_skip", "load_best_model_at_end", "local_rank",
+    "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps", "logging_strategy",
+    "metric_for_best_model", "output_dir", "project", "push_to_hub", "report_to",
+    "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name", "sample_table_rows",
+    "save_on_each_node", "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
+    "teacher_cache_dir", "teacher_cache_mb", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+    "weak_start",
+}  # fmt: skip
+# A run may be made longer under these schedules only: all others end where the run ends.
+LENGTH = {"max_steps", "num_train_epochs"}
+ENDLESS = {"constant", "constant_with_warmup", "inverse_sqrt"}
+
+
+def now() -> str:
+    """ISO time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def git_state(folder: str) -> dict[str, Any] | None:
+    """{commit, dirty} of the repository around `folder`, None without one or without git; asked once per process.
+
+    dirty: files under version control differ from the commit; None if that takes too long to find out.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    status = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
+
+
+def _git(folder: str, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=3, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@dataclass
+class RunRecord:
+    """The content of run.json.
+
+    rlkd, versions  of rlkd, of python and of what rlkd stands on; None for a package that is not installed
+    trainer         its class; command, sys.argv
+    started         ISO time of the first start; resumed, one entry per later start: time, checkpoint, command, changed
+    settings        every setting of ours, and those of transformers and TRL that differ from their defaults
+    git             {commit, dirty} of the working directory, None outside a repository
+    data            role -> {source, rows, fingerprint}; templates, [{name, id, fingerprint}]
+    models          teacher and student: name or folder; revisions, the commit or a digest of the weights
+    processes       how many train together
+    """
+
+    trainer: str
+    settings: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+    templates: list[dict[str, str]]
+    models: dict[str, str | None]
+    revisions: dict[str, str | None]
+    processes: int = 1
+    rlkd: str = __version__
+    command: list[str] = field(default_factory=lambda: list(sys.argv))
+    started: str = field(default_factory=now)
+    versions: dict[str, str | None] = field(
+        default_factory=lambda: {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    )
+    git: dict[str, Any] | None = field(default_factory=lambda: git_state(os.getcwd()))
+    resumed: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Write run.json into `folder`, whole or not at all, without secrets. Raises RlkdError if the disk is full."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(redacted(asdict(self)), indent=2, ensure_ascii=False)
+        write_durably(folder / RUN_FILE, (text + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord | None:
+        """The record in `folder`; None if there is none, or it is not readable."""
+        try:
+            return cls(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def resume(self, checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
+        """Make this the record of a run that goes on from `checkpoint`. Raises ConfigError as `check_settings` does,
+        and for other data or another teacher.
+        """
+        before = RunRecord.read(checkpoint)
+        if before is None:
+            logger.warning("%s has no %s: whether the settings are the same is not known", checkpoint, RUN_FILE)
+            return
+        changed = changed_settings(before.settings, sections) + self._changed_inputs(before)
+        _refuse(checkpoint, changed, allow_change)
+        again = {"time": self.started, "checkpoint": str(checkpoint), "command": self.command, "changed": changed}
+        self.started, self.resumed = before.started, [*before.resumed, again]
+
+    def _changed_inputs(self, before: RunRecord) -> list[str]:
+        pairs = {f"data.{role}": (_shown_data(before, role), _shown_data(self, role)) for role in ("train", "eval")}
+        pairs["teacher's weights"] = str(before.revisions.get("teacher")), str(self.revisions.get("teacher"))
+        return [f"  {name}: {then} -> {new}" for name, (then, new) in pairs.items() if then != new]
+
+
+def check_settings(checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
+    """Raise ConfigError listing every setting that differs from those `checkpoint` was written with, and may not.
+
+    Says nothing of a checkpoint without a record. `sections` are dataclasses of settings.
+    """
+    before = RunRecord.read(checkpoint)
+    if before is not None:
+        _refuse(checkpoint, changed_settings(before.settings, sections), allow_change)
+
+
+def settings_of(sections: Iterable[Any]) -> dict[str, Any]:
+    """Every setting of ours, and those of other packages' dataclasses that differ from their defaults, as JSON has
+    them; `sections` are instances.
+    """
+    out: dict[str, Any] = {}
+    for section in sections:
+        ours = own_names(type(section))
+        for item in fields(section):
+            value = plain(getattr(section, item.name))
+            if item.init and (item.name in ours or value != default_of(item)):
+                out[item.name] = value
+    return redacted(out)
+
+
+def changed_settings(then: Mapping[str, Any], sections: Iterable[Any]) -> list[str]:
+    """`  name: then -> now` of each recorded setting that is now another, free ones left out."""
+    lines = []
+    sections = list(sections)
+    current = settings_of(sections)
+    free = FREE | (LENGTH if _is_endless(then) and _is_endless(current) else set())
+    for section in sections:
+        ours = own_names(type(section))
+        for item in fields(section):
+            name = item.name
+            # One of ours that is not in the record is newer than it, or was not known to what wrote it.
+            if name in free or not item.init or (name in ours and name not in then):
+                continue
+            before, after = (record.get(name, redacted(default_of(item), name)) for record in (then, current))
+            if before != after:
+                lines.append(f"  {name}: {_shown(before)} -> {_shown(after)}")
+    return lines
+
+
+def fingerprint(rows: Any) -> str:
+    """SHA-256 (its first 16 digits) over the content that trains: equal rows in equal order, equal fingerprints."""
+    if known := getattr(rows, "fingerprint", None):
+        return known
+    digest = sha256()
+    batches = rows.iter(1000) if hasattr(rows, "iter") else rows
+    for item in batches:
+        content = asdict(item) if is_dataclass(item) and not isinstance(item, type) else item
+        digest.update(json.dumps(content, default=str, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def describe_data(rows: Any) -> dict[str, Any]:
+    """{source, rows, fingerprint} of training or evaluation data; source is None for rows made in memory."""
+    return {"source": getattr(rows, "source", None), "rows": len(rows), "fingerprint": fingerprint(rows)}
+
+
+def describe_templates(*data: Any) -> list[dict[str, str]]:
+    """{name, id, fingerprint} of each template that some data are read under."""
+    templates = [template for rows in data for template in getattr(rows, "templates", ())]
+    return list({t.fingerprint: {"name": t.name, "id": t.id, "fingerprint": t.fingerprint} for t in templates}.values())
+
+
+def _is_endless(settings: Mapping[str, Any]) -> bool:
+    """Whether the learning rate of a step does not depend on the length of the run."""
+    schedule, warmup = settings.get("lr_scheduler_type", "linear"), settings.get("warmup_steps", 0)
+    return schedule in ENDLESS and (schedule == "constant" or warmup == 0 or warmup >= 1)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _shown_data(record: RunRecord, role: str) -> str:
+    data = record.data.get(role)
+    return "none" if data is None else f"{data['rows']} rows ({data['fingerprint']})"
+
+
+def _refuse(checkpoint: Path, changed: list[str], allow_change: bool) -> None:
+    if changed and not allow_change:
+        raise ConfigError(
+            f"{checkpoint} was written with other settings:\n"
+            + "\n".join(changed)
+            + "\nSet them back to go on with the same run, give allow_config_change: true to go on with these "
+            "(run.json keeps the list), or start anew in another output_dir."
+        )

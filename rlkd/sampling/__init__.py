@@ -1,0 +1,1 @@
+"""Decoding with recorded log-probabilities: rollouts for training, engines for labels."""

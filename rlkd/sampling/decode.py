@@ -1,0 +1,120 @@
+"""Greedy and sampled decoding that records log-probabilities and drops finished rows from the batch.
+
+HF generate neither records the log-probability of what it samples without holding all logits, nor shrinks the batch
+when rows end; for training rollouts both matter. Beam search stays with HF generate (`pseudolabels`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.encoder_decoder import EncoderDecoder
+from ..tensors import length_mask, pad_stack
+
+# Given log-probs [n, V], the original row of each of the n live rows [n] and the step, the chosen tokens [n].
+Chooser = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """ids [B, R] (end-of-sequence included), mask [B, R], logps [B, R] under the sampling distribution, finished
+    [B].
+    """
+
+    ids: Tensor
+    mask: Tensor
+    logps: Tensor
+    finished: Tensor
+
+
+def greedy(log_probs: Tensor, rows: Tensor, step: int) -> Tensor:
+    """The most probable token of each row."""
+    return log_probs.argmax(-1)
+
+
+def sampler(seeds: list[int], max_new_tokens: int, device: torch.device) -> Chooser:
+    """Exact sampling by inverse transform, one uniform per (row, step) drawn from the row's own seed.
+
+    A row's answer therefore does not depend on its batch, its shard or its process. No top-k, no top-p: truncated
+    sampling biases the policy gradient whatever the importance weight.
+    """
+    uniforms = torch.stack(
+        [
+            torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for seed in seeds
+        ]
+    ).to(device)
+
+    def choose(log_probs: Tensor, rows: Tensor, step: int) -> Tensor:
+        cumulative = log_probs.double().exp().cumsum(-1)
+        threshold = uniforms[rows, step].unsqueeze(-1) * cumulative[:, -1:]
+        # right=True skips tokens of zero probability at the threshold; the clamp covers a uniform that rounds to the
+        # total.
+        return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=log_probs.shape[-1] - 1)
+
+    return choose
+
+
+def row_seed(*parts: object) -> int:
+    """A 63-bit seed from the run's seed, the row's id and whatever else names the draw; stable across machines."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def decode(
+    lm: EncoderDecoder,
+    states: list[Tensor],
+    choose: Chooser,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> Decoded:
+    """Decode one answer per entry of `states` (encoder states [P_i, D]).
+
+    Stops a row at end-of-sequence or after `max_new_tokens`; a row cut there has finished False. Recorded log-probs
+    are those of the distribution sampled from (temperature applied).
+    """
+    device, head = lm.device, lm.head()
+    n = len(states)
+    mask = length_mask([len(s) for s in states]).to(device)
+    encoded = pad_stack(states)
+    rows = torch.arange(n, device=device)
+    tokens = torch.full((n,), lm.start_id, device=device)
+    ids = torch.full((n, max_new_tokens), lm.pad_id, device=device)
+    logps = torch.zeros((n, max_new_tokens), device=device)
+    lengths = torch.full((n,), max_new_tokens, device=device)
+    finished = torch.zeros(n, dtype=torch.bool, device=device)
+    cache = None
+    for t in range(max_new_tokens):
+        hidden, cache = lm.step(tokens, encoded, mask, cache)
+        log_probs = (head.logits(hidden) / temperature).log_softmax(-1)
+        tokens = choose(log_probs, rows, t)
+        ids[rows, t] = tokens
+        logps[rows, t] = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        ended = (tokens == lm.eos_id) & ~finished[rows]
+        lengths[rows[ended]] = t + 1
+        finished[rows[ended]] = True
+        alive = ~finished[rows]
+        live = int(alive.sum())
+        if live == 0:
+            break
+        # Compacting copies the cache, so wait until a fifth of the batch is dead weight.
+        if live <= 0.8 * len(rows):
+            keep = alive.nonzero().squeeze(-1)
+            rows, tokens, encoded, mask = rows[keep], tokens[keep], encoded[keep], mask[keep]
+            width = int(mask.sum(1).max())
+            cache.batch_select_indices(keep)
+            if width < mask.shape[1]:
+                encoded, mask = encoded[:, :width], mask[:, :width]
+                for layer in cache.cross_attention_cache.layers:
+                    layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
+    width = int(lengths.max())
+    answer_mask = length_mask(lengths, width)
+    ids = torch.where(answer_mask, ids[:, :width], lm.pad_id)
+    return Decoded(ids, answer_mask, logps[:, :width] * answer_mask, finished)

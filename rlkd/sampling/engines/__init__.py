@@ -1,0 +1,1 @@
+"""Label engines: PyTorch and CTranslate2."""

@@ -1,0 +1,264 @@
+"""CTranslate2: T5 and BART teachers in float32, bfloat16 or int8, on a processor or a GPU.
+
+The teacher in memory is converted once per weights and precision, into a cache folder. Sampling is left to PyTorch:
+CTranslate2 seeds its generators once per thread, so what it draws depends on the batch and on what ran before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError, RlkdError
+from ...models.digests import weights_digest
+from ...models.encoder_decoder import EncoderDecoder
+from .engine import Answer, Decoding
+
+logger = logging.getLogger(__name__)
+
+# The converter's class for each model type.
+LOADERS = {"t5": "T5Loader", "mt5": "MT5Loader", "bart": "BartLoader"}
+INSTALL = "pip install 'rlkd[ctranslate2]'"
+
+
+def objection(lm: EncoderDecoder, decoding: Decoding | None, compute_type: str) -> str | None:
+    """Why CTranslate2 cannot do this work, as a sentence; None if it can.
+
+    decoding None: given answers are to be scored (ranking).
+    """
+    model, kind = lm.model, lm.config.model_type
+    if find_spec("ctranslate2") is None:
+        return f"ctranslate2 is not installed ({INSTALL})."
+    if hasattr(model, "get_base_model"):
+        return "the teacher has PEFT adapters; merge_and_unload() them first."
+    if getattr(model, "is_quantized", False):
+        return "the teacher's weights are already quantised (bitsandbytes)."
+    if kind not in LOADERS:
+        return f"it does not convert '{kind}' models, only {', '.join(LOADERS)}."
+    supported = _supported(lm.device.type)
+    if not supported:
+        return f"it cannot use this {lm.device.type}."
+    if compute_type not in supported:
+        return f"it does not compute in {compute_type} on this {lm.device.type}, only {', '.join(supported)}."
+    if decoding is not None and decoding.strategy == "sample":
+        return "its samples cannot be repeated: they depend on the batch, not on a row's seed."
+    if decoding is not None and decoding.top_k_logprobs:
+        return "it does not give the log-probabilities of other tokens (top_k_logprobs)."
+    return None
+
+
+def reservation(decoding: Decoding | None) -> str | None:
+    """Why PyTorch is the better choice though CTranslate2 could do it; None if it is not."""
+    if decoding is None:
+        return "every answer choice would encode its prompt again."
+    if decoding.strategy == "beam":
+        return "beam search stops earlier than transformers' does, so that some answers differ."
+    return None
+
+
+class CTranslate2Engine:
+    """Greedy and beam search by CTranslate2. Beam search stops once `num_beams` hypotheses are finished, where
+    transformers goes on while a better one could follow; the rest, log-probabilities included, agrees with PyTorch.
+
+    Args: threads per forward, 0 for one per core; parallel, batches decoded at a time, each with `threads`.
+    Raises ConfigError if CTranslate2 cannot take the model or the precision.
+    """
+
+    name = "ctranslate2"
+
+    def __init__(self, lm: EncoderDecoder, compute_type: str = "float32", *, threads: int = 0, parallel: int = 1):
+        if reason := objection(lm, None, compute_type):
+            raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
+        import ctranslate2
+
+        self.lm, self.compute_type, self.parallel = lm, compute_type, parallel
+        self.exact = compute_type == str(lm.model.dtype).removeprefix("torch.")
+        self._identity = {
+            "teacher": lm.model.name_or_path,
+            "teacher_weights": weights_digest(lm.model),
+            "dtype": compute_type,
+            "ctranslate2": ctranslate2.__version__,
+        }
+        device = lm.device
+        self._translator = ctranslate2.Translator(
+            str(convert(lm, compute_type)),
+            device=device.type,
+            device_index=device.index or 0,
+            compute_type=compute_type,
+            inter_threads=parallel,
+            intra_threads=threads,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        return dict(self._identity)
+
+    def answer(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
+        """As Engine.answer, greedy and beam. Raises ConfigError for what CTranslate2 cannot do, RlkdError if it gives
+        no answer to a prompt.
+        """
+        if reason := objection(self.lm, decoding, self.compute_type):
+            raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
+        if decoding.strategy == "beam":
+            return self._beam(prompts, decoding)
+        logps: list[list[float]] = [[] for _ in prompts]
+
+        def record(token: Any) -> bool:
+            logps[token.batch_id].append(token.log_prob)
+            return False
+
+        rows = self._translate(prompts, decoding, beam_size=1, callback=record)
+        return [[self._answer(ids, row)] for (ids,), row in zip(rows, logps, strict=True)]
+
+    def score(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[float]]:
+        """As Engine.score; every answer encodes its prompt."""
+        eos = self.lm.eos_id
+        # CTranslate2 scores an end-of-sequence after what it is given.
+        given = [answer[:-1] if answer[-1:] == [eos] else answer for answer in answers]
+        results = self._translator.score_batch(
+            _tokens(prompts), _tokens(given), max_input_length=0, max_batch_size=self._share(prompts)
+        )
+        _check([result.log_probs for result in results])
+        return [result.log_probs[: len(answer)] for result, answer in zip(results, answers, strict=True)]
+
+    def _beam(self, prompts: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
+        n = decoding.labels_per_input
+        rows = self._translate(prompts, decoding, beam_size=decoding.num_beams, num_hypotheses=n)
+        flat = [ids for row in rows for ids in row]
+        logps = self.score([prompt for prompt in prompts for _ in range(n)], flat)
+        answers = [self._answer(*parts) for parts in zip(flat, logps, strict=True)]
+        return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+    def _translate(self, prompts: list[list[int]], decoding: Decoding, **options: Any) -> list[list[list[int]]]:
+        results = self._translator.translate_batch(
+            _tokens(prompts),
+            max_decoding_length=decoding.max_new_tokens,
+            # By default it truncates prompts and forbids empty answers.
+            max_input_length=0,
+            min_decoding_length=0,
+            return_end_token=True,
+            return_scores=True,
+            max_batch_size=self._share(prompts),
+            **options,
+        )
+        rows = [[list(map(int, tokens)) for tokens in result.hypotheses] for result in results]
+        # Even an empty answer has its end-of-sequence.
+        _check([row if all(row) else [] for row in rows])
+        return rows
+
+    def _answer(self, ids: list[int], logps: list[float]) -> Answer:
+        return Answer(ids, logps, finished=ids[-1] == self.lm.eos_id)
+
+    def _share(self, prompts: list[list[int]]) -> int:
+        """Rows per sub-batch, so that every one of the parallel workers has some; 0 is all."""
+        return 0 if self.parallel == 1 else -(-len(prompts) // self.parallel)
+
+
+def convert(lm: EncoderDecoder, compute_type: str) -> Path:
+    """The folder of the converted teacher: `ctranslate2/<hash of the weights, precision and version>` below $RLKD_CACHE
+    or ~/.cache/rlkd. It is written beside, then renamed, so that it is whole or absent.
+    """
+    spec = _specification(lm)
+    folder = _cache() / "ctranslate2" / _digest(spec, compute_type)
+    if folder.is_dir():
+        return folder
+    logger.info("converting the teacher for CTranslate2 (%s): %s", compute_type, folder)
+    spec.optimize(quantization=compute_type)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        spec.save(str(temporary))
+        os.rename(temporary, folder)
+    except OSError:
+        # Another process may have been faster.
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _specification(lm: EncoderDecoder) -> Any:
+    """CTranslate2's description of the model, weights included. Its tokens are the ids in writing."""
+    from ctranslate2.converters import transformers as converters
+    from ctranslate2.specs.model_spec import OPTIONAL, visit_spec
+
+    model, config, head = lm.model, lm.config, lm.head()
+    if config.model_type == "bart":
+        # The converter reads them; transformers 5 has dropped them from BART's configuration.
+        for name, value in (("normalize_before", False), ("normalize_embedding", True)):
+            if not hasattr(config, name):
+                setattr(config, name, value)
+    with torch.no_grad():
+        spec = getattr(converters, LOADERS[config.model_type])().get_model_spec(model)
+        # The converter goes by tie_word_embeddings, which transformers 5 sets to True for every T5, untied or not.
+        spec.decoder.scale_outputs = OPTIONAL if head.scale == 1.0 else head.scale
+        # Rows beyond the tokenizer are no tokens: they can be neither chosen nor part of the normaliser.
+        valid = lm.valid_vocab
+        (encoder_embedding,) = spec.encoder.embeddings
+        for part in (encoder_embedding, spec.decoder.embeddings, spec.decoder.projection):
+            part.weight = part.weight[:valid]
+        if head.bias is not None:
+            spec.decoder.projection.bias = head.bias[:valid]
+
+        def own(part: Any, name: str, value: Any) -> None:
+            # Quantisation works in place, and would write into the teacher.
+            if isinstance(value, torch.Tensor):
+                setattr(part, name.rsplit("/", 1)[-1], value.detach().to("cpu", copy=True))
+
+        visit_spec(spec, own)
+    spec.register_source_vocabulary([str(i) for i in range(valid)])
+    spec.register_target_vocabulary([str(i) for i in range(valid)])
+    spec.config.decoder_start_token = spec.config.bos_token = str(lm.start_id)
+    spec.config.eos_token = str(lm.eos_id)
+    spec.config.unk_token = str(lm.pad_id)
+    spec.validate()
+    return spec
+
+
+def _digest(spec: Any, compute_type: str) -> str:
+    import ctranslate2
+
+    settings = [ctranslate2.__version__, compute_type, spec.config.to_dict()]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in spec.variables(ordered=True):
+        digest.update(f"{name}{value.shape}{value.dtype}".encode())
+        digest.update(value.to_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("RLKD_CACHE") or Path.home() / ".cache" / "rlkd")
+
+
+def _supported(device: str) -> list[str]:
+    import ctranslate2
+
+    if device not in ("cpu", "cuda"):
+        return []
+    try:
+        return sorted(ctranslate2.get_supported_compute_types(device))
+    except (RuntimeError, ValueError):
+        # No driver, or not the CUDA libraries this build wants.
+        return []
+
+
+def _tokens(rows: list[list[int]]) -> list[list[str]]:
+    return [list(map(str, row)) for row in rows]
+
+
+def _check(results: list[Any]) -> None:
+    """CTranslate2 reports a failed row as an empty one, without an exception."""
+    if failed := [i for i, result in enumerate(results) if not result]:
+        raise RlkdError(
+            f"CTranslate2 gave no answer to {len(failed)} of {len(results)} prompts of a batch: rows "
+            f"{', '.join(map(str, failed[:10]))}. Use --engine torch, which gives the reason."
+        )

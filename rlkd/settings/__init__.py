@@ -1,0 +1,1 @@
+"""Settings: their ranges and choices, YAML and flags, and everything that comes from TRL."""

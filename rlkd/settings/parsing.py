@@ -1,0 +1,309 @@
+"""Settings: dataclasses filled from flags and one YAML file, every mistake named before any model loads.
+
+TRL's TrlParser turns the dataclasses into flags. It lets pass what a YAML file gets wrong (a misspelt choice, 3.7 for
+an int, a key given twice), so the file is checked here. Flags win over the file, the file wins over the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from textwrap import shorten
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+
+import yaml
+from pydantic import TypeAdapter
+from pydantic.errors import PydanticUserError
+
+from ..errors import ConfigError, RlkdError, nearest
+from ..io.redaction import redacted
+from .ranges import default_of, in_words, limits_of, own_names, plain, type_hints
+
+MOST_PROBLEMS = 20  # what fits on one screen
+WORDS = {bool: "true, false", int: "whole numbers", float: "numbers", str: "text", NoneType: "null", dict: "mappings"}
+
+
+def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
+    """One instance per dataclass, filled from `argv` (the command line by default) and the file of its `--config`."""
+    values, origins = _given(dataclass_types, argv)
+    _refuse_missing(dataclass_types, values)
+    return _build(dataclass_types, values, origins)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as a run would have it: value, resolved and without secrets; origin, `default`, file:line or flag;
+    own, False for one that transformers or TRL declares.
+    """
+
+    name: str
+    value: Any
+    origin: str
+    allowed: str
+    default: Any
+    help: str
+    section: str
+    own: bool
+
+
+def describe_config(dataclass_types: tuple[type, ...], argv: list[str]) -> list[Setting]:
+    """Every setting that `parse_config` would fill, and where its value comes from. Raises ConfigError as it does."""
+    values, origins = _given(dataclass_types, argv)
+    _refuse_missing(dataclass_types, values)
+    hints = _hints(dataclass_types)
+    return [
+        Setting(
+            item.name,
+            redacted(plain(getattr(section, item.name)), item.name),
+            origins.get(item.name, "default"),
+            _allowed(hints[item.name]),
+            redacted(default_of(item), item.name),
+            item.metadata.get("help", ""),
+            type(section).__name__,
+            item.name in own_names(type(section)),
+        )
+        for section in _build(dataclass_types, values, origins)
+        for item in fields(section)
+        if item.init
+    ]
+
+
+def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """What file and flags set, and where each stands."""
+    from .trl_compat import TrlParser  # loads torch, which `run_main` does not need
+
+    hints = _hints(dataclass_types)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of settings; flags override it.")
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    parser.set_defaults_with_config(**dict.fromkeys(hints, argparse.SUPPRESS))  # so that it returns what argv says
+    flags = _flags(parser, argv, hints)
+
+    files = flags.pop("config") or []
+    if len(files) > 1:
+        raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): allowed is one file.")
+    values, origins = _read(Path(files[0]), hints) if files else ({}, {})
+    values |= flags
+    return values, origins | {name: f"--{name}" for name in flags}
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script, its log lines on stderr; an error the user can mend is printed without a traceback and sets the
+    exit code.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("rlkd").setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        _no_bars()
+    try:
+        main()
+    except RlkdError as error:
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+def _no_bars() -> None:
+    """Turn off the bars of the libraries that load and save: in a log file they are carriage returns."""
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # it has read the variable already
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
+def _refuse(problems: list[str]) -> NoReturn:
+    more = len(problems) - MOST_PROBLEMS
+    raise ConfigError("\n".join(problems[:MOST_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])))
+
+
+def _hints(dataclass_types: tuple[type, ...]) -> dict[str, Any]:
+    """The type of every setting, by name; one name may fill one dataclass only."""
+    owners: dict[str, str] = {}
+    hints: dict[str, Any] = {}
+    for kind in dataclass_types:
+        resolved = type_hints(kind)
+        for field in fields(kind):
+            if field.name in owners:
+                raise TypeError(
+                    f"{owners[field.name]} and {kind.__name__} both have a field {field.name!r}: rename one"
+                )
+            owners[field.name] = kind.__name__
+            if field.init:
+                hints[field.name] = _with_choices(field, resolved[field.name])
+    return hints
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _with_choices(field: Field, hint: Any) -> Any:
+    """The Literal that `Enum | str`, or `str` with argparse choices, stands for; other types as they are."""
+    enums = [member for member in _members(hint) if isinstance(member, type) and issubclass(member, Enum)]
+    choices = [item.value for item in enums[0]] if enums else field.metadata.get("choices")
+    if not choices:
+        return hint
+    literal: Any = Literal.__getitem__(tuple(choices))
+    return literal | None if NoneType in _members(hint) else literal
+
+
+def _choices(hint: Any) -> list[Any]:
+    return [choice for member in _members(hint) if get_origin(member) is Literal for choice in get_args(member)]
+
+
+def _allowed(hint: Any) -> str:
+    """What a type admits, in words."""
+    if get_origin(hint) in (Union, UnionType):
+        return ", ".join(_allowed(member) for member in get_args(hint))
+    if get_origin(hint) is Literal:
+        return ", ".join(repr(choice) for choice in get_args(hint))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return ", ".join(repr(item.value) for item in hint)
+    if get_origin(hint) is Annotated:
+        return f"{_allowed(get_args(hint)[0])} ({in_words(limits_of(hint))})"
+    if get_origin(hint) is list:
+        return f"lists of {_allowed(get_args(hint)[0])}"
+    return WORDS.get(get_origin(hint) or hint, str(hint))
+
+
+def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the command line gives."""
+    try:
+        namespace, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        flag = (error.argument_name or "command line").split("/")[0]
+        hint = hints.get(flag.lstrip("-"))
+        said = re.split(r" \(choose| but expected", error.message)[0]  # argparse's own list of choices is left out
+        allowed = f": allowed are {_allowed(hint)}" if hint else ""
+        raise ConfigError(f"{flag}: {said}{allowed}. See --help.") from None
+    if unknown:
+        strangers = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
+        known = [f"--{name}" for name in (*hints, "config")]
+        problems = [
+            f"{flag} is not a flag.{nearest('--' + flag.lstrip('-').replace('-', '_'), known)}" for flag in strangers
+        ]
+        stray = f"{unknown[0]!r} belongs to no flag: settings are given as --name value."
+        _refuse([*(problems or [stray]), "See --help."])
+    return vars(namespace)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that notes keys given twice and, as YAML 1.2 does, reads 1e-5 as a number (YAML 1.1: as text)."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.repeated: list[yaml.Node] = []
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value]
+        self.repeated += [key for i, (key, _) in enumerate(node.value) if key.value in names[:i]]
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(path: Path, hints: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The checked settings of a YAML file, and where each stands; every problem of the file is reported at once."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        others = [other.name for other in path.parent.glob("*.y*ml")]
+        raise ConfigError(f"--config {path}: no such file.{nearest(path.name, others)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        return _check_file(path, text, hints)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{mark.line + 1}:{mark.column + 1}:" if mark else ""
+        raise ConfigError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def _check_file(path: Path, text: str, hints: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    loader = _Loader(text)
+    root = loader.get_single_node()
+    if root is None:
+        return {}, {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}:1: the file must be settings, one 'name: value' per line.")
+    problems = [(key.start_mark.line + 1, f"key {key.value!r} is given twice.") for key in loader.repeated]
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    loader.flatten_mapping(root)
+    for key, node in root.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else _source(text, key)
+        line = key.start_mark.line + 1
+        if name not in hints:
+            problems.append((line, f"key {name!r} is not a setting.{nearest(name, list(hints))}"))
+            continue
+        try:
+            values[name], origins[name] = _value(loader, node, hints[name]), f"{path}:{line}"
+        except (TypeError, ValueError):
+            shown = redacted(_source(text, node), name)
+            problem = f"{name} = {shown}: allowed are {_allowed(hints[name])}."
+            problems.append((line, problem + _remedy(node, hints[name])))
+    if problems:
+        _refuse([f"{path}:{line}: {problem}" for line, problem in sorted(problems)])
+    return values, origins
+
+
+def _source(text: str, node: yaml.Node) -> str:
+    """What stands in the file, on one line."""
+    return shorten(text[node.start_mark.index : node.end_mark.index], 80)
+
+
+def _remedy(node: yaml.Node, hint: Any) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        return ""
+    return " Put it in quotes." if str in _members(hint) else nearest(node.value, [str(c) for c in _choices(hint)])
+
+
+def _value(loader: _Loader, node: yaml.Node, hint: Any) -> Any:
+    """The value of a node as `hint`; ValueError if it is of another type. Types pydantic does not know all pass."""
+    value = loader.construct_object(node, deep=True)
+    choices = {type(choice) for choice in _choices(hint)}
+    if isinstance(value, bool) and choices and bool not in {*choices, *_members(hint)}:
+        value = node.value  # YAML 1.1 reads `no` as false; among choices it is a word
+    try:  # strict JSON: 3 is a float, 3.7 is no int, "3" is no number, 1 is no bool
+        return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+    except PydanticUserError:
+        return value
+
+
+def _refuse_missing(kinds: tuple[type, ...], values: dict[str, Any]) -> None:
+    required = [f.name for kind in kinds for f in fields(kind) if f.init and f.default is f.default_factory is MISSING]
+    missing = [f"--{name}" for name in required if name not in values]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: no value. Give it as a flag or in the file of --config.")
+
+
+def _build(kinds: tuple[type, ...], values: dict[str, Any], origins: dict[str, str]) -> tuple[Any, ...]:
+    """The dataclasses; what a `__post_init__` refuses is reported with the settings involved and where they stand."""
+    instances, problems = [], []
+    for kind in kinds:
+        own = {field.name: values[field.name] for field in fields(kind) if field.name in values}
+        try:
+            instances.append(kind(**own))
+        except (ValueError, ConfigError) as error:
+            named = [name for name in own if re.search(rf"\b{name}\b", str(error))] or own
+            given = ", ".join(f"{name} ({origins[name]})" for name in named)
+            problems.append(f"{kind.__name__}: {error}" + (f"\n  given: {given}" if given else ""))
+    if problems:
+        _refuse(problems)
+    return tuple(instances)

@@ -1,0 +1,1 @@
+"""The promptsource engine: templates found, parsed, checked, and rendered within bounds."""

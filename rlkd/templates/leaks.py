@@ -1,0 +1,27 @@
+"""Templates that print the answer in the question."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .template import Template
+
+
+def leaks(templates: list[Template]) -> dict[str, frozenset[str]]:
+    """id -> gold columns that the input of this template prints; only templates that do.
+
+    A column is gold if more original-task templates of the file read it in their target alone than print it in their
+    input. A column that the answer choices are made of is no leak in a template that prints the choices.
+    """
+    originals = [t for t in templates if t.original_task is not False]
+    target_only = Counter(name for t in originals for name in t.gold_columns)
+    printed = Counter(name for t in originals for name in t.shown_columns)
+    gold = {name for name, count in target_only.items() if count > printed[name]}
+    found = {}
+    for template in templates:
+        of_choices = template.choice_columns if template.choices_in_prompt is not False else frozenset()
+        if shown := (template.shown_columns & gold) - of_choices:
+            found[template.id] = shown
+    return found

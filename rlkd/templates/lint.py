@@ -1,0 +1,86 @@
+"""Everything that is wrong, or looks wrong, with a templates file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from ..errors import DataError
+from .aliases import known_problem
+from .leaks import leaks
+from .parsing import Entry, Problem, parse
+from .sources import TemplatesFile
+from .template import Template, to_template
+
+
+def lint(file: TemplatesFile, columns: Iterable[str] | None = None) -> list[Problem]:
+    """The problems of a file by line; with the rows' `columns`, also those the templates miss or leave unused."""
+    parsed = parse(file.content)
+    problems = list(parsed.problems)
+    templates: dict[str, Template] = {}
+    for key, entry in parsed.entries.items():
+        template = to_template(key, entry, file)
+        try:
+            template.compile().columns(target=True)
+        except DataError as error:
+            bad = "answer_choices" if "its answer_choices" in str(error) else "jinja"
+            problems.append(Problem(entry.line_of(bad), "error", str(error)))
+            continue
+        templates[key] = template
+        problems += _one(template, entry)
+    problems += _names(templates, parsed.entries)
+    for key, shown in leaks(list(templates.values())).items():
+        template, entry = templates[key], parsed.entries[key]
+        level = "warning" if template.original_task is False else "error"
+        names = ", ".join(sorted(shown))
+        problems.append(
+            Problem(entry.line_of("jinja"), level, f"'{template.name}': the input shows the gold columns {names}.")
+        )
+    if columns is not None:
+        problems += _columns(templates, parsed.entries, columns)
+    return sorted(problems, key=lambda problem: problem.line)
+
+
+def _one(template: Template, entry: Entry) -> Iterator[Problem]:
+    name = f"'{template.name}'"
+    if "|||" not in template.source:
+        yield Problem(entry.line_of("jinja"), "warning", f"{name}: no target: the jinja has no '|||'.")
+    if "answer_choices" in template.reads.input | template.reads.target and not template.answer_choices:
+        yield Problem(
+            entry.line_of("jinja"),
+            "error",
+            f"{name}: the jinja reads answer_choices, which are not given.",
+        )
+    if template.name != template.name.strip():
+        yield Problem(entry.line_of("name"), "warning", f"{name}: white space around the name.")
+    if template.answer_choices and not template.choice_columns:
+        choices = [choice.strip() for choice in template.answer_choices.split("|||")]
+        literal = "{" not in template.answer_choices
+        if literal and "" in choices:
+            yield Problem(entry.line_of("answer_choices"), "error", f"{name}: an answer choice is empty.")
+        if literal and (twice := [c for c, count in Counter(choices).items() if count > 1]):
+            yield Problem(entry.line_of("answer_choices"), "warning", f"{name}: '{twice[0]}' stands twice.")
+    if any(line != line.rstrip() for line in template.source.strip().splitlines()):
+        yield Problem(entry.line_of("jinja"), "note", f"{name}: white space at the end of a line reaches the model.")
+    if problem := known_problem(template.id):
+        yield Problem(entry.line, "warning", f"{name}: {problem}.")
+
+
+def _names(templates: dict[str, Template], entries: dict[str, Entry]) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for key, template in templates.items():
+        line = entries[key].line_of("name")
+        if template.name in first:
+            yield Problem(line, "error", f"'{template.name}': the name is taken in line {first[template.name]}.")
+        first.setdefault(template.name, line)
+
+
+def _columns(templates: dict[str, Template], entries: dict[str, Entry], found: Iterable[str]) -> Iterator[Problem]:
+    columns = set(found)
+    for key, template in templates.items():
+        if missing := template.columns(target=True) - columns:
+            names = ", ".join(sorted(missing))
+            yield Problem(entries[key].line_of("jinja"), "error", f"'{template.name}': the rows lack {names}.")
+    used = {name for template in templates.values() for name in template.columns(target=True)}
+    if unused := columns - used:
+        yield Problem(1, "note", f"no template reads the columns {', '.join(sorted(unused))}.")

@@ -1,0 +1,370 @@
+"""The jinja of prompt templates: what they need to write text, and nothing that reaches Python or runs without end.
+
+Templates are code from strangers. Three layers keep them in: only listed syntax compiles; only listed filters, tests
+and methods run, on rows copied to plain JSON values; a meter bounds loops, values and output. What the meter cannot
+see, such as a fault in one C function, is bounded by the process: see `rlkd.templates.worker`. Text that renders is the
+text of jinja2's own environment, but for `tojson`, which gives a plain string, not one that escapes its neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
+from functools import cached_property
+from random import Random
+from types import BuiltinMethodType, FunctionType, MethodType
+from typing import Any
+from uuid import UUID
+
+import jinja2
+from jinja2 import nodes
+from jinja2.runtime import Context, LoopContext
+from jinja2.sandbox import SandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from ..errors import nearest
+from . import allowed
+from .meter import DEFAULT_LIMITS, SCALARS, WRITTEN_PER_STEP, Limits, Meter, SandboxError
+
+SEPARATOR = "|||"
+# promptsource's own stand-in for a separator inside a field, so that a row cannot inject a target of its own.
+PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
+
+
+class RowRandom:
+    """A generator per (seed, template, row), made only if a filter draws from it."""
+
+    def __init__(self, seed: int, template: str, row: Mapping[str, Any]):
+        self._key = (seed, template, row)
+
+    @cached_property
+    def generator(self) -> Random:
+        seed, template, row = self._key
+        return Random(json.dumps([seed, template, dict(row)], sort_keys=True, default=str))
+
+
+class SafeTemplate:
+    """A compiled template.
+
+    Raises: SandboxError if the source is too long, too deep or uses what is not allowed; jinja2.TemplateSyntaxError
+    if it is not jinja.
+    """
+
+    def __init__(self, source: str, limits: Limits = DEFAULT_LIMITS):
+        self.limits = limits
+        if len(source) > self.limits.source:
+            raise self.limits.exceeded("source")
+        try:
+            tree = ENVIRONMENT.parse(source)
+            _check_depth(tree, self.limits)
+            self.names = frozenset(name.name for name in tree.find_all(nodes.Name))
+            self._root = ENVIRONMENT.from_string(_Rewriter().visit(tree)).root_render_func
+        # Python's parser has limits of its own for the code jinja writes: brackets, blocks within blocks, digits.
+        except (RecursionError, MemoryError, SyntaxError, ValueError) as error:
+            raise SandboxError(
+                f"cannot be compiled: {error or type(error).__name__}. Simplify the template."
+            ) from error
+
+    def render(self, values: Mapping[str, Any], meter: Meter, random: RowRandom) -> str:
+        """The text for plain values (see `plain_row`). Raises SandboxError, and whatever its expressions raise."""
+        context = _Context(ENVIRONMENT, {**ENVIRONMENT.globals, **values}, None, {})
+        context.meter, context.random = meter, random
+        text = "".join(self._root(context))
+        if len(text) > self.limits.output:
+            raise self.limits.exceeded("output")
+        return text
+
+
+def plain_row(
+    row: Mapping[str, Any], names: Iterable[str], limits: Limits, *, strict_compat: bool = False
+) -> dict[str, Any]:
+    """The columns `names` of a row as plain JSON values, copied, so that a template may change them.
+
+    "|||" is hidden in every text; with `strict_compat` only in the columns that are texts themselves, as promptsource
+    does it. Dates, numbers and ids of the standard library become their text; a column of another type is an error if
+    the template reads it. Raises SandboxError for a text or a nesting beyond the limits.
+    """
+    found = {name: row[name] for name in names if name in row}
+    return {
+        name: _plain(value, limits, not strict_compat or isinstance(value, str), 0) for name, value in found.items()
+    }
+
+
+def _plain(value: Any, limits: Limits, protect: bool, depth: int) -> Any:
+    if isinstance(value, str):
+        if len(value) > limits.value:
+            raise limits.exceeded("value")
+        value = str.__str__(value)
+        return value.replace(SEPARATOR, PIPE_PROTECTOR) if protect else value
+    if type(value) in SCALARS:
+        return value
+    if depth > limits.nesting:
+        raise limits.exceeded("nesting")
+    if isinstance(value, Mapping):
+        return {
+            _plain(key if type(key) in SCALARS else str(key), limits, protect, depth): _plain(
+                item, limits, protect, depth + 1
+            )
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, limits, protect, depth + 1) for item in value]
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, (date, time, timedelta, Decimal, UUID)):
+        return _plain(str(value), limits, protect, depth)
+    if hasattr(value, "tolist"):  # arrays and tensors
+        return _plain(value.tolist(), limits, protect, depth + 1)
+    return jinja2.StrictUndefined(
+        f"the row holds a {type(value).__name__}; templates read text, numbers, lists and dicts. Convert the column."
+    )
+
+
+class _Context(Context):
+    meter: Meter
+    random: RowRandom
+
+
+class _Sandbox(SandboxedEnvironment):
+    """Jinja's hooks for attributes, items, calls and operators, each an allow-list and a count."""
+
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        methods = allowed.METHODS.get(kind)
+        if methods is not None:
+            if attribute in methods:
+                return getattr(obj, attribute)
+            if attribute not in allowed.HIDDEN[kind]:
+                return obj[attribute] if kind is dict and attribute in obj else self.undefined(obj=obj, name=attribute)
+        elif kind is LoopContext and attribute in allowed.LOOP:
+            return getattr(obj, attribute)
+        elif (kind is Namespace or isinstance(obj, jinja2.Undefined)) and not attribute.startswith("_"):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                return self.undefined(obj=obj, name=attribute)
+        raise SandboxError(f"reads '{attribute}' of a {kind.__name__}, which is not allowed. {allowed.remedy(kind)}")
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        kind = type(argument)
+        if kind is tuple:  # its hash may take without end
+            raise SandboxError("looks up a tuple, which is not allowed. Look up a text or a number.")
+        if isinstance(obj, jinja2.Undefined):
+            return obj[argument]
+        if type(obj) in allowed.METHODS and (kind in SCALARS or isinstance(argument, jinja2.Undefined)):
+            try:
+                return obj[argument]
+            except (TypeError, LookupError):
+                pass
+        return self.getattr(obj, argument) if kind is str else self.undefined(obj=obj, name=argument)
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        kwargs.pop("_loop_vars", None)  # jinja's own, for functions that read the context
+        meter, kind = context.meter, type(function)
+        if isinstance(function, jinja2.Undefined):
+            return function()
+        weight = 0
+        if args:
+            args = tuple(map(meter.settled, args))
+            weight += sum(map(meter.weigh, args))
+        if kwargs:
+            weight += sum(map(meter.weigh, kwargs.values()))
+        if kind is FunctionType:
+            return meter.made(function(meter, *args, **kwargs))
+        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        if kind is BuiltinMethodType and name in allowed.METHODS.get(type(owner), ()):
+            allowed.before_method(meter, owner, name, weight, args, kwargs)
+            return meter.made(function(*args, **kwargs))
+        if kind is MethodType and type(owner) is LoopContext and name in allowed.LOOP:
+            return function(*args, **kwargs)
+        raise SandboxError(f"calls a {kind.__name__}, which is not allowed. {allowed.remedy(kind)}")
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator in ("*", "**", "%"):
+            allowed.before_operator(context.meter, operator, left, right)
+        return context.meter.made(_OPERATORS[operator](left, right))
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "**": operator.pow,
+}
+
+
+def _range(meter: Meter, *bounds: int) -> range:
+    numbers = range(*bounds)
+    if numbers[meter.limits.steps :]:
+        raise meter.limits.exceeded("steps")
+    return numbers
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "range": _range,
+    "zip": lambda meter, *lists: zip(*lists, strict=False),
+    "dict": lambda meter, *args, **values: dict(*args, **values),
+    "namespace": lambda meter, *args, **values: Namespace(*args, **values),
+}
+
+
+@jinja2.pass_context
+def _choice(context: Any, items: Any) -> Any:
+    return context.random.generator.choice(items)
+
+
+def _most_frequent(items: Iterable[Any] | None) -> list[Any] | None:
+    """All items of the highest count, in order of first appearance; None for nothing."""
+    counts = Counter(items or ()).most_common()
+    return [item for item, count in counts if count == counts[0][1]] or None
+
+
+@jinja2.pass_context
+def _written(context: Any, value: Any) -> Any:
+    """Called on every value a template prints."""
+    if type(value) is str:
+        context.meter.write(len(value))
+    elif type(value) not in SCALARS:
+        context.meter.write(context.meter.weigh(value))
+    return value
+
+
+# Filters that only the rewriter writes: their names are not on the list of those a template may use.
+
+
+@jinja2.pass_context
+def _loop(context: Any, items: Any, cost: int) -> Iterator[Any]:
+    return context.meter.loop(items, cost)
+
+
+@jinja2.pass_context
+def _weighed(context: Any, value: Any) -> Any:
+    if type(value) not in SCALARS or type(value) is str:
+        context.meter.weigh(value)
+    return value
+
+
+@jinja2.pass_context
+def _sliced(context: Any, value: Any, *bounds: Any) -> Any:
+    return context.meter.made(value[slice(*bounds)])
+
+
+@jinja2.pass_context
+def _joined(context: Any, values: tuple[Any, ...]) -> str:
+    context.meter.fits(sum(map(context.meter.weigh, values)))
+    return context.meter.made("".join(map(str, values)))
+
+
+def _environment() -> _Sandbox:
+    # Jinja's optimizer would run constant expressions while it compiles, where no meter counts.
+    environment = _Sandbox(optimized=False, finalize=_written)
+    ours = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
+    environment.filters = allowed.guarded_filters(environment.filters | ours)
+    environment.filters |= {"_loop": _loop, "_weighed": _weighed, "_sliced": _sliced, "_joined": _joined}
+    environment.tests = allowed.guarded_tests(environment.tests)  # type: ignore
+    environment.globals = dict(_FUNCTIONS)
+    return environment
+
+
+ENVIRONMENT = _environment()
+
+
+def _check_depth(tree: nodes.Node, limits: Limits) -> None:
+    level: list[nodes.Node] = [tree]
+    for _ in range(limits.nesting):
+        level = [child for node in level for child in node.iter_child_nodes()]
+        if not level:
+            return
+    raise limits.exceeded("nesting")
+
+
+class _Rewriter(NodeTransformer):
+    """Refuses what is not on the lists, and routes what jinja compiles to bare Python through counting filters."""
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        if type(node) not in allowed.NODES:
+            raise _refused("the syntax", type(node).__name__, [])
+        self.generic_visit(node)
+        return _REWRITES.get(type(node), lambda node: node)(node)
+
+
+def _count_loop(node: nodes.For) -> nodes.Node:
+    if node.recursive:
+        raise _refused("the syntax", "recursive", [])
+    size = sum(1 for _ in node.find_all(nodes.Node))
+    written = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
+    node.iter = _filter("_loop", node.iter, nodes.Const(1 + size // 8 + written // WRITTEN_PER_STEP))
+    return node
+
+
+def _weigh_operands(node: nodes.Compare) -> nodes.Node:
+    sides = [node.expr, *(operand.expr for operand in node.ops)]
+    # Comparing with a constant ends soon, looking for one does not; two lists may share items without end.
+    if any(operand.op.endswith("in") for operand in node.ops) or not any(map(_constant, sides)):
+        node.expr = _weigh(node.expr)
+        for operand in node.ops:
+            operand.expr = _weigh(operand.expr)
+    return node
+
+
+def _weigh_key(node: nodes.Pair) -> nodes.Node:
+    node.key = _weigh(node.key)
+    return node
+
+
+def _count_slice(node: nodes.Getitem) -> nodes.Node:
+    if not isinstance(node.arg, nodes.Slice):
+        return node
+    bounds = (node.arg.start, node.arg.stop, node.arg.step)
+    return _filter("_sliced", node.node, *(bound or nodes.Const(None) for bound in bounds))
+
+
+def _check_call(node: nodes.Call | nodes.Filter | nodes.Test) -> nodes.Node:
+    for kind, what, names in ((nodes.Filter, "filter", allowed.FILTERS), (nodes.Test, "test", allowed.TESTS)):
+        if isinstance(node, kind) and node.name not in names:
+            raise _refused(f"the {what}", node.name, sorted(names))
+    if node.dyn_args is not None or node.dyn_kwargs is not None:
+        raise _refused("the syntax", "*args", [])
+    return node
+
+
+_REWRITES: dict[type[nodes.Node], Callable[[Any], nodes.Node]] = {
+    nodes.For: _count_loop,
+    nodes.Compare: _weigh_operands,
+    nodes.Pair: _weigh_key,
+    nodes.Concat: lambda node: _filter("_joined", nodes.Tuple(node.nodes, "load")),
+    nodes.Getitem: _count_slice,
+    nodes.Call: _check_call,
+    nodes.Filter: _check_call,
+    nodes.Test: _check_call,
+}
+
+
+def _refused(what: str, name: str, names: list[str]) -> SandboxError:
+    choice = f"Allowed: {', '.join(names)}.{nearest(name, names)}" if names else "Write the template without it."
+    return SandboxError(f"uses {what} '{name}', which is not allowed in templates. {choice}")
+
+
+def _filter(name: str, node: Any, *args: nodes.Expr) -> nodes.Filter:
+    made = nodes.Filter(node, name, list(args), [], None, None)
+    made.set_environment(ENVIRONMENT)
+    return made
+
+
+def _constant(node: nodes.Expr) -> bool:
+    return isinstance(node, nodes.Const) or (isinstance(node, nodes.Neg) and _constant(node.node))
+
+
+def _weigh(node: nodes.Expr) -> nodes.Expr:
+    return node if _constant(node) else _filter("_weighed", node)

@@ -1,0 +1,1 @@
+"""Distillation of encoder-only classifiers (TKD)."""

@@ -1,0 +1,158 @@
+"""Settings of the distillation of encoder-only students; the student itself is cut by `build_student`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from ...errors import ConfigError
+from ...objectives.encoder import PRESETS, TREE_TERMS
+from ...settings.ranges import Count, Fraction, NonNegative, Positive
+from ..arguments import StudentArguments, _require
+
+Preset = Literal[
+    "ft", "kd", "pkd", "tkd", "teacher-tkd", "t-s-tkd", "rand", "all", "all-tkd", "all-t-tkd", "all-t-s-tkd"
+]
+CACHE_ORDER = ("none", "logits", "cls", "hidden")
+
+
+@dataclass
+class TKDArguments(StudentArguments):
+    """Which terms the loss has and how they weigh, how the tree is grown, and what is kept of the teacher."""
+
+    # Loss
+    preset: Preset = field(
+        default="tkd", metadata={"help": "Row of the paper's Table 1: which terms are on (docs/tkd.md)."}
+    )
+    w_ce: NonNegative = field(
+        default=0.5, metadata={"help": "Weight of cross-entropy with the labels (1 in preset ft)."}
+    )
+    w_kd: NonNegative = field(default=0.5, metadata={"help": "Weight of the teacher's logits."})
+    beta: NonNegative = field(default=100.0, metadata={"help": "Weight of patience: [CLS] at every layer."})
+    gamma_s: NonNegative = field(
+        default=100.0, metadata={"help": "Weight of the tree grown in the student's attention."}
+    )
+    gamma_t: NonNegative = field(
+        default=100.0, metadata={"help": "Weight of the tree grown in the teacher's attention."}
+    )
+    gamma_r: NonNegative = field(default=100.0, metadata={"help": "Weight of as many random tokens."})
+    eta: NonNegative = field(default=100.0, metadata={"help": "Weight of all tokens."})
+    auto_scale: bool = field(
+        default=False,
+        metadata={"help": "Instead of beta, gamma, eta: each such term weighs at its first step as much as CE + KD."},
+    )
+    # Logits
+    temperature: Positive = field(default=5.0, metadata={"help": "Of both softmaxes in the KD term."})
+    logit_loss: Literal["kl", "mse"] = field(
+        default="kl", metadata={"help": "KD term: KL at the temperature, or squared error of the logits."}
+    )
+    noise_probability: Fraction = field(default=0.0, metadata={"help": "Share of rows whose teacher logits get noise."})
+    noise_deviation: NonNegative = field(default=0.5, metadata={"help": "Relative deviation of that noise."})
+    # Hidden states
+    normalise: bool = field(
+        default=True, metadata={"help": "Compare directions; false compares the states themselves (PKD un-normalised)."}
+    )
+    distance_reduction: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "Of squared distances; sum needs far smaller weights."}
+    )
+    layer_map: list[int] | None = field(
+        default=None, metadata={"help": "The teacher's layer for each student layer; null spreads them evenly."}
+    )
+    patience_last_layer: bool = field(
+        default=True, metadata={"help": "Patience on the last layer too (eq. 7); PKD's authors leave it out."}
+    )
+    # Tree
+    tree_m: Count = field(default=2, metadata={"help": "Children of each node."})
+    tree_variant: Literal["algorithm1", "abstract", "flow"] = field(
+        default="algorithm1", metadata={"help": "The paper's three readings of the tree (docs/tkd.md)."}
+    )
+    tree_multiplicity: bool = field(default=False, metadata={"help": "Count a token once for each parent."})
+    tree_exclude: list[str] = field(
+        default_factory=list, metadata={"help": "Never choose these: any of self, cls, sep."}
+    )
+    tree_start_epoch: NonNegative = field(
+        default=0.0, metadata={"help": "Before this many epochs only CE, KD and patience count."}
+    )
+    # Teacher and texts
+    teacher_cache: Literal["none", "logits", "cls", "hidden"] = field(
+        default="none", metadata={"help": "What of the teacher is computed once and kept on disk, by row."}
+    )
+    teacher_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where it is kept, for several runs to share; null: inside output_dir."}
+    )
+    max_length: Annotated[int, Ge(3)] = field(
+        default=128, metadata={"help": "Texts are cut to this many tokens, [CLS] and [SEP] included."}
+    )
+    learning_rate: NonNegative = field(default=2e-5, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.preset in PRESETS, "preset", self.preset, f"allowed are {', '.join(PRESETS)}")
+        unknown = set(self.tree_exclude) - {"self", "cls", "sep"}
+        _require(not unknown, "tree_exclude", self.tree_exclude, "allowed are 'self', 'cls', 'sep'")
+        self._check_weights()
+        self._check_cache()
+        if self.max_steps <= 0 and any(name in TREE_TERMS for name in self.weights):
+            _require(
+                self.tree_start_epoch < self.num_train_epochs,
+                "tree_start_epoch",
+                self.tree_start_epoch,
+                f"must be less than num_train_epochs = {self.num_train_epochs:g}, or the tree never starts",
+            )
+
+    def _check_weights(self) -> None:
+        logits = self.weights.keys() & {"ce", "kd"}
+        first = self.weights.keys() - (set(TREE_TERMS) if self.tree_start_epoch > 0 else set())
+        if not first:
+            raise ConfigError(
+                f"preset = {self.preset!r}: no term has a weight above 0 at the start. Raise w_ce, w_kd or beta."
+            )
+        _require(
+            bool(logits) or not self.auto_scale,
+            "auto_scale",
+            True,
+            "scales to CE and KD: w_ce or w_kd must not be 0",
+        )
+
+    def _check_cache(self) -> None:
+        if self.teacher_cache == "none":
+            return
+        if self.teacher_needs == "none":
+            raise ConfigError(
+                f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} asks no teacher. Set it to none."
+            )
+        if "td_teacher" in self.weights:
+            raise ConfigError(
+                f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} grows a tree in the teacher's "
+                "attention, which is not kept. Set it to none, or choose a preset without a teacher tree."
+            )
+        if CACHE_ORDER.index(self.teacher_cache) < CACHE_ORDER.index(self.teacher_needs):
+            raise ConfigError(
+                f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} needs '{self.teacher_needs}'"
+                f"{' or hidden' if self.teacher_needs == 'cls' else ''}, or none"
+            )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each term that is on: those of the preset with a weight above 0."""
+        if self.preset == "ft":
+            return {"ce": 1.0}
+        given = {
+            "ce": self.w_ce,
+            "kd": self.w_kd,
+            "pt": self.beta,
+            "td_student": self.gamma_s,
+            "td_teacher": self.gamma_t,
+            "td_random": self.gamma_r,
+            "all": self.eta,
+        }
+        return {name: given[name] for name in PRESETS[self.preset] if given[name] > 0}
+
+    @property
+    def teacher_needs(self) -> str:
+        """The least that must be known of the teacher: 'none', 'logits', 'cls' or 'hidden'."""
+        if any(name in TREE_TERMS for name in self.weights):
+            return "hidden"
+        return "cls" if "pt" in self.weights else "logits" if "kd" in self.weights else "none"

@@ -1,0 +1,388 @@
+"""Distillation of encoder-only classifiers: fine-tuning, KD, PKD, Tree Knowledge Distillation and its ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import EvalPrediction, TrainerCallback, set_seed
+
+from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
+from ...errors import ConfigError, ModelError
+from ...evaluation.task_metrics import classification_metrics
+from ...models.encoders.attention import prepare_attention
+from ...models.encoders.classifiers import (
+    EncoderOutputs,
+    EncoderStudent,
+    check_head_slices,
+    check_length,
+    matched_layers,
+    run_encoder,
+    width_of,
+)
+from ...models.encoders.teacher_outputs import TeacherOutputs, cache_key, cached_outputs
+from ...models.vocabulary import check_vocabulary_fits
+from ...objectives.attention_tree import AttentionRows, all_tokens, attention_tree, cls_token, random_tokens
+from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance, weighted_terms
+from ...objectives.neighbours import logit_mse, noisy_logits
+from ...runs.files import HELD_OUT, keep_first_and_last
+from ..student_trainer import StudentTrainer
+from .arguments import TKDArguments
+
+STUDENT_TREE = {"td_student", "td_random"}
+SMALLEST_TERM = 1e-4  # auto_scale: a smaller term is not blown up any further
+Model = TypeVar("Model")
+Step = TypeVar("Step")
+
+
+def check_distillation(
+    args: TKDArguments, student_config: Any, teacher_config: Any, tokenizer: Any, teacher_tokenizer: Any = None
+) -> None:
+    """Refuse what cannot work, from configurations and tokenizers alone. Raises ConfigError or ModelError."""
+    if student_config.num_labels != teacher_config.num_labels:
+        raise ModelError(
+            f"the teacher has {teacher_config.num_labels} labels and the student {student_config.num_labels}: "
+            "fine-tune the teacher on this task first"
+        )
+    check_length(args.max_length, student_config, "student")
+    check_length(args.max_length, teacher_config, "teacher")
+    terms = args.weights.keys() - {"ce", "kd"}
+    if not terms:
+        return
+    if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"preset = {args.preset!r}: teacher and student have different tokenizers, so their tokens cannot be "
+            "matched, only their logits. Use preset: kd, or a student with the teacher's tokenizer."
+        )
+    layers = matched_layers(student_config.num_hidden_layers, teacher_config.num_hidden_layers, args.layer_map)
+    if "pt" in terms and len(layers) == 1 and not args.patience_last_layer:
+        raise ConfigError(
+            "patience_last_layer = False: a student of 1 layer has no other. Set it to true, or beta to 0."
+        )
+    for role, config, needing in (
+        ("student", student_config, terms & {*STUDENT_TREE, "all"}),
+        ("teacher", teacher_config, terms & {"td_teacher"}),
+    ):
+        if needing and not getattr(config, "num_attention_heads", None):
+            raise ModelError(
+                f"preset = {args.preset!r}: the {role} is a '{config.model_type}' model without attention heads. "
+                "Use preset: kd or pkd."
+            )
+        if needing:
+            check_head_slices(config.num_attention_heads, width_of(teacher_config), role)
+
+
+def check_labels_and_vocabulary(model: Any, role: str, tokenizer: Any) -> None:
+    """Raises ModelError for a model of one label, which has nothing to tell apart, or ids beyond its embeddings."""
+    if model.config.num_labels < 2:
+        raise ModelError(
+            f"the {role} has {model.config.num_labels} label: a classifier needs at least 2 (no regression)"
+        )
+    name = model.config.name_or_path or model.config.model_type
+    check_vocabulary_fits(model.config, max(tokenizer.get_vocab().values()) + 1, role, name)
+
+
+class TKDTrainer(StudentTrainer):
+    """L = w_ce CE + w_kd KD + beta PT + gamma TD + eta ALL (see `rlkd.objectives.encoder`), on transformers' Trainer.
+
+    Args: student, a sequence classifier (see `build_student`); teacher, a fine-tuned one, None for preset ft;
+    tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}; teacher_tokenizer if it differs;
+    compute_metrics as in Trainer, accuracy by default; settings, for run.json. What is saved is the bare student.
+    Raises ConfigError, ModelError or DataError for what cannot work.
+    """
+
+    args: TKDArguments
+
+    def __init__(
+        self,
+        student: Any,
+        args: TKDArguments,
+        *,
+        teacher: Any = None,
+        tokenizer: Any,
+        train_rows: Sequence[Mapping[str, Any]],
+        eval_rows: Sequence[Mapping[str, Any]] | None = None,
+        teacher_tokenizer: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        settings: Sequence[Any] = (),
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        if teacher is None and args.teacher_needs != "none":
+            raise ConfigError(f"preset = {args.preset!r} compares with a teacher: give one, or preset: ft")
+        check_length(args.max_length, student.config, "student")
+        if teacher is not None:
+            check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
+            teacher.eval().requires_grad_(False).to(args.device)
+        self.teacher, self.tokenizer = teacher, tokenizer
+        set_seed(args.seed)  # projections are drawn before the Trainer does so
+        self.trained = self._wrap(student, args)
+        labels = student.config.num_labels
+        check_labels_and_vocabulary(student, "student", tokenizer)
+        if teacher is not None:
+            check_labels_and_vocabulary(teacher, "teacher", teacher_tokenizer or tokenizer)
+        if args.weights.keys() == {"ce"}:
+            train_rows = labelled_rows(train_rows, "train_rows")
+        eval_rows = None if eval_rows is None else labelled_rows(eval_rows, "eval_rows")
+        train = EncodedTexts(train_rows, tokenizer, args.max_length, labels)
+        self.teacher_tokenizer, self.teacher_texts = tokenizer, train
+        if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+            self.teacher_tokenizer = teacher_tokenizer
+            self.teacher_texts = EncodedTexts(train_rows, teacher_tokenizer, args.max_length, labels)
+        self.teacher_cache: TeacherOutputs | None = None
+        self.scales: dict[str, float] = {}  # of auto_scale, once known
+        super().__init__(
+            args=args,
+            train_dataset=train,
+            eval_dataset=None if eval_rows is None else EncodedTexts(eval_rows, tokenizer, args.max_length, labels),
+            data_collator=train.collate,
+            compute_metrics=compute_metrics or classification_metrics(["accuracy"]),
+            settings=settings,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch: accumulation averages it
+
+    def _wrap(self, student: Any, args: TKDArguments) -> EncoderStudent:
+        terms = args.weights.keys()
+        compared = args.teacher_needs in ("cls", "hidden")
+        if compared or args.teacher_cache in ("cls", "hidden"):
+            self.layers = matched_layers(
+                student.config.num_hidden_layers, self.teacher.config.num_hidden_layers, args.layer_map
+            )
+        self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
+        return EncoderStudent(
+            student,
+            teacher_width=width_of(self.teacher.config) if compared else None,
+            attention=prepare_attention(student, "student") if terms & STUDENT_TREE else None,
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, after the teacher's outputs were computed, where they are to be kept."""
+        with self.writing():
+            self.open_teacher_cache()
+            return super().train(*args, **kwargs)
+
+    def run(self) -> None:
+        """A whole job, as the recipes run it: train (or resume), judge, save the student, say where it is."""
+        with self.writing():
+            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+            metrics = self.evaluate() if self.eval_dataset is not None else {}
+            self.save_model()
+        if self.is_world_process_zero():
+            shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items())
+            what = "model" if self.teacher is None else "student"
+            print(f"held-out: {shown or 'no eval_rows'}\n{what} and metrics.jsonl saved in {self.run_folder}")
+
+    # The loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The weighted sum of the terms that are on at this epoch; each is logged raw, and weighted as `weighted_*`."""
+        weights = self.active_weights()
+        needs_hidden = bool(weights.keys() - {"ce", "kd"})
+        student = model(model_inputs(inputs), hidden=needs_hidden, rows=bool(weights.keys() & STUDENT_TREE))
+        terms = {"ce": cross_entropy(student.logits, inputs["labels"])} if "ce" in weights else {}
+        if weights.keys() - {"ce"}:
+            teacher = self.teacher_outputs(inputs, hidden=needs_hidden, rows="td_teacher" in weights)
+            if "kd" in weights:
+                terms["kd"] = self.logit_term(student.logits, teacher.logits)
+            terms |= self.hidden_terms(weights, student, teacher, inputs["attention_mask"], inputs["input_ids"])
+        weighted = weighted_terms(terms, self.scaled(weights, terms))
+        loss = torch.stack(list(weighted.values())).sum()
+        watched = {"the loss": loss}
+        if weights.keys() - {"ce"}:
+            watched = {"the teacher's logits": teacher.logits, **watched}
+        self.finite.watch(watched, [str(i) for i in inputs["index"].tolist()], inputs)
+        self.record(**terms, **{f"weighted_{name}": value for name, value in weighted.items()})
+        return (loss, {"logits": student.logits}) if return_outputs else loss
+
+    def active_weights(self) -> dict[str, float]:
+        """Weights of the terms that are on now: those of the tree and of all tokens from `tree_start_epoch`."""
+        started = (self.state.epoch or 0.0) >= self.args.tree_start_epoch
+        return {name: weight for name, weight in self.args.weights.items() if started or name not in TREE_TERMS}
+
+    def logit_term(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The KD term of logits [B, C], a scalar."""
+        if self.args.noise_probability:
+            teacher = noisy_logits(teacher, self.args.noise_probability, self.args.noise_deviation)
+        if self.args.logit_loss == "mse":
+            return logit_mse(student, teacher)
+        return soft_cross_entropy(student, teacher, self.args.temperature)
+
+    def hidden_terms(
+        self, names: Iterable[str], student: EncoderOutputs, teacher: EncoderOutputs, mask: Tensor, ids: Tensor
+    ) -> dict[str, Tensor]:
+        """PT, TD and ALL, of those in `names`, from hidden states [B, L, D]; mask and ids [B, L]."""
+        terms: dict[str, Tensor] = {}
+        valid, layers = mask.bool(), len(student.hidden)
+        args = self.args
+
+        def distance(counts: list[Tensor]) -> Tensor:
+            # Counts of [CLS] alone have length 1.
+            own, theirs = (
+                [h[:, : counts[0].shape[-1]].float() for h in hidden[: len(counts)]]
+                for hidden in (student.hidden, teacher.hidden)
+            )
+            return token_distance(own, theirs, counts, normalise=args.normalise, reduction=args.distance_reduction)
+
+        if "pt" in names:
+            terms["pt"] = distance([cls_token(valid[:, :1])] * (layers if args.patience_last_layer else layers - 1))
+        if STUDENT_TREE & set(names):
+            tree = self.tree(student.rows, self.trained.config.num_attention_heads, valid, ids)
+            if "td_student" in names:
+                terms["td_student"] = distance(tree)
+            if "td_random" in names:
+                terms["td_random"] = distance([random_tokens(level, valid) for level in tree])
+        if "td_teacher" in names:
+            terms["td_teacher"] = distance(self.tree(teacher.rows, self.teacher.config.num_attention_heads, valid, ids))
+        if "all" in names:
+            terms["all"] = distance([all_tokens(valid, self.trained.config.num_attention_heads)] * layers)
+        return terms
+
+    def tree(self, rows: list[AttentionRows], heads: int, valid: Tensor, ids: Tensor) -> list[Tensor]:
+        """The tree in these layers' attention, as the settings have it: counts [B, H, L] of each layer."""
+        exclude = {"cls": self.tokenizer.cls_token_id, "sep": self.tokenizer.sep_token_id}
+        choosable = valid
+        for name in set(self.args.tree_exclude) & exclude.keys():
+            choosable = choosable & (ids != exclude[name])
+        return attention_tree(
+            rows,
+            choosable,
+            heads,
+            self.args.tree_m,
+            variant=self.args.tree_variant,
+            with_multiplicity=self.args.tree_multiplicity,
+            exclude_self="self" in self.args.tree_exclude,
+        )
+
+    def scaled(self, weights: dict[str, float], terms: dict[str, Tensor]) -> dict[str, float]:
+        """The weights; under `auto_scale`, of PT, TD and ALL: (w_ce CE + w_kd KD) / term at the term's first step."""
+        if not self.args.auto_scale:
+            return weights
+        new = [name for name in terms if name not in ("ce", "kd") and name not in self.scales]
+        if new:
+            base = torch.stack([weights[name] * terms[name].detach() for name in ("ce", "kd") if name in terms]).sum()
+            first = torch.stack([base, *(terms[name].detach() for name in new)]).float()
+            reference, *values = self.accelerator.reduce(first, reduction="mean").tolist()
+            if reference > 0:  # not in a batch without labels, if CE is alone
+                self.scales |= {name: reference / max(v, SMALLEST_TERM) for name, v in zip(new, values, strict=True)}
+        # 0 until there is something to scale to.
+        return {name: weights[name] if name in ("ce", "kd") else self.scales.get(name, 0.0) for name in terms}
+
+    # The teacher
+
+    def teacher_outputs(self, inputs: dict[str, Any], *, hidden: bool, rows: bool) -> EncoderOutputs:
+        """Logits [B, C], the matched layers' states [B, L, D] (or [B, 1, D]) and rows, kept or computed."""
+        index = inputs["index"].tolist()
+        if self.teacher_cache is not None:
+            kept = self.teacher_cache.batch(index, inputs["input_ids"].shape[1])
+            device = inputs["input_ids"].device
+            return EncoderOutputs(kept.logits.to(device), [h.to(device) for h in kept.hidden], [])
+        same = self.teacher_texts is self.train_dataset
+        return self._ask_teacher(model_inputs(inputs) if same else self._teacher_batch(index), hidden=hidden, rows=rows)
+
+    def _teacher_batch(self, index: list[int]) -> dict[str, Tensor]:
+        batch = model_inputs(self.teacher_texts.collate([self.teacher_texts[i] for i in index]))
+        return {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+
+    @torch.no_grad()
+    def _ask_teacher(self, inputs: dict[str, Tensor], *, hidden: bool, rows: bool = False) -> EncoderOutputs:
+        with self.accelerator.autocast():  # the Trainer sees to the student's forward alone
+            out = run_encoder(self.teacher, inputs, hidden=hidden, attention=self.teacher_attention if rows else None)
+        logits = out.logits.float()  # as they are kept: their softmax is not for bf16
+        if not hidden:
+            return out._replace(logits=logits)
+        return EncoderOutputs(
+            logits, [out.hidden[k - 1] for k in self.layers], [out.rows[k - 1] for k in self.layers] if rows else []
+        )
+
+    def open_teacher_cache(self) -> None:
+        """Open what is kept of the teacher's outputs, computing it first if need be (once for all processes)."""
+        kind = self.args.teacher_cache
+        if kind == "none" or self.teacher_cache is not None:
+            return
+        with_states = kind != "logits"
+
+        def compute(index: list[int]) -> EncoderOutputs:
+            return self._ask_teacher(self._teacher_batch(index), hidden=with_states)
+
+        key = cache_key(
+            self.teacher,
+            self.teacher_tokenizer,
+            self.teacher_texts.digest(),
+            self.args.max_length,
+            layers=self.layers if with_states else [],
+            bf16=self.args.bf16,
+            fp16=self.args.fp16,
+        )
+        root = Path(self.args.teacher_cache_dir or self.run_folder / "teacher_cache")
+        with self.args.main_process_first(desc="teacher outputs"):
+            self.teacher_cache = cached_outputs(
+                root, key, kind, self.teacher_texts.lengths, compute, self.args.per_device_eval_batch_size
+            )
+
+    # Evaluation and saving
+
+    def held_out_names(self) -> list[str] | None:
+        """As in `StudentTrainer`: cross-entropy, and what `compute_metrics` names for two made-up rows."""
+        try:
+            made_up = EvalPrediction(torch.eye(2, self.trained.config.num_labels).numpy(), torch.tensor([0, 1]).numpy())
+            return ["loss", *(self.compute_metrics or classification_metrics([]))(made_up)]
+        except Exception:  # whatever a user's function cannot do with them
+            return None
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Cross-entropy, logits [B, C] and labels [B] of held-out rows; the teacher is not asked."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(model_inputs(inputs)).logits.float()
+            loss = cross_entropy(logits, inputs["labels"])
+        return (loss, None, None) if prediction_loss_only else (loss, logits, inputs["labels"])
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """As in Trainer; whether each labelled row was right goes to held_out.jsonl."""
+        out = super().evaluation_loop(*args, **options)
+        rows: Any = self.eval_dataset
+        logits, labels = cast(Any, out.predictions), cast(Any, out.label_ids)
+        # Rows sorted by length come in another order: then it is not known which is which.
+        known = (
+            options.get("metric_key_prefix", "eval") == "eval" and labels is not None and labels.tolist() == rows.labels
+        )
+        if known and self.is_world_process_zero():
+            predicted = logits.argmax(-1).tolist()
+            judged = [
+                {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
+                for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
+                if label >= 0
+            ]
+            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, judged)
+        return out
+
+    def save_extras(self, folder: Path) -> dict[str, Any]:
+        """As in `StudentTrainer`; the projections go beside the student."""
+        self.trained.save_projections(folder)
+        return {**super().save_extras(folder), "scales": self.scales}
+
+    def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
+        """Restore the scales; the projections were loaded with the student."""
+        super().load_extras(extras, folder)
+        self.scales = extras["scales"]
+
+
+def distil_chain(teacher: Model, steps: Iterable[Step], distil: Callable[[Model, Step], Model]) -> list[Model]:
+    """Teacher assistants (Mirzadeh et al. 2020, arXiv 1902.03393): each student teaches the next, smaller one.
+
+    Args: distil(teacher, step) trains and returns the student of a step, whatever a step is to it (a number of layers).
+    Returns: the students in order, the last of which is wanted. Raises ValueError without steps.
+    """
+    students: list[Model] = []
+    for step in steps:
+        students.append(distil(students[-1] if students else teacher, step))
+    if not students:
+        raise ValueError("a chain of distillations needs at least one step")
+    return students
