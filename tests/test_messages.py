@@ -125,7 +125,7 @@ def test_recording(monkeypatch, tmp_path):
     recorder.save(tmp_path)
     hits = messages.read_hits(tmp_path)
     listed = {m.file: m.test(hits) for m in messages.messages() if m.test(hits)}
-    assert set(listed) == {"settings.py", "objectives/policy.py"}
+    assert set(listed) == {"settings/ranges.py", "objectives/policy.py"}
     assert set(listed.values()) == {"tests/test_messages.py::test_recording"}
 
 

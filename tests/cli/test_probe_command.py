@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from rlkd.cli.main import app
 from rlkd.errors import ConfigError, DataError, ModelError
-from rlkd.models.encoders.classifiers import representations
+from rlkd.models.encoders import representations
 from tiny import CLASSIFIER_WORDS, classifier_tokenizer, save_pretrained, tiny_classifier, tiny_t5, tiny_tokenizer
 
 LETTERS = CLASSIFIER_WORDS[4:]

@@ -15,6 +15,8 @@ from transformers import (
 )
 
 from rlkd.errors import ConfigError, ModelError
+from rlkd.models.encoders.attention import RECORDED_SDPA, prepare_attention
+from rlkd.models.encoders.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.models.encoders.classifiers import (
     EncoderStudent,
     build_student,
@@ -25,8 +27,6 @@ from rlkd.models.encoders.classifiers import (
     run_encoder,
     width_of,
 )
-from rlkd.models.encoders.classifiers.attention import RECORDED_SDPA, prepare_attention
-from rlkd.models.encoders.classifiers.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.objectives.attention_tree import attention_tree, rows_of_map
 from tiny import CLASSIFIER_WORDS, tiny_classifier
 

@@ -6,9 +6,9 @@ from typer.testing import CliRunner
 
 from rlkd.cli.main import app
 from rlkd.errors import ConfigError, ModelError
-from rlkd.models.encoders.classifiers import onnx_export
-from rlkd.models.encoders.classifiers.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
-from rlkd.models.encoders.classifiers.onnx_export import Agreement, export_onnx
+from rlkd.models.encoders import onnx_export
+from rlkd.models.encoders.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
+from rlkd.models.encoders.onnx_export import Agreement, export_onnx
 from tiny import classifier_tokenizer, save_pretrained, tiny_classifier
 
 

@@ -10,9 +10,9 @@ from transformers import AutoModel
 from rlkd.data.labelled import EncodedTexts
 from rlkd.errors import ConfigError, ModelError
 from rlkd.evaluation.probing import Split, linear_probe, majority_baseline
+from rlkd.models.encoders.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.models.encoders.classifiers import check_length
-from rlkd.models.encoders.classifiers.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
-from rlkd.models.encoders.classifiers.representations import load_encoder, load_encoder_config, pooled_layers
+from rlkd.models.encoders.representations import load_encoder, load_encoder_config, pooled_layers
 from tiny import CLASSIFIER_WORDS, classifier_tokenizer, save_pretrained, tiny_classifier, tiny_t5
 
 LETTERS = CLASSIFIER_WORDS[4:]

@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from rlkd.settings.ranges import trl_compat
+from rlkd.settings import trl_compat
 from rlkd.settings.trl_compat import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 

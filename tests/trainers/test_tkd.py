@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rlkd.data.labelled import model_inputs
 from rlkd.errors import ConfigError, DataError, ModelError
+from rlkd.models.encoders.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.models.encoders.classifiers import build_student
-from rlkd.models.encoders.classifiers.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.objectives.attention_tree import all_tokens, cls_token, rows_of_map
 from rlkd.objectives.encoder import PRESETS, TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance
 from rlkd.trainers.encoders.arguments import TKDArguments
