@@ -113,8 +113,8 @@ def test_logged_loss_is_the_mean_over_the_tokens_of_the_update(tmp_path):
 
 def test_eight_pairs_are_learnt_by_heart(tmp_path):
     trainer = make(
-        "supervised", tmp_path, max_steps=150, learning_rate=1e-2, eval_examples=examples(), task_metric=exact_match,
-        logging_steps=150,
+        "supervised", tmp_path, max_steps=300, learning_rate=1e-2, eval_examples=examples(), task_metric=exact_match,
+        logging_steps=300,
     )  # fmt: skip
     trainer.train()
     assert trainer.evaluate()["eval_exact_match"] == 1.0
