@@ -122,14 +122,14 @@ def source_of(request: dict[str, Any], earlier: dict[str, Any] | None) -> Prompt
 def check_teacher(name: str, dtype: str) -> tuple[Any, int]:
     """The tokenizer and the number of its ids, if the configuration can be a teacher's; no weights load."""
     from ..models.loading import check_config, load_config, resolve_dtype
-    from ..models.vocabulary import check_vocabulary_fits, load_tokenizer
+    from ..models.vocabulary import check_vocabulary_fits, load_tokenizer, valid_vocab
 
     config = load_config(name, "teacher")
     check_config(config, "teacher", name, resolve_dtype(dtype, "teacher_dtype"))
     tokenizer = load_tokenizer(name, "teacher")
-    valid_vocab = max(tokenizer.get_vocab().values()) + 1
-    check_vocabulary_fits(config, valid_vocab, "teacher", name)
-    return tokenizer, valid_vocab
+    size = valid_vocab(tokenizer)
+    check_vocabulary_fits(config, size, "teacher", name)
+    return tokenizer, size
 
 
 def load_teacher(request: dict[str, Any], tokenizer: Any, valid_vocab: int, quantization: str) -> Teacher:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..models.policy import Policy
 from ..models.teacher import Teacher
-from ..models.vocabulary import decode_texts, encode_texts, token_pieces
+from ..models.vocabulary import decode_texts, encode_texts, token_pieces, valid_vocab
 from ..objectives.rewards import Value, induced_advantage
 from ..records import Example, Rollouts, TeacherScores
 from ..sampling.decode import decode, greedy
@@ -173,7 +173,7 @@ def _check(examples: list[Example], answers: Any, template_names: Sequence[str] 
 
 
 def _policy(student: Any, tokenizer: Any) -> Policy:
-    return student if isinstance(student, Policy) else Policy(student, len(tokenizer)).eval()
+    return student if isinstance(student, Policy) else Policy(student, valid_vocab(tokenizer)).eval()
 
 
 def _teacher_answers(teacher: Teacher, examples: list[Example], max_new_tokens: int) -> Rollouts:

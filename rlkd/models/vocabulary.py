@@ -7,6 +7,14 @@ from typing import Any
 from ..errors import ModelError
 
 
+def valid_vocab(tokenizer: Any) -> int:
+    """V, the number of ids that are tokens: one more than the largest, holes included, added tokens too.
+
+    `len(tokenizer)` counts tokens instead, and is too small where ids have holes.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher: str, student: str) -> int:
     """Number of valid ids shared by both tokenizers. Raises ModelError with both sizes and the first differing token.
 
@@ -16,7 +24,7 @@ def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teache
     ours = {i: t for t, i in teacher_tokenizer.get_vocab().items()}
     theirs = {i: t for t, i in student_tokenizer.get_vocab().items()}
     if ours == theirs:
-        return max(ours) + 1
+        return valid_vocab(student_tokenizer)
     first = next(i for i in range(max(*ours, *theirs) + 1) if ours.get(i) != theirs.get(i))
     raise ModelError(
         f"teacher '{teacher}' and student '{student}' have different vocabularies: {len(ours):,} and "
