@@ -13,7 +13,7 @@ def main() -> None:
     data, teacher, student, training = parse_config(SETTINGS)
     setup = prepare(data, teacher, student, training)
     trainer = ReinforceTrainer(setup.student, training, train_examples=setup.train_examples, **setup.trainer_inputs())
-    trainer.run()
+    trainer.run(setup.settings)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main() -> None:
         )
     setup = prepare(data, teacher, student, training)
     trainer = SupervisedTrainer(setup.student, training, train_dataset=setup.pseudo_labels, **setup.trainer_inputs())
-    trainer.run()
+    trainer.run(setup.settings)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main() -> None:
     setup = prepare_encoders(data, teacher, student, training)
     judge = fine_tuned_teacher(setup)
     trainer = TKDTrainer(setup.new_student(judge), training, teacher=judge, **setup.trainer_inputs())
-    trainer.run()
+    trainer.run(setup.settings)
     if trainer.is_world_process_zero():
         compare_with_teacher(setup)
 

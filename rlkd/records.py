@@ -1,16 +1,22 @@
-"""The records that travel between rooms, one per arrow of the data flow. Shape legend: `rlkd.tensors`.
+"""The records that travel between packages, one per arrow of the data flow. Shape legend: `rlkd.tensors`.
 
-rows -> PromptedRow -> PseudoLabel (to disk) -> supervised warm-up
-     -> Example -> Rollouts -> TeacherScores -> advantages -> policy loss
+rows -> PromptedRow -> PseudoLabel (to disk) -> answers -> loss
+     -> Example -> Rollouts -> TeacherSignal -> annotations (credit) -> loss
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Batched:
+    """A record whose tensors and lists have one entry per row, in the first dimension; see `select_rows`."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +108,14 @@ class PseudoLabel:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollouts:
-    """Answers sampled from the behaviour policy; rows of one prompt are adjacent.
+class Rollouts(Batched):
+    """Answers to learn from, sampled from the behaviour policy or read from labels; rows of one prompt are adjacent.
 
     examples         the B inputs, one per row (repeated for several rollouts of a prompt)
     input_ids        [B, P] student prompt, right-padded;  input_mask [B, P] bool
-    answer_ids       [B, R] sampled tokens, end-of-sequence included;  answer_mask [B, R] bool
-    behaviour_logps  [B, R] natural log-probability of each sampled token when it was sampled
-    finished         [B] bool, False where max_new_tokens cut the answer (not a terminal state)
+    answer_ids       [B, R] tokens, end-of-sequence included;  answer_mask [B, R] bool
+    behaviour_logps  [B, R] natural log-probability of each sampled token when it was sampled; None for labels
+    finished         [B] bool, False where max_new_tokens cut the answer (not a terminal state); None for labels
     """
 
     examples: list[Example]
@@ -117,63 +123,80 @@ class Rollouts:
     input_mask: Tensor
     answer_ids: Tensor
     answer_mask: Tensor
-    behaviour_logps: Tensor
-    finished: Tensor
+    behaviour_logps: Tensor | None = None
+    finished: Tensor | None = None
+
+    @property
+    def ids(self) -> list[str]:
+        """Name of each row."""
+        return [example.id for example in self.examples]
+
+    @property
+    def policy_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a policy's forward reads: input_ids, input_mask, answer_ids, answer_mask."""
+        return self.input_ids, self.input_mask, self.answer_ids, self.answer_mask
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherScores:
-    """What one forward of the frozen teacher says of given answers, in the raw-logit gauge, float32.
+class Distribution(Protocol):
+    """How to get at a teacher's next-token distributions without holding them: logits are made chunk by chunk.
+
+    token_args  tensors [B, R, ...], one entry per answer token
+    logits      the logits [n, V] of n tokens, from their slices [n, ...] of `token_args`
+    """
+
+    @property
+    def token_args(self) -> tuple[Tensor, ...]: ...
+
+    def logits(self, *token_args: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSignal(Batched):
+    """What a teacher says of given answers, in the raw-logit gauge, float32; None where the teacher cannot say it.
 
     With several templates every field is the mean over templates (`average`) or comes from the
     renormalised mean log-probability (`pool`); see `rlkd.objectives.rewards`.
 
-    chosen      [B, R] logit of the given token
-    max         [B, R] largest logit
-    logsumexp   [B, R] log-normaliser
-    mean        [B, R] mean logit over the valid vocabulary
-    entropy     [B, R] entropy of the next-token distribution, nats
-    hidden      [B, R, D] head input whose projection is the (mean) logits; None unless asked for
+    chosen        [B, R] logit of the given token
+    max           [B, R] largest logit
+    logsumexp     [B, R] log-normaliser
+    mean          [B, R] mean logit over the valid vocabulary
+    entropy       [B, R] entropy of the next-token distribution, nats
+    distribution  the next-token distributions themselves, if asked for
     """
 
     chosen: Tensor
-    max: Tensor
-    logsumexp: Tensor
-    mean: Tensor
-    entropy: Tensor
-    hidden: Tensor | None = None
+    max: Tensor | None = None
+    logsumexp: Tensor | None = None
+    mean: Tensor | None = None
+    entropy: Tensor | None = None
+    distribution: Distribution | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Minibatch:
-    """Rows of one loss evaluation.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minibatch(Batched):
+    """Rows of one evaluation of the loss.
 
-    rollouts, scores  as above
-    advantages        [B, R] credit of each sampled token after its baseline
-    rewards           [B, R] the terms whose discounted sum is the credit before its baseline
-    old_values        [B, R] critic values at rollout time (zeros without a critic); returns [B, R] their targets
-    reference_logps   [B, R] log-probabilities under the initial student (zeros if no leash)
-    reward_offset     [B, R] V(s_t) of the teacher in the raw-logit gauge, so that E_pi[A_V] = E_pi[q] - V
-    reward_scale      1 / (standard deviation the advantages were whitened with), else 1
-    kl_coef           current weight of the leash
-    denominator       what the summed loss is divided by, over all processes and accumulation steps
+    answers      the answers learned from
+    signal       what the teacher says of them; None if the objective uses no teacher
+    annotations  what the objective derived from them before the first update, a `Batched` record or None
+    denominator  what the summed loss is divided by, over all processes and accumulation steps; None: this batch's own
     """
 
-    rollouts: Rollouts
-    scores: TeacherScores
-    advantages: Tensor
-    rewards: Tensor
-    old_values: Tensor
-    returns: Tensor
-    reference_logps: Tensor
-    reward_offset: Tensor
-    reward_scale: float = 1.0
-    kl_coef: float = 0.0
-    denominator: float = 1.0
+    answers: Rollouts
+    signal: TeacherSignal | None = None
+    annotations: Any = None
+    denominator: float | None = None
+
+
+def given(value: Tensor | None) -> Tensor:
+    """A field of a record that the caller knows to be there."""
+    assert value is not None
+    return value
 
 
 def select_rows(record: Any, index: Tensor) -> Any:
-    """The rows `index` [n] (int64) of a record of batched tensors and lists, nested records included."""
+    """The rows `index` [n] (int64) of a `Batched` record, nested records included; what has no rows is kept."""
     import torch
 
     def pick(value: Any) -> Any:
@@ -181,8 +204,6 @@ def select_rows(record: Any, index: Tensor) -> Any:
             return value[index.to(value.device)]
         if isinstance(value, list):
             return [value[i] for i in index.tolist()]
-        if isinstance(value, (Rollouts, TeacherScores)):
-            return select_rows(value, index)
-        return value
+        return select_rows(value, index) if isinstance(value, Batched) else value
 
     return replace(record, **{f.name: pick(getattr(record, f.name)) for f in fields(record)})

@@ -25,7 +25,7 @@ PROGRAMMING = {
     "templates/meter.py": {"ValueError"},
     "templates/parsing.py": {"ConstructorError"},
     "labels/labelling.py": {"StoppedError"},  # caught where shards are written
-    "trainers/base.py": {"ValueError"},
+    "trainers/distillation.py": {"ValueError"},
     "trainers/encoders/tkd.py": {"ValueError"},
 }
 ENDS = {"SystemExit", "Exit"}

@@ -3,37 +3,38 @@ import dataclasses
 import pytest
 import torch
 
-from rlkd.records import Example, Minibatch, Rollouts, TeacherScores, select_rows
+from rlkd.models.heads import Head, HeadOverStates
+from rlkd.records import Batched, Example, Minibatch, Rollouts, TeacherSignal, select_rows
+from rlkd.trainers.policy_gradient import Credit
 
-B, R = 4, 3
+B, R, V = 4, 3, 5
 
 
 def grid(offset=0.0):
     return torch.arange(B * R, dtype=torch.float32).view(B, R) + offset
 
 
-def minibatch(hidden=None):
+def minibatch(states=None):
     examples = [Example(f"row {i}", f"s{i}", (f"t{i}",)) for i in range(B)]
     ids, mask = grid().long(), torch.ones(B, R).bool()
     rollouts = Rollouts(examples, ids, mask, ids + 1, mask, grid(0.5), torch.arange(B) % 2 == 0)
-    scores = TeacherScores(*(grid(i) for i in range(5)), hidden=hidden)
-    grids = {
-        f.name: grid(10 + i)
-        for i, f in enumerate(dataclasses.fields(Minibatch))
-        if f.default is dataclasses.MISSING and f.name not in ("rollouts", "scores")
-    }
-    return Minibatch(rollouts, scores, **grids, reward_scale=0.5, kl_coef=0.1, denominator=7.0)
+    distribution = None if states is None else HeadOverStates(states, Head(torch.randn(V, 2), None, 1.0, V))
+    names = ("chosen", "max", "logsumexp", "mean", "entropy")
+    signal = TeacherSignal(**{name: grid(i) for i, name in enumerate(names)}, distribution=distribution)
+    grids = {f.name: grid(10 + i) for i, f in enumerate(dataclasses.fields(Credit)) if "Tensor" in str(f.type)}
+    credit = Credit(**grids, scale=0.5, kl_coef=0.1)
+    return Minibatch(answers=rollouts, signal=signal, annotations=credit, denominator=7.0)
 
 
 def test_select_rows_takes_the_same_rows_of_everything_nested_or_not():
-    batch = minibatch(hidden=torch.randn(B, R, 2))
+    batch = minibatch(states=torch.randn(B, R, 2))
     picked = select_rows(batch, torch.tensor([2, 0]))
-    assert [e.id for e in picked.rollouts.examples] == ["row 2", "row 0"]
+    assert picked.answers.ids == ["row 2", "row 0"]
 
     def pairs(before, after):
         for f in dataclasses.fields(before):
             one, other = getattr(before, f.name), getattr(after, f.name)
-            if dataclasses.is_dataclass(one):
+            if isinstance(one, Batched):
                 yield from pairs(one, other)
             elif isinstance(one, torch.Tensor):
                 yield one, other
@@ -42,15 +43,24 @@ def test_select_rows_takes_the_same_rows_of_everything_nested_or_not():
     assert len(tensors) == 6 + 6 + 6
     for before, after in tensors:
         assert torch.equal(after, torch.stack([before[2], before[0]]))
-    assert (picked.reward_scale, picked.kl_coef, picked.denominator) == (0.5, 0.1, 7.0)
-    assert len(batch.rollouts.examples) == B
+    credit = picked.annotations
+    assert (credit.scale, credit.kl_coef, picked.denominator) == (0.5, 0.1, 7.0)
+    assert len(batch.answers.examples) == B
+
+
+def test_select_rows_leaves_the_head_of_a_distribution_whole():
+    batch = minibatch(states=torch.randn(B, R, 2))
+    picked = select_rows(batch, torch.tensor([3]))
+    assert picked.signal.distribution.head is batch.signal.distribution.head
+    logits = batch.signal.distribution.logits(batch.signal.distribution.states)
+    torch.testing.assert_close(picked.signal.distribution.logits(*picked.signal.distribution.token_args), logits[[3]])
 
 
 def test_select_rows_keeps_absent_tensors_absent_and_allows_no_rows():
-    assert select_rows(minibatch(), torch.tensor([1])).scores.hidden is None
+    assert select_rows(minibatch(), torch.tensor([1])).signal.distribution is None
     none = select_rows(minibatch(), torch.tensor([], dtype=torch.long))
-    assert none.rollouts.examples == []
-    assert none.advantages.shape == (0, R)
+    assert none.answers.examples == []
+    assert none.annotations.advantages.shape == (0, R)
 
 
 def test_records_are_frozen():

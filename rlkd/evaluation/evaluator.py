@@ -15,7 +15,7 @@ from ..models.vocabulary import token_pieces
 from ..objectives.advantages import regret_per_sequence
 from ..objectives.policy import kl_k3
 from ..objectives.rewards import induced_advantage
-from ..records import Example, Rollouts
+from ..records import Example, Rollouts, given
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers, sample_rollouts
 from .task_metrics import RowMean
@@ -82,12 +82,11 @@ class Evaluator:
         inputs = [example.teacher_inputs for example in answers.examples]
         scores = self.teacher.score(inputs, answers.answer_ids, mask, ids=[e.id for e in answers.examples])
         regret = induced_advantage(scores, "max")
-        given = (answers.input_ids, answers.input_mask, answers.answer_ids, mask)
         with torch.no_grad():
-            (logps, entropy), _ = policy(*given)
+            (logps, entropy), _ = policy(*answers.policy_inputs)
             kl = torch.zeros_like(logps)
             if reference is not None:
-                (reference_logps, _), _ = reference(*given)
+                (reference_logps, _), _ = reference(*answers.policy_inputs)
                 kl = kl_k3(logps, reference_logps)
         return {
             "student": self.texts(answers.answer_ids, mask),
@@ -96,9 +95,9 @@ class Evaluator:
                 token_pieces(self.tokenizer, ids[m].tolist()) for ids, m in zip(answers.answer_ids, mask, strict=True)
             ],
             "regret": regret_per_sequence(regret, mask).tolist(),
-            "logprob": ((scores.chosen - scores.logsumexp) * mask).sum(1).tolist(),
+            "logprob": ((scores.chosen - given(scores.logsumexp)) * mask).sum(1).tolist(),
             "length": mask.sum(1).tolist(),
-            "finish_rate": answers.finished.float().tolist(),
+            "finish_rate": given(answers.finished).float().tolist(),
             "entropy": _row_means(entropy, mask),
             "kl": _row_means(kl, mask),
             "rewards": [r[m].tolist() for r, m in zip(regret, mask, strict=True)],

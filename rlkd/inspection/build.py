@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..models.heads import HeadOverStates
 from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, encode_texts, token_pieces, valid_vocab
-from ..objectives.rewards import Value, induced_advantage
-from ..records import Example, Rollouts, TeacherScores
+from ..objectives.rewards import induced_advantage
+from ..records import Example, Rollouts, TeacherSignal, given
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers
 from ..tensors import length_mask, pad_stack
@@ -32,7 +33,7 @@ def reward_view(
     student: Any = None,
     student_before: Any = None,
     answers: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
-    value: Value = "max",
+    value: str = "max",
     template_names: Sequence[str] | None = None,
     per_template: bool = False,
     max_new_tokens: int = 64,
@@ -86,7 +87,7 @@ def score_rollouts(
     rollouts: Rollouts,
     *,
     source: str,
-    value: Value = "max",
+    value: str = "max",
     policy: Policy | None = None,
     template_names: Sequence[str] | None = None,
     top_k: int = TOP_K,
@@ -96,12 +97,12 @@ def score_rollouts(
     names = template_names or [f"template {k + 1}" for k in range(len(inputs[0]))]
     mask = rollouts.answer_mask
     ids = [example.id for example in rollouts.examples]
-    scores = teacher.score(inputs, rollouts.answer_ids, mask, with_hidden=top_k > 0, ids=ids)
+    scores = teacher.score(inputs, rollouts.answer_ids, mask, distribution=top_k > 0, ids=ids)
     columns: dict[str, Any] = teacher_columns(scores, mask) | {
         "rewards": rows_of(induced_advantage(scores, value), mask)
     }
-    if scores.hidden is not None:
-        columns["top"] = top_tokens(teacher, tokenizer, scores.hidden, mask, top_k)
+    if isinstance(scores.distribution, HeadOverStates):
+        columns["top"] = top_tokens(teacher, tokenizer, scores.distribution, mask, top_k)
     if policy is not None:
         with torch.no_grad():
             (logps, _), values = policy(rollouts.input_ids, rollouts.input_mask, rollouts.answer_ids, mask)
@@ -122,25 +123,31 @@ def score_rollouts(
             **{name: column[i] for name, column in columns.items()},
         )
         for i, (example, text, answer, finished) in enumerate(
-            zip(rollouts.examples, decode_texts(tokenizer, answers), answers, rollouts.finished.tolist(), strict=True)
+            zip(
+                rollouts.examples,
+                decode_texts(tokenizer, answers),
+                answers,
+                given(rollouts.finished).tolist(),
+                strict=True,
+            )
         )
     ]
 
 
-def teacher_columns(scores: TeacherScores, mask: Tensor) -> dict[str, list[Any]]:
+def teacher_columns(scores: TeacherSignal, mask: Tensor) -> dict[str, list[Any]]:
     """Log-probability of each token of `mask` [B, R], the largest there, and the entropy, as lists of rows."""
     return {
-        "logprobs": rows_of(scores.chosen - scores.logsumexp, mask),
-        "max_logprobs": rows_of(scores.max - scores.logsumexp, mask),
-        "entropies": rows_of(scores.entropy, mask),
+        "logprobs": rows_of(scores.chosen - given(scores.logsumexp), mask),
+        "max_logprobs": rows_of(given(scores.max) - given(scores.logsumexp), mask),
+        "entropies": rows_of(given(scores.entropy), mask),
     }
 
 
 def top_tokens(
-    teacher: Teacher, tokenizer: Any, hidden: Tensor, mask: Tensor, k: int
+    teacher: Teacher, tokenizer: Any, distribution: HeadOverStates, mask: Tensor, k: int
 ) -> list[list[list[tuple[str, float]]]]:
     """[text, log-probability] of the teacher's k most probable tokens at each token of `mask` [B, R]."""
-    ids, logps = teacher.alternatives(hidden, mask, k)
+    ids, logps = teacher.alternatives(distribution, mask, k)
     texts = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
     return [
         [[(texts[i], p) for i, p in zip(*pair, strict=True)] for pair in zip(row_ids, row_logps, strict=True)]

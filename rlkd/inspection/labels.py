@@ -10,7 +10,6 @@ from ..errors import DataError
 from ..labels.store import load_pseudolabels
 from ..models.teacher import Teacher
 from ..models.vocabulary import token_pieces
-from ..objectives.rewards import Value
 from ..records import Example
 from .build import BATCH_ROWS, TOP_K, answers_as_rollouts, score_rollouts
 from .reward_view import RewardView, Sample
@@ -21,7 +20,7 @@ def from_labels(
     tokenizer: Any,
     *,
     teacher: Teacher | None = None,
-    value: Value = "max",
+    value: str = "max",
     limit: int | None = None,
     top_k: int = TOP_K,
 ) -> RewardView:
@@ -48,7 +47,7 @@ def from_labels(
     return RewardView([*samples, *references.values()], value, f"Pseudo-labels of {folder.name}")
 
 
-def _scored(teacher: Teacher, tokenizer: Any, labels: list[dict[str, Any]], value: Value, top_k: int) -> list[Sample]:
+def _scored(teacher: Teacher, tokenizer: Any, labels: list[dict[str, Any]], value: str, top_k: int) -> list[Sample]:
     samples: list[Sample] = []
     for start in range(0, len(labels), BATCH_ROWS):
         batch = labels[start : start + BATCH_ROWS]
@@ -62,7 +61,7 @@ def _scored(teacher: Teacher, tokenizer: Any, labels: list[dict[str, Any]], valu
     return samples
 
 
-def _recorded(row: dict[str, Any], tokenizer: Any, value: Value) -> Sample:
+def _recorded(row: dict[str, Any], tokenizer: Any, value: str) -> Sample:
     """From the recorded best tokens: V = max is their first; the entropy, and so V = softmax, is not known."""
     ids = row["token_ids"]
     columns: dict[str, Any] = {}

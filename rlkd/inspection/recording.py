@@ -9,8 +9,7 @@ from typing import Any
 
 from ..models.policy import Policy
 from ..models.teacher import Teacher
-from ..objectives.rewards import Value
-from ..records import Example, Minibatch
+from ..records import Example, Minibatch, given
 from ..runs.files import TOKEN_REWARDS, append_lines
 from .build import answers_as_rollouts, rows_of, score_rollouts
 from .reward_view import COLUMNS, Sample
@@ -20,7 +19,7 @@ EVALUATED = {"ids": "student", "sample_ids": "student sampled", "teacher_ids": "
 
 
 def evaluated_samples(
-    teacher: Teacher, tokenizer: Any, policy: Policy, examples: list[Example], rows: list[dict[str, Any]], value: Value
+    teacher: Teacher, tokenizer: Any, policy: Policy, examples: list[Example], rows: list[dict[str, Any]], value: str
 ) -> list[Sample]:
     """The answers in rows of `Evaluator.rows`, one example each, token by token."""
     samples = []
@@ -30,19 +29,20 @@ def evaluated_samples(
     return samples
 
 
-def rollout_samples(teacher: Teacher, tokenizer: Any, batch: Minibatch, value: Value, *, critic: bool) -> list[Sample]:
+def rollout_samples(teacher: Teacher, tokenizer: Any, batch: Minibatch, value: str) -> list[Sample]:
     """Answers of a rollout batch with the rewards, advantages and, of a critic, values that training uses; whitening
     is undone in the rewards.
     """
-    mask = batch.rollouts.answer_mask
+    answers, credit = batch.answers, batch.annotations
+    mask = answers.answer_mask
     used = {
-        "rewards": rows_of(batch.rewards / batch.reward_scale, mask),
-        "advantages": rows_of(batch.advantages, mask),
-        "student_logprobs": rows_of(batch.rollouts.behaviour_logps, mask),
+        "rewards": rows_of(credit.rewards / credit.scale, mask),
+        "advantages": rows_of(credit.advantages, mask),
+        "student_logprobs": rows_of(given(answers.behaviour_logps), mask),
     }
-    if critic:
-        used["values"] = rows_of(batch.old_values, mask)
-    samples = score_rollouts(teacher, tokenizer, batch.rollouts, source="rollout", value=value)
+    if credit.values is not None:
+        used["values"] = rows_of(credit.values, mask)
+    samples = score_rollouts(teacher, tokenizer, answers, source="rollout", value=value)
     return [replace(sample, **{name: column[i] for name, column in used.items()}) for i, sample in enumerate(samples)]
 
 

@@ -129,7 +129,6 @@ class EncoderSetup:
             "train_rows": self.data.train,
             "eval_rows": self.data.first_dev,
             "compute_metrics": self.data.compute_metrics(),
-            "settings": self.settings,
         }
 
 
@@ -228,7 +227,7 @@ def _fine_tune(setup: EncoderSetup) -> None:
     if trainer.is_world_process_zero():
         print(f"fine-tuning the teacher in {folder}")
         _write(path, record)
-    trainer.run()
+    trainer.run(setup.settings)
     if trainer.is_world_process_zero():
         _write(path, {**record, "finished": True})
     trainer.accelerator.wait_for_everyone()

@@ -130,7 +130,6 @@ class Setup:
             "tokenizer": self.tokenizer,
             "eval_examples": self.eval_examples,
             "task_metric": self.task_metric,
-            "settings": self.settings,
         }
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..records import Batched
+
 # One chunk of logits, at least: 32 MiB in float32, or 262 tokens at V = 32,100. From that size on glibc maps every
 # buffer by itself and gives it back when freed; smaller ones share a heap that fragments to many times their size.
 CHUNK_ELEMENTS = 2**23
@@ -53,6 +55,22 @@ class Head:
         chunk = chunk_tokens or max(16, math.ceil(CHUNK_ELEMENTS / self.valid_vocab))
         outputs = _ChunkedHead.apply(self, function, chunk, hidden, self.weight, self.bias, *token_args)
         return outputs
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOverStates(Batched):
+    """The distributions of a local model: its head applied to the head inputs `states` [B, R, D]."""
+
+    states: Tensor
+    head: Head
+
+    @property
+    def token_args(self) -> tuple[Tensor, ...]:
+        return (self.states,)
+
+    def logits(self, *token_args: Tensor) -> Tensor:
+        """[n, V] from states [n, D]."""
+        return self.head.logits(*token_args)
 
 
 class _ChunkedHead(torch.autograd.Function):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import DivergenceError, ModelError
-from ..objectives.rewards import pool_templates, token_scores
-from ..records import TeacherScores
+from ..objectives.rewards import average_templates, token_scores
+from ..records import TeacherSignal, given
 from ..tensors import unpack
 from .encoder_decoder import EncoderDecoder
+from .heads import HeadOverStates
+from .signals import SIGNAL
 from .vocabulary import encode_texts
 
 TemplateCombination = Literal["average", "pool"]
@@ -68,6 +70,8 @@ class Teacher:
     cache_bytes       room for encoder states of prompts seen before
     """
 
+    gives: ClassVar[frozenset[str]] = SIGNAL
+
     lm: EncoderDecoder
     tokenizer: Any
     max_input_tokens: int = 512
@@ -102,14 +106,14 @@ class Teacher:
         answer_ids: Tensor,
         answer_mask: Tensor,
         *,
-        with_hidden: bool = False,
+        distribution: bool = False,
         ids: list[str] | None = None,
-    ) -> TeacherScores:
+    ) -> TeacherSignal:
         """Score each answer under each of its templates.
 
-        Args: teacher_inputs, B tuples of the same number K of texts; answer_ids, answer_mask [B, R]; with_hidden keeps
-        the head input for exact expectations; ids name the rows in errors.
-        Returns: TeacherScores, zeros at padding. Raises DivergenceError if a teacher logit is not finite, ModelError
+        Args: teacher_inputs, B tuples of the same number K of texts; answer_ids, answer_mask [B, R]; distribution,
+        whether to give access to the next-token distributions; ids name the rows in errors.
+        Returns: the signal, zeros at padding. Raises DivergenceError if a teacher logit is not finite, ModelError
         if not even one row at a time fits in memory.
         """
         lengths = answer_mask.sum(1).tolist()
@@ -119,16 +123,20 @@ class Teacher:
             per_template.append(self._answer_hidden(states, answer_ids, lengths))
         if self.combination == "pool":
             per_template = [torch.stack(per_template).mean(0)]
-        scores = [self._scores(hidden, answer_ids, answer_mask, with_hidden) for hidden in per_template]
-        combined = pool_templates(scores) if len(scores) > 1 else scores[0]
+        signals = [self._signal(hidden, answer_ids, answer_mask) for hidden in per_template]
+        combined = average_templates(signals) if len(signals) > 1 else signals[0]
         self._check_finite(combined, ids)
-        return combined
+        if not distribution:
+            return combined
+        # The head is linear: the mean of its inputs gives the mean of the logits.
+        mixed: Any = sum(per_template) / len(per_template) if len(per_template) > 1 else per_template[0]
+        return replace(combined, distribution=HeadOverStates(mixed, self.lm.head()))
 
     @torch.no_grad()
-    def alternatives(self, hidden: Tensor, answer_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def alternatives(self, distribution: HeadOverStates, answer_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k most probable next tokens at each position, best first, and their log-probabilities, both [B, R, k].
 
-        Args: hidden [B, R, D] from `score(with_hidden=True)`; with several templates they are of the renormalised mean
+        Args: distribution, from `score(distribution=True)`; with several templates it is the renormalised mean
         log-probability.
         """
 
@@ -136,7 +144,8 @@ class Teacher:
             values, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
             return (*ids.unbind(-1), *values.unbind(-1))
 
-        columns = [unpack(column, answer_mask) for column in self.lm.head().map(best, hidden[answer_mask])]
+        outputs = distribution.head.map(best, distribution.states[answer_mask])
+        columns = [unpack(column, answer_mask) for column in outputs]
         half = len(columns) // 2
         return torch.stack(columns[:half], -1), torch.stack(columns[half:], -1)
 
@@ -168,13 +177,14 @@ class Teacher:
                 "max_new_tokens, load it in bfloat16 (teacher_dtype), or use a smaller teacher"
             ) from error
 
-    def _scores(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor, with_hidden: bool) -> TeacherScores:
+    def _signal(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor) -> TeacherSignal:
         values = self.lm.head().map(token_scores, hidden[mask], answer_ids[mask])
         chosen, largest, logsumexp, mean, entropy = (unpack(value, mask) for value in values)
-        return TeacherScores(chosen, largest, logsumexp, mean, entropy, hidden if with_hidden else None)
+        return TeacherSignal(chosen=chosen, max=largest, logsumexp=logsumexp, mean=mean, entropy=entropy)
 
-    def _check_finite(self, scores: TeacherScores, ids: list[str] | None) -> None:
-        good = torch.isfinite(scores.chosen) & torch.isfinite(scores.logsumexp) & torch.isfinite(scores.entropy)
+    def _check_finite(self, signal: TeacherSignal, ids: list[str] | None) -> None:
+        numbers = (signal.chosen, given(signal.logsumexp), given(signal.entropy))
+        good = torch.stack([torch.isfinite(x) for x in numbers]).all(0)
         bad = (~good).any(1).nonzero().squeeze(-1).tolist()
         if not bad:
             return

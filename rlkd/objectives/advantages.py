@@ -8,9 +8,13 @@ shortcut from a weak start).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..records import given
 from ..tensors import masked_mean
 
 
@@ -131,57 +135,101 @@ def price_of_stopping(eos_logit_gap: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(eos_logit_gap, mask)
 
 
-def assign_credit(
-    reward: Tensor,
-    mask: Tensor,
-    *,
-    baseline: str,
-    gamma: float,
-    lam: float,
-    k_step: int = 1,
-    rollouts_per_prompt: int = 1,
-    immediate: Tensor | None = None,
-    expected: Tensor | None = None,
-    values: Tensor | None = None,
-    teacher_value: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Advantage of each sampled token and the critic's targets, both [B, R], 0 at padding.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditInputs:
+    """What the credit of a batch of answers is computed from.
 
-    The credit is S_t = sum_{k>=t} (gamma lam)^{k-t} reward_k; from it the baseline is taken:
-        none           S_t + V(s_t)      (`teacher_value`, in some gauge; V(s_t) is part of the return G_t)
-        teacher        S_t               (V(s_t) is the baseline)
-        closed_form    S_t - E_{a~pi}[A_V(s_t, a)]        (`expected`)
-        leave_one_out  S_t - mean of the prompt's other rollouts' S_t
-        critic         S_t - C(s_t), C a learned estimate of E_pi[S_t]        (`values`)
-    lam is the horizon under every baseline: it is GAE's lambda with the teacher's V as critic, and a discount to C,
-    whose own GAE runs at lambda 1. Bootstrapping C over the full return instead would bring back, at any lambda, the
-    early end-of-sequence that a short horizon rules out: ending a row saves -C(s_t).
-    `immediate` [B, R] is A_V where the loss carries the exact one-step term: it is then taken out of the credit, which
-    keeps the future only. Raises ValueError for an unknown baseline.
+    reward               [B, R] r_t, the terms whose discounted sum is the credit;  mask [B, R]
+    decay                gamma * lambda, the horizon under every baseline: it is GAE's lambda with the teacher's V as
+                         critic, and a discount to the learned critic C. Bootstrapping C over the full return instead
+                         would bring back, at any lambda, the early end-of-sequence that a short horizon rules out:
+                         ending a row saves -C(s_t)
+    stride               keep every stride-th reward (K-step)
+    rollouts_per_prompt  K adjacent rows of one prompt
+    immediate            [B, R] r_t where the loss carries the exact one-step term: it is taken out of the credit, which
+                         keeps the future only; else None
+    expected             [B, R] E_{a ~ pi}[r(s_t, a)];  values [B, R] C(s_t);  state_value [B, R] the teacher's V(s_t):
+                         what the baseline reads of them, see `Baseline.reads`
     """
-    returns = torch.zeros_like(reward)
-    if baseline == "critic":
-        assert values is not None
-        credit, returns = gae(reward, values, mask, gamma * lam, 1.0)
-        if immediate is not None:
-            # C also predicts the immediate term: give back its expectation, so that only the future is compared.
-            assert expected is not None
-            credit = credit - immediate + expected
-        return credit * mask, returns
-    credit = discounted_sum(reward, mask, gamma * lam, k_step)
-    if immediate is not None:
-        credit = credit - immediate
-    if baseline == "none":
-        assert teacher_value is not None
-        credit = credit + teacher_value
-    elif baseline == "closed_form":
-        if immediate is None:
-            assert expected is not None
-            credit = credit - expected
-    elif baseline == "leave_one_out":
-        credit = credit - leave_one_out(credit, mask, rollouts_per_prompt)
-    elif baseline != "teacher":
-        raise ValueError(
-            f"baseline = {baseline!r}: allowed are 'none', 'teacher', 'closed_form', 'leave_one_out', 'critic'"
-        )
-    return credit * mask, returns
+
+    reward: Tensor
+    mask: Tensor
+    decay: float
+    stride: int = 1
+    rollouts_per_prompt: int = 1
+    immediate: Tensor | None = None
+    expected: Tensor | None = None
+    values: Tensor | None = None
+    state_value: Tensor | None = None
+
+    def to_go(self) -> Tensor:
+        """S_t = sum_{k>=t} decay^{k-t} r_k, [B, R]; without its first term where the loss carries that exactly."""
+        credit = discounted_sum(self.reward, self.mask, self.decay, self.stride)
+        return credit if self.immediate is None else credit - self.immediate
+
+
+def no_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
+    """S_t + V(s_t), [B, R]: V(s_t) is part of the return G_t."""
+    return inputs.to_go() + given(inputs.state_value), None
+
+
+def teacher_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
+    """S_t, [B, R]: V(s_t) is the baseline."""
+    return inputs.to_go(), None
+
+
+def closed_form_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
+    """S_t - E_{a ~ pi}[r(s_t, a)], [B, R]; the exact one-step term has no such baseline, and none is taken then."""
+    credit = inputs.to_go()
+    return credit if inputs.immediate is not None else credit - given(inputs.expected), None
+
+
+def leave_one_out_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
+    """S_t - the mean S_t of the prompt's other rollouts, [B, R] (`leave_one_out`)."""
+    credit = inputs.to_go()
+    return credit - leave_one_out(credit, inputs.mask, inputs.rollouts_per_prompt), None
+
+
+def critic_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
+    """S_t - C(s_t) and the targets of C, both [B, R]; C is a learned estimate of E_pi[S_t].
+
+    Where the loss carries the exact one-step term, C predicts that term too: its expectation is given back, so that
+    only the future is compared.
+    """
+    credit, returns = gae(inputs.reward, given(inputs.values), inputs.mask, inputs.decay, 1.0)
+    if inputs.immediate is not None:
+        credit = credit - inputs.immediate + given(inputs.expected)
+    return credit, returns
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What is taken from the credit of a token; it never changes the expected gradient.
+
+    credit          `CreditInputs` -> the advantage of each token and the critic's targets (None without a critic)
+    reads           fields of `CreditInputs` beyond reward and mask that it reads, whatever the one-step term is
+    reads_sampled   those it reads only where the one-step term is sampled; reads_exact, only where it is exact
+    """
+
+    credit: Callable[[CreditInputs], tuple[Tensor, Tensor | None]]
+    reads: frozenset[str] = frozenset()
+    reads_sampled: frozenset[str] = frozenset()
+    reads_exact: frozenset[str] = frozenset()
+
+    @property
+    def critic(self) -> bool:
+        """Whether it needs a learned value head."""
+        return "values" in self.reads
+
+    def inputs(self, *, exact: bool) -> frozenset[str]:
+        """What it reads beside an exact or a sampled one-step term."""
+        return self.reads | (self.reads_exact if exact else self.reads_sampled)
+
+
+BASELINES: dict[str, Baseline] = {
+    "none": Baseline(no_baseline, reads=frozenset({"state_value"})),
+    "teacher": Baseline(teacher_baseline),
+    "closed_form": Baseline(closed_form_baseline, reads_sampled=frozenset({"expected"})),
+    "leave_one_out": Baseline(leave_one_out_baseline),
+    "critic": Baseline(critic_baseline, reads=frozenset({"values"}), reads_exact=frozenset({"expected"})),
+}

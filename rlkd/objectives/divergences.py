@@ -8,10 +8,32 @@ arXiv 2307.15190), skew KL (Ko et al. 2024, arXiv 2402.03898).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """A divergence and the parameters it takes, by name, with their defaults.
+
+    function  (student logits [n, V], teacher logits [n, V], **parameters) -> [n]
+    """
+
+    function: Callable[..., Tensor]
+    parameters: tuple[tuple[str, float], ...] = ()
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, temperature: float = 1.0, **parameters: float | None
+    ) -> Tensor:
+        """T^2 D(p_T, pi_T), [n], with both softmaxes at temperature T (Hinton et al. 2015, arXiv 1503.02531, sec. 2.1).
+
+        A parameter that is None has its default. Args: student, teacher [n, V].
+        """
+        given = {name: value for name, value in parameters.items() if value is not None}
+        values = self.function(student / temperature, teacher / temperature, **{**dict(self.parameters), **given})
+        return temperature**2 * values
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -32,7 +54,7 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
     return torch.logaddexp(log_a + log_weights[0], log_b + log_weights[1])
 
 
-def jensen_shannon(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """[N]: beta KL(p || m) + (1 - beta) KL(pi || m), m = beta p + (1 - beta) pi, 0 < beta < 1 (GKD eq. 3)."""
     log_p, log_pi = teacher.log_softmax(-1), student.log_softmax(-1)
     log_m = _log_mixture(log_p, log_pi, beta)
@@ -44,16 +66,16 @@ def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
     return 0.5 * (teacher.softmax(-1) - student.softmax(-1)).abs().sum(-1)
 
 
-def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
+def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     """[N]: KL(p || alpha p + (1 - alpha) pi), 0 < alpha < 1 (DistiLLM eq. 4)."""
     log_p, log_pi = teacher.log_softmax(-1), student.log_softmax(-1)
     return (log_p.exp() * (log_p - _log_mixture(log_p, log_pi, alpha))).sum(-1)
 
 
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jensen_shannon": partial(jensen_shannon, beta=0.5),
-    "total_variation": total_variation,
-    "skew_forward_kl": partial(skew_forward_kl, alpha=0.1),
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": Divergence(forward_kl),
+    "reverse_kl": Divergence(reverse_kl),
+    "jensen_shannon": Divergence(jensen_shannon, (("beta", 0.5),)),
+    "total_variation": Divergence(total_variation),
+    "skew_forward_kl": Divergence(skew_forward_kl, (("alpha", 0.1),)),
 }

@@ -9,22 +9,39 @@ and the return of that reward telescopes for every V with V(q + c) = V(q) + c:
 
     G_t = V(s_t) + sum_{k >= t} gamma^{k-t} A_V(s_k, a_k),   A_V = q - V
 
-A_V does not depend on c(s) (the gauge). rlkd computes everything in A_V and adds V(s_t) back only where a gauge is
-asked for to replicate others. Cutting an answer at max_new_tokens is not a terminal state: bootstrapping with
-V(s_{T+1}) there means, in A_V form, to add nothing.
+A_V does not depend on c(s) (the gauge), so training computes in A_V. Cutting an answer at max_new_tokens is not a
+terminal state: bootstrapping with V(s_{T+1}) there means, in A_V form, to add nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..records import TeacherScores
+from ..records import TeacherSignal, given
 
-Value = Literal["max", "lse", "softmax"]
 Gauge = Literal["log_prob", "centered_logit", "raw_logit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A reward per token, read by trainers and views alike. Everything is in nats.
+
+    needs        fields of the teacher's signal that it reads
+    per_token    signal -> r(s_t, a_t) of the given tokens, [B, R]
+    state_value  signal -> the part of r that depends on the state only, V(s_t) in the raw-logit gauge, [B, R]
+    expected     (student logits [n, V], teacher logits [n, V], V(s) [n]) -> E_{a ~ pi(.|s)}[r(s, a)], [n],
+                 differentiable in the student; None if it has no closed form
+    """
+
+    needs: frozenset[str]
+    per_token: Callable[[TeacherSignal], Tensor]
+    state_value: Callable[[TeacherSignal], Tensor]
+    expected: Callable[[Tensor, Tensor, Tensor], Tensor] | None
 
 
 def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -46,61 +63,6 @@ def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return chosen, maximum, logsumexp, logits.mean(-1), entropy
 
 
-def state_value(scores: TeacherScores, value: Value = "max") -> Tensor:
-    """V(s_t) in the raw-logit gauge, [B, R].
-
-    max:      V = max_a q(s, a)                (Hao et al. 2022, the default)
-    lse:      V = logsumexp_a q(s, a)          (soft Bellman)
-    softmax:  V = sum_a p(a|s) q(s, a) = logsumexp - H(p)   (their released code)
-    """
-    if value == "max":
-        return scores.max
-    if value == "lse":
-        return scores.logsumexp
-    if value == "softmax":
-        return scores.logsumexp - scores.entropy
-    raise ValueError(f"value = {value!r}: allowed are 'max', 'lse', 'softmax'")
-
-
-def induced_advantage(scores: TeacherScores, value: Value = "max") -> Tensor:
-    """A_V(s_t, a_t) = q(s_t, a_t) - V(s_t), [B, R], nats, the same in every gauge.
-
-    max: regret to the teacher's greedy choice, <= 0. lse: log p(a|s). softmax: log p(a|s) + H(p).
-    """
-    return scores.chosen - state_value(scores, value)
-
-
-def gauge_shift(scores: TeacherScores, gauge: Gauge = "log_prob") -> Tensor:
-    """c(s_t) [B, R] that is subtracted from logits to enter the gauge: logsumexp, mean logit, or 0."""
-    if gauge == "log_prob":
-        return scores.logsumexp
-    if gauge == "centered_logit":
-        return scores.mean
-    if gauge == "raw_logit":
-        return torch.zeros_like(scores.chosen)
-    raise ValueError(f"gauge = {gauge!r}: allowed are 'log_prob', 'centered_logit', 'raw_logit'")
-
-
-def teacher_baseline(scores: TeacherScores, value: Value = "max", gauge: Gauge = "log_prob") -> Tensor:
-    """V(s_t) [B, R] in the given gauge: the part of G_t that the teacher's own value removes as a baseline."""
-    return state_value(scores, value) - gauge_shift(scores, gauge)
-
-
-def induced_reward(
-    scores: TeacherScores, mask: Tensor, *, value: Value = "max", gauge: Gauge = "log_prob", gamma: float = 1.0
-) -> Tensor:
-    """The per-token reward itself, r_t = q(s_t, a_t) - gamma V(s_{t+1}), [B, R], 0 at padding.
-
-    The last token keeps r = q: after end-of-sequence V(terminal) = 0; in a cut answer the bootstrap gamma V(s_{T+1})
-    of the return cancels the same term of the reward. Either way sum_t gamma^t r_t = V(s_0) + sum_t gamma^t A_V.
-    For display and replication: training uses `induced_advantage`.
-    """
-    q = (scores.chosen - gauge_shift(scores, gauge)) * mask
-    v = teacher_baseline(scores, value, gauge) * mask
-    following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], dim=1)
-    return (q - gamma * following) * mask
-
-
 def expected_advantage(student_logits: Tensor, teacher_logits: Tensor, teacher_value: Tensor) -> Tensor:
     """E_{a ~ pi(.|s)}[A_V(s, a)] = sum_a pi(a|s) q(s, a) - V(s), [N]; differentiable in the student.
 
@@ -110,17 +72,87 @@ def expected_advantage(student_logits: Tensor, teacher_logits: Tensor, teacher_v
     return (student_logits.softmax(-1) * teacher_logits).sum(-1) - teacher_value
 
 
-def pool_templates(per_template: list[TeacherScores]) -> TeacherScores:
-    """Average the scores of one answer under K templates (LLMR 2024), fields [B, R]: every A_V is linear in them.
+def induced(state_value: Callable[[TeacherSignal], Tensor], *needs: str) -> Reward:
+    """A_V(s_t, a_t) = q(s_t, a_t) - V(s_t), [B, R], the same in every gauge, for a V(s_t) [B, R]."""
 
-    The `pool` alternative (renormalised mean log-probability) needs no function of its own: the mean of log-probs
-    differs from the mean of logits by a constant per state, and the head is linear, so the pooled teacher is the head
-    applied to the mean of the K hidden states.
+    def advantage(signal: TeacherSignal) -> Tensor:
+        return signal.chosen - state_value(signal)
+
+    return Reward(frozenset({"chosen", *needs}), advantage, state_value, expected_advantage)
+
+
+def max_value(signal: TeacherSignal) -> Tensor:
+    """V = max_a q(s, a), [B, R] (Hao et al. 2022). A_V is minus the regret to the teacher's greedy choice, <= 0."""
+    return given(signal.max)
+
+
+def lse_value(signal: TeacherSignal) -> Tensor:
+    """V = logsumexp_a q(s, a), [B, R] (soft Bellman). A_V = log p(a|s)."""
+    return given(signal.logsumexp)
+
+
+def softmax_value(signal: TeacherSignal) -> Tensor:
+    """V = sum_a p(a|s) q(s, a) = logsumexp - H(p), [B, R] (released code of Hao et al.). A_V = log p(a|s) + H(p)."""
+    return given(signal.logsumexp) - given(signal.entropy)
+
+
+REWARDS: dict[str, Reward] = {
+    "max": induced(max_value, "max"),
+    "lse": induced(lse_value, "logsumexp"),
+    "softmax": induced(softmax_value, "logsumexp", "entropy"),
+}
+
+
+def induced_advantage(signal: TeacherSignal, value: str = "max") -> Tensor:
+    """A_V(s_t, a_t) = q(s_t, a_t) - V(s_t), [B, R], nats: the reward of that name, per token."""
+    return REWARDS[value].per_token(signal)
+
+
+def gauge_shift(signal: TeacherSignal, gauge: Gauge = "log_prob") -> Tensor:
+    """c(s_t) [B, R] that is subtracted from logits to enter the gauge: logsumexp, mean logit, or 0.
+
+    Raises ValueError for another gauge.
+    """
+    shifts = {"log_prob": signal.logsumexp, "centered_logit": signal.mean, "raw_logit": torch.zeros_like(signal.chosen)}
+    if gauge not in shifts:
+        raise ValueError(f"gauge = {gauge!r}: allowed are {', '.join(map(repr, shifts))}")
+    return given(shifts[gauge])
+
+
+def teacher_value(signal: TeacherSignal, value: str = "max", gauge: Gauge = "log_prob") -> Tensor:
+    """V(s_t) [B, R] in the given gauge: the part of G_t that the teacher's own value removes as a baseline."""
+    return REWARDS[value].state_value(signal) - gauge_shift(signal, gauge)
+
+
+def induced_reward(
+    signal: TeacherSignal, mask: Tensor, *, value: str = "max", gauge: Gauge = "log_prob", gamma: float = 1.0
+) -> Tensor:
+    """The per-token reward itself, r_t = q(s_t, a_t) - gamma V(s_{t+1}), [B, R], 0 at padding.
+
+    The last token keeps r = q: after end-of-sequence V(terminal) = 0; in a cut answer the bootstrap gamma V(s_{T+1})
+    of the return cancels the same term of the reward. Either way sum_t gamma^t r_t = V(s_0) + sum_t gamma^t A_V.
+    For display and replication: training uses A_V.
+    """
+    q = (signal.chosen - gauge_shift(signal, gauge)) * mask
+    v = teacher_value(signal, value, gauge) * mask
+    following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], dim=1)
+    return (q - gamma * following) * mask
+
+
+def average_templates(per_template: list[TeacherSignal]) -> TeacherSignal:
+    """The mean of the signals of one answer under K templates (LLMR 2024), fields [B, R]: every A_V is linear in them.
+
+    Distributions are not averaged here: the mean of a head's inputs is the input of the mean logits (`pool`).
     """
     k = len(per_template)
 
     def mean(name: str) -> Tensor:
         return sum(getattr(s, name) for s in per_template) / k
 
-    hidden = None if per_template[0].hidden is None else mean("hidden")
-    return TeacherScores(mean("chosen"), mean("max"), mean("logsumexp"), mean("mean"), mean("entropy"), hidden)
+    return TeacherSignal(
+        chosen=mean("chosen"),
+        max=mean("max"),
+        logsumexp=mean("logsumexp"),
+        mean=mean("mean"),
+        entropy=mean("entropy"),
+    )

@@ -12,7 +12,7 @@ import yaml
 from ..io.cards import CARD, cell, front_matter, table
 
 REWARD = (
-    "reward_value", "gauge", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
+    "reward_value", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
     "entropy_coef", "whiten_advantages", "loss_reduction", "rollouts_per_prompt",
 )  # fmt: skip
 METHODS = {

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import DivergenceError
+from ..records import Batched
 
 DIVERGED_FOLDER = "diverged"
 NAMED_ROWS = 5
@@ -170,12 +171,13 @@ def _plain(value: Any) -> Any:
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Tensors and plain values of nested records and dictionaries, by dotted name; what is None is left out."""
-    if is_dataclass(value):
-        inner: Iterable[tuple[str, Any]] = ((f.name, getattr(value, f.name)) for f in fields(value))
+    if isinstance(value, Batched):
+        inner: Iterable[tuple[str, Any]] = ((f.name, getattr(value, f.name)) for f in fields(value))  # type: ignore[arg-type]
     elif isinstance(value, Mapping):
         inner = value.items()
     else:
-        if value is not None:
+        # A head, say, is no part of the batch.
+        if isinstance(value, (Tensor, list, tuple, str, int, float)):
             yield name, value
         return
     for key, item in inner:

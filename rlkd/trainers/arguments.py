@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
+from ..objectives.divergences import DIVERGENCES
 from ..runs.best import LOWER_IS_BETTER
 from ..settings.ranges import Count, Fraction, Natural, NonNegative, Positive, check_ranges
 
@@ -100,7 +101,31 @@ class SupervisedArguments(DistillationArguments):
             "label prefix."
         },
     )
+    temperature: Positive = field(default=1.0, metadata={"help": "Divergences: temperature of both softmaxes."})
+    alpha: Fraction | None = field(
+        default=None, metadata={"help": "Weight of the teacher in the mixture of skew_forward_kl; null is 0.1."}
+    )
+    beta: Fraction | None = field(
+        default=None, metadata={"help": "Weight of the teacher in the mixture of jensen_shannon; null is 0.5."}
+    )
     learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divergence = DIVERGENCES.get(self.objective)
+        takes = [] if divergence is None else ["temperature", *(name for name, _ in divergence.parameters)]
+        for name, default in (("temperature", 1.0), ("alpha", None), ("beta", None)):
+            value = getattr(self, name)
+            _require(
+                value == default or name in takes,
+                name,
+                value,
+                f"objective = {self.objective!r} does not take it: leave it out"
+                + (f"; it takes {', '.join(takes)}" if takes else ""),
+            )
+            _require(
+                name == "temperature" or value not in (0.0, 1.0), name, value, "must lie between 0 and 1, both excluded"
+            )
 
 
 @dataclass
@@ -111,9 +136,6 @@ class RLArguments(DistillationArguments):
     reward_value: Literal["max", "lse", "softmax"] = field(
         default="max",
         metadata={"help": "V of the induced reward: max (regret, length-neutral), lse (log-likelihood), softmax."},
-    )
-    gauge: Literal["log_prob", "centered_logit", "raw_logit"] = field(
-        default="log_prob", metadata={"help": "Only matters with baseline none; for replication."}
     )
     # Rollouts
     rollouts_per_prompt: Count = field(default=4, metadata={"help": "Answers sampled for each prompt."})

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ..objectives.policy import ppo_loss
 from ..records import Minibatch
 from .arguments import PPOArguments
-from .rl import RLTrainer
+from .on_policy import OnPolicyTrainer
+from .policy_gradient import PolicyGradient
 
 
-class PPOTrainer(RLTrainer):
-    """loss = -min(rho adv, clip(rho, 1 - eps, 1 + eps) adv), rho = pi / mu from the recorded log-probabilities."""
+class PPO(PolicyGradient):
+    """loss_t = -min(rho_t adv_t, clip(rho_t, 1 - eps, 1 + eps) adv_t), [B, R], rho = pi / mu from the recorded
+    log-probabilities (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+    """
 
     args: PPOArguments
 
-    def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> Tensor:
-        rollouts, clip = minibatch.rollouts, self.args.clip_range
-        ratio = (logps.detach() - rollouts.behaviour_logps).exp()
-        self.record_tokens(rollouts.answer_mask, clip_fraction=(ratio - 1).abs() > clip)
+    def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        answers, clip = minibatch.answers, self.args.clip_range
+        assert answers.behaviour_logps is not None
+        ratio = (logps.detach() - answers.behaviour_logps).exp()
         # Padding has log-probability 0 under both policies, hence ratio 1; `reduce_tokens` drops it.
-        return ppo_loss(
-            torch.where(rollouts.answer_mask, logps, 0), rollouts.behaviour_logps, minibatch.advantages, clip
-        )
+        own = torch.where(answers.answer_mask, logps, 0)
+        loss = ppo_loss(own, answers.behaviour_logps, minibatch.annotations.advantages, clip)
+        return loss, {"clip_fraction": (ratio - 1).abs() > clip}
+
+
+class PPOTrainer(OnPolicyTrainer):
+    """Trains a student by `PPO` on the reward that a teacher induces."""
+
+    args: PPOArguments
+    objective_type = PPO

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,25 +11,27 @@ from ..objectives.advantages import importance_weights, per_decision
 from ..objectives.policy import reinforce_loss
 from ..records import Minibatch
 from .arguments import ReinforceArguments
-from .rl import RLTrainer
+from .on_policy import OnPolicyTrainer
+from .policy_gradient import PolicyGradient
 
 
-class ReinforceTrainer(RLTrainer):
-    """loss = -credit_t log pi(a_t|s_t); the credit is adv_t when the behaviour policy is in step with the student.
+class Reinforce(PolicyGradient):
+    """loss_t = -credit_t log pi(a_t|s_t), [B, R]; the credit is adv_t when the behaviour policy is in step with the
+    student.
 
     When it lags, importance_weight = token: w_t adv_t; cumulative: `per_decision`, a weight per reward.
     """
 
     args: ReinforceArguments
 
-    def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> Tensor:
-        args, mask, weights = self.args, minibatch.rollouts.answer_mask, self.weights(logps, minibatch)
+    def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        args, credit, mask = self.args, minibatch.annotations, minibatch.answers.answer_mask
+        weights = self.weights(logps, minibatch)
         if args.importance_weight != "cumulative":
-            return reinforce_loss(logps, minibatch.advantages, weights)
-        credit = per_decision(
-            minibatch.advantages, minibatch.rewards, weights, mask, args.gamma * args.lam, args.k_step
-        )
-        return reinforce_loss(logps, credit, mask)
+            return reinforce_loss(logps, credit.advantages, weights), {}
+        decay = args.gamma * args.lam
+        advantages = per_decision(credit.advantages, credit.rewards, weights, mask, decay, args.k_step)
+        return reinforce_loss(logps, advantages, mask), {}
 
     def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:
         if self.args.importance_weight != "cumulative":
@@ -38,7 +42,15 @@ class ReinforceTrainer(RLTrainer):
 
     def weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor:
         """Truncated importance weight of each sampled token, [B, R]."""
-        rollouts = minibatch.rollouts
+        answers, args = minibatch.answers, self.args
+        assert answers.behaviour_logps is not None
         return importance_weights(
-            logps, rollouts.behaviour_logps, rollouts.answer_mask, self.args.importance_weight, self.args.importance_cap
+            logps, answers.behaviour_logps, answers.answer_mask, args.importance_weight, args.importance_cap
         )
+
+
+class ReinforceTrainer(OnPolicyTrainer):
+    """Trains a student by `Reinforce` on the reward that a teacher induces."""
+
+    args: ReinforceArguments
+    objective_type = Reinforce

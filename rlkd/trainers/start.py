@@ -9,11 +9,12 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..errors import ConfigError
+from ..models.heads import HeadOverStates
 from ..objectives.advantages import price_of_stopping, regret_per_sequence
-from ..objectives.rewards import induced_advantage
+from ..records import given
 
 if TYPE_CHECKING:
-    from .rl import RLTrainer
+    from .on_policy import OnPolicyTrainer
 
 logger = logging.get_logger("rlkd")
 
@@ -25,7 +26,7 @@ class StartCheck(TrainerCallback):
     credit goes there (docs/method.md, "the EOS shortcut").
     """
 
-    def __init__(self, trainer: RLTrainer):
+    def __init__(self, trainer: OnPolicyTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -53,15 +54,17 @@ class StartCheck(TrainerCallback):
         trainer, teacher = self.trainer, self.trainer.teacher
         rollouts, eos = trainer.sample(0), teacher.lm.eos_id
         mask = rollouts.answer_mask
-        scores = trainer.score(rollouts, with_hidden=True)
-        assert scores.hidden is not None
-        (eos_logits,) = teacher.lm.head().map(lambda logits: (logits[:, eos],), scores.hidden[mask])
-        gap = scores.max.masked_scatter(mask, scores.max[mask] - eos_logits)
-        regret = regret_per_sequence(induced_advantage(scores, "max"), mask)
+        scores = trainer.score(rollouts, distribution=True)
+        assert isinstance(scores.distribution, HeadOverStates)
+        maximum = given(scores.max)
+        states, head = scores.distribution.states, scores.distribution.head
+        (eos_logits,) = head.map(lambda logits: (logits[:, eos],), states[mask])
+        gap = maximum.masked_scatter(mask, maximum[mask] - eos_logits)
+        regret = regret_per_sequence(scores.chosen - maximum, mask)
         going_on = mask & (rollouts.answer_ids != eos)
         return {
             "start_regret": float(trainer.gather(regret[:, None]).mean()),
             "start_eos_price": float(price_of_stopping(trainer.gather(gap), trainer.gather(going_on))),
             "start_length": float(trainer.gather(mask).sum(1).float().mean()),
-            "start_finish_rate": float(trainer.gather(rollouts.finished[:, None]).float().mean()),
+            "start_finish_rate": float(trainer.gather(given(rollouts.finished)[:, None]).float().mean()),
         }

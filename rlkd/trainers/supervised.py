@@ -2,30 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..errors import ConfigError
 from ..evaluation.evaluator import TaskMetric
+from ..models.heads import TokenFunction
 from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
 from ..objectives.divergences import DIVERGENCES
-from ..objectives.policy import reduce_tokens, token_statistics
-from ..records import Example
+from ..objectives.policy import token_statistics
+from ..records import Example, Minibatch, Rollouts, TeacherSignal
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
-from .base import DistillationTrainer
+from .distillation import DistillationTrainer
+from .objective import Objective, StudentTokens
+
+
+class SequenceKD(Objective):
+    """loss_t = -log pi(y_t | x, y_<t) of a label y, [B, R]: the teacher is imitated through its answers alone."""
+
+    def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return -student.logps, {}
+
+
+class DivergenceKD(Objective):
+    """loss_t = D(p, pi) at every prefix of the answers, [B, R]; D and its parameters as in `SupervisedArguments`."""
+
+    needs = frozenset({"chosen", "distribution"})
+
+    def __init__(self, args: SupervisedArguments):
+        self.what, self.remedy = f"objective = {args.objective!r}", "objective: sequence"
+        self.divergence = DIVERGENCES[args.objective]
+        self.parameters = {name: getattr(args, name) for name, _ in self.divergence.parameters}
+        self.temperature = args.temperature
+
+    def token_function(self, signal: TeacherSignal | None) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+        assert signal is not None
+        assert signal.distribution is not None
+        distribution = signal.distribution
+
+        def with_divergence(logits: Tensor, ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+            teacher = distribution.logits(*states)
+            apart = self.divergence(logits, teacher, temperature=self.temperature, **self.parameters)
+            return *token_statistics(logits, ids), apart
+
+        return with_divergence, distribution.token_args
+
+    def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return student.extra[0], {}
+
+
+def imitation(args: SupervisedArguments) -> Objective:
+    """The objective that `args.objective` names."""
+    return SequenceKD() if args.objective == "sequence" else DivergenceKD(args)
 
 
 class PseudoLabelCollator:
     """Rows with `student_input` and `label` (and the exact `token_ids`, if recorded) to padded tensors.
 
-    Returns input_ids, input_mask [B, P], answer_ids, answer_mask [B, R]; labels end with end-of-sequence unless they
-    were cut. `teacher_inputs` (texts, for divergences) and `row_ids` (for errors) are passed through.
+    Returns input_ids, input_mask [B, P], answer_ids, answer_mask [B, R], and `examples` with the rows' names and, for
+    divergences, what the teacher reads; labels end with end-of-sequence unless they were cut.
     """
 
     def __init__(self, tokenizer: Any, max_input_tokens: int, max_new_tokens: int):
@@ -42,11 +82,13 @@ class PseudoLabelCollator:
         for name, ids in (("input", prompts), ("answer", answers)):
             batch[f"{name}_ids"] = pad_stack([torch.tensor(i, dtype=torch.long) for i in ids], pad)
             batch[f"{name}_mask"] = length_mask([len(i) for i in ids])
-        if "id" in rows[0]:
-            batch["row_ids"] = [str(row["id"]) for row in rows]
-        if "teacher_input" in rows[0]:
-            batch["teacher_inputs"] = [(row["teacher_input"],) for row in rows]
+        batch["examples"] = [_example(row, f"{i} of this batch") for i, row in enumerate(rows)]
         return batch
+
+
+def _example(row: dict[str, Any], name: str) -> Example:
+    prompts = (row["teacher_input"],) if "teacher_input" in row else ()
+    return Example(str(row.get("id", name)), row["student_input"], prompts)
 
 
 class SupervisedTrainer(DistillationTrainer):
@@ -57,6 +99,7 @@ class SupervisedTrainer(DistillationTrainer):
     """
 
     args: SupervisedArguments
+    objective_type = staticmethod(imitation)
 
     def __init__(
         self,
@@ -68,13 +111,9 @@ class SupervisedTrainer(DistillationTrainer):
         teacher: Teacher | None = None,
         eval_examples: Sequence[Example] | None = None,
         task_metric: TaskMetric | None = None,
-        settings: Sequence[Any] = (),
         callbacks: list[TrainerCallback] | None = None,
     ):
-        if args.objective != "sequence" and teacher is None:
-            raise ConfigError(
-                f"objective = {args.objective!r} compares with a teacher: give one, or objective: sequence"
-            )
+        self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens)
         super().__init__(
             student,
             args,
@@ -83,42 +122,29 @@ class SupervisedTrainer(DistillationTrainer):
             train_dataset=train_dataset,
             eval_examples=eval_examples,
             task_metric=task_metric,
-            data_collator=PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens),
-            settings=settings,
             callbacks=callbacks,
         )
+
+    def collate(self, rows: list[Any]) -> dict[str, Any]:
+        return self.labels(rows)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         own = sum(int(batch["answer_mask"].sum()) for batch in batches)
         self.tokens_since_log += own
-        return batches, self.accelerator.reduce(torch.tensor(float(own), device=device), reduction="sum")
+        return batches, self.sum(torch.tensor(float(own), device=device))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of -log pi(label token), or of the divergence, over the tokens of the whole update."""
-        mask = inputs["answer_mask"]
-        ids = inputs.get("row_ids") or [f"{i} of this batch" for i in range(len(mask))]
-        given = (inputs["input_ids"], inputs["input_mask"], inputs["answer_ids"], mask)
-        if self.args.objective == "sequence":
-            (logps, entropy), _ = model(*given)
-            token_loss = -logps
-        else:
-            assert self.teacher is not None
-            with self.finite.together(ids, inputs):
-                scores = self.teacher.score(
-                    inputs["teacher_inputs"], inputs["answer_ids"], mask, with_hidden=True, ids=ids
-                )
-            divergence, head = DIVERGENCES[self.args.objective], self.teacher.lm.head()
-
-            def statistics(logits: Tensor, ids: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
-                return *token_statistics(logits, ids), divergence(logits, head.logits(hidden))
-
-            (_, entropy, token_loss), _ = model(*given, statistics, (scores.hidden,))
-        tokens = None if num_items_in_batch is None else float(num_items_in_batch)
-        loss = reduce_tokens(token_loss, mask, "token_mean", tokens)
-        self.finite.watch({"the loss": torch.where(mask, token_loss, 0.0), "the summed loss": loss}, ids, inputs)
-        self.record_tokens(mask, entropy=entropy)
-        return loss if tokens is None else self.scale_to_global(loss)
+        """The mean loss over the label tokens of the whole update."""
+        answers = Rollouts(**inputs)
+        evidence = self.evidence(answers)
+        minibatch = Minibatch(
+            answers=answers,
+            signal=evidence.signal,
+            annotations=self.objective.annotate(answers, evidence),
+            denominator=None if num_items_in_batch is None else float(num_items_in_batch),
+        )
+        return super().compute_loss(model, {"minibatch": minibatch}, return_outputs)

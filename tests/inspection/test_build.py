@@ -10,7 +10,7 @@ from rlkd import reward_view
 from rlkd.errors import ConfigError
 from rlkd.inspection.build import score_rollouts
 from rlkd.models.policy import Policy
-from rlkd.objectives.rewards import induced_reward, teacher_baseline
+from rlkd.objectives.rewards import induced_reward, teacher_value
 from rlkd.records import Example
 from tiny import KINDS, VALID, tiny_model, tiny_teacher, tiny_tokenizer
 
@@ -26,16 +26,17 @@ def test_shown_rewards_are_the_trainers(tmp_path, value):
     trainer = make("ppo", tmp_path, reward_value=value, one_step="sampled", whiten_advantages=False)
     rollouts = trainer.sample(0)
     batch = trainer.annotate(rollouts)
+    rewards = batch.annotations.rewards
     samples = score_rollouts(trainer.teacher, trainer.tokenizer, rollouts, source="student", value=value)
-    assert len(samples) == len(batch.rewards)
+    assert len(samples) == len(rewards)
     for i, sample in enumerate(samples):
         kept = rollouts.answer_mask[i]
-        assert sample.rewards == pytest.approx(batch.rewards[i][kept].tolist(), abs=1e-5)
-        assert sample.total_reward == pytest.approx(float(batch.rewards[i].sum()), abs=1e-5)
+        assert sample.rewards == pytest.approx(rewards[i][kept].tolist(), abs=1e-5)
+        assert sample.total_reward == pytest.approx(float(rewards[i].sum()), abs=1e-5)
         assert sample.ids == rollouts.answer_ids[i][kept].tolist()
     # The return of the reward itself is that sum and V(s_0).
     mask = rollouts.answer_mask
-    returns = induced_reward(batch.scores, mask, value=value).sum(1) - teacher_baseline(batch.scores, value)[:, 0]
+    returns = induced_reward(batch.signal, mask, value=value).sum(1) - teacher_value(batch.signal, value)[:, 0]
     assert [s.total_reward for s in samples] == pytest.approx(returns.tolist(), abs=1e-4)
 
 

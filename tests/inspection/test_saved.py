@@ -26,14 +26,14 @@ def test_a_run_shows_the_rewards_it_trained_on(tmp_path, value):
     assert len(rollouts) == 3
     batch = seen[-1]
     for i, sample in enumerate(rollouts):
-        kept = batch.rollouts.answer_mask[i]
-        assert sample.ids == batch.rollouts.answer_ids[i][kept].tolist()
-        assert sample.total_reward == pytest.approx(float(batch.rewards[i].sum()), abs=1e-5)
+        kept = batch.answers.answer_mask[i]
+        assert sample.ids == batch.answers.answer_ids[i][kept].tolist()
+        assert sample.total_reward == pytest.approx(float(batch.annotations.rewards[i].sum()), abs=1e-5)
         for shown, used in (
-            (sample.rewards, batch.rewards),
-            (sample.values, batch.old_values),
-            (sample.advantages, batch.advantages),
-            (sample.student_logprobs, batch.rollouts.behaviour_logps),
+            (sample.rewards, batch.annotations.rewards),
+            (sample.values, batch.annotations.values),
+            (sample.advantages, batch.annotations.advantages),
+            (sample.student_logprobs, batch.answers.behaviour_logps),
         ):
             assert shown == pytest.approx(used[i][kept].tolist(), abs=1e-5)
 

@@ -151,9 +151,9 @@ def test_the_two_combinations_differ_when_the_templates_do():
 def test_hidden_states_give_exact_expectations_under_every_combination(combination):
     """E_pi[A_V] from the returned head inputs equals the expectation of the (combined) advantages, token by token."""
     teacher = tiny_teacher(combination=combination)
-    scores = teacher.score(PAIRS, ANSWERS, MASK, with_hidden=True)
+    scores = teacher.score(PAIRS, ANSWERS, MASK, distribution=True)
     student = torch.randn(int(MASK.sum()), VALID, generator=torch.Generator().manual_seed(0))
-    logits = teacher.lm.head().logits(scores.hidden[MASK])
+    logits = teacher.lm.head().logits(scores.distribution.states[MASK])
     got = expected_advantage(student, logits, scores.max[MASK])
     pi, rows = student.double().softmax(-1).numpy(), []
     for i, texts in enumerate(PAIRS):
@@ -162,7 +162,7 @@ def test_hidden_states_give_exact_expectations_under_every_combination(combinati
         rows.append(np.mean([x - x.max(-1, keepdims=True) for x in z], axis=0))
     want = (pi * np.concatenate(rows)).sum(-1)
     np.testing.assert_allclose(got.numpy(), want, atol=2e-5, rtol=1e-5)
-    assert teacher.score(PAIRS, ANSWERS, MASK).hidden is None
+    assert teacher.score(PAIRS, ANSWERS, MASK).distribution is None
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------
@@ -230,8 +230,9 @@ def test_a_teacher_is_frozen_in_eval_mode():
     teacher = tiny_teacher()
     assert not teacher.lm.model.training
     assert not any(p.requires_grad for p in teacher.lm.model.parameters())
-    scores = teacher.score(SINGLE, ANSWERS, MASK, with_hidden=True)
-    assert not any(getattr(scores, f.name).requires_grad for f in dataclasses.fields(scores))
+    scores = teacher.score(SINGLE, ANSWERS, MASK, distribution=True)
+    tensors = [getattr(scores, f.name) for f in dataclasses.fields(scores) if f.name != "distribution"]
+    assert not any(t.requires_grad for t in [*tensors, scores.distribution.states])
 
 
 # -- Out of memory -------------------------------------------------------------------------------------------------
@@ -257,14 +258,14 @@ def limit_rows(teacher, monkeypatch, rows):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_teacher_out_of_memory_scores_the_same_in_smaller_batches(monkeypatch, caplog, rows):
-    reference = tiny_teacher().score(PAIRS, ANSWERS, MASK, with_hidden=True)
+    reference = tiny_teacher().score(PAIRS, ANSWERS, MASK, distribution=True)
     teacher = tiny_teacher()
     teacher.batch_tokens = 64
     tried = limit_rows(teacher, monkeypatch, rows)
-    scores = teacher.score(PAIRS, ANSWERS, MASK, with_hidden=True)
+    scores = teacher.score(PAIRS, ANSWERS, MASK, distribution=True)
     assert max(tried) > rows
     assert_same(scores, reference)
-    torch.testing.assert_close(scores.hidden, reference.hidden, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.distribution.states, reference.distribution.states, atol=1e-5, rtol=1e-5)
     assert 1 <= teacher.batch_tokens < 64
     assert f"out of memory in the teacher: trying again with {teacher.batch_tokens} tokens a batch" in caplog.text
     # What fitted is kept: the next batch runs at once.

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkd.objectives.advantages import (
-    assign_credit,
+    BASELINES,
+    CreditInputs,
     discounted_sum,
     explained_variance,
     gae,
@@ -18,7 +19,7 @@ from rlkd.objectives.advantages import (
     regret_per_sequence,
     temporal_difference,
 )
-from rlkd.objectives.rewards import induced_advantage, induced_reward, teacher_baseline
+from rlkd.objectives.rewards import induced_advantage, induced_reward, teacher_value
 from trees import build_tree, random_q
 
 few = settings(max_examples=15, deadline=None)
@@ -73,7 +74,7 @@ def test_gae_with_the_teachers_value_as_critic_is_a_discounted_sum_of_advantages
     q = random_q(tree, 3, seed=0)
     scores = tree.scores(q)
     reward = induced_reward(scores, tree.mask, value=value, gamma=gamma).tolist()
-    v = teacher_baseline(scores, value).tolist()
+    v = teacher_value(scores, value).tolist()
     got = discounted_sum(induced_advantage(scores, value), tree.mask, gamma * lam)
     for y, answer in enumerate(tree.answers):
         carried = 0.0
@@ -187,9 +188,43 @@ def test_regret_and_price_of_stopping_count_valid_tokens_only():
     assert float(price_of_stopping(gap, mask)) == pytest.approx(sum(want) / int(mask.sum()))
 
 
-def test_an_unknown_baseline():
-    ones = torch.ones(2, 3)
-    with pytest.raises(
-        ValueError, match="baseline = 'x': allowed are 'none', 'teacher', 'closed_form', 'leave_one_out'"
-    ):
-        assign_credit(ones, ones.bool(), baseline="x", gamma=1.0, lam=0.5)
+def inputs(seed=9, **more):
+    """Rewards and a mask [6, R] of two rollouts per prompt, with everything that a baseline may read."""
+    reward, noise, mask = batch(seed, rows=6)
+    read = {"expected": noise, "values": noise - 1, "state_value": noise + 2}
+    return CreditInputs(reward=reward * mask, mask=mask, decay=0.7, rollouts_per_prompt=2, **{**read, **more})
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_baseline_reads_what_it_says_and_nothing_else(name, exact):
+    baseline = BASELINES[name]
+    immediate = inputs().reward if exact else None
+    unread = {k: None for k in ("expected", "values", "state_value") if k not in baseline.inputs(exact=exact)}
+    got = baseline.credit(inputs(immediate=immediate, **unread))
+    assert torch.equal(got[0], baseline.credit(inputs(immediate=immediate))[0])
+    for read in baseline.inputs(exact=exact):
+        changed = baseline.credit(inputs(immediate=immediate, **unread, **{read: torch.full_like(got[0], 3.0)}))
+        assert not torch.equal(got[0], changed[0])
+    assert (got[1] is not None) == baseline.critic == ("values" in baseline.reads)
+
+
+def test_every_baseline_takes_its_own_number_from_the_same_credit():
+    """Against plain loops: S_t less what the docstrings say."""
+    x = inputs()
+    to_go = discounted_sum(x.reward, x.mask, x.decay)
+    other = to_go.view(3, 2, -1).flip(1).reshape(to_go.shape)
+    want = {
+        "none": to_go + x.state_value,
+        "teacher": to_go,
+        "closed_form": to_go - x.expected,
+        "leave_one_out": to_go - other * x.mask,
+        "critic": discounted_sum(
+            x.reward + x.decay * torch.nn.functional.pad((x.values * x.mask)[:, 1:], (0, 1)) - x.values * x.mask,
+            x.mask,
+            x.decay,
+        ),
+    }
+    assert want.keys() == BASELINES.keys()
+    for name, baseline in BASELINES.items():
+        torch.testing.assert_close(baseline.credit(x)[0] * x.mask, want[name] * x.mask)

@@ -81,19 +81,19 @@ def test_divergences_are_zero_only_for_equal_distributions(name, seed):
 @few
 def test_symmetries_and_bounds(seed):
     student, teacher = pair(seed)
-    torch.testing.assert_close(jensen_shannon(student, teacher), jensen_shannon(teacher, student))
+    torch.testing.assert_close(jensen_shannon(student, teacher, 0.5), jensen_shannon(teacher, student, 0.5))
     torch.testing.assert_close(total_variation(student, teacher), total_variation(teacher, student))
     torch.testing.assert_close(forward_kl(student, teacher), reverse_kl(teacher, student))
     assert ((total_variation(student, teacher) >= 0) & (total_variation(student, teacher) <= 1)).all()
-    assert (jensen_shannon(student, teacher) <= np.log(2)).all()
+    assert (jensen_shannon(student, teacher, 0.5) <= np.log(2)).all()
 
 
 def test_disjoint_supports_stay_finite():
     """Far-apart logits: total variation 1, Jensen-Shannon log 2, no inf or nan in the bounded ones."""
     student, teacher = torch.tensor([[200.0, 0.0, 0.0]]), torch.tensor([[0.0, 200.0, 0.0]])
     assert float(total_variation(student, teacher)) == pytest.approx(1)
-    assert float(jensen_shannon(student, teacher)) == pytest.approx(np.log(2))
-    assert float(skew_forward_kl(student, teacher)) == pytest.approx(np.log(10), rel=1e-6)
+    assert float(jensen_shannon(student, teacher, 0.5)) == pytest.approx(np.log(2))
+    assert float(skew_forward_kl(student, teacher, 0.1)) == pytest.approx(np.log(10), rel=1e-6)
     assert float(reverse_kl(student, teacher)) == pytest.approx(200, rel=1e-6)
 
 
@@ -104,3 +104,24 @@ def test_jensen_shannon_weights_the_two_terms_by_beta(beta):
     m = beta * p + (1 - beta) * pi
     want = beta * kl(p, m) + (1 - beta) * kl(pi, m)
     np.testing.assert_allclose(jensen_shannon(student, teacher, beta).numpy(), want, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "default"), [("jensen_shannon", "beta", 0.5), ("skew_forward_kl", "alpha", 0.1)]
+)
+def test_parameters_are_settings_with_a_default(name, parameter, default):
+    student, teacher = pair(2)
+    divergence, function = DIVERGENCES[name], DIVERGENCES[name].function
+    for value in (0.3, default):
+        torch.testing.assert_close(
+            divergence(student, teacher, **{parameter: value}), function(student, teacher, value)
+        )
+    for left_out in ({}, {parameter: None}):
+        assert torch.equal(divergence(student, teacher, **left_out), function(student, teacher, default))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_temperature_softens_both_sides_and_keeps_the_scale_of_the_gradient(name):
+    student, teacher = pair(3)
+    want = 4.0 * by_hand(name, student.numpy() / 2, teacher.numpy() / 2)
+    np.testing.assert_allclose(DIVERGENCES[name](student, teacher, temperature=2.0).numpy(), want, atol=1e-12)

@@ -11,7 +11,7 @@ import torch
 
 from rlkd.objectives.advantages import discounted_sum, importance_weights, leave_one_out, per_decision
 from rlkd.objectives.policy import reinforce_loss
-from rlkd.objectives.rewards import expected_advantage, induced_advantage, induced_reward, teacher_baseline
+from rlkd.objectives.rewards import expected_advantage, induced_advantage, induced_reward, teacher_value
 from trees import build_tree, hand_advantages, hand_value, random_policy, random_q
 
 ACTIONS = 3
@@ -78,7 +78,7 @@ def test_reinforce_without_baseline_is_unbiased_in_every_gauge(value, gauge):
 def test_teacher_value_as_baseline_is_unbiased_and_gives_the_advantage_form(gauge):
     problem = Problem(seed=1)
     returns = discounted_sum(induced_reward(problem.scores, problem.mask, gauge=gauge), problem.mask, decay=1.0)
-    centred = (returns - teacher_baseline(problem.scores, "max", gauge)) * problem.mask
+    centred = (returns - teacher_value(problem.scores, "max", gauge)) * problem.mask
     torch.testing.assert_close(centred, problem.full)
     assert close(problem.mean_gradient(centred), problem.true_gradient())
 

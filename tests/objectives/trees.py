@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from rlkd.objectives.rewards import token_scores
-from rlkd.records import TeacherScores
+from rlkd.records import TeacherSignal
 
 END = 0
+
+
+def signal_of(scores) -> TeacherSignal:
+    """The signal of what `token_scores` gives, in its order, each [B, R]."""
+    return TeacherSignal(**dict(zip(("chosen", "max", "logsumexp", "mean", "entropy"), scores, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,11 @@ class Tree:
         values = table[self.state] if table.dim() == 1 else table[self.state, self.ids]
         return torch.where(self.mask, values, torch.zeros_like(values))
 
-    def scores(self, q: Tensor) -> TeacherScores:
+    def scores(self, q: Tensor) -> TeacherSignal:
         """What a teacher with logits q [S, A] says of every answer."""
         width = self.ids.shape[1]
         flat = token_scores(q[self.state].flatten(0, 1), self.ids.flatten())
-        return TeacherScores(*(torch.where(self.mask, x.view(-1, width), torch.zeros(())) for x in flat))
+        return signal_of(torch.where(self.mask, x.view(-1, width), torch.zeros(())) for x in flat)
 
 
 def build_tree(actions: int, depth: int) -> Tree:

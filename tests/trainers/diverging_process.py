@@ -23,14 +23,14 @@ def main(folder: str, where: str) -> None:
 
         trainer.teacher.score = broken
     else:
-        policy_loss = trainer.policy_loss
+        token_loss = trainer.objective.token_loss
 
-        def spoiled(logps, minibatch):
-            loss = policy_loss(logps, minibatch)
+        def spoiled(student, minibatch):
+            loss, logged = token_loss(student, minibatch)
             # Constant, so that no gradient tells the other process.
-            return loss + float("inf") if rank == 1 and trainer.state.global_step == 1 else loss
+            return loss + float("inf") if rank == 1 and trainer.state.global_step == 1 else loss, logged
 
-        trainer.policy_loss = spoiled
+        trainer.objective.token_loss = spoiled
     try:
         trainer.train()
     except DivergenceError as error:

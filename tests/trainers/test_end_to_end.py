@@ -116,7 +116,5 @@ def test_the_random_pair_of_the_other_tests_learns_too(tmp_path):
         start = trainer.annotate(trainer.sample(99))
         trainer.train()
         end = trainer.annotate(trainer.sample(99))
-        regret = [
-            float(((b.scores.max - b.scores.chosen) * b.rollouts.answer_mask).sum(1).mean()) for b in (start, end)
-        ]
+        regret = [float(((b.signal.max - b.signal.chosen) * b.answers.answer_mask).sum(1).mean()) for b in (start, end)]
         assert regret[1] < 0.9 * regret[0]

@@ -116,11 +116,11 @@ def test_only_the_bad_rows_are_named(tmp_path, kind):
     tensors, plain, message = diverges(trainer, "^step 2: the (loss|log-ratio) is not finite")
     assert f"(rows {plain['ids'][1]})" in message
     assert len(plain["ids"]) == 4  # of the second micro-batch alone
-    name = "answer_ids" if kind == "supervised" else "rollouts.answer_ids"
+    name = "answers.answer_ids"
     assert len(tensors[name]) == len(plain["texts"][name]) == 4
     assert set("".join(plain["texts"][name])) <= set("abcopy: <unk>")
     if kind != "supervised":
-        assert {"advantages", "scores.chosen", "rollouts.behaviour_logps"} <= set(tensors)
+        assert {"annotations.advantages", "signal.chosen", "answers.behaviour_logps"} <= set(tensors)
 
 
 @pytest.mark.parametrize("part", ["loss", "teacher"])

@@ -29,7 +29,7 @@ def watched(kind, folder, **options):
     compute_loss, sample = trainer.compute_loss, trainer.sample
 
     def seen(model, inputs, **extra):
-        rollouts = inputs["minibatch"].rollouts
+        rollouts = inputs["minibatch"].answers
         pairs = zip(rollouts.examples, rollouts.answer_ids.tolist(), rollouts.answer_mask.tolist(), strict=True)
         watch.seen.append((watch.steps, [(e.id, tuple(a), sum(m)) for e, a, m in pairs]))
         return compute_loss(model, inputs, **extra)
@@ -74,7 +74,7 @@ def test_every_row_is_used_once_per_epoch_and_no_step_is_added(tmp_path, accumul
 def test_minibatches_are_cut_anew_each_epoch(tmp_path):
     trainer = make("ppo", tmp_path, epochs_per_rollout=4, minibatches_per_rollout=4, n=32)
     batch = trainer.annotate(trainer.sample(0))
-    cuts = [[id(e) for e in m.rollouts.examples] for m in trainer.minibatches(batch, 0)]
+    cuts = [[id(e) for e in m.answers.examples] for m in trainer.minibatches(batch, 0)]
     assert len(cuts) == 16
     assert len({tuple(sorted(cut)) for cut in cuts}) > 8
 
@@ -153,8 +153,8 @@ def test_adaptive_kl_moves_after_the_batch_it_was_measured_on(tmp_path):
     assert coefs[1] == pytest.approx(expected)
     trainer = make("ppo", tmp_path, kl_target=1e-4, kl_coef=0.1)
     minibatch = trainer.annotate(trainer.sample(0))
-    assert minibatch.kl_coef == 0.1
-    assert trainer.kl_coef != 0.1
+    assert minibatch.annotations.kl_coef == 0.1
+    assert trainer.objective.kl_coef != 0.1
 
 
 def test_too_few_prompts_are_refused(tmp_path):

@@ -35,7 +35,7 @@ class Row:
     """One answer with everything the credit needs, as Python numbers."""
 
     def __init__(self, trainer, minibatch, i):
-        rollouts, args = minibatch.rollouts, trainer.args
+        rollouts, args = minibatch.answers, trainer.args
         self.example = rollouts.examples[i]
         self.n = int(rollouts.answer_mask[i].sum())
         self.answer = rollouts.answer_ids[i, : self.n].tolist()
@@ -51,8 +51,7 @@ class Row:
         self.v = [float(state_value(q, args.reward_value)) for q in self.q]
         self.a = [float(q[a]) - v for q, a, v in zip(self.q, self.answer, self.v, strict=True)]
         self.expected = [float(old[t].softmax(0) @ self.q[t]) - self.v[t] for t in range(self.n)]
-        shift = {"log_prob": lambda q: q.logsumexp(0), "centered_logit": lambda q: q.mean(), "raw_logit": lambda q: 0.0}
-        self.gauged_v = [v - float(shift[args.gauge](q)) for q, v in zip(self.q, self.v, strict=True)]
+        self.log_prob_v = [v - float(q.logsumexp(0)) for q, v in zip(self.q, self.v, strict=True)]
         self.reward = list(self.a)
         if args.kl_in == "reward":
             self.reward = [a - args.kl_coef * (m - r) for a, m, r in zip(self.a, self.mu, self.reference, strict=True)]
@@ -77,7 +76,7 @@ def baselines(args, rows):
                 continue
             immediate = row.a[t] if exact else 0.0
             if args.baseline == "none":
-                b.append(immediate - row.gauged_v[t])
+                b.append(immediate - row.log_prob_v[t])
             elif args.baseline == "teacher":
                 b.append(immediate)
             elif args.baseline == "closed_form":
@@ -152,7 +151,7 @@ def compare(trainer, *, ppo, drift=0.05):
     if trainer.policy.value_head is not None:
         perturb(trainer.policy.value_head, 0.5)
     minibatch = next(trainer.experience())["minibatch"]
-    rows = [Row(trainer, minibatch, i) for i in range(len(minibatch.rollouts.examples))]
+    rows = [Row(trainer, minibatch, i) for i in range(len(minibatch.answers.examples))]
     assert len({row.n for row in rows}) > 1
     perturb(trainer.policy, drift)
     losses, gradients = [], []
@@ -175,7 +174,7 @@ def compare(trainer, *, ppo, drift=0.05):
 BASELINES = ["teacher", "leave_one_out", "closed_form", "critic", "none"]
 VARIANTS = [
     *({"baseline": b, "one_step": s, "lam": 0.7} for b in BASELINES for s in ("exact", "sampled")),
-    {"baseline": "none", "gauge": "centered_logit", "reward_value": "lse", "lam": 1.0},
+    {"baseline": "none", "reward_value": "lse", "lam": 1.0},
     {"reward_value": "softmax", "gamma": 0.9, "loss_reduction": "sequence_mean"},
     {"baseline": "critic", "kl_in": "reward", "kl_coef": 0.3, "entropy_coef": 0.2, "value_clip_range": 0.05},
     {"baseline": "leave_one_out", "one_step": "sampled", "whiten_advantages": True, "loss_reduction": "sequence_sum"},
@@ -218,7 +217,7 @@ def test_one_pass_of_ppo_with_an_infinite_clip_is_reinforce(tmp_path):
 def test_recorded_log_probabilities_are_those_of_the_first_update(tmp_path):
     trainer = make("ppo", tmp_path)
     minibatch = next(trainer.experience())["minibatch"]
-    r = minibatch.rollouts
+    r = minibatch.answers
     with torch.no_grad():
         (logps, _), _ = trainer.policy(r.input_ids, r.input_mask, r.answer_ids, r.answer_mask)
     torch.testing.assert_close(logps, r.behaviour_logps, rtol=0, atol=1e-5)
@@ -234,7 +233,7 @@ def test_a_one_word_answer_trains_its_word(tmp_path):
     trainer = make("ppo", tmp_path, kl_coef=0.0, one_step="sampled", baseline="teacher", n=16)
     trainer.current_gradient_accumulation_steps = 1
     batch = trainer.annotate(trainer.sample(0))
-    rollouts = batch.rollouts
+    rollouts = batch.answers
     answer_ids = torch.zeros_like(rollouts.answer_ids)
     answer_ids[:, 0], answer_ids[:, 1] = 3, EOS
     mask = torch.zeros_like(rollouts.answer_mask)
@@ -247,9 +246,9 @@ def test_a_one_word_answer_trains_its_word(tmp_path):
     for i, t in ((0, 0), (1, 0), (1, 1)):
         advantages = torch.zeros(mask.shape)
         advantages[i, t] = 1.0
-        loss = trainer.compute_loss(
-            trainer.policy, {"minibatch": replace(batch, rollouts=rollouts, advantages=advantages, denominator=1.0)}
-        )
+        credit = replace(batch.annotations, advantages=advantages)
+        changed = replace(batch, answers=rollouts, annotations=credit, denominator=1.0)
+        loss = trainer.compute_loss(trainer.policy, {"minibatch": changed})
         assert loss.item() == pytest.approx(-1.0, abs=1e-5)
 
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from rlkd.errors import ConfigError
 from rlkd.evaluation.task_metrics import exact_match
+from rlkd.records import Example
 from rlkd.trainers.arguments import SupervisedArguments
 from rlkd.trainers.supervised import PseudoLabelCollator, SupervisedTrainer
 from tiny import tiny_tokenizer
@@ -29,7 +30,7 @@ def test_labels_end_and_padding_is_masked():
     assert rows_of(batch, "input") == [[a, b, EOS], [a, EOS]]
     assert rows_of(batch, "answer") == [[c, EOS], [b, c, a, EOS]]
     assert batch["answer_ids"][0].tolist() == [c, EOS, 0, 0]
-    assert set(batch) == {"input_ids", "input_mask", "answer_ids", "answer_mask"}
+    assert set(batch) == {"examples", "input_ids", "input_mask", "answer_ids", "answer_mask"}
 
 
 def test_exact_tokens_win_over_text_and_cut_answers_stay_cut():
@@ -48,8 +49,7 @@ def test_a_long_text_label_is_cut():
 
 def test_ids_and_teacher_inputs_travel_along():
     batch = collator()([{"id": 7, "student_input": "a", "label": "b", "teacher_input": "copy : a"}])
-    assert batch["row_ids"] == ["7"]
-    assert batch["teacher_inputs"] == [("copy : a",)]
+    assert batch["examples"] == [Example("7", "a", ("copy : a",))]
 
 
 def full_logits(model, prompt, answer):

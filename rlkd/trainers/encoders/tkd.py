@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, TrainerCallback, set_seed
+from transformers import EvalPrediction, set_seed
 
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError, ModelError
@@ -29,7 +29,7 @@ from ...objectives.attention_tree import AttentionRows, all_tokens, attention_tr
 from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance, weighted_terms
 from ...objectives.neighbours import logit_mse, noisy_logits
 from ...runs.files import HELD_OUT, keep_first_and_last
-from ..student_trainer import StudentTrainer
+from ..core import StudentTrainer
 from .arguments import TKDArguments
 
 STUDENT_TREE = {"td_student", "td_random"}
@@ -90,8 +90,8 @@ class TKDTrainer(StudentTrainer):
 
     Args: student, a sequence classifier (see `build_student`); teacher, a fine-tuned one, None for preset ft;
     tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}; teacher_tokenizer if it differs;
-    compute_metrics as in Trainer, accuracy by default; settings, for run.json. What is saved is the bare student.
-    Raises ConfigError, ModelError or DataError for what cannot work.
+    compute_metrics as in Trainer, accuracy by default. Callbacks are added by `add_callback`. What is saved is the bare
+    student. Raises ConfigError, ModelError or DataError for what cannot work.
     """
 
     args: TKDArguments
@@ -107,8 +107,6 @@ class TKDTrainer(StudentTrainer):
         eval_rows: Sequence[Mapping[str, Any]] | None = None,
         teacher_tokenizer: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-        settings: Sequence[Any] = (),
-        callbacks: list[TrainerCallback] | None = None,
     ):
         if teacher is None and args.teacher_needs != "none":
             raise ConfigError(f"preset = {args.preset!r} compares with a teacher: give one, or preset: ft")
@@ -139,8 +137,6 @@ class TKDTrainer(StudentTrainer):
             eval_dataset=None if eval_rows is None else EncodedTexts(eval_rows, tokenizer, args.max_length, labels),
             data_collator=train.collate,
             compute_metrics=compute_metrics or classification_metrics(["accuracy"]),
-            settings=settings,
-            callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch: accumulation averages it
 
@@ -163,17 +159,6 @@ class TKDTrainer(StudentTrainer):
         with self.writing():
             self.open_teacher_cache()
             return super().train(*args, **kwargs)
-
-    def run(self) -> None:
-        """A whole job, as the recipes run it: train (or resume), judge, save the student, say where it is."""
-        with self.writing():
-            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-            metrics = self.evaluate() if self.eval_dataset is not None else {}
-            self.save_model()
-        if self.is_world_process_zero():
-            shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items())
-            what = "model" if self.teacher is None else "student"
-            print(f"held-out: {shown or 'no eval_rows'}\n{what} and metrics.jsonl saved in {self.run_folder}")
 
     # The loss
 

@@ -1,40 +1,49 @@
-"""What trainers of generating students share: a policy inside the Trainer, judged by the teacher on held-out inputs."""
+"""What trainers of generating students share: a policy inside the Trainer, optimised for an `Objective`, evaluated by
+the teacher on held-out inputs.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..errors import ConfigError
 from ..evaluation.evaluator import Evaluator, TaskMetric
 from ..inspection.recording import append_samples, evaluated_samples
 from ..inspection.reward_view import Sample
 from ..io.progress import progress
 from ..models.policy import Policy
+from ..models.signals import check_signal
 from ..models.teacher import Teacher
 from ..models.vocabulary import valid_vocab
-from ..records import Example
+from ..objectives.policy import reduce_tokens
+from ..records import Example, Minibatch, Rollouts, TeacherSignal
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
 from ..runs.sample_tables import TEXTS, SampleTables
 from .arguments import DistillationArguments
-from .student_trainer import StudentTrainer
+from .core import StudentTrainer
+from .objective import Evidence, Objective, StudentTokens
 
 
 class DistillationTrainer(StudentTrainer):
-    """transformers.Trainer around a `Policy`. Subclasses say where minibatches come from and what the loss is.
+    """transformers.Trainer around a `Policy`. Subclasses name the objective and say where answers come from.
 
-    Args: student, a loaded encoder-decoder (dropout 0); teacher, frozen; tokenizer, shared by both; train_dataset,
-    what the subclass reads; eval_examples, held-out inputs; task_metric, (predictions, examples) -> scores; settings,
-    other dataclasses of settings, for run.json.
-    Saved models are the bare student, as AutoModelForSeq2SeqLM loads them; checkpoints add critic and state.
+    Args: student, a loaded model (dropout 0); teacher, frozen; tokenizer, shared by both; train_dataset, what the
+    subclass reads; eval_examples, held-out inputs; task_metric, (predictions, examples) -> scores.
+    Saved models are the bare student, as transformers loads them; checkpoints add critic and state.
+    Raises ConfigError if the objective needs of the teacher what it cannot give.
     """
 
     args: DistillationArguments
+    objective: Objective
+    objective_type: Callable[[Any], Objective]
 
     def __init__(
         self,
@@ -46,13 +55,12 @@ class DistillationTrainer(StudentTrainer):
         train_dataset: Any,
         eval_examples: Sequence[Example] | None = None,
         task_metric: TaskMetric | None = None,
-        critic: bool = False,
-        settings: Sequence[Any] = (),
-        data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.teacher, self.tokenizer = teacher, tokenizer
-        self.policy = Policy(student, valid_vocab(tokenizer), critic=critic)
+        self.objective = type(self).objective_type(args)
+        self.check_teacher()
+        self.policy = Policy(student, valid_vocab(tokenizer), critic=self.objective.critic)
         self.reference: Policy | None = None
         self.evaluator: Evaluator | None = None
         if teacher is not None and eval_examples is not None and len(eval_examples):
@@ -73,20 +81,21 @@ class DistillationTrainer(StudentTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_examples,
-            data_collator=data_collator or (lambda rows: rows),
-            settings=settings,
+            data_collator=self.collate,
             callbacks=callbacks,
         )
 
-    def run(self) -> None:
-        """A whole job, as the recipes run it: train (or resume), judge, save the student, say where it is."""
-        with self.writing():
-            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-            metrics = self.evaluate()
-            self.save_model()
-        if self.is_world_process_zero():
-            shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3g}" for name, value in metrics.items())
-            print(f"held-out: {shown}\nstudent and metrics.jsonl saved in {self.run_folder}")
+    def check_teacher(self) -> None:
+        """Raises ConfigError if the objective needs of the teacher what it cannot give."""
+        objective = self.objective
+        if objective.needs and self.teacher is None:
+            raise ConfigError(f"{objective.what} compares with a teacher: give one, or {objective.remedy}")
+        if self.teacher is not None:
+            check_signal(objective.needs, self.teacher.gives, objective.what, objective.remedy)
+
+    def collate(self, rows: list[Any]) -> Any:
+        """A batch of the training data; as it is unless a subclass reads rows."""
+        return rows
 
     def models(self) -> dict[str, Any]:
         return {"teacher": self.teacher and self.teacher.lm.model, "student": self.policy.student}
@@ -170,14 +179,77 @@ class DistillationTrainer(StudentTrainer):
         """The first answers of the newest rollout batch; none in trainers without rollouts."""
         return []
 
+    # The objective
+
+    @torch.no_grad()
+    def evidence(self, answers: Rollouts) -> Evidence:
+        """What the objective reads of answers before the first update on them: it says what, the models are here."""
+        needs, reads = self.objective.needs, self.objective.reads
+        signal = self.score(answers, distribution="distribution" in needs) if needs else None
+        reference_logps, values, extra = None, None, ()
+        if "reference_logps" in reads:
+            assert self.reference is not None
+            (reference_logps, _), _ = self.reference(*answers.policy_inputs)
+        if reads & {"values", "expected"}:
+            (_, _, *extra), values = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+        return Evidence(
+            signal=signal,
+            reference_logps=reference_logps,
+            values=values if "values" in reads else None,
+            extra=tuple(extra),
+        )
+
+    def score(self, answers: Rollouts, *, distribution: bool) -> TeacherSignal:
+        """What the teacher says of the answers. Raises DivergenceError on every process if it fails on one."""
+        assert self.teacher is not None
+        with self.finite.together(answers.ids, answers):
+            prompts = [example.teacher_inputs for example in answers.examples]
+            return self.teacher.score(
+                prompts, answers.answer_ids, answers.answer_mask, distribution=distribution, ids=answers.ids
+            )
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's token losses, reduced over the global minibatch `inputs["minibatch"]`."""
+        minibatch: Minibatch = inputs["minibatch"]
+        answers, mask = minibatch.answers, minibatch.answers.answer_mask
+        function, token_args = self.objective.token_function(minibatch.signal)
+        (logps, entropy, *extra), values = model(*answers.policy_inputs, function, token_args)
+        student = StudentTokens(logps=logps, entropy=entropy, values=values, extra=tuple(extra))
+        loss, logged = self.objective.token_loss(student, minibatch)
+        total = reduce_tokens(loss, mask, self.objective.loss_reduction, minibatch.denominator)
+        watched = {"the loss": torch.where(mask, loss, 0.0), "the summed loss": total}
+        if answers.behaviour_logps is not None:
+            log_ratio = (logps.detach() - answers.behaviour_logps) * mask
+            watched = {"the log-ratio": log_ratio, **watched}
+            ratio = log_ratio.exp()
+            self.record_tokens(mask, ratio_mean=ratio)
+            self.record(ratio_max=ratio.max())
+        self.finite.watch(watched, answers.ids, minibatch)
+        self.record_tokens(mask, entropy=entropy, **logged)
+        return total if minibatch.denominator is None else self.scale_to_global(total)
+
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""
         return loss * self.accelerator.num_processes * self.current_gradient_accumulation_steps
 
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the processes."""
+        return self.accelerator.reduce(x, reduction="sum")
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows [B, ...] of every process, padded with 0 to the longest answer."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
+
     def save_extras(self, folder: Path) -> dict[str, Any]:
-        """As in `StudentTrainer`; the critic goes beside the student."""
+        """As in `StudentTrainer`; the critic goes next to the student, the objective's state into the extras."""
         self.policy.save_value_head(folder)
-        return super().save_extras(folder)
+        return {**super().save_extras(folder), **self.objective.state()}
+
+    def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
+        super().load_extras(extras, folder)
+        self.objective.load_state(extras)
 
 
 def _print_samples(step: int, rows: list[dict[str, Any]]) -> None:

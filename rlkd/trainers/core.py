@@ -42,8 +42,7 @@ class StudentTrainer(ResumableTrainer):
     """transformers.Trainer around a wrapped student. Saved models are the bare student and its tokenizer.
 
     Subclasses set `trained`, `tokenizer` and `teacher` before they call this constructor. The wrapper has the plain
-    model as `student` and a `load(folder)` that reads what checkpoints hold of it. settings: the other dataclasses the
-    run was made from, for run.json.
+    model as `student` and a `load(folder)` that reads what checkpoints hold of it.
     """
 
     trained: Any
@@ -51,8 +50,10 @@ class StudentTrainer(ResumableTrainer):
     teacher: Any
     args: StudentArguments
 
-    def __init__(self, *, settings: Sequence[Any] = (), callbacks: list[TrainerCallback] | None = None, **options: Any):
-        self.settings = settings
+    # The other dataclasses the run was made from, for run.json.
+    settings: Sequence[Any] = ()
+
+    def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **options: Any):
         self._recorded: dict[str, list[Tensor]] = {}
         self.run_record: RunRecord | None = None
         self._cpu_started = time.process_time()
@@ -64,6 +65,21 @@ class StudentTrainer(ResumableTrainer):
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingProgress())
         check_best_metric(self.args, self.held_out_names)
+
+    def run(self, settings: Sequence[Any] = ()) -> None:
+        """A whole job, as the recipes run it: train (or resume), evaluate, save the student, say where it is.
+
+        settings: the other dataclasses the run was made from, for run.json and for comparing when it is resumed.
+        """
+        self.settings = settings
+        with self.writing():
+            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+            metrics = self.evaluate() if self.eval_dataset is not None else {}
+            self.save_model()
+        if self.is_world_process_zero():
+            shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items())
+            what = "model" if self.teacher is None else "student"
+            print(f"held-out: {shown or 'no rows'}\n{what} and metrics.jsonl saved in {self.run_folder}")
 
     def begin_run(self, checkpoint: Path | None) -> None:
         """Write run.json; if the run goes on from a checkpoint, check first that it is the same run."""

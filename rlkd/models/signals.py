@@ -1,0 +1,51 @@
+"""Where a teacher's signal comes from, and what it can give: a local model here; recorded or served signals alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Protocol
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..records import TeacherSignal
+
+# All that a signal can hold, by name.
+SIGNAL = frozenset(field.name for field in fields(TeacherSignal))
+
+
+class SignalSource(Protocol):
+    """A teacher as trainers see it.
+
+    gives: names of `TeacherSignal`'s fields that it can fill, known before anything loads.
+    """
+
+    @property
+    def gives(self) -> frozenset[str]: ...
+
+    def score(
+        self,
+        teacher_inputs: list[tuple[str, ...]],
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        *,
+        distribution: bool = False,
+        ids: list[str] | None = None,
+    ) -> TeacherSignal:
+        """What the teacher says of answers [B, R] to B inputs, each under its templates; zeros at padding.
+
+        distribution: whether the next-token distributions are needed, too; ids name the rows in errors.
+        Raises DivergenceError if a number is not finite.
+        """
+        ...
+
+
+def check_signal(needs: Iterable[str], gives: Iterable[str], what: str, remedy: str) -> None:
+    """Raises ConfigError naming what `what` (settings, in words) needs of the teacher and the teacher cannot give."""
+    missing = sorted(set(needs) - set(gives))
+    if missing:
+        raise ConfigError(
+            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher gives "
+            f"{', '.join(sorted(gives))} only: {remedy}"
+        )

@@ -1,0 +1,117 @@
+"""What a trainer optimises, as arithmetic on records: the trainer runs the models and knows nothing of the formula.
+
+For a batch of answers (from labels or from rollouts), in order:
+
+    evidence     what the objective reads: the teacher's signal, the reference policy, the student before the update
+    annotate     evidence -> annotations, once per batch, before the first update on it
+    token_loss   the student's numbers and the annotations -> loss per token, once per minibatch
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..models.heads import TokenFunction
+from ..objectives.policy import Reduction, token_statistics
+from ..records import Batched, Minibatch, Rollouts, TeacherSignal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence(Batched):
+    """What is known of answers before the first update on them; None for what the objective does not read.
+
+    signal           the teacher's
+    reference_logps  [B, R] log-probability of each token under the reference policy
+    values           [B, R] the critic's C(s_t)
+    extra            [B, R] each: what `Objective.token_function` gives beyond log-probability and entropy
+    """
+
+    signal: TeacherSignal | None = None
+    reference_logps: Tensor | None = None
+    values: Tensor | None = None
+    extra: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentTokens:
+    """The student on the tokens of a minibatch, with gradient, [B, R] each; 0 at padding.
+
+    logps    log pi(a_t|s_t);  entropy, of pi(.|s_t);  values, the critic's (zeros without one)
+    extra    what `Objective.token_function` gives beyond these two
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    values: Tensor
+    extra: tuple[Tensor, ...] = ()
+
+
+class Processes(Protocol):
+    """All processes that share a batch."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the processes."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows [B, R] of every process, padded with 0 to the longest answer."""
+        ...
+
+
+class Objective(ABC):
+    """One way to learn from answers. Subclasses give `token_loss`; the defaults are those of plain imitation.
+
+    what, remedy     the settings that chose it, and what to change if the teacher cannot give what it needs: for errors
+    needs            fields of the teacher's signal that it reads; empty, and no teacher is asked
+    reads            fields of `Evidence` beyond the signal that the trainer computes for `annotate`
+    critic           whether the policy has a value head
+    loss_reduction   how token losses are averaged
+    """
+
+    what: str = "this objective"
+    remedy: str = "choose another objective."
+    needs: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+    critic: bool = False
+    loss_reduction: Reduction = "token_mean"
+
+    def token_function(self, signal: TeacherSignal | None) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+        """The function of a chunk of the student's logits [n, V] that the loss reads, and its per-token arguments.
+
+        It is called with (logits [n, V], ids [n], *arguments [n, ...]) and returns log-probability and entropy, [n]
+        each, and what else `token_loss` finds in `StudentTokens.extra`.
+        """
+        return token_statistics, ()
+
+    def annotate(self, answers: Rollouts, evidence: Evidence) -> Any:
+        """What the loss needs of answers that later updates must not change: a `Batched` record, or None."""
+        return None
+
+    def over_batch(
+        self, annotations: Any, answers: Rollouts, evidence: Evidence, processes: Processes
+    ) -> tuple[Any, Mapping[str, Tensor | float]]:
+        """The annotations after what needs the whole batch of all processes, and what is logged of the batch.
+
+        Logged tensors [B, R] are means over tokens, scalars means over batches.
+        """
+        return annotations, {}
+
+    def numbers(self, annotations: Any) -> dict[str, Tensor | None]:
+        """What of the annotations must be finite, [B, R] each, by what it is called in an error."""
+        return {}
+
+    @abstractmethod
+    def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of every token [B, R], and what is logged per token, [B, R] each."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the objective, JSON-able."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (most objectives keep nothing)
+        """Take what `state` gave."""

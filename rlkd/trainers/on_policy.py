@@ -1,0 +1,243 @@
+"""On-policy training: answers come from the policy itself. The loop, in order:
+
+    for each rollout batch:                              `experience`
+        sample answers from the behaviour policy         `sample`
+        ask teacher, reference and critic about them     `evidence`
+        let the objective annotate them                  `annotate`  (policy gradients: reward, credit, baseline)
+        for each epoch, for each minibatch:              `minibatches`
+            one optimizer step on the objective's loss   `compute_loss`
+
+Which objective it is, this module does not know. Rollout batch i is a function of the seed, i and the weights alone:
+resuming between batches continues the same run, and the same global batch split over more processes is the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..errors import ConfigError
+from ..evaluation.evaluator import TaskMetric
+from ..inspection.recording import rollout_samples
+from ..inspection.reward_view import Sample
+from ..models.teacher import Teacher
+from ..objectives.policy import reduction_count
+from ..records import Example, Minibatch, Rollouts, select_rows
+from ..sampling.decode import row_seed
+from ..sampling.rollouts import sample_rollouts
+from .arguments import RLArguments
+from .distillation import DistillationTrainer
+from .start import StartCheck
+
+BEHAVIOUR_FILE = "behaviour.safetensors"
+
+
+class OnPolicyTrainer(DistillationTrainer):
+    """Trains `student` on its own answers to `train_examples`, the unlabeled inputs; subclasses name the objective.
+
+    The student given here is also the reference policy of the KL penalty. Other arguments as in `DistillationTrainer`.
+    """
+
+    args: RLArguments
+    teacher: Teacher
+
+    def __init__(
+        self,
+        student: Any,
+        args: RLArguments,
+        *,
+        teacher: Teacher,
+        tokenizer: Any,
+        train_examples: Sequence[Example],
+        eval_examples: Sequence[Example] | None = None,
+        task_metric: TaskMetric | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        super().__init__(
+            student,
+            args,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            train_dataset=train_examples,
+            eval_examples=eval_examples,
+            task_metric=task_metric,
+            callbacks=callbacks,
+        )
+        # On resume `ExperienceLoader` knows from the step count where it is: the Trainer must not skip anything.
+        self.args.ignore_data_skip = True
+        self.steps_between_checkpoints = args.updates_per_rollout
+        self.train_examples = train_examples
+        self.reference = self.policy.frozen_copy()
+        self.behaviour = self.policy if args.sync_every == 1 else self.policy.frozen_copy()
+        self.newest: Minibatch | None = None
+        self.prompts_per_process = args.rows_per_rollout // args.rollouts_per_prompt
+        self.prompts_per_rollout = self.prompts_per_process * self.accelerator.num_processes
+        if len(train_examples) < self.prompts_per_rollout:
+            raise ConfigError(
+                f"one rollout batch takes {self.prompts_per_rollout} prompts but the training data have "
+                f"{len(train_examples)}: lower per_device_train_batch_size, gradient_accumulation_steps or "
+                "minibatches_per_rollout, or raise rollouts_per_prompt"
+            )
+        self.add_callback(StartCheck(self))
+        self.add_callback(_EpochOfStep())
+
+    # The loop
+
+    def get_train_dataloader(self) -> ExperienceLoader:  # type: ignore[override]
+        rollouts_per_epoch = len(self.train_examples) // self.prompts_per_rollout
+        micro_batches = self.args.updates_per_rollout * self.args.gradient_accumulation_steps
+        return ExperienceLoader(self, rollouts_per_epoch * micro_batches)
+
+    def experience(self) -> Iterator[dict[str, Minibatch]]:
+        """Minibatches without end, from the rollout batch the step count says is next."""
+        while True:
+            index = self.rollout_index
+            self.synchronise(index)
+            started = time.perf_counter()
+            batch = self.annotate(self.sample(index))
+            self.record(rollout_seconds=time.perf_counter() - started)
+            for minibatch in self.minibatches(batch, index):
+                yield {"minibatch": minibatch}
+
+    @property
+    def rollout_index(self) -> int:
+        """Number of the rollout batch that comes next (between batches) or is being used."""
+        return self.state.global_step // self.args.updates_per_rollout
+
+    def synchronise(self, index: int) -> None:
+        """Copy the student into the behaviour policy every `sync_every` rollout batches."""
+        if self.behaviour is not self.policy and index % self.args.sync_every == 0:
+            self.behaviour.load_state_dict(self.policy.state_dict())
+
+    def prompts(self, index: int) -> list[Example]:
+        """This process's prompts of rollout batch `index`: each pass over the data in an order of its own."""
+        epoch, position = divmod(index, len(self.train_examples) // self.prompts_per_rollout)
+        generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        order = torch.randperm(len(self.train_examples), generator=generator)
+        start = position * self.prompts_per_rollout + self.accelerator.process_index * self.prompts_per_process
+        return [self.train_examples[i] for i in order[start : start + self.prompts_per_process].tolist()]
+
+    def sample(self, index: int) -> Rollouts:
+        """Answers of the behaviour policy to this process's prompts."""
+        self.behaviour.eval()
+        return sample_rollouts(
+            self.behaviour,
+            self.tokenizer,
+            self.prompts(index),
+            rollouts_per_prompt=self.args.rollouts_per_prompt,
+            max_input_tokens=self.args.max_input_tokens,
+            max_new_tokens=self.args.max_new_tokens,
+            seed=(self.args.seed, "rollout", index),
+        )
+
+    @torch.no_grad()
+    def annotate(self, answers: Rollouts) -> Minibatch:
+        """A whole rollout batch as the objective sees it, checked and logged."""
+        self.tokens_since_log += int(answers.answer_mask.sum())
+        evidence = self.evidence(answers)
+        annotations = self.objective.annotate(answers, evidence)
+        self.check_experience(answers, annotations)
+        annotations, logged = self.objective.over_batch(annotations, answers, evidence, self)
+        self.record_batch(answers, logged)
+        batch = Minibatch(answers=answers, signal=evidence.signal, annotations=annotations)
+        self.newest = select_rows(batch, torch.arange(min(len(answers.examples), self.args.sample_table_rows)))
+        return batch
+
+    def check_experience(self, answers: Rollouts, annotations: Any) -> None:
+        """Raise DivergenceError, on every process, if a number [B, R] of a rollout batch is not finite."""
+        numbers = {"the student's log-probability": answers.behaviour_logps, **self.objective.numbers(annotations)}
+        self.finite.check({k: v for k, v in numbers.items() if v is not None}, answers.ids, answers)
+
+    def minibatches(self, batch: Minibatch, index: int) -> Iterator[Minibatch]:
+        """Every epoch cuts the rollout batch into minibatches anew; each is split into micro-batches by length.
+
+        The rows form a table of `minibatches_per_rollout` columns; every line is permuted on its own and a minibatch is
+        a column. The permutation of a line depends on its global number only, so splitting the lines over processes
+        changes no minibatch.
+        """
+        args = self.args
+        columns = args.minibatches_per_rollout
+        table = torch.arange(args.rows_per_rollout).view(-1, columns)
+        first_line = self.accelerator.process_index * len(table)
+        plan: list[Tensor] = []
+        for epoch in range(args.epochs_per_rollout):
+            generator = torch.Generator().manual_seed(row_seed(args.seed, "minibatches", index, epoch))
+            shuffles = torch.rand(len(table) * self.accelerator.num_processes, columns, generator=generator).argsort(1)
+            shuffled = table.gather(1, shuffles[first_line : first_line + len(table)])
+            plan += list(shuffled.T)
+        mask = batch.answers.answer_mask
+        counts = torch.tensor(
+            [reduction_count(mask[rows], self.objective.loss_reduction) for rows in plan], device=mask.device
+        )
+        counts = self.accelerator.reduce(counts, reduction="sum").tolist()
+        lengths = (mask.sum(1) + batch.answers.input_mask.sum(1)).cpu()
+        for rows, count in zip(plan, counts, strict=True):
+            by_length = rows[lengths[rows].argsort(stable=True)]
+            for micro in by_length.chunk(args.gradient_accumulation_steps):
+                yield replace(select_rows(batch, micro), denominator=count)
+
+    # What is watched
+
+    def record_batch(self, answers: Rollouts, logged: Mapping[str, Tensor | float]) -> None:
+        """Record what docs/metrics.md defines of a rollout batch: what the objective says, length and finish rate."""
+        mask = answers.answer_mask
+        self.record(length=mask.sum(1).double().mean())
+        if answers.finished is not None:
+            self.record(finish_rate=answers.finished.double().mean())
+        for name, value in logged.items():
+            if isinstance(value, Tensor) and value.dim():
+                self.record_tokens(mask, **{name: value})
+            else:
+                self.record(**{name: value})
+
+    def rollout_samples(self) -> list[Sample]:
+        if self.newest is None or not self.newest.answers.examples:
+            return []
+        return rollout_samples(self.teacher, self.tokenizer, self.newest, self.args.reward_value)
+
+    # What a checkpoint carries next to the student
+
+    def save_extras(self, folder: Path) -> dict[str, Any]:
+        lags = self.behaviour is not self.policy and self.rollout_index % self.args.sync_every > 0
+        if lags:
+            save_model(self.behaviour, str(folder / BEHAVIOUR_FILE))
+        return {**super().save_extras(folder), "behaviour_lags": lags}
+
+    def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
+        super().load_extras(extras, folder)
+        if self.behaviour is not self.policy:
+            if extras["behaviour_lags"]:
+                load_model(self.behaviour, folder / BEHAVIOUR_FILE)
+            else:
+                self.behaviour.load_state_dict(self.policy.state_dict())
+
+
+@dataclass
+class ExperienceLoader:
+    """What the Trainer iterates over: `length` micro-batches an epoch, less those before the step count on resume."""
+
+    trainer: OnPolicyTrainer
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[dict[str, Minibatch]]:
+        done = self.trainer.state.global_step * self.trainer.args.gradient_accumulation_steps % self.length
+        yield from islice(self.trainer.experience(), self.length - done)
+
+
+class _EpochOfStep(TrainerCallback):
+    """The Trainer, which skips no data here, would count the micro-batches of a resumed epoch from its beginning."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step * args.gradient_accumulation_steps / len(kwargs["train_dataloader"])
