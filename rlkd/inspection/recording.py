@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..models.policy import Policy
 from ..models.teacher import Teacher
-from ..records import Example, Minibatch, given
+from ..records import Example, Rollouts
 from ..runs.files import TOKEN_REWARDS, append_lines
 from .build import answers_as_rollouts, rows_of, score_rollouts
 from .reward_view import COLUMNS, Sample
@@ -29,21 +31,17 @@ def evaluated_samples(
     return samples
 
 
-def rollout_samples(teacher: Teacher, tokenizer: Any, batch: Minibatch, value: str) -> list[Sample]:
-    """Answers of a rollout batch with the rewards, advantages and, of a critic, values that training uses; whitening
-    is undone in the rewards.
-    """
-    answers, credit = batch.answers, batch.annotations
-    mask = answers.answer_mask
-    used = {
-        "rewards": rows_of(credit.rewards / credit.scale, mask),
-        "advantages": rows_of(credit.advantages, mask),
-        "student_logprobs": rows_of(given(answers.behaviour_logps), mask),
-    }
-    if credit.values is not None:
-        used["values"] = rows_of(credit.values, mask)
+def rollout_samples(
+    teacher: Teacher, tokenizer: Any, answers: Rollouts, value: str, used: Mapping[str, Tensor]
+) -> list[Sample]:
+    """Answers of a rollout batch with the numbers that training uses: rewards, advantages, values, [B, R] each."""
+    if answers.behaviour_logps is not None:
+        used = {**used, "student_logprobs": answers.behaviour_logps}
+    columns = {name: rows_of(numbers, answers.answer_mask) for name, numbers in used.items()}
     samples = score_rollouts(teacher, tokenizer, answers, source="rollout", value=value)
-    return [replace(sample, **{name: column[i] for name, column in used.items()}) for i, sample in enumerate(samples)]
+    return [
+        replace(sample, **{name: column[i] for name, column in columns.items()}) for i, sample in enumerate(samples)
+    ]
 
 
 def append_samples(folder: Path, samples: Iterable[Sample], *, step: int, value: str) -> None:

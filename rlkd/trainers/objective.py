@@ -105,6 +105,10 @@ class Objective(ABC):
         """What of the annotations must be finite, [B, R] each, by what it is called in an error."""
         return {}
 
+    def shown(self, annotations: Any) -> dict[str, Tensor]:
+        """What views show of the annotations, [B, R] each: `rewards`, `advantages`, `values`, as far as there are."""
+        return {}
+
     @abstractmethod
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of every token [B, R], and what is logged per token, [B, R] each."""

@@ -36,7 +36,6 @@ from ..sampling.decode import row_seed
 from ..sampling.rollouts import sample_rollouts
 from .arguments import RLArguments
 from .distillation import DistillationTrainer
-from .start import StartCheck
 
 BEHAVIOUR_FILE = "behaviour.safetensors"
 
@@ -87,7 +86,6 @@ class OnPolicyTrainer(DistillationTrainer):
                 f"{len(train_examples)}: lower per_device_train_batch_size, gradient_accumulation_steps or "
                 "minibatches_per_rollout, or raise rollouts_per_prompt"
             )
-        self.add_callback(StartCheck(self))
         self.add_callback(_EpochOfStep())
 
     # The loop
@@ -202,7 +200,8 @@ class OnPolicyTrainer(DistillationTrainer):
     def rollout_samples(self) -> list[Sample]:
         if self.newest is None or not self.newest.answers.examples:
             return []
-        return rollout_samples(self.teacher, self.tokenizer, self.newest, self.args.reward_value)
+        used, value = self.objective.shown(self.newest.annotations), getattr(self.args, "reward_value", "max")
+        return rollout_samples(self.teacher, self.tokenizer, self.newest.answers, value, used)
 
     # What a checkpoint carries next to the student
 

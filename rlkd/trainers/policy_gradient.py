@@ -24,6 +24,8 @@ from ..records import Batched, Minibatch, Rollouts, TeacherSignal
 from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
 from .arguments import RLArguments
 from .objective import Evidence, Objective, Processes, StudentTokens
+from .on_policy import OnPolicyTrainer
+from .start import StartCheck
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +149,11 @@ class PolicyGradient(Objective):
             "the return": annotations.returns,
         }
 
+    def shown(self, annotations: Credit) -> dict[str, Tensor]:
+        # As they are in nats: whitening is undone in the rewards.
+        shown = {"rewards": annotations.rewards / annotations.scale, "advantages": annotations.advantages}
+        return shown if annotations.values is None else {**shown, "values": annotations.values}
+
     # The loss
 
     def token_function(self, signal: TeacherSignal | None) -> tuple[TokenFunction, tuple[Tensor, ...]]:
@@ -193,6 +200,16 @@ class PolicyGradient(Objective):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.kl_coef = state["kl_coef"]
+
+
+class PolicyGradientTrainer(OnPolicyTrainer):
+    """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start."""
+
+    args: RLArguments
+
+    def __init__(self, student: Any, args: RLArguments, **options: Any):
+        super().__init__(student, args, **options)
+        self.add_callback(StartCheck(self))
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:

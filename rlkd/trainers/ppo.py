@@ -10,8 +10,7 @@ from torch import Tensor
 from ..objectives.policy import ppo_loss
 from ..records import Minibatch
 from .arguments import PPOArguments
-from .on_policy import OnPolicyTrainer
-from .policy_gradient import PolicyGradient
+from .policy_gradient import PolicyGradient, PolicyGradientTrainer
 
 
 class PPO(PolicyGradient):
@@ -31,7 +30,7 @@ class PPO(PolicyGradient):
         return loss, {"clip_fraction": (ratio - 1).abs() > clip}
 
 
-class PPOTrainer(OnPolicyTrainer):
+class PPOTrainer(PolicyGradientTrainer):
     """Trains a student by `PPO` on the reward that a teacher induces."""
 
     args: PPOArguments

@@ -11,8 +11,7 @@ from ..objectives.advantages import importance_weights, per_decision
 from ..objectives.policy import reinforce_loss
 from ..records import Minibatch
 from .arguments import ReinforceArguments
-from .on_policy import OnPolicyTrainer
-from .policy_gradient import PolicyGradient
+from .policy_gradient import PolicyGradient, PolicyGradientTrainer
 
 
 class Reinforce(PolicyGradient):
@@ -49,7 +48,7 @@ class Reinforce(PolicyGradient):
         )
 
 
-class ReinforceTrainer(OnPolicyTrainer):
+class ReinforceTrainer(PolicyGradientTrainer):
     """Trains a student by `Reinforce` on the reward that a teacher induces."""
 
     args: ReinforceArguments

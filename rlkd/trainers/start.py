@@ -14,7 +14,7 @@ from ..objectives.advantages import price_of_stopping, regret_per_sequence
 from ..records import given
 
 if TYPE_CHECKING:
-    from .on_policy import OnPolicyTrainer
+    from .policy_gradient import PolicyGradientTrainer
 
 logger = logging.get_logger("rlkd")
 
@@ -26,7 +26,7 @@ class StartCheck(TrainerCallback):
     credit goes there (docs/method.md, "the EOS shortcut").
     """
 
-    def __init__(self, trainer: OnPolicyTrainer):
+    def __init__(self, trainer: PolicyGradientTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
