@@ -57,8 +57,6 @@ REINFORCE: dict[str, dict[str, Any]] = {
     "baseline_critic": {"baseline": "critic"},
     "reward_lse": {"reward_value": "lse", "baseline": "teacher", "lam": 0.7},
     "reward_softmax": {"reward_value": "softmax", "baseline": "teacher", "lam": 0.7},
-    "gauge_centered_logit": {"baseline": "none", "gauge": "centered_logit"},
-    "gauge_raw_logit": {"baseline": "none", "gauge": "raw_logit"},
     "one_step_sampled": {"one_step": "sampled"},
     "one_step_sampled_closed_form": {"one_step": "sampled", "baseline": "closed_form"},
     "lag_none": {"sync_every": 3, "importance_weight": "none"},
@@ -130,8 +128,8 @@ CLOCKS = ("seconds", "per_second", "runtime")
 def generating(kind: str, folder: Path, *, bart: bool = False, templates: str | None = None, **options: Any) -> Any:
     """A supervised, reinforce or ppo trainer."""
     if bart:
-        adapter = EncoderDecoder(tiny_bart(seed=2, vocab=PADDED), VALID)
-        options |= {"model": tiny_bart(seed=11, vocab=PADDED), "judge": Teacher(adapter, tiny_tokenizer(WORDS))}
+        lm = EncoderDecoder(tiny_bart(seed=2, vocab=PADDED), VALID)
+        options |= {"model": tiny_bart(seed=11, vocab=PADDED), "judge": Teacher(lm, tiny_tokenizer(WORDS))}
     if templates:
         options["data"] = [replace(e, teacher_inputs=(*e.teacher_inputs, e.student_input)) for e in examples(12)]
         options["judge"] = teacher(combination=templates)
