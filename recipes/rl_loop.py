@@ -10,7 +10,7 @@ python recipes/rl_loop.py --teacher runs/tiny/teacher --student runs/tiny/studen
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from rlkd import (
     Example,
     Examples,
     Policy,
+    Reward,
     Teacher,
+    TeacherSignal,
     kl_k3,
     language_model,
     load_model,
@@ -72,6 +74,15 @@ def prompts_of(step: int, examples: Sequence[Example], args: LoopArguments) -> l
     return [examples[i] for i in order[start : start + args.prompts_per_step].tolist()]
 
 
+def with_expectation(reward: Reward, signal: TeacherSignal) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Of a chunk of the student's logits: log pi(a_t|s_t), the entropy, and E_{a ~ pi}[r(s_t, a)], [n] each."""
+
+    def statistics(logits, ids, value, *states):
+        return *token_statistics(logits, ids), reward.expected(logits, signal.distribution.logits(*states), value)
+
+    return statistics
+
+
 def reinforce(
     policy: Policy, teacher: Teacher, tokenizer: object, examples: Sequence[Example], args: LoopArguments
 ) -> Iterator[dict[str, float]]:
@@ -113,14 +124,10 @@ def reinforce(
         with torch.no_grad():
             (reference_logps, _), _ = reference(*answers.policy_inputs)
 
-        # One forward of the student; logits exist for a chunk of tokens at a time, and with them E_{a ~ pi}[r(s_t, a)].
-        def with_expectation(logits, ids, value, *states):
-            teacher_logits = signal.distribution.logits(*states)
-            return *token_statistics(logits, ids), reward.expected(logits, teacher_logits, value)
-
+        # One forward of the student, whose logits exist for a chunk of tokens at a time.
         policy.train()
         token_args = (reward.state_value(signal), *signal.distribution.token_args)
-        (logps, _, expected), _ = policy(*answers.policy_inputs, with_expectation, token_args)
+        (logps, _, expected), _ = policy(*answers.policy_inputs, with_expectation(reward, signal), token_args)
 
         # -credit log pi(a_t|s_t) - E_{a ~ pi}[r(s_t, a)] + c KL(pi || reference), a mean over the batch's tokens.
         loss = reinforce_loss(logps, advantages * mask, mask) - expected

@@ -30,7 +30,13 @@ from rlkd.settings.trl_compat import ModelConfig
 from tiny import save_pretrained, tiny_t5, tiny_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-KINDS = {"ppo": PPOArguments, "reinforce": ReinforceArguments, "seqkd": SupervisedArguments}
+KINDS = {
+    "ppo": PPOArguments,
+    "reinforce": ReinforceArguments,
+    "seqkd": SupervisedArguments,
+    "opd": ReinforceArguments,
+}
+SCRIPTS = {"opd": "reinforce"}  # configurations that another recipe's script runs
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +61,9 @@ def _recipe(kind: str, folder: Path, monkeypatch, *flags: str) -> None:
     """Run a recipe in this process with its tiny twin; SystemExit carries the exit code."""
     monkeypatch.chdir(folder)
     path = f"recipes/{kind}_t0_to_t5"
-    monkeypatch.setattr(sys, "argv", [f"{path}.py", "--config", f"{path}.tiny.yaml", *flags])
-    runpy.run_path(f"{path}.py", run_name="__main__")
+    script = f"recipes/{SCRIPTS.get(kind, kind)}_t0_to_t5.py"
+    monkeypatch.setattr(sys, "argv", [script, "--config", f"{path}.tiny.yaml", *flags])
+    runpy.run_path(script, run_name="__main__")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -18,11 +18,15 @@ SIGNAL = frozenset(field.name for field in fields(TeacherSignal))
 class SignalSource(Protocol):
     """A teacher as trainers see it.
 
-    gives: names of `TeacherSignal`'s fields that it can fill, known before anything loads.
+    gives  names of `TeacherSignal`'s fields that it can fill, known before anything loads
+    model  the transformers model behind it, which also answers held-out inputs; None if there is none here
     """
 
     @property
     def gives(self) -> frozenset[str]: ...
+
+    @property
+    def model(self) -> Any: ...
 
     def score(
         self,

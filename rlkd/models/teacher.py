@@ -85,6 +85,11 @@ class Teacher:
         self.lm.model.eval().requires_grad_(False)
         self.cache = EncoderCache(self.cache_bytes)
 
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self.lm.model
+
     def encode(self, texts: list[str]) -> list[Tensor]:
         """Encoder states [P_i, D] of each text; only texts not in the cache are encoded."""
         keys = [

@@ -20,7 +20,7 @@ from ..inspection.recording import append_samples, evaluated_samples
 from ..inspection.reward_view import Sample
 from ..io.progress import progress
 from ..models.policy import Policy
-from ..models.signals import check_signal
+from ..models.signals import SignalSource, check_signal
 from ..models.teacher import Teacher
 from ..models.vocabulary import valid_vocab
 from ..objectives.policy import reduce_tokens
@@ -50,7 +50,7 @@ class DistillationTrainer(StudentTrainer):
         student: Any,
         args: DistillationArguments,
         *,
-        teacher: Teacher | None,
+        teacher: SignalSource | None,
         tokenizer: Any,
         train_dataset: Any,
         eval_examples: Sequence[Example] | None = None,
@@ -64,6 +64,10 @@ class DistillationTrainer(StudentTrainer):
         self.reference: Policy | None = None
         self.evaluator: Evaluator | None = None
         if teacher is not None and eval_examples is not None and len(eval_examples):
+            if not isinstance(teacher, Teacher):
+                raise ConfigError(
+                    "eval_examples are answered by the teacher, too: give a local Teacher, or no eval_examples."
+                )
             self.evaluator = Evaluator(
                 teacher,
                 tokenizer,
@@ -98,7 +102,7 @@ class DistillationTrainer(StudentTrainer):
         return rows
 
     def models(self) -> dict[str, Any]:
-        return {"teacher": self.teacher and self.teacher.lm.model, "student": self.policy.student}
+        return {"teacher": self.teacher and self.teacher.model, "student": self.policy.student}
 
     # Evaluation: the Evaluator replaces the Trainer's loss-only loop.
 

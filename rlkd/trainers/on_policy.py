@@ -29,6 +29,7 @@ from ..errors import ConfigError
 from ..evaluation.evaluator import TaskMetric
 from ..inspection.recording import rollout_samples
 from ..inspection.reward_view import Sample
+from ..models.signals import SignalSource
 from ..models.teacher import Teacher
 from ..objectives.policy import reduction_count
 from ..records import Example, Minibatch, Rollouts, select_rows
@@ -47,14 +48,13 @@ class OnPolicyTrainer(DistillationTrainer):
     """
 
     args: RLArguments
-    teacher: Teacher
 
     def __init__(
         self,
         student: Any,
         args: RLArguments,
         *,
-        teacher: Teacher,
+        teacher: SignalSource,
         tokenizer: Any,
         train_examples: Sequence[Example],
         eval_examples: Sequence[Example] | None = None,
@@ -153,7 +153,9 @@ class OnPolicyTrainer(DistillationTrainer):
     def check_experience(self, answers: Rollouts, annotations: Any) -> None:
         """Raise DivergenceError, on every process, if a number [B, R] of a rollout batch is not finite."""
         numbers = {"the student's log-probability": answers.behaviour_logps, **self.objective.numbers(annotations)}
-        self.finite.check({k: v for k, v in numbers.items() if v is not None}, answers.ids, answers)
+        values = {name: value for name, value in numbers.items() if value is not None}
+        if values:
+            self.finite.check(values, answers.ids, answers)
 
     def minibatches(self, batch: Minibatch, index: int) -> Iterator[Minibatch]:
         """Every epoch cuts the rollout batch into minibatches anew; each is split into micro-batches by length.
@@ -198,7 +200,7 @@ class OnPolicyTrainer(DistillationTrainer):
                 self.record(**{name: value})
 
     def rollout_samples(self) -> list[Sample]:
-        if self.newest is None or not self.newest.answers.examples:
+        if self.newest is None or not self.newest.answers.examples or not isinstance(self.teacher, Teacher):
             return []
         used, value = self.objective.shown(self.newest.annotations), getattr(self.args, "reward_value", "max")
         return rollout_samples(self.teacher, self.tokenizer, self.newest.answers, value, used)

@@ -32,6 +32,16 @@ class StartCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.weak_start == "ignore" or state.global_step > 0:
             return
+        missing = {"max", "distribution"} - self.trainer.teacher.gives
+        if missing:
+            message = (
+                "whether the student is strong enough to start cannot be checked: the teacher gives no "
+                f"{' and no '.join(sorted(missing))}"
+            )
+            if args.weak_start == "refuse":
+                raise ConfigError(f"{message} (weak_start: refuse)")
+            logger.warning(f"{message} (weak_start: ignore silences this)")
+            return
         start = self.measure()
         self.trainer.log(dict(start))
         regret, price = start["start_regret"], start["start_eos_price"]
@@ -51,8 +61,8 @@ class StartCheck(TrainerCallback):
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Regret per sequence, price of an early end, length and finish rate of the first rollout batch."""
-        trainer, teacher = self.trainer, self.trainer.teacher
-        rollouts, eos = trainer.sample(0), teacher.lm.eos_id
+        trainer = self.trainer
+        rollouts, eos = trainer.sample(0), trainer.policy.lm.eos_id
         mask = rollouts.answer_mask
         scores = trainer.score(rollouts, distribution=True)
         assert isinstance(scores.distribution, HeadOverStates)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from ..evaluation.evaluator import TaskMetric
 from ..models.heads import TokenFunction
-from ..models.teacher import Teacher
+from ..models.signals import SignalSource
 from ..models.vocabulary import encode_texts
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.policy import token_statistics
@@ -108,7 +108,7 @@ class SupervisedTrainer(DistillationTrainer):
         *,
         tokenizer: Any,
         train_dataset: Any,
-        teacher: Teacher | None = None,
+        teacher: SignalSource | None = None,
         eval_examples: Sequence[Example] | None = None,
         task_metric: TaskMetric | None = None,
         callbacks: list[TrainerCallback] | None = None,

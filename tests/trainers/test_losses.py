@@ -3,9 +3,11 @@
 import math
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rlkd.records import Example, Rollouts, select_rows
 from tiny import tiny_tokenizer
@@ -305,3 +307,31 @@ def test_only_the_answer_of_the_policy_is_trained_not_the_teacher_or_the_referen
     trainer.train()
     for before, module in zip(frozen, (trainer.teacher.lm.model, trainer.reference), strict=True):
         assert all(torch.equal(before[n], t) for n, t in module.state_dict().items())
+
+
+def test_the_opd_recipe_is_the_reverse_kl_at_the_students_own_prefixes(tmp_path):
+    """Loss and gradient of the shipped settings, against KL(pi || p) over the whole vocabulary from plain logits."""
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "opd_t0_to_t5.yaml").read_text())
+    names = ("reward_value", "lam", "one_step", "entropy_coef", "kl_coef", "baseline")
+    names += ("rollouts_per_prompt", "sync_every")
+    trainer = make("reinforce", tmp_path, **{name: recipe[name] for name in names})
+    trainer.current_gradient_accumulation_steps = 1
+    minibatch = next(trainer.experience())["minibatch"]
+    perturb(trainer.policy, 0.05)
+    loss = trainer.compute_loss(trainer.policy, {"minibatch": minibatch})
+    loss.backward()
+    got = [p.grad.clone() for p in trainer.policy.parameters()]
+    trainer.policy.zero_grad()
+    terms = []
+    for example, ids, mask in zip(
+        minibatch.answers.examples, minibatch.answers.answer_ids, minibatch.answers.answer_mask, strict=True
+    ):
+        answer = ids[mask].tolist()
+        log_pi = full_logits(trainer.policy.student, prompt_ids(example.student_input), answer)[0].log_softmax(-1)
+        q = full_logits(trainer.teacher.lm.model, prompt_ids(example.teacher_inputs[0]), answer)[0].detach()
+        terms.append((log_pi.exp() * (log_pi - q.log_softmax(-1))).sum(-1))
+    want = torch.cat(terms).mean()
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    for one, parameter in zip(got, trainer.policy.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
