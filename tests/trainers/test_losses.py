@@ -316,8 +316,8 @@ def test_the_opd_recipe_is_the_reverse_kl_at_the_students_own_prefixes(tmp_path)
     names += ("rollouts_per_prompt", "sync_every")
     trainer = make("reinforce", tmp_path, **{name: recipe[name] for name in names})
     trainer.current_gradient_accumulation_steps = 1
+    perturb(trainer.policy, 0.3)
     minibatch = next(trainer.experience())["minibatch"]
-    perturb(trainer.policy, 0.05)
     loss = trainer.compute_loss(trainer.policy, {"minibatch": minibatch})
     loss.backward()
     got = [p.grad.clone() for p in trainer.policy.parameters()]
