@@ -15,9 +15,9 @@ from ..evaluation.evaluator import Evaluator, TaskMetric
 from ..inspection.recording import append_samples, evaluated_samples
 from ..inspection.reward_view import Sample
 from ..io.progress import progress
+from ..models.architectures import language_model
 from ..models.policy import Policy
 from ..models.teacher import Teacher
-from ..models.vocabulary import valid_vocab
 from ..records import Example
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
 from ..runs.sample_tables import TEXTS, SampleTables
@@ -52,7 +52,7 @@ class DistillationTrainer(StudentTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.teacher, self.tokenizer = teacher, tokenizer
-        self.policy = Policy(student, valid_vocab(tokenizer), critic=critic)
+        self.policy = Policy(language_model(student, tokenizer), critic=critic)
         self.reference: Policy | None = None
         self.evaluator: Evaluator | None = None
         if teacher is not None and eval_examples is not None and len(eval_examples):
