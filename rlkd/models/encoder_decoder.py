@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..tensors import length_mask, pad_rows, pad_stack
 from .batching import batches_by_length, padding_allowed
+from .compat import cache_name, own_generation_config
 from .heads import Head
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
@@ -149,7 +147,7 @@ class EncoderDecoder:
         from transformers import GenerationConfig
 
         ids, mask = pad_rows(prompts, self.pad_id, self.device)
-        with _own_generation_config(self.model):
+        with own_generation_config(self.model):
             sequences = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask.long(),
@@ -175,7 +173,7 @@ class _Decoding:
     def __init__(self, lm: EncoderDecoder, states: list[Tensor]):
         self.lm = lm
         self.decoder = lm.model.get_decoder()
-        self.cache_name = _cache_name(self.decoder)
+        self.cache_name = cache_name(self.decoder)
         self.encoded = pad_stack(states)
         self.mask = length_mask([len(s) for s in states]).to(lm.device)
         self.cache: Any = None
@@ -202,23 +200,6 @@ class _Decoding:
             self.encoded, self.mask = self.encoded[:, :width], self.mask[:, :width]
             for layer in self.cache.cross_attention_cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
-
-
-def _cache_name(decoder: Any) -> str:
-    """What a decoder calls its cache: transformers 5.24 renamed `past_key_values`, and warns of the old name."""
-    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
-
-
-@contextmanager
-def _own_generation_config(model: Any) -> Iterator[None]:
-    """Without the checkpoint's generation defaults (BART's n-gram ban ...), which would merge into ours."""
-    from transformers import GenerationConfig
-
-    kept, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
 
 
 def _output_scale(config: Any) -> float:

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,16 @@ def test_greedy_equals_hf_generate_token_for_token_while_rows_end(kind, monkeypa
     for answer, row in zip(answers_of(out), generated[:, 1:].tolist(), strict=True):
         assert row[: len(answer)] == answer
         assert set(row[len(answer) :]) <= {PAD}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_decoding_uses_nothing_that_transformers_deprecates(kind):
+    """Names changed in transformers 5.24; whichever version runs, users see no warning of it."""
+    lm = ending(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(lm, states_of(lm), greedy, max_new_tokens=3)
 
 
 # -- a row alone is the row in a batch -----------------------------------------------------------------------------
