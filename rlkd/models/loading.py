@@ -80,7 +80,7 @@ def load_model(
         raise ModelError(
             f"{role} '{name}' lacks {len(missing)} weights of its architecture, which would stay random: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. "
-            f"Point it at a complete {config.model_type} checkpoint (encoder, decoder and head)."
+            f"Point it at a complete {config.model_type} checkpoint, head included."
         )
     protect_untied_head(model)
     return model

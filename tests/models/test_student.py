@@ -110,6 +110,7 @@ def test_policy_gradient_reaches_every_student_parameter_and_equals_that_of_full
 def test_frozen_copy_is_independent_and_without_gradients():
     policy = with_random_critic(policy_of("t5-untied", critic=True))
     frozen = policy.frozen_copy()
+    assert frozen.lm.model is frozen.student is not policy.student
     before = copy.deepcopy(frozen.state_dict())
     assert not any(p.requires_grad for p in frozen.parameters())
     assert all(p.requires_grad for p in policy.parameters())

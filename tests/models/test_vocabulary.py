@@ -37,7 +37,7 @@ def with_holes() -> PreTrainedTokenizerFast:
 
 
 def test_an_id_beyond_the_number_of_tokens_counts_everywhere(tmp_path):
-    """With holes, ids reach beyond len(tokenizer). Size, rollouts, labels, scores and the trainer's policy agree on V."""
+    """With holes, ids reach beyond len(tokenizer): head, rollouts, labels and scores agree on what V is."""
     tokenizer, model = with_holes(), tiny_t5(tied=False, vocab=VALID + 8)
     size, last = VALID + 3, VALID + 2
     assert len(tokenizer) == VALID
@@ -63,11 +63,10 @@ def test_an_id_beyond_the_number_of_tokens_counts_everywhere(tmp_path):
     scores = teacher.score([e.teacher_inputs for e in rollouts.examples], rollouts.answer_ids, mask)
     logps = ((scores.chosen - scores.logsumexp) * mask).sum(1)
     torch.testing.assert_close(logps, rollouts.behaviour_logps.sum(1), atol=1e-4, rtol=1e-5)
+    engine = TorchEngine(lm)
     prompts = encode_texts(tokenizer, [e.student_input for e in rollouts.examples], 10)
     answers = [ids[m].tolist() for ids, m in zip(rollouts.answer_ids, mask, strict=True)]
-    for prompt, answer, row, total in zip(
-        prompts, answers, TorchEngine(lm).score(prompts, answers), logps, strict=True
-    ):
+    for prompt, answer, row, total in zip(prompts, answers, engine.score(prompts, answers), logps, strict=True):
         decoder_input = torch.tensor([[lm.model.config.decoder_start_token_id, *answer[:-1]]])
         with torch.no_grad():
             logits = lm.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_input).logits
@@ -75,7 +74,7 @@ def test_an_id_beyond_the_number_of_tokens_counts_everywhere(tmp_path):
         assert row == pytest.approx(want.tolist(), abs=1e-5)
         assert float(total) == pytest.approx(float(want.sum()), abs=1e-4)
 
-    (labels,) = TorchEngine(lm).answer(prompts[:1], [[*range(20)]], Decoding("sample", 6, labels_per_input=20))
+    (labels,) = engine.answer(prompts[:1], [[*range(20)]], Decoding("sample", 6, labels_per_input=20))
     assert last in {token for label in labels for token in label.ids} <= set(range(size))
 
 

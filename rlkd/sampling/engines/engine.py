@@ -143,8 +143,8 @@ class TorchEngine:
     def score(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[float]]:
         # The answers to one prompt share its state.
         distinct = {tuple(prompt): None for prompt in prompts}
-        encoded = self.lm.prompt_states([list(prompt) for prompt in distinct], self.batch_tokens)
-        states = dict(zip(distinct, encoded, strict=True))
+        made = self.lm.prompt_states([list(prompt) for prompt in distinct], self.batch_tokens)
+        states = dict(zip(distinct, made, strict=True))
         return self._logps([states[tuple(prompt)] for prompt in prompts], answers)
 
     def _own_loop(self, states: list[Tensor], seeds: list[int], decoding: Decoding) -> list[Answer]:
