@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from common import arguments, report, show
 from rl_step import EOS, STUDENT, VALID_VOCAB, t5
-from rlkd.models.encoder_decoder import EncoderDecoder
+from rlkd.models.architectures import language_model
 from rlkd.models.teacher import Teacher
 from rlkd.records import Example
 from rlkd.trainers.arguments import ReinforceArguments
@@ -41,8 +41,8 @@ GUARDS = {
 class Numbers:
     """A tokenizer whose texts are token ids in writing."""
 
-    def __len__(self) -> int:
-        return VALID_VOCAB
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(VALID_VOCAB)}
 
     def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[int(token) for token in text.split()] for text in texts]}
@@ -138,7 +138,7 @@ def build(folder: str, steps: int, seed: int) -> ReinforceTrainer:
     return ReinforceTrainer(
         student,
         settings,
-        teacher=Teacher(EncoderDecoder(teacher, VALID_VOCAB), Numbers()),
+        teacher=Teacher(language_model(teacher, Numbers()), Numbers()),
         tokenizer=Numbers(),
         train_examples=[Example(str(i), text, (text,)) for i, text in enumerate(texts)],
     )

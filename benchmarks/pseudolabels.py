@@ -30,11 +30,14 @@ from transformers.utils import logging
 from common import arguments, interleave, report, show
 from label_pipeline import overhead, two_processes
 from rl_step import EOS, PAD, PADDED_VOCAB, STUDENT, TEACHER, VALID_VOCAB, log_normal_lengths
+from rlkd.models.architectures import language_model
 from rlkd.models.encoder_decoder import EncoderDecoder
+from rlkd.models.language_model import LanguageModel
 from rlkd.sampling.agreement import agreement
 from rlkd.sampling.engines.ctranslate2_engine import CTranslate2Engine
 from rlkd.sampling.engines.engine import Answer, Decoding, Engine, TorchEngine
 from rlkd.sampling.schedule import Budget, answer_all
+from rlkd.tensors import pad_rows
 
 LONGEST_PROMPT, LONGEST_ANSWER = 256, 64
 HF_BATCH = 16
@@ -127,7 +130,7 @@ def draw_prompts(rows: int, seed: int) -> list[list[int]]:
     return [prompt_for(answer, prompt, rng) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def hf_in_order(lm: EncoderDecoder, prompts: list[list[int]]) -> list[list[int]]:
+def hf_in_order(lm: LanguageModel, prompts: list[list[int]]) -> list[list[int]]:
     """Plain generate: batches in file order, each padded to its longest prompt. It records no log-probabilities."""
     settings = GenerationConfig(
         max_new_tokens=LONGEST_ANSWER,
@@ -138,7 +141,7 @@ def hf_in_order(lm: EncoderDecoder, prompts: list[list[int]]) -> list[list[int]]
     )
     answers = []
     for start in range(0, len(prompts), HF_BATCH):
-        ids, mask = lm.pad_prompts(prompts[start : start + HF_BATCH])
+        ids, mask = pad_rows(prompts[start : start + HF_BATCH], PAD)
         sequences = lm.model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
         for row in sequences[:, 1:].tolist():
             answers.append(row[: row.index(EOS) + 1] if EOS in row else row)
@@ -188,7 +191,7 @@ def measure_speed(name: str, rows: int, repetitions: int, seed: int) -> Result:
 
 
 @torch.no_grad()
-def _difference(lm: EncoderDecoder, prompt: list[int], answer: Any) -> float:
+def _difference(lm: LanguageModel, prompt: list[int], answer: Any) -> float:
     decoder_input = torch.tensor([[PAD, *answer.ids[:-1]]])
     logits: Tensor = lm.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_input).logits
     want = logits[0, :, : lm.valid_vocab].log_softmax(-1)[range(len(answer.ids)), answer.ids]
@@ -235,7 +238,7 @@ def measure_agreement(steps: int, prompts: int, seed: int) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         schedule.step()
-    lm = EncoderDecoder(model.eval(), len(tokenizer))
+    lm = language_model(model.eval(), tokenizer)
     texts = [next(notes)[0] for _ in range(prompts)]
     ids = tokenizer(texts).input_ids
     int8, float32 = (CTranslate2Engine(lm, precision, threads=1) for precision in ("int8", "float32"))

@@ -29,6 +29,7 @@ from rlkd.objectives.advantages import discounted_sum
 from rlkd.objectives.policy import reduce_tokens, reinforce_loss
 from rlkd.objectives.rewards import induced_advantage
 from rlkd.sampling.decode import decode, sampler
+from rlkd.tensors import pad_rows
 
 PADDED_VOCAB, VALID_VOCAB = 32_128, 32_100
 PAD, EOS = 0, 1
@@ -129,12 +130,12 @@ def rlkd_step(policy: Policy, teacher: Teacher, batch: Batch) -> Tensor:
         return batch.answers[rows, step]
 
     with torch.no_grad():
-        states = lm.encode_prompts(batch.prompts)
+        states = lm.prompt_states(batch.prompts)
     rollout = decode(lm, states, choose, max_new_tokens=LONGEST_ANSWER)
     texts = [(" ".join(map(str, prompt)),) for prompt in batch.prompts]
     rewards = induced_advantage(teacher.score(texts, rollout.ids, rollout.mask))
     advantages = discounted_sum(rewards, rollout.mask, 1.0)
-    (logps, _), _ = policy(*lm.pad_prompts(batch.prompts), rollout.ids, rollout.mask)
+    (logps, _), _ = policy(*pad_rows(batch.prompts, lm.pad_id), rollout.ids, rollout.mask)
     loss = reinforce_loss(logps, advantages, rollout.mask.float())
     reduce_tokens(loss, rollout.mask, "token_mean").backward()
     return rewards
@@ -155,7 +156,7 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.manual_seed(args.seed)
     student, teacher_model = t5(STUDENT), t5(TEACHER)
-    policy = Policy(student, VALID_VOCAB)
+    policy = Policy(EncoderDecoder(student, VALID_VOCAB))
     teacher = Teacher(EncoderDecoder(teacher_model, VALID_VOCAB), tokenizer)
     batch = Batch.draw(args.seed)
 
@@ -202,8 +203,8 @@ def main() -> None:
             + [f"{of['plain'] / of[key]:.2f}" for of in (seconds, work)]
             for key, name in [
                 ("plain", "padded batches, full logits, encoders in every phase"),
-                ("cold", "rlkd, teacher's encoder cache empty"),
-                ("warm", "rlkd, teacher's encoder cache holds the prompts"),
+                ("cold", "rlkd, teacher's prompt cache empty"),
+                ("warm", "rlkd, teacher's prompt cache holds the prompts"),
             ]
         ],
         f"Rewards differ by at most {figures['reward_max_abs_diff']:.1e} nats; "

@@ -34,7 +34,6 @@ from transformers.utils import logging as transformers_logging
 
 import quickstart_task as task
 from rlkd import (
-    EncoderDecoder,
     PPOArguments,
     PPOTrainer,
     ReinforceArguments,
@@ -43,7 +42,8 @@ from rlkd import (
     SupervisedTrainer,
     Teacher,
     generate_pseudolabels,
-    load_encoder_decoder,
+    language_model,
+    load_model,
     load_pseudolabels,
     load_tokenizer,
 )
@@ -185,7 +185,7 @@ def train_teacher(folder: Path, plan: Plan, split: str) -> dict[str, float]:
     trainer = SupervisedTrainer(
         model,
         SupervisedArguments(**settings(folder, max_steps=plan.teacher_steps, learning_rate=3e-3)),
-        teacher=Teacher(EncoderDecoder(copy.deepcopy(model), len(tokenizer)), tokenizer),
+        teacher=Teacher(language_model(copy.deepcopy(model), tokenizer), tokenizer),
         tokenizer=tokenizer,
         train_dataset=rows,
         eval_examples=prompted,
@@ -210,7 +210,7 @@ class Seed:
         logging.disable(logging.INFO)
         path = str(self.folder / "teacher")
         tokenizer = load_tokenizer(path, "teacher")
-        teacher = Teacher(EncoderDecoder(load_encoder_decoder(path, "teacher"), len(tokenizer)), tokenizer)
+        teacher = Teacher(language_model(load_model(path, "teacher"), tokenizer), tokenizer)
         return {
             "teacher": teacher,
             "tokenizer": tokenizer,
@@ -249,7 +249,7 @@ class Seed:
         return judge(trainer, train(trainer, f"seed {self.seed}, {arm}"))
 
     def warm_student(self) -> Any:
-        return load_encoder_decoder(str(self.home / slug(WARM_UP)), "student")
+        return load_model(str(self.home / slug(WARM_UP)), "student")
 
     def reinforce(self) -> dict[str, float]:
         arguments = self.arguments(

@@ -38,7 +38,6 @@ from rlkd import (
     run_main,
     sample_rollouts,
     token_statistics,
-    valid_vocab,
 )
 
 
@@ -151,7 +150,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.student, "student")
     examples = Examples(load_rows(args.data), load_templates(args.templates), student_column=args.input_column)
     teacher = Teacher(language_model(load_model(args.teacher, "teacher"), tokenizer), tokenizer)
-    policy = Policy(load_model(args.student, "student"), valid_vocab(tokenizer))
+    policy = Policy(language_model(load_model(args.student, "student"), tokenizer))
     for numbers in reinforce(policy, teacher, tokenizer, examples, args):
         print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
     policy.save(args.out)

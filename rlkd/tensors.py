@@ -48,6 +48,12 @@ def pad_stack(rows: list[Tensor], value: float | int = 0) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
+def pad_rows(rows: list[list[int]], value: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Lists of token ids as one tensor [B, L], right-padded with `value`, and its mask [B, L], both on `device`."""
+    ids = pad_stack([torch.tensor(row, dtype=torch.long) for row in rows], value)
+    return ids.to(device), length_mask([len(row) for row in rows], ids.shape[1]).to(device)
+
+
 def length_mask(lengths: Tensor | list[int], width: int | None = None) -> Tensor:
     """Boolean mask [B, width] that is True for the first `lengths[i]` positions of row i."""
     lengths = torch.as_tensor(lengths)
@@ -56,5 +62,9 @@ def length_mask(lengths: Tensor | list[int], width: int | None = None) -> Tensor
 
 
 def unpack(packed: Tensor, mask: Tensor) -> Tensor:
-    """Values [N] of the True positions of `mask` [B, R] back in their places, zeros elsewhere; differentiable."""
-    return torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(mask, packed)
+    """Values [N, ...] of the True positions of `mask` [B, R] back in their places [B, R, ...], zeros elsewhere;
+    differentiable.
+    """
+    rest = packed.shape[1:]
+    grid = torch.zeros(mask.shape + rest, dtype=packed.dtype, device=packed.device)
+    return grid.masked_scatter(mask[(..., *(None,) * len(rest))], packed)

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "trainers"))
 
-from rlkd import Policy, valid_vocab
+from rlkd import Policy, language_model
 from tiny import tiny_tokenizer
 from tiny_runs import WORDS, assert_same, examples, logged, make, student, teacher, weights
 
@@ -28,7 +28,7 @@ def test_the_loop_and_the_trainer_are_the_same_run(tmp_path, rl_loop, reward, la
     own = {"reward": reward, "lam": lam, "gamma": gamma, "kl_coef": kl}
     args = rl_loop.LoopArguments("t", "s", "d", "c", "x", **SETTINGS, **own)
     tokenizer = tiny_tokenizer(WORDS)
-    policy = Policy(student(), valid_vocab(tokenizer))
+    policy = Policy(language_model(student(), tokenizer))
     snapshots, lines = [], []
     for numbers in rl_loop.reinforce(policy, teacher(), tokenizer, examples(12), args):
         lines.append(numbers)

@@ -11,12 +11,12 @@ import torch
 from transformers.utils import logging
 
 from rlkd import (
-    EncoderDecoder,
     Example,
     SupervisedArguments,
     SupervisedTrainer,
     Teacher,
-    load_encoder_decoder,
+    language_model,
+    load_model,
     load_tokenizer,
 )
 
@@ -53,4 +53,4 @@ def trained_teacher(run: Path = RUN, steps: int = 200) -> Teacher:
         model = build_model(tokenizer, width=64, seed=0)
         train(SupervisedTrainer(model, arguments, tokenizer=tokenizer, train_dataset=rows), "teacher")
     tokenizer = load_tokenizer(str(folder), "teacher")
-    return Teacher(EncoderDecoder(load_encoder_decoder(str(folder), "teacher"), len(tokenizer)), tokenizer)
+    return Teacher(language_model(load_model(str(folder), "teacher"), tokenizer), tokenizer)

@@ -32,7 +32,6 @@ from transformers.utils import logging as transformers_logging
 
 import quora_agnews_task as task
 from rlkd import (
-    EncoderDecoder,
     PPOArguments,
     PPOTrainer,
     ReinforceArguments,
@@ -42,7 +41,8 @@ from rlkd import (
     Teacher,
     generate_pseudolabels,
     labels_finished,
-    load_encoder_decoder,
+    language_model,
+    load_model,
     load_pseudolabels,
     load_tokenizer,
 )
@@ -175,7 +175,7 @@ class Study:
     def teacher(self) -> Teacher:
         folder = self.out / "teacher"
         self.once(folder, self.train_teacher)
-        lm = EncoderDecoder(load_encoder_decoder(str(folder), "teacher"), len(self.tokenizer))
+        lm = language_model(load_model(str(folder), "teacher"), self.tokenizer)
         return Teacher(lm, self.tokenizer, max_input_tokens=self.plan["limits"]["max_input_tokens"])
 
     def train_teacher(self, folder: Path) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class Study:
         if stage.start is None:
             model = build_model(self.tokenizer, seed=stage.seed, **self.plan["student"])
         else:
-            model = load_encoder_decoder(str(stage.start), "student")
+            model = load_model(str(stage.start), "student")
         settings = self.settings(folder, seed=stage.seed, **stage.training)
         shared = self.judged_by_teacher(stage.split)
         if stage.arm == "seqkd":

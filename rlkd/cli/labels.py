@@ -49,7 +49,7 @@ def label(
     decoding = _decoding(request)
     part = part_of(request["shard"]) if request["shard"] else None
     manifest = check_output(out, overwrite=overwrite, part=part)
-    tokenizer, valid_vocab = check_teacher(request["teacher"], request["teacher_dtype"])
+    tokenizer = check_teacher(request["teacher"], request["teacher_dtype"])
     earlier = manifest.header["scan"] if manifest.headers else None
     source = source_of(request, earlier)
     options = RunOptions(
@@ -66,11 +66,11 @@ def label(
     # A second writer is turned away before it loads the weights.
     with writer_lock(out / manifest_name(part)) as lock:
         quantization = request["teacher_quantization"]
-        teacher = load_teacher(request, tokenizer, valid_vocab, quantization)
+        teacher = load_teacher(request, tokenizer, quantization)
         engine = make_engine(request["engine"], teacher.lm, decoding, compute_type=request["compute_type"] or None)
 
         def full_precision() -> Engine:
-            exact = teacher if quantization == "none" else load_teacher(request, tokenizer, valid_vocab, "none")
+            exact = teacher if quantization == "none" else load_teacher(request, tokenizer, "none")
             return TorchEngine(exact.lm, exact.batch_tokens)
 
         totals = label_rows(
@@ -119,33 +119,30 @@ def source_of(request: dict[str, Any], earlier: dict[str, Any] | None) -> Prompt
     return PromptedRows(stream, render, row_map=row_map, earlier=earlier)
 
 
-def check_teacher(name: str, dtype: str) -> tuple[Any, int]:
-    """The tokenizer and the number of its ids, if the configuration can be a teacher's; no weights load."""
+def check_teacher(name: str, dtype: str) -> Any:
+    """The tokenizer, if the configuration can be a teacher's; no weights load."""
     from ..models.loading import check_config, load_config, resolve_dtype
     from ..models.vocabulary import check_vocabulary_fits, load_tokenizer, valid_vocab
 
     config = load_config(name, "teacher")
     check_config(config, "teacher", name, resolve_dtype(dtype, "teacher_dtype"))
     tokenizer = load_tokenizer(name, "teacher")
-    size = valid_vocab(tokenizer)
-    check_vocabulary_fits(config, size, "teacher", name)
-    return tokenizer, size
+    check_vocabulary_fits(config, valid_vocab(tokenizer), "teacher", name)
+    return tokenizer
 
 
-def load_teacher(request: dict[str, Any], tokenizer: Any, valid_vocab: int, quantization: str) -> Teacher:
+def load_teacher(request: dict[str, Any], tokenizer: Any, quantization: str) -> Teacher:
     import torch
 
     from ..models import loading
-    from ..models.encoder_decoder import EncoderDecoder
+    from ..models.architectures import language_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = loading.quantization_config(quantization)
-    model = loading.load_encoder_decoder(
-        request["teacher"], "teacher", dtype=request["teacher_dtype"], quantization=settings
-    )
+    model = loading.load_model(request["teacher"], "teacher", dtype=request["teacher_dtype"], quantization=settings)
     return Teacher(
         # bitsandbytes places its weights itself.
-        EncoderDecoder(model.to(device) if settings is None else model, valid_vocab),
+        language_model(model.to(device) if settings is None else model, tokenizer),
         tokenizer,
         max_input_tokens=request["max_input_tokens"],
         append_eos=request["input_eos"],

@@ -156,17 +156,17 @@ def _value(request: dict[str, Any]) -> Any:
 def _of_models(request: dict[str, Any]) -> RewardView:
     """Checks in order of cost: configurations and vocabularies, templates and rows; weights load last."""
     from ..inspection.build import reward_view
-    from ..models.loading import load_encoder_decoder
+    from ..models.loading import load_model
     from .labels import check_teacher, load_teacher
 
-    tokenizer, valid_vocab = check_teacher(request["teacher"], request["teacher_dtype"])
+    tokenizer = check_teacher(request["teacher"], request["teacher_dtype"])
     for role in ("student", "student_before"):
         if request[role] is not None:
             _check_student(request[role], role, tokenizer, request["teacher"])
     names, examples = _examples(request)
-    teacher = load_teacher(request, tokenizer, valid_vocab, "none")
+    teacher = load_teacher(request, tokenizer, "none")
     students = {
-        role: load_encoder_decoder(request[role], role).to(teacher.lm.device)
+        role: load_model(request[role], role).to(teacher.lm.device)
         for role in ("student", "student_before")
         if request[role] is not None
     }
@@ -215,9 +215,9 @@ def _of_labels(request: dict[str, Any]) -> RewardView:
     from .labels import check_teacher, load_teacher
 
     settings = finished_manifest(request["labels"]).header["settings"]
-    tokenizer, valid_vocab = check_teacher(request["teacher"] or settings["teacher"], request["teacher_dtype"])
+    tokenizer = check_teacher(request["teacher"] or settings["teacher"], request["teacher_dtype"])
     options: dict[str, Any] = {"value": _value(request), "limit": request["limit"]}
     if request["teacher"] is not None:
         reading = {"max_input_tokens": settings["max_input_tokens"], "input_eos": settings["append_eos"]}
-        options["teacher"] = load_teacher({**request, **reading}, tokenizer, valid_vocab, "none")
+        options["teacher"] = load_teacher({**request, **reading}, tokenizer, "none")
     return from_labels(request["labels"], tokenizer, **options)

@@ -116,7 +116,7 @@ class Evaluator:
     def _teacher_ids(self, examples: Sequence[Example]) -> list[list[int]]:
         missing = [e for e in examples if e.id not in self._teacher_answers]
         if missing:
-            states = self.teacher.encode([e.teacher_inputs[0] for e in missing])
+            states = self.teacher.prompt_states([e.teacher_inputs[0] for e in missing])
             answer = decode(self.teacher.lm, states, greedy, max_new_tokens=self.max_new_tokens)
             for example, ids, mask in zip(missing, answer.ids, answer.mask, strict=True):
                 self._teacher_answers[example.id] = ids[mask].tolist()

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..models.architectures import language_model
 from ..models.heads import HeadOverStates
 from ..models.policy import Policy
 from ..models.teacher import Teacher
-from ..models.vocabulary import decode_texts, encode_texts, token_pieces, valid_vocab
+from ..models.vocabulary import decode_texts, encode_texts, token_pieces
 from ..objectives.rewards import induced_advantage
 from ..records import Example, Rollouts, TeacherSignal, given
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers
-from ..tensors import length_mask, pad_stack
+from ..tensors import pad_rows
 from .reward_view import RewardView, Sample
 
 TOP_K = 5
@@ -43,7 +44,7 @@ def reward_view(
     references, and any that are given.
 
     Args:
-        student, student_before: a Policy or a plain encoder-decoder that shares the tokenizer; may be left out.
+        student, student_before: a Policy or a plain model that shares the tokenizer; may be left out.
         answers: texts to judge, one per example, or several such lists by the name of their source.
         template_names: names of the teacher inputs of an example, in order.
         per_template: show every answer under each template by itself as well.
@@ -180,12 +181,12 @@ def _check(examples: list[Example], answers: Any, template_names: Sequence[str] 
 
 
 def _policy(student: Any, tokenizer: Any) -> Policy:
-    return student if isinstance(student, Policy) else Policy(student, valid_vocab(tokenizer)).eval()
+    return student if isinstance(student, Policy) else Policy(language_model(student, tokenizer)).eval()
 
 
 def _teacher_answers(teacher: Teacher, examples: list[Example], max_new_tokens: int) -> Rollouts:
     """What the teacher answers itself under the first template."""
-    states = teacher.encode([example.teacher_inputs[0] for example in examples])
+    states = teacher.prompt_states([example.teacher_inputs[0] for example in examples])
     answer = decode(teacher.lm, states, greedy, max_new_tokens=max_new_tokens)
     return _as_rollouts(teacher, examples, answer.ids, answer.mask, answer.finished)
 
@@ -204,13 +205,20 @@ def _given_answers(
 
 def answers_as_rollouts(teacher: Teacher, examples: list[Example], answers: list[list[int]]) -> Rollouts:
     """Answers given as token ids; one without end-of-sequence at its end counts as cut."""
-    device = teacher.lm.device
-    ids = pad_stack([torch.tensor(row, dtype=torch.long) for row in answers], teacher.lm.pad_id).to(device)
-    finished = torch.tensor([row[-1:] == [teacher.lm.eos_id] for row in answers], device=device)
-    return _as_rollouts(teacher, examples, ids, length_mask([len(row) for row in answers]).to(device), finished)
+    ids, mask = pad_rows(answers, teacher.lm.pad_id, teacher.lm.device)
+    finished = torch.tensor([row[-1:] == [teacher.lm.eos_id] for row in answers], device=ids.device)
+    return _as_rollouts(teacher, examples, ids, mask, finished)
 
 
 def _as_rollouts(teacher: Teacher, examples: list[Example], ids: Tensor, mask: Tensor, finished: Tensor) -> Rollouts:
     prompts = encode_texts(teacher.tokenizer, [e.student_input for e in examples], teacher.max_input_tokens)
-    input_ids, input_mask = teacher.lm.pad_prompts(prompts)
-    return Rollouts(examples, input_ids, input_mask, ids, mask, torch.zeros(ids.shape, device=ids.device), finished)
+    input_ids, input_mask = pad_rows(prompts, teacher.lm.pad_id, teacher.lm.device)
+    return Rollouts(
+        examples=examples,
+        input_ids=input_ids,
+        input_mask=input_mask,
+        answer_ids=ids,
+        answer_mask=mask,
+        behaviour_logps=torch.zeros(ids.shape, device=ids.device),
+        finished=finished,
+    )

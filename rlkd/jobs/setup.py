@@ -15,8 +15,8 @@ from ..errors import ConfigError
 from ..evaluation.evaluator import TaskMetric
 from ..evaluation.task_metrics import TASK_METRICS
 from ..labels.pseudolabels import load_pseudolabels
-from ..models.encoder_decoder import EncoderDecoder
-from ..models.loading import check_config, load_config, load_encoder_decoder, resolve_dtype
+from ..models.architectures import architecture_of, language_model
+from ..models.loading import check_config, load_config, load_model, resolve_dtype
 from ..models.teacher import Teacher
 from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
@@ -145,13 +145,14 @@ def prepare(
     if not name:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
     if student.use_peft:
-        student.lora_task_type = "SEQ_2_SEQ_LM"
+        config = load_config(name, "student", student.model_revision)
+        student.lora_task_type = architecture_of(config, "student", name).lora_task_type
     settings = (data, teacher, student)
     check_resumed_settings(training, settings)
-    tokenizer, valid_vocab = _check_models(teacher, student, name)
+    tokenizer = _check_models(teacher, student, name)
     train, evaluation, labels = _load_data(data)
 
-    model = load_encoder_decoder(
+    model = load_model(
         name,
         "student",
         dtype=_student_dtype(student),
@@ -163,14 +164,12 @@ def prepare(
         from peft import get_peft_model
 
         model = get_peft_model(model, get_peft_config(student))  # type: ignore[arg-type]
-    frozen = load_encoder_decoder(
-        teacher.teacher, "teacher", dtype=teacher.teacher_dtype, revision=teacher.teacher_revision
-    )
+    frozen = load_model(teacher.teacher, "teacher", dtype=teacher.teacher_dtype, revision=teacher.teacher_revision)
     frozen.to(training.device)
     return Setup(
         model,
         Teacher(
-            EncoderDecoder(frozen, valid_vocab),
+            language_model(frozen, tokenizer),
             tokenizer,
             max_input_tokens=training.max_input_tokens,
             append_eos=teacher.teacher_append_eos,
@@ -186,8 +185,8 @@ def prepare(
     )
 
 
-def _check_models(teacher: TeacherArguments, student: ModelConfig, name: str) -> tuple[Any, int]:
-    """Configurations and tokenizers of both models; returns the shared tokenizer and its size."""
+def _check_models(teacher: TeacherArguments, student: ModelConfig, name: str) -> Any:
+    """Configurations and tokenizers of both models; returns the shared tokenizer."""
     configs = {}
     for role, model, dtype in (
         ("teacher", teacher.teacher, teacher.teacher_dtype),
@@ -198,12 +197,12 @@ def _check_models(teacher: TeacherArguments, student: ModelConfig, name: str) ->
         )
         check_config(configs[role], role, model, resolve_dtype(dtype, f"{role}_dtype"))
     tokenizer = load_tokenizer(name, "student", student.model_revision)
-    valid_vocab = check_same_vocabulary(
+    size = check_same_vocabulary(
         load_tokenizer(teacher.teacher, "teacher", teacher.teacher_revision), tokenizer, teacher.teacher, name
     )
-    check_vocabulary_fits(configs["teacher"], valid_vocab, "teacher", teacher.teacher)
-    check_vocabulary_fits(configs["student"], valid_vocab, "student", name)
-    return tokenizer, valid_vocab
+    check_vocabulary_fits(configs["teacher"], size, "teacher", teacher.teacher)
+    check_vocabulary_fits(configs["student"], size, "student", name)
+    return tokenizer
 
 
 def _student_dtype(student: ModelConfig) -> str:

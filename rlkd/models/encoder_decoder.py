@@ -1,7 +1,4 @@
-"""What rlkd needs of a model family: encode once, decode to hidden states, and the head.
-
-Everything else (rollouts, scoring, losses) is written against `EncoderDecoder` and knows no family.
-"""
+"""Encoder-decoder language models of the T5 and BART families: encode once, decode against the encoder's states."""
 
 from __future__ import annotations
 
@@ -12,19 +9,38 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..tensors import length_mask, pad_stack
+from ..tensors import length_mask, pad_rows, pad_stack
+from .batching import batches_by_length, padding_allowed
+from .compat import cache_name, own_generation_config
 from .heads import Head
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 BART_FAMILY = ("bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "led")
-# Padding that one batch of unequal lengths may hold, in tokens: about what one more forward costs. A processor computes
-# padding like anything else; an accelerator mostly waits for its launches.
-PADDING = {"cpu": 32, "accelerator": 2048}
+# Configuration fields that make a forward in training mode random.
+NOISE = (
+    "dropout_rate",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "classifier_dropout",
+    "encoder_layerdrop",
+    "decoder_layerdrop",
+    "router_jitter_noise",
+)
+
+
+def check_precision(config: Any, role: str, name: str, dtype: torch.dtype) -> None:
+    """Raises ModelError for a precision in which the model fails silently."""
+    if dtype == torch.float16 and config.model_type in T5_FAMILY:
+        raise ModelError(
+            f"{role} '{name}': float16 overflows to inf in T5 models, and greedy decoding does not notice. "
+            f"Use {role}_dtype: bfloat16 (GPU) or float32."
+        )
 
 
 @dataclass(frozen=True)
 class EncoderDecoder:
-    """An encoder-decoder model of the T5 or BART family.
+    """`LanguageModel` of an encoder-decoder; the state of a prompt is its encoder states [P_i, D].
 
     model        the transformers model (possibly PEFT-wrapped)
     valid_vocab  number of ids that are real tokens; actions and normalisers are limited to them
@@ -43,6 +59,7 @@ class EncoderDecoder:
 
     @property
     def start_id(self) -> int:
+        """The decoder's input before the first token of an answer. T5's is the padding token."""
         return int(self.config.decoder_start_token_id)
 
     @property
@@ -54,8 +71,12 @@ class EncoderDecoder:
     def pad_id(self) -> int:
         return int(self.config.pad_token_id)
 
+    @property
+    def width(self) -> int:
+        return int(self.config.d_model)
+
     def head(self) -> Head:
-        """The vocabulary projection as transformers applies it, output scale and logits bias included."""
+        """As in LanguageModel."""
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         projection = base.get_output_embeddings()
         weight = projection.weight
@@ -72,24 +93,20 @@ class EncoderDecoder:
         """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool."""
         return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
 
-    def encode_prompts(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
+    def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
         """Encoder states [P_i, D] of each prompt, batched by length so that little padding is encoded."""
         states: list[Tensor | None] = [None] * len(prompts)
-        for rows in batches_by_length([len(p) for p in prompts], batch_tokens, self._padding):
-            ids, mask = self.pad_prompts([prompts[i] for i in rows])
+        for rows in batches_by_length([len(p) for p in prompts], batch_tokens, padding_allowed(self.device)):
+            ids, mask = pad_rows([prompts[i] for i in rows], self.pad_id, self.device)
             for i, state, n in zip(rows, self.encode(ids, mask), mask.sum(1).tolist(), strict=True):
                 states[i] = state[:n]
         return states  # type: ignore[return-value]
 
-    def pad_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Right-padded ids [B, P] and mask [B, P] on the model's device."""
-        ids = pad_stack([torch.tensor(p, dtype=torch.long) for p in prompts], self.pad_id)
-        return ids.to(self.device), length_mask([len(p) for p in prompts], ids.shape[1]).to(self.device)
-
     def hidden(self, states: Tensor, mask: Tensor, answer_ids: Tensor) -> Tensor:
         """Head inputs [B, R, D] that predict `answer_ids` [B, R], teacher-forced from the start token.
 
-        Answers are right-padded and attention is causal, so padding after an answer changes nothing before it.
+        Args: states [B, P, D], mask [B, P] bool: encoder states and which of them count. Answers are right-padded and
+        attention is causal, so padding after an answer changes nothing before it.
         """
         start = torch.full_like(answer_ids[:, :1], self.start_id)
         shifted = torch.cat([start, answer_ids[:, :-1]], dim=1)
@@ -102,35 +119,87 @@ class EncoderDecoder:
         ).last_hidden_state
 
     def answer_hidden(
-        self, states: list[Tensor], answer_ids: Tensor, lengths: list[int], batch_tokens: int = 4096
+        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096
     ) -> Tensor:
-        """`hidden` [B, R, D] for encoder states [P_i, D], batched by length, as wide as needed; 0 after an answer."""
+        """As in LanguageModel: batched by the length of prompt and answer, each batch as wide as its answers."""
+        places = torch.arange(1, answer_mask.shape[1] + 1, device=answer_mask.device)
+        ends = (answer_mask * places).amax(1)  # of the last token that counts
+        lengths = ends.tolist()
         rows: list[Tensor | None] = [None] * len(states)
-        for batch in batches_by_length(
-            [n + len(s) for n, s in zip(lengths, states, strict=True)], batch_tokens, self._padding
-        ):
+        total = [n + len(s) for n, s in zip(lengths, states, strict=True)]
+        for batch in batches_by_length(total, batch_tokens, padding_allowed(self.device)):
             width = max(max(lengths[i] for i in batch), 1)
             mask = length_mask([len(states[i]) for i in batch]).to(answer_ids.device)
             hidden = self.hidden(pad_stack([states[i] for i in batch]), mask, answer_ids[batch, :width])
             for i, row in zip(batch, hidden, strict=True):
                 rows[i] = row[: lengths[i]]
-        grid = pad_stack(rows)  # type: ignore[arg-type]
-        return torch.nn.functional.pad(grid, (0, 0, 0, answer_ids.shape[1] - grid.shape[1]))
+        before_end = length_mask(ends, answer_mask.shape[1])
+        return torch.cat(rows)[answer_mask[before_end]]  # type: ignore[arg-type]
 
-    @property
-    def _padding(self) -> int:
-        return PADDING["cpu" if self.device.type == "cpu" else "accelerator"]
+    def start(self, states: list[Tensor]) -> _Decoding:
+        """As in LanguageModel."""
+        return _Decoding(self, states)
 
-    def step(self, tokens: Tensor, states: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """One cached decoding step: head input [B, D] for the token after `tokens` [B], and the grown cache."""
-        out = self.model.get_decoder()(
+    def beam_search(
+        self, prompts: list[list[int]], *, num_beams: int, num_answers: int, max_new_tokens: int
+    ) -> list[list[int]]:
+        """As in LanguageModel."""
+        from transformers import GenerationConfig
+
+        ids, mask = pad_rows(prompts, self.pad_id, self.device)
+        with own_generation_config(self.model):
+            sequences = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                generation_config=GenerationConfig(
+                    num_beams=num_beams,
+                    num_return_sequences=num_answers,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    decoder_start_token_id=self.start_id,
+                    eos_token_id=self.eos_id,
+                    pad_token_id=self.pad_id,
+                    # Rows beyond the tokenizer (T5 pads its embedding) are not tokens.
+                    suppress_tokens=list(range(self.valid_vocab, self.config.vocab_size)) or None,
+                ),
+            )
+        answers = sequences[:, 1:].tolist()  # without the start token
+        return [row[: row.index(self.eos_id) + 1] if self.eos_id in row else row for row in answers]
+
+
+class _Decoding:
+    """`DecodingState` of an encoder-decoder: padded encoder states and transformers' cache of keys and values."""
+
+    def __init__(self, lm: EncoderDecoder, states: list[Tensor]):
+        self.lm = lm
+        self.decoder = lm.model.get_decoder()
+        self.cache_name = cache_name(self.decoder)
+        self.encoded = pad_stack(states)
+        self.mask = length_mask([len(s) for s in states]).to(lm.device)
+        self.cache: Any = None
+
+    def step(self, tokens: Tensor | None) -> Tensor:
+        if tokens is None:
+            tokens = torch.full((len(self.encoded),), self.lm.start_id, device=self.lm.device)
+        out = self.decoder(
             input_ids=tokens[:, None],
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask.long(),
-            past_key_values=cache,
+            encoder_hidden_states=self.encoded,
+            encoder_attention_mask=self.mask.long(),
             use_cache=True,
+            **{self.cache_name: self.cache},
         )
-        return out.last_hidden_state[:, -1], out.past_key_values
+        self.cache = out[self.cache_name]
+        return out.last_hidden_state[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        self.encoded, self.mask = self.encoded[rows], self.mask[rows]
+        width = int(self.mask.sum(1).max())
+        self.cache.batch_select_indices(rows)
+        if width < self.mask.shape[1]:
+            # The longest prompt is gone: its padding in the others costs attention at every step.
+            self.encoded, self.mask = self.encoded[:, :width], self.mask[:, :width]
+            for layer in self.cache.cross_attention_cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
 
 
 def _output_scale(config: Any) -> float:
@@ -139,23 +208,3 @@ def _output_scale(config: Any) -> float:
         return 1.0
     scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
     return config.d_model**-0.5 if scaled else 1.0
-
-
-def batches_by_length(lengths: list[int], batch_tokens: int, padding: int | None = None) -> list[list[int]]:
-    """Row indices, sorted by length and cut so that rows x longest <= batch_tokens (one row at least).
-
-    With `padding` also so that rows x longest - sum of lengths <= padding.
-    """
-    batches: list[list[int]] = []
-    padded = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches:
-            rows = batches[-1]
-            more = padded + len(rows) * (lengths[i] - lengths[rows[-1]])
-            if (len(rows) + 1) * lengths[i] <= batch_tokens and (padding is None or more <= padding):
-                rows.append(i)
-                padded = more
-                continue
-        batches.append([i])
-        padded = 0
-    return batches

@@ -8,38 +8,14 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from .encoder_decoder import BART_FAMILY, T5_FAMILY
+from .architectures import architecture_of
 
-# Configuration fields that make a forward in training mode random.
-NOISE = (
-    "dropout_rate",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "classifier_dropout",
-    "encoder_layerdrop",
-    "decoder_layerdrop",
-    "router_jitter_noise",
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_config(config: Any, role: str, name: str, dtype: torch.dtype) -> None:
     """Refuse a model that cannot take `role`, from its configuration alone. Raises ModelError."""
-    if not getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{role} '{name}' is a '{config.model_type}' model without an encoder-decoder. rlkd trains encoder-decoder "
-            "models for now (T5, T0, Flan-T5, mT5, BART, Pegasus, Marian); decoder-only models are planned."
-        )
-    if config.model_type not in T5_FAMILY + BART_FAMILY:
-        raise ModelError(
-            f"{role} '{name}' has model_type '{config.model_type}'. Supported: {', '.join(T5_FAMILY + BART_FAMILY)}."
-        )
-    if dtype == torch.float16 and config.model_type in T5_FAMILY:
-        raise ModelError(
-            f"{role} '{name}': float16 overflows to inf in T5 models, and greedy decoding does not notice. "
-            f"Use {role}_dtype: bfloat16 (GPU) or float32."
-        )
+    architecture_of(config, role, name).check(config, role, name, dtype)
 
 
 def resolve_dtype(dtype: str, field: str) -> torch.dtype:
@@ -65,7 +41,7 @@ def load_config(name: str, role: str, revision: str | None = None) -> Any:
         ) from error
 
 
-def load_encoder_decoder(
+def load_model(
     name: str,
     role: str,
     *,
@@ -74,22 +50,23 @@ def load_encoder_decoder(
     attention: str | None = None,
     quantization: Any = None,
 ) -> Any:
-    """Load a T5- or BART-family model with every dropout at 0 and its untied head protected.
+    """Load a language model of a known architecture with every dropout at 0 and its untied head protected.
 
     Dropout is off because the log-probability a token was sampled with must be the one the loss recomputes
     (T5's attention dropout survives the usual helpers). Raises ModelError: before any weights load if the model cannot
     take its role, after that if the checkpoint lacks weights.
     """
-    from transformers import AutoModelForSeq2SeqLM
+    import transformers
 
     torch_dtype = resolve_dtype(dtype, f"{role}_dtype")
     config = load_config(name, role, revision)
-    check_config(config, role, name, torch_dtype)
-    for key in NOISE:
+    architecture = architecture_of(config, role, name)
+    architecture.check(config, role, name, torch_dtype)
+    for key in architecture.noise:
         if hasattr(config, key):
             setattr(config, key, 0.0)
     extra = {"quantization_config": quantization} if quantization is not None else {}
-    model, loading = AutoModelForSeq2SeqLM.from_pretrained(
+    model, loading = getattr(transformers, architecture.auto_class).from_pretrained(
         name,
         config=config,
         dtype=torch_dtype,
@@ -103,7 +80,7 @@ def load_encoder_decoder(
         raise ModelError(
             f"{role} '{name}' lacks {len(missing)} weights of its architecture, which would stay random: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. "
-            f"Point it at a complete {config.model_type} checkpoint (encoder, decoder and head)."
+            f"Point it at a complete {config.model_type} checkpoint, head included."
         )
     protect_untied_head(model)
     return model

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..objectives.policy import token_statistics
 from ..tensors import unpack
-from .encoder_decoder import EncoderDecoder
 from .heads import TokenFunction
+from .language_model import LanguageModel
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -22,24 +22,23 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 class Policy(nn.Module):
     """The student as a policy over valid tokens, optionally with a critic.
 
-    One forward runs encoder, decoder and head for given answers; whatever a loss needs of the logits is passed in as a
-    function of one chunk of them. Under DistributedDataParallel this forward is the only entry that carries gradients.
+    One forward runs model and head for given answers; whatever a loss needs of the logits is passed in as a function of
+    one chunk of them. Under DistributedDataParallel this forward is the only entry that carries gradients.
+
+    lm       the student as a LanguageModel; student is the transformers model in it
+    critic   add a value head on the D inputs of the vocabulary head
     """
 
-    def __init__(self, student: Any, valid_vocab: int, *, critic: bool = False):
+    def __init__(self, lm: LanguageModel, *, critic: bool = False):
         super().__init__()
-        self.student = student
-        self.valid_vocab = valid_vocab
-        self.value_head = nn.Linear(student.config.d_model, 1) if critic else None
+        self.lm = lm
+        self.student = lm.model
+        self.value_head = nn.Linear(lm.width, 1) if critic else None
         if self.value_head is not None:
             # Starts at 0: the residual critic then equals the teacher's own value.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-            self.value_head.to(next(student.parameters()).device)
-
-    @property
-    def lm(self) -> EncoderDecoder:
-        return EncoderDecoder(self.student, self.valid_vocab)
+            self.value_head.to(lm.device)
 
     @property
     def config(self) -> Any:
@@ -60,24 +59,22 @@ class Policy(nn.Module):
         (logits [n, V], ids [n], *token_args [n, ...]) returning a tuple of [n]; token_args, tensors [B, R, ...].
         Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding.
         """
-        lm = self.lm
-        lengths = (answer_mask * torch.arange(1, answer_mask.shape[1] + 1, device=answer_mask.device)).amax(1).tolist()
-        hidden = lm.answer_hidden(self._encode(input_ids, input_mask), answer_ids, lengths)
-        packed = hidden[answer_mask]
-        outputs = lm.head().map(statistics, packed, answer_ids[answer_mask], *(a[answer_mask] for a in token_args))
+        hidden = self.lm.answer_hidden(self._prompt_states(input_ids, input_mask), answer_ids, answer_mask)
+        token_args = tuple(a[answer_mask] for a in token_args)
+        outputs = self.lm.head().map(statistics, hidden, answer_ids[answer_mask], *token_args)
         values = (
             torch.zeros_like(outputs[0])
             if self.value_head is None
-            else self.value_head(packed.to(self.value_head.weight.dtype)).squeeze(-1)
+            else self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
         )
         return tuple(unpack(o, answer_mask) for o in outputs), unpack(values, answer_mask)
 
-    def _encode(self, input_ids: Tensor, input_mask: Tensor) -> list[Tensor]:
-        """Encoder states [P_i, D] of each row; a prompt shared by several rollouts is encoded once."""
+    def _prompt_states(self, input_ids: Tensor, input_mask: Tensor) -> list[Tensor]:
+        """The state of each row's prompt; one that several rollouts share is computed once."""
         rows = zip(input_ids.tolist(), input_mask.tolist(), strict=True)
         prompts = [tuple(token for token, valid in zip(*row, strict=True) if valid) for row in rows]
         unique = list(dict.fromkeys(prompts))
-        states = dict(zip(unique, self.lm.encode_prompts([list(p) for p in unique]), strict=True))
+        states = dict(zip(unique, self.lm.prompt_states([list(p) for p in unique]), strict=True))
         return [states[prompt] for prompt in prompts]
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
@@ -85,7 +82,7 @@ class Policy(nn.Module):
         self.student.gradient_checkpointing_enable(**options)
 
     def frozen_copy(self) -> Policy:
-        """An independent copy without gradients: the behaviour policy or the reference of the KL leash."""
+        """An independent copy without gradients: the behaviour policy or the reference policy."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
@@ -93,7 +90,7 @@ class Policy(nn.Module):
         self.student.save_pretrained(folder)
 
     def save_value_head(self, folder: str | Path) -> None:
-        """Write the critic, if there is one, beside a saved student."""
+        """Write the critic, if there is one, next to a saved student."""
         from safetensors.torch import save_file
 
         if self.value_head is not None:

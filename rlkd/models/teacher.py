@@ -1,6 +1,6 @@
 """The frozen teacher: it labels, and it scores what students write.
 
-Scoring is one teacher-forced forward per answer. Encoder states are cached per prompt, rows are batched by length, only
+Scoring is one teacher-forced forward per answer. The states of prompts are cached, rows are batched by length, only
 valid tokens reach the head, and the head runs in chunks: logits [B, R, V] never exist.
 """
 
@@ -20,8 +20,8 @@ from ..errors import DivergenceError, ModelError
 from ..objectives.rewards import average_templates, token_scores
 from ..records import TeacherSignal, given
 from ..tensors import unpack
-from .encoder_decoder import EncoderDecoder
 from .heads import HeadOverStates
+from .language_model import LanguageModel
 from .signals import SIGNAL
 from .vocabulary import encode_texts
 
@@ -30,8 +30,8 @@ Result = TypeVar("Result")
 logger = logging.get_logger("rlkd")
 
 
-class EncoderCache:
-    """Encoder states per prompt, least recently used out first, bounded by `max_bytes`."""
+class PromptCache:
+    """`LanguageModel.prompt_states` by prompt, least recently used out first, bounded by `max_bytes`."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.bytes, self.hits, self.misses = max_bytes, 0, 0, 0
@@ -60,45 +60,45 @@ class EncoderCache:
 
 @dataclass
 class Teacher:
-    """A frozen encoder-decoder with its tokenizer.
+    """A frozen language model with its tokenizer.
 
     max_input_tokens  prompts are cut to this
     append_eos        end inputs with end-of-sequence (T5, Flan-T5: yes; T0: no)
     combination       several templates of one input: average their rewards, or pool their log-probs
     batch_tokens      padded tokens per forward; less uses less memory and changes no result
                       (halved when memory runs out)
-    cache_bytes       room for encoder states of prompts seen before
+    cache_bytes       memory for the states of prompts seen before
     """
 
     gives: ClassVar[frozenset[str]] = SIGNAL
 
-    lm: EncoderDecoder
+    lm: LanguageModel
     tokenizer: Any
     max_input_tokens: int = 512
     append_eos: bool = True
     combination: TemplateCombination = "average"
     batch_tokens: int = 4096
     cache_bytes: int = 512 * 2**20
-    cache: EncoderCache = field(init=False)
+    cache: PromptCache = field(init=False)
 
     def __post_init__(self) -> None:
         self.lm.model.eval().requires_grad_(False)
-        self.cache = EncoderCache(self.cache_bytes)
+        self.cache = PromptCache(self.cache_bytes)
 
     @property
     def model(self) -> Any:
         """The transformers model."""
         return self.lm.model
 
-    def encode(self, texts: list[str]) -> list[Tensor]:
-        """Encoder states [P_i, D] of each text; only texts not in the cache are encoded."""
+    def prompt_states(self, texts: list[str]) -> list[Tensor]:
+        """The state of each text as a prompt; only those that are not in the cache are computed."""
         keys = [
             tuple(ids) for ids in encode_texts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.append_eos)
         ]
         states = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         missing = [key for key, state in states.items() if state is None]
         with torch.no_grad():
-            made = self._in_memory(lambda tokens: self.lm.encode_prompts([list(k) for k in missing], tokens))
+            made = self._in_memory(lambda tokens: self.lm.prompt_states([list(k) for k in missing], tokens))
             for key, state in zip(missing, made, strict=True):
                 states[key] = state
                 self.cache.put(key, state)
@@ -121,11 +121,10 @@ class Teacher:
         Returns: the signal, zeros at padding. Raises DivergenceError if a teacher logit is not finite, ModelError
         if not even one row at a time fits in memory.
         """
-        lengths = answer_mask.sum(1).tolist()
         per_template = []
         for k in range(len(teacher_inputs[0])):
-            states = self.encode([texts[k] for texts in teacher_inputs])
-            per_template.append(self._answer_hidden(states, answer_ids, lengths))
+            states = self.prompt_states([texts[k] for texts in teacher_inputs])
+            per_template.append(self._answer_hidden(states, answer_ids, answer_mask))
         if self.combination == "pool":
             per_template = [torch.stack(per_template).mean(0)]
         signals = [self._signal(hidden, answer_ids, answer_mask) for hidden in per_template]
@@ -135,7 +134,7 @@ class Teacher:
             return combined
         # The head is linear: the mean of its inputs gives the mean of the logits.
         mixed: Any = sum(per_template) / len(per_template) if len(per_template) > 1 else per_template[0]
-        return replace(combined, distribution=HeadOverStates(mixed, self.lm.head()))
+        return replace(combined, distribution=HeadOverStates(unpack(mixed, answer_mask), self.lm.head()))
 
     @torch.no_grad()
     def alternatives(self, distribution: HeadOverStates, answer_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -154,8 +153,8 @@ class Teacher:
         half = len(columns) // 2
         return torch.stack(columns[:half], -1), torch.stack(columns[half:], -1)
 
-    def _answer_hidden(self, states: list[Tensor], answer_ids: Tensor, lengths: list[int]) -> Tensor:
-        return self._in_memory(lambda tokens: self.lm.answer_hidden(states, answer_ids, lengths, tokens))
+    def _answer_hidden(self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        return self._in_memory(lambda tokens: self.lm.answer_hidden(states, answer_ids, answer_mask, tokens))
 
     def _in_memory(self, forward: Callable[[int], Result]) -> Result:
         """`forward(batch_tokens)`; when memory runs out, again with half as many, which then stay."""
@@ -183,7 +182,7 @@ class Teacher:
             ) from error
 
     def _signal(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor) -> TeacherSignal:
-        values = self.lm.head().map(token_scores, hidden[mask], answer_ids[mask])
+        values = self.lm.head().map(token_scores, hidden, answer_ids[mask])
         chosen, largest, logsumexp, mean, entropy = (unpack(value, mask) for value in values)
         return TeacherSignal(chosen=chosen, max=largest, logsumexp=logsumexp, mean=mean, entropy=entropy)
 

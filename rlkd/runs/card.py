@@ -23,6 +23,8 @@ METHODS = {
 }
 HEAD = {
     "Seq2SeqLM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+    "CausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
     "Classification": ("AutoModelForSequenceClassification", "text-classification"),
 }
 # Of transformers' evaluation: how long it took, not how well it went.
@@ -46,7 +48,8 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
     """The card as Markdown with metadata; arguments as in `write_card`."""
     models, settings = record.get("models") or {}, record.get("settings") or {}
     trainer = str(record.get("trainer"))
-    auto, task = HEAD["Classification" if "Classification" in architecture else "Seq2SeqLM"]
+    # The names of encoder-decoders' classes have no part in common.
+    auto, task = HEAD[next((part for part in HEAD if part in architecture), "Seq2SeqLM")]
     seed = settings.get("seed", 42)
     numbers = {k.removeprefix("eval_"): v for k, v in scores.items() if k.startswith("eval_") and k not in NO_SCORES}
     sections = [
@@ -136,7 +139,7 @@ def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
         )
     elif "max_length" in settings:
         lines.append(f"- It saw texts of up to {settings['max_length']} tokens.")
-    if "Seq2Seq" in auto:
+    if "Classification" not in auto:
         lines.append("- What it writes was not checked for being true.")
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Greedy and sampled decoding that records log-probabilities and drops finished rows from the batch.
 
-HF generate neither records the log-probability of what it samples without holding all logits, nor shrinks the batch
-when rows end; for training rollouts both matter. Beam search stays with HF generate (`pseudolabels`).
+transformers' generate neither records the log-probability of what it samples without holding all logits, nor shrinks
+the batch when rows end; for training rollouts both matter. Beam search stays with it (`LanguageModel.beam_search`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.encoder_decoder import EncoderDecoder
-from ..tensors import length_mask, pad_stack
+from ..models.language_model import LanguageModel
+from ..tensors import length_mask
 
 # Given log-probs [n, V], the original row of each of the n live rows [n] and the step, the chosen tokens [n].
 Chooser = Callable[[Tensor, Tensor, int], Tensor]
@@ -68,32 +68,28 @@ def row_seed(*parts: object) -> int:
 
 @torch.no_grad()
 def decode(
-    lm: EncoderDecoder,
+    lm: LanguageModel,
     states: list[Tensor],
     choose: Chooser,
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> Decoded:
-    """Decode one answer per entry of `states` (encoder states [P_i, D]).
+    """Decode one answer per entry of `states` (of `lm.prompt_states`).
 
     Stops a row at end-of-sequence or after `max_new_tokens`; a row cut there has finished False. Recorded log-probs
     are those of the distribution sampled from (temperature applied).
     """
     device, head = lm.device, lm.head()
     n = len(states)
-    mask = length_mask([len(s) for s in states]).to(device)
-    encoded = pad_stack(states)
     rows = torch.arange(n, device=device)
-    tokens = torch.full((n,), lm.start_id, device=device)
     ids = torch.full((n, max_new_tokens), lm.pad_id, device=device)
     logps = torch.zeros((n, max_new_tokens), device=device)
     lengths = torch.full((n,), max_new_tokens, device=device)
     finished = torch.zeros(n, dtype=torch.bool, device=device)
-    cache = None
+    state, tokens = lm.start(states), None
     for t in range(max_new_tokens):
-        hidden, cache = lm.step(tokens, encoded, mask, cache)
-        log_probs = (head.logits(hidden) / temperature).log_softmax(-1)
+        log_probs = (head.logits(state.step(tokens)) / temperature).log_softmax(-1)
         tokens = choose(log_probs, rows, t)
         ids[rows, t] = tokens
         logps[rows, t] = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
@@ -104,16 +100,11 @@ def decode(
         live = int(alive.sum())
         if live == 0:
             break
-        # Compacting copies the cache, so wait until a fifth of the batch is dead weight.
+        # Dropping rows copies the cache, so wait until a fifth of the batch has ended.
         if live <= 0.8 * len(rows):
             keep = alive.nonzero().squeeze(-1)
-            rows, tokens, encoded, mask = rows[keep], tokens[keep], encoded[keep], mask[keep]
-            width = int(mask.sum(1).max())
-            cache.batch_select_indices(keep)
-            if width < mask.shape[1]:
-                encoded, mask = encoded[:, :width], mask[:, :width]
-                for layer in cache.cross_attention_cache.layers:
-                    layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
+            rows, tokens = rows[keep], tokens[keep]
+            state.keep(keep)
     width = int(lengths.max())
     answer_mask = length_mask(lengths, width)
     ids = torch.where(answer_mask, ids[:, :width], lm.pad_id)

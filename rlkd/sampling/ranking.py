@@ -25,7 +25,7 @@ def rank(
         for i in rows:
             scores[i] = [next(sums) for _ in choices[i]]
 
-    # Each choice is decoded beside its own copy of the prompt's encoder states.
+    # Each choice is scored with its own copy of the prompt's state.
     widths = [[len(choice) for choice in row] for row in choices]
     costs = [sum(row) + (len(row) - 1) * len(prompt) for row, prompt in zip(widths, prompts, strict=True)]
     in_batches(run, [len(prompt) for prompt in prompts], costs, budget or Budget())

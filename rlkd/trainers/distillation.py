@@ -19,10 +19,10 @@ from ..evaluation.evaluator import Evaluator, TaskMetric
 from ..inspection.recording import append_samples, evaluated_samples
 from ..inspection.reward_view import Sample
 from ..io.progress import progress
+from ..models.architectures import language_model
 from ..models.policy import Policy
 from ..models.signals import SignalSource, check_signal
 from ..models.teacher import Teacher
-from ..models.vocabulary import valid_vocab
 from ..objectives.policy import reduce_tokens
 from ..records import Example, Minibatch, Rollouts, TeacherSignal
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
@@ -60,7 +60,7 @@ class DistillationTrainer(StudentTrainer):
         self.teacher, self.tokenizer = teacher, tokenizer
         self.objective = type(self).objective_type(args)
         self.check_teacher()
-        self.policy = Policy(student, valid_vocab(tokenizer), critic=self.objective.critic)
+        self.policy = Policy(language_model(student, tokenizer), critic=self.objective.critic)
         self.reference: Policy | None = None
         self.evaluator: Evaluator | None = None
         if teacher is not None and eval_examples is not None and len(eval_examples):

@@ -112,7 +112,7 @@ def test_mistakes_end_before_the_weights_load(folder, teacher, capsys, monkeypat
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("rlkd.models.loading.load_encoder_decoder", refuse)
+    monkeypatch.setattr("rlkd.models.loading.load_model", refuse)
     status, message = failing(capsys, arguments(teacher, *more))
     assert wanted in message
     assert status == code

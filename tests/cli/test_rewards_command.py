@@ -162,7 +162,7 @@ def test_mistakes_end_before_the_weights_load(folder, pair, capsys, monkeypatch,
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("rlkd.models.loading.load_encoder_decoder", refuse)
+    monkeypatch.setattr("rlkd.models.loading.load_model", refuse)
     status, message = failing(capsys, models(pair, *more))
     assert wanted in message
     assert status == code

@@ -7,6 +7,7 @@ import torch
 
 from rlkd.evaluation.evaluator import Evaluator
 from rlkd.evaluation.task_metrics import exact_match
+from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.policy import Policy
 from rlkd.records import Example
 from tiny import VALID, tiny_t5, tiny_teacher, tiny_tokenizer
@@ -27,7 +28,7 @@ def policy(seed):
     with torch.no_grad():
         model.lm_head.weight.mul_(0.4)
         model.lm_head.weight[1] = model.lm_head.weight[:VALID].sum(0)
-    return Policy(model, VALID)
+    return Policy(EncoderDecoder(model, VALID))
 
 
 def log_probs(model, text, answer):

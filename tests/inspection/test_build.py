@@ -9,6 +9,7 @@ from trainers.tiny_runs import make
 from rlkd import reward_view
 from rlkd.errors import ConfigError
 from rlkd.inspection.build import score_rollouts
+from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.policy import Policy
 from rlkd.objectives.rewards import induced_reward, teacher_value
 from rlkd.records import Example
@@ -98,7 +99,7 @@ def test_references_and_given_answers_end_and_are_cut():
 
 
 def test_a_critics_values_are_shown():
-    policy = Policy(tiny_model("t5", seed=3), VALID, critic=True)
+    policy = Policy(EncoderDecoder(tiny_model("t5", seed=3), VALID), critic=True)
     torch.nn.init.ones_(policy.value_head.bias)
     view = reward_view(tiny_teacher(), tiny_tokenizer(), EXAMPLES, student=policy)
     assert [x for s in view for x in s.values] == pytest.approx([1.0] * sum(map(len, view)))

@@ -5,15 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, GPT2Config, ProphetNetConfig, T5Config, T5EncoderModel
 
 from rlkd.errors import ModelError
-from rlkd.models.encoder_decoder import BART_FAMILY, T5_FAMILY, EncoderDecoder, batches_by_length
-from rlkd.models.loading import (
-    NOISE,
-    check_config,
-    load_config,
-    load_encoder_decoder,
-    protect_untied_head,
-    resolve_dtype,
-)
+from rlkd.models.batching import batches_by_length
+from rlkd.models.encoder_decoder import BART_FAMILY, NOISE, T5_FAMILY, EncoderDecoder
+from rlkd.models.loading import check_config, load_config, load_model, protect_untied_head, resolve_dtype
+from rlkd.tensors import pad_rows
 from tiny import EOS, KINDS, PAD, VALID, save_pretrained, tiny_bart, tiny_model, tiny_t5
 
 PROMPTS = [[5, 6, 7, 8, EOS], [9, EOS], [4, 4, 4, 10, 11, 12, EOS]]
@@ -25,7 +20,7 @@ def model_of(kind, **options):
 
 
 def logits_of(lm, prompts, answers):
-    ids, mask = lm.pad_prompts(prompts)
+    ids, mask = pad_rows(prompts, PAD)
     return lm.head().logits(lm.hidden(lm.encode(ids, mask), mask, answers))
 
 
@@ -82,7 +77,7 @@ def small_model(family):
 @pytest.mark.parametrize("family", T5_FAMILY + BART_FAMILY)
 def test_every_family_gives_the_models_own_logits_and_no_noise_in_training_mode(family, tmp_path):
     save_pretrained(tmp_path, small_model(family))
-    model = load_encoder_decoder(str(tmp_path), "student")
+    model = load_model(str(tmp_path), "student")
     lm = EncoderDecoder(model, VALID)
     ids = torch.tensor([[5, 6, 7, 8, 9, EOS], [9, 4, 5, 11, 12, EOS]])
     answers = torch.tensor([[5, 6, 7], [8, EOS, PAD]])
@@ -155,7 +150,7 @@ def test_a_rows_logits_do_not_change_with_batch_or_padding(kind):
 @torch.no_grad()
 def test_t5_does_not_care_on_which_side_a_prompt_is_padded(kind):
     lm = model_of(kind)
-    right, mask = lm.pad_prompts(PROMPTS)
+    right, mask = pad_rows(PROMPTS, PAD)
     left = torch.stack([row.roll(int((~m).sum())) for row, m in zip(right, mask, strict=True)])
     left_mask = mask.flip(1)
     one, other = (
@@ -169,7 +164,7 @@ def test_t5_does_not_care_on_which_side_a_prompt_is_padded(kind):
 def test_padding_ids_do_not_matter_and_masking_does(kind):
     """A control of the two tests above: hide one real token and the logits move."""
     lm = model_of(kind)
-    ids, mask = lm.pad_prompts(PROMPTS)
+    ids, mask = pad_rows(PROMPTS, PAD)
     reference = lm.hidden(lm.encode(ids, mask), mask, ANSWERS)
     other_ids = torch.where(mask, ids, 13)
     torch.testing.assert_close(lm.hidden(lm.encode(other_ids, mask), mask, ANSWERS), reference, atol=1e-5, rtol=1e-5)
@@ -181,17 +176,17 @@ def test_padding_ids_do_not_matter_and_masking_does(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_tokens", [1, 10, 4096])
 @torch.no_grad()
-def test_encode_prompts_equals_encoding_each_prompt_alone(kind, batch_tokens):
+def test_prompt_states_equal_encoding_each_prompt_alone(kind, batch_tokens):
     lm = model_of(kind)
-    states = lm.encode_prompts(PROMPTS, batch_tokens)
+    states = lm.prompt_states(PROMPTS, batch_tokens)
     for prompt, state in zip(PROMPTS, states, strict=True):
         alone = lm.model.get_encoder()(input_ids=torch.tensor([prompt])).last_hidden_state[0]
         assert state.shape == (len(prompt), 16)
         torch.testing.assert_close(state, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_encode_no_prompts():
-    assert model_of("t5").encode_prompts([]) == []
+def test_no_prompts_have_no_states():
+    assert model_of("t5").prompt_states([]) == []
 
 
 def test_batches_by_length_hold_every_row_once_within_the_budget():
@@ -220,7 +215,7 @@ def test_untied_head_survives_what_ties_weights(disturb, tmp_path):
         model.tie_weights() if disturb == "tie_weights" else model.resize_token_embeddings(50)
         return model.lm_head.weight.detach()
 
-    protected = load_encoder_decoder(folder, "teacher")
+    protected = load_model(folder, "teacher")
     want = original.lm_head.weight.detach()
     assert torch.equal(head_after(protected)[: len(want)], want)
     assert protected.lm_head.weight is not protected.shared.weight
@@ -231,17 +226,17 @@ def test_untied_head_survives_what_ties_weights(disturb, tmp_path):
 
 
 def test_protection_survives_copying_saving_and_loading(tmp_path):
-    model = copy.deepcopy(load_encoder_decoder(save_pretrained(tmp_path / "a", tiny_t5(tied=False)), "student"))
+    model = copy.deepcopy(load_model(save_pretrained(tmp_path / "a", tiny_t5(tied=False)), "student"))
     want = model.lm_head.weight.detach().clone()
     model.tie_weights()
-    again = load_encoder_decoder(save_pretrained(tmp_path / "b", model), "student")
+    again = load_model(save_pretrained(tmp_path / "b", model), "student")
     assert torch.equal(again.lm_head.weight, want)
     assert not again.config.scale_decoder_outputs
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_tied_heads_stay_tied(kind, tmp_path):
-    model = load_encoder_decoder(save_pretrained(tmp_path, tiny_model(kind)), "student")
+    model = load_model(save_pretrained(tmp_path, tiny_model(kind)), "student")
     protect_untied_head(model)
     model.tie_weights()
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -282,13 +277,13 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     with pytest.raises(
         ModelError, match=r"lacks \d+ weights .* decoder\.block\.0.*, \.\.\.\. Point it at a complete t5"
     ):
-        load_encoder_decoder(str(tmp_path), "teacher")
+        load_model(str(tmp_path), "teacher")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loading_keeps_the_weights_and_switches_every_dropout_off(kind, tmp_path):
     original = tiny_model(kind, dropout=0.5)
-    model = load_encoder_decoder(save_pretrained(tmp_path, original), "student")
+    model = load_model(save_pretrained(tmp_path, original), "student")
     for (name, want), got in zip(original.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(got, want), name
     assert all(getattr(model.config, key, 0.0) == 0.0 for key in NOISE)
@@ -296,5 +291,5 @@ def test_loading_keeps_the_weights_and_switches_every_dropout_off(kind, tmp_path
 
 
 def test_loading_casts_to_the_requested_precision(tmp_path):
-    model = load_encoder_decoder(save_pretrained(tmp_path, tiny_t5()), "teacher", dtype="bfloat16")
+    model = load_model(save_pretrained(tmp_path, tiny_t5()), "teacher", dtype="bfloat16")
     assert model.dtype == torch.bfloat16

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
+from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.policy import VALUE_HEAD_FILE, Policy
 from rlkd.objectives.policy import ppo_loss, reduce_tokens
 from rlkd.sampling.decode import decode, sampler
@@ -18,7 +19,7 @@ BATCH = (IDS, INPUT_MASK, ANSWERS, MASK)
 
 
 def policy_of(kind="t5", *, critic=False, **options):
-    return Policy(tiny_model(kind, **options), VALID, critic=critic)
+    return Policy(EncoderDecoder(tiny_model(kind, **options), VALID), critic=critic)
 
 
 def with_random_critic(policy):
@@ -62,7 +63,7 @@ def test_first_update_has_ratio_one_in_training_mode(kind):
     policy = policy_of(kind).train()
     lm = policy.lm
     with torch.no_grad():
-        states = lm.encode_prompts([[5, 6, 7, EOS], [9, EOS]])
+        states = lm.prompt_states([[5, 6, 7, EOS], [9, EOS]])
     drawn = decode(lm, states, sampler([1, 2], 6, torch.device("cpu")), max_new_tokens=6)
     (logps, _), _ = policy(IDS, INPUT_MASK, drawn.ids, drawn.mask)
     ratio = (logps - drawn.logps)[drawn.mask].exp()
@@ -109,6 +110,7 @@ def test_policy_gradient_reaches_every_student_parameter_and_equals_that_of_full
 def test_frozen_copy_is_independent_and_without_gradients():
     policy = with_random_critic(policy_of("t5-untied", critic=True))
     frozen = policy.frozen_copy()
+    assert frozen.lm.model is frozen.student is not policy.student
     before = copy.deepcopy(frozen.state_dict())
     assert not any(p.requires_grad for p in frozen.parameters())
     assert all(p.requires_grad for p in policy.parameters())
@@ -172,7 +174,7 @@ def lora_policy(seed):
     config = LoraConfig(r=2, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
     student = tiny_t5()
     torch.manual_seed(seed)
-    return Policy(get_peft_model(student, config), VALID, critic=True)
+    return Policy(EncoderDecoder(get_peft_model(student, config), VALID), critic=True)
 
 
 def test_adapters_are_scored_trained_saved_and_loaded(tmp_path):
@@ -186,5 +188,5 @@ def test_adapters_are_scored_trained_saved_and_loaded(tmp_path):
         saved.save_value_head(tmp_path)
         other.load(tmp_path)
         torch.testing.assert_close(other(*BATCH)[0][0], logps)
-        merged = Policy(copy.deepcopy(saved.student).merge_and_unload(), VALID)
+        merged = Policy(EncoderDecoder(copy.deepcopy(saved.student).merge_and_unload(), VALID))
         torch.testing.assert_close(merged(*BATCH)[0][0], logps, atol=1e-5, rtol=1e-5)

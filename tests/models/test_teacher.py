@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rlkd.errors import DivergenceError, ModelError
-from rlkd.models.teacher import EncoderCache
+from rlkd.models.teacher import PromptCache
 from rlkd.objectives.rewards import expected_advantage, induced_advantage
 from tiny import EOS, KINDS, PAD, VALID, tiny_teacher
 
@@ -186,7 +186,7 @@ def test_a_cache_that_holds_nothing_or_little_changes_no_score():
 
 
 def test_cache_drops_the_least_recently_used_first_and_stays_within_its_bytes():
-    cache = EncoderCache(max_bytes=3 * 8)
+    cache = PromptCache(max_bytes=3 * 8)
     for key in (1, 2, 3):
         cache.put((key,), torch.full((2,), float(key)))
     assert cache.get((1,)) is not None
@@ -203,7 +203,7 @@ def test_cache_drops_the_least_recently_used_first_and_stays_within_its_bytes():
 
 
 def test_cached_states_do_not_keep_the_batch_they_were_cut_from():
-    cache, batch = EncoderCache(max_bytes=100), torch.zeros(1000, 2)
+    cache, batch = PromptCache(max_bytes=100), torch.zeros(1000, 2)
     cache.put((1,), batch[0])
     assert cache.get((1,)).untyped_storage().nbytes() == 8
 

@@ -1,20 +1,81 @@
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rlkd.errors import ModelError
+from rlkd.models.architectures import language_model
+from rlkd.models.teacher import Teacher
 from rlkd.models.vocabulary import (
     check_same_vocabulary,
     check_vocabulary_fits,
     encode_texts,
     load_tokenizer,
     token_pieces,
+    valid_vocab,
 )
+from rlkd.records import Example
+from rlkd.sampling.engines.engine import Decoding, TorchEngine
+from rlkd.trainers.arguments import ReinforceArguments
+from rlkd.trainers.reinforce import ReinforceTrainer
 from tiny import EOS, VALID, WORDS, save_pretrained, tiny_t5, tiny_tokenizer
 
 
 def test_equal_vocabularies_give_the_number_of_valid_ids_not_the_padded_one():
     assert check_same_vocabulary(tiny_tokenizer(), tiny_tokenizer(), "t", "s") == VALID
+
+
+def with_holes() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, three ids higher from the tenth word on."""
+    backend = Tokenizer(models.WordLevel({w: i + 3 * (i > 9) for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def test_an_id_beyond_the_number_of_tokens_counts_everywhere(tmp_path):
+    """With holes, ids reach beyond len(tokenizer): head, rollouts, labels and scores agree on what V is."""
+    tokenizer, model = with_holes(), tiny_t5(tied=False, vocab=VALID + 8)
+    size, last = VALID + 3, VALID + 2
+    assert len(tokenizer) == VALID
+    assert valid_vocab(tokenizer) == check_same_vocabulary(tokenizer, with_holes(), "t", "s") == size
+    with torch.no_grad():
+        model.lm_head.weight[last] *= 2.0  # often chosen, and often the best
+        model.lm_head.weight[size:] *= 50.0  # never: not a token
+    lm = language_model(model, tokenizer)
+    assert lm.valid_vocab == lm.head().logits(torch.zeros(1, lm.width)).shape[-1] == size
+
+    examples = [Example(str(i), "a b c"[: 2 * i + 1], ("a b c"[: 2 * i + 1],)) for i in range(3)]
+    args = ReinforceArguments(
+        str(tmp_path), use_cpu=True, disable_tqdm=True, max_new_tokens=6, rollouts_per_prompt=8,
+        per_device_train_batch_size=24, weak_start="ignore",
+    )  # fmt: skip
+    teacher = Teacher(lm, tokenizer)
+    trainer = ReinforceTrainer(model, args, teacher=teacher, tokenizer=tokenizer, train_examples=examples)
+    rollouts = trainer.sample(0)
+    assert (rollouts.answer_ids == last).any()
+    assert (rollouts.answer_ids < size).all()
+
+    mask = rollouts.answer_mask
+    scores = teacher.score([e.teacher_inputs for e in rollouts.examples], rollouts.answer_ids, mask)
+    logps = ((scores.chosen - scores.logsumexp) * mask).sum(1)
+    torch.testing.assert_close(logps, rollouts.behaviour_logps.sum(1), atol=1e-4, rtol=1e-5)
+    engine = TorchEngine(lm)
+    prompts = encode_texts(tokenizer, [e.student_input for e in rollouts.examples], 10)
+    answers = [ids[m].tolist() for ids, m in zip(rollouts.answer_ids, mask, strict=True)]
+    for prompt, answer, row, total in zip(prompts, answers, engine.score(prompts, answers), logps, strict=True):
+        decoder_input = torch.tensor([[lm.model.config.decoder_start_token_id, *answer[:-1]]])
+        with torch.no_grad():
+            logits = lm.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_input).logits
+        want = logits[0, :, :size].log_softmax(-1)[range(len(answer)), answer]
+        assert row == pytest.approx(want.tolist(), abs=1e-5)
+        assert float(total) == pytest.approx(float(want.sum()), abs=1e-4)
+
+    (labels,) = engine.answer(prompts[:1], [[*range(20)]], Decoding("sample", 6, labels_per_input=20))
+    assert last in {token for label in labels for token in label.ids} <= set(range(size))
 
 
 def test_different_vocabularies_are_refused_with_sizes_and_the_first_difference():

@@ -1,9 +1,12 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.sampling.decode import decode, greedy, row_seed, sampler
+from rlkd.tensors import pad_rows
 from tiny import EOS, KINDS, PAD, VALID, tiny_bart, tiny_model, tiny_t5
 
 PROMPTS = [[3 + (7 * i + j * j) % 29 for j in range(1 + i % 5)] + [EOS] for i in range(12)]
@@ -22,7 +25,7 @@ def ending(kind):
 
 def states_of(lm, prompts=PROMPTS):
     with torch.no_grad():
-        return lm.encode_prompts(prompts)
+        return lm.prompt_states(prompts)
 
 
 def answers_of(decoded):
@@ -31,13 +34,21 @@ def answers_of(decoded):
 
 def counted_steps(lm, monkeypatch):
     """Rows that each decoding step ran, recorded as it runs."""
-    rows, step = [], EncoderDecoder.step
+    rows, start = [], EncoderDecoder.start
 
-    def recording(self, tokens, *rest):
-        rows.append(len(tokens))
-        return step(self, tokens, *rest)
+    def recording(self, states):
+        state = start(self, states)
+        step = state.step
 
-    monkeypatch.setattr(EncoderDecoder, "step", recording)
+        def counted(tokens):
+            hidden = step(tokens)
+            rows.append(len(hidden))
+            return hidden
+
+        state.step = counted
+        return state
+
+    monkeypatch.setattr(EncoderDecoder, "start", recording)
     return rows
 
 
@@ -97,13 +108,23 @@ def test_greedy_equals_hf_generate_token_for_token_while_rows_end(kind, monkeypa
     # The test means something only if rows ended at different times and were dropped on the way.
     assert len({len(a) for a in answers_of(out)}) >= 3
     assert len(set(steps)) >= 3
-    ids, mask = lm.pad_prompts(PROMPTS)
+    ids, mask = pad_rows(PROMPTS, PAD)
     generated = lm.model.generate(
         input_ids=ids, attention_mask=mask.long(), do_sample=False, num_beams=1, max_new_tokens=12
     )
     for answer, row in zip(answers_of(out), generated[:, 1:].tolist(), strict=True):
         assert row[: len(answer)] == answer
         assert set(row[len(answer) :]) <= {PAD}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_decoding_uses_nothing_that_transformers_deprecates(kind):
+    """Names changed in transformers 5.24; whichever version runs, users see no warning of it."""
+    lm = ending(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(lm, states_of(lm), greedy, max_new_tokens=3)
 
 
 # -- a row alone is the row in a batch -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.policy import Policy
 from rlkd.records import Example
 from rlkd.sampling.rollouts import greedy_answers, sample_rollouts
@@ -19,7 +20,7 @@ def policy():
         # Flatter, and end-of-sequence likelier: answers of every length.
         model.lm_head.weight.mul_(0.3)
         model.lm_head.weight[1] = model.lm_head.weight[:VALID].sum(0)
-    return Policy(model, VALID)
+    return Policy(EncoderDecoder(model, VALID))
 
 
 def sample(policy, examples=EXAMPLES, k=4, seed=(7, "rollout", 0)):

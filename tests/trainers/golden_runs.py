@@ -23,9 +23,9 @@ if __name__ == "__main__":  # pytest has them on its path
 from test_tkd import make as make_tkd
 from test_tkd import rows
 
-from rlkd import BiLSTMConfig, BiLSTMForSequenceClassification, EncoderDecoder, Teacher, build_student
+from rlkd import BiLSTMConfig, BiLSTMForSequenceClassification, Teacher, build_student, language_model
 from tiny import CLASSIFIER_WORDS, tiny_bart, tiny_classifier, tiny_tokenizer
-from tiny_runs import PADDED, VALID, WORDS, examples, logged, make, teacher
+from tiny_runs import PADDED, WORDS, examples, logged, make, teacher
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STEPS = 20
@@ -128,8 +128,9 @@ CLOCKS = ("seconds", "per_second", "runtime")
 def generating(kind: str, folder: Path, *, bart: bool = False, templates: str | None = None, **options: Any) -> Any:
     """A supervised, reinforce or ppo trainer."""
     if bart:
-        lm = EncoderDecoder(tiny_bart(seed=2, vocab=PADDED), VALID)
-        options |= {"model": tiny_bart(seed=11, vocab=PADDED), "judge": Teacher(lm, tiny_tokenizer(WORDS))}
+        tokenizer = tiny_tokenizer(WORDS)
+        judge = Teacher(language_model(tiny_bart(seed=2, vocab=PADDED), tokenizer), tokenizer)
+        options |= {"model": tiny_bart(seed=11, vocab=PADDED), "judge": judge}
     if templates:
         options["data"] = [replace(e, teacher_inputs=(*e.teacher_inputs, e.student_input)) for e in examples(12)]
         options["judge"] = teacher(combination=templates)

@@ -42,7 +42,9 @@ def pair(tmp_path_factory):
     fit(folder / "teacher", model, gold, 400, 5e-3)
     judge = Teacher(EncoderDecoder(model, VALID), tiny_tokenizer(WORDS))
     inputs = [x for x, _ in gold]
-    answers = decode(judge.lm, judge.encode(inputs), sampler([*range(600)], 8, torch.device("cpu")), max_new_tokens=8)
+    answers = decode(
+        judge.lm, judge.prompt_states(inputs), sampler([*range(600)], 8, torch.device("cpu")), max_new_tokens=8
+    )
     texts = judge.tokenizer.batch_decode(
         [row[mask].tolist() for row, mask in zip(answers.ids, answers.mask, strict=True)], skip_special_tokens=True
     )

@@ -10,6 +10,7 @@ from test_tkd import rows as labelled_rows
 
 from rlkd.evaluation.evaluator import Evaluator
 from rlkd.evaluation.task_metrics import TASK_METRICS
+from rlkd.models.architectures import language_model
 from rlkd.models.policy import Policy
 from tiny import tiny_tokenizer
 from tiny_runs import WORDS, assert_same, examples, logged, make, student, teacher, weights
@@ -83,7 +84,7 @@ def test_evaluate_is_the_evaluator_on_the_first_rows(tmp_path):
     trainer = make("reinforce", tmp_path, eval_examples=examples(6), eval_limit=4, per_device_eval_batch_size=3, seed=3)
     metrics = trainer.evaluate()
     judge = Evaluator(teacher(), tiny_tokenizer(WORDS), examples(6), 512, 5, seed=3)
-    policy = Policy(student(), len(WORDS))
+    policy = Policy(language_model(student(), tiny_tokenizer(WORDS)))
     expected = judge.summarise(judge.rows(policy, policy, range(4)))
     assert metrics.pop("eval_seconds") > 0
     metrics.pop("epoch", None)

@@ -217,7 +217,7 @@ def expected_start(trainer):
         with torch.no_grad():
             decoder = torch.tensor([[0, *answer[:-1]]])
             q = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder).logits[
-                0, :, : trainer.policy.valid_vocab
+                0, :, : trainer.policy.lm.valid_vocab
             ]
         regrets.append(sum(float(q[t].max() - q[t, a]) for t, a in enumerate(answer)))
         gaps += [float(q[t].max() - q[t, EOS]) for t, a in enumerate(answer) if a != EOS]

@@ -20,7 +20,7 @@ import torch
 
 from ...errors import ConfigError, RlkdError
 from ...models.digests import weights_digest
-from ...models.encoder_decoder import EncoderDecoder
+from ...models.language_model import LanguageModel
 from .engine import Answer, Decoding
 
 logger = logging.getLogger(__name__)
@@ -30,12 +30,12 @@ LOADERS = {"t5": "T5Loader", "mt5": "MT5Loader", "bart": "BartLoader"}
 INSTALL = "pip install 'rlkd[ctranslate2]'"
 
 
-def objection(lm: EncoderDecoder, decoding: Decoding | None, compute_type: str) -> str | None:
+def objection(lm: LanguageModel, decoding: Decoding | None, compute_type: str) -> str | None:
     """Why CTranslate2 cannot do this work, as a sentence; None if it can.
 
     decoding None: given answers are to be scored (ranking).
     """
-    model, kind = lm.model, lm.config.model_type
+    model, kind = lm.model, lm.model.config.model_type
     if find_spec("ctranslate2") is None:
         return f"ctranslate2 is not installed ({INSTALL})."
     if hasattr(model, "get_base_model"):
@@ -75,7 +75,7 @@ class CTranslate2Engine:
 
     name = "ctranslate2"
 
-    def __init__(self, lm: EncoderDecoder, compute_type: str = "float32", *, threads: int = 0, parallel: int = 1):
+    def __init__(self, lm: LanguageModel, compute_type: str = "float32", *, threads: int = 0, parallel: int = 1):
         if reason := objection(lm, None, compute_type):
             raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
         import ctranslate2
@@ -162,7 +162,7 @@ class CTranslate2Engine:
         return 0 if self.parallel == 1 else -(-len(prompts) // self.parallel)
 
 
-def convert(lm: EncoderDecoder, compute_type: str) -> Path:
+def convert(lm: LanguageModel, compute_type: str) -> Path:
     """The folder of the converted teacher: `ctranslate2/<hash of the weights, precision and version>` below $RLKD_CACHE
     or ~/.cache/rlkd. It is written beside, then renamed, so that it is whole or absent.
     """
@@ -186,12 +186,12 @@ def convert(lm: EncoderDecoder, compute_type: str) -> Path:
     return folder
 
 
-def _specification(lm: EncoderDecoder) -> Any:
+def _specification(lm: LanguageModel) -> Any:
     """CTranslate2's description of the model, weights included. Its tokens are the ids in writing."""
     from ctranslate2.converters import transformers as converters
     from ctranslate2.specs.model_spec import OPTIONAL, visit_spec
 
-    model, config, head = lm.model, lm.config, lm.head()
+    model, config, head = lm.model, lm.model.config, lm.head()
     if config.model_type == "bart":
         # The converter reads them; transformers 5 has dropped them from BART's configuration.
         for name, value in (("normalize_before", False), ("normalize_embedding", True)):
@@ -217,7 +217,7 @@ def _specification(lm: EncoderDecoder) -> Any:
         visit_spec(spec, own)
     spec.register_source_vocabulary([str(i) for i in range(valid)])
     spec.register_target_vocabulary([str(i) for i in range(valid)])
-    spec.config.decoder_start_token = spec.config.bos_token = str(lm.start_id)
+    spec.config.decoder_start_token = spec.config.bos_token = str(int(config.decoder_start_token_id))
     spec.config.eos_token = str(lm.eos_id)
     spec.config.unk_token = str(lm.pad_id)
     spec.validate()

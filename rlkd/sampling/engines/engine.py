@@ -6,8 +6,6 @@ Every engine gives the same answers for the same prompts, seeds and settings, wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
@@ -16,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...models.encoder_decoder import EncoderDecoder
 from ...models.heads import CHUNK_ELEMENTS
+from ...models.language_model import LanguageModel
 from ...objectives.rewards import token_scores
-from ...tensors import length_mask, pad_stack
+from ...tensors import pad_rows
 from ..decode import decode, greedy, sampler
 
 logger = logging.getLogger(__name__)
@@ -117,7 +115,7 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, lm: EncoderDecoder, batch_tokens: int = 4096):
+    def __init__(self, lm: LanguageModel, batch_tokens: int = 4096):
         self.lm, self.batch_tokens = lm, batch_tokens
         self.exact = not getattr(lm.model, "is_quantized", False)
 
@@ -130,7 +128,7 @@ class TorchEngine:
     @torch.no_grad()
     def answer(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
         n = decoding.labels_per_input
-        states = [s for s in self.lm.encode_prompts(prompts, self.batch_tokens) for _ in range(n)]
+        states = [s for s in self.lm.prompt_states(prompts, self.batch_tokens) for _ in range(n)]
         answers = (
             self._beam(prompts, states, decoding)
             if decoding.strategy == "beam"
@@ -143,10 +141,10 @@ class TorchEngine:
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[float]]:
-        # The answers to one prompt share its encoder states.
+        # The answers to one prompt share its state.
         distinct = {tuple(prompt): None for prompt in prompts}
-        encoded = self.lm.encode_prompts([list(prompt) for prompt in distinct], self.batch_tokens)
-        states = dict(zip(distinct, encoded, strict=True))
+        made = self.lm.prompt_states([list(prompt) for prompt in distinct], self.batch_tokens)
+        states = dict(zip(distinct, made, strict=True))
         return self._logps([states[tuple(prompt)] for prompt in prompts], answers)
 
     def _own_loop(self, states: list[Tensor], seeds: list[int], decoding: Decoding) -> list[Answer]:
@@ -182,57 +180,27 @@ class TorchEngine:
 
     def _forced(self, states: list[Tensor], answers: list[list[int]]) -> tuple[Tensor, Tensor, list[int]]:
         """Head inputs [N, D] of all answer tokens, teacher-forced, packed; their ids [N]; the answers' lengths."""
-        ids = pad_stack([torch.tensor(row, dtype=torch.long) for row in answers], self.lm.pad_id)
-        ids = ids.to(self.lm.device)
-        lengths = [len(row) for row in answers]
-        mask = length_mask(lengths).to(ids.device)
-        hidden = self.lm.answer_hidden(states, ids, lengths, self.batch_tokens)
-        return hidden[mask], ids[mask], lengths
+        ids, mask = pad_rows(answers, self.lm.pad_id, self.lm.device)
+        hidden = self.lm.answer_hidden(states, ids, mask, self.batch_tokens)
+        return hidden, ids[mask], [len(row) for row in answers]
 
     def _beam(self, prompts: list[list[int]], states: list[Tensor], decoding: Decoding) -> list[Answer]:
-        from transformers import GenerationConfig
-
-        lm = self.lm
-        input_ids, mask = lm.pad_prompts(prompts)
-        with _own_generation_config(lm.model):
-            sequences = lm.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask.long(),
-                generation_config=GenerationConfig(
-                    num_beams=decoding.num_beams,
-                    num_return_sequences=decoding.labels_per_input,
-                    max_new_tokens=decoding.max_new_tokens,
-                    do_sample=False,
-                    decoder_start_token_id=lm.start_id,
-                    eos_token_id=lm.eos_id,
-                    pad_token_id=lm.pad_id,
-                    # Rows beyond the tokenizer (T5 pads its embedding) are no tokens.
-                    suppress_tokens=list(range(lm.valid_vocab, lm.config.vocab_size)) or None,
-                ),
-            )
-        rows, finished = [], []
-        for row in sequences[:, 1:].tolist():
-            finished.append(lm.eos_id in row)
-            rows.append(row[: row.index(lm.eos_id) + 1] if finished[-1] else row)
+        rows = self.lm.beam_search(
+            prompts,
+            num_beams=decoding.num_beams,
+            num_answers=decoding.labels_per_input,
+            max_new_tokens=decoding.max_new_tokens,
+        )
         logps = self._logps(states, rows)
-        return [Answer(*parts) for parts in zip(rows, logps, finished, strict=True)]
-
-
-@contextmanager
-def _own_generation_config(model: Any) -> Iterator[None]:
-    """Without the checkpoint's generation defaults (BART's n-gram ban ...), which would merge into ours."""
-    from transformers import GenerationConfig
-
-    kept, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
+        return [
+            Answer(ids, row_logps, finished=ids[-1] == self.lm.eos_id)
+            for ids, row_logps in zip(rows, logps, strict=True)
+        ]
 
 
 def make_engine(
     name: EngineName,
-    lm: EncoderDecoder,
+    lm: LanguageModel,
     decoding: Decoding | None,
     *,
     compute_type: str | None = None,
