@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from ..errors import ConfigError
 from ..models.policy import Policy
 from ..models.teacher import Teacher
@@ -49,6 +50,7 @@ def reward_view(
         max_new_tokens: answers, given ones too, are cut to so many tokens.
     Raises: ConfigError if there are no examples, or answers and names do not fit them.
     """
+    check_choice("value", value, Value)
     examples = list(examples)
     names = _check(examples, answers, template_names)
     given = answers if isinstance(answers, Mapping) else {} if answers is None else {"answer": answers}

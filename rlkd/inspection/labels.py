@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_choice
 from ..errors import DataError
 from ..labels.store import load_pseudolabels
 from ..models.teacher import Teacher
@@ -30,6 +31,7 @@ def from_labels(
     Without a teacher the numbers are those recorded (`--top-k-logprobs`): a token outside the recorded ones has none.
     Raises: DataError as `load_pseudolabels` does, or if no row has a label.
     """
+    check_choice("value", value, Value)
     rows = load_pseudolabels(folder)
     rows = rows.select(range(min(len(rows), len(rows) if limit is None else limit)))
     if not len(rows):

@@ -7,9 +7,9 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from ..checks import Count, Fraction, Natural, NonNegative, Positive, check_settings
 from ..errors import ConfigError
 from ..runs.best import LOWER_IS_BETTER
-from ..settings.ranges import Count, Fraction, Natural, NonNegative, Positive, check_ranges
 
 
 def _require(condition: bool, name: str, value: object, constraint: str) -> None:
@@ -42,12 +42,11 @@ class StudentArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
 
     def __post_init__(self) -> None:
+        check_settings(self)
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if self.greater_is_better is None and metric in LOWER_IS_BETTER:
             self.greater_is_better = False
         super().__post_init__()
-        check_ranges(self)
-        _require(self.alarms in ("warn", "stop", "off"), "alarms", self.alarms, "allowed are 'warn', 'stop', 'off'")
         patience = self.early_stopping_patience
         if patience is not None:
             _require(
