@@ -18,8 +18,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Every package and module of rlkd, from the bottom up: each imports from the layers below its own only.
 LAYERS = (
     {"errors", "records", "tensors"},
-    {"io", "objectives", "templates"},
-    {"data", "models", "settings"},
+    {"checks", "io"},
+    {"objectives", "settings", "templates"},
+    {"data", "models"},
     {"sampling"},
     {"evaluation", "labels"},
     {"runs"},

@@ -111,7 +111,7 @@ def test_recording(monkeypatch, tmp_path):
 
     from rlkd.errors import RlkdError
     from rlkd.jobs.setup import DataArguments
-    from rlkd.objectives.policy import token_weights
+    from rlkd.objectives.neighbours import noisy_logits
 
     monkeypatch.setattr(RlkdError, "__init__", RlkdError.__init__)  # put back afterwards
     monkeypatch.setattr(RaisesExc, "__exit__", RaisesExc.__exit__)
@@ -119,13 +119,13 @@ def test_recording(monkeypatch, tmp_path):
     recorder.install()
     with pytest.raises(ConfigError, match="train_limit = 0: "):
         DataArguments(train_limit=0)
-    with pytest.raises(ValueError, match="loss_reduction = 'x'"):
-        token_weights(None, "x")
+    with pytest.raises(ValueError, match=r"probability = 2\.0"):
+        noisy_logits(None, 2.0, 0.5)
     assert InterruptedRunError("stopped", 15).exit_code == 143
     recorder.save(tmp_path)
     hits = messages.read_hits(tmp_path)
     listed = {m.file: m.test(hits) for m in messages.messages() if m.test(hits)}
-    assert set(listed) == {"settings/ranges.py", "objectives/policy.py"}
+    assert set(listed) == {"checks.py", "objectives/neighbours.py"}
     assert set(listed.values()) == {"tests/test_messages.py::test_recording"}
 
 

@@ -345,7 +345,7 @@ def test_mistakes_are_one_screen_before_any_weights_load(user, monkeypatch, caps
     ("given", "message"),
     [
         ({}, "neither task nor train_file is set"),
-        ({"task": "sst"}, "task = 'sst': allowed are sst2"),
+        ({"task": "sst"}, "task = 'sst': allowed are 'sst2'"),
         ({"task": "sst2", "dev_file": "x.csv"}, "dev_file is set without train_file"),
         ({"task": "sst2", "pair_column": "x"}, "pair_column is set without train_file: task sst2 has its own"),
         ({"task": "rte", "labels": ["x", "y"]}, "labels is set without train_file"),

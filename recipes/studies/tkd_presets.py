@@ -28,7 +28,7 @@ from scipy import stats
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from rlkd import TKDArguments, TKDTrainer, build_student, classification_metrics, load_labelled
+from rlkd import TableLayout, TKDArguments, TKDTrainer, build_student, classification_metrics, load_labelled
 from rlkd.data.glue import find_labels
 from rlkd.data.rows import load_rows
 from rlkd.objectives.encoder import PRESETS
@@ -49,9 +49,10 @@ class Task:
         self.metric = settings["metric"]
         train_file = str(data / settings["train"])
         self.labels = find_labels(load_rows(train_file)["label"])
-        columns = {"text_column": settings["text"], "label_column": "label", "labels": self.labels}
-        rows = load_labelled(train_file, **columns)
-        self.test = [row for file in settings["test"] for row in load_labelled(str(data / file), **columns)]
+        layout = TableLayout(text=settings["text"])
+        rows = load_labelled(train_file, layout, labels=self.labels)
+        tests = [load_labelled(str(data / file), layout, labels=self.labels) for file in settings["test"]]
+        self.test = [row for rows in tests for row in rows]
         self.test = sorted(self.test[: plan["test_rows"]], key=lambda row: len(row["text"]))  # batches of like lengths
         tested = {row["text"] for row in self.test}
         rows = [row for row in rows if row["text"] not in tested]

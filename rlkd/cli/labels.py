@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from ..labels.pseudolabels import RunOptions, label_rows
 from ..models.teacher import Teacher
 from ..sampling.engines.engine import Decoding, Engine, TorchEngine, make_engine
 from ..templates.template import load_templates
+
+if TYPE_CHECKING:
+    from ..models.loading import Quantization
 
 # How the command is run, not what it makes.
 NOT_IN_REQUEST = ("out", "overwrite", "allow_config_change", "quiet")
@@ -131,7 +134,7 @@ def check_teacher(name: str, dtype: str) -> Any:
     return tokenizer
 
 
-def load_teacher(request: dict[str, Any], tokenizer: Any, quantization: str) -> Teacher:
+def load_teacher(request: dict[str, Any], tokenizer: Any, quantization: Quantization) -> Teacher:
     import torch
 
     from ..models import loading

@@ -94,6 +94,7 @@ def _read(
     limit: int | None,
     seed: int,
 ) -> ProbeRows:
+    from ..data.glue import TableLayout
     from ..data.probe_rows import read_tables, read_task_file
 
     if task_file is not None and train is test is validation is None:
@@ -101,9 +102,7 @@ def _read(
     if task_file is not None or train is None or test is None:
         raise ConfigError("give either --train and --test (and --validation), or --task-file")
     text, pair, label = columns
-    return read_tables(
-        train, test, validation, text_column=text, pair_column=pair, label_column=label, limit=limit, seed=seed
-    )
+    return read_tables(train, test, validation, layout=TableLayout(text, label, pair), limit=limit, seed=seed)
 
 
 def _check(name: str, numbers: list[int] | None, max_length: int) -> Any:

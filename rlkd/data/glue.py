@@ -4,55 +4,63 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..errors import ConfigError, DataError, nearest
+from ..checks import OneOf, check_choice
+from ..errors import ConfigError, DataError
 from .rows import OnBadRow, check_columns, check_text_column, load_rows
 
 
 @dataclass(frozen=True)
-class RawColumns:
-    """Columns of the .tsv files as GLUE distributes them; columns, of all but the test file where they have no header.
+class TableLayout:
+    """Where a table of labelled texts has what.
 
-    Quotes in them are characters like any other.
+    text     column of the first text; pair, of the second, None for single texts
+    label    column of the label; None if no row has one: a transfer set for the teacher's outputs
+    columns  names of the columns of a .csv or .tsv file without a header
+    quoted   False where quotes in a .csv or .tsv file are characters like any other
     """
 
-    text: str
-    pair: str | None
-    label: str
+    text: str = "text"
+    label: str | None = "label"
+    pair: str | None = None
     columns: tuple[str, ...] | None = None
+    quoted: bool = True
+
+
+DEFAULT_LAYOUT = TableLayout()
 
 
 @dataclass(frozen=True)
 class ClassificationTask:
     """Where a data set lives and how it is read and scored.
 
-    labels, in the order of their indices; metrics, names in `rlkd.evaluation.task_metrics.CLASSIFICATION_METRICS`;
-    submissions, the GLUE server's file for each test split, and whether it wants labels by name; raw, how GLUE's own
-    files look.
+    source, subset   repository on the hub, and its subset
+    layout           columns on the hub; raw, those of the .tsv files as GLUE distributes them (all but the test files)
+    labels           names, in the order of their indices
+    metrics          names in `rlkd.evaluation.task_metrics.CLASSIFICATION_METRICS`
+    submissions      (test split, the GLUE server's file for it); submits_names, whether it wants labels by name
     """
 
     source: str
     subset: str | None
-    text: str
-    pair: str | None
-    label: str
+    layout: TableLayout
     labels: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     dev_splits: tuple[str, ...] = ("validation",)
     submissions: tuple[tuple[str, str], ...] = ()
     submits_names: bool = False
-    raw: RawColumns | None = None
+    raw: TableLayout | None = None
 
 
 def _glue(
     subset: str, text: str, pair: str | None, labels: tuple[str, ...], file: str, **more: Any
 ) -> ClassificationTask:
-    more.setdefault("raw", RawColumns(text, pair, "label"))
+    more.setdefault("raw", TableLayout(text, "label", pair, quoted=False))
     more.setdefault("submissions", (("test", file),))
-    return ClassificationTask("nyu-mll/glue", subset, text, pair, "label", labels, **more)
+    return ClassificationTask("nyu-mll/glue", subset, TableLayout(text, "label", pair), labels, **more)
 
 
 _ENTAILED = ("entailment", "not_entailment")
@@ -65,7 +73,7 @@ TASKS: dict[str, ClassificationTask] = {
         ("unacceptable", "acceptable"),
         "CoLA.tsv",
         metrics=("matthews",),
-        raw=RawColumns("sentence", None, "label", ("source", "label", "star", "sentence")),
+        raw=TableLayout("sentence", columns=("source", "label", "star", "sentence"), quoted=False),
     ),
     "mnli": _glue(
         "mnli",
@@ -76,7 +84,7 @@ TASKS: dict[str, ClassificationTask] = {
         dev_splits=("validation_matched", "validation_mismatched"),
         submissions=(("test_matched", "MNLI-m.tsv"), ("test_mismatched", "MNLI-mm.tsv")),
         submits_names=True,
-        raw=RawColumns("sentence1", "sentence2", "gold_label"),
+        raw=TableLayout("sentence1", "gold_label", "sentence2", quoted=False),
     ),
     "qqp": _glue(
         "qqp",
@@ -85,7 +93,7 @@ TASKS: dict[str, ClassificationTask] = {
         ("not_duplicate", "duplicate"),
         "QQP.tsv",
         metrics=("f1", "accuracy"),
-        raw=RawColumns("question1", "question2", "is_duplicate"),
+        raw=TableLayout("question1", "is_duplicate", "question2", quoted=False),
     ),
     "qnli": _glue("qnli", "question", "sentence", _ENTAILED, "QNLI.tsv", submits_names=True),
     "rte": _glue("rte", "sentence1", "sentence2", _ENTAILED, "RTE.tsv", submits_names=True),
@@ -96,28 +104,27 @@ TASKS: dict[str, ClassificationTask] = {
         ("not_equivalent", "equivalent"),
         "MRPC.tsv",
         metrics=("f1", "accuracy"),
-        raw=RawColumns("#1 String", "#2 String", "Quality"),
+        raw=TableLayout("#1 String", "Quality", "#2 String", quoted=False),
     ),
     "trec6": ClassificationTask(
-        "CogComp/trec", None, "text", None, "coarse_label", ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
+        "CogComp/trec", None, TableLayout("text", "coarse_label"), ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
         dev_splits=("test",),
     ),
     "sst5": ClassificationTask(
-        "SetFit/sst5", None, "text", None, "label",
-        ("very negative", "negative", "neutral", "positive", "very positive"),
+        "SetFit/sst5", None, DEFAULT_LAYOUT, ("very negative", "negative", "neutral", "positive", "very positive"),
     ),
 }  # fmt: skip
+TaskName = Annotated[str, OneOf(TASKS)]
 
 
-def find_task(name: str) -> ClassificationTask:
+def find_task(task: TaskName) -> ClassificationTask:
     """The task of this name. Raises ConfigError that lists them."""
-    if name not in TASKS:
-        raise ConfigError(f"task = {name!r}: allowed are {', '.join(TASKS)}.{nearest(name, list(TASKS))}")
-    return TASKS[name]
+    check_choice("task", task, TASKS)
+    return TASKS[task]
 
 
 def load_task(
-    name: str,
+    task: TaskName,
     split: str = "train",
     *,
     file: str | None = None,
@@ -128,30 +135,19 @@ def load_task(
 
     They come from the hub, or from a local `file`: a .tsv of a GLUE task is read as GLUE distributes it (one of a
     split named test* has no labels), any other file by the hub's columns. on_bad_row: `fail`, or `skip` those that
-    cannot be read (QQP's training file has some).
+    cannot be read (QQP's training file has some). Raises as `load_labelled` does.
     """
-    task = find_task(name)
-    if file is not None and task.raw is not None and Path(file).suffix.lower() == ".tsv":
-        raw, hidden = task.raw, split.startswith("test")
-        return load_labelled(
-            file,
-            text_column=raw.text,
-            pair_column=raw.pair,
-            label_column=None if hidden else raw.label,
-            labels=task.labels,
-            columns=None if hidden else raw.columns,
-            quoted=False,
-            limit=limit,
-            on_bad_row=on_bad_row,
-        )
+    found = find_task(task)
+    layout = found.layout
+    if file is not None and found.raw is not None and Path(file).suffix.lower() == ".tsv":
+        # The test files have a header, and no labels.
+        layout = replace(found.raw, label=None, columns=None) if split.startswith("test") else found.raw
     return load_labelled(
-        file or task.source,
-        text_column=task.text,
-        pair_column=task.pair,
-        label_column=task.label,
-        labels=task.labels,
+        file or found.source,
+        layout,
+        labels=found.labels,
         split=split,
-        subset=None if file else task.subset,
+        subset=None if file else found.subset,
         limit=limit,
         on_bad_row=on_bad_row,
     )
@@ -159,40 +155,40 @@ def load_task(
 
 def load_labelled(
     source: str,
+    layout: TableLayout = DEFAULT_LAYOUT,
     *,
-    text_column: str,
-    label_column: str | None,
     labels: Sequence[str] = (),
-    pair_column: str | None = None,
     split: str = "train",
     subset: str | None = None,
     limit: int | None = None,
-    columns: Sequence[str] | None = None,
-    quoted: bool = True,
     on_bad_row: OnBadRow = "fail",
 ) -> list[dict[str, Any]]:
     """Rows {text, text_pair, label} of a hub data set or a local .csv, .tsv, .jsonl, .json or .parquet file.
 
-    columns names those of a .csv or .tsv without a header; columns, quoted and on_bad_row as in `load_rows`.
-
-    label is the index in `labels` (given in the data by name or by index), None where it is missing or -1, and for
-    every row if label_column is None: a transfer set that the teacher alone judges. Raises DataError for a column that
-    does not exist or holds no text, and for labels outside the set, with the rows.
+    split, subset, limit and on_bad_row as in `load_rows`. label is the index in `labels` (given in the data by name or
+    by index), None where it is missing or -1.
+    Raises DataError for a column that does not exist or holds no text, and for labels outside the set, with the rows;
+    ConfigError for another on_bad_row.
     """
     rows = load_rows(
-        source, split=split, subset=subset, limit=limit, columns=columns, quoted=quoted, on_bad_row=on_bad_row
+        source,
+        split=split,
+        subset=subset,
+        limit=limit,
+        columns=layout.columns,
+        quoted=layout.quoted,
+        on_bad_row=on_bad_row,
     )
-    wanted = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+    wanted = {"text_column": layout.text, "pair_column": layout.pair, "label_column": layout.label}
     check_columns(rows, {role: column for role, column in wanted.items() if column is not None}, source)
-    texts = [text_column] if pair_column is None else [text_column, pair_column]
-    for column in texts:
+    for column in [layout.text] if layout.pair is None else [layout.text, layout.pair]:
         check_text_column(rows, column, source)
         empty = [i for i, text in enumerate(rows[column]) if text is None]
         if empty:
             raise DataError(f"'{source}', rows {_first(empty)}: column '{column}' is empty. Fill or remove them.")
-    indices = [None] * len(rows) if label_column is None else label_indices(rows[label_column], labels, source)
+    indices = [None] * len(rows) if layout.label is None else label_indices(rows[layout.label], labels, source)
     return [
-        {"text": row[text_column], "text_pair": row[pair_column] if pair_column else None, "label": label}
+        {"text": row[layout.text], "text_pair": row[layout.pair] if layout.pair else None, "label": label}
         for row, label in zip(rows, indices, strict=True)
     ]
 
@@ -217,35 +213,35 @@ def label_indices(values: Iterable[Any], labels: Sequence[str], source: str) -> 
     names = {name: i for i, name in enumerate(labels)}
     numbered = any(re.fullmatch(r"-?\d+", name) for name in labels)
     indices: list[int | None] = []
-    strangers: dict[Any, list[int]] = {}
+    unknown: dict[Any, list[int]] = {}
     for i, value in enumerate(values):
         index = None if _hidden(value) else names.get(str(value))
         if index is None and not numbered and isinstance(value, int) and 0 <= value < len(labels):
             index = value
         if index is None and not _hidden(value):
-            strangers.setdefault(value, []).append(i)
+            unknown.setdefault(value, []).append(i)
         indices.append(index)
-    if strangers:
-        found = "; ".join(f"{value!r} in rows {_first(rows)}" for value, rows in list(strangers.items())[:5])
+    if unknown:
+        found = "; ".join(f"{value!r} in rows {_first(rows)}" for value, rows in list(unknown.items())[:5])
         indices_too = "" if numbered else f", or 0 to {len(labels) - 1}"
         raise DataError(f"'{source}': labels outside the set: {found}. Allowed: {', '.join(labels)}{indices_too}.")
     return indices
 
 
-def write_submission(folder: str | Path, name: str, split: str, predictions: Sequence[int]) -> Path:
+def write_submission(folder: str | Path, task: TaskName, split: str, predictions: Sequence[int]) -> Path:
     """Write the predicted labels (indices, in the split's order) as the GLUE server wants them; returns the file.
 
-    Raises ConfigError for a split that is not one of the task's test splits.
+    Raises ConfigError for an unknown task, and for a split that is not one of its test splits.
     """
-    task = find_task(name)
-    files = dict(task.submissions)
+    found = find_task(task)
+    files = dict(found.submissions)
     if split not in files:
         raise ConfigError(
-            f"split = {split!r} of task {name!r} is not submitted: allowed are {', '.join(files) or 'none'}"
+            f"split = {split!r} of task {task!r} is not submitted: allowed are {', '.join(files) or 'none'}"
         )
     path = Path(folder) / files[split]
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown = [task.labels[p] if task.submits_names else str(p) for p in predictions]
+    shown = [found.labels[p] if found.submits_names else str(p) for p in predictions]
     path.write_text(
         "index\tprediction\n" + "".join(f"{i}\t{label}\n" for i, label in enumerate(shown)), encoding="utf-8"
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import DataError
 from .files import BadRowError, Cells
-from .glue import find_labels, load_labelled
+from .glue import DEFAULT_LAYOUT, TableLayout, find_labels, load_labelled
 from .rows import check_columns, check_limit, load_rows
 
 SPLITS = {"tr": "train", "va": "validation", "te": "test"}
@@ -61,9 +61,7 @@ def read_tables(
     test: str,
     validation: str | None = None,
     *,
-    text_column: str = "text",
-    pair_column: str | None = None,
-    label_column: str = "label",
+    layout: TableLayout = DEFAULT_LAYOUT,
     limit: int | None = None,
     seed: int = 0,
 ) -> ProbeRows:
@@ -71,23 +69,17 @@ def read_tables(
 
     limit keeps the first rows of each. Raises DataError for what cannot be used.
     """
+    assert layout.label is not None
     values: list[Any] = []
     sources = [train, test] if validation is None else [train, test, validation]
     for source in sources:
         rows = load_rows(source, limit=limit)
-        check_columns(rows, {"label_column": label_column}, source)
-        values += rows[label_column]
+        check_columns(rows, {"label_column": layout.label}, source)
+        values += rows[layout.label]
     classes = find_labels(values)
 
     def read(source: str) -> list[Row]:
-        found = load_labelled(
-            source,
-            text_column=text_column,
-            pair_column=pair_column,
-            label_column=label_column,
-            labels=classes,
-            limit=limit,
-        )
+        found = load_labelled(source, layout, labels=classes, limit=limit)
         return [row | {"where": f"{source}, row {i}"} for i, row in enumerate(found)]
 
     return _checked(classes, read(train), [] if validation is None else read(validation), read(test), seed)

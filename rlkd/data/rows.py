@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..checks import check_choice
 from ..errors import DataError, nearest
 from .files import (
     SUFFIXES,
@@ -61,8 +62,10 @@ def load_rows(
     subset and revision, of a hub data set only; limit keeps the first rows; columns, the names in a CSV or TSV file
     without a header; quoted False where quotes in such a file mean nothing (GLUE); on_bad_row, as in `RowStream`.
     In CSV and TSV a column of whole numbers only is read as integers, every other one as text.
-    Raises: DataError that names the file, the line where there is one, and the remedy.
+    Raises: DataError that names the file, the line where there is one, and the remedy; ConfigError for another
+    on_bad_row.
     """
+    check_choice("on_bad_row", on_bad_row, OnBadRow)
     check_limit(limit)
     path = local_path(source, split=split, subset=subset, revision=revision)
     if path is not None:
@@ -225,6 +228,7 @@ class RowStream:
         limit: int | None = None,
         on_bad_row: OnBadRow = "fail",
     ):
+        check_choice("on_bad_row", on_bad_row, OnBadRow)
         check_limit(limit)
         self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
         self.path = local_path(source, split=split, subset=subset, revision=revision)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_choice
 from ..errors import DataError
 from ..records import Example
 
@@ -75,6 +76,8 @@ def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[s
     Besides the metrics `names`: rows; tokens, mean length; logprob, mean nats per token; finished, share of answers
     that were not cut. Raises DataError if rows have no references.
     """
+    for name in names:
+        check_choice("metric", name, TASK_METRICS)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["template"], []).append(row)
@@ -123,7 +126,12 @@ CLASSIFICATION_METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 
 
 def classification_metrics(names: Sequence[str]) -> Callable[[Any], dict[str, float]]:
-    """`compute_metrics` of the Trainer: these metrics of the largest logits, over the rows that have a label."""
+    """`compute_metrics` of the Trainer: these metrics of the largest logits, over the rows that have a label.
+
+    Raises ConfigError for an unknown name.
+    """
+    for name in names:
+        check_choice("metric", name, CLASSIFICATION_METRICS)
 
     def compute(prediction: Any) -> dict[str, float]:
         logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)

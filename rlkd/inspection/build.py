@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from ..errors import ConfigError
 from ..models.architectures import language_model
 from ..models.heads import HeadOverStates
 from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, encode_texts, token_pieces
-from ..objectives.rewards import induced_advantage
+from ..objectives.rewards import REWARDS, induced_advantage
 from ..records import Example, Rollouts, TeacherSignal, given
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers
@@ -51,6 +52,7 @@ def reward_view(
         max_new_tokens: answers, given ones too, are cut to so many tokens.
     Raises: ConfigError if there are no examples, or answers and names do not fit them.
     """
+    check_choice("value", value, REWARDS)
     examples = list(examples)
     names = _check(examples, answers, template_names)
     given = answers if isinstance(answers, Mapping) else {} if answers is None else {"answer": answers}

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_choice
 from ..errors import DataError
 from ..labels.store import load_pseudolabels
 from ..models.teacher import Teacher
 from ..models.vocabulary import token_pieces
+from ..objectives.rewards import REWARDS
 from ..records import Example
 from .build import BATCH_ROWS, TOP_K, answers_as_rollouts, score_rollouts
 from .reward_view import RewardView, Sample
@@ -29,6 +31,7 @@ def from_labels(
     Without a teacher the numbers are those recorded (`--top-k-logprobs`): a token outside the recorded ones has none.
     Raises: DataError as `load_pseudolabels` does, or if no row has a label.
     """
+    check_choice("value", value, REWARDS)
     rows = load_pseudolabels(folder)
     rows = rows.select(range(min(len(rows), len(rows) if limit is None else limit)))
     if not len(rows):

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError, nearest
+from ..checks import check_choice
+from ..errors import DataError, nearest
 
 # In the order in which the answers to one input are shown; any other name may be used and comes last.
 SOURCES = ("student", "student before", "student sampled", "rollout", "teacher greedy", "pseudo-label", "reference")
@@ -216,8 +217,7 @@ class RewardView:
         """The n inputs with the largest `regret`, disagreement between `templates`, between `student` and teacher, or
         `length`; inputs for which it is not known are left out. Raises ConfigError for another name.
         """
-        if by not in RANKINGS:
-            raise ConfigError(f"by = '{by}': allowed are {', '.join(RANKINGS)}.{nearest(by, list(RANKINGS))}")
+        check_choice("by", by, RANKINGS)
         ranked = [(RANKINGS[by](case), case) for case in self.cases()]
         known = [(number, case) for number, case in ranked if number is not None]
         return self.keep(case for _, case in sorted(known, key=lambda pair: -pair[0])[:n])

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..data.glue import find_labels, find_task, load_labelled, load_task
+from ..checks import OneOf, check_settings
+from ..data.glue import TASKS, TableLayout, find_labels, find_task, load_labelled, load_task
 from ..data.rows import check_columns, load_rows, local_path
 from ..data.splits import split_off
 from ..errors import ConfigError, DataError, nearest
@@ -23,8 +24,8 @@ PAIRED = {"sentence1": "sentence2", "question1": "question2", "premise": "hypoth
 class LabelledDataArguments:
     """Labelled sentences or pairs: a task of the hub, or your own files, which come before it."""
 
-    task: str | None = field(
-        default=None, metadata={"help": "sst2, cola, mnli, qqp, qnli, rte, mrpc, trec6 or sst5, read from the hub."}
+    task: Annotated[str, OneOf(TASKS)] | None = field(
+        default=None, metadata={"help": "A GLUE task or another labelled data set, read from the hub."}
     )
     train_file: str | None = field(
         default=None, metadata={"help": "Your own .csv, .tsv, .jsonl or .parquet file, instead of a task."}
@@ -36,7 +37,7 @@ class LabelledDataArguments:
     labels: list[str] | None = field(
         default=None, metadata={"help": "Label names in the order of their indices; null finds them in train_file."}
     )
-    metrics: list[str] | None = field(
+    metrics: list[Annotated[str, OneOf(CLASSIFICATION_METRICS)]] | None = field(
         default=None, metadata={"help": "Dev metrics; their mean is `score`. null: the task's own, or accuracy."}
     )
     dev_fraction: float = field(default=0.1, metadata={"help": "Share of each label that is split off as dev rows."})
@@ -45,21 +46,17 @@ class LabelledDataArguments:
     dev_limit: int | None = field(default=None, metadata={"help": "Use only the first so many held-out rows."})
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.train_file is None:
             if self.task is None:
                 raise ConfigError("neither task nor train_file is set: name a task (sst2, rte, ...) or your own file")
             if self.dev_file is not None:
                 raise ConfigError("dev_file is set without train_file: a task brings its own held-out rows")
-            find_task(self.task)
             for name in ("pair_column", "labels"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} is set without train_file: task {self.task} has its own")
         if not 0 < self.dev_fraction < 1:
             raise ConfigError(f"dev_fraction = {self.dev_fraction}: must lie between 0 and 1")
-        for name in self.metrics or []:
-            if name not in CLASSIFICATION_METRICS:
-                known = list(CLASSIFICATION_METRICS)
-                raise ConfigError(f"metrics: {name!r}: allowed are {', '.join(known)}.{nearest(name, known)}")
 
 
 @dataclass
@@ -123,9 +120,7 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
         try:
             loaded[role] = load_labelled(
                 source,
-                text_column=data.text_column,
-                pair_column=data.pair_column,
-                label_column=data.label_column,
+                TableLayout(data.text_column, data.label_column, data.pair_column),
                 labels=labels,
                 limit=data.train_limit if role == "train_file" else data.dev_limit,
             )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, set_seed
 
+from ..checks import Positive, check_choice, check_settings
 from ..errors import ConfigError, ModelError
 from ..io.files import write_durably
 from ..models.encoders.classifiers import Init, build_student, student_config
@@ -22,7 +23,6 @@ from ..models.encoders.onnx_export import require_onnx
 from ..models.loading import load_config
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
-from ..settings.ranges import Positive, check_ranges
 from ..trainers.encoders.arguments import TKDArguments
 from ..trainers.encoders.tkd import TKDTrainer, check_distillation
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
@@ -45,7 +45,7 @@ class EncoderTeacherArguments:
     teacher_learning_rate: Positive = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
 
 
 @dataclass
@@ -65,6 +65,9 @@ class EncoderStudentArguments:
         default=None, metadata={"help": "Hub id or folder of the model for student_init: pretrained."}
     )
     export_onnx: bool = field(default=False, metadata={"help": "Also write the student as ONNX, in output_dir/onnx."})
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def options(self, teacher_config: Any, layer_map: list[int] | None) -> dict[str, Any]:
         """Keyword arguments of `build_student` and `student_config`. Raises ConfigError for a width without heads."""
@@ -164,8 +167,7 @@ def prepare_encoders(
         tokenizer = load_tokenizer(student.student_pretrained, "student")
     best = (training.metric_for_best_model or "loss").removeprefix("eval_")
     known = list(dict.fromkeys(["score", *loaded.metrics, "accuracy", "loss"]))
-    if best not in known:
-        raise ConfigError(f"metric_for_best_model = {best!r}: allowed are {', '.join(known)} (see metrics)")
+    check_choice("metric_for_best_model", best, known)
     own = student_config(config, **student.options(config, training.layer_map))
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)

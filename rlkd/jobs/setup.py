@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checks import Count, Natural, check_settings
 from ..data.examples import Examples
 from ..data.row_maps import parse_row_map
 from ..data.rows import check_columns, load_rows
@@ -20,7 +21,6 @@ from ..models.loading import check_config, load_config, load_model, resolve_dtyp
 from ..models.teacher import Teacher
 from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
-from ..settings.ranges import Count, Natural, check_ranges
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..templates.template import load_templates
 from ..trainers.arguments import DistillationArguments
@@ -82,7 +82,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
 
 
 @dataclass
@@ -107,7 +107,7 @@ class TeacherArguments:
     )
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
 
 
 @dataclass

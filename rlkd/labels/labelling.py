@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..checks import check_settings
 from ..errors import DataError, DivergenceError
 from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, encode_texts
@@ -58,6 +59,9 @@ class Labeller:
     on_long: OnLong = "truncate"
     advance: Callable[[int, int], None] = lambda labels, tokens: None
     stopping: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def shard(self, rows: list[PromptedRow], done: dict[int, PseudoLabel]) -> list[PseudoLabel]:
         """The labels of all rows in order; `done` are known already, by position.

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_settings
 from ..errors import DivergenceError, InterruptedRunError, RlkdError
 from ..io.cards import CARD
 from ..io.files import write_durably
@@ -77,6 +78,9 @@ class RunOptions:
     quiet: bool = False
     request: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+
 
 def generate_pseudolabels(
     teacher: Teacher,
@@ -108,8 +112,8 @@ def generate_pseudolabels(
     that contradict each other.
     """
     decoding = Decoding(strategy, max_new_tokens, labels_per_input, num_beams, temperature, top_k_logprobs)
-    check_output(out, overwrite=overwrite)
     options = RunOptions(seed, on_long, batch_tokens, shard_rows, overwrite=overwrite, quiet=quiet)
+    check_output(out, overwrite=overwrite)
     source = ListedExamples(examples, template_names)
     return label_rows(teacher, source, out=out, decoding=decoding, options=options, engine=engine)
 

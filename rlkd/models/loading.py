@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from ..checks import check_choice
 from ..errors import ModelError
 from .architectures import architecture_of
 
@@ -86,13 +87,17 @@ def load_model(
     return model
 
 
-QUANTIZATIONS = ("none", "int8", "nf4")
+Quantization = Literal["none", "int8", "nf4"]
 
 
-def quantization_config(name: str) -> Any:
-    """bitsandbytes' settings for a frozen model's linear layers, head excepted; None for 'none'."""
+def quantization_config(name: Quantization) -> Any:
+    """bitsandbytes' settings for a frozen model's linear layers, head excepted; None for 'none'.
+
+    Raises ConfigError for another name.
+    """
     from transformers import BitsAndBytesConfig
 
+    check_choice("teacher_quantization", name, Quantization)
     if name == "none":
         return None
     if name == "int8":

@@ -16,6 +16,7 @@ from accelerate.utils.memory import find_executable_batch_size, should_reduce_ba
 from torch import Tensor
 from transformers.utils import logging
 
+from ..checks import check_settings
 from ..errors import DivergenceError, ModelError
 from ..objectives.rewards import average_templates, token_scores
 from ..records import TeacherSignal, given
@@ -68,6 +69,7 @@ class Teacher:
     batch_tokens      padded tokens per forward; less uses less memory and changes no result
                       (halved when memory runs out)
     cache_bytes       memory for the states of prompts seen before
+    Raises ConfigError for another combination.
     """
 
     gives: ClassVar[frozenset[str]] = SIGNAL
@@ -82,6 +84,7 @@ class Teacher:
     cache: PromptCache = field(init=False)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self.lm.model.eval().requires_grad_(False)
         self.cache = PromptCache(self.cache_bytes)
 

@@ -206,7 +206,7 @@ def critic_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
 class Baseline:
     """What is taken from the credit of a token; it never changes the expected gradient.
 
-    credit          `CreditInputs` -> the advantage of each token and the critic's targets (None without a critic)
+    credit          `CreditInputs` -> the advantage [B, R] of each token and the critic's targets, None without one
     reads           fields of `CreditInputs` beyond reward and mask that it reads, whatever the one-step term is
     reads_sampled   those it reads only where the one-step term is sampled; reads_exact, only where it is exact
     """

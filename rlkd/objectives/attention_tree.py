@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
+
 Variant = Literal["algorithm1", "abstract", "flow"]
 # Query positions [B, H, F] -> their attention rows [B, H, F, L], as scores or as probabilities: softmax keeps the order
 # within a row, and the order is all that the tree reads.
@@ -70,16 +72,16 @@ def attention_tree(
     Args: rows, the K layers' attention, layer 1 first; choosable [B, L], False where a token may not be chosen
     (padding; [CLS] and [SEP] if they are excluded): a row with fewer than m such tokens has fewer children; heads H;
     with_multiplicity counts a token once for every parent that chose it, instead of once; exclude_self keeps a token
-    from choosing itself. The root is token 0. Raises ValueError for m < 1, an unknown variant, or no layers.
+    from choosing itself. The root is token 0. Raises ValueError for m < 1 or no layers, ConfigError for an unknown
+    variant.
     """
+    check_choice("variant", variant, Variant)
     layers = len(rows)
     maps = {
         "algorithm1": range(layers - 1, -1, -1),
         "abstract": range(layers - 2, -1, -1),
         "flow": range(layers - 1, 0, -1),
     }
-    if variant not in maps:
-        raise ValueError(f"variant = {variant!r}: allowed are {', '.join(map(repr, maps))}")
     if m < 1 or layers < 1:
         raise ValueError(f"a tree needs m >= 1 and at least 1 layer; got m = {m}, layers = {layers}")
     batch, length = choosable.shape

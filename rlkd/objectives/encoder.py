@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks import check_choice
 from ..tensors import masked_mean
 from .divergences import forward_kl
 
@@ -77,6 +78,7 @@ def token_distance(
     Args: student, teacher, layers of [B, L, D] with the same D; counts, a selection [B, H, L] for each, where H = 1
     compares whole vectors. Raises ValueError if H does not divide D, or the widths differ.
     """
+    check_choice("reduction", reduction, DistanceReduction)
     total: Tensor | float = 0.0
     elements: Tensor | float = 0.0
     for s, t, count in zip(student, teacher, counts, strict=True):
@@ -94,6 +96,4 @@ def token_distance(
         elements = elements + count.sum() * (width // heads)
     if reduction == "sum":
         return torch.as_tensor(total)
-    if reduction != "mean":
-        raise ValueError(f"reduction = {reduction!r}: allowed are 'mean', 'sum'")
     return total / torch.as_tensor(elements).clamp(min=1)

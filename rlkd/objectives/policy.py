@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
+
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
@@ -65,11 +67,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, gain: float = 0.1) -
 
 def token_weights(mask: Tensor, reduction: Reduction) -> Tensor:
     """Weight of each token in the loss, [B, R]: 1, or 1 / (length of its row) under `sequence_mean`."""
-    if reduction in ("token_mean", "sequence_sum"):
-        return mask.float()
-    if reduction == "sequence_mean":
-        return mask / mask.sum(1, keepdim=True).clamp(min=1)
-    raise ValueError(f"loss_reduction = {reduction!r}: allowed are 'token_mean', 'sequence_mean', 'sequence_sum'")
+    check_choice("reduction", reduction, Reduction)
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) if reduction == "sequence_mean" else mask.float()
 
 
 def reduction_count(mask: Tensor, reduction: Reduction) -> float:
@@ -85,6 +84,7 @@ def reduce_tokens(loss: Tensor, mask: Tensor, reduction: Reduction, denominator:
     sequence_sum    mean over rows of the sum over their tokens: the policy gradient itself
     `denominator` is the count over the global batch when it is split over processes or accumulation steps.
     """
+    check_choice("reduction", reduction, Reduction)
     if denominator is None:
         denominator = reduction_count(mask, reduction)
     weighted = torch.where(mask, loss, torch.zeros_like(loss)) * token_weights(mask, reduction)

@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import ConfigError
 from ..io.files import write_durably
 from ..io.redaction import redacted
-from ..settings.ranges import default_of, own_names, plain
+from ..settings.fields import default_of, own_names, plain
 from .files import RUN_FILE
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
-"""Settings: dataclasses filled from flags and one YAML file, every mistake named before any model loads.
+"""Dataclasses of settings, filled from flags and one YAML file; every mistake is reported before any model loads.
 
-TRL's TrlParser turns the dataclasses into flags. It lets pass what a YAML file gets wrong (a misspelt choice, 3.7 for
-an int, a key given twice), so the file is checked here. Flags win over the file, the file wins over the defaults.
+TRL's TrlParser turns the dataclasses into flags. It does not validate a YAML file (a misspelt choice, 3.7 for an int, a
+repeated key), so the file is checked here. Flags override the file, the file overrides the defaults.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields
-from enum import Enum
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from textwrap import shorten
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
+from ..checks import choices_of, field_types, in_words, members_of
 from ..errors import ConfigError, RlkdError, nearest
 from ..io.redaction import redacted
-from .ranges import default_of, in_words, limits_of, own_names, plain, type_hints
+from .fields import default_of, own_names, plain
 
 MOST_PROBLEMS = 20  # what fits on one screen
-WORDS = {bool: "true, false", int: "whole numbers", float: "numbers", str: "text", NoneType: "null", dict: "mappings"}
 
 
 def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -65,7 +64,7 @@ def describe_config(dataclass_types: tuple[type, ...], argv: list[str]) -> list[
             item.name,
             redacted(plain(getattr(section, item.name)), item.name),
             origins.get(item.name, "default"),
-            _allowed(hints[item.name]),
+            in_words(hints[item.name]),
             redacted(default_of(item), item.name),
             item.metadata.get("help", ""),
             type(section).__name__,
@@ -85,6 +84,7 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
     argv = sys.argv[1:] if argv is None else argv
     parser = TrlParser(dataclass_types, allow_abbrev=False, exit_on_error=False)  # type: ignore[arg-type]
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of settings; flags override it.")
+    _complete_choices(parser, hints)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     parser.set_defaults_with_config(**dict.fromkeys(hints, argparse.SUPPRESS))  # so that it returns what argv says
@@ -133,7 +133,7 @@ def _hints(dataclass_types: tuple[type, ...]) -> dict[str, Any]:
     owners: dict[str, str] = {}
     hints: dict[str, Any] = {}
     for kind in dataclass_types:
-        resolved = type_hints(kind)
+        types = field_types(kind)
         for field in fields(kind):
             if field.name in owners:
                 raise TypeError(
@@ -141,41 +141,24 @@ def _hints(dataclass_types: tuple[type, ...]) -> dict[str, Any]:
                 )
             owners[field.name] = kind.__name__
             if field.init:
-                hints[field.name] = _with_choices(field, resolved[field.name])
+                hints[field.name] = types[field.name]
     return hints
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _with_choices(field: Field, hint: Any) -> Any:
-    """The Literal that `Enum | str`, or `str` with argparse choices, stands for; other types as they are."""
-    enums = [member for member in _members(hint) if isinstance(member, type) and issubclass(member, Enum)]
-    choices = [item.value for item in enums[0]] if enums else field.metadata.get("choices")
-    if not choices:
-        return hint
-    literal: Any = Literal.__getitem__(tuple(choices))
-    return literal | None if NoneType in _members(hint) else literal
-
-
-def _choices(hint: Any) -> list[Any]:
-    return [choice for member in _members(hint) if get_origin(member) is Literal for choice in get_args(member)]
-
-
-def _allowed(hint: Any) -> str:
-    """What a type admits, in words."""
-    if get_origin(hint) in (Union, UnionType):
-        return ", ".join(_allowed(member) for member in get_args(hint))
-    if get_origin(hint) is Literal:
-        return ", ".join(repr(choice) for choice in get_args(hint))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return ", ".join(repr(item.value) for item in hint)
-    if get_origin(hint) is Annotated:
-        return f"{_allowed(get_args(hint)[0])} ({in_words(limits_of(hint))})"
-    if get_origin(hint) is list:
-        return f"lists of {_allowed(get_args(hint)[0])}"
-    return WORDS.get(get_origin(hint) or hint, str(hint))
+def _complete_choices(parser: argparse.ArgumentParser, hints: dict[str, Any]) -> None:
+    """Give flags the choices that TRL's parser does not see: those of a `OneOf`, and `null` where it is allowed."""
+    for action in parser._actions:
+        hint = hints.get(action.dest)
+        choices = tuple(choices_of(hint))
+        if not choices:
+            continue
+        action.choices = choices
+        if NoneType in members_of(hint) and action.nargs is None:
+            parse: Any = action.type
+            action.choices = (*choices, None)
+            action.type = lambda text, parse=parse, null={"null", "none"} - {*choices}: (
+                None if text in null else parse(text)
+            )
 
 
 def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +169,7 @@ def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, An
         flag = (error.argument_name or "command line").split("/")[0]
         hint = hints.get(flag.lstrip("-"))
         said = re.split(r" \(choose| but expected", error.message)[0]  # argparse's own list of choices is left out
-        allowed = f": allowed are {_allowed(hint)}" if hint else ""
+        allowed = f": allowed are {in_words(hint)}" if hint else ""
         raise ConfigError(f"{flag}: {said}{allowed}. See --help.") from None
     if unknown:
         strangers = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
@@ -256,7 +239,7 @@ def _check_file(path: Path, text: str, hints: dict[str, Any]) -> tuple[dict[str,
             values[name], origins[name] = _value(loader, node, hints[name]), f"{path}:{line}"
         except (TypeError, ValueError):
             shown = redacted(_source(text, node), name)
-            problem = f"{name} = {shown}: allowed are {_allowed(hints[name])}."
+            problem = f"{name} = {shown}: allowed are {in_words(hints[name])}."
             problems.append((line, problem + _remedy(node, hints[name])))
     if problems:
         _refuse([f"{path}:{line}: {problem}" for line, problem in sorted(problems)])
@@ -271,14 +254,14 @@ def _source(text: str, node: yaml.Node) -> str:
 def _remedy(node: yaml.Node, hint: Any) -> str:
     if not isinstance(node, yaml.ScalarNode):
         return ""
-    return " Put it in quotes." if str in _members(hint) else nearest(node.value, [str(c) for c in _choices(hint)])
+    return " Put it in quotes." if str in members_of(hint) else nearest(node.value, [str(c) for c in choices_of(hint)])
 
 
 def _value(loader: _Loader, node: yaml.Node, hint: Any) -> Any:
     """The value of a node as `hint`; ValueError if it is of another type. Types pydantic does not know all pass."""
     value = loader.construct_object(node, deep=True)
-    choices = {type(choice) for choice in _choices(hint)}
-    if isinstance(value, bool) and choices and bool not in {*choices, *_members(hint)}:
+    choices = {type(choice) for choice in choices_of(hint)}
+    if isinstance(value, bool) and choices and bool not in {*choices, *members_of(hint)}:
         value = node.value  # YAML 1.1 reads `no` as false; among choices it is a word
     try:  # strict JSON: 3 is a float, 3.7 is no int, "3" is no number, 1 is no bool
         return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)

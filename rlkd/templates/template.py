@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jinja2
 
-from ..errors import ConfigError, DataError, nearest
+from ..checks import check_choice, check_settings
+from ..errors import DataError, nearest
 from . import columns as template_columns
 from .aliases import known_problem
 from .columns import Reads
@@ -88,6 +89,9 @@ class Template:
     strict_compat: bool = False
     trusted: bool = True
     limits: Limits = DEFAULT_LIMITS
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def parts(self, row: Mapping[str, Any], *, seed: int = 0) -> list[str]:
         """The rendered text split on "|||", each part stripped: what promptsource's `apply` returns.
@@ -265,8 +269,7 @@ def load_templates(
     truncation, strict_compat  see Template
     Raises: DataError listing the files or names there are and the nearest one; ConfigError for an unknown truncation.
     """
-    if truncation not in get_args(Truncation):
-        raise ConfigError(f"truncation = '{truncation}': allowed are {', '.join(get_args(Truncation))}.")
+    check_choice("truncation", truncation, Truncation)
     file, name = locate(spec, folder)
     templates = _templates(file)
     chosen = [_by_name(templates, name, file)] if name is not None else _whole(templates, spec, all_templates)

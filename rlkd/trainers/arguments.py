@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from transformers import TrainingArguments
 
+from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive, check_settings
 from ..errors import ConfigError
+from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
+from ..objectives.rewards import REWARDS
 from ..runs.best import LOWER_IS_BETTER
-from ..settings.ranges import Count, Fraction, Natural, NonNegative, Positive, check_ranges
+
+# What supervised distillation can minimise: cross-entropy on the labels, or one of the divergences, added ones too.
+IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
 
 
 def _require(condition: bool, name: str, value: object, constraint: str) -> None:
@@ -43,12 +49,11 @@ class StudentArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
 
     def __post_init__(self) -> None:
+        check_settings(self)
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if self.greater_is_better is None and metric in LOWER_IS_BETTER:
             self.greater_is_better = False
         super().__post_init__()
-        check_ranges(self)
-        _require(self.alarms in ("warn", "stop", "off"), "alarms", self.alarms, "allowed are 'warn', 'stop', 'off'")
         patience = self.early_stopping_patience
         if patience is not None:
             _require(
@@ -92,9 +97,7 @@ class DistillationArguments(StudentArguments):
 class SupervisedArguments(DistillationArguments):
     """Warm-up on pseudo-labels, or word-level distillation on their prefixes."""
 
-    objective: Literal[
-        "sequence", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_forward_kl"
-    ] = field(
+    objective: Annotated[str, OneOf(IMITATION)] = field(
         default="sequence",
         metadata={
             "help": "sequence: cross-entropy on the labels (SeqKD). Others: that divergence to the teacher at every "
@@ -129,82 +132,18 @@ class SupervisedArguments(DistillationArguments):
 
 
 @dataclass
-class RLArguments(DistillationArguments):
-    """Reward, rollouts, credit and leash, shared by REINFORCE and PPO."""
+class OnPolicyArguments(DistillationArguments):
+    """Answers sampled from the student itself, whatever is learned from them."""
 
-    # Reward
-    reward_value: Literal["max", "lse", "softmax"] = field(
-        default="max",
-        metadata={"help": "V of the induced reward: max (regret, length-neutral), lse (log-likelihood), softmax."},
-    )
-    # Rollouts
     rollouts_per_prompt: Count = field(default=4, metadata={"help": "Answers sampled for each prompt."})
     epochs_per_rollout: Count = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
     minibatches_per_rollout: Count = field(default=1, metadata={"help": "Optimizer steps per pass."})
     sync_every: Count = field(
         default=1, metadata={"help": "Rollout batches between copies of the student into the behaviour policy."}
     )
-    # Credit
-    baseline: Literal["none", "teacher", "closed_form", "leave_one_out", "critic"] = field(
-        default="leave_one_out",
-        metadata={"help": "What is taken from the credit; never changes the expected gradient."},
-    )
-    gamma: Fraction = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
-    lam: Fraction = field(
-        default=0.2, metadata={"help": "Credit horizon: 0 immediate regret (safe, biased) .. 1 full return (unbiased)."}
-    )
-    k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
-    one_step: Literal["exact", "sampled"] = field(
-        default="exact",
-        metadata={
-            "help": "exact: the immediate term's gradient over the whole vocabulary; sampled: of the drawn token."
-        },
-    )
-    whiten_advantages: bool = field(
-        default=False, metadata={"help": "Scale advantages to mean 0, deviation 1 over valid tokens."}
-    )
-    # Loss
-    loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = field(
-        default="token_mean", metadata={"help": "How token losses are averaged; it weights length."}
-    )
-    entropy_coef: NonNegative = field(default=0.0, metadata={"help": "Weight of the entropy bonus, nats per token."})
-    kl_coef: NonNegative = field(
-        default=0.05, metadata={"help": "Weight of the KL leash to the initial student; 0 turns it off."}
-    )
-    kl_target: Positive | None = field(
-        default=None, metadata={"help": "KL per token to hold by adapting kl_coef; null keeps it fixed."}
-    )
-    kl_in: Literal["loss", "reward"] = field(
-        default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
-    )
-    value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
-    value_clip_range: Positive = field(
-        default=5.0, metadata={"help": "The critic moves at most this far per rollout batch, nats."}
-    )
-    weak_start: Literal["warn", "refuse", "ignore"] = field(
-        default="warn",
-        metadata={"help": "When regret per sequence is not well below the price of an early end-of-sequence."},
-    )
-    learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.baseline == "leave_one_out":
-            _require(
-                self.rollouts_per_prompt >= 2,
-                "rollouts_per_prompt",
-                self.rollouts_per_prompt,
-                "baseline leave_one_out needs at least 2",
-            )
-        if self.k_step > 1:
-            _require(
-                self.baseline != "critic",
-                "baseline",
-                self.baseline,
-                "k_step > 1 has no critic: choose another baseline or k_step 1",
-            )
-        if self.kl_target is not None:
-            _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
         rows = self.rows_per_rollout
         _require(
             rows % self.rollouts_per_prompt == 0,
@@ -236,6 +175,85 @@ class RLArguments(DistillationArguments):
 
 
 @dataclass
+class RLArguments(OnPolicyArguments):
+    """Reward, credit and KL penalty, shared by REINFORCE and PPO."""
+
+    # Reward
+    reward_value: Annotated[str, OneOf(REWARDS)] = field(
+        default="max",
+        metadata={"help": "V of the induced reward: max (regret, length-neutral), lse (log-likelihood), softmax."},
+    )
+    # Credit
+    baseline: Annotated[str, OneOf(BASELINES)] = field(
+        default="leave_one_out",
+        metadata={"help": "What is taken from the credit; never changes the expected gradient."},
+    )
+    gamma: Fraction = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
+    lam: Fraction = field(
+        default=0.2, metadata={"help": "Credit horizon: 0 immediate regret (safe, biased) .. 1 full return (unbiased)."}
+    )
+    k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
+    one_step: Literal["exact", "sampled"] = field(
+        default="exact",
+        metadata={
+            "help": "exact: the immediate term's gradient over the whole vocabulary; sampled: of the drawn token."
+        },
+    )
+    whiten_advantages: bool = field(
+        default=False, metadata={"help": "Scale advantages to mean 0, deviation 1 over valid tokens."}
+    )
+    # Loss
+    loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = field(
+        default="token_mean", metadata={"help": "How token losses are averaged; it weights length."}
+    )
+    entropy_coef: NonNegative = field(default=0.0, metadata={"help": "Weight of the entropy bonus, nats per token."})
+    kl_coef: NonNegative = field(
+        default=0.05,
+        metadata={"help": "Weight of the KL penalty to the reference policy (initial student); 0: off."},
+    )
+    kl_target: Positive | None = field(
+        default=None, metadata={"help": "KL per token to hold by adapting kl_coef; null keeps it fixed."}
+    )
+    kl_in: Literal["loss", "reward"] = field(
+        default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
+    )
+    value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
+    value_clip_range: Positive = field(
+        default=5.0, metadata={"help": "The critic moves at most this far per rollout batch, nats."}
+    )
+    weak_start: Literal["warn", "refuse", "ignore"] = field(
+        default="warn",
+        metadata={"help": "When regret per sequence is not well below the price of an early end-of-sequence."},
+    )
+    learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline == "leave_one_out":
+            _require(
+                self.rollouts_per_prompt >= 2,
+                "rollouts_per_prompt",
+                self.rollouts_per_prompt,
+                "baseline leave_one_out needs at least 2",
+            )
+        if self.k_step > 1:
+            _require(
+                not BASELINES[self.baseline].critic,
+                "baseline",
+                self.baseline,
+                "k_step > 1 has no critic: choose another baseline or k_step 1",
+            )
+        _require(
+            self.one_step != "exact" or REWARDS[self.reward_value].expected is not None,
+            "one_step",
+            self.one_step,
+            f"reward_value {self.reward_value} has no exact expectation: use sampled",
+        )
+        if self.kl_target is not None:
+            _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
+
+
+@dataclass
 class ReinforceArguments(RLArguments):
     """REINFORCE: one pass over fresh rollouts, off-policy weights when the behaviour policy lags."""
 
@@ -251,7 +269,7 @@ class PPOArguments(RLArguments):
 
     epochs_per_rollout: Count = field(default=2, metadata={"help": "Passes over each batch of rollouts."})
     minibatches_per_rollout: Count = field(default=2, metadata={"help": "Optimizer steps per pass."})
-    baseline: Literal["none", "teacher", "closed_form", "leave_one_out", "critic"] = field(
+    baseline: Annotated[str, OneOf(BASELINES)] = field(
         default="critic", metadata={"help": "What is taken from the credit; critic is GAE with a learned value head."}
     )
     clip_range: Positive = field(default=0.2, metadata={"help": "The ratio leaves the objective outside 1 +- this."})

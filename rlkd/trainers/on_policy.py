@@ -35,7 +35,7 @@ from ..objectives.policy import reduction_count
 from ..records import Example, Minibatch, Rollouts, select_rows
 from ..sampling.decode import row_seed
 from ..sampling.rollouts import sample_rollouts
-from .arguments import RLArguments
+from .arguments import OnPolicyArguments
 from .distillation import DistillationTrainer
 
 BEHAVIOUR_FILE = "behaviour.safetensors"
@@ -47,12 +47,12 @@ class OnPolicyTrainer(DistillationTrainer):
     The student given here is also the reference policy of the KL penalty. Other arguments as in `DistillationTrainer`.
     """
 
-    args: RLArguments
+    args: OnPolicyArguments
 
     def __init__(
         self,
         student: Any,
-        args: RLArguments,
+        args: OnPolicyArguments,
         *,
         teacher: SignalSource,
         tokenizer: Any,

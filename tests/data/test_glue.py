@@ -7,7 +7,16 @@ import datasets
 import pytest
 
 from rlkd.data import glue
-from rlkd.data.glue import TASKS, find_labels, find_task, label_indices, load_labelled, load_task, write_submission
+from rlkd.data.glue import (
+    TASKS,
+    TableLayout,
+    find_labels,
+    find_task,
+    label_indices,
+    load_labelled,
+    load_task,
+    write_submission,
+)
 from rlkd.errors import ConfigError, DataError
 from rlkd.evaluation.task_metrics import CLASSIFICATION_METRICS
 
@@ -26,17 +35,15 @@ def write(path, rows, header=("text", "label")):
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
 def test_local_tables(tmp_path, suffix):
     source = write(tmp_path / f"data.{suffix}", ROWS)
-    rows = load_labelled(source, text_column="text", label_column="label", labels=("no", "yes"))
+    rows = load_labelled(source, labels=("no", "yes"))
     assert rows == [{"text": text, "text_pair": None, "label": int(label == "yes")} for text, label in ROWS]
-    unlabelled = load_labelled(source, text_column="text", label_column=None)
+    unlabelled = load_labelled(source, TableLayout(label=None))
     assert [row["label"] for row in unlabelled] == [None] * 3
 
 
 def test_pairs(tmp_path):
     source = write(tmp_path / "data.csv", [("a", "b", 0), ("c", "d", 1)], ("premise", "hypothesis", "label"))
-    rows = load_labelled(
-        source, text_column="premise", pair_column="hypothesis", label_column="label", labels=("0", "1")
-    )
+    rows = load_labelled(source, TableLayout("premise", pair="hypothesis"), labels=("0", "1"))
     assert rows == [{"text": "a", "text_pair": "b", "label": 0}, {"text": "c", "text_pair": "d", "label": 1}]
 
 
@@ -58,9 +65,9 @@ def test_labels_by_name_or_index_and_hidden_ones():
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks_read_their_own_columns(name, monkeypatch):
     task, asked = TASKS[name], {}
-    columns = {task.text: ["one", "two"], task.label: [len(task.labels) - 1, -1]}
-    if task.pair:
-        columns[task.pair] = ["three", "four"]
+    columns = {task.layout.text: ["one", "two"], task.layout.label: [len(task.labels) - 1, -1]}
+    if task.layout.pair:
+        columns[task.layout.pair] = ["three", "four"]
 
     def load(source, **options):
         asked.update(options, source=source)
@@ -68,7 +75,7 @@ def test_tasks_read_their_own_columns(name, monkeypatch):
 
     monkeypatch.setattr(glue, "load_rows", load)
     first, second = load_task(name, task.dev_splits[0], limit=2)
-    pair = "three" if task.pair else None
+    pair = "three" if task.layout.pair else None
     assert first == {"text": "one", "text_pair": pair, "label": len(task.labels) - 1}
     assert second["label"] is None
     assert (asked["source"], asked["subset"], asked["split"]) == (task.source, task.subset, task.dev_splits[0])
@@ -160,9 +167,7 @@ def test_files_of_a_task_that_cannot_be_read(tmp_path):
 def test_tables_without_a_header(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text('yes\tsay "hi\nno\tb\n')
-    rows = load_labelled(
-        str(path), text_column="t", label_column="l", labels=("no", "yes"), columns=("l", "t"), quoted=False
-    )
+    rows = load_labelled(str(path), TableLayout("t", "l", columns=("l", "t"), quoted=False), labels=("no", "yes"))
     assert rows == [{"text": 'say "hi', "text_pair": None, "label": 1}, {"text": "b", "text_pair": None, "label": 0}]
 
 
@@ -179,14 +184,14 @@ def test_submissions_are_as_the_server_wants_them(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path):
     source = write(tmp_path / "data.csv", [*ROWS, ("x", "maybe")])
     with pytest.raises(DataError, match=r"text_column: 'txt'.*Did you mean 'text'"):
-        load_labelled(source, text_column="txt", label_column="label", labels=("no", "yes"))
+        load_labelled(source, TableLayout("txt"), labels=("no", "yes"))
     with pytest.raises(DataError, match=r"outside the set: 'maybe' in rows 3. Allowed: no, yes, or 0 to 1"):
-        load_labelled(source, text_column="text", label_column="label", labels=("no", "yes"))
+        load_labelled(source, labels=("no", "yes"))
     with pytest.raises(DataError, match="pair_column: 'other'"):
-        load_labelled(source, text_column="text", pair_column="other", label_column=None)
+        load_labelled(source, TableLayout(pair="other", label=None))
     holes = tmp_path / "holes.jsonl"
     holes.write_text('{"text": "a", "label": "no"}\n{"label": "yes"}')
     with pytest.raises(DataError, match="rows 1: column 'text' is empty"):
-        load_labelled(str(holes), text_column="text", label_column="label", labels=("no", "yes"))
-    with pytest.raises(ConfigError, match=r"task = 'sst-2': allowed are sst2.*Did you mean 'sst2'"):
+        load_labelled(str(holes), labels=("no", "yes"))
+    with pytest.raises(ConfigError, match=r"task = 'sst-2': allowed are 'sst2'.*Did you mean 'sst2'"):
         find_task("sst-2")

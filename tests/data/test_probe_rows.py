@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlkd.data.glue import TableLayout
 from rlkd.data.probe_rows import read_tables, read_task_file
 from rlkd.errors import DataError
 
@@ -74,7 +75,7 @@ def test_tables_hold_out_a_tenth_by_seed(tmp_path):
 
 def test_pairs_and_other_columns(tmp_path):
     train = write(tmp_path / "train.tsv", "one\ttwo\ty\na\tb\t3\nc\td\t1\ne\tf\t3\n")
-    rows = read_tables(train, train, train, text_column="one", pair_column="two", label_column="y")
+    rows = read_tables(train, train, train, layout=TableLayout("one", "y", "two"))
     assert [(row["text"], row["text_pair"], rows.classes[row["label"]]) for row in rows.test] == [
         ("a", "b", "3"), ("c", "d", "1"), ("e", "f", "3"),
     ]  # fmt: skip

@@ -57,7 +57,9 @@ def test_worst_by_templates_compares_the_same_answer():
 
 
 def test_an_unknown_ranking_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"allowed are regret, templates, student, length. Did you mean 'templates'"):
+    with pytest.raises(
+        ConfigError, match=r"allowed are 'regret', 'templates', 'student', 'length'. Did you mean 'templates'"
+    ):
         view().worst(1, "template")
 
 

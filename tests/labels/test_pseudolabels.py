@@ -188,7 +188,7 @@ def log(out):
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        ({"strategy": "topk"}, "strategy = 'topk': allowed are greedy, beam, sample"),
+        ({"strategy": "topk"}, "strategy = 'topk': allowed are 'greedy', 'beam', 'sample'"),
         ({"labels_per_input": 2}, "labels_per_input = 2 with strategy = 'greedy'"),
         ({"strategy": "sample", "labels_per_input": 0}, "labels_per_input = 0"),
         ({"strategy": "beam", "num_beams": 2, "labels_per_input": 3}, "num_beams = 2 with labels_per_input = 3"),

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlkd.errors import ConfigError
 from rlkd.objectives.attention_tree import all_tokens, cls_token
 from rlkd.objectives.encoder import PRESETS, TERMS, cross_entropy, soft_cross_entropy, token_distance, weighted_terms
 
@@ -89,7 +90,7 @@ def test_slices_that_do_not_fit_are_refused(width, heads):
 
 
 def test_an_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="reduction = 'median': allowed are 'mean', 'sum'"):
+    with pytest.raises(ConfigError, match="reduction = 'median': allowed are 'mean', 'sum'"):
         token_distance([torch.ones(1, 2, 4)], [torch.ones(1, 2, 4)], [torch.ones(1, 2, 2)], reduction="median")
 
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlkd.errors import ConfigError
 from rlkd.objectives.advantages import discounted_sum
 from rlkd.objectives.policy import (
     adapt_kl_coef,
@@ -175,5 +176,5 @@ def test_padding_gets_no_gradient():
 def test_nothing_valid_gives_zero_and_unknown_reductions_are_refused():
     nothing = torch.zeros_like(MASK)
     assert all(float(reduce_tokens(grid(0), nothing, r)) == 0 for r in REDUCTIONS)
-    with pytest.raises(ValueError, match="loss_reduction = 'mean'"):
+    with pytest.raises(ConfigError, match="reduction = 'mean'"):
         token_weights(MASK, "mean")

@@ -129,7 +129,7 @@ def test_auto_takes_ctranslate2_for_greedy(tmp_path, monkeypatch, caplog):
 
 def test_what_is_asked_for_is_never_dropped_silently():
     lm = model_of("t5")
-    with pytest.raises(ConfigError, match="allowed are auto, torch, ctranslate2"):
+    with pytest.raises(ConfigError, match="allowed are 'auto', 'torch', 'ctranslate2'"):
         make_engine("vllm", lm, None)
     with pytest.raises(ConfigError, match="compute_type = 'int8'"):
         make_engine("torch", lm, None, compute_type="int8")

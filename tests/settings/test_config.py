@@ -9,10 +9,10 @@ import pytest
 from annotated_types import Gt
 from transformers import TrainingArguments
 
+from rlkd.checks import Count, Fraction, OneOf, check_settings
 from rlkd.errors import ConfigError, DataError
 from rlkd.io.redaction import REDACTED
 from rlkd.settings.parsing import MOST_PROBLEMS, describe_config, parse_config, run_main
-from rlkd.settings.ranges import Count, Fraction, check_ranges
 from rlkd.settings.trl_compat import ModelConfig
 
 
@@ -61,7 +61,22 @@ class Ranged:
     rate: Annotated[float, Gt(0)] = 1.0
 
     def __post_init__(self):
-        check_ranges(self)
+        check_settings(self)
+
+
+REGISTRY = {"regret": 1}
+
+
+@dataclass
+class Registered:
+    """Settings whose choices are the keys of a dictionary."""
+
+    reward: Annotated[str, OneOf(REGISTRY)] = field(default="regret", metadata={"help": "Name of a reward."})
+    extra: list[Annotated[str, OneOf(REGISTRY)]] = field(default_factory=list)
+    maybe: Annotated[str, OneOf(REGISTRY)] | None = None
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 @dataclass
@@ -317,6 +332,28 @@ def test_ranges(parse, line, sentence):
 def test_ranges_at_their_bounds(parse):
     assert parse("lam: 1\nbeams: 1\nrate: 1e-9", kinds=(Ranged,)) == Ranged(1.0, 1, 1e-9)
     assert parse("lam: 0\nbeams: null", kinds=(Ranged,)) == Ranged(0.0, None)
+
+
+def test_choices_registered_by_name(parse, monkeypatch, capsys):
+    """The file, flags, --help and the list of settings know a name as soon as it is registered."""
+    text, kinds = "reward: mine\nextra: [mine, regret]\nmaybe: null", (Registered,)
+    assert refusal(parse, text, kinds=kinds).splitlines() == [
+        "r.yaml:1: reward = mine: allowed are 'regret'.",
+        "r.yaml:2: extra = [mine, regret]: allowed are lists of 'regret'.",
+    ]
+    sentence = "--reward: invalid choice: 'mine': allowed are 'regret'. See --help."
+    assert refusal(parse, "", "--reward", "mine", kinds=kinds) == sentence
+    assert refusal(parse, "", "--extra", "regret", "mine", kinds=kinds).startswith("--extra: invalid choice: 'mine'")
+    monkeypatch.setitem(REGISTRY, "mine", 2)
+    assert parse(text, kinds=kinds) == Registered("mine", ["mine", "regret"], None)
+    flags = ("--reward", "mine", "--extra", "mine", "regret", "--maybe", "mine")
+    assert parse("", *flags, kinds=kinds) == Registered("mine", ["mine", "regret"], "mine")
+    assert parse("maybe: mine", "--maybe", "null", kinds=kinds) == Registered()
+    (reward, *_) = describe_config(kinds, [])
+    assert (reward.allowed, reward.default) == ("'regret', 'mine'", "regret")
+    with pytest.raises(SystemExit):
+        parse_config(kinds, ["--help"])
+    assert "--reward {regret,mine}" in capsys.readouterr().out
 
 
 def test_values_out_of_range_are_named_together_wherever_they_come_from(parse):

@@ -159,7 +159,7 @@ def test_original_task_by_default_and_others_when_asked(file):
         names()
     file.write_text(GOOD.replace("name: one", "name: ' one '"))
     assert names(":one") == [" one "]
-    with pytest.raises(ConfigError, match="truncation = 't5': allowed are none, t0"):
+    with pytest.raises(ConfigError, match="truncation = 't5': allowed are 'none', 't0'"):
         names(truncation="t5")
 
 

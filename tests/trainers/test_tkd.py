@@ -529,7 +529,7 @@ def test_bf16_runs_and_stays_close(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "tdk"}, "preset = 'tdk': allowed are ft, kd"),
+        ({"preset": "tdk"}, "preset = 'tdk': allowed are 'ft', 'kd'"),
         ({"w_kd": -1.0}, "w_kd = -1.0: must be at least 0"),
         ({"temperature": 0.0}, "temperature = 0.0: must be above 0"),
         ({"noise_probability": 2.0}, "noise_probability = 2.0"),

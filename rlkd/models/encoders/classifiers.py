@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_choice
 from ...errors import ConfigError, ModelError
 from ...objectives.attention_tree import AttentionRows, rows_of_map
 from ..loading import load_config
@@ -164,8 +165,7 @@ def student_config(
     pretrained: str | None = None,
 ) -> Any:
     """Configuration of the student that `build_student` makes of these arguments. Raises ConfigError."""
-    if init not in get_args(Init):
-        raise ConfigError(f"init = {init!r}: allowed are {', '.join(map(repr, get_args(Init)))}")
+    check_choice("init", init, Init)
     if layers < 1:
         raise ConfigError(f"layers = {layers}: a student needs at least 1")
     narrower = {

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import check_choice
 from ...errors import ModelError
 from ..loading import load_config
 
@@ -56,8 +57,11 @@ def pooled_layers(
 
     Layer 0 is the embeddings. cls is the first token; mean is that of all tokens but padding.
     batches: rows' numbers, and what the model reads of them (input_ids, attention_mask [B, L] and the like).
-    Raises ModelError if the model shows another number of layers than its configuration says.
+    Raises ConfigError for another pool, ModelError if the model shows another number of layers than its configuration
+    says.
     """
+    for _, pool in wanted:
+        check_choice("pool", pool, Pool)
     device = next(model.parameters()).device
     parts: dict[tuple[int, Pool], list[Tensor]] = {choice: [] for choice in wanted}
     order: list[int] = []

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import check_choice, check_settings
 from ...errors import ConfigError
 from ...models.heads import CHUNK_ELEMENTS
 from ...models.language_model import LanguageModel
@@ -43,8 +44,7 @@ class Decoding:
     top_k_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        if self.strategy not in get_args(Strategy):
-            raise ConfigError(f"strategy = '{self.strategy}': allowed are {', '.join(get_args(Strategy))}.")
+        check_settings(self)
         if self.labels_per_input < 1 or (self.strategy == "greedy" and self.labels_per_input > 1):
             raise ConfigError(
                 f"labels_per_input = {self.labels_per_input} with strategy = '{self.strategy}': greedy decoding has "
@@ -215,8 +215,7 @@ def make_engine(
     tokens per forward (torch); threads per forward, 0 for one per core, and forwards in parallel (CTranslate2).
     Raises ConfigError if the engine is unknown, not installed, or cannot do what `decoding` or compute_type asks for.
     """
-    if name not in get_args(EngineName):
-        raise ConfigError(f"engine = '{name}': allowed are {', '.join(get_args(EngineName))}.")
+    check_choice("engine", name, EngineName)
     reason = "asked for."
     if name != "torch":
         from . import ctranslate2_engine as ct2

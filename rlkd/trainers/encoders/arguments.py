@@ -7,14 +7,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from ...checks import Count, Fraction, NonNegative, OneOf, Positive
 from ...errors import ConfigError
 from ...objectives.encoder import PRESETS, TREE_TERMS
-from ...settings.ranges import Count, Fraction, NonNegative, Positive
 from ..arguments import StudentArguments, _require
 
-Preset = Literal[
-    "ft", "kd", "pkd", "tkd", "teacher-tkd", "t-s-tkd", "rand", "all", "all-tkd", "all-t-tkd", "all-t-s-tkd"
-]
 CACHE_ORDER = ("none", "logits", "cls", "hidden")
 
 
@@ -23,7 +20,7 @@ class TKDArguments(StudentArguments):
     """Which terms the loss has and how they weigh, how the tree is grown, and what is kept of the teacher."""
 
     # Loss
-    preset: Preset = field(
+    preset: Annotated[str, OneOf(PRESETS)] = field(
         default="tkd", metadata={"help": "Row of the paper's Table 1: which terms are on (docs/tkd.md)."}
     )
     w_ce: NonNegative = field(
@@ -69,8 +66,8 @@ class TKDArguments(StudentArguments):
         default="algorithm1", metadata={"help": "The paper's three readings of the tree (docs/tkd.md)."}
     )
     tree_multiplicity: bool = field(default=False, metadata={"help": "Count a token once for each parent."})
-    tree_exclude: list[str] = field(
-        default_factory=list, metadata={"help": "Never choose these: any of self, cls, sep."}
+    tree_exclude: list[Annotated[str, OneOf(("self", "cls", "sep"))]] = field(
+        default_factory=list, metadata={"help": "Tokens that are never chosen."}
     )
     tree_start_epoch: NonNegative = field(
         default=0.0, metadata={"help": "Before this many epochs only CE, KD and patience count."}
@@ -89,9 +86,6 @@ class TKDArguments(StudentArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.preset in PRESETS, "preset", self.preset, f"allowed are {', '.join(PRESETS)}")
-        unknown = set(self.tree_exclude) - {"self", "cls", "sep"}
-        _require(not unknown, "tree_exclude", self.tree_exclude, "allowed are 'self', 'cls', 'sep'")
         self._check_weights()
         self._check_cache()
         if self.max_steps <= 0 and any(name in TREE_TERMS for name in self.weights):
