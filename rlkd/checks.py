@@ -61,7 +61,8 @@ def check_settings(section: Any) -> None:
 
     Raises ConfigError with one line for each wrong field: name, value, what is allowed, the nearest choice.
     """
-    found = (_problem(name, getattr(section, name), hint) for name, hint in _constrained(type(section)).items())
+    kind: Any = type(section)
+    found = (_problem(name, getattr(section, name), hint) for name, hint in _constrained(kind).items())
     if problems := [problem for problem in found if problem]:
         raise ConfigError("\n".join(problems))
 
