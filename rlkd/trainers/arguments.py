@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
-from ..runs.best import LOWER_IS_BETTER
+from ..metrics import held_out
 from ..settings.ranges import Count, Fraction, Natural, NonNegative, Positive, check_ranges
 
 
@@ -42,9 +42,8 @@ class StudentArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
 
     def __post_init__(self) -> None:
-        metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if self.greater_is_better is None and metric in LOWER_IS_BETTER:
-            self.greater_is_better = False
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = held_out(self.metric_for_best_model).better != "down"
         super().__post_init__()
         check_ranges(self)
         _require(self.alarms in ("warn", "stop", "off"), "alarms", self.alarms, "allowed are 'warn', 'stop', 'off'")

@@ -28,8 +28,8 @@ from transformers import TrainerCallback
 
 from ..errors import ConfigError
 from ..evaluation.evaluator import TaskMetric
-from ..inspection.recording import rollout_samples
-from ..inspection.reward_view import Sample
+from ..evaluation.recording import rollout_samples
+from ..evaluation.samples import Sample
 from ..models.teacher import Teacher
 from ..objectives.advantages import assign_credit, explained_variance, regret_per_sequence
 from ..objectives.policy import (

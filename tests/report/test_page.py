@@ -111,7 +111,6 @@ def test_a_page_is_made_of_what_there_is(tmp_path, missing, no_drawing):
     rows = [*held_out(0, [0.0] * 12, [4.0] * 12), *held_out(100, [1.0] * 12, [2.0] * 12)]
     write_run(tmp_path, "PPOTrainer", rows)
     lines(tmp_path / "alarms.jsonl", [{"step": 3, "alarm": "kl_high", "message": "KL", "value": 2, "threshold": 1}])
-    lines(tmp_path / "samples.jsonl", [])
     for name in FILES:
         if name == missing or (missing.startswith("all but") and name not in missing):
             (tmp_path / name).unlink()
@@ -172,7 +171,7 @@ def test_the_report_command(tmp_path, no_drawing):
     arms(tmp_path, shift=1.0)
     result = invoke("report", tmp_path)
     assert "Did reinforcement learning help? Yes" in result.stdout
-    assert "ppo: 100 steps, 50.0 CPU s" in result.stdout
+    assert "ppo: 100 steps, 50.0 s of CPU time" in result.stdout
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     found = json.loads(invoke("report", tmp_path, "--json", "--out", tmp_path / "new" / "x.html").stdout)
     assert (tmp_path / "new" / "x.html").exists()
@@ -185,7 +184,7 @@ def test_the_compare_command(tmp_path, no_drawing):
     arms(tmp_path, shift=1.0, seeds=1)
     seqkd, ppo = (tmp_path / "seed-1" / name for name in ("seqkd", "ppo"))
     shown = invoke("compare", seqkd, ppo).stdout
-    assert "differences to seqkd" in shown
+    assert "differences from seqkd" in shown
     assert re.search(r"lam\s*│ null\s*│ 0\.2", shown)
     found = json.loads(invoke("compare", seqkd, ppo, "--json", "--out", tmp_path / "c.html").stdout)
     assert found["settings"] == {"lam": {"seqkd": "null", "ppo": "0.2"}}

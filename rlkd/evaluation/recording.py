@@ -1,4 +1,4 @@
-"""What trainers save for `RewardView.from_run`: a few answers with their token rewards, at every evaluation."""
+"""What trainers save in token_rewards.jsonl at every evaluation: a few answers with their token rewards."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..models.teacher import Teacher
 from ..objectives.rewards import Value
 from ..records import Example, Minibatch
 from ..runs.files import TOKEN_REWARDS, append_lines
-from .build import answers_as_rollouts, rows_of, score_rollouts
-from .reward_view import COLUMNS, Sample
+from .samples import COLUMNS, Sample
+from .token_rewards import answers_as_rollouts, rows_of, score_rollouts
 
 # Column of the evaluator's rows -> whose answer its token ids are.
 EVALUATED = {"ids": "student", "sample_ids": "student sampled", "teacher_ids": "teacher greedy"}
@@ -22,7 +22,7 @@ EVALUATED = {"ids": "student", "sample_ids": "student sampled", "teacher_ids": "
 def evaluated_samples(
     teacher: Teacher, tokenizer: Any, policy: Policy, examples: list[Example], rows: list[dict[str, Any]], value: Value
 ) -> list[Sample]:
-    """The answers in rows of `Evaluator.rows`, one example each, token by token."""
+    """The greedy, sampled and teacher's answers in `rows` of `Evaluator.rows`, one example each, token by token."""
     samples = []
     for column, source in EVALUATED.items():
         rollouts = answers_as_rollouts(teacher, examples, [row[column] for row in rows])
@@ -31,8 +31,8 @@ def evaluated_samples(
 
 
 def rollout_samples(teacher: Teacher, tokenizer: Any, batch: Minibatch, value: Value, *, critic: bool) -> list[Sample]:
-    """Answers of a rollout batch with the rewards, advantages and, of a critic, values that training uses; whitening
-    is undone in the rewards.
+    """Answers of a rollout batch with the rewards, advantages and, with a critic, values that training uses; the scale
+    of whitened advantages is removed from the rewards.
     """
     mask = batch.rollouts.answer_mask
     used = {
@@ -47,7 +47,7 @@ def rollout_samples(teacher: Teacher, tokenizer: Any, batch: Minibatch, value: V
 
 
 def append_samples(folder: Path, samples: Iterable[Sample], *, step: int, value: str) -> None:
-    """Add one line per sample to the run's file; numbers are kept to a millionth of a nat."""
+    """Append one line per sample to the run's file; numbers are rounded to a millionth of a nat."""
     rows = []
     for sample in samples:
         row = {name: field for name, field in asdict(sample).items() if field is not None}
