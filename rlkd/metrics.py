@@ -53,7 +53,7 @@ class Metric:
     logged   occasion -> the trainers that log it then
     meaning  one sentence
     title    heading of its chart; empty for the name
-    task     True for scores against references or labels: they tell how good a student is at its task
+    task     True for scores against references or labels, which measure how good a student is at its task
     """
 
     name: str
@@ -78,8 +78,13 @@ class Metric:
         return f"share of {self.per}s" if self.unit == "share" else f"{self.unit} per {self.per}"
 
     @property
+    def lower_is_better(self) -> bool:
+        """Whether less of it is an improvement."""
+        return self.better == "down"
+
+    @property
     def is_timing(self) -> bool:
-        """Whether it tells how long something took or how fast it was."""
+        """Whether it measures duration or speed."""
         return "second" in self.unit
 
 

@@ -9,8 +9,12 @@ import pytest
 from rlkd import metrics
 from rlkd.evaluation.evaluator import MEANS
 from rlkd.metrics import METRICS, held_out, metric
+from rlkd.report.charts import PANELS
+from rlkd.report.findings import COMMON
 from rlkd.report.intervals import Difference, Interval
+from rlkd.report.reading import TASK_ORDER
 from rlkd.runs.guards import Watch
+from rlkd.runs.progress import SHOWN
 from rlkd.trainers.arguments import ReinforceArguments
 
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -85,6 +89,12 @@ def test_the_evaluator_gives_the_rows_of_evaluations():
     """Apart from task scores and what the trainers add."""
     rows = [row for row in METRICS if metrics.HELD_OUT.items() <= row.logged.items() and not row.task]
     assert {row.name for row in rows} | {"match"} == {name.removeprefix("sample_") for name in MEANS}
+
+
+def test_names_that_the_report_selects_are_in_the_table():
+    """A misspelled one would pass for a user's own score."""
+    chosen = [*map(metric, PANELS), *map(held_out, (*COMMON, *TASK_ORDER)), *map(metric, SHOWN)]
+    assert [row.name for row in chosen if row not in METRICS] == []
 
 
 def test_the_documentation_has_the_table(tmp_path, capsys):

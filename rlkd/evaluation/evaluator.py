@@ -42,7 +42,7 @@ class Evaluator:
     task_metric: TaskMetric | None = None
     batch_rows: int = 64
     seed: int = 0
-    _teacher_answers: dict[str, list[int]] = field(default_factory=dict)
+    _teacher_answers: dict[str, list[int]] = field(default_factory=dict, init=False)
 
     def rows(
         self,

@@ -164,7 +164,7 @@ def strongest_imitation(arms: Sequence[Arm], name: str) -> Arm | None:
     """The arm trained by imitation that is best on a score."""
     others = [(mean, arm) for arm in arms if arm.kind == "supervised" and not arm.is_teacher
               if (mean := _mean(arm, name)) is not None]  # fmt: skip
-    best = min if held_out(name).better == "down" else max
+    best = min if held_out(name).lower_is_better else max
     return best(others, key=lambda pair: pair[0])[1] if others else None
 
 
@@ -260,7 +260,7 @@ def failures(arm: Arm, worst: int = 5) -> Failures | None:
     first = evaluated(arm.runs)[0]
     rows = {str(row["id"]): row for row in first.newest}
     mean = scores.mean(0)
-    order = np.argsort(-mean if held_out(by).better == "down" else mean, kind="stable")
+    order = np.argsort(-mean if held_out(by).lower_is_better else mean, kind="stable")
     half = None
     if by == "regret" and mean.sum() > 0:
         half = int(np.searchsorted(np.cumsum(mean[order]), mean.sum() / 2)) + 1

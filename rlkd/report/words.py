@@ -180,7 +180,7 @@ def weak_spots(failures: Failures) -> list[str]:
     by_input = [group for group in failures.groups if group.name.startswith("inputs")]
     scored = [(group.scores[failures.by], group) for group in by_input if failures.by in group.scores]
     if len(scored) > 1:
-        pick = max if held_out(failures.by).better == "down" else min
+        pick = max if held_out(failures.by).lower_is_better else min
         value, group = pick(scored, key=lambda pair: pair[0])
         lines.append(f"It is worst on {group.name}: {name_of(failures.by)} {shown(failures.by, value)}.")
     cut = [group.rows for group in failures.groups if group.name == TRUNCATED]

@@ -205,7 +205,7 @@ def held_out_loss(history: History) -> Reading | None:
             continue
         if regret and objective != "regret":
             continue
-        lower = score.better == "down"
+        lower = score.lower_is_better
         recent, best = mean(list(values)[-2:]), (min if lower else max)(values)
         scale = abs(best) + (history.first["regret"] / 2 if regret else 0.0)
         fall = (recent - best if lower else best - recent) / scale if scale else 0.0

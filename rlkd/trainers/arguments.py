@@ -43,7 +43,7 @@ class StudentArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = held_out(self.metric_for_best_model).better != "down"
+            self.greater_is_better = not held_out(self.metric_for_best_model).lower_is_better
         super().__post_init__()
         check_ranges(self)
         _require(self.alarms in ("warn", "stop", "off"), "alarms", self.alarms, "allowed are 'warn', 'stop', 'off'")

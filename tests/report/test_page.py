@@ -10,6 +10,8 @@ from markupsafe import Markup
 from typer.testing import CliRunner
 
 from rlkd.cli.main import app
+from rlkd.metrics import metric
+from rlkd.report.charts import PANELS
 from rlkd.report.page import comparison, report
 from rlkd.report.reading import FILES, read_arms, read_side_by_side
 from runs import HOSTILE, arms, held_out, lines, write_run
@@ -84,6 +86,14 @@ def test_the_numbers_of_the_curves_are_those_of_the_log(job):
     column = header.index("ppo, seed 2, held out, greedy")
     (final,) = [line for line in logged if "eval_regret" in line]
     assert [float(row[column]) for row in rows if row[column]] == pytest.approx([final["eval_regret"]], rel=1e-4)
+
+
+def test_charts_are_headed_by_the_table_of_metrics(job):
+    captions = re.findall(r'<figcaption><b>(.*?)</b> <span class="soft">(.*?)</span>', job[1])
+    rows = [metric(name) for name in ("eval_accuracy", *PANELS)]
+    assert captions == [(row.title or row.name, row.quantity) for row in rows]
+    assert ("Regret", "nats per answer") in captions
+    assert ("KL to the reference policy", "nats per token") in captions
 
 
 def test_the_results_are_means_of_the_held_out_rows(job):

@@ -1,4 +1,4 @@
-"""The model card beside a saved student: what it says is what was run, and hostile names stay text."""
+"""The model card of a saved student: it says what was run, and hostile names stay text."""
 
 import sys
 

@@ -120,7 +120,7 @@ STREAMS = {
     "clip_saturated": (stream(clip_fraction=[0.2, 0.4, 0.5]), stream(clip_fraction=[0.1, 0.6, 0.1, 0.1])),
     "gradient_spikes": (
         stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 15]),
-        stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 2, 20, 1, 1]),  # a spike alone is none
+        stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 2, 20, 1, 1]),  # single spikes do not count
     ),
     "objective_rising": (
         stream(loss=[3, 2, 1, 1, 1, 1, 1, 2, 3, 3, 3]),
