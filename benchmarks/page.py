@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rlkd.inspection.reward_view import RewardView, Sample
+from rlkd.evaluation.samples import Sample
+from rlkd.inspection.reward_view import RewardView
 
 ALPHABET = "etaoinshrdlcumwfgypbvk"
 

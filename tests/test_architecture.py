@@ -17,16 +17,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Every package and module of rlkd, from the bottom up: each imports from the layers below its own only.
 LAYERS = (
-    {"errors", "records", "tensors"},
+    {"errors", "metrics", "records", "tensors"},
     {"checks", "io"},
     {"objectives", "settings", "templates"},
     {"data", "models"},
-    {"sampling"},
+    {"runs", "sampling"},
     {"evaluation", "labels"},
-    {"runs"},
-    {"inspection"},
-    {"report", "trainers"},
-    {"cli", "jobs"},
+    {"inspection", "trainers"},
+    {"jobs", "report"},
+    {"cli"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

@@ -294,7 +294,7 @@ def train(trainer: Any, stage: str, seconds: float) -> dict[str, float]:
 
 def judge(trainer: Any) -> dict[str, float]:
     """Held-out metrics of the trainer's policy, over both tasks and of each."""
-    rows = trainer.judge_policy(None)
+    rows = trainer.evaluate_policy(None)
     metrics = trainer.evaluator.summarise(rows)
     for name in task.TASKS:
         own = trainer.evaluator.summarise([row for row in rows if row["id"].startswith(name)])

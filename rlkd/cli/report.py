@@ -1,4 +1,4 @@
-"""`rlkd report` and `rlkd compare`: runs after they ended, or while they go on."""
+"""`rlkd report` and `rlkd compare`: runs that have ended or are still running."""
 
 from __future__ import annotations
 

@@ -166,13 +166,13 @@ def _of_models(request: dict[str, Any]) -> RewardView:
     names, examples = _examples(request)
     teacher = load_teacher(request, tokenizer, "none")
     students = {
-        role: load_model(request[role], role).to(teacher.lm.device)
+        role.replace("_", " "): load_model(request[role], role).to(teacher.lm.device)
         for role in ("student", "student_before")
         if request[role] is not None
     }
     return reward_view(
-        teacher, tokenizer, examples, value=_value(request), template_names=names, per_template=True,
-        max_new_tokens=request["max_new_tokens"], **students,
+        teacher, tokenizer, examples, student=students, value=_value(request), template_names=names,
+        max_new_tokens=request["max_new_tokens"],
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a policy is worth on held-out inputs: task metric, regret, match with the teacher, length, entropy, KL."""
+"""Evaluation of a policy on held-out inputs: task metric, regret, match with the teacher, length, entropy, KL."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers, sample_rollouts
 from .task_metrics import RowMean
 
-# What every row has, of the greedy and of the sampled answer.
-JUDGED = ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
-MEANS = [*(prefix + name for prefix in ("", "sample_") for name in JUDGED), "match"]
+# What every row has, of the greedy and of the sampled answer; `rlkd.metrics` says what each number is.
+PER_ANSWER = ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
+MEANS = [*(prefix + name for prefix in ("", "sample_") for name in PER_ANSWER), "match"]
 # predictions, then the examples they answer -> named scores; a RowMean keeps the score of each row
 TaskMetric = Callable[[list[str], list[Example]], dict[str, float]]
 
 
 @dataclass
 class Evaluator:
-    """Answers `examples` with a policy and lets the teacher judge; what the teacher answers itself is computed once.
+    """Answers `examples` with a policy and scores the answers with the teacher, whose own answers are computed once.
 
-    Both greedy and sampled answers are judged: greedy is what a user will run, samples are what training improves.
+    Both greedy and sampled answers are scored: a user runs the student greedily, training improves its samples.
     """
 
     teacher: Teacher
@@ -42,7 +42,7 @@ class Evaluator:
     task_metric: TaskMetric | None = None
     batch_rows: int = 64
     seed: int = 0
-    _teacher_answers: dict[str, list[int]] = field(default_factory=dict)
+    _teacher_answers: dict[str, list[int]] = field(default_factory=dict, init=False)
 
     def rows(
         self,
@@ -53,7 +53,7 @@ class Evaluator:
     ) -> list[dict[str, Any]]:
         """One record per index: texts, tokens, regret, length and so on of the greedy and the sampled answer.
 
-        advance is told of every batch: (rows, tokens of their answers).
+        advance is called after every batch with (rows, tokens of their answers).
         """
         out: list[dict[str, Any]] = []
         for start in range(0, len(indices), self.batch_rows):
@@ -63,13 +63,13 @@ class Evaluator:
             drawn = sample_rollouts(
                 policy, self.tokenizer, examples, rollouts_per_prompt=1, seed=(self.seed, "evaluation"), **limits
             )
-            judged = [self._judge(policy, reference, answers) for answers in (best, drawn)]
+            scored = [self._scored(policy, reference, answers) for answers in (best, drawn)]
             teacher_ids = self._teacher_ids(examples)
             teacher_texts = self.teacher_answers(examples)
             for i, example in enumerate(examples):
                 row: dict[str, Any] = {"id": example.id, "input": example.student_input, "teacher": teacher_texts[i]}
                 row["teacher_ids"] = teacher_ids[i]
-                for prefix, record in zip(("", "sample_"), judged, strict=True):
+                for prefix, record in zip(("", "sample_"), scored, strict=True):
                     row.update({prefix + name: values[i] for name, values in record.items()})
                 row["match"] = float(row["student"] == row["teacher"])
                 row["index"] = indices[start + i]
@@ -77,7 +77,8 @@ class Evaluator:
             advance(len(examples), int(best.answer_mask.sum() + drawn.answer_mask.sum()))
         return out
 
-    def _judge(self, policy: Policy, reference: Policy | None, answers: Rollouts) -> dict[str, list[Any]]:
+    def _scored(self, policy: Policy, reference: Policy | None, answers: Rollouts) -> dict[str, list[Any]]:
+        """Columns of the rows: texts, tokens and numbers of `answers`, one entry per answer."""
         mask = answers.answer_mask
         inputs = [example.teacher_inputs for example in answers.examples]
         scores = self.teacher.score(inputs, answers.answer_ids, mask, ids=[e.id for e in answers.examples])
@@ -123,19 +124,19 @@ class Evaluator:
         return [self._teacher_answers[e.id] for e in examples]
 
     def names(self) -> list[str] | None:
-        """What `summarise` names; None if the task metric cannot say what it yields before there are answers."""
+        """The names that `summarise` gives; None if the task metric fails on a single made-up answer."""
         task: dict[str, float] = {}
         if self.task_metric is not None:
             try:
                 task = self.task_metric([self.examples[0].student_input], [self.examples[0]])
-            except Exception:  # whatever a user's function cannot do with one made-up answer
+            except Exception:  # a user's function may raise anything
                 return None
         return [*MEANS, *(prefix + name for prefix in ("", "sample_") for name in task)]
 
     def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Means over rows, and the task metric of greedy and sampled answers. Names are defined in docs/metrics.md.
+        """Means over rows, and the task metric of greedy and sampled answers, by the names of `rlkd.metrics`.
 
-        Rows are given their own task score, where the metric has one for each (a `RowMean`).
+        Each row also gets its own task score if the metric has one per row (a `RowMean`).
         """
         metrics = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in MEANS}
         if self.task_metric is not None and rows:

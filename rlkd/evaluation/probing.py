@@ -1,4 +1,4 @@
-"""Linear probes: what frozen features say of a label, beside its most frequent value. Features in, scores out.
+"""Linear probes: how well a label can be read from frozen features, against its most frequent value.
 
 Source: Conneau et al. 2018 (arXiv 1805.01070), whose files `rlkd.data.probe_rows` reads.
 """
@@ -24,9 +24,10 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """Accuracy on test rows, low and high of its 95 % interval (Wilson's, of a binomial).
+    """Accuracy on test rows, with low and high of its 95 % (Wilson) interval.
 
-    C, the inverse strength of the L2 penalty chosen on the validation rows, and the accuracy there; None of a majority.
+    C is the inverse strength of the L2 penalty, chosen on the validation rows, and validation the accuracy there; both
+    are None for a majority baseline.
     """
 
     accuracy: float
@@ -44,18 +45,18 @@ def majority_baseline(train_labels: np.ndarray, test_labels: np.ndarray) -> Prob
 def linear_probe(train: Split, validation: Split, test: Split, grid: Sequence[float] = GRID) -> ProbeScore:
     """Logistic regression on features standardised by the training rows.
 
-    Of the values C of `grid` (rising) the best on the validation rows is taken, the smallest if several are.
-    Raises ValueError for training rows of one label.
+    C is the value of `grid` (ascending) with the highest validation accuracy, the smallest of equal ones.
+    Raises ValueError if all training rows have the same label.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(train.features.astype(np.float64))
-    fitted, tried, judged = (scaler.transform(split.features.astype(np.float64)) for split in (train, validation, test))
+    fitted, tried, scored = (scaler.transform(split.features.astype(np.float64)) for split in (train, validation, test))
     probes = [LogisticRegression(C=C, max_iter=MOST_STEPS).fit(fitted, train.labels) for C in grid]
     scores = [float(candidate.score(tried, validation.labels)) for candidate in probes]
     best = int(np.argmax(scores))
-    return _score(probes[best].predict(judged) == test.labels, grid[best], scores[best])
+    return _score(probes[best].predict(scored) == test.labels, grid[best], scores[best])
 
 
 def _score(hits: np.ndarray, C: float | None = None, validation: float | None = None) -> ProbeScore:

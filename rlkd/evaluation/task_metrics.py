@@ -13,7 +13,7 @@ from ..records import Example
 
 
 class RowMean(float):
-    """The mean of one score per row (0 without rows), which remembers them: intervals and comparisons need each."""
+    """The mean of one score per row (0 without rows) that keeps the scores, for intervals and paired comparisons."""
 
     rows: tuple[float, ...]
 
@@ -71,10 +71,10 @@ TASK_METRICS = {"rouge": rouge, "bleu": bleu, "exact_match": exact_match}
 
 
 def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Rows of pseudo-labels (dictionaries as PseudoLabel) against their references: template -> score -> value.
+    """Scores of pseudo-labels (dictionaries with the fields of PseudoLabel) against their references, per template.
 
-    Besides the metrics `names`: rows; tokens, mean length; logprob, mean nats per token; finished, share of answers
-    that were not cut. Raises DataError if rows have no references.
+    Returns: template -> score -> value. Besides the metrics `names`: rows; tokens, mean length; logprob, mean nats per
+    token; finished, share of answers that were not cut. Raises DataError if rows have no references.
     """
     for name in names:
         check_choice("metric", name, TASK_METRICS)
@@ -96,8 +96,7 @@ def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[s
     return scores
 
 
-# Classifiers: (predicted, true) label indices -> score in [-1, 1], by scikit-learn; 0 without rows. Rows without a
-# label are left out before.
+# Classifiers: (predicted, true) label indices of labelled rows -> score in [-1, 1], by scikit-learn; 0 without rows.
 
 
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
@@ -108,17 +107,17 @@ def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
 
 
 def f1(predicted: np.ndarray, true: np.ndarray) -> float:
-    """F1 of label 1, whatever other labels there are, as GLUE scores QQP and MRPC; 0 if neither side has it."""
+    """F1 of label 1 whatever other labels there are, as GLUE scores QQP and MRPC; 0 if neither side has it."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(true, predicted, labels=[1], average="macro", zero_division=0)) if len(true) else 0.0
 
 
 def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Matthews correlation, of several classes too (Gorodkin 2004); 0 if either side is constant."""
+    """Matthews correlation, also for several classes (Gorodkin 2004); 0 if either side is constant."""
     from sklearn.metrics import matthews_corrcoef
 
-    # Of one label in all, scikit-learn gives 0 too, but warns.
+    # scikit-learn gives 0 for a single label as well, with a warning.
     return float(matthews_corrcoef(true, predicted)) if len(np.union1d(true, predicted)) > 1 else 0.0
 
 
@@ -126,7 +125,7 @@ CLASSIFICATION_METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 
 
 def classification_metrics(names: Sequence[str]) -> Callable[[Any], dict[str, float]]:
-    """`compute_metrics` of the Trainer: these metrics of the largest logits, over the rows that have a label.
+    """`compute_metrics` for the Trainer: these metrics of the largest logits, over the rows that have a label.
 
     Raises ConfigError for an unknown name.
     """

@@ -1,7 +1,7 @@
-"""Reward views as HTML: heat maps to embed, and pages of one file that need no network.
+"""Reward views as HTML: heat maps to embed, and single-file pages that need no network.
 
-All text comes from data and models, so all of it is escaped, and characters that would be invisible or turn the text
-around are shown by name. A page's policy lets only its own style and script run.
+Text comes from data and models, so all of it is escaped, and characters that are invisible or change the direction of
+text are shown by code point. A page's content security policy allows only its own style and script.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from .reward_view import COLUMNS, RewardView, Sample
+from ..evaluation.samples import COLUMNS, Sample
+from .reward_view import RewardView
 from .scale import legend, step
 
 NOTEBOOK_CASES = 20
-# Joiners and variation selectors belong to emoji and to scripts.
+# Joiners are part of emoji and of some scripts.
 KEPT = {"\u200c", "\u200d"}
 SHOWN = {"\n": "⏎\n", "\t": "⇥\t"}
 
@@ -34,7 +35,7 @@ def asset(name: str) -> str:
 
 @cache
 def environment() -> jinja2.Environment:
-    """Templates of rlkd/inspection/assets, everything escaped, missing names refused."""
+    """Templates of rlkd/inspection/assets; everything is escaped, undefined names are errors."""
     made = jinja2.Environment(
         loader=jinja2.FunctionLoader(asset),
         autoescape=True,
@@ -48,7 +49,9 @@ def environment() -> jinja2.Environment:
 
 @lru_cache(maxsize=65536)
 def visible(text: str) -> str:
-    """The text with control, format, private and surrogate characters shown: line ends as signs, others by number."""
+    """The text with control, format, private and surrogate characters made visible: line ends as symbols, others by
+    code point.
+    """
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(character) for character in text)
@@ -63,7 +66,7 @@ def _shown(character: str) -> str:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number as the pages show it."""
+    """A number as shown on the pages."""
     if value is None:
         return "not known"
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
@@ -75,7 +78,7 @@ def _token(name: str, piece: str) -> str:
 
 
 def tokens_html(sample: Sample, *, titles: bool = False) -> Markup:
-    """The tokens of an answer, coloured by reward; `titles` adds each one's numbers as a tooltip."""
+    """The tokens of an answer, coloured by reward; `titles` adds each token's numbers as a tooltip."""
     if not sample.tokens:
         return escape(visible(sample.text)) or Markup("<em>(no tokens)</em>")
     rewards = sample.rewards or [None] * len(sample)
@@ -106,14 +109,14 @@ def _alternatives(best: Iterable[tuple[str, float]]) -> list[str]:
 
 
 def sums(sample: Sample) -> list[tuple[str, str]]:
-    """(name, number) of what is shown of a whole answer."""
+    """(name, number) pairs shown for a whole answer."""
     known: list[tuple[str, Any]] = [
         ("return", sample.total_reward),
         ("regret", sample.regret),
         ("teacher log-prob", sample.logprob),
         ("student gap", sample.student_gap),
         ("tokens", len(sample) if sample.tokens or not sample.text else None),
-        ("ended", None if sample.finished is not False else "no, cut"),
+        ("ended", None if sample.finished is not False else "no, truncated"),
         ("step", sample.step),
         *sample.facts.items(),
     ]
@@ -123,7 +126,7 @@ def sums(sample: Sample) -> list[tuple[str, str]]:
 def heat_map_html(samples: Iterable[Sample], *, titles: bool = True) -> Markup:
     """Answers side by side as an HTML fragment, each token coloured by its reward.
 
-    For embedding: it needs the rules of `scale_css` and an ancestor of class `rlkd`.
+    For embedding; it needs the rules of `scale_css` and an ancestor of class `rlkd`.
     """
     return Markup(environment().get_template("answers.html.jinja").module.answers(  # type: ignore[attr-defined]
         samples, tokens=lambda sample: tokens_html(sample, titles=titles), sums=sums, heading="h4"
@@ -131,21 +134,21 @@ def heat_map_html(samples: Iterable[Sample], *, titles: bool = True) -> Markup:
 
 
 def legend_html(*, above_zero: bool = True) -> Markup:
-    """The numbers that the colours stand for, as an HTML fragment (see `heat_map_html`)."""
+    """The legend of the colours as an HTML fragment (see `heat_map_html`)."""
     steps = legend(above_zero=above_zero)
     items = Markup("").join(Markup('<li><i class="{}">{}</i></li>').format(*entry) for entry in steps)
     return Markup('<ul class="legend" aria-label="reward of a token, nats">{}</ul>').format(items)
 
 
 def scale_css() -> str:
-    """Colours and heat-map rules, all below `.rlkd`; custom properties --n6 .. --n1, --p1 .. --p6, --ink, --soft,
-    --line, --paper, --card, --link serve other parts of a page too, in light and dark.
+    """Colours and heat-map rules, all under `.rlkd`. The custom properties --n6 .. --n1, --p1 .. --p6, --ink, --soft,
+    --line, --paper, --card and --link are for other parts of a page as well, in light and dark.
     """
     return asset("scale.css")
 
 
 def notebook_html(view: RewardView) -> str:
-    """What a notebook shows: the first cases, without a script."""
+    """The notebook representation: the first cases, without scripts."""
     cases = view.cases()
     return environment().get_template("notebook.html.jinja").render(
         css=Markup(scale_css()),
@@ -158,10 +161,11 @@ def notebook_html(view: RewardView) -> str:
 
 
 def standalone_page(title: str, body: Markup, *, subtitle: str = "", css: str = "", script: str = "") -> str:
-    """A whole page in one file: `body` (escaped already) in the house's frame, with a switch between light and dark.
+    """A whole page in one file: `body` (already escaped) in rlkd's page layout, with a switch between light and dark.
 
-    Its policy allows the given style and script by their hashes and nothing else: no network, no inline handlers and no
-    `style` attributes. `css` and `script` come after the frame's own; they must not hold `</style` or `</script`.
+    The content security policy allows the given style and script by their hashes and nothing else: no network, no
+    inline handlers and no `style` attributes. `css` and `script` follow those of the layout; they must not contain
+    `</style` or `</script`.
     """
     css = "\n".join(part for part in (scale_css(), asset("page.css"), css) if part)
     script = "\n".join(part for part in (asset("page.js"), script) if part)

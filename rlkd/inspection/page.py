@@ -1,4 +1,4 @@
-"""A reward view as one HTML file: readable without scripts; with them searchable, and every token tells its numbers."""
+"""A reward view as one HTML file: readable without scripts; with them, searchable and with each token's numbers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from ..evaluation.samples import COLUMNS, Sample
 from .markup import asset, environment, legend_html, standalone_page, sums, tokens_html, visible
-from .reward_view import COLUMNS, SOURCES, Case, RewardView, Sample
+from .reward_view import SOURCES, Case, RewardView
 
-# data-* attribute of a case -> what the reader orders by.
+# data-* attribute of a case -> order offered on the page.
 ORDERS = {
     "regret": "largest regret",
     "student": "largest student gap",
     "templates": "largest template gap",
     "length": "longest",
 }
-# Decimals of a token's numbers and alternatives shown: all of them, and what keeps a page of 2,000 answers small.
+# (decimals, alternatives) of a token: full, and reduced so that a page of 2,000 answers stays small.
 SMALL, LARGE = (3, 5), (2, 3)
 SMALL_TOKENS = 50_000
 
@@ -45,8 +46,8 @@ def page_html(view: RewardView) -> str:
         data=_data(shown),
     )  # fmt: skip
     subtitle = (
-        f"{len(cases)} inputs, {len(shown)} answers. The reward of each token in nats, V = {view.value}; their sum is "
-        "the return that training uses."
+        f"{len(cases)} inputs, {len(shown)} answers. Token rewards in nats, V = {view.value}; their sum is the return "
+        "that training uses."
     )
     return standalone_page(
         view.title, Markup(body), subtitle=subtitle, css=asset("rewards.css"), script=asset("rewards.js")
@@ -58,7 +59,7 @@ def _prompts(case: Case) -> dict[str, str]:
 
 
 def _data(samples: list[Sample]) -> Markup:
-    """The numbers of single tokens, as JSON for the page's script; one compressed entry per sample."""
+    """The numbers of single tokens as JSON for the page's script, one compressed entry per sample."""
     digits, most = SMALL if sum(map(len, samples)) <= SMALL_TOKENS else LARGE
     texts: dict[str, int] = {}
     entries = [_entry(sample, texts, digits, most) for sample in samples]
@@ -67,7 +68,7 @@ def _data(samples: list[Sample]) -> Markup:
 
 
 def _entry(sample: Sample, texts: dict[str, int], digits: int, most: int) -> str:
-    """Columns as whole numbers of 10^-digits nats; of the alternatives [T][k] text numbers and hundredths of a nat."""
+    """Columns in integer multiples of 10^-digits nats; alternatives [T][k] as text indices and hundredths of a nat."""
     known = {name: column for name in COLUMNS if (column := getattr(sample, name)) is not None}
     unit = 10**digits
     entry: dict[str, Any] = {"columns": {name: [_whole(x, unit) for x in column] for name, column in known.items()}}

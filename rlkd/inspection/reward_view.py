@@ -1,125 +1,24 @@
-"""Answers with what the teacher says of each of their tokens, as plain numbers: `Sample` and `RewardView`.
+"""`RewardView`: scored answers (`rlkd.evaluation.samples`) to look at, grouped by input, ranked and selected.
 
-No tensors here: `build` makes views from models, `saved` reads them from run and label folders, `html` and `terminal`
-show them.
+`build` makes views from models, `saved` and `labels` read them from run and label folders; `markup`, `page` and
+`terminal` show them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..checks import check_choice
-from ..errors import DataError, nearest
+from ..errors import DataError
+from ..evaluation.samples import Sample, sample_from
 
-# In the order in which the answers to one input are shown; any other name may be used and comes last.
+# The order in which the answers to one input are shown; other names come last.
 SOURCES = ("student", "student before", "student sampled", "rollout", "teacher greedy", "pseudo-label", "reference")
-Numbers = list[float | None]
-# Column of a sample -> what one number of it is called.
-COLUMNS = {
-    "rewards": "reward",
-    "logprobs": "teacher log-prob",
-    "max_logprobs": "largest log-prob",
-    "entropies": "teacher entropy",
-    "student_logprobs": "student log-prob",
-    "values": "value",
-    "advantages": "advantage",
-}
 FORMAT = "rlkd reward view 1"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer and its T tokens. A column is None where it is not known, or holds None at single tokens. Nats.
-
-    id, input         name and raw text of the input; answers to one input share the id
-    source            whose answer: one of SOURCES, or another name
-    text              the answer, special tokens left out
-    tokens, ids       [T] pieces of text that join to the answer, and their ids; end-of-sequence included. None of
-                      them where only the text is known
-    rewards           [T] A_V(s_t, a_t) for the view's V, which training sums (see `rlkd.objectives.rewards`)
-    logprobs          [T] log p(a_t|s_t) of the teacher; max_logprobs [T] the largest there; entropies [T] of p(.|s_t)
-    student_logprobs  [T] log-probability of the token under the student
-    values            [T] the critic's C(s_t); advantages [T] the credit that weighted the token in the loss
-    top               [T] the teacher's most probable tokens there, [text, log-probability] each, best first
-    prompts           template name -> what the teacher read; with several, all numbers but `top` are means over them
-                      and `top` is of their renormalised mean log-probability (under `pool` all are of that)
-    finished          False if the answer was cut before its end-of-sequence
-    step              optimizer steps the student had taken, in a training run
-    facts             whatever else is known, shown beside the sums
-    """
-
-    id: str
-    input: str
-    source: str
-    text: str
-    tokens: list[str]
-    ids: list[int]
-    rewards: Numbers | None = None
-    logprobs: Numbers | None = None
-    max_logprobs: Numbers | None = None
-    entropies: Numbers | None = None
-    student_logprobs: Numbers | None = None
-    values: Numbers | None = None
-    advantages: Numbers | None = None
-    top: list[list[tuple[str, float]]] | None = None
-    prompts: dict[str, str] = field(default_factory=dict)
-    finished: bool | None = None
-    step: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("ids", *COLUMNS, "top"):
-            column = getattr(self, name)
-            if column is not None and len(column) != len(self.tokens):
-                raise DataError(f"sample '{self.id}': {name} has {len(column)} entries for {len(self.tokens)} tokens.")
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def template(self) -> str:
-        """Names of the templates, joined."""
-        return " + ".join(self.prompts)
-
-    @property
-    def regrets(self) -> Numbers | None:
-        """[T] max_a log p(a|s_t) - log p(a_t|s_t) >= 0: what each token costs against the teacher's greedy one."""
-        if self.logprobs is None or self.max_logprobs is None:
-            return None
-        pairs = zip(self.max_logprobs, self.logprobs, strict=True)
-        return [None if best is None or given is None else best - given for best, given in pairs]
-
-    @property
-    def total_reward(self) -> float | None:
-        """Sum of the token rewards: the undiscounted return of the answer less V(s_0), as training sums it."""
-        return _total(self.rewards)
-
-    @property
-    def regret(self) -> float | None:
-        """Sum of the token regrets."""
-        return _total(self.regrets)
-
-    @property
-    def logprob(self) -> float | None:
-        """Log-probability of the whole answer under the teacher."""
-        return _total(self.logprobs)
-
-    @property
-    def student_gap(self) -> float | None:
-        """sum_t |log-probability under the student - under the teacher|: how far the two disagree on this answer."""
-        if self.student_logprobs is None or self.logprobs is None:
-            return None
-        pairs = zip(self.student_logprobs, self.logprobs, strict=True)
-        return _total([None if a is None or b is None else abs(a - b) for a, b in pairs])
-
-
-def _total(column: Numbers | None) -> float | None:
-    known = [x for x in column if x is not None] if column is not None else None
-    return None if known is None or len(known) < len(column or ()) else sum(known, 0.0)
 
 
 @dataclass(frozen=True)
@@ -131,23 +30,23 @@ class Case:
     samples: list[Sample]
 
     @property
-    def judged(self) -> list[Sample]:
-        """The student's answers, or all of them if it has none here: what a case is ranked by."""
+    def ranked_by(self) -> list[Sample]:
+        """The answers by which the case is ranked: the student's, or all if there are none of the student."""
         return [s for s in self.samples if s.source == "student"] or self.samples
 
     @property
     def regret(self) -> float | None:
         """The largest regret."""
-        return _largest(s.regret for s in self.judged)
+        return _largest(s.regret for s in self.ranked_by)
 
     @property
     def student_gap(self) -> float | None:
-        """The largest disagreement of student and teacher."""
-        return _largest(s.student_gap for s in self.judged)
+        """The largest disagreement between student and teacher."""
+        return _largest(s.student_gap for s in self.ranked_by)
 
     @property
     def template_gap(self) -> float | None:
-        """The largest difference of an answer's total reward between two templates; None if none has two."""
+        """The largest difference in an answer's total reward between two templates; None without two templates."""
         per_answer: dict[tuple[Any, ...], list[float]] = {}
         for s in self.samples:
             if len(s.prompts) == 1 and s.total_reward is not None:
@@ -156,15 +55,15 @@ class Case:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest answer judged."""
-        return max(map(len, self.judged))
+        """Tokens of the longest of these answers."""
+        return max(map(len, self.ranked_by))
 
 
 def _largest(numbers: Iterable[float | None]) -> float | None:
     return max((x for x in numbers if x is not None), default=None)
 
 
-# What `RewardView.worst` ranks by.
+# The rankings of `RewardView.worst`.
 RANKINGS: dict[str, Callable[[Case], float | None]] = {
     "regret": lambda case: case.regret,
     "templates": lambda case: case.template_gap,
@@ -178,7 +77,7 @@ class RewardView:
     """Samples to look at, with the V (`max`, `lse` or `softmax`) of their rewards.
 
     A notebook shows it as a heat map; `show()` prints it, `to_html(path)` writes a page, `to_json(path)` the numbers.
-    Selections (`worst`, `search`, ...) give a smaller view and keep all answers to an input together.
+    Selections (`worst`, `search`, ...) return a smaller view and keep all answers to an input together.
     """
 
     samples: Sequence[Sample]
@@ -192,7 +91,7 @@ class RewardView:
         return iter(self.samples)
 
     def cases(self) -> list[Case]:
-        """The samples by input, inputs in the order in which they first come."""
+        """The samples grouped by input, in the order in which the inputs first occur."""
         rank = {source: i for i, source in enumerate(SOURCES)}
         # Training and held-out inputs may have the same ids.
         by_input: dict[tuple[str, str], list[Sample]] = {}
@@ -204,7 +103,7 @@ class RewardView:
 
     @property
     def above_zero(self) -> bool:
-        """Whether some reward is positive: never under `max` and `lse` without a KL term."""
+        """Whether any reward is positive: never for `max` and `lse` without a KL term."""
         return any(reward is not None and reward > 0 for s in self.samples for reward in s.rewards or ())
 
     # Selections
@@ -214,7 +113,7 @@ class RewardView:
         return replace(self, samples=[sample for case in cases for sample in case.samples])
 
     def worst(self, n: int, by: str = "regret") -> RewardView:
-        """The n inputs with the largest `regret`, disagreement between `templates`, between `student` and teacher, or
+        """The n inputs with the largest `regret`, disagreement between `templates` or between `student` and teacher, or
         `length`; inputs for which it is not known are left out. Raises ConfigError for another name.
         """
         check_choice("by", by, RANKINGS)
@@ -223,12 +122,12 @@ class RewardView:
         return self.keep(case for _, case in sorted(known, key=lambda pair: -pair[0])[:n])
 
     def with_length(self, shortest: int = 0, longest: int | None = None) -> RewardView:
-        """Inputs whose longest judged answer has so many tokens."""
+        """Inputs whose longest answer (of the student, if it has one) has `shortest` to `longest` tokens."""
         limit = float("inf") if longest is None else longest
         return self.keep(case for case in self.cases() if shortest <= case.length <= limit)
 
     def search(self, text: str) -> RewardView:
-        """Inputs that have `text` in their id, input or one of their answers, whatever its case."""
+        """Inputs with `text` in their id, input or one of their answers, ignoring case."""
         wanted = text.casefold()
         return self.keep(
             case
@@ -239,7 +138,7 @@ class RewardView:
     # JSON
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The view as JSON text, also written to `path`; `from_json` gives the same view back."""
+        """The view as JSON text, also written to `path`; `from_json` restores the view."""
         samples = [{k: v for k, v in asdict(sample).items() if v is not None} for sample in self.samples]
         head = {"format": FORMAT, "value": self.value, "title": self.title}
         text = json.dumps({**head, "samples": samples})
@@ -249,14 +148,14 @@ class RewardView:
 
     @classmethod
     def from_json(cls, source: str | Path) -> RewardView:
-        """The view that `to_json` wrote: its text, or the path of its file (a Path). Raises DataError otherwise."""
+        """The view that `to_json` wrote, from its text or the path of its file (a Path). Raises DataError otherwise."""
         where = str(source) if isinstance(source, Path) else "the text"
         try:
             data = json.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
         except (OSError, ValueError) as error:
-            raise DataError(f"{where} holds no reward view: {error}") from error
+            raise DataError(f"{where} is not a reward view: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise DataError(f'{where} holds no reward view: no "format": "{FORMAT}". Write one with to_json().')
+            raise DataError(f'{where} is not a reward view: no "format": "{FORMAT}". Write one with to_json().')
         samples = [sample_from(row, f"{where}: sample {i}") for i, row in enumerate(data["samples"])]
         return cls(samples, data["value"], data["title"])
 
@@ -290,20 +189,7 @@ class RewardView:
         Path(path).write_text(page_html(self), encoding="utf-8")
 
     def show(self, console: Any = None) -> None:
-        """Print to the terminal, or to a rich Console."""
+        """Print to the terminal or to a rich Console."""
         from .terminal import show
 
         show(self, console)
-
-
-def sample_from(row: dict[str, Any], where: str) -> Sample:
-    """A sample from its JSON object. Raises DataError naming `where` for what is missing or not known."""
-    names = [f.name for f in fields(Sample)]
-    if unknown := sorted(set(row) - set(names)):
-        raise DataError(f"{where}: unknown field '{unknown[0]}'.{nearest(unknown[0], names)}")
-    try:
-        top = row.get("top")
-        pairs = None if top is None else [[(str(text), float(number)) for text, number in best] for best in top]
-        return Sample(**{**row, "top": pairs})
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: {error}") from error

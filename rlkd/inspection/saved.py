@@ -1,4 +1,4 @@
-"""Reward views from run folders, without any model."""
+"""Reward views from run folders, without loading a model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import DataError
+from ..evaluation.samples import Sample, sample_from
 from ..runs.files import TOKEN_REWARDS
-from .reward_view import RewardView, Sample, sample_from
+from .reward_view import RewardView
 
 STUDENT = ("student", "student sampled", "rollout")
 
 
 def from_run(folder: Path, *, step: int | None = None) -> RewardView:
-    """What a trainer saved in `folder` at its last evaluation, or at that of `step`: the held-out answers of the
-    student, greedy (at the first evaluation too, as `student before`) and sampled, of the teacher, and rollouts.
+    """What a trainer saved in `folder` at its last evaluation, or at that of `step`: held-out answers of the student,
+    greedy (also those of the first evaluation, as `student before`) and sampled, the teacher's answers, and rollouts.
 
-    Raises: DataError if there is no such file, step or field.
+    Raises: DataError if there is no such file or step, or a line is not a sample.
     """
     path = folder / TOKEN_REWARDS
     if not path.is_file():
@@ -32,7 +33,9 @@ def from_run(folder: Path, *, step: int | None = None) -> RewardView:
             row = json.loads(line)
             value = row.pop("value")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(f"{path}:{number} is no sample: {error}. Was the file cut? Remove that line.") from error
+            raise DataError(
+                f"{path}:{number} is not a sample: {error}. If the file was cut off, remove that line."
+            ) from error
         samples.append(sample_from(row, f"{path}:{number}"))
     steps = sorted({sample.step or 0 for sample in samples})
     if not steps:
@@ -44,7 +47,7 @@ def from_run(folder: Path, *, step: int | None = None) -> RewardView:
 
 
 def _at(samples: list[Sample], step: int, first: int) -> list[Sample]:
-    """Those of the step, with what the student answered first to the same inputs and what the teacher answers."""
+    """The samples of the step, with the student's first answers to the same inputs and the teacher's answers."""
     now = [sample for sample in samples if sample.step == step and sample.source in STUDENT]
     inputs = {(sample.id, sample.input) for sample in now}
     before = [

@@ -1,14 +1,15 @@
-"""Reward views in a terminal, in rich's colours."""
+"""Reward views in a terminal, coloured by rich."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..evaluation.samples import Sample
 from .markup import sums, visible
-from .reward_view import RewardView, Sample
+from .reward_view import RewardView
 from .scale import legend, step
 
-# Steps of the scale as ANSI-256 backgrounds, with the ink that reads on them.
+# Steps of the scale as ANSI-256 backgrounds, with a readable text colour.
 STYLES = {
     **{f"n{k}": f"{ink} on color({colour})" for k, (ink, colour) in enumerate(
         [("black", 230), ("black", 223), ("black", 222), ("black", 215), ("black", 208), ("black", 202)], 1)},
@@ -20,7 +21,7 @@ STYLES = {
 
 
 def show(view: RewardView, console: Any = None) -> None:
-    """Print every case: the input, then each answer with coloured tokens and its sums."""
+    """Print every case: the input, then each answer with its coloured tokens and sums."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,5 +1,7 @@
-"""Charts as inline SVG, drawn by matplotlib. Colours become the page's CSS properties, so that one drawing serves light
-and dark; styles become classes, so that the page's policy need not allow `style` attributes.
+"""Charts as inline SVG, drawn by matplotlib.
+
+Colours become CSS properties of the page, so that one drawing serves light and dark; styles become classes, so that the
+page's content security policy need not allow `style` attributes.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from .. import metrics
 from .reading import Arm, RunData, number
 
 SVG = "http://www.w3.org/2000/svg"
@@ -22,27 +25,19 @@ SERIES = [f"#0{i}0a0b" for i in range(8)]
 COLOURS = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)"} | {
     colour: f"var(--s{i})" for i, colour in enumerate(SERIES)
 }
-# Wong 2011 (Nature Methods 8:441), told apart by every common kind of colour vision; lighter on dark paper.
+# Wong 2011 (Nature Methods 8:441), distinguishable with all common forms of colour vision; lighter in the dark scheme.
 PALETTE = (
     ("#0072b2", "#56b4e9"), ("#b35900", "#f0a13c"), ("#00795a", "#3fc79a"), ("#a8487f", "#e08fc0"),
     ("#6a5d00", "#e6da52"), ("#3d5a80", "#9fb8d9"), ("#8a2d2d", "#e88a8a"), ("#4a4a4a", "#c0c0c0"),
 )  # fmt: skip
-DRAWN = 400  # points of a line; longer ones are thinned
-# Title, what is on the vertical axis, and (logged name, how it is drawn, what it is called) that share its meaning.
-TRAIN, GREEDY, SAMPLED = "training", "held out, greedy", "held out, sampled"
+DRAWN = 400  # points of a line; longer lines are thinned
+# The charts after those of the task scores; heading, unit and what is logged come from `rlkd.metrics`.
 PANELS = (
-    ("Regret", "nats per answer", (("regret", TRAIN), ("eval_regret", GREEDY), ("eval_sample_regret", SAMPLED))),
-    ("Loss", "loss", (("loss", TRAIN), ("eval_loss", GREEDY))),
-    ("KL to the initial student", "nats per token", (("kl", TRAIN), ("eval_kl", GREEDY), ("eval_sample_kl", SAMPLED))),
-    ("Entropy of the student", "nats per token",
-     (("entropy", TRAIN), ("eval_entropy", GREEDY), ("eval_sample_entropy", SAMPLED))),
-    ("Length of answers", "tokens", (("length", TRAIN), ("eval_length", GREEDY), ("eval_sample_length", SAMPLED))),
-    ("Answers that ended", "share",
-     (("finish_rate", TRAIN), ("eval_finish_rate", GREEDY), ("eval_sample_finish_rate", SAMPLED))),
-    ("Clipped tokens", "share", (("clip_fraction", TRAIN),)),
-    ("Explained variance of the critic", "share", (("explained_variance", TRAIN),)),
-    ("Speed", "tokens per second", (("tokens_per_second", TRAIN),)),
+    "regret", "loss", "kl", "entropy", "length", "finish_rate", "clip_fraction", "explained_variance",
+    "tokens_per_second",
 )  # fmt: skip
+TRAIN, GREEDY, SAMPLED = "training", "held out, greedy", "held out, sampled"
+LINES = {metrics.LOG: TRAIN, metrics.GREEDY: GREEDY, metrics.SAMPLED: SAMPLED}
 STYLES: dict[str, dict[str, Any]] = {
     TRAIN: {"linewidth": 1.3},
     GREEDY: {"linewidth": 1.3, "marker": "o", "markersize": 5, "linestyle": "--"},
@@ -52,7 +47,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart: points (x, y); `what` is one of TRAIN, GREEDY, SAMPLED; colour, a place in the palette."""
+    """A line of a chart: points (x, y); `what` is TRAIN, GREEDY or SAMPLED; colour is an index of the palette."""
 
     name: str
     what: str
@@ -62,7 +57,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and the numbers behind it: `header` and `rows` of a table."""
+    """A drawing and its numbers: `header` and `rows` of a table."""
 
     title: str
     unit: str
@@ -79,7 +74,7 @@ class Chart:
 
 @dataclass
 class Sheet:
-    """The classes that charts of one page use, as CSS; every style is written once."""
+    """The CSS classes of the charts of one page; every style is written once."""
 
     names: dict[str, str] = field(default_factory=dict)
 
@@ -88,7 +83,7 @@ class Sheet:
         return self.names.setdefault(style, f"x{len(self.names)}")
 
     def css(self) -> str:
-        """Rules of the classes, and the colours of the series."""
+        """The rules of the classes and the colours of the series."""
         colours = "".join(f"--s{i}: light-dark({light}, {dark}); " for i, (light, dark) in enumerate(PALETTE))
         rules = [f".rlkd svg .{name} {{ {style} }}" for style, name in self.names.items()]
         swatches = [f".rlkd .swatch.s{i} {{ background: var(--s{i}); }}" for i in range(len(PALETTE))]
@@ -96,25 +91,26 @@ class Sheet:
 
 
 def curves(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
-    """One chart per panel that has data: every run a line, one colour per arm."""
+    """One chart per metric that has data: one line per run, one colour per arm."""
     tasks = dict.fromkeys(name for arm in arms for run in arm.runs for name in run.task_names)
-    own = [(name, "held out", ((f"eval_{name}", GREEDY), (f"eval_sample_{name}", SAMPLED))) for name in tasks]
+    rows = [*map(metrics.held_out, tasks), *map(metrics.metric, PANELS)]
     charts = []
-    for title, unit, sources in (*own, *PANELS):
+    for row in rows:
+        occasions = (metrics.GREEDY, metrics.SAMPLED) if row.task else [o for o in row.logged if o in LINES]
         series = [
-            Series(run.title, what, colour, points)
+            Series(name=run.title, what=LINES[occasion], colour=colour, points=points)
             for colour, arm in enumerate(arms)
             for run in arm.runs
-            for name, what in sources
-            if (points := _points(run, name))
+            for occasion in occasions
+            if (points := _points(run, occasion.prefix + row.name))
         ]
         if series:
-            charts.append(_line_chart(title, unit, series, sheet))
+            charts.append(_line_chart(row.title or row.name, row.quantity, series, sheet))
     return charts
 
 
 def scatter(title: str, names: tuple[str, str], points: Sequence[tuple[str, float, float]], sheet: Sheet) -> Chart:
-    """Named points (name, x, y); `names` of the axes."""
+    """A chart of named points (name, x, y); `names` are those of the axes."""
 
     def draw(axes: Any) -> None:
         for i, (label, x, y) in enumerate(points):
@@ -155,7 +151,7 @@ def _line_chart(title: str, unit: str, series: list[Series], sheet: Sheet) -> Ch
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about `DRAWN` of the points, the first and the last among them."""
+    """About `DRAWN` of the points at most, the first and the last included."""
     every = -(-len(points) // DRAWN)
     return points if every <= 1 else [*points[:-1:every], points[-1]]
 
@@ -212,7 +208,7 @@ def _tidy(text: str, title: str, sheet: Sheet) -> Markup:
 
 
 def _themed(style: str) -> str:
-    """A style in the page's colours and fonts; text without a colour is ink."""
+    """A style with the page's colours and fonts in place of matplotlib's."""
     for stand_in, colour in COLOURS.items():
         style = style.replace(stand_in, colour)
     style = re.sub(r"font-family: [^;]*", "font-family: inherit", style)

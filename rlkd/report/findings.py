@@ -1,5 +1,5 @@
-"""What the data of a run say: did it help, at what cost, where does it fail. Nothing here is guessed: what the files do
-not show is said to be unknown, with what would show it.
+"""What the data of a run show: did it help, at what cost, where does it fail. Nothing is guessed: what the files do not
+show is called unknown, with what would show it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import Difference, Interval, lower_is_better, mean_interval, overall, paired_difference
+from ..metrics import held_out
+from .intervals import Difference, Interval, mean_interval, overall, paired_difference
 from .reading import Arm, Row, RunData, number
 
-# Shown beside the task scores, in this order.
+# Shown after the task scores, in this order.
 COMMON = ("regret", "sample_regret", "match", "length", "finish_rate")
 START = "its start"
-SHARES = ("accuracy", "exact_match", "match", "finish_rate")  # shown as percentages
+TRUNCATED = "truncated answers"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Cost:
-    """Means over an arm's seeds; None where no run logged it. unfinished: runs that did not log their end."""
+    """Means over an arm's seeds; None for what no run logged. unfinished: number of runs that did not log their end."""
 
     arm: str
     steps: float | None
@@ -49,7 +50,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Group:
-    """Held-out rows that have something in common: how many, and their mean scores."""
+    """Held-out rows that have something in common: their number and their mean scores."""
 
     name: str
     rows: int
@@ -60,10 +61,10 @@ class Group:
 class Failures:
     """Where the student of an arm is worst, by regret of greedy answers (else by the task score).
 
-    total       mean of that score; rows, their number
-    half        the fewest rows that hold half of all the regret, None without regret
-    end_share   share of the regret that lies in each answer's last token; first_share, in its first
-    worst       rows from the worst on, of the first seed's run
+    total       mean of that score over `rows` rows
+    half        the smallest number of rows that account for half of the regret; None without regret
+    end_share   share of the regret in the last token of each answer; first_share, in the first
+    worst       the worst rows of the first seed's run, the worst first
     """
 
     arm: str
@@ -80,7 +81,7 @@ class Failures:
 
 @dataclass(frozen=True)
 class Footprint:
-    """A model of summary.json: parameters, megabytes on disk, ms a sentence (one at a time), mean dev score."""
+    """A model of summary.json: parameters, megabytes on disk, ms per sentence (batch size 1), mean dev score."""
 
     name: str
     parameters: float | None
@@ -90,12 +91,12 @@ class Footprint:
 
 
 def evaluated(runs: Sequence[RunData]) -> list[RunData]:
-    """The runs that have held-out rows; one that goes on or broke off may have none yet."""
+    """The runs that have held-out rows; one that is running or was interrupted may have none yet."""
     return [run for run in runs if run.held_out]
 
 
 def score_table(runs: Sequence[RunData], name: str) -> tuple[list[str], np.ndarray] | None:
-    """ids [N] and scores [S, N] of the newest evaluations, of the rows that every run has; None if there are none."""
+    """ids [N] and scores [S, N] of the newest evaluations, for the rows that all runs share; None if there are none."""
     runs = evaluated(runs)
     tables = [_scores(run.newest, name) for run in runs]
     ids = [key for key in tables[0] if all(key in table for table in tables)] if tables else []
@@ -112,8 +113,8 @@ def interval(arm: Arm, name: str) -> Interval | None:
 
 
 def compare(one: Arm, other: Arm, name: str) -> Comparison | None:
-    """The newest evaluations of two arms, paired by row and, of the seeds that both have, by seed; where they share
-    none, means over the seeds of each.
+    """The newest evaluations of two arms, paired by row and by the seeds that both have; if they share no seed, means
+    over the seeds of each are paired by row.
     """
     both = [{run.seed: run for run in evaluated(arm.runs)} for arm in (one, other)]
     if not all(both):
@@ -127,11 +128,12 @@ def compare(one: Arm, other: Arm, name: str) -> Comparison | None:
     if not shared:
         mine, theirs = mine.mean(0, keepdims=True), theirs.mean(0, keepdims=True)
     means = (float(mine.mean()), float(theirs.mean()))
-    return Comparison(one.name, other.name, name, means, paired_difference(mine, theirs))
+    difference = paired_difference(mine, theirs)
+    return Comparison(one=one.name, other=other.name, score=name, means=means, difference=difference)
 
 
 def since_start(arm: Arm, name: str) -> Comparison | None:
-    """The newest evaluation against the first of the same runs; None unless that was before the first step."""
+    """The newest evaluation against the first of the same runs; None unless the first was before training."""
     runs = [run for run in arm.runs if len(run.held_out) > 1 and min(run.held_out) == 0]
     before = [_scores(run.held_out[0], name) for run in runs]
     found = score_table(runs, name)
@@ -142,50 +144,53 @@ def since_start(arm: Arm, name: str) -> Comparison | None:
     now = found[1][:, [place[key] for key in ids]]
     then = np.array([[table[key] for key in ids] for table in before])
     means = (float(now.mean()), float(then.mean()))
-    return Comparison(arm.name, START, name, means, paired_difference(now, then))
+    difference = paired_difference(now, then)
+    return Comparison(one=arm.name, other=START, score=name, means=means, difference=difference)
 
 
 def headline_scores(arms: Sequence[Arm]) -> list[str]:
-    """The scores that decide: the first task score that every student's rows have, then regret."""
+    """The scores of the headline: the first task score that all students' rows have, then regret."""
     students = [arm for arm in arms if not arm.is_teacher]
     tasks = [name for name in task_names(students) if all(score_table(arm.runs, name) for arm in students)]
     return [*tasks[:1], *(["regret"] if any(score_table(arm.runs, "regret") for arm in students) else [])]
 
 
 def task_names(arms: Sequence[Arm]) -> list[str]:
-    """Task scores of any run, the headline's first."""
+    """Task scores of all runs, that of the headline first."""
     return list(dict.fromkeys(name for arm in arms for run in arm.runs for name in run.task_names))
 
 
-def rival(arms: Sequence[Arm], name: str) -> Arm | None:
-    """The imitation arm that is hardest to beat on a score."""
+def strongest_imitation(arms: Sequence[Arm], name: str) -> Arm | None:
+    """The arm trained by imitation that is best on a score."""
     others = [(mean, arm) for arm in arms if arm.kind == "supervised" and not arm.is_teacher
               if (mean := _mean(arm, name)) is not None]  # fmt: skip
-    best = min if lower_is_better(name) else max
+    best = min if held_out(name).lower_is_better else max
     return best(others, key=lambda pair: pair[0])[1] if others else None
 
 
-def judged(arms: Sequence[Arm]) -> list[Comparison]:
-    """What decides whether training helped: each RL arm against the strongest imitation arm; without one, every arm
-    against its own start.
+def headline_comparisons(arms: Sequence[Arm]) -> list[Comparison]:
+    """The comparisons that answer whether training helped: each RL arm against the strongest imitation arm; without
+    one, every arm against its own start.
     """
     scores = headline_scores(arms)
     learners = [arm for arm in arms if arm.kind == "rl"]
-    found = [compare(arm, other, name) for arm in learners for name in scores if (other := rival(arms, name))]
+    found = [
+        compare(arm, other, name) for arm in learners for name in scores if (other := strongest_imitation(arms, name))
+    ]
     if not found:
         found = [since_start(arm, name) for arm in arms for name in scores if not arm.is_teacher]
     return [comparison for comparison in found if comparison is not None]
 
 
 def against_first(arms: Sequence[Arm]) -> list[Comparison]:
-    """Every arm against the first, on every task score and on what all generating students have."""
+    """Every arm against the first, on all task scores and on those common to generating students."""
     names = [*task_names(arms), *COMMON]
     found = [compare(arm, arms[0], name) for arm in arms[1:] for name in names]
     return [comparison for comparison in found if comparison is not None]
 
 
 def against_imitation(arms: Sequence[Arm]) -> list[Comparison]:
-    """Each RL arm against each arm trained by imitation: the scores that decide, of greedy and of sampled answers."""
+    """Each RL arm against each arm trained by imitation: the headline's scores, of greedy and of sampled answers."""
     names = [name for score in headline_scores(arms) for name in (score, f"sample_{score}")]
     others = [arm for arm in arms if arm.kind == "supervised" and not arm.is_teacher]
     found = [compare(one, two, name) for one in arms if one.kind == "rl" for two in others for name in names]
@@ -193,24 +198,24 @@ def against_imitation(arms: Sequence[Arm]) -> list[Comparison]:
 
 
 def answer(comparisons: Sequence[Comparison]) -> str:
-    """One answer of comparisons on one score: better, worse, within noise, mixed, partly better / worse, not known."""
+    """One answer for comparisons on one score: better, worse, within noise, mixed, partly better / worse, not known."""
     return overall([comparison.verdict for comparison in comparisons])
 
 
 def cost(arm: Arm) -> Cost:
     """Steps, CPU seconds, wall-clock seconds and answer tokens of an arm's training, means over its seeds."""
     return Cost(
-        arm.name,
-        _average([run.steps for run in arm.runs]),
-        _average([number(run.end.get("train_cpu_seconds")) for run in arm.runs]),
-        _average([number(run.end.get("train_runtime")) for run in arm.runs]),
-        _average([run.tokens for run in arm.runs]),
-        sum(not run.end for run in arm.runs),
+        arm=arm.name,
+        steps=_average([run.steps for run in arm.runs]),
+        cpu_seconds=_average([number(run.end.get("train_cpu_seconds")) for run in arm.runs]),
+        seconds=_average([number(run.end.get("train_runtime")) for run in arm.runs]),
+        tokens=_average([run.tokens for run in arm.runs]),
+        unfinished=sum(not run.end for run in arm.runs),
     )
 
 
 def footprints(arms: Sequence[Arm]) -> list[Footprint]:
-    """Each teacher and student that a summary.json measured; a teacher that several share is named once."""
+    """Each teacher and student measured in a summary.json; a teacher shared by several runs appears once."""
     found: dict[tuple[Any, ...], Footprint] = {}
     for arm in arms:
         for run in arm.runs:
@@ -220,11 +225,11 @@ def footprints(arms: Sequence[Arm]) -> list[Footprint]:
                     continue
                 scores = figures.get("scores")
                 made = Footprint(
-                    run.title if role == "student" else f"teacher of {run.title}",
-                    number(figures.get("parameters")),
-                    number(figures.get("megabytes")),
-                    number(_part(figures, "ms_per_sentence", "batch_1")),
-                    _average(
+                    name=run.title if role == "student" else f"teacher of {run.title}",
+                    parameters=number(figures.get("parameters")),
+                    megabytes=number(figures.get("megabytes")),
+                    ms=number(_part(figures, "ms_per_sentence", "batch_1")),
+                    score=_average(
                         [number(_part(split, "score")) for split in scores.values()] if isinstance(scores, dict) else []
                     ),
                 )
@@ -240,13 +245,13 @@ def _part(value: Any, *names: str) -> Any:
 
 
 def watched(arms: Sequence[Arm]) -> list[Arm]:
-    """The arms whose failures are shown: those of RL, or all students if there are none."""
+    """The arms whose failures are shown: those trained by RL, or all students if there are none."""
     students = [arm for arm in arms if not arm.is_teacher] or list(arms)
     return [arm for arm in students if arm.kind == "rl"] or students
 
 
 def failures(arm: Arm, worst: int = 5) -> Failures | None:
-    """Where the students of an arm are worst on the newest evaluation; None without rows."""
+    """Where the students of an arm are worst in the newest evaluation; None without rows."""
     by = "regret" if score_table(arm.runs, "regret") else next(iter(arm.runs[0].task_names), "")
     found = score_table(arm.runs, by)
     if found is None:
@@ -255,20 +260,28 @@ def failures(arm: Arm, worst: int = 5) -> Failures | None:
     first = evaluated(arm.runs)[0]
     rows = {str(row["id"]): row for row in first.newest}
     mean = scores.mean(0)
-    order = np.argsort(-mean if by == "regret" else mean, kind="stable")
+    order = np.argsort(-mean if held_out(by).lower_is_better else mean, kind="stable")
     half = None
     if by == "regret" and mean.sum() > 0:
         half = int(np.searchsorted(np.cumsum(mean[order]), mean.sum() / 2)) + 1
     first_share, end_share = _where([row for run in arm.runs for row in run.newest])
     names = [name for name in (by, *arm.runs[0].task_names) if score_table(arm.runs, name)]
     return Failures(
-        arm.name, first, by, float(mean.mean()), len(ids), half, first_share, end_share,
-        _groups(arm, list(dict.fromkeys(names))), [rows[ids[i]] for i in order[:worst]],
-    )  # fmt: skip
+        arm=arm.name,
+        run=first,
+        by=by,
+        total=float(mean.mean()),
+        rows=len(ids),
+        half=half,
+        first_share=first_share,
+        end_share=end_share,
+        groups=_groups(arm, list(dict.fromkeys(names))),
+        worst=[rows[ids[i]] for i in order[:worst]],
+    )
 
 
 def _where(rows: Sequence[Row]) -> tuple[float | None, float | None]:
-    """Share of the regret of greedy answers in their first token, and in their last."""
+    """Shares of the regret of greedy answers in their first and in their last token."""
     rewards = [row["rewards"] for row in rows if isinstance(row.get("rewards"), list) and len(row["rewards"]) > 1]
     total = sum(sum(own) for own in rewards)
     if not total:
@@ -277,7 +290,7 @@ def _where(rows: Sequence[Row]) -> tuple[float | None, float | None]:
 
 
 def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
-    """Rows by length of the input (thirds), by whether the answer ended, and by whether it is the teacher's."""
+    """Rows by length of the input (terciles), label, and whether the answer ended and equals the teacher's."""
     rows = [row for run in arm.runs for row in run.newest]
     words = np.array([len(str(row.get("input", "")).split()) for row in rows])
     low, high = np.quantile(words, [1 / 3, 2 / 3])
@@ -294,9 +307,9 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
     conditions = [
         *by_length,
         *((f"rows labelled {label}", np.array([row.get("label") == label for row in rows])) for label in labels),
-        ("answers cut before their end", np.array([row.get("finish_rate") == 0 for row in rows])),
+        (TRUNCATED, np.array([row.get("finish_rate") == 0 for row in rows])),
         ("answers equal to the teacher's", np.array([row.get("match") == 1 for row in rows])),
-        ("answers unlike the teacher's", np.array([row.get("match") == 0 for row in rows])),
+        ("answers that differ from the teacher's", np.array([row.get("match") == 0 for row in rows])),
     ]
     groups = []
     for label, chosen in conditions:
@@ -308,7 +321,7 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
 
 
 def _scores(rows: Sequence[Row], name: str) -> dict[str, float]:
-    """id -> score of the rows that have it."""
+    """id -> score, for the rows that have it."""
     pairs = ((str(row.get("id")), number(row.get(name))) for row in rows)
     return {key: value for key, value in pairs if value is not None}
 

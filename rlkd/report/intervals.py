@@ -1,4 +1,4 @@
-"""How sure a number is: percentile bootstrap over held-out rows and seeds, and what may be said of a difference."""
+"""Uncertainty of scores: percentile bootstrap over held-out rows and seeds, and the verdict on a difference."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..metrics import held_out
+
 RESAMPLES = 4000
 LEVEL = 0.95
-FEW_ROWS = 10  # below this no interval is given: resampling so few rows says too little
+FEW_ROWS = 10  # below this no interval is given: too few rows to resample
 CHUNK = 2**22  # numbers drawn at once
-LOWER_IS_BETTER = ("regret", "loss", "kl")
-NEITHER_IS_BETTER = ("length", "entropy")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval (None: too few rows). rows, seeds: what it was resampled over."""
+    """A mean and its 95 % interval (None if there are too few rows); rows and seeds that were resampled."""
 
     value: float
     low: float | None
@@ -27,40 +27,39 @@ class Interval:
 
     @property
     def over(self) -> str:
-        """What the interval is over, in words."""
+        """What was resampled, in words."""
         seeds = f" and {self.seeds} seeds" if self.seeds > 1 else ", one seed"
         return f"{self.rows} held-out rows{seeds}"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One student less another on the same rows: `interval` of the mean difference and a two-sided `p_value`."""
+    """One student minus another on the same rows: `interval` of the mean difference and a two-sided `p_value`."""
 
     interval: Interval
     p_value: float | None
 
     def verdict(self, name: str) -> str:
-        """better, worse (or more, less, where neither is better) or within noise; not known without an interval."""
+        """better, worse (or more, less, where neither direction is better) or within noise; not known without an
+        interval.
+        """
         low, high = self.interval.low, self.interval.high
         if low is None or high is None:
             return "not known"
         if low <= 0 <= high:
             return "within noise"
-        if name.removeprefix("sample_") in NEITHER_IS_BETTER:
-            return "more" if low > 0 else "less"
-        return "better" if (low > 0) != lower_is_better(name) else "worse"
-
-
-def lower_is_better(name: str) -> bool:
-    """Whether less of a score is better; any score that is not ours counts as more is better."""
-    return name.removeprefix("eval_").removeprefix("sample_") in LOWER_IS_BETTER
+        direction = "up" if low > 0 else "down"
+        better = held_out(name).better
+        if better == "neither":
+            return "more" if direction == "up" else "less"
+        return "better" if direction == better else "worse"
 
 
 def mean_interval(scores: np.ndarray, seed: int = 0) -> Interval:
     """Percentile bootstrap of the mean of scores [S seeds, N rows].
 
-    Rows are drawn anew, and so are seeds where there are several, each independently of the other (every seed sees the
-    same rows). Efron & Tibshirani 1993, chapter 13; for crossed factors, Owen 2007 (arXiv 0711.1216).
+    Rows are resampled, and so are seeds where there are several, independently of the rows (all seeds share the rows):
+    Efron & Tibshirani 1993, chapter 13; for crossed factors, Owen 2007 (arXiv 0711.1216).
     """
     seeds, rows = scores.shape
     value = float(scores.mean())
@@ -80,7 +79,7 @@ def mean_interval(scores: np.ndarray, seed: int = 0) -> Interval:
 
 
 def paired_difference(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Difference:
-    """one - other, [S, N] of the same rows and seeds: bootstrap interval, and p by flipping the signs of rows."""
+    """one - other, [S, N] of the same rows and seeds: bootstrap interval, and p of a sign-flip permutation test."""
     difference = one - other
     interval = mean_interval(difference, seed)
     if interval.low is None:
@@ -97,7 +96,7 @@ def paired_difference(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Diff
 
 
 def overall(verdicts: Sequence[str]) -> str:
-    """One answer of several verdicts: theirs if all agree, mixed if some are better and some worse."""
+    """One verdict for several: the common one if all agree, mixed if some are better and some worse."""
     kinds = set(verdicts) - {"not known"}
     if not kinds:
         return "not known"

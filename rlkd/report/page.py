@@ -1,4 +1,4 @@
-"""The report of a run as one HTML page that needs no network and no script."""
+"""The report of a run as one HTML page that needs neither a network nor scripts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..evaluation.samples import Sample
 from ..inspection.markup import environment, heat_map_html, legend_html, standalone_page
-from ..inspection.reward_view import Sample
 from . import findings, words
 from .charts import Chart, Sheet, curves, scatter
 from .reading import Arm, Row, number
 
 WORST = 5
+LATENCY = "ms per sentence (batch size 1)"
 RUN_FACTS = ("rlkd", "trainer", "command", "started", "resumed", "git", "processes")
 
 
 def report(arms: Sequence[Arm], title: str) -> str:
     """The page of a run, or of the arms of one job."""
     sheet = Sheet()
-    comparisons = findings.judged(arms)
+    comparisons = findings.headline_comparisons(arms)
     students = [arm for arm in arms if not arm.is_teacher] or arms
     failed = [found for arm in findings.watched(arms) if (found := findings.failures(arm, WORST)) is not None]
     body = _render(
@@ -44,6 +45,7 @@ def report(arms: Sequence[Arm], title: str) -> str:
             [c.one, c.other, words.name_of(c.score), *words.difference(c)] for c in findings.against_imitation(arms)
         ],
         sizes=_sizes(arms),
+        latency=LATENCY,
         alarms=[
             [run.title, *(alarm.get(name, "–") for name in ("step", "alarm", "message", "value", "threshold"))]
             for arm in arms for run in arm.runs for alarm in run.alarms
@@ -51,14 +53,14 @@ def report(arms: Sequence[Arm], title: str) -> str:
         settings=settings_table(arms),
         facts=_facts(arms),
         notes=_notes(arms),
-        rivals=any(c.other != findings.START for c in comparisons),
+        against_imitation=any(c.other != findings.START for c in comparisons),
         several=any(len(arm.runs) > 1 for arm in arms),
     )  # fmt: skip
     return _page(f"{title}: report", body, sheet)
 
 
 def comparison(arms: Sequence[Arm]) -> str:
-    """The page that shows arms side by side, each against the first."""
+    """The page of arms side by side, each against the first."""
     sheet = Sheet()
     title = f"{len(arms)} runs compared"
     differences = [
@@ -73,7 +75,7 @@ def comparison(arms: Sequence[Arm]) -> str:
 
 
 def results_table(arms: Sequence[Arm]) -> dict[str, Any]:
-    """Every arm's newest scores with their intervals: header, rows of text, what the intervals are over."""
+    """Every arm's newest scores with their intervals: header, rows of text, and what was resampled."""
     names = [*findings.task_names(arms), *findings.COMMON]
     names = [n for task in names for n in ((task, f"sample_{task}") if task not in findings.COMMON else (task,))]
     cells = {(arm.name, name): findings.interval(arm, name) for arm in arms for name in names}
@@ -85,7 +87,7 @@ def results_table(arms: Sequence[Arm]) -> dict[str, Any]:
 
 
 def settings_table(arms: Sequence[Arm]) -> dict[str, Any]:
-    """run.json's settings: those that differ between arms (name, value per arm), and those that all share."""
+    """The settings in run.json: those that differ between arms (name, value per arm), and those shared by all."""
     own = {arm.name: flat(arm.runs[0].record.get("settings", {})) for arm in arms if arm.runs[0].record}
     names = list(dict.fromkeys(name for settings in own.values() for name in settings))
     values = {name: [settings.get(name, "–") for settings in own.values()] for name in names}
@@ -97,7 +99,7 @@ def settings_table(arms: Sequence[Arm]) -> dict[str, Any]:
 
 
 def flat(settings: Any) -> dict[str, str]:
-    """name -> value as text, of settings as run.json has them."""
+    """name -> value as text, for settings as in run.json."""
     if not isinstance(settings, dict):
         return {}
     return {str(name): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -126,7 +128,7 @@ def _groups(found: findings.Failures) -> tuple[list[str], list[list[str]]]:
 
 
 def _notes(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
-    """Each note once, with the runs it is of."""
+    """Each note once, with the runs it concerns."""
     notes: dict[str, list[str]] = {}
     for arm in arms:
         for run in arm.runs:
@@ -142,28 +144,33 @@ def _fair(arms: Sequence[Arm], comparisons: Sequence[findings.Comparison]) -> li
 
 
 def _cases(found: findings.Failures, row: Row) -> dict[str, Any]:
-    """A held-out row as the heat map takes it: the student's greedy and sampled answer."""
+    """A held-out row for the heat map: the student's greedy and sampled answer."""
     samples = []
     for prefix, source in (("", "student"), ("sample_", "student sampled")):
         tokens, rewards = row.get(f"{prefix}tokens"), row.get(f"{prefix}rewards")
         if isinstance(tokens, list) and isinstance(rewards, list) and len(tokens) == len(rewards):
             samples.append(
                 Sample(
-                    str(row.get("id")), str(row.get("input", "")), source, str(row.get(f"{prefix}student", "")),
-                    [str(token) for token in tokens], [0] * len(tokens), [number(reward) for reward in rewards],
+                    id=str(row.get("id")),
+                    input=str(row.get("input", "")),
+                    source=source,
+                    text=str(row.get(f"{prefix}student", "")),
+                    tokens=[str(token) for token in tokens],
+                    ids=[0] * len(tokens),
+                    rewards=[number(reward) for reward in rewards],
                     finished=row.get(f"{prefix}finish_rate") != 0,
                 )
-            )  # fmt: skip
+            )
     return {"row": row, "samples": samples, "score": number(row.get(found.by))}
 
 
 def _trade_offs(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
-    """Size, latency and quality of teachers and encoder students, if a recipe wrote summary.json."""
+    """Score against size and latency of teachers and encoder students, if there is a summary.json."""
     found = findings.footprints(arms)
     charts = []
     for title, axis, figure in (
         ("Score against size", "megabytes", "megabytes"),
-        ("Score against latency", "ms a sentence, one at a time", "ms"),
+        ("Score against latency", LATENCY, "ms"),
     ):
         points = [(f.name, x, f.score) for f in found if (x := getattr(f, figure)) is not None and f.score is not None]
         if points:
@@ -180,7 +187,7 @@ def _sizes(arms: Sequence[Arm]) -> list[list[str]]:
 
 
 def _facts(arms: Sequence[Arm]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Per arm: what run.json says of its command, data, templates, models and versions."""
+    """Per arm: its command, data, templates, models and versions from run.json."""
     out = []
     for arm in arms:
         record = arm.runs[0].record

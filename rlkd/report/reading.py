@@ -1,5 +1,5 @@
-"""A run folder as a record. Every file may be missing or cut off in the middle: what is not known stays empty, and is
-said (`notes`).
+"""A run folder as a record. Any file may be missing or truncated: what is not known stays empty and is listed in
+`notes`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..runs.files import ALARMS_FILE, HELD_OUT, METRICS, RUN_FILE, SAMPLES, SUMMARY_FILE
+from ..metrics import held_out
+from ..runs.files import ALARMS_FILE, HELD_OUT, METRICS, RUN_FILE, SUMMARY_FILE
 
-FILES = (METRICS, HELD_OUT, SAMPLES, ALARMS_FILE, RUN_FILE)
+FILES = (METRICS, HELD_OUT, ALARMS_FILE, RUN_FILE)
 SEED = re.compile(r"seed[-_]?(\d+)$")
 DEPTH = 3  # of run folders below the one given
-# What every evaluation of a generating student has; other numbers of a row are task scores.
-STANDARD = ("regret", "logprob", "length", "finish_rate", "entropy", "kl", "match", "seconds")
-ENCODER = ("runtime", "samples_per_second", "steps_per_second", "loss")
-TASK_ORDER = ("accuracy", "exact_match", "rougeL", "bleu")  # the headline's score, if there are several
+TASK_ORDER = ("accuracy", "exact_match", "rougeL", "bleu")  # which task score is the headline's, if there are several
 
 Row = dict[str, Any]
 
@@ -30,12 +28,15 @@ Row = dict[str, Any]
 class RunData:
     """What one trainer left in a folder.
 
-    name         of the arm, seed left out; seed, None if the folder's path names none
-    record       run.json; {} if there is none
-    train        logged lines with a loss, one per step; evaluations, lines of held-out numbers, one per step
-    start, end   the numbers of the start check, and of the end of the run; {} if they were not logged
-    held_out     step -> rows, of the first and the newest evaluation
-    samples      rows shown while it ran; alarms that fired; summary, of encoder recipes
+    name         of the arm, without the seed
+    seed         from the folder's path; None if it names none
+    record       run.json; {} if it is missing
+    train        logged lines with a loss, one per step
+    evaluations  lines of held-out numbers, one per step
+    start, end   the numbers of the start check and of the end of the run; {} if they were not logged
+    held_out     step -> rows, for the first and the newest evaluation
+    alarms       the alarms that fired
+    summary      summary.json of the encoder recipe
     notes        what could not be read, one sentence each
     """
 
@@ -48,14 +49,13 @@ class RunData:
     start: Row = field(default_factory=dict)
     end: Row = field(default_factory=dict)
     held_out: dict[int, list[Row]] = field(default_factory=dict)
-    samples: list[Row] = field(default_factory=list)
     alarms: list[Row] = field(default_factory=list)
     summary: Any = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
-        """rl, supervised, encoder or unknown: by the trainer's name, else by what it logged."""
+        """rl, supervised, encoder or unknown: from the trainer's name, else from what it logged."""
         trainer = str(self.record.get("trainer") or "").lower()
         names = {name for line in self.train for name in line}
         if "ppo" in trainer or "reinforce" in trainer or self.start or "regret" in names:
@@ -76,33 +76,33 @@ class RunData:
 
     @property
     def steps(self) -> int | None:
-        """The last step that anything is known of."""
+        """The last logged step."""
         known = [line["step"] for line in (*self.train, *self.evaluations, self.end) if "step" in line]
         return max(known, default=None)
 
     @property
     def tokens(self) -> int | None:
-        """Answer tokens trained on, as far as logged."""
+        """Answer tokens trained on, as far as they were logged."""
         counted = [line["tokens"] for line in (*self.train, self.end) if "tokens" in line]
         return round(sum(counted)) if counted else None
 
     @property
     def task_names(self) -> list[str]:
-        """Task scores of greedy answers in its evaluations, the headline's first."""
+        """Task scores of greedy answers in its evaluations, that of the headline first."""
         names = dict.fromkeys(
             name.removeprefix("eval_")
             for line in self.evaluations
             for name in line
             if name.startswith("eval_") and not name.startswith("eval_sample_")
         )
-        own = [name for name in names if name not in (*STANDARD, *ENCODER)]
+        own = [name for name in names if held_out(name).task]
         wanted = str(self.record.get("settings", {}).get("metric_for_best_model") or "").removeprefix("eval_")
         return sorted(own, key=lambda name: _rank(name, (wanted, *TASK_ORDER)))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seed alone, in the order of the seeds."""
+    """Runs that differ only in their seed, in the order of the seeds."""
 
     name: str
     runs: list[RunData]
@@ -113,12 +113,12 @@ class Arm:
 
     @property
     def is_teacher(self) -> bool:
-        """Whether this is the teacher's own training (a folder called teacher): it is no rival of students."""
+        """Whether this is the teacher's own training (a folder called teacher): students are not compared with it."""
         return self.name == "teacher"
 
 
 def read_arms(folder: Path) -> list[Arm]:
-    """The run in `folder`, or the arms below it (`ARM/`, `seed-N/ARM/`). Raises DataError if there is none."""
+    """The run in `folder`, or the arms below it (`ARM/`, `seed-N/ARM/`). Raises DataError if there are none."""
     runs = read_runs(folder)
     names = list(dict.fromkeys(run.name for run in runs))
     seeds = {name: sorted((r for r in runs if r.name == name), key=lambda r: r.seed or 0) for name in names}
@@ -128,8 +128,8 @@ def read_arms(folder: Path) -> list[Arm]:
 
 
 def read_side_by_side(folders: Sequence[Path]) -> list[Arm]:
-    """The arms of several folders, each named so that they differ. Raises DataError as `read_runs` does, and if there
-    are fewer than two.
+    """The arms of several folders, under distinct names. Raises DataError as `read_runs` does, and for fewer than two
+    arms or the same one twice.
     """
     found = [(folder, arm) for folder in folders for arm in read_arms(folder)]
     if len(found) < 2:
@@ -150,41 +150,40 @@ def _label(folder: Path, arm: Arm) -> str:
 
 
 def read_runs(folder: Path) -> list[RunData]:
-    """Every run in `folder`, or below it if it is none itself. Raises DataError if there is none."""
+    """The run in `folder`, or all runs below it. Raises DataError if there are none."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Give the output_dir of a run.")
     found = list(_run_folders(folder))
     if not found:
-        raise DataError(f"{folder}: no run here, nor up to {DEPTH} folders below: wanted is one of {', '.join(FILES)}.")
+        raise DataError(f"{folder}: no run here or up to {DEPTH} folders below: expected one of {', '.join(FILES)}.")
     if found == [folder]:
         return [read_run(folder, folder.resolve().name)]
     return [read_run(path, *_name_and_seed(path.relative_to(folder))) for path in found]
 
 
 def read_run(folder: Path, name: str, seed: int | None = None) -> RunData:
-    """What is in one run folder; nothing in it is required."""
+    """The content of one run folder; no file is required."""
     notes: list[str] = []
     record = _json(folder / RUN_FILE, notes)
     lines = _numbered(folder / METRICS, notes)
-    held_out: dict[int, list[Row]] = {}
+    rows: dict[int, list[Row]] = {}
     for row in _numbered(folder / HELD_OUT, notes):
-        held_out.setdefault(row["step"], []).append(row)
+        rows.setdefault(row["step"], []).append(row)
     ends = [line for line in lines if "train_runtime" in line]
     starts = [line for line in lines if "start_regret" in line]
     return RunData(
-        name,
-        folder,
-        seed,
-        record if isinstance(record, dict) else {},
-        _per_step(line for line in lines if "loss" in line),
-        _per_step(line for line in lines if any(key.startswith("eval_") for key in line)),
-        starts[0] if starts else {},
-        ends[-1] if ends else {},
-        held_out,
-        _lines(folder / SAMPLES, notes),
-        _lines(folder / ALARMS_FILE, notes, optional=True),
-        _json(folder / SUMMARY_FILE, notes, optional=True),
-        notes,
+        name=name,
+        folder=folder,
+        seed=seed,
+        record=record if isinstance(record, dict) else {},
+        train=_per_step(line for line in lines if "loss" in line),
+        evaluations=_per_step(line for line in lines if any(key.startswith("eval_") for key in line)),
+        start=starts[0] if starts else {},
+        end=ends[-1] if ends else {},
+        held_out=rows,
+        alarms=_lines(folder / ALARMS_FILE, notes, optional=True),
+        summary=_json(folder / SUMMARY_FILE, notes, optional=True),
+        notes=notes,
     )
 
 
@@ -204,7 +203,7 @@ def _name_and_seed(path: Path) -> tuple[str, int | None]:
 
 
 def _per_step(lines: Iterator[Row]) -> list[Row]:
-    """One line per step, the newest: a resumed run logs again what it does again."""
+    """The newest line of each step: a resumed run logs the steps that it repeats again."""
     by_step = {line["step"]: line for line in lines}
     return [by_step[step] for step in sorted(by_step)]
 
@@ -234,7 +233,7 @@ def _lines(path: Path, notes: list[str], *, optional: bool = False) -> list[Row]
             elif line.strip():
                 bad.append(number)
     if bad:
-        notes.append(f"{path.name}: {len(bad)} lines are no JSON object and are left out (first: line {bad[0]}).")
+        notes.append(f"{path.name}: {len(bad)} lines are not JSON objects and are left out (first: line {bad[0]}).")
     return rows
 
 
@@ -246,12 +245,12 @@ def _json(path: Path, notes: list[str], *, optional: bool = False) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
-        notes.append(f"{path.name} is no JSON and is left out.")
+        notes.append(f"{path.name} is not JSON and is left out.")
         return None
 
 
 def number(value: Any) -> float | None:
-    """The value as a finite float, None if it is none."""
+    """The value as a float; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)

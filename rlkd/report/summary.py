@@ -1,4 +1,4 @@
-"""What the pages say, for terminals and machines."""
+"""The content of the pages for terminals and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .reading import Arm
 
 def lines(arms: Sequence[Arm]) -> list[str]:
     """The three answers as lines of text."""
-    comparisons = findings.judged(arms)
+    comparisons = findings.headline_comparisons(arms)
     learns = "reinforcement learning" if any(arm.kind == "rl" for arm in arms) else "training"
     out = [f"Did {learns} help? {words.headline(comparisons)}"]
     out += [f"  {line}" for line in words.helped(arms, comparisons)]
@@ -24,8 +24,8 @@ def lines(arms: Sequence[Arm]) -> list[str]:
 
 
 def summary(arms: Sequence[Arm]) -> dict[str, Any]:
-    """The same as JSON-able values."""
-    comparisons = findings.judged(arms)
+    """The answers and their numbers as JSON-able values."""
+    comparisons = findings.headline_comparisons(arms)
     failed = [found for arm in findings.watched(arms) if (found := findings.failures(arm)) is not None]
     return {
         "helped": words.headline(comparisons),
@@ -66,7 +66,7 @@ def comparison_tables(arms: Sequence[Arm]) -> None:
     results, settings = results_table(arms), settings_table(arms)
     console = Console(width=None if Console().is_terminal else 200)
     for title, header, rows in (
-        (f"differences to {arms[0].name}, paired by held-out row",
+        (f"differences from {arms[0].name}, paired by held-out row",
          ["", "score", "difference", "95 % interval", "p", "", "over"], found),
         ("held-out scores (95 % interval)", results["header"], results["rows"]),
         ("settings that differ", ["", *settings["arms"]], settings["differ"]),
@@ -79,7 +79,7 @@ def comparison_tables(arms: Sequence[Arm]) -> None:
                 table.add_row(*(Text(str(cell)) for cell in row))
             console.print(table)
     if not found:
-        console.print("No differences: the runs share no held-out rows (held_out.jsonl).")
+        console.print("Differences are not known: the runs share no held-out rows (held_out.jsonl).")
 
 
 def _plain(comparison: findings.Comparison) -> dict[str, Any]:

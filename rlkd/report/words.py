@@ -1,47 +1,50 @@
-"""Findings as sentences. Their numbers come from the run's files; what those do not show is said to be unknown."""
+"""Findings as sentences. Their numbers come from the run's files; what the files do not show is called unknown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .findings import SHARES, Comparison, Cost, Failures, answer
+from ..metrics import held_out
+from .findings import TRUNCATED, Comparison, Cost, Failures, answer
 from .intervals import Interval
 from .reading import Arm, number
 
 HEADLINES = {
     "better": "Yes",
-    "worse": "No, it made it worse",
+    "worse": "No, results got worse",
     "within noise": "Within noise",
     "mixed": "Mixed: one arm is better, another worse",
-    "partly better": "In part: not every arm is better",
+    "partly better": "In part: not all arms are better",
     "partly worse": "No: one arm is worse, the others are within noise",
     "not known": "Not known",
 }
-UNITS = {"regret": " nats", "length": " tokens"}
+
+
+def is_share(score: str) -> bool:
+    """Whether a score is shown as a percentage."""
+    return held_out(score).unit == "share"
 
 
 def unit(score: str) -> str:
-    """The unit of a score; empty if it has none."""
-    base = score.removeprefix("sample_")
-    return "%" if base in SHARES else UNITS.get(base, "").strip()
+    """The unit in which a score is shown; empty if it has none."""
+    return "%" if is_share(score) else held_out(score).unit
 
 
 def name_of(score: str) -> str:
-    """A logged name in words."""
+    """The name of a score in words."""
     base = score.removeprefix("sample_").replace("_", " ")
     return f"{base} of samples" if score.startswith("sample_") else base
 
 
 def shown(score: str, value: float | None, *, sign: bool = False, unit: bool = True) -> str:
-    """A value of a score as it is printed: shares in %, their differences in points."""
+    """A value of a score as it is printed: shares in %, differences of shares (`sign`) in percentage points."""
     if value is None:
         return "–"
-    base = score.removeprefix("sample_")
-    if base in SHARES:
-        text, after = f"{100 * value:{'+' if sign else ''}.1f}", " points" if sign else " %"
+    if is_share(score):
+        text, after = f"{100 * value:{'+' if sign else ''}.1f}", "points" if sign else "%"
     else:
-        text, after = f"{value:{'+' if sign else ''}.{2 if abs(value) < 1000 else 0}f}", UNITS.get(base, "")
-    return text.replace("-", "−") + (after if unit else "")
+        text, after = f"{value:{'+' if sign else ''}.{2 if abs(value) < 1000 else 0}f}", held_out(score).unit
+    return text.replace("-", "−") + (f" {after}" if unit and after else "")
 
 
 def with_interval(score: str, interval: Interval | None) -> str:
@@ -55,14 +58,14 @@ def with_interval(score: str, interval: Interval | None) -> str:
 
 
 def verdict(comparison: Comparison) -> str:
-    """One comparison in one sentence: both means, the verdict, by how much and how sure."""
+    """One comparison in one sentence: both means, the verdict, the size of the difference and its interval."""
     score, both = comparison.score, comparison.difference.interval
     one, other = (shown(score, mean) for mean in comparison.means)
     said = f"{comparison.one} against {comparison.other}: {name_of(score)} {one} against {other}"
     if both.low is None:
-        return f"{said}; {both.rows} rows are too few to say how sure that is."
+        return f"{said}; {both.rows} rows are too few for an interval."
     low, high = (shown(score, end, sign=True, unit=False) for end in (both.low, both.high))
-    size = shown(score, abs(both.value)) if score not in SHARES else f"{100 * abs(both.value):.1f} points"
+    size = f"{100 * abs(both.value):.1f} points" if is_share(score) else shown(score, abs(both.value))
     word = (
         "the difference is within noise" if comparison.verdict == "within noise" else f"{comparison.verdict} by {size}"
     )
@@ -81,7 +84,7 @@ def difference(comparison: Comparison) -> tuple[str, str, str, str]:
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
-    """The answer to: did it help? One word if all scores agree, else one of each score."""
+    """The answer to "did it help?": one if all scores agree, else one per score."""
     answers = {
         score: answer([c for c in comparisons if c.score == score])
         for score in dict.fromkeys(c.score for c in comparisons)
@@ -92,20 +95,20 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 
 
 def why_unknown(arms: Sequence[Arm]) -> list[str]:
-    """What is missing for an answer, and what the logged evaluations show without one."""
+    """What is missing for an answer, and what the logged evaluations show nevertheless."""
     students = [arm for arm in arms if not arm.is_teacher]
     lines = []
     learners = [arm for arm in students if arm.kind == "rl"] or students
     without = [run.title for arm in learners for run in arm.runs if not run.held_out]
     if without:
         lines.append(
-            f"There are no held-out rows (held_out.jsonl) of {'; '.join(without)}: nothing can be paired row by row. "
-            "Such rows come with the first evaluation."
+            f"There are no held-out rows (held_out.jsonl) for {'; '.join(without)}, so nothing can be compared row by "
+            "row. The first evaluation writes them."
         )
     else:
         lines.append(
             "There is neither an arm trained by imitation to compare with, nor an evaluation before the first step "
-            "(eval_on_start: true makes one)."
+            "(set eval_on_start: true)."
         )
     for arm in students:
         for run in arm.runs:
@@ -116,7 +119,7 @@ def why_unknown(arms: Sequence[Arm]) -> list[str]:
                     (first, then), (last, now) = known[0], known[-1]
                     lines.append(
                         f"{run.title}: the logged {name_of(name)} went from {shown(name, then)} at step {first} to "
-                        f"{shown(name, now)} at step {last}; how sure that is is not known."
+                        f"{shown(name, now)} at step {last}; the uncertainty of the difference is not known."
                     )
     return lines
 
@@ -128,7 +131,7 @@ def helped(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def left_out(arms: Sequence[Arm]) -> list[str]:
-    """Which seeds the answers say nothing of, where others of the arm have held-out rows."""
+    """The seeds without held-out rows of arms that have some: the answers leave them out."""
     return [
         f"Left out: {run.title}, which has no held-out rows."
         for arm in arms
@@ -138,23 +141,23 @@ def left_out(arms: Sequence[Arm]) -> list[str]:
 
 
 def price(cost: Cost) -> str:
-    """What an arm took, as far as it was logged."""
+    """The cost of an arm, as far as it was logged."""
     parts = []
     if cost.steps is not None:
         parts.append(f"{cost.steps:,.0f} steps")
     if cost.cpu_seconds is not None:
-        parts.append(f"{cost.cpu_seconds:,.1f} CPU s")
+        parts.append(f"{cost.cpu_seconds:,.1f} s of CPU time")
     if cost.seconds is not None:
-        parts.append(f"{cost.seconds:,.1f} s by the clock")
+        parts.append(f"{cost.seconds:,.1f} s of wall-clock time")
     if cost.tokens is not None:
         parts.append(f"{cost.tokens:,.0f} answer tokens")
-    ended = f" (of {cost.unfinished} the end is not logged)" if cost.unfinished and parts else ""
+    ended = f" ({cost.unfinished} unfinished)" if cost.unfinished and parts else ""
     return f"{cost.arm}: {', '.join(parts) or 'not logged'}{ended}"
 
 
 def fairness(one: Cost, other: Cost) -> str | None:
-    """How the costs of two arms compare; None if neither CPU seconds nor steps of both are known."""
-    for name, unit in (("cpu_seconds", "CPU time"), ("seconds", "time"), ("steps", "steps")):
+    """How the costs of two arms compare; None if no cost is known for both."""
+    for name, unit in (("cpu_seconds", "CPU time"), ("seconds", "wall-clock time"), ("steps", "steps")):
         mine, theirs = getattr(one, name), getattr(other, name)
         if mine and theirs:
             return f"{one.arm} took {mine / theirs:.2f} times the {unit} of {other.arm}."
@@ -166,22 +169,22 @@ def weak_spots(failures: Failures) -> list[str]:
     lines = []
     if failures.half is not None:
         lines.append(
-            f"{failures.arm}: {failures.half} of {failures.rows} held-out rows hold half of all the regret "
+            f"{failures.arm}: {failures.half} of {failures.rows} held-out rows account for half of the regret "
             f"(mean {failures.total:.2f} nats)."
         )
         if failures.first_share is not None and failures.end_share is not None:
             lines.append(
-                f"{100 * failures.first_share:.0f} % of it lies in the first token of an answer, "
-                f"{100 * failures.end_share:.0f} % in the last (where it ends)."
+                f"{100 * failures.first_share:.0f} % of it is in the first token of an answer, "
+                f"{100 * failures.end_share:.0f} % in the last."
             )
     by_input = [group for group in failures.groups if group.name.startswith("inputs")]
     scored = [(group.scores[failures.by], group) for group in by_input if failures.by in group.scores]
     if len(scored) > 1:
-        pick = max if failures.by == "regret" else min
+        pick = max if held_out(failures.by).lower_is_better else min
         value, group = pick(scored, key=lambda pair: pair[0])
-        lines.append(f"By input, it is worst on {group.name}: {name_of(failures.by)} {shown(failures.by, value)}.")
-    cut = [group.rows for group in failures.groups if group.name.startswith("answers cut")]
+        lines.append(f"It is worst on {group.name}: {name_of(failures.by)} {shown(failures.by, value)}.")
+    cut = [group.rows for group in failures.groups if group.name == TRUNCATED]
     if cut:
         of = f" of {sum(group.rows for group in by_input)}" if by_input else ""
-        lines.append(f"{cut[0]}{of} answers were cut before their end.")
+        lines.append(f"{cut[0]}{of} answers were truncated.")
     return lines

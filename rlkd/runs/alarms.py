@@ -1,6 +1,7 @@
 """The alarms: what goes wrong slowly, while every number is still finite, and what to change (docs/guards.md).
 
-A measure is a function of the history of logged numbers alone; it is held against the threshold of its alarm.
+A measure is a function of the history of logged numbers alone; it is compared with the threshold of its alarm. An alarm
+is one entry of ALARMS.
 """
 
 from __future__ import annotations
@@ -12,18 +13,11 @@ from math import isfinite
 from statistics import mean, median
 from typing import Any
 
-from ..evaluation.evaluator import MEANS
-from .best import LOWER_IS_BETTER
+from ..metrics import metric
 
-KEPT = 200  # readings of each number that are looked back on
-WINDOW = 3  # log lines whose mean is judged: one noisy line is no alarm
-USUAL = 5  # readings before one can say what is usual
-
-# Of evaluations, what says nothing about quality. The rest is better when higher, but for `LOWER_IS_BETTER`.
-NOT_A_SCORE = {
-    *(f"eval_{name}" for name in MEANS if "regret" not in name),
-    *(f"eval_{name}" for name in ("seconds", "runtime", "samples_per_second", "steps_per_second", "loss")),
-}
+KEPT = 200  # readings of each number that are remembered
+WINDOW = 3  # log lines that are averaged: one noisy line is not an alarm
+USUAL = 5  # readings before a usual value is known
 
 
 class History:
@@ -50,13 +44,13 @@ class History:
         return min(mean(values[i : i + lines]) for i in range(len(values) - lines + 1))
 
     def start(self, name: str) -> float:
-        """Before the first update where the start was measured, else the first reading."""
+        """The value before the first update if it was measured, else the first reading."""
         return self.first.get(f"start_{name}", self.first[name])
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an alarm measured, and the numbers behind it in words."""
+    """What an alarm measured, and the sentence that says so."""
 
     value: float
     text: str
@@ -66,7 +60,10 @@ class Reading:
 class Alarm:
     """Fires when `measure` is above `threshold` (below it, if `below`).
 
-    meaning  one sentence; advice, what to change; reads, the logged names that bring a new reading
+    meaning  one sentence
+    advice   what to change
+    reads    logged names; a record with one of them gives a new reading
+    measure  history -> reading, None while there is too little to measure
     """
 
     name: str
@@ -82,13 +79,13 @@ class Alarm:
         return reading.value < self.threshold if self.below else reading.value > self.threshold
 
 
-# Measures. Training is judged by the mean of a few lines, an evaluation (many answers) by itself.
+# Measures. Training is measured by the mean of a few log lines, an evaluation (many answers) by itself.
 
 
 def _now_and_start(history: History, name: str) -> list[tuple[float, float, str]]:
     """(now, at the start, whose) of the sampled answers and, where evaluated, of the greedy held-out answers.
 
-    Of RL only: supervised training begins with a student whose answers mean nothing.
+    For RL only: supervised training starts from a student whose answers mean nothing yet.
     """
     found: list[tuple[float, float, str]] = []
     if name not in history.first:
@@ -102,7 +99,7 @@ def _now_and_start(history: History, name: str) -> list[tuple[float, float, str]
 
 def _length_ratios(history: History) -> list[Reading]:
     return [
-        Reading(now / start, f"{whose} answers have {now:.1f} tokens, {start:.1f} at the start")
+        Reading(now / start, f"{whose} answers have {now:.1f} tokens on average, {start:.1f} at the start")
         for now, start, whose in _now_and_start(history, "length")
         if start > 0
     ]
@@ -119,7 +116,7 @@ def longest(history: History) -> Reading | None:
 
 
 def unfinished(history: History) -> Reading | None:
-    """By how much the share of answers that end has fallen since the start."""
+    """By how much the share of answers that end (before max_new_tokens) has fallen since the start."""
     drops = [
         Reading(start - now, f"{100 * now:.0f} % of {whose} answers end, {100 * start:.0f} % at the start")
         for now, start, whose in _now_and_start(history, "finish_rate")
@@ -128,7 +125,7 @@ def unfinished(history: History) -> Reading | None:
 
 
 def certainty(history: History) -> Reading | None:
-    """The student's entropy over the teacher's on the same answers; a hundredth of a nat keeps sharp teachers quiet."""
+    """The student's entropy over the teacher's on the same answers; 0.01 nats added to both tolerate a sharp teacher."""
     own, theirs = history.recent("entropy"), history.recent("teacher_entropy")
     if own is None or theirs is None:
         return None
@@ -137,13 +134,13 @@ def certainty(history: History) -> Reading | None:
 
 
 def distance(history: History) -> Reading | None:
-    """KL per token to the initial student."""
+    """KL per token to the reference policy."""
     kl = history.recent("kl")
-    return None if kl is None else Reading(kl, f"KL to the initial student is {kl:.2f} nats per token")
+    return None if kl is None else Reading(kl, f"KL to the reference policy is {kl:.2f} nats per token")
 
 
 def _over_usual(history: History, name: str, what: str) -> Reading | None:
-    """Median of the last lines over the median of those before: one spike is none."""
+    """Median of the last lines over the median of those before, so that a single spike does not count."""
     values = list(history.values.get(name, ()))
     before = values[:-WINDOW]
     if len(before) < USUAL or median(before) <= 0:
@@ -153,13 +150,13 @@ def _over_usual(history: History, name: str, what: str) -> Reading | None:
 
 
 def value_loss(history: History) -> Reading | None:
-    """The critic's loss over what is usual."""
+    """The critic's loss over its usual value."""
     return _over_usual(history, "value_loss", "the critic's loss")
 
 
 def gradient_norm(history: History) -> Reading | None:
-    """The gradient's norm over what is usual."""
-    return _over_usual(history, "grad_norm", "the gradient's norm")
+    """The gradient norm over its usual value."""
+    return _over_usual(history, "grad_norm", "the gradient norm")
 
 
 def critic_fit(history: History) -> Reading | None:
@@ -169,32 +166,32 @@ def critic_fit(history: History) -> Reading | None:
 
 
 def clipped(history: History) -> Reading | None:
-    """Share of tokens whose ratio PPO clips."""
+    """Share of tokens whose ratio lies outside PPO's clip range."""
     share = history.recent("clip_fraction")
     return None if share is None else Reading(share, f"{100 * share:.0f} % of the ratios lie outside the clip range")
 
 
 def _objective(history: History) -> str:
-    """What training lowers: regret; in TKD a term that is always on, as others join later; else the loss."""
+    """What training lowers: regret; in TKD a term that is on from the start, as others join later; else the loss."""
     return next((name for name in ("regret", "ce", "kd") if name in history.first), "loss")
 
 
 def rise(history: History) -> Reading | None:
-    """Regret (RL) or loss over its lowest; a fifth of the first reading on both sides, or small ones would swing."""
+    """Regret (RL) or loss over its lowest; a fifth of the first reading, added to both, damps the ratio of small ones."""
     name = _objective(history)
     now = history.recent(name, USUAL)
     if now is None:
         return None
     lowest, slack = history.lowest(name, USUAL), abs(history.first[name]) / 5
     value = (now + slack) / (lowest + slack) if lowest + slack > 0 else 1.0
-    return Reading(value, f"{name} is {now:.3g}, it was {lowest:.3g}")
+    return Reading(value, f"{name} is {now:.3g}, its minimum was {lowest:.3g}")
 
 
 def held_out_loss(history: History) -> Reading | None:
-    """Largest share by which a held-out score fell below its best while training went on improving.
+    """Largest relative loss of a held-out score (regret, task scores) since its best, while training improves.
 
-    Regret counts in RL only (empty answers of an untrained student have a low one), and half of training's first is
-    added to the best, which may be near 0.
+    Regret counts in RL only (empty answers of an untrained student have a low one); it is relative to its best plus half
+    of the first training regret, as the best may be near 0.
     """
     objective = _objective(history)
     now = history.recent(objective)
@@ -202,118 +199,123 @@ def held_out_loss(history: History) -> Reading | None:
         return None
     losses = []
     for name, values in history.values.items():
-        if not name.startswith("eval_") or name in NOT_A_SCORE or len(values) < 3:
+        score = metric(name)
+        regret = score.name == "regret"
+        if not name.startswith("eval_") or not (score.task or regret) or len(values) < 3:
             continue
-        regret = "regret" in name
         if regret and objective != "regret":
             continue
-        lower = name.removeprefix("eval_") in LOWER_IS_BETTER
+        lower = score.lower_is_better
         recent, best = mean(list(values)[-2:]), (min if lower else max)(values)
         scale = abs(best) + (history.first["regret"] / 2 if regret else 0.0)
         fall = (recent - best if lower else best - recent) / scale if scale else 0.0
-        losses.append(Reading(fall, f"{name} is {recent:.3g}, it was {best:.3g}, while training lowers {objective}"))
+        text = f"{name} is {recent:.3g}, its best was {best:.3g}, while {objective} falls in training"
+        losses.append(Reading(fall, text))
     return max(losses, key=lambda r: r.value, default=None)
 
 
-ALARMS = (
-    Alarm(
-        "length_collapse",
-        "Answers have become much shorter: the student may be taking the EOS shortcut.",
-        "Lower lam towards 0, raise kl_coef, or warm up longer before RL.",
-        ("length", "eval_length"),
-        shortest,
-        0.7,
-        below=True,
-    ),
-    Alarm(
-        "run_on",
-        "Answers have become much longer: the student does not see that going on costs.",
-        "Raise lam (a short horizon ignores what follows), raise kl_coef, or lower learning_rate.",
-        ("length", "eval_length"),
-        longest,
-        1.2,
-    ),
-    Alarm(
-        "finish_rate_drop",
-        "Fewer answers end before max_new_tokens than at the start.",
-        "Raise lam or kl_coef; if the answers are right but long, raise max_new_tokens.",
-        ("finish_rate", "eval_finish_rate"),
-        unfinished,
-        0.1,
-    ),
-    Alarm(
-        "entropy_collapse",
-        "The student is nearly certain where the teacher is not: sampling explores nothing more.",
-        "Raise entropy_coef or kl_coef, or lower learning_rate.",
-        ("entropy",),
-        certainty,
-        0.1,
-        below=True,
-    ),
-    Alarm(
-        "kl_runaway",
-        "The student has left the initial student far behind.",
-        "Raise kl_coef, set kl_target, or lower learning_rate.",
-        ("kl",),
-        distance,
-        1.0,
-    ),
-    Alarm(
-        "kl_negative",
-        "The mean KL estimate is far below 0, which it cannot be if answers come from the policy that is scored.",
-        "Sampling and scoring disagree: check the precision (bf16), dropout (must be 0) and changes to sampling.",
-        ("kl",),
-        distance,
-        -0.1,
-        below=True,
-    ),
-    Alarm(
-        "value_loss_explosion",
-        "The critic's loss is many times what it was.",
-        "Lower learning_rate, value_coef or value_clip_range.",
-        ("value_loss",),
-        value_loss,
-        10.0,
-    ),
-    Alarm(
-        "critic_misled",
-        "The critic stays worse than a constant: it adds variance.",
-        "Lower learning_rate, raise value_coef, or choose another baseline.",
-        ("explained_variance",),
-        critic_fit,
-        -0.2,
-        below=True,
-    ),
-    Alarm(
-        "clip_saturated",
-        "PPO clips so many ratios that most of each later pass teaches nothing.",
-        "Lower learning_rate, epochs_per_rollout or minibatches_per_rollout.",
-        ("clip_fraction",),
-        clipped,
-        0.3,
-    ),
-    Alarm(
-        "gradient_spikes",
-        "Gradients are several times what they were.",
-        "Lower learning_rate or max_grad_norm, lengthen warmup_steps, or use larger batches.",
-        ("grad_norm",),
-        gradient_norm,
-        5.0,
-    ),
-    Alarm(
-        "objective_rising",
-        "What training should lower (regret in RL, else the loss) has risen well above its lowest.",
-        "Lower learning_rate, and go back to an earlier checkpoint.",
-        ("regret", "ce", "kd", "loss"),
-        rise,
-        1.3,
-    ),
-    Alarm(
-        "held_out_worse",
-        "Training improves but held-out regret or a held-out score gets worse: overfitting, or a reward misused.",
-        "Stop at the best checkpoint (load_best_model_at_end, early_stopping_patience), raise kl_coef, use more data.",
-        ("eval_seconds", "eval_runtime"),
-        held_out_loss,
-        0.1,
-    ),
-)
+ALARMS = {
+    alarm.name: alarm
+    for alarm in (
+        Alarm(
+            name="length_collapse",
+            meaning="Answers have become much shorter: the student may be exploiting the end-of-sequence shortcut.",
+            advice="Lower lam towards 0, raise kl_coef, or warm up longer before RL.",
+            reads=("length", "eval_length"),
+            measure=shortest,
+            threshold=0.7,
+            below=True,
+        ),
+        Alarm(
+            name="run_on",
+            meaning="Answers have become much longer: a short credit horizon makes continuing look free.",
+            advice="Raise lam (a short horizon ignores what follows), raise kl_coef, or lower learning_rate.",
+            reads=("length", "eval_length"),
+            measure=longest,
+            threshold=1.2,
+        ),
+        Alarm(
+            name="finish_rate_drop",
+            meaning="Fewer answers end before max_new_tokens than at the start.",
+            advice="Raise lam or kl_coef; if the answers are right but long, raise max_new_tokens.",
+            reads=("finish_rate", "eval_finish_rate"),
+            measure=unfinished,
+            threshold=0.1,
+        ),
+        Alarm(
+            name="entropy_collapse",
+            meaning="The student is nearly deterministic where the teacher is not: sampling no longer explores.",
+            advice="Raise entropy_coef or kl_coef, or lower learning_rate.",
+            reads=("entropy",),
+            measure=certainty,
+            threshold=0.1,
+            below=True,
+        ),
+        Alarm(
+            name="kl_runaway",
+            meaning="The student has drifted far from the reference policy.",
+            advice="Raise kl_coef, set kl_target, or lower learning_rate.",
+            reads=("kl",),
+            measure=distance,
+            threshold=1.0,
+        ),
+        Alarm(
+            name="kl_negative",
+            meaning="The mean KL estimate is far below 0, which cannot be if answers are sampled from the policy that is scored.",
+            advice="Sampling and scoring disagree: check the precision (bf16), dropout (must be 0) and changes to sampling.",
+            reads=("kl",),
+            measure=distance,
+            threshold=-0.1,
+            below=True,
+        ),
+        Alarm(
+            name="value_loss_explosion",
+            meaning="The critic's loss is many times its usual value.",
+            advice="Lower learning_rate, value_coef or value_clip_range.",
+            reads=("value_loss",),
+            measure=value_loss,
+            threshold=10.0,
+        ),
+        Alarm(
+            name="critic_misled",
+            meaning="The critic remains worse than a constant baseline: it adds variance.",
+            advice="Lower learning_rate, raise value_coef, or choose another baseline.",
+            reads=("explained_variance",),
+            measure=critic_fit,
+            threshold=-0.2,
+            below=True,
+        ),
+        Alarm(
+            name="clip_saturated",
+            meaning="PPO clips so many ratios that later passes over a rollout batch contribute little.",
+            advice="Lower learning_rate, epochs_per_rollout or minibatches_per_rollout.",
+            reads=("clip_fraction",),
+            measure=clipped,
+            threshold=0.3,
+        ),
+        Alarm(
+            name="gradient_spikes",
+            meaning="Gradient norms are several times their usual value.",
+            advice="Lower learning_rate or max_grad_norm, lengthen warmup_steps, or use larger batches.",
+            reads=("grad_norm",),
+            measure=gradient_norm,
+            threshold=5.0,
+        ),
+        Alarm(
+            name="objective_rising",
+            meaning="What training minimizes (regret in RL, else the loss) has risen well above its minimum.",
+            advice="Lower learning_rate, and return to an earlier checkpoint.",
+            reads=("regret", "ce", "kd", "loss"),
+            measure=rise,
+            threshold=1.3,
+        ),
+        Alarm(
+            name="held_out_worse",
+            meaning="Training improves but held-out regret or a held-out score gets worse: overfitting or reward hacking.",
+            advice="Keep the best checkpoint (load_best_model_at_end, early_stopping_patience), raise kl_coef, or use more data.",
+            reads=("eval_seconds", "eval_runtime"),
+            measure=held_out_loss,
+            threshold=0.1,
+        ),
+    )
+}

@@ -10,8 +10,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..errors import ConfigError, nearest
 
-LOWER_IS_BETTER = ("regret", "sample_regret", "kl", "sample_kl", "loss")
-
 
 class BestCheckpoint(TrainerCallback):
     """Finds the best checkpoint of a folder resumed under another path, where transformers forgets and deletes it."""

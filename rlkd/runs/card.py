@@ -1,4 +1,4 @@
-"""The model card beside every saved student: what it is, how it came about, what it scored, what it is not."""
+"""The model card of every saved student: what it is, how it was made, its scores and its limits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..io.cards import CARD, cell, front_matter, table
+from ..metrics import held_out, metric
 
 REWARD = (
     "reward_value", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
@@ -18,7 +19,7 @@ REWARD = (
 METHODS = {
     "PPOTrainer": "PPO on the reward that the teacher's own log-probabilities induce",
     "ReinforceTrainer": "REINFORCE on the reward that the teacher's own log-probabilities induce",
-    "SupervisedTrainer": "imitation of the teacher's answers (sequence-level distillation, or a divergence to it)",
+    "SupervisedTrainer": "imitation of the teacher (sequence-level distillation, or a divergence to it on its answers)",
     "TKDTrainer": "distillation of an encoder-only classifier",
 }
 HEAD = {
@@ -27,8 +28,6 @@ HEAD = {
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
     "Classification": ("AutoModelForSequenceClassification", "text-classification"),
 }
-# Of transformers' evaluation: how long it took, not how well it went.
-NO_SCORES = ("epoch", "eval_seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 def write_card(
@@ -36,8 +35,8 @@ def write_card(
 ) -> None:
     """Write README.md into `folder`.
 
-    record, run.json's content, secrets taken out; architecture, the student's class; scores, the newest `eval_*`
-    numbers ({} if it was never evaluated) of `rows` held-out rows; step, optimizer steps taken.
+    record: content of run.json, secrets removed; architecture: class of the student; scores: the newest `eval_*` numbers
+    ({} if it was never evaluated) on `rows` held-out rows; step: optimizer steps taken.
     """
     (folder / CARD).write_text(
         card(record, architecture=architecture, scores=scores, rows=rows, step=step), encoding="utf-8"
@@ -51,7 +50,11 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
     # The names of encoder-decoders' classes have no part in common.
     auto, task = HEAD[next((part for part in HEAD if part in architecture), "Seq2SeqLM")]
     seed = settings.get("seed", 42)
-    numbers = {k.removeprefix("eval_"): v for k, v in scores.items() if k.startswith("eval_") and k not in NO_SCORES}
+    numbers = {
+        name.removeprefix("eval_"): value
+        for name, value in scores.items()
+        if name.startswith("eval_") and not metric(name).is_timing
+    }
     sections = [
         f"# {_named(models.get('student'), 'A student')} {_from_teacher(models)}",
         f"Trained with rlkd {record.get('rlkd')} for {step} steps by {METHODS.get(trainer, trainer)}.",
@@ -95,11 +98,15 @@ def _metadata(models: dict[str, Any], record: dict[str, Any], task: str) -> dict
 def _results(numbers: dict[str, Any], rows: int | None, seed: Any) -> str:
     if not numbers:
         return "Not evaluated."
-    lines = [(name, f"{value:.4g}") for name, value in numbers.items() if isinstance(value, (int, float))]
+    lines = [
+        (name, held_out(name).quantity or "–", held_out(name).better, f"{value:.4g}")
+        for name, value in numbers.items()
+        if isinstance(value, (int, float))
+    ]
     of = f"{rows} held-out rows, " if rows else ""
     return (
-        f"One run ({of}seed {seed}); what these numbers mean: rlkd's docs/metrics.md. `sample_` is of answers drawn at "
-        f"temperature 1, the others are of greedy ones.\n\n{table(('score', 'value'), lines)}"
+        f"One run ({of}seed {seed}); rlkd's docs/metrics.md defines these numbers. Those with `sample_` are of answers "
+        f"sampled at temperature 1, the others of greedy ones.\n\n{table(('score', 'unit', 'better', 'value'), lines)}"
     )
 
 
@@ -113,14 +120,14 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
     lines = [
         f"- teacher: {_named(models.get('teacher'), 'not recorded')}",
         f"- student before training: {_named(models.get('student'), 'not recorded')}",
-        f"- templates the teacher read: {templates}",
+        f"- templates of the teacher's inputs: {templates}",
     ]
     if "reward_value" in settings:
         chosen = ", ".join(f"{name} {settings[name]}" for name in REWARD if name in settings)
         lines.append(f"- reward and credit: {cell(chosen)}")
     if "preset" in settings:
         lines.append(f"- loss: preset {cell(str(settings['preset']))}")
-    shown = table(("data", "source", "rows", "fingerprint"), data) if data else "Which data is not recorded."
+    shown = table(("data", "source", "rows", "fingerprint"), data) if data else "The data are not recorded."
     return "\n".join(lines) + f"\n\n{shown}"
 
 
@@ -128,19 +135,19 @@ def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
     train = (record.get("data") or {}).get("train", {})
     lines = [
         f"- It was trained on {_named(train.get('source'), 'the training data above')} ({train.get('rows', '?')} "
-        "rows), and the held-out rows above are all that it was judged on. Other tasks, domains and languages were "
-        "not tested; no language is claimed.",
-        "- It learned from a teacher or from labels, with their mistakes and biases.",
+        "rows) and evaluated on the held-out rows above only. Other tasks, domains and languages were not tested; no "
+        "language is claimed.",
+        "- It inherits the errors and biases of its teacher or labels.",
     ]
     if "max_new_tokens" in settings:
         lines.append(
-            f"- It saw inputs of up to {settings.get('max_input_tokens')} tokens and wrote answers of up to "
+            f"- In training, inputs were cut to {settings.get('max_input_tokens')} tokens and answers to "
             f"{settings['max_new_tokens']}."
         )
     elif "max_length" in settings:
-        lines.append(f"- It saw texts of up to {settings['max_length']} tokens.")
+        lines.append(f"- In training, texts were cut to {settings['max_length']} tokens.")
     if "Classification" not in auto:
-        lines.append("- What it writes was not checked for being true.")
+        lines.append("- Its outputs were not checked for factual accuracy.")
     return "\n".join(lines)
 
 
@@ -163,10 +170,10 @@ def _named(name: Any, missing: str) -> str:
 
 
 def _file(text: str) -> str:
-    """An absolute path without the folders of this machine."""
+    """The last part of an absolute path, so that no folder of this machine is published."""
     return Path(text).name if os.path.isabs(text) and len(Path(text).parts) > 1 else text
 
 
 def _on_hub(name: Any) -> bool:
-    """Whether a name is a hub id and no folder or file here."""
+    """Whether a name is a hub id rather than a local folder or file."""
     return isinstance(name, str) and name.count("/") <= 1 and "." not in name[:1] and not Path(name).exists()

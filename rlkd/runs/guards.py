@@ -1,6 +1,6 @@
-"""Judges what trainers log by the alarms: a warning, a line in alarms.jsonl, the count `alarms`, or the end of the run.
+"""Compares what trainers log with the alarms: a warning, a line in alarms.jsonl, the count `alarms`, or the end of the run.
 
-An alarm fires once per episode, which ends after a few readings inside the threshold.
+An alarm fires once per episode, which ends after a few readings within the threshold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .files import ALARMS_FILE
 
 logger = logging.get_logger("rlkd")
 
-CALM = 3  # readings inside the threshold that end an episode
+CALM = 3  # readings within the threshold that end an episode
 
 
 class Watch:
@@ -27,14 +27,14 @@ class Watch:
 
     def __init__(self) -> None:
         self.history = History()
-        self.calm: dict[str, int] = {}  # readings inside the threshold, of alarms whose episode has not ended
+        self.calm: dict[str, int] = {}  # readings within the threshold, of alarms that have fired
         self.count = 0
 
     def add(self, record: Mapping[str, Any]) -> list[tuple[Alarm, Reading]]:
-        """Take a record in; the alarms that fire at it."""
+        """Take in a record; returns the alarms that it makes fire."""
         self.history.add(record)
         fired = []
-        for alarm in ALARMS:
+        for alarm in ALARMS.values():
             reading = alarm.measure(self.history) if record.keys() & set(alarm.reads) else None
             if reading is None:
                 continue
@@ -57,7 +57,7 @@ class AlarmCallback(TrainerCallback):
         self.stopped_by: str | None = None
 
     def observe(self, logs: dict[str, Any]) -> None:
-        """Judge a record before it is written; lines of training also get the count of `alarms`."""
+        """Check a record before it is written; lines of training also get the count of `alarms`."""
         trainer = self.trainer
         if trainer.args.alarms == "off":
             return
@@ -86,7 +86,7 @@ class AlarmCallback(TrainerCallback):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A resumed run goes on with the history of the run it resumes.
+        # A resumed run continues with the history of the run it resumes.
         self.watch, self.stopped_by = Watch(), None
         for record in state.log_history:
             self.watch.add(record)
@@ -104,7 +104,7 @@ class AlarmCallback(TrainerCallback):
             control.should_evaluate = False
 
     def raise_if_stopped(self) -> None:
-        """DivergenceError after the run that an alarm has ended."""
+        """Raise DivergenceError if an alarm has ended the run."""
         if self.stopped_by is None:
             return
         step = self.trainer.state.global_step

@@ -1,4 +1,4 @@
-"""The table of evaluated samples in the trackers that `report_to` names: the same columns in each."""
+"""The table of evaluated samples in the trackers of `report_to`, with the same columns in each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "samples"
 
 
 class SampleTables:
-    """One table per tracker. wandb's grows with every evaluation; trackio keeps one per evaluation."""
+    """One table per tracker: that of wandb grows with every evaluation, trackio keeps one per evaluation."""
 
     def __init__(self, trackers: Collection[str]):
         senders = {"wandb": self._to_wandb, "trackio": self._to_trackio}
@@ -23,8 +23,8 @@ class SampleTables:
         self._wandb: Any = None
 
     def log(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Send rows of an `Evaluator`; the trackers' runs are open, for the Trainer has logged to them before."""
-        cells = [[step, *(row[name] for name in TEXTS), priced(row), priced(row, "sample_")] for row in rows]
+        """Send rows of an `Evaluator`. The trackers' runs are open, as the Trainer has logged to them before."""
+        cells = [[step, *(row[name] for name in TEXTS), with_rewards(row), with_rewards(row, "sample_")] for row in rows]
         for send in self._send:
             send(cells)
 
@@ -43,7 +43,7 @@ class SampleTables:
         trackio.log({NAME: trackio.Table(columns=list(COLUMNS), data=cells)})
 
 
-def priced(row: dict[str, Any], prefix: str = "") -> str:
+def with_rewards(row: dict[str, Any], prefix: str = "") -> str:
     """The tokens of an answer, each with its reward in nats: `pen (0.00) and (-0.31)`."""
     pairs = zip(row[f"{prefix}tokens"], row[f"{prefix}rewards"], strict=True)
     return " ".join(f"{token.strip()} ({reward:.2f})" for token, reward in pairs)

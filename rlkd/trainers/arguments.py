@@ -10,10 +10,10 @@ from transformers import TrainingArguments
 
 from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive, check_settings
 from ..errors import ConfigError
+from ..metrics import held_out
 from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
-from ..runs.best import LOWER_IS_BETTER
 
 # What supervised distillation can minimise: cross-entropy on the labels, or one of the divergences, added ones too.
 IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
@@ -50,9 +50,8 @@ class StudentArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if self.greater_is_better is None and metric in LOWER_IS_BETTER:
-            self.greater_is_better = False
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not held_out(self.metric_for_best_model).lower_is_better
         super().__post_init__()
         patience = self.early_stopping_patience
         if patience is not None:

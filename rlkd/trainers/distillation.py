@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from ..errors import ConfigError
 from ..evaluation.evaluator import Evaluator, TaskMetric
-from ..inspection.recording import append_samples, evaluated_samples
-from ..inspection.reward_view import Sample
+from ..evaluation.recording import append_samples, evaluated_samples
+from ..evaluation.samples import Sample
 from ..io.progress import progress
 from ..models.architectures import language_model
 from ..models.policy import Policy
@@ -115,7 +115,7 @@ class DistillationTrainer(StudentTrainer):
                 "evaluate() needs a teacher and eval_examples: pass both to the trainer, or set eval_strategy: 'no'"
             )
         started = time.perf_counter()
-        rows = self.judge_policy(self.args.eval_limit)
+        rows = self.evaluate_policy(self.args.eval_limit)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator.summarise(rows).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self.log(metrics)
@@ -135,7 +135,7 @@ class DistillationTrainer(StudentTrainer):
         rows = super().held_out_rows
         return rows if rows is None or self.args.eval_limit is None else min(rows, self.args.eval_limit)
 
-    def judge_policy(self, limit: int | None) -> list[dict[str, Any]]:
+    def evaluate_policy(self, limit: int | None) -> list[dict[str, Any]]:
         """The evaluator's record of each held-out input (the first `limit`), in order, on every process."""
         assert self.evaluator is not None
         total = len(self.evaluator.examples) if limit is None else min(limit, len(self.evaluator.examples))

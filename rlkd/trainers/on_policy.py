@@ -27,8 +27,8 @@ from transformers import TrainerCallback
 
 from ..errors import ConfigError
 from ..evaluation.evaluator import TaskMetric
-from ..inspection.recording import rollout_samples
-from ..inspection.reward_view import Sample
+from ..evaluation.recording import rollout_samples
+from ..evaluation.samples import Sample
 from ..models.signals import SignalSource
 from ..models.teacher import Teacher
 from ..objectives.policy import reduction_count

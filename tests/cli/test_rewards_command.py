@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from rlkd import RewardView, generate_pseudolabels
 from rlkd.cli.main import app, main
-from rlkd.inspection.recording import append_samples
-from rlkd.inspection.reward_view import Sample
+from rlkd.evaluation.recording import append_samples
+from rlkd.evaluation.samples import Sample
 from rlkd.records import Example
 from tiny import save_pair, save_pretrained, tiny_t5, tiny_teacher, tiny_tokenizer
 

@@ -56,9 +56,9 @@ def text_of(ids):
 
 
 def test_every_row_equals_a_computation_from_full_logits():
-    judge, student, reference = evaluator(), policy(2), policy(3)
-    teacher = judge.teacher.lm.model
-    rows = judge.rows(student, reference, range(7))
+    scorer, student, reference = evaluator(), policy(2), policy(3)
+    teacher = scorer.teacher.lm.model
+    rows = scorer.rows(student, reference, range(7))
     assert [row["index"] for row in rows] == list(range(7))
     assert [row["id"] for row in rows] == [e.id for e in EXAMPLES]
     # Words that decode to nothing (padding, unknown) would hide tokens: sampled rows of that kind are left out.
@@ -95,9 +95,9 @@ def test_every_row_equals_a_computation_from_full_logits():
 
 
 def test_summary_is_the_mean_of_the_rows_and_the_task_metric():
-    judge = evaluator(task_metric=exact_match)
-    rows = judge.rows(policy(2), None, [5, 1, 3])
-    summary = judge.summarise(rows)
+    scorer = evaluator(task_metric=exact_match)
+    rows = scorer.rows(policy(2), None, [5, 1, 3])
+    summary = scorer.summarise(rows)
     for name in ("regret", "logprob", "length", "finish_rate", "entropy", "kl"):
         for prefix in ("", "sample_"):
             assert summary[prefix + name] == pytest.approx(sum(row[prefix + name] for row in rows) / 3)
@@ -119,8 +119,8 @@ def test_task_metric_sees_the_examples_of_its_rows():
         seen.append([e.id for e in examples])
         return {"n": len(predictions)}
 
-    judge = evaluator(task_metric=metric)
-    summary = judge.summarise(judge.rows(policy(2), None, [6, 0]))
+    scorer = evaluator(task_metric=metric)
+    summary = scorer.summarise(scorer.rows(policy(2), None, [6, 0]))
     assert seen == [["row 6", "row 0"]] * 2
     assert summary["n"] == summary["sample_n"] == 2
 
@@ -140,14 +140,14 @@ def test_results_do_not_depend_on_the_batch(batch_rows):
 def test_the_teacher_answers_each_input_once(monkeypatch):
     import rlkd.evaluation.evaluator
 
-    judge, calls = evaluator(batch_rows=4), []
+    scorer, calls = evaluator(batch_rows=4), []
     decode = rlkd.evaluation.evaluator.decode
     monkeypatch.setattr(
         rlkd.evaluation.evaluator, "decode", lambda a, s, *r, **k: calls.append(len(s)) or decode(a, s, *r, **k)
     )
-    first = judge.rows(policy(2), None, [0, 1, 2, 3, 4])
+    first = scorer.rows(policy(2), None, [0, 1, 2, 3, 4])
     assert calls == [4, 1]
-    again = judge.rows(policy(3), None, range(7))
+    again = scorer.rows(policy(3), None, range(7))
     assert calls == [4, 1, 2]
     assert [row["teacher"] for row in again[:5]] == [row["teacher"] for row in first]
 
@@ -159,6 +159,6 @@ def test_another_seed_draws_other_samples_and_the_same_greedy_answers():
 
 
 def test_no_rows_no_error():
-    judge = evaluator(task_metric=exact_match)
-    assert judge.rows(policy(2), None, []) == []
-    assert judge.summarise([])["regret"] == 0
+    scorer = evaluator(task_metric=exact_match)
+    assert scorer.rows(policy(2), None, []) == []
+    assert scorer.summarise([])["regret"] == 0

@@ -81,11 +81,11 @@ def test_json_comes_back_the_same(tmp_path):
 
 
 def test_json_of_something_else_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no reward view"):
+    with pytest.raises(DataError, match="is not a reward view"):
         RewardView.from_json("[1]")
-    with pytest.raises(DataError, match="no reward view"):
+    with pytest.raises(DataError, match="is not a reward view"):
         RewardView.from_json("{")
-    with pytest.raises(DataError, match=r"gone\.json holds no reward view"):
+    with pytest.raises(DataError, match=r"gone\.json is not a reward view"):
         RewardView.from_json(Path(tmp_path / "gone.json"))
     data = json.loads(view(1).to_json())
     data["samples"][1]["reward"] = data["samples"][1].pop("rewards")

@@ -69,9 +69,9 @@ def test_a_supervised_run_is_saved_too(tmp_path):
     [
         (None, r"has no token_rewards\.jsonl"),
         ("", "is empty"),
-        ('{"value": "max", "id"', r"token_rewards\.jsonl:1 is no sample"),
-        ('{"id": "1"}', r":1 is no sample: 'value'"),
-        ("[]", ":1 is no sample"),
+        ('{"value": "max", "id"', r"token_rewards\.jsonl:1 is not a sample"),
+        ('{"id": "1"}', r":1 is not a sample: 'value'"),
+        ("[]", ":1 is not a sample"),
         ('{"value": "max", "id": "1"}', r"token_rewards\.jsonl:1: .*missing"),
         ('{"value": "max", "reward": 1}', r":1: unknown field 'reward'. Did you mean 'rewards'"),
     ],

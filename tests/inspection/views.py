@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from rlkd.inspection.reward_view import RewardView, Sample
+from rlkd.evaluation.samples import Sample
+from rlkd.inspection.reward_view import RewardView
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&amp;<b>{{ 7 * 7 }}"
 WORDS = ["the", " cat", " sat", " on", " a", " mat", ".", " </s>"]

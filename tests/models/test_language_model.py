@@ -345,7 +345,7 @@ def test_two_steps_and_an_evaluation(kind, tmp_path):
 
     metrics = trainer.evaluate()
     regrets, lengths = [], []
-    for example, row in zip(tiny_runs.examples(4), trainer.judge_policy(None), strict=True):
+    for example, row in zip(tiny_runs.examples(4), trainer.evaluate_policy(None), strict=True):
         prompt = trainer.tokenizer(example.student_input)["input_ids"]
         best = plain_logits(trainer.policy.student, prompt, row["ids"], tiny_runs.VALID).argmax(-1)
         assert row["ids"] == best.tolist()

@@ -42,7 +42,7 @@ def test_the_arms_are_read_as_they_were_run(job):
 
 def test_the_page_gives_what_the_last_model_scores(job):
     folder, trainer = job
-    rows = trainer.judge_policy(None)
+    rows = trainer.evaluate_policy(None)
     regret = sum(row["regret"] for row in rows) / 12
     header, *table = Page(report(read_arms(folder), "job")).tables["Results"]
     shown = next(dict(zip(header, row, strict=True)) for row in table if row[0] == "ppo")

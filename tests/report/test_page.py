@@ -10,6 +10,8 @@ from markupsafe import Markup
 from typer.testing import CliRunner
 
 from rlkd.cli.main import app
+from rlkd.metrics import metric
+from rlkd.report.charts import PANELS
 from rlkd.report.page import comparison, report
 from rlkd.report.reading import FILES, read_arms, read_side_by_side
 from runs import HOSTILE, arms, held_out, lines, write_run
@@ -86,6 +88,14 @@ def test_the_numbers_of_the_curves_are_those_of_the_log(job):
     assert [float(row[column]) for row in rows if row[column]] == pytest.approx([final["eval_regret"]], rel=1e-4)
 
 
+def test_charts_are_headed_by_the_table_of_metrics(job):
+    captions = re.findall(r'<figcaption><b>(.*?)</b> <span class="soft">(.*?)</span>', job[1])
+    rows = [metric(name) for name in ("eval_accuracy", *PANELS)]
+    assert captions == [(row.title or row.name, row.quantity) for row in rows]
+    assert ("Regret", "nats per answer") in captions
+    assert ("KL to the reference policy", "nats per token") in captions
+
+
 def test_the_results_are_means_of_the_held_out_rows(job):
     folder, _, page = job
     header, *rows = page.tables["Results"]
@@ -111,7 +121,6 @@ def test_a_page_is_made_of_what_there_is(tmp_path, missing, no_drawing):
     rows = [*held_out(0, [0.0] * 12, [4.0] * 12), *held_out(100, [1.0] * 12, [2.0] * 12)]
     write_run(tmp_path, "PPOTrainer", rows)
     lines(tmp_path / "alarms.jsonl", [{"step": 3, "alarm": "kl_high", "message": "KL", "value": 2, "threshold": 1}])
-    lines(tmp_path / "samples.jsonl", [])
     for name in FILES:
         if name == missing or (missing.startswith("all but") and name not in missing):
             (tmp_path / name).unlink()
@@ -172,7 +181,7 @@ def test_the_report_command(tmp_path, no_drawing):
     arms(tmp_path, shift=1.0)
     result = invoke("report", tmp_path)
     assert "Did reinforcement learning help? Yes" in result.stdout
-    assert "ppo: 100 steps, 50.0 CPU s" in result.stdout
+    assert "ppo: 100 steps, 50.0 s of CPU time" in result.stdout
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     found = json.loads(invoke("report", tmp_path, "--json", "--out", tmp_path / "new" / "x.html").stdout)
     assert (tmp_path / "new" / "x.html").exists()
@@ -185,7 +194,7 @@ def test_the_compare_command(tmp_path, no_drawing):
     arms(tmp_path, shift=1.0, seeds=1)
     seqkd, ppo = (tmp_path / "seed-1" / name for name in ("seqkd", "ppo"))
     shown = invoke("compare", seqkd, ppo).stdout
-    assert "differences to seqkd" in shown
+    assert "differences from seqkd" in shown
     assert re.search(r"lam\s*│ null\s*│ 0\.2", shown)
     found = json.loads(invoke("compare", seqkd, ppo, "--json", "--out", tmp_path / "c.html").stdout)
     assert found["settings"] == {"lam": {"seqkd": "null", "ppo": "0.2"}}

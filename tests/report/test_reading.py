@@ -48,9 +48,9 @@ def test_lines_that_are_no_records_are_left_out_and_said(tmp_path):
     (tmp_path / "run.json").write_text("{")
     run = read_run(tmp_path, "x")
     assert len(run.train) == 10
-    assert any("3 lines are no JSON object" in note and "line 13" in note for note in run.notes)
+    assert any("3 lines are not JSON objects" in note and "line 13" in note for note in run.notes)
     assert any("1 lines without a step" in note for note in run.notes)
-    assert any("run.json is no JSON" in note for note in run.notes)
+    assert any("run.json is not JSON" in note for note in run.notes)
 
 
 def test_what_a_resumed_run_did_again_counts_once(tmp_path):

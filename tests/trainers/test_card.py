@@ -1,4 +1,4 @@
-"""The model card beside a saved student: what it says is what was run, and hostile names stay text."""
+"""The model card of a saved student: it says what was run, and hostile names stay text."""
 
 import sys
 
@@ -23,7 +23,7 @@ def test_every_trainer_writes_a_card_beside_the_student(tmp_path):
         assert kind in read.data.tags
         assert "One run (5 held-out rows, seed 7)" in read.text
         regret = logged(tmp_path / kind)[-1]["eval_regret"]
-        assert f"| regret | {regret:.4g} |" in read.text
+        assert f"| regret | nats per answer | down | {regret:.4g} |" in read.text
         assert ("reward and credit: reward_value max" in read.text) == (kind != "supervised")
         assert "| train | made in memory | 8 |" in read.text
         assert "# A student distilled from a teacher made in memory" in read.text
@@ -38,7 +38,7 @@ def test_the_card_of_a_classifier(tmp_path):
     read = ModelCard.load(tmp_path / "README.md")
     assert read.data.pipeline_tag == "text-classification"
     assert "4 held-out rows" in read.text
-    assert f"| accuracy | {logged(tmp_path)[-1]['eval_accuracy']:.4g} |" in read.text
+    assert f"| accuracy | share of rows | up | {logged(tmp_path)[-1]['eval_accuracy']:.4g} |" in read.text
     assert "loss: preset kd" in read.text
 
 

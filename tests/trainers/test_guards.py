@@ -1,4 +1,4 @@
-"""Alarms: each fires on what it is for, once per episode, and stays quiet on healthy runs."""
+"""Alarms: each fires on what it is for, once per episode, and stays silent on healthy runs."""
 
 import copy
 import json
@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from rlkd.errors import DivergenceError
-from rlkd.runs.alarms import ALARMS, History
+from rlkd.metrics import METRICS
+from rlkd.runs.alarms import ALARMS, Alarm, History, Reading
 from rlkd.runs.files import ALARMS_FILE
 from rlkd.runs.guards import CALM, Watch
 from tiny_runs import examples, logged, make, teacher
 
 DOCS = Path(__file__).parents[2] / "docs" / "guards.md"
-BY_NAME = {alarm.name: alarm for alarm in ALARMS}
 
 
 def stream(**columns):
@@ -120,7 +120,7 @@ STREAMS = {
     "clip_saturated": (stream(clip_fraction=[0.2, 0.4, 0.5]), stream(clip_fraction=[0.1, 0.6, 0.1, 0.1])),
     "gradient_spikes": (
         stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 15]),
-        stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 2, 20, 1, 1]),  # a spike alone is none
+        stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 2, 20, 1, 1]),  # single spikes do not count
     ),
     "objective_rising": (
         stream(loss=[3, 2, 1, 1, 1, 1, 1, 2, 3, 3, 3]),
@@ -144,9 +144,9 @@ STREAMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", ALARMS)
 def test_each_alarm_alone(name):
-    alarm, (bad, healthy) = BY_NAME[name], STREAMS[name]
+    alarm, (bad, healthy) = ALARMS[name], STREAMS[name]
     for records, expected in ((bad, True), (healthy, False)):
         history, crossed = History(), []
         for record in records:
@@ -164,12 +164,12 @@ def test_each_alarm_alone(name):
 @pytest.mark.parametrize(
     ("records", "expected"),
     [
-        # A task metric that falls though regret improves: a reward misused.
+        # A task metric that falls while regret improves: reward hacking.
         (stream(regret=[5, 4, 3, 2, 1], eval_bleu=[10, 11, 12, 9, 8], eval_seconds=[1] * 5), True),
         # TKD: cross-entropy falls, and so does the dev score; its loss jumps when the tree joins.
         (stream(ce=[3, 2, 1, 0.5], loss=[3, 2, 9, 9], eval_accuracy=[0.9, 0.9, 0.8, 0.7], eval_runtime=[1] * 4), True),
         (stream(ce=[3, 2, 1, 0.5], loss=[3, 2, 9, 9], eval_accuracy=[0.8, 0.9, 0.9, 0.9], eval_runtime=[1] * 4), False),
-        # Everything gets worse together: another alarm's business.
+        # Everything gets worse together: `objective_rising` says so.
         (stream(regret=[1, 2, 3, 4, 5], eval_regret=[1, 2, 3, 4, 5], eval_seconds=[1] * 5), False),
     ],
 )  # fmt: skip
@@ -197,7 +197,7 @@ def test_an_alarm_fires_once_per_episode():
     assert [name for _, name in fired(holds)] == ["kl_runaway"]
 
 
-def test_numbers_that_are_not_finite_are_no_readings():
+def test_numbers_that_are_not_finite_are_ignored():
     records = [{"kl": value} for value in (float("nan"), float("inf"), 0.1, 0.1, 0.1)]
     assert fired(records) == []
 
@@ -283,7 +283,7 @@ def test_what_is_written(tmp_path, caplog, monkeypatch):
     assert {line["alarm"] for line in lines} >= {"length_collapse"}
     for line in lines:
         assert set(line) == {"step", "time", "alarm", "message", "value", "threshold"}
-        alarm = BY_NAME[line["alarm"]]
+        alarm = ALARMS[line["alarm"]]
         assert line["threshold"] == alarm.threshold
         assert (line["value"] < line["threshold"]) == alarm.below
         assert alarm.advice in line["message"]
@@ -320,7 +320,7 @@ def test_stop_saves_a_checkpoint_and_ends_with_exit_code_5(tmp_path, kind, strat
     again = make(kind, tmp_path, **{**options, "max_steps": step + every, "save_strategy": "no"})
     again.train(resume_from_checkpoint=str(folder))
     assert again.state.global_step == step + every
-    # The episode goes on: it is not reported anew.
+    # The episode continues: it is not reported again.
     assert [line["alarm"] for line in alarms_of(tmp_path)].count(first["alarm"]) == 1
 
 
@@ -342,9 +342,9 @@ def test_a_resumed_run_remembers_the_start(tmp_path):
 def test_the_page_lists_every_alarm_with_its_threshold_and_remedy():
     rows = [line.split("|")[1:-1] for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     listed = {cells[0].strip(" `"): [cell.strip() for cell in cells] for cells in rows if len(cells) == 5}
-    assert list(listed) == list(BY_NAME)
+    assert list(listed) == list(ALARMS)
     for name, (_, meaning, threshold, advice, test) in listed.items():
-        alarm = BY_NAME[name]
+        alarm = ALARMS[name]
         assert meaning == alarm.meaning
         assert advice == alarm.advice
         assert re.search(rf"{'below' if alarm.below else 'above'} {alarm.threshold:g}\b", threshold), name
@@ -353,12 +353,28 @@ def test_the_page_lists_every_alarm_with_its_threshold_and_remedy():
 
 
 def test_every_name_an_alarm_reads_is_a_logged_one():
-    documented = (DOCS.parent / "metrics.md").read_text(encoding="utf-8")
-    for alarm in ALARMS:
-        assert all(f"`{name}`" in documented for name in alarm.reads), alarm.name
+    names = {name for row in METRICS for name in row.names}
+    for alarm in ALARMS.values():
+        assert set(alarm.reads) <= names, alarm.name
 
 
-def test_thresholds_are_judged_on_the_right_side():
-    assert all(torch.isfinite(torch.tensor(alarm.threshold)) for alarm in ALARMS)
-    assert len(BY_NAME) == len(ALARMS)
-    assert set(STREAMS) == set(BY_NAME)
+def test_every_alarm_has_a_finite_threshold_and_a_stream():
+    assert all(torch.isfinite(torch.tensor(alarm.threshold)) for alarm in ALARMS.values())
+    assert set(STREAMS) == set(ALARMS)
+
+
+def test_an_alarm_is_one_entry(tmp_path, monkeypatch):
+    """One added from outside the package is measured, counted and written as those of the package are."""
+
+    def newest(history):
+        return Reading(history.values["learning_rate"][-1], "the learning rate is positive")
+
+    alarm = Alarm(
+        name="mine", meaning="It learns.", advice="Stop.", reads=("learning_rate",), measure=newest, threshold=0.0
+    )
+    monkeypatch.setitem(ALARMS, alarm.name, alarm)
+    make("reinforce", tmp_path, max_steps=2).train()
+    (line,) = [line for line in alarms_of(tmp_path) if line["alarm"] == "mine"]
+    assert (line["step"], line["value"], line["threshold"]) == (1, 1e-2, 0.0)
+    assert line["message"] == "mine: the learning rate is positive. It learns. Stop."
+    assert [row["alarms"] for row in logged(tmp_path) if "loss" in row] == [1, 1]

@@ -42,7 +42,7 @@ def test_labels_without_one_that_is_ok(tmp_path):
     examples = [Example("0", "a", ("copy a",))]
     options = {"strategy": "greedy", "max_new_tokens": 4, "template_names": ["t"], "on_long": "skip", "quiet": True}
     generate_pseudolabels(tiny_teacher(max_input_tokens=1), examples, out=tmp_path, **options)
-    with pytest.raises(DataError, match="holds no label to look at: no row has status 'ok'"):
+    with pytest.raises(DataError, match="has no labels to show: no row has status 'ok'"):
         RewardView.from_labels(tmp_path, tiny_tokenizer())
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlkd.runs.sample_tables import COLUMNS, NAME, SampleTables, priced
+from rlkd.runs.sample_tables import COLUMNS, NAME, SampleTables, with_rewards
 from tiny_runs import logged
 
 ROWS = [
@@ -62,8 +62,8 @@ def test_without_trackers_none_is_imported(monkeypatch):
 
 
 def test_each_token_with_its_reward():
-    assert priced(ROWS[0]) == "a (0.00) b (-0.50)"
-    assert priced(ROWS[0], "sample_") == "b (-1.00)"
+    assert with_rewards(ROWS[0]) == "a (0.00) b (-0.50)"
+    assert with_rewards(ROWS[0], "sample_") == "b (-1.00)"
 
 
 @pytest.mark.slow

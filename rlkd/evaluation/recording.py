@@ -1,4 +1,4 @@
-"""What trainers save for `RewardView.from_run`: a few answers with their token rewards, at every evaluation."""
+"""What trainers save in token_rewards.jsonl at every evaluation: a few answers with their token rewards."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..records import Example, Rollouts
 from ..runs.files import TOKEN_REWARDS, append_lines
-from .build import answers_as_rollouts, rows_of, score_rollouts
-from .reward_view import COLUMNS, Sample
+from .samples import COLUMNS, Sample
+from .token_rewards import answers_as_rollouts, rows_of, score_rollouts
 
 # Column of the evaluator's rows -> whose answer its token ids are.
 EVALUATED = {"ids": "student", "sample_ids": "student sampled", "teacher_ids": "teacher greedy"}
@@ -23,7 +23,7 @@ EVALUATED = {"ids": "student", "sample_ids": "student sampled", "teacher_ids": "
 def evaluated_samples(
     teacher: Teacher, tokenizer: Any, policy: Policy, examples: list[Example], rows: list[dict[str, Any]], value: str
 ) -> list[Sample]:
-    """The answers in rows of `Evaluator.rows`, one example each, token by token."""
+    """The greedy, sampled and teacher's answers in `rows` of `Evaluator.rows`, one example each, token by token."""
     samples = []
     for column, source in EVALUATED.items():
         rollouts = answers_as_rollouts(teacher, examples, [row[column] for row in rows])
@@ -45,7 +45,7 @@ def rollout_samples(
 
 
 def append_samples(folder: Path, samples: Iterable[Sample], *, step: int, value: str) -> None:
-    """Add one line per sample to the run's file; numbers are kept to a millionth of a nat."""
+    """Append one line per sample to the run's file; numbers are rounded to a millionth of a nat."""
     rows = []
     for sample in samples:
         row = {name: field for name, field in asdict(sample).items() if field is not None}

@@ -1,0 +1,291 @@
+"""Every number that trainers log, one row each: its unit, which direction is better, what it is a mean over, when and
+by which trainers it is logged, and what it means.
+
+Alarms, the choice of the best checkpoint, model cards and reports read this table. `python -m rlkd.metrics FILE` writes
+it into docs/metrics.md; without a file it is printed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """When a number is logged, the prefix of its name then, and what it describes."""
+
+    when: Literal["log", "once", "evaluation", "end"]
+    prefix: str
+    what: str
+
+
+LOG = Occasion("log", "", "training since the last log line (`logging_steps`)")
+WEIGHTED = Occasion("log", "weighted_", "the same, times the weight of the term in the loss")
+START = Occasion("once", "start_", "the first rollout batch, before the first update")
+GREEDY = Occasion("evaluation", "eval_", "greedy answers to held-out inputs; predictions for held-out rows (TKD)")
+SAMPLED = Occasion("evaluation", "eval_sample_", "one answer per held-out input, sampled at temperature 1")
+END = Occasion("end", "", "the whole run")
+OCCASIONS = (LOG, WEIGHTED, START, GREEDY, SAMPLED, END)
+
+# Which trainers log a number.
+ALL = "all"
+GENERATING = "supervised and RL"
+RL = "RL"
+CRITIC = "RL with a critic"
+PPO = "PPO"
+TKD = "TKD"
+HELD_OUT = {GREEDY: GENERATING, SAMPLED: GENERATING}
+TERM = {LOG: TKD, WEIGHTED: TKD}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table.
+
+    name     without the prefix of the occasion
+    unit     of the logged value; `share` is a number from 0 to 1, empty if there is no unit
+    better   the direction of an improvement; neither, where a change says nothing about quality
+    per      what the value is a mean over or, if it is not a mean, what it belongs to
+    logged   occasion -> the trainers that log it then
+    meaning  one sentence
+    title    heading of its chart; empty for the name
+    task     True for scores against references or labels, which measure how good a student is at its task
+    """
+
+    name: str
+    unit: str
+    better: Literal["up", "down", "neither"]
+    per: Literal["token", "answer", "row", "batch", "log line", "evaluation", "run"]
+    logged: Mapping[Occasion, str]
+    meaning: str
+    title: str = ""
+    task: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The logged names, one per occasion."""
+        return list(dict.fromkeys(occasion.prefix + self.name for occasion in self.logged))
+
+    @property
+    def quantity(self) -> str:
+        """The unit with what it is per, as on an axis: `nats per token`, `share of answers`, `seconds`."""
+        if not self.unit or self.per not in ("token", "answer", "row"):
+            return self.unit
+        return f"share of {self.per}s" if self.unit == "share" else f"{self.unit} per {self.per}"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether less of it is an improvement."""
+        return self.better == "down"
+
+    @property
+    def is_timing(self) -> bool:
+        """Whether it measures duration or speed."""
+        return "second" in self.unit
+
+
+# fmt: off
+SECTIONS: dict[str, tuple[Metric, ...]] = {
+    "Loss and optimizer": (
+        Metric(name="loss", unit="", better="down", per="batch", logged={LOG: ALL, GREEDY: TKD}, title="Loss",
+               meaning="The full loss; `eval_loss` is the mean cross-entropy of labelled held-out rows."),
+        Metric(name="grad_norm", unit="", better="neither", per="batch", logged={LOG: ALL},
+               meaning="Norm of the gradient before clipping, at the last update."),
+        Metric(name="learning_rate", unit="", better="neither", per="batch", logged={LOG: ALL},
+               meaning="Learning rate of the last update."),
+        Metric(name="epoch", unit="", better="neither", per="run", logged={LOG: ALL},
+               meaning="Passes over the training data so far; also in the lines of evaluations and of the end."),
+        Metric(name="alarms", unit="", better="down", per="run", logged={LOG: ALL},
+               meaning="Alarms fired so far, this line included; absent with `alarms: off` ([guards.md](guards.md))."),
+    ),
+    "Answers and their regret": (
+        Metric(name="regret", unit="nats", better="down", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
+               title="Regret",
+               meaning="-sum_t A_max(s_t, a_t): what an answer costs against the teacher's greedy token at every "
+                       "state it visits; 0 is best."),
+        Metric(name="logprob", unit="nats", better="up", per="answer", logged=HELD_OUT,
+               meaning="log p(answer) under the teacher."),
+        Metric(name="teacher_logprob", unit="nats", better="up", per="answer", logged={LOG: RL},
+               meaning="The same of the answers that training sampled."),
+        Metric(name="length", unit="tokens", better="neither", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
+               title="Length of answers", meaning="Tokens of an answer, end-of-sequence included."),
+        Metric(name="finish_rate", unit="share", better="up", per="answer",
+               logged={LOG: RL, START: RL, **HELD_OUT}, title="Finished answers",
+               meaning="Answers that ended before `max_new_tokens`."),
+        Metric(name="entropy", unit="nats", better="neither", per="token", logged={LOG: GENERATING, **HELD_OUT},
+               title="Entropy of the student",
+               meaning="Entropy of the student's next-token distribution; in training, over the tokens in the loss."),
+        Metric(name="teacher_entropy", unit="nats", better="neither", per="token", logged={LOG: RL},
+               meaning="Entropy of the teacher's next-token distribution at the states that sampled answers visit."),
+        Metric(name="kl", unit="nats", better="down", per="token", logged={LOG: RL, **HELD_OUT},
+               title="KL to the reference policy",
+               meaning="KL from the student to the reference policy: in training the k1 estimate log pi - log pi_ref "
+                       "when sampled (it can be slightly negative; 0 if `kl_coef` is 0), in evaluations the k3 "
+                       "estimate (0 in supervised runs, which have no reference policy)."),
+        Metric(name="match", unit="share", better="up", per="answer", logged={GREEDY: GENERATING},
+               meaning="Greedy answers equal, as text, to the teacher's greedy answer under its first template."),
+        Metric(name="eos_price", unit="nats", better="neither", per="token", logged={START: RL},
+               meaning="Regret of ending an answer where the student continued; a start is weak when `start_regret` "
+                       "exceeds half of it."),
+    ),
+    "Policy updates": (
+        Metric(name="kl_coef", unit="", better="neither", per="batch", logged={LOG: RL},
+               meaning="Weight of the KL penalty to the reference policy; it moves only with `kl_target`."),
+        Metric(name="advantage_std", unit="nats", better="neither", per="batch", logged={LOG: RL},
+               meaning="Standard deviation of the advantages that enter the loss."),
+        Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: RL},
+               meaning="pi / mu, the probability under the student over that when sampled; 1 at the first update "
+                       "after the behaviour policy is synchronised."),
+        Metric(name="ratio_max", unit="", better="neither", per="log line", logged={LOG: RL},
+               meaning="The largest such ratio since the last line."),
+        Metric(name="clip_fraction", unit="share", better="neither", per="token", logged={LOG: PPO},
+               title="Clipped tokens", meaning="Tokens whose ratio lies outside 1 +- `clip_range`."),
+        Metric(name="value_loss", unit="nats^2", better="down", per="token", logged={LOG: CRITIC},
+               meaning="The critic's squared error, clipped, divided by 2."),
+        Metric(name="explained_variance", unit="share", better="up", per="batch", logged={LOG: CRITIC},
+               title="Explained variance of the critic",
+               meaning="1 - Var(target - value) / Var(target); below 0 the critic is worse than a constant."),
+    ),
+    "Task scores": (
+        Metric(name="exact_match", unit="share", better="up", per="answer", logged=HELD_OUT, task=True,
+               meaning="Answers equal to one of the references, stripped and lower-cased."),
+        Metric(name="rouge1", unit="", better="up", per="answer", logged=HELD_OUT, task=True,
+               meaning="ROUGE-1 F1 (0 to 100) against the best of the references."),
+        Metric(name="rouge2", unit="", better="up", per="answer", logged=HELD_OUT, task=True,
+               meaning="ROUGE-2 F1 (0 to 100) against the best of the references."),
+        Metric(name="rougeL", unit="", better="up", per="answer", logged=HELD_OUT, task=True,
+               meaning="ROUGE-L F1 (0 to 100) against the best of the references."),
+        Metric(name="bleu", unit="", better="up", per="evaluation", logged=HELD_OUT, task=True,
+               meaning="Corpus BLEU (0 to 100, sacrebleu)."),
+        Metric(name="accuracy", unit="share", better="up", per="row", logged={GREEDY: TKD}, task=True,
+               meaning="Labelled rows whose largest logit is that of their label."),
+        Metric(name="score", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
+               meaning="Mean of the `metrics` of the data (`recipes/tkd_glue.py`)."),
+        Metric(name="f1", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
+               meaning="F1 of label 1 (0 to 1), as GLUE scores QQP and MRPC."),
+        Metric(name="matthews", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
+               meaning="Matthews correlation (-1 to 1)."),
+    ),
+    "Terms of the TKD loss": (
+        Metric(name="ce", unit="nats", better="down", per="row", logged=TERM, meaning="Cross-entropy with the labels."),
+        Metric(name="kd", unit="nats", better="down", per="row", logged=TERM,
+               meaning="Difference to the teacher's logits ([tkd.md](tkd.md)); with `logit_loss: mse` it has no unit."),
+        Metric(name="pt", unit="", better="down", per="row", logged=TERM,
+               meaning="Patient-KD term: distance of the [CLS] states at matched layers."),
+        Metric(name="td_student", unit="", better="down", per="row", logged=TERM,
+               meaning="Distance of the states of the tree grown in the student's attention."),
+        Metric(name="td_teacher", unit="", better="down", per="row", logged=TERM,
+               meaning="Distance of the states of the tree grown in the teacher's attention."),
+        Metric(name="td_random", unit="", better="down", per="row", logged=TERM,
+               meaning="Distance of the states of as many random tokens."),
+        Metric(name="all", unit="", better="down", per="row", logged=TERM,
+               meaning="Distance of the states of all tokens."),
+    ),
+    "Volume and speed": (
+        Metric(name="tokens", unit="tokens", better="neither", per="log line",
+               logged={LOG: GENERATING, END: GENERATING},
+               meaning="Answer tokens sampled, scored and trained on (supervised: label tokens trained on) since the "
+                       "last line, over all processes; at the end, those after the last log line."),
+        Metric(name="tokens_per_second", unit="tokens per second", better="up", per="log line",
+               logged={LOG: GENERATING}, title="Speed", meaning="`tokens` divided by the time since the last line."),
+        Metric(name="rollout_seconds", unit="seconds", better="down", per="batch", logged={LOG: RL},
+               meaning="Wall-clock seconds to sample and score one rollout batch."),
+        Metric(name="seconds", unit="seconds", better="down", per="evaluation", logged={GREEDY: GENERATING},
+               meaning="Wall-clock seconds of the evaluation."),
+        Metric(name="runtime", unit="seconds", better="down", per="evaluation", logged={GREEDY: TKD},
+               meaning="Wall-clock seconds of the evaluation, as transformers measures them."),
+        Metric(name="samples_per_second", unit="rows per second", better="up", per="evaluation", logged={GREEDY: TKD},
+               meaning="Held-out rows divided by `eval_runtime`."),
+        Metric(name="steps_per_second", unit="batches per second", better="up", per="evaluation", logged={GREEDY: TKD},
+               meaning="Held-out batches divided by `eval_runtime`."),
+        Metric(name="train_loss", unit="", better="down", per="run", logged={END: ALL},
+               meaning="Mean of `loss` over the run."),
+        Metric(name="train_runtime", unit="seconds", better="down", per="run", logged={END: ALL},
+               meaning="Wall-clock seconds of the training."),
+        Metric(name="train_cpu_seconds", unit="seconds", better="down", per="run", logged={END: ALL},
+               meaning="CPU seconds of process 0, all its threads, since the trainer was made."),
+        Metric(name="train_samples_per_second", unit="rows per second", better="up", per="run", logged={END: ALL},
+               meaning="Rows of the schedule divided by `train_runtime`, as transformers counts them."),
+        Metric(name="train_steps_per_second", unit="updates per second", better="up", per="run", logged={END: ALL},
+               meaning="Optimizer steps divided by `train_runtime`."),
+        Metric(name="total_flos", unit="", better="neither", per="run", logged={END: ALL},
+               meaning="A field of transformers that is not counted here (0)."),
+    ),
+}
+# fmt: on
+
+METRICS = tuple(row for rows in SECTIONS.values() for row in rows)
+# A task score may come from any trainer's evaluation.
+_BY_NAME = {name: row for row in METRICS for name in row.names} | {
+    occasion.prefix + row.name: row for row in METRICS if row.task for occasion in (GREEDY, SAMPLED)
+}
+
+
+def metric(name: str) -> Metric:
+    """The row of a logged name, prefix included.
+
+    A name that is not in the table is a user's own score: up is better, unless it ends in `loss` (as in transformers).
+    """
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    own = name.removeprefix(GREEDY.prefix).removeprefix("sample_")
+    return Metric(
+        name=own,
+        unit="",
+        better="down" if own.endswith("loss") else "up",
+        per="evaluation",
+        logged=HELD_OUT,
+        meaning="A score of your own.",
+        task=True,
+    )
+
+
+def held_out(score: str) -> Metric:
+    """The row of a held-out score, `regret` or `sample_regret`; a leading `eval_` may be there or not."""
+    return metric(GREEDY.prefix + score.removeprefix(GREEDY.prefix))
+
+
+# The tables of docs/metrics.md
+
+BEGIN = "<!-- written by: python -m rlkd.metrics docs/metrics.md -->\n"
+END_OF_TABLES = "<!-- end of what it writes -->\n"
+COLUMNS = ("name", "unit", "better", "per", "logged", "meaning")
+
+
+def markdown() -> str:
+    """The table as Markdown: the occasions, then one table per section."""
+    lines = ["| logged | prefix | describes |", "|---|---|---|"]
+    lines += [f"| {o.when} | {f'`{o.prefix}`' if o.prefix else 'none'} | {o.what} |" for o in OCCASIONS]
+    for title, rows in SECTIONS.items():
+        lines += ["", f"## {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        lines += [_line(row) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Metric) -> str:
+    names = ", ".join(f"`{name}`" for name in row.names)
+    by_trainers: dict[str, list[str]] = {}
+    for occasion, trainers in row.logged.items():
+        occasions = by_trainers.setdefault(trainers, [])
+        occasions += [occasion.when] if occasion.when not in occasions else []
+    logged = "; ".join(f"{', '.join(occasions)}: {trainers}" for trainers, occasions in by_trainers.items())
+    return f"| {names} | {row.unit or '–'} | {row.better} | {row.per} | {logged} | {row.meaning} |"
+
+
+def main(arguments: list[str]) -> None:
+    """Print the tables, or write them into a file in place of those between its two marks."""
+    if not arguments:
+        print(markdown(), end="")
+        return
+    path = Path(arguments[0])
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END_OF_TABLES)
+    path.write_text(f"{before}{BEGIN}{markdown()}{END_OF_TABLES}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
