@@ -4,7 +4,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkd.tensors import length_mask, masked_mean, masked_moments, moments_to_mean_std, pad_stack, whiten
+from rlkd.tensors import (
+    length_mask,
+    masked_mean,
+    masked_moments,
+    moments_to_mean_std,
+    pad_rows,
+    pad_stack,
+    unpack,
+    whiten,
+)
 
 few = settings(max_examples=15, deadline=None)
 
@@ -52,6 +61,25 @@ def test_whitening_a_constant_gives_zeros():
     x = torch.full((2, 3), 5.0)
     assert not whiten(x, torch.ones(2, 3).bool()).any()
     assert not whiten(x, torch.zeros(2, 3).bool()).any()
+
+
+def test_token_ids_are_padded_on_the_right_and_masked_by_length():
+    ids, mask = pad_rows([[1, 9], [3], [4, 5, 6]], value=9)
+    assert ids.tolist() == [[1, 9, 9], [3, 9, 9], [4, 5, 6]]
+    assert mask.tolist() == [[True, True, False], [True, False, False], [True] * 3]
+
+
+@pytest.mark.parametrize("rest", [(), (4,), (2, 3)])
+def test_unpacking_undoes_packing_and_hands_gradients_back(rest):
+    _, mask = batch(3)
+    packed = torch.randn(int(mask.sum()), *rest, dtype=torch.float64, requires_grad=True)
+    grid = unpack(packed, mask)
+    assert grid.shape == (*mask.shape, *rest)
+    assert torch.equal(grid[mask], packed)
+    assert not grid[~mask].any()
+    weights = torch.randn_like(grid)
+    (grid * weights).sum().backward()
+    assert torch.equal(packed.grad, weights[mask])
 
 
 def test_pad_stack_and_length_mask():

@@ -185,6 +185,18 @@ def test_prompt_states_equal_encoding_each_prompt_alone(kind, batch_tokens):
         torch.testing.assert_close(state, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_tokens", [1, 10, 4096])
+@torch.no_grad()
+def test_answer_hidden_is_packed_in_the_order_of_the_mask(kind, batch_tokens):
+    """Whatever the mask leaves out: what is after an answer, a token within it, a whole answer."""
+    lm = model_of(kind)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]]).bool()
+    got = lm.head().logits(lm.answer_hidden(lm.prompt_states(PROMPTS), ANSWERS, mask, batch_tokens))
+    want = torch.stack([logits_of(lm, [p], a[None])[0] for p, a in zip(PROMPTS, ANSWERS, strict=True)])
+    torch.testing.assert_close(got, want[mask], atol=1e-5, rtol=1e-5)
+
+
 def test_no_prompts_have_no_states():
     assert model_of("t5").prompt_states([]) == []
 
