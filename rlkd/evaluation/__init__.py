@@ -1,1 +1,1 @@
-"""Scores: the held-out evaluation of a policy, task metrics, linear probes."""
+"""Scores: the held-out evaluation of a policy, token rewards of given answers, task metrics, linear probes."""

@@ -1,1 +1,1 @@
-"""What is seen of the method: token rewards as numbers, in a notebook, on a page and in a terminal."""
+"""Token rewards to look at: views from models, runs and labels; in a notebook, on a page, in a terminal, as JSON."""

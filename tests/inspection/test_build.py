@@ -66,6 +66,20 @@ def test_columns_agree_with_a_plain_forward(kind):
                     assert [text for text, _ in shown_best] == [tokenizer.decode([i]) for i in best.indices[t].tolist()]
 
 
+def test_each_of_several_students_scores_its_own_answers():
+    tokenizer = tiny_tokenizer()
+    models = {"student": tiny_model("t5", seed=5), "student before": tiny_model("t5", seed=6)}
+    view = reward_view(tiny_teacher(), tokenizer, EXAMPLES, student=models)
+    assert {s.source for s in view} == {"student", "student before", "teacher greedy", "reference"}
+    for sample in view:
+        model = models.get(sample.source, models["student"])
+        logits = model(**tokenizer(sample.input, return_tensors="pt"), labels=torch.tensor([sample.ids])).logits[0]
+        logps = logits[:, :VALID].log_softmax(-1).gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
+        assert sample.student_logprobs == pytest.approx(logps.tolist(), abs=1e-4)
+    before = reward_view(tiny_teacher(), tokenizer, EXAMPLES, student={"student before": models["student before"]})
+    assert {s.source for s in before if s.student_logprobs is not None} == {"student before"}
+
+
 def test_the_teachers_own_greedy_answer_has_no_regret():
     view = reward_view(tiny_teacher(), tiny_tokenizer(), [EXAMPLES[0]])
     (own,) = [s for s in view if s.source == "teacher greedy" and s.template == "template 1 + template 2"]

@@ -1,5 +1,6 @@
 """The model card of a saved student: it says what was run, and hostile names stay text."""
 
+import re
 import sys
 
 import yaml
@@ -24,6 +25,7 @@ def test_every_trainer_writes_a_card_beside_the_student(tmp_path):
         assert "One run (5 held-out rows, seed 7)" in read.text
         regret = logged(tmp_path / kind)[-1]["eval_regret"]
         assert f"| regret | nats per answer | down | {regret:.4g} |" in read.text
+        assert "seconds" not in read.text.split("## Training")[0]
         assert ("reward and credit: reward_value max" in read.text) == (kind != "supervised")
         assert "| train | made in memory | 8 |" in read.text
         assert "# A student distilled from a teacher made in memory" in read.text
@@ -40,6 +42,7 @@ def test_the_card_of_a_classifier(tmp_path):
     assert "4 held-out rows" in read.text
     assert f"| accuracy | share of rows | up | {logged(tmp_path)[-1]['eval_accuracy']:.4g} |" in read.text
     assert "loss: preset kd" in read.text
+    assert not re.search("second|runtime|epoch", read.text.split("## Training")[0])
 
 
 def test_a_student_saved_before_training_has_a_card_without_numbers(tmp_path):
