@@ -28,7 +28,7 @@ from rlkd.data.rows import RowStream
 from rlkd.labels.maintenance import merge, part_of
 from rlkd.labels.manifest import Manifest, manifest_name
 from rlkd.labels.pseudolabels import RunOptions, label_rows
-from rlkd.sampling.engines.engine import Answer, Decoding
+from rlkd.sampling.engines.protocol import Answer, Decoding
 
 WORDS = [f"w{i}" for i in range(1000)]
 ANSWER = Answer([5, 6, 7, 8, 1], [-0.5, -0.25, -0.125, -0.5, -0.1], True)

@@ -33,7 +33,8 @@ from rl_step import EOS, PAD, PADDED_VOCAB, STUDENT, TEACHER, VALID_VOCAB, log_n
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.sampling.agreement import agreement
 from rlkd.sampling.engines.ctranslate2_engine import CTranslate2Engine
-from rlkd.sampling.engines.engine import Answer, Decoding, Engine, TorchEngine
+from rlkd.sampling.engines.protocol import Answer, Decoding, Engine
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from rlkd.sampling.schedule import Budget, answer_all
 
 LONGEST_PROMPT, LONGEST_ANSWER = 256, 64

@@ -16,7 +16,7 @@ from rlkd.data.examples import PromptedRows, RowRenderer
 from rlkd.data.rows import RowStream
 from rlkd.labels.manifest import Manifest, manifest_name
 from rlkd.labels.pseudolabels import RunOptions, label_rows
-from rlkd.sampling.engines.engine import Answer, Decoding
+from rlkd.sampling.engines.protocol import Answer, Decoding
 from rlkd.settings.parsing import run_main
 from rlkd.templates.template import Template
 from tiny import EOS, tiny_tokenizer

@@ -19,7 +19,9 @@ from ..labels.maintenance import part_of
 from ..labels.manifest import manifest_name
 from ..labels.pseudolabels import RunOptions, label_rows
 from ..models.teacher import Teacher
-from ..sampling.engines.engine import Decoding, Engine, TorchEngine, make_engine
+from ..sampling.engines.protocol import Decoding, Engine
+from ..sampling.engines.registry import make_engine
+from ..sampling.engines.torch_engine import TorchEngine
 from ..templates.template import load_templates
 
 # How the command is run, not what it makes.

@@ -12,7 +12,7 @@ from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, encode_texts
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.decode import row_seed
-from ..sampling.engines.engine import Answer, Decoding, Engine
+from ..sampling.engines.protocol import Answer, Decoding, Engine
 from ..sampling.ranking import rank
 from ..sampling.schedule import Budget, in_batches
 

@@ -30,7 +30,8 @@ from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
 from ..records import Example, PromptedRow, PseudoLabel
 from ..sampling.agreement import agreement
-from ..sampling.engines.engine import Decoding, Engine, Strategy, TorchEngine
+from ..sampling.engines.protocol import Decoding, Engine, Strategy
+from ..sampling.engines.torch_engine import TorchEngine
 from ..sampling.schedule import Budget
 from .card import card
 from .folder import BAD_ROWS, changes, check_output, clear, refuse

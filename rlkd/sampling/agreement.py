@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import chain
 
-from .engines.engine import Decoding, Engine
+from .engines.protocol import Decoding, Engine
 from .schedule import Budget, answer_all, in_batches
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .engines.engine import Answer, Decoding, Engine
+from .engines.protocol import Answer, Decoding, Engine
 
 logger = logging.getLogger(__name__)
 

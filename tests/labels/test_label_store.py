@@ -12,7 +12,7 @@ from rlkd.labels.maintenance import merge, repair, verify
 from rlkd.labels.manifest import Manifest
 from rlkd.labels.pseudolabels import load_pseudolabels
 from rlkd.labels.store import damage
-from rlkd.sampling.engines.engine import Decoding
+from rlkd.sampling.engines.protocol import Decoding
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ pytest.importorskip("ctranslate2")
 from rlkd.errors import ConfigError, RlkdError
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.sampling.engines.ctranslate2_engine import CTranslate2Engine, convert
-from rlkd.sampling.engines.engine import Decoding, TorchEngine
+from rlkd.sampling.engines.protocol import Decoding
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from rlkd.sampling.schedule import Budget, answer_all
 from tiny import EOS, KINDS, VALID, tiny_bart, tiny_model, tiny_t5
 

@@ -11,8 +11,10 @@ from rlkd.errors import ConfigError
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.heads import Head
 from rlkd.sampling.agreement import agreement
-from rlkd.sampling.engines import engine as engines
-from rlkd.sampling.engines.engine import Decoding, TorchEngine, make_engine
+from rlkd.sampling.engines import torch_engine as engines
+from rlkd.sampling.engines.protocol import Answer, Decoding
+from rlkd.sampling.engines.registry import make_engine
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from tiny import EOS, KINDS, VALID, tiny_model
 
 PROMPTS = [[3 + (7 * i + j * j) % 29 for j in range(1 + i % 5)] + [EOS] for i in range(6)]
@@ -163,7 +165,7 @@ class OffBy:
             (ids,) = (row[0].ids for row in self.engine.answer([prompt], [[0]], decoding))
             ids = [5, 6, EOS] if prompt in self.wrong else ids
             (logps,) = self.engine.score([prompt], [ids])
-            made.append([engines.Answer(ids, [value + self.nats for value in logps], True)])
+            made.append([Answer(ids, [value + self.nats for value in logps], True)])
         return made
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkd.models.encoder_decoder import EncoderDecoder
-from rlkd.sampling.engines.engine import Answer, Decoding, TorchEngine
+from rlkd.sampling.engines.protocol import Answer, Decoding
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from rlkd.sampling.schedule import Budget, answer_all
 from tiny import EOS, VALID, tiny_t5
 

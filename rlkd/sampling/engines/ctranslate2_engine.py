@@ -21,7 +21,7 @@ import torch
 from ...errors import ConfigError, RlkdError
 from ...models.digests import weights_digest
 from ...models.encoder_decoder import EncoderDecoder
-from .engine import Answer, Decoding
+from .protocol import Answer, Decoding
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,98 @@
+"""Engines: what turns token-id prompts into answers with their log-probabilities under the teacher.
+
+Every engine gives the same answers for the same prompts, seeds and settings, whatever they are batched with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+from ...errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Strategy = Literal["greedy", "beam", "sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How answers are decoded. num_beams is for beam search, temperature for sampling.
+
+    labels_per_input: samples, or the best hypotheses of beam search. top_k_logprobs: how many of the teacher's best
+    tokens to record at each position of an answer.
+    Raises ConfigError for settings that contradict each other.
+    """
+
+    strategy: Strategy
+    max_new_tokens: int
+    labels_per_input: int = 1
+    num_beams: int = 4
+    temperature: float = 1.0
+    top_k_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise ConfigError(f"strategy = '{self.strategy}': allowed are {', '.join(get_args(Strategy))}.")
+        if self.labels_per_input < 1 or (self.strategy == "greedy" and self.labels_per_input > 1):
+            raise ConfigError(
+                f"labels_per_input = {self.labels_per_input} with strategy = '{self.strategy}': greedy decoding has "
+                "one answer. Use 1, or strategy sample or beam."
+            )
+        if self.strategy == "beam" and not 1 < self.num_beams >= self.labels_per_input:
+            raise ConfigError(
+                f"num_beams = {self.num_beams} with labels_per_input = {self.labels_per_input}: beam search needs "
+                "at least 2 beams and no fewer beams than labels. Raise num_beams."
+            )
+        if self.temperature <= 0 or (self.strategy != "sample" and self.temperature != 1.0):
+            raise ConfigError(
+                f"temperature = {self.temperature} with strategy = '{self.strategy}': it must be above 0 and only "
+                "sampling uses it. Leave it at 1, or use strategy sample."
+            )
+        if self.top_k_logprobs < 0:
+            raise ConfigError(f"top_k_logprobs = {self.top_k_logprobs}: use 0 (record none) or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The teacher's k best tokens at each of the R positions of an answer, best first: ids int32 [R, k] and logps
+    float32 [R, k], natural log-probabilities at temperature 1.
+    """
+
+    ids: np.ndarray
+    logps: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """ids, end-of-sequence included; logps, natural log-probability of each under the teacher at temperature 1;
+    finished, False if max_new_tokens cut the answer; top_k, if `Decoding.top_k_logprobs` asks for it.
+    """
+
+    ids: list[int]
+    logps: list[float]
+    finished: bool
+    top_k: TopK | None = None
+
+
+class Engine(Protocol):
+    """name: as in `--engine`; exact: computes with the teacher's weights as they are."""
+
+    name: str
+    exact: bool
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides its answers: model, digest of the weights, precision. JSON-able."""
+        ...
+
+    def answer(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
+        """`labels_per_input` answers to each prompt (token ids, as the teacher reads them), best first for beam search.
+
+        seeds, one per answer, decide what is sampled; other strategies ignore them.
+        """
+        ...
+
+    def score(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[float]]:
+        """Natural log-probability of each token of the given answer to each prompt, teacher-forced, temperature 1."""
+        ...
