@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Every package and module of rlkd, from the bottom up: each imports from the layers below its own only.
 LAYERS = (
-    {"errors", "records", "tensors"},
+    {"choices", "errors", "records", "tensors"},
     {"io", "objectives", "templates"},
     {"data", "models", "settings"},
     {"sampling"},
@@ -25,7 +25,8 @@ LAYERS = (
     {"runs"},
     {"inspection"},
     {"report", "trainers"},
-    {"cli", "jobs"},
+    {"jobs"},
+    {"cli"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

@@ -140,7 +140,7 @@ def test_bad_input_is_one_screen_before_any_weights_load(tiny_run, monkeypatch, 
     def weights(*_, **__):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("rlkd.jobs.setup.load_encoder_decoder", weights)
+    monkeypatch.setattr("rlkd.models.loading.load_encoder_decoder", weights)
     for what, (flags, code, words) in _bad_inputs(tiny_run).items():
         with pytest.raises(SystemExit) as exit_info:
             _recipe("ppo", tiny_run, monkeypatch, "--output_dir", "runs/tiny/refused", *flags)

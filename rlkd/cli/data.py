@@ -107,9 +107,9 @@ def repair(
             f"{folder} was not made by the command line, so its settings are not known here. Repeat the call that made "
             "it: only what is missing is made again."
         )
-    from .labels import label
+    from .labels import run
 
     # Relative paths of the request start where it was made.
     if Path(request["folder"]).is_dir():
         os.chdir(request["folder"])
-    label(request, out, quiet=quiet or as_json)
+    run(request, out, quiet=quiet or as_json)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..choices import OnBadRow
+from ..labels.options import OnLong
+from ..models.spec import Dtype, Quantization
+from ..sampling.engines.protocol import Strategy
+from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
 from . import config, data, probe, prompts, report, rewards
 
@@ -29,40 +33,11 @@ app.command("compare")(report.compare)
 app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
-class Strategy(StrEnum):
-    greedy = "greedy"
-    beam = "beam"
-    sample = "sample"
-    rank = "rank"
-
-
-class Engine(StrEnum):
-    auto = "auto"
-    torch = "torch"
-    ctranslate2 = "ctranslate2"
-
-
-class OnBadRow(StrEnum):
-    fail = "fail"
-    skip = "skip"
-
-
-class OnLong(StrEnum):
-    truncate = "truncate"
-    error = "error"
-    skip = "skip"
-
-
-class Quantization(StrEnum):
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+LabelStrategy = Literal[Strategy, "rank"]
+if TYPE_CHECKING:
+    EngineName = str
+else:
+    EngineName = Literal[engine_names()]
 
 
 def _print_version(wanted: bool) -> None:
@@ -98,7 +73,7 @@ def generate_pseudolabels(
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
     all_templates: prompts.AllTemplates = False,
     gold_input: prompts.GoldInput = False,
-    truncation: prompts.Truncate = prompts.Truncation.none,
+    truncation: prompts.Truncate = "none",
     strict_compat: prompts.StrictCompat = False,
     column_map: prompts.ColumnMap = None,
     label_map: prompts.LabelMap = None,
@@ -110,8 +85,8 @@ def generate_pseudolabels(
     ] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
     strategy: Annotated[
-        Strategy, typer.Option(help="How answers are decoded; rank: the best of a template's answer choices.")
-    ] = Strategy.greedy,
+        LabelStrategy, typer.Option(help="Decoding; rank: the most probable of a template's answer choices.")
+    ] = "greedy",
     labels_per_input: Annotated[int, typer.Option(help="Labels per input and template (sample, beam).")] = 1,
     num_beams: Annotated[int, typer.Option(help="Beams (beam only).")] = 4,
     temperature: Annotated[float, typer.Option(help="Sampling temperature (sample only).")] = 1.0,
@@ -120,9 +95,9 @@ def generate_pseudolabels(
     top_k_logprobs: Annotated[
         int, typer.Option(help="Keep the teacher's K best tokens and their log-probabilities per position.", min=0)
     ] = 0,
-    engine: Annotated[Engine, typer.Option(help="What decodes; auto takes the fastest exact one and says why.")] = (
-        Engine.auto
-    ),
+    engine: Annotated[
+        EngineName, typer.Option(help="Decoding backend; auto picks the fastest exact one and logs why.")
+    ] = "auto",
     compute_type: Annotated[
         str | None, typer.Option(help="Precision of ctranslate2: float32, bfloat16, float16, int8 (approximate).")
     ] = None,
@@ -132,10 +107,10 @@ def generate_pseudolabels(
     shard_rows: Annotated[
         int, typer.Option(help="Rows per file; an interrupted run loses one file at most.", min=1)
     ] = 5000,
-    teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = Dtype.float32,
+    teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     teacher_quantization: Annotated[
         Quantization, typer.Option(help="bitsandbytes for the teacher's linear layers: an approximation, measured.")
-    ] = Quantization.none,
+    ] = "none",
     input_eos: Annotated[bool, typer.Option(help="End inputs with end-of-sequence. T0: --no-input-eos.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates that draw at random.")] = 0,
     shard: Annotated[
@@ -143,8 +118,8 @@ def generate_pseudolabels(
     ] = None,
     on_bad_row: Annotated[
         OnBadRow, typer.Option(help="Input rows that cannot be read: stop, or leave out and note in bad_rows.jsonl.")
-    ] = OnBadRow.fail,
-    on_long: Annotated[OnLong, typer.Option(help="Prompts beyond max-input-tokens.")] = OnLong.truncate,
+    ] = "fail",
+    on_long: Annotated[OnLong, typer.Option(help="Prompts beyond max-input-tokens.")] = "truncate",
     allow_config_change: Annotated[
         bool, typer.Option("--allow-config-change", help="Go on with changed settings in an unfinished folder.")
     ] = False,
@@ -158,14 +133,8 @@ def generate_pseudolabels(
     """
     from . import labels
 
-    request = {name: value for name, value in context.params.items() if name not in labels.NOT_IN_REQUEST}
-    labels.label(
-        labels.recorded(request),
-        out,
-        overwrite=overwrite,
-        allow_config_change=allow_config_change,
-        quiet=quiet,
-    )
+    request = labels.recorded(context.params)
+    labels.run(request, out, overwrite=overwrite, allow_config_change=allow_config_change, quiet=quiet)
 
 
 @app.command("export-onnx")

@@ -6,11 +6,11 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..choices import Pool
 from ..errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from ..evaluation.probing import ProbeScore
 
 logger = logging.getLogger(__name__)
-
-
-class Pool(StrEnum):
-    cls = "cls"
-    mean = "mean"
 
 
 def probe(
@@ -39,7 +34,7 @@ def probe(
     text_column: Annotated[str, typer.Option(help="Column of the tables with the sentence.")] = "text",
     pair_column: Annotated[str | None, typer.Option(help="Column with the second sentence.")] = None,
     label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
-    pool: Annotated[Pool, typer.Option(help="The first token, or the mean of all but padding.")] = Pool.cls,
+    pool: Annotated[Pool, typer.Option(help="The first token, or the mean of all but padding.")] = "cls",
     layers: Annotated[str, typer.Option(help="all, or numbers as in 0,3,6; 0 is the embeddings.")] = "all",
     max_length: Annotated[int, typer.Option(help="Texts are cut to this many tokens.", min=3)] = 128,
     batch_size: Annotated[int, typer.Option(help="Rows in one forward; changes no score.", min=1)] = 32,
@@ -64,12 +59,12 @@ def probe(
     results = []
     for name, config, tokenizer in checked:
         chosen = range(config.num_hidden_layers + 1) if numbers is None else numbers
-        scores = _probe(name, config, tokenizer, rows, pool.value, chosen, max_length, batch_size)
+        scores = _probe(name, config, tokenizer, rows, pool, chosen, max_length, batch_size)
         results.append({"model": name, **scores})
     report = {
         "labels": list(rows.classes),
         "rows": {split: len(getattr(rows, split)) for split in ("train", "validation", "test")},
-        "pool": pool.value,
+        "pool": pool,
         "majority": asdict(_majority(rows)),
         "models": results,
     }

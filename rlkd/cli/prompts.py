@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..choices import Truncation
 from ..errors import DataError
 
 if TYPE_CHECKING:
@@ -33,11 +33,6 @@ AllTemplates = Annotated[
 GoldInput = Annotated[bool, typer.Option("--gold-input", help="Allow templates whose input shows gold columns.")]
 Split = Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")]
 Subset = Annotated[str | None, typer.Option(help="Subset of a hub data set.")]
-
-
-class Truncation(StrEnum):
-    none = "none"
-    t0 = "t0"
 
 
 Truncate = Annotated[
@@ -113,7 +108,7 @@ def render(
     row: Annotated[int | None, typer.Option(help="Render this row alone, counted from 0.", min=0)] = None,
     limit: Annotated[int, typer.Option(help="Number of rows.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Seed of templates that draw at random.")] = 0,
-    truncation: Truncate = Truncation.none,
+    truncation: Truncate = "none",
     strict_compat: StrictCompat = False,
     column_map: ColumnMap = None,
     label_map: LabelMap = None,
@@ -133,7 +128,7 @@ def render(
         folder=templates_dir,
         all_templates=all_templates,
         gold_input=gold_input,
-        truncation=truncation.value,
+        truncation=truncation,
         strict_compat=strict_compat,
     )
     first, count = (0, limit) if row is None else (row, 1)

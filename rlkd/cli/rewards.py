@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..choices import Value
 from ..errors import ConfigError, DataError
+from ..inspection.reward_view import RANKINGS, RewardView
+from ..models.spec import Dtype
 from . import prompts
 
 if TYPE_CHECKING:
-    from ..inspection.reward_view import RewardView
-    from ..records import Example
-
-
-class Value(StrEnum):
-    max = "max"
-    lse = "lse"
-    softmax = "softmax"
-
-
-class By(StrEnum):
-    regret = "regret"
-    templates = "templates"
-    student = "student"
-    length = "length"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
+    By = str
+else:
+    By = Literal[tuple(RANKINGS)]
 
 FROM_MODELS = ("teacher", "student", "student_before", "dataset", "templates", "input_column", "reward_value")
 # Which options each kind of input needs, and which it takes beside them.
@@ -68,7 +51,7 @@ def inspect_rewards(
     worst: Annotated[int | None, typer.Option(help="Only the N inputs that are worst.", min=1)] = None,
     by: Annotated[
         By, typer.Option(help="Worst by regret, by the gap between templates or student and teacher, or by length.")
-    ] = By.regret,
+    ] = "regret",
     min_length: Annotated[int, typer.Option(help="Only answers of at least so many tokens.", min=0)] = 0,
     max_length: Annotated[int | None, typer.Option(help="Only answers of at most so many tokens.", min=0)] = None,
     search: Annotated[str | None, typer.Option(help="Only inputs that have this text in them or in an answer.")] = None,
@@ -78,11 +61,11 @@ def inspect_rewards(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
     max_input_tokens: Annotated[int, typer.Option(help="Prompts are cut to this.", min=1)] = 512,
     input_eos: Annotated[bool, typer.Option(help="End the teacher's inputs with end-of-sequence. T0: no.")] = True,
-    teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = Dtype.float32,
+    teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
     all_templates: prompts.AllTemplates = False,
     gold_input: prompts.GoldInput = False,
-    truncation: prompts.Truncate = prompts.Truncation.none,
+    truncation: prompts.Truncate = "none",
     strict_compat: prompts.StrictCompat = False,
     column_map: prompts.ColumnMap = None,
     label_map: prompts.LabelMap = None,
@@ -103,10 +86,13 @@ def inspect_rewards(
 
         view = from_run(request["run"], step=step)
     else:
-        view = _of_labels(request) if kind == "labels" else _of_models(request)
+        from ..jobs.rewards import view_of_labels, view_of_models
+
+        request["reward_value"] = reward_value or "max"
+        view = view_of_labels(request) if kind == "labels" else view_of_models(request)
     view = view.with_length(min_length, max_length)
     view = view if search is None else view.search(search)
-    view = view if worst is None else view.worst(worst, by.value)
+    view = view if worst is None else view.worst(worst, by)
     if not len(view):
         raise DataError("no input is left after --search, --min-length, --max-length and --worst; ask for less.")
     _show(view, out, as_json)
@@ -147,77 +133,3 @@ def _check(request: dict[str, Any]) -> str:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _value(request: dict[str, Any]) -> Any:
-    return (request["reward_value"] or Value.max).value
-
-
-def _of_models(request: dict[str, Any]) -> RewardView:
-    """Checks in order of cost: configurations and vocabularies, templates and rows; weights load last."""
-    from ..inspection.build import reward_view
-    from ..models.loading import load_encoder_decoder
-    from .labels import check_teacher, load_teacher
-
-    tokenizer, valid_vocab = check_teacher(request["teacher"], request["teacher_dtype"])
-    for role in ("student", "student_before"):
-        if request[role] is not None:
-            _check_student(request[role], role, tokenizer, request["teacher"])
-    names, examples = _examples(request)
-    teacher = load_teacher(request, tokenizer, valid_vocab, "none")
-    students = {
-        role: load_encoder_decoder(request[role], role).to(teacher.lm.device)
-        for role in ("student", "student_before")
-        if request[role] is not None
-    }
-    return reward_view(
-        teacher, tokenizer, examples, value=_value(request), template_names=names, per_template=True,
-        max_new_tokens=request["max_new_tokens"], **students,
-    )  # fmt: skip
-
-
-def _check_student(name: str, role: str, tokenizer: Any, teacher: str) -> None:
-    from ..models.loading import check_config, load_config, resolve_dtype
-    from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
-
-    config = load_config(name, role)
-    check_config(config, role, name, resolve_dtype("float32", role))
-    check_vocabulary_fits(
-        config, check_same_vocabulary(tokenizer, load_tokenizer(name, role), teacher, name), role, name
-    )
-
-
-def _examples(request: dict[str, Any]) -> tuple[list[str], list[Example]]:
-    """Names of the templates, and the inputs that all of them apply to."""
-    from ..records import Example
-    from .labels import source_of
-
-    source = source_of({**request, "on_bad_row": "fail", "strategy": "greedy"}, None)
-    rows = [row for _, block in source.blocks(request["limit"], lambda k: k == 0) for row in block]
-    if failed := [prompt.error for row in rows for prompt in row.prompts if prompt.status == "failed"]:
-        raise DataError(str(failed[0]))
-    examples = [
-        Example(row.id, row.student_input, tuple(str(prompt.text) for prompt in row.prompts), row.references)
-        for row in rows
-        if all(prompt.text for prompt in row.prompts)
-    ]
-    if not examples:
-        raise DataError(
-            f"'{request['dataset']}': no row has an input under every template. Choose other templates or columns."
-        )
-    return source.render.template_names, examples
-
-
-def _of_labels(request: dict[str, Any]) -> RewardView:
-    """Labels with recorded numbers, or those of --teacher, which reads prompts as the labels' settings say."""
-    from ..inspection.labels import from_labels
-    from ..labels.store import finished_manifest
-    from .labels import check_teacher, load_teacher
-
-    settings = finished_manifest(request["labels"]).header["settings"]
-    tokenizer, valid_vocab = check_teacher(request["teacher"] or settings["teacher"], request["teacher_dtype"])
-    options: dict[str, Any] = {"value": _value(request), "limit": request["limit"]}
-    if request["teacher"] is not None:
-        reading = {"max_input_tokens": settings["max_input_tokens"], "input_eos": settings["append_eos"]}
-        options["teacher"] = load_teacher({**request, **reading}, tokenizer, valid_vocab, "none")
-    return from_labels(request["labels"], tokenizer, **options)

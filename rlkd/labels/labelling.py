@@ -5,19 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Protocol
 
 from ..errors import DataError, DivergenceError
-from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, encode_texts
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.decode import row_seed
 from ..sampling.engines.protocol import Answer, Decoding, Engine
 from ..sampling.ranking import rank
 from ..sampling.schedule import Budget, in_batches
+from .options import OnLong
 
-OnLong = Literal["truncate", "error", "skip"]
 NO_LIMIT = 2**30
+
+
+class PromptReader(Protocol):
+    """How prompts become token ids: a `Teacher`, or the `TeacherSpec` of one that is not loaded."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def max_input_tokens(self) -> int: ...
+    @property
+    def append_eos(self) -> bool: ...
 
 
 class StoppedError(Exception):
@@ -48,7 +58,7 @@ class Labeller:
     before each batch.
     """
 
-    teacher: Teacher
+    teacher: PromptReader
     engine: Engine
     decoding: Decoding | None
     templates: list[tuple[str, str]]

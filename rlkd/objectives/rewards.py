@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..choices import Value
 from ..records import TeacherScores
 
-Value = Literal["max", "lse", "softmax"]
 Gauge = Literal["log_prob", "centered_logit", "raw_logit"]
 
 

@@ -10,17 +10,14 @@ from .engines.protocol import Answer, Decoding, Engine
 
 logger = logging.getLogger(__name__)
 
-# Called after each batch with the indices of its prompts and their answers.
-OnBatch = Callable[[list[int], list[list[Answer]]], None]
-
 
 @dataclass(slots=True)
 class Budget:
     """Padded tokens, of prompts and answers, that one batch may hold. It shrinks when memory runs out, and stays so
     for the batches that follow. It decides speed and memory, never an answer.
 
-    The default suits a processor: larger batches pad more keys for every step to read, which costs more than they save
-    (int8, 64 prompts: 1.9 times the time at 16,384). A GPU wants more.
+    The default suits a CPU: larger batches pad more keys for every step to read, which costs more than they save (int8,
+    64 prompts: 1.9 times the time at 16,384). A GPU wants more.
     """
 
     tokens: int = 4096
@@ -32,7 +29,6 @@ def answer_all(
     seeds: list[list[int]],
     decoding: Decoding,
     budget: Budget,
-    on_batch: OnBatch | None = None,
 ) -> list[list[Answer]]:
     """`engine.answer` of all prompts, in their order, made in batches of like lengths.
 
@@ -45,8 +41,6 @@ def answer_all(
         made = engine.answer([prompts[i] for i in rows], [seeds[i] for i in rows], decoding)
         for i, row in zip(rows, made, strict=True):
             answers[i] = row
-        if on_batch is not None:
-            on_batch(rows, made)
 
     new = decoding.labels_per_input * decoding.max_new_tokens
     in_batches(run, [len(prompt) for prompt in prompts], [new] * len(prompts), budget)

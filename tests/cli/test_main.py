@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from rlkd.cli.main import app, main
 from rlkd.errors import DataError
-from rlkd.labels.pseudolabels import load_pseudolabels
+from rlkd.labels.store import load_pseudolabels
 from tiny import save_pair, save_pretrained, tiny_t5, tiny_tokenizer
 
 ROWS = [{"source": "a b c", "target": "c b a"}, {"source": "d e", "target": "e d"}, {"source": "", "target": "x"}]
@@ -104,6 +104,8 @@ def failing(capsys, args):
         (["--teacher-dtype", "float16"], 2, "float16 overflows"),
         (["--strategy", "rank"], 2, "no answer choices to rank"),
         (["--shard", "2/2"], 3, "allowed is i/n with 0 <= i < n"),
+        (["--compute-type", "int8"], 2, "engine = 'torch': it computes in the precision of the teacher's weights"),
+        (["--engine", "vllm"], 2, "--engine"),
         (["--strategy", "topk"], 2, "--strategy"),
         (["--limit", "0"], 2, "--limit"),
     ],

@@ -9,7 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from rlkd import RewardView, generate_pseudolabels
+from rlkd import Decoding, RewardView, generate_pseudolabels
 from rlkd.cli.main import app, main
 from rlkd.inspection.recording import append_samples
 from rlkd.inspection.reward_view import Sample
@@ -90,8 +90,8 @@ def test_of_labels(folder, pair):
     teacher = tiny_teacher()
     save_pretrained(folder / "labeller", teacher.lm.model)
     teacher.lm.model.name_or_path = str(folder / "labeller")
-    options = {"strategy": "greedy", "template_names": ["copy"], "max_new_tokens": 4, "quiet": True}
-    generate_pseudolabels(teacher, inputs, out=folder / "labels", **options)
+    decoding = Decoding("greedy", 4)
+    generate_pseudolabels(teacher, inputs, out=folder / "labels", template_names=["copy"], decoding=decoding)
     plain = view_of("--labels", "labels")
     scored = view_of("--labels", "labels", "--teacher", "labeller")
     assert plain.samples[0].total_reward is None

@@ -17,7 +17,7 @@ import pytest
 import stub
 from rlkd.errors import LockedError, RlkdError
 from rlkd.io import files
-from rlkd.labels.pseudolabels import load_pseudolabels
+from rlkd.labels.store import load_pseudolabels
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["stub"])

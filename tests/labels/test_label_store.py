@@ -10,8 +10,7 @@ import stub
 from rlkd.errors import ConfigError, DataError
 from rlkd.labels.maintenance import merge, repair, verify
 from rlkd.labels.manifest import Manifest
-from rlkd.labels.pseudolabels import load_pseudolabels
-from rlkd.labels.store import damage
+from rlkd.labels.store import damage, load_pseudolabels
 from rlkd.sampling.engines.protocol import Decoding
 
 
@@ -275,9 +274,8 @@ def test_top_k_columns_are_there_only_if_asked_for(tmp_path, whole):
 
     out = tmp_path / "out"
     examples = [Example(str(i), text, (text,)) for i, text in enumerate(["a b", "c", "d e f"])]
-    generate_pseudolabels(
-        tiny_teacher(), examples, out=out, strategy="greedy", template_names=["t"], max_new_tokens=4, top_k_logprobs=3
-    )
+    decoding = Decoding("greedy", 4, top_k_logprobs=3)
+    generate_pseudolabels(tiny_teacher(), examples, out=out, template_names=["t"], decoding=decoding)
     for row in load_pseudolabels(out):
         assert [ids[0] for ids in row["top_ids"]] == row["token_ids"]
         assert sum(logps[0] for logps in row["top_logps"]) == pytest.approx(row["sum_logprob"], abs=1e-4)

@@ -16,7 +16,7 @@ from rlkd.errors import ConfigError, DataError, InterruptedRunError
 from rlkd.io.files import sha256
 from rlkd.labels.maintenance import merge, verify
 from rlkd.labels.manifest import Manifest
-from rlkd.labels.pseudolabels import load_pseudolabels
+from rlkd.labels.store import load_pseudolabels
 from rlkd.sampling.engines.ctranslate2_engine import CTranslate2Engine
 from tiny import tiny_teacher
 

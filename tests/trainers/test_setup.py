@@ -6,7 +6,7 @@ import pytest
 
 from rlkd import DataArguments, PPOArguments, TeacherArguments, prepare
 from rlkd.errors import ConfigError, DataError
-from rlkd.jobs.setup import _load_data
+from rlkd.jobs.setup import load_data
 from rlkd.settings.trl_compat import ModelConfig
 
 TEMPLATES = """dataset: mine
@@ -48,7 +48,7 @@ def load(tmp_path):
         data = DataArguments(
             dataset=str(tmp_path / "rows.jsonl"), input_column="text", reference_column="gold", **options
         )
-        return _load_data(data)
+        return load_data(data)
 
     return load
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...choices import Pool
 from ...errors import ModelError
 from ..loading import load_config
-
-Pool = Literal["cls", "mean"]
 
 
 def load_encoder_config(name: str) -> Any:

@@ -13,6 +13,8 @@ from ...errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
+    from ...models.spec import ModelSource
+
 Strategy = Literal["greedy", "beam", "sample"]
 
 
@@ -76,14 +78,35 @@ class Answer:
     top_k: TopK | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Which engine decodes, and how it computes; none of this but compute_type decides an answer.
+
+    name          an entry of `ENGINES`, or auto: the first of them that gives the reference's answers
+    compute_type  precision other than that of the weights, if the engine offers one (CTranslate2: float32, bfloat16,
+                  float16, int8)
+    batch_tokens  padded tokens per forward (torch)
+    threads       per forward; 0: one per core (ctranslate2)
+    """
+
+    name: str = "auto"
+    compute_type: str | None = None
+    batch_tokens: int = 4096
+    threads: int = 0
+
+
 class Engine(Protocol):
-    """name: as in `--engine`; exact: computes with the teacher's weights as they are."""
+    """An engine with its teacher. name: its key in `ENGINES`; exact: it computes with the teacher's weights as they
+    are, so that its agreement with them need not be measured.
+    """
 
     name: str
     exact: bool
 
     def identity(self) -> dict[str, Any]:
-        """All that decides its answers: model, digest of the weights, precision. JSON-able."""
+        """All that decides its answers, JSON-able: `teacher` (name or folder), `teacher_weights` (digest) or `revision`
+        (commit), `dtype`, and what else matters.
+        """
         ...
 
     def answer(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
@@ -95,4 +118,23 @@ class Engine(Protocol):
 
     def score(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[float]]:
         """Natural log-probability of each token of the given answer to each prompt, teacher-forced, temperature 1."""
+        ...
+
+
+class EngineKind(Protocol):
+    """A class of engines: an entry of `ENGINES`. What it can do is known before any weights load."""
+
+    def objection(self, model: ModelSource, decoding: Decoding | None, settings: EngineSettings) -> str | None:
+        """Why it cannot do this work with this model, as a sentence; None if it can. Loads no weights.
+
+        decoding None: given answers are to be scored (ranking).
+        """
+        ...
+
+    def reservation(self, decoding: Decoding | None) -> str | None:
+        """Why the reference is the better choice though this engine could do it, as a sentence; None if it is not."""
+        ...
+
+    def of(self, model: ModelSource, settings: EngineSettings) -> Engine:
+        """The engine, made of a model that it has no objection to. The first moment at which weights may load."""
         ...

@@ -1,57 +1,86 @@
-"""Which engines there are, and the choice among them."""
+"""Which engines there are, and the choice among them, made before any weights load."""
 
 from __future__ import annotations
 
 import logging
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
-from ...errors import ConfigError
-from ...models.encoder_decoder import EncoderDecoder
-from .protocol import Decoding, Engine
-from .torch_engine import TorchEngine
+from ...errors import ConfigError, nearest
+from .protocol import Decoding, Engine, EngineKind, EngineSettings
+
+if TYPE_CHECKING:
+    from ...models.spec import ModelSource
 
 logger = logging.getLogger(__name__)
 
-EngineName = Literal["auto", "torch", "ctranslate2"]
+AUTO = "auto"
+REFERENCE = "torch"
+# Name -> the engine's class, or where it is: naming the choices imports none. `auto` tries them in this order.
+ENGINES: dict[str, str | EngineKind] = {
+    "ctranslate2": "rlkd.sampling.engines.ctranslate2_engine:CTranslate2Engine",
+    REFERENCE: "rlkd.sampling.engines.torch_engine:TorchEngine",
+}
 
 
-def make_engine(
-    name: EngineName,
-    lm: EncoderDecoder,
-    decoding: Decoding | None,
-    *,
-    compute_type: str | None = None,
-    batch_tokens: int = 4096,
-    threads: int = 0,
-    parallel: int = 1,
-) -> Engine:
-    """The engine of that name for a teacher; 'auto' takes the fastest that gives the same answers, and logs why.
+def engine_names() -> tuple[str, ...]:
+    """The values of `--engine`."""
+    return (AUTO, *ENGINES)
 
-    Args: decoding, None if the engine only scores given answers (ranking); compute_type, of CTranslate2: float32,
-    bfloat16, float16 or int8 (an approximation: see `agreement`), by default the teacher's own; batch_tokens, padded
-    tokens per forward (torch); threads per forward, 0 for one per core, and forwards in parallel (CTranslate2).
-    Raises ConfigError if the engine is unknown, not installed, or cannot do what `decoding` or compute_type asks for.
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine that can do the work, not made yet: no weights are loaded. passed_over: why `auto` did not take others,
+    by name.
     """
-    if name not in get_args(EngineName):
-        raise ConfigError(f"engine = '{name}': allowed are {', '.join(get_args(EngineName))}.")
-    reason = "asked for."
-    if name != "torch":
-        from . import ctranslate2_engine as ct2
 
-        precision = compute_type or str(lm.model.dtype).removeprefix("torch.")
-        objection = ct2.objection(lm, decoding, precision)
-        if objection is None and name == "auto":
-            objection = ct2.reservation(decoding)
-        if objection is None:
-            logger.info("engine: ctranslate2 in %s", precision)
-            return ct2.CTranslate2Engine(lm, precision, threads=threads, parallel=parallel)
-        if name == "ctranslate2":
-            raise ConfigError(f"engine = 'ctranslate2': {objection} Use --engine torch.")
-        reason = f"with CTranslate2, {objection}"
-    if compute_type is not None:
+    name: str
+    model: ModelSource
+    settings: EngineSettings
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+    def make(self) -> Engine:
+        """Load what the engine needs, and log why it is this one if it was not named."""
+        if self.settings.name == AUTO:
+            why = "".join(f"; not {name}: {reason}" for name, reason in self.passed_over.items()).rstrip(".")
+            logger.info("engine: %s in %s%s", self.name, self.settings.compute_type or self.model.dtype, why)
+        return _kind(self.name).of(self.model, self.settings)
+
+    def reference(self) -> Engine:
+        """PyTorch with the model's weights in full: what an approximate engine is compared with."""
+        return _kind(REFERENCE).of(self.model.full_precision(), replace(self.settings, compute_type=None))
+
+
+def choose_engine(settings: EngineSettings, model: ModelSource, decoding: Decoding | None) -> EngineChoice:
+    """The engine asked for; `auto` takes the first that gives the reference's answers and has no objection. No weights
+    are loaded.
+
+    decoding: None if given answers are to be scored (ranking).
+    Raises ConfigError if the engine is unknown, not installed, or cannot do what is asked of it.
+    """
+    wanted = settings.name
+    if wanted not in engine_names():
         raise ConfigError(
-            f"compute_type = '{compute_type}' is a precision of CTranslate2, and engine = '{name}' means PyTorch here: "
-            f"{reason} Leave it out (PyTorch computes in the teacher's dtype)."
+            f"engine = '{wanted}': allowed are {', '.join(engine_names())}.{nearest(wanted, list(engine_names()))}"
         )
-    logger.info("engine: torch: %s", reason)
-    return TorchEngine(lm, batch_tokens)
+    refused: dict[str, str] = {}
+    for name in ENGINES if wanted == AUTO else (wanted,):
+        kind = _kind(name)
+        reason = kind.objection(model, decoding, settings)
+        if reason is None and wanted == AUTO:
+            reason = kind.reservation(decoding)
+        if reason is None:
+            return EngineChoice(name, model, settings, refused)
+        refused[name] = reason
+    if wanted != AUTO:
+        remedy = "" if wanted == REFERENCE else f" Use --engine {REFERENCE}."
+        raise ConfigError(f"engine = '{wanted}': {refused[wanted]}{remedy}")
+    raise ConfigError(
+        "engine = 'auto': no engine can do this.\n" + "\n".join(f"  {name}: {why}" for name, why in refused.items())
+    )
+
+
+def _kind(name: str) -> EngineKind:
+    entry = ENGINES[name]
+    return resolve_name(entry) if isinstance(entry, str) else entry

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...models.encoder_decoder import EncoderDecoder
 from ...models.heads import CHUNK_ELEMENTS
+from ...models.spec import ModelSource
 from ...objectives.rewards import token_scores
 from ...tensors import length_mask, pad_stack
 from ..decode import decode, greedy, sampler
-from .protocol import Answer, Decoding, TopK
+from .protocol import Answer, Decoding, EngineSettings, TopK
 
 
 class TorchEngine:
@@ -29,6 +30,23 @@ class TorchEngine:
     def __init__(self, lm: EncoderDecoder, batch_tokens: int = 4096):
         self.lm, self.batch_tokens = lm, batch_tokens
         self.exact = not getattr(lm.model, "is_quantized", False)
+
+    @staticmethod
+    def objection(model: ModelSource, decoding: Decoding | None, settings: EngineSettings) -> str | None:
+        if settings.compute_type is not None:
+            return (
+                f"it computes in the precision of the teacher's weights (teacher_dtype): leave out compute_type = "
+                f"'{settings.compute_type}'."
+            )
+        return None
+
+    @staticmethod
+    def reservation(decoding: Decoding | None) -> str | None:
+        return None
+
+    @classmethod
+    def of(cls, model: ModelSource, settings: EngineSettings) -> TorchEngine:
+        return cls(model.language_model(), settings.batch_tokens)
 
     def identity(self) -> dict[str, Any]:
         from ...models.digests import weights_digest
