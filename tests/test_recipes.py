@@ -209,7 +209,7 @@ def test_worked_labelling_recipes(tiny_run, script, data, row, columns):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     verified, head, *lines = done.stdout.splitlines()
-    assert verified.endswith("all as written")
+    assert verified.endswith("all intact")
     assert head.startswith(columns)
     labels = load_pseudolabels(tiny_run / "runs" / script).to_list()
     assert len(labels) == sum(int(line.split("\t")[1]) for line in lines)

@@ -1,4 +1,4 @@
-"""What `rlkd generate-pseudolabels` and `rlkd data repair` share: a request, and how its result is told."""
+"""What `rlkd generate-pseudolabels` and `rlkd data repair` share: running a recorded request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-# How the command is run, not what it makes.
+# These say how the command runs, not which labels it makes.
 NOT_IN_REQUEST = ("out", "overwrite", "allow_config_change", "quiet")
 FINISHED_WITH_FAILED_ROWS = 4
 

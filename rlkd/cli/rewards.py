@@ -1,4 +1,4 @@
-"""`rlkd inspect-rewards`: what the teacher says of every token of some answers, on a page or in the terminal."""
+"""`rlkd inspect-rewards`: the teacher's reward for every token of some answers, as a page or in the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:
     By = Literal[tuple(RANKINGS)]
 
 FROM_MODELS = ("teacher", "student", "student_before", "dataset", "templates", "input_column", "reward_value")
-# Which options each kind of input needs, and which it takes beside them.
+# Which options each kind of input needs, and which others it takes.
 INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dataset": (("teacher", "input_column"), FROM_MODELS),
     "run": ((), ("step",)),
@@ -31,36 +31,43 @@ def inspect_rewards(
     context: typer.Context,
     teacher: Annotated[str | None, typer.Option(help="Teacher: a local folder or a hub id.")] = None,
     student: Annotated[str | None, typer.Option(help="Student whose greedy answers are shown.")] = None,
-    student_before: Annotated[str | None, typer.Option(help="The student before training, beside it.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Inputs, as for generate-pseudolabels.")] = None,
-    input_column: Annotated[
-        str | None, typer.Option(help="Column with the raw input, which the student reads.")
+    student_before: Annotated[
+        str | None, typer.Option(help="The student before training, shown for comparison.")
     ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Inputs, as for generate-pseudolabels.")] = None,
+    input_column: Annotated[str | None, typer.Option(help="Column with the raw input that the student reads.")] = None,
     templates: Annotated[
         list[str] | None,
-        typer.Option(help="dataset[/subset][:name] or file.yaml[:name]; repeatable: answers are compared under each."),
+        typer.Option(help="dataset[/subset][:name] or file.yaml[:name]; repeatable: answers are scored under each."),
     ] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder of a trainer, instead of models.")] = None,
-    step: Annotated[int | None, typer.Option(help="Evaluation of the run to show. Default: the last.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of a training run, instead of models.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the evaluation to show. Default: the last.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Folder of generate-pseudolabels; with --teacher, its labels are scored.")
+        Path | None, typer.Option(help="Folder of pseudo-labels; with --teacher, they are scored.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Read the first N inputs (or labels).", min=1)] = 20,
-    out: Annotated[Path | None, typer.Option(help="Write a page that needs no network: FILE.html.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as one JSON object.")] = False,
-    worst: Annotated[int | None, typer.Option(help="Only the N inputs that are worst.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a self-contained page: FILE.html.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all numbers.")] = False,
+    worst: Annotated[int | None, typer.Option(help="Only the N worst inputs.", min=1)] = None,
     by: Annotated[
-        By, typer.Option(help="Worst by regret, by the gap between templates or student and teacher, or by length.")
+        By,
+        typer.Option(
+            help="What worst means: regret, the gap between templates or between student and teacher, or length."
+        ),
     ] = "regret",
     min_length: Annotated[int, typer.Option(help="Only answers of at least so many tokens.", min=0)] = 0,
     max_length: Annotated[int | None, typer.Option(help="Only answers of at most so many tokens.", min=0)] = None,
-    search: Annotated[str | None, typer.Option(help="Only inputs that have this text in them or in an answer.")] = None,
-    reward_value: Annotated[
-        Value | None, typer.Option(help="V of the reward. Default: max; a run has its own.", show_default=False)
+    search: Annotated[
+        str | None, typer.Option(help="Only inputs that contain this text, or have it in an answer.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
-    max_input_tokens: Annotated[int, typer.Option(help="Prompts are cut to this.", min=1)] = 512,
-    input_eos: Annotated[bool, typer.Option(help="End the teacher's inputs with end-of-sequence. T0: no.")] = True,
+    reward_value: Annotated[
+        Value | None, typer.Option(help="V of the reward. Default: max; a run has its own value.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
+    max_input_tokens: Annotated[int, typer.Option(help="Maximum length of a prompt, in tokens.", min=1)] = 512,
+    input_eos: Annotated[
+        bool, typer.Option(help="End the teacher's prompts with end-of-sequence. T0: --no-input-eos.")
+    ] = True,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
     all_templates: prompts.AllTemplates = False,
@@ -71,13 +78,13 @@ def inspect_rewards(
     label_map: prompts.LabelMap = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    reference_column: Annotated[str | None, typer.Option(help="Column with human answers, shown too.")] = None,
+    reference_column: Annotated[str | None, typer.Option(help="Column with human answers, to show as well.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of templates that draw at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of templates with random choices.")] = 0,
 ) -> None:
-    """Show the reward of every token: of a teacher on inputs, of a training run, or of pseudo-labels.
+    """Show the reward of every token: of models on a data set, of a training run, or of pseudo-labels.
 
-    One of --dataset (with --teacher), --run and --labels says of what. Numbers are in nats.
+    Give exactly one of --dataset (with --teacher), --run and --labels. Numbers are in nats.
     """
     request = dict(context.params)
     kind = _check(request)
@@ -94,7 +101,7 @@ def inspect_rewards(
     view = view if search is None else view.search(search)
     view = view if worst is None else view.worst(worst, by)
     if not len(view):
-        raise DataError("no input is left after --search, --min-length, --max-length and --worst; ask for less.")
+        raise DataError("no input is left after --search, --min-length, --max-length and --worst; relax them.")
     _show(view, out, as_json)
 
 
@@ -110,7 +117,7 @@ def _show(view: RewardView, out: Path | None, as_json: bool) -> None:
 
 
 def _check(request: dict[str, Any]) -> str:
-    """Which kind of input is asked for, if the options fit together and the page can be written."""
+    """The kind of input. Raises ConfigError unless the options fit together and the page can be written."""
     kinds = [kind for kind in INPUTS if request[kind] is not None]
     if len(kinds) != 1:
         found = " and ".join(f"--{kind}" for kind in kinds) or "none of them"
@@ -122,7 +129,7 @@ def _check(request: dict[str, Any]) -> str:
     given = [name for name in (*FROM_MODELS, "step") if request[name] not in (None, [], ())]
     foreign = [_flag(name) for name in given if name not in (kind, *taken)]
     if foreign:
-        raise ConfigError(f"--{kind} takes no {foreign[0]}: leave it out.")
+        raise ConfigError(f"--{kind} does not take {foreign[0]}: leave it out.")
     out = request["out"]
     if out is not None and out.suffix not in (".html", ".htm"):
         raise ConfigError(f"--out {out}: name a file that ends in .html; numbers come with --json.")

@@ -1,6 +1,4 @@
-"""From settings to loaded models and data, for the recipes: everything that can fail cheaply fails before weights
-load.
-"""
+"""The settings of the recipes, and what they name: everything that can fail cheaply fails before weights load."""
 
 from __future__ import annotations
 
@@ -31,52 +29,54 @@ class DataArguments:
     dataset: str = field(
         default="knkarthick/dialogsum", metadata={"help": "Hub id, or a local .jsonl / .csv / .tsv / .parquet file."}
     )
-    dataset_subset: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_subset: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split of unlabeled inputs."})
-    train_limit: Count | None = field(default=None, metadata={"help": "Use only the first so many inputs."})
+    train_limit: Count | None = field(default=None, metadata={"help": "Use only the first N inputs."})
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Held-out inputs; null takes eval_split of dataset."}
     )
     eval_split: str = field(default="validation", metadata={"help": "Split of held-out inputs."})
-    input_column: str = field(default="dialogue", metadata={"help": "Column the student reads."})
+    input_column: str = field(default="dialogue", metadata={"help": "Column that the student reads."})
     reference_column: str | None = field(
         default="summary",
-        metadata={"help": "Column with human answers, for the task metric only; null if there are none."},
+        metadata={"help": "Column with human answers, used only by the task metric; null if there are none."},
     )
     templates: list[str] = field(
         default_factory=lambda: ["dialogsum"],
         metadata={
-            "help": "What the teacher is asked: dataset[:Template name] or file.yaml[:Template name]; several are "
-            "combined."
+            "help": "The teacher's prompt templates: dataset[:Template name] or file.yaml[:Template name]; several "
+            "are combined."
         },
     )
     templates_dir: str | None = field(
-        default=None, metadata={"help": "Folder, YAML file or archive of templates; null: `rlkd prompts --help`."}
+        default=None,
+        metadata={"help": "Folder, YAML file or archive of templates; null: as in `rlkd prompts list --help`."},
     )
     all_templates: bool = field(
-        default=False, metadata={"help": "With no name: also templates of other than the original task."}
+        default=False,
+        metadata={"help": "Without a template name: include templates for other tasks than the original one."},
     )
-    gold_input: bool = field(default=False, metadata={"help": "Allow templates whose input shows gold columns."})
+    gold_input: bool = field(default=False, metadata={"help": "Allow templates whose input contains gold columns."})
     truncation: Truncation = field(
-        default="none", metadata={"help": "t0 cuts each {{...}} at 2,048 characters, as T0's training data were."}
+        default="none", metadata={"help": "t0 cuts each {{...}} at 2,048 characters, as in T0's training data."}
     )
     strict_compat: bool = field(
-        default=False, metadata={"help": "Let a '|||' inside a row's lists split the text, as promptsource."}
+        default=False, metadata={"help": "Let '|||' inside lists of a row split the text, as promptsource does."}
     )
     column_map: list[str] = field(
-        default_factory=list, metadata={"help": "Columns to rename first: old=new[,...], or JSON."}
+        default_factory=list, metadata={"help": "Columns to rename before anything reads them: old=new[,...], or JSON."}
     )
     label_map: list[str] = field(
-        default_factory=list, metadata={"help": "Labels to change then: [column:]old=new[,...], or JSON."}
+        default_factory=list, metadata={"help": "Labels to change, after column_map: [column:]old=new[,...], or JSON."}
     )
     student_template: str | None = field(
-        default=None, metadata={"help": "One template for the student; null gives it the raw input_column."}
+        default=None, metadata={"help": "One template for the student; null: it reads the raw input_column."}
     )
     pseudo_labels: str | None = field(
         default=None, metadata={"help": "Folder written by `rlkd generate-pseudolabels` (supervised recipes)."}
     )
     task_metric: Literal["none", "rouge", "bleu", "exact_match"] = field(
-        default="none", metadata={"help": "Scored on greedy and sampled answers at every evaluation."}
+        default="none", metadata={"help": "Computed on greedy and sampled answers at every evaluation."}
     )
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class TeacherArguments:
         default="average", metadata={"help": "Several templates: average their rewards, or pool their log-probs."}
     )
     teacher_cache_mb: Natural = field(
-        default=512, metadata={"help": "Room for the teacher's encoder states of prompts seen."}
+        default=512, metadata={"help": "Size of the cache of the teacher's prompt states, in MB."}
     )
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class Setup:
     settings: tuple[Any, ...]
 
     def trainer_inputs(self) -> dict[str, Any]:
-        """Keyword arguments every trainer takes."""
+        """Keyword arguments that every trainer takes."""
         return {
             "teacher": self.teacher,
             "tokenizer": self.tokenizer,

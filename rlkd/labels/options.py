@@ -19,7 +19,7 @@ class RunOptions:
     on_long              prompts longer than max_input_tokens: cut them, stop, or leave them without a label
     batch_tokens         padded tokens, of prompts and answers, in one batch
     shard_rows           label rows per file; an interrupted run loses at most one file
-    part                 (i, n): only shards k with k % n == i, for arrays of processes
+    part                 (i, n): only shards k with k % n == i, for job arrays
     overwrite            replace the labels in the folder
     allow_config_change  continue an unfinished folder with changed settings
     quiet                no progress

@@ -40,13 +40,14 @@ def generate_pseudolabels(
         template_names: one per teacher input of an example.
         decoding: how answers are decoded. sum_logprob of a label is at temperature 1 whatever the decoding.
         engine: which of `ENGINES`, or one in memory; by default PyTorch.
-    Returns: totals (rows, counts by status, template and reason). Raises: as `label_rows`; ConfigError if the engine
-    cannot do what is asked, before any weights load.
+    Returns: totals (rows, counts by status, template and reason). Raises: as `label_rows`; before any weights load,
+    ModelError if the teacher cannot take its role, and ConfigError if the engine cannot do what is asked.
     """
     out, options = Path(out), options or RunOptions()
     check_output(out, overwrite=options.overwrite, part=options.part)
     source = ListedExamples(examples, template_names)
     if isinstance(teacher, TeacherSpec):
+        teacher.model.check()
         model: ModelSource = teacher.model
         torch = EngineSettings("torch")
     else:

@@ -99,7 +99,7 @@ class Run:
         }
 
     def _decoding_settings(self) -> dict[str, Any]:
-        """Null for what the strategy does not use."""
+        """Settings that the strategy does not use are null."""
         if self.decoding is None:
             return {"strategy": "rank"}
         strategy = self.decoding.strategy
@@ -118,7 +118,7 @@ class Run:
         return self.decoding is not None and self.decoding.top_k_logprobs > 0
 
     def _open(self, manifest: Manifest) -> None:
-        """Start the log, or make sure that it is of these settings."""
+        """Start the log, or check that the one there has these settings."""
         header = json.loads(json.dumps(self.header))
         if manifest.headers:
             old = manifest.header
@@ -130,10 +130,10 @@ class Run:
             if old["rows_per_shard"] != header["rows_per_shard"]:
                 refuse(self.out, layout + changed, "")
             if changed and not self.options.allow_config_change:
-                refuse(self.out, changed, "pass --allow-config-change to go on with the new ones, ")
+                refuse(self.out, changed, "pass --allow-config-change to continue with the new ones, ")
             if not changed:
                 return
-            logger.warning("%s: goes on with changed settings:\n%s", self.out, "\n".join(changed))
+            logger.warning("%s: continuing with changed settings:\n%s", self.out, "\n".join(changed))
         if self.source.bad_rows:
             lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in self.source.bad_rows]
             write_durably(self.out / BAD_ROWS, "".join(lines).encode())
@@ -152,18 +152,20 @@ class Run:
         decoding = self.decoding or Decoding("greedy", AGREEMENT_TOKENS)
         measured = agreement(self.engine, reference(), prompts, decoding, Budget(self.options.batch_tokens))
         logger.warning(
-            "%s is an approximation of the teacher: of %d greedy answers %.1f %% are the same, log-probabilities "
-            "differ by %.4f nats per token", self.engine.name, len(prompts), 100 * measured["exact_match"],
+            "%s approximates the teacher: of %d greedy answers, %.1f %% are the same; log-probabilities differ by %.4f "
+            "nats per token on average", self.engine.name, len(prompts), 100 * measured["exact_match"],
             measured["mean_abs_delta_logprob"],
         )  # fmt: skip
         return measured
 
     def _drop_damaged(self, manifest: Manifest) -> None:
         if manifest.damaged:
-            logger.warning("%s: %d damaged lines; what they said is done again", manifest.path, len(manifest.damaged))
+            logger.warning(
+                "%s: %d damaged lines; what they recorded will be done again", manifest.path, len(manifest.damaged)
+            )
         problems = {k: problem for k, shard in manifest.shards.items() if (problem := damage(self.out, shard))}
         for problem in problems.values():
-            logger.warning("%s: this shard is made again", problem)
+            logger.warning("%s: this shard will be made again", problem)
         if problems:
             manifest.append("dropped", shards=list(problems))
 
@@ -179,7 +181,7 @@ class Run:
         return sum(min(size, self.source.total - first) for first in blocks) * self.labels_per_row
 
     def _make(self, manifest: Manifest, before: int) -> None:
-        """Make and commit the shards that the log lacks."""
+        """Make and commit the shards that the log does not have."""
         i, n = self.options.part or (0, 1)
         identity = self.engine.identity()
         made = (str(identity.get("teacher")), identity.get("revision") or identity.get("teacher_weights"))
@@ -227,7 +229,7 @@ class Run:
         (self.out / partial_name(k)).unlink(missing_ok=True)
 
     def _partial(self, manifest: Manifest, k: int) -> dict[int, PseudoLabel]:
-        """Answers that an interrupted run kept of this shard, if they are whole and of these settings."""
+        """Answers that an interrupted run saved of this shard, if they are intact and have these settings."""
         entry = manifest.partials.get(k)
         if not entry or entry["generation"] != self.header["generation"] or damage(self.out, entry):
             return {}
@@ -235,7 +237,7 @@ class Run:
 
     def _keep(self, manifest: Manifest, k: int, labels: dict[int, PseudoLabel]) -> None:
         positions = sorted(labels)
-        # The answers in hand are a saving, not a promise: a disk that is full must not hide why the run ends.
+        # Saving them only spares work: a full disk here must not hide why the run ends.
         with suppress(RlkdError):
             checksum = write_labels(
                 self.out / partial_name(k),
@@ -257,14 +259,14 @@ class Run:
         signum = stop.signum or signal.SIGTERM
         raise InterruptedRunError(
             f"stopped by {signal.Signals(signum).name}: {self._labels(manifest)} labels are committed in {self.out}, "
-            f"{kept} more are kept. Repeat the command to go on.",
+            f"{kept} more are saved. Repeat the command to continue.",
             signum,
         )
 
 
 @contextmanager
 def _frozen_heap() -> Iterator[None]:
-    """What is loaded stays: the garbage collector would look through all of it for every few thousand rows made."""
+    """Exempt loaded objects from garbage collection, which would scan them all for every few thousand rows made."""
     gc.freeze()
     try:
         yield
@@ -273,7 +275,7 @@ def _frozen_heap() -> Iterator[None]:
 
 
 def packages() -> dict[str, str]:
-    """Versions of what made the labels."""
+    """Versions of the packages that decide labels."""
     return {"python": platform.python_version()} | {
         name: version(name) for name in ("rlkd", "torch", "transformers", "datasets", "pyarrow")
     }

@@ -138,7 +138,7 @@ class LoadedModel:
 
     @property
     def config(self) -> Any:
-        return self.lm.config
+        return self.lm.model.config
 
     @property
     def dtype(self) -> str:

@@ -1,4 +1,4 @@
-"""Batches for an engine: like lengths together, as many rows as a token budget allows, answers in input order."""
+"""Batches for an engine: prompts of similar length together, as many as a token budget allows; answers in order."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def answer_all(
     decoding: Decoding,
     budget: Budget,
 ) -> list[list[Answer]]:
-    """`engine.answer` of all prompts, in their order, made in batches of like lengths.
+    """`engine.answer` of all prompts, in their order, computed in batches of similar length.
 
-    A batch that runs out of memory is made again in halves. Raises what the engine raises, out of memory only for a
-    single prompt.
+    A batch that runs out of memory is retried in halves. Raises what the engine raises; out of memory only if a single
+    prompt does not fit.
     """
     answers: list[list[Answer]] = [[] for _ in prompts]
 
@@ -52,7 +52,7 @@ def in_batches(run: Callable[[list[int]], None], lengths: Sequence[int], more: S
 
     A batch costs rows x (longest of `lengths` + largest of `more`) tokens, at most the budget unless it is one row.
     """
-    # The longest first: what does not fit in memory shows at once.
+    # Longest first: what does not fit in memory fails at once.
     todo = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -more[i], i))
     while todo:
         size, cost = _fit(todo, lengths, more, budget.tokens)
@@ -65,7 +65,7 @@ def in_batches(run: Callable[[list[int]], None], lengths: Sequence[int], more: S
         else:
             todo = todo[size:]
             continue
-        # Here the exception is gone, and with it the frames that held the batch's tensors.
+        # The exception is gone by now, and with it the frames that held the batch's tensors.
         from accelerate.utils.memory import clear_device_cache
 
         clear_device_cache(garbage_collection=True)
@@ -74,7 +74,7 @@ def in_batches(run: Callable[[list[int]], None], lengths: Sequence[int], more: S
 
 
 def _fit(todo: list[int], lengths: Sequence[int], more: Sequence[int], tokens: int) -> tuple[int, int]:
-    """How many of the rows fit in one batch, one at least, and its cost."""
+    """How many of the rows fit in one batch (at least one), and its cost."""
     longest, extra = lengths[todo[0]], more[todo[0]]
     size = 1
     for i in todo[1:]:

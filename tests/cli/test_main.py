@@ -47,7 +47,7 @@ def test_end_to_end(folder, teacher):
     result = CliRunner().invoke(app, arguments(teacher, *more), catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stdout.startswith(
-        "30 rows in 1 shards: 20 ok, 10 skipped, 0 failed; 0 prompts truncated; 0 bad input rows left out\n"
+        "30 rows in 1 shard: 20 ok, 10 skipped, 0 failed; 0 prompts truncated; 0 bad input rows skipped\n"
         "  10 x no student input\n"
     )
     assert "  Complex and simple: 4 ok, 2 skipped\n" in result.stdout
@@ -229,7 +229,7 @@ def test_score_compares_labels_with_references_by_template(folder, teacher, caps
     with pytest.raises(SystemExit) as stopped:
         main(["data", "score", "labels", "--metric", "rogue"])
     assert stopped.value.code == 2
-    assert "allowed are exact_match, rouge, bleu. Did you mean 'rouge'?" in capsys.readouterr().err
+    assert "allowed are rouge, bleu, exact_match. Did you mean 'rouge'?" in capsys.readouterr().err
 
 
 def test_parts_verify_and_repair(folder, teacher, capsys):
@@ -244,7 +244,7 @@ def test_parts_verify_and_repair(folder, teacher, capsys):
     assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
     capsys.readouterr()
     main_ok(["data", "verify", "parts"])
-    assert capsys.readouterr().out == "parts: 5 shards, 9 rows, all as written\n"
+    assert capsys.readouterr().out == "parts: 5 shards, 9 rows, all intact\n"
     main_ok(["data", "verify", "parts", "--quiet"])
     assert capsys.readouterr().out == ""
     (folder / "parts" / "labels-00002.parquet").write_bytes(b"damaged")

@@ -133,7 +133,7 @@ def test_a_signal_keeps_every_answer(tmp_path, whole, signum, code):
     assert process.exitcode == code
     message = Path(str(out) + ".log").read_text()
     assert f"stopped by {signal.Signals(signum).name}" in message
-    assert "Repeat the command to go on" in message
+    assert "Repeat the command to continue" in message
     before = answered(out)
     assert stub.entries(out)[-1]["kind"] in ("partial", "shard")
     stub.label(source, out, stub.StubEngine(Path(str(out) + ".journal")))

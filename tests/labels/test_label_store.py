@@ -139,7 +139,7 @@ def test_merged_parts_equal_one_process(whole, tmp_path, together):
     for i, folder in enumerate(folders):
         stub.label(source, folder, part=(i, 3))
     if together:
-        with pytest.raises(DataError, match=r"3 parts of an array of processes.*rlkd data merge"):
+        with pytest.raises(DataError, match=r"3 parts of a job array.*rlkd data merge"):
             load_pseudolabels(folders[0])
     out = tmp_path / "out"
     merge(out, [] if together else folders)
@@ -158,19 +158,19 @@ def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
     stub.label(source, again, part=(1, 2))
     stub.label(source, other, part=(1, 2), seed=2)
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="1 of 2 parts are there; missing: 1/2"):
+    with pytest.raises(DataError, match="1 of 2 parts found; missing: 1/2"):
         merge(out, [zero])
     with pytest.raises(DataError, match="part 1 of 2 is given 2 times"):
         merge(out, [zero, one, again])
     with pytest.raises(DataError, match=r"other settings than .*\n  seed: 1 -> 2"):
         merge(out, [zero, other])
-    with pytest.raises(DataError, match="no part of an array"):
+    with pytest.raises(DataError, match="no part of a job array"):
         merge(out, [reference])
     shard = one / "labels-00001.parquet"
     shard.write_bytes(b"x")
     with pytest.raises(DataError, match=r"labels-00001\.parquet differs from its checksum"):
         merge(out, [zero, one])
-    with pytest.raises(DataError, match="divided otherwise"):
+    with pytest.raises(DataError, match="a run with a different sharding"):
         stub.label(source, zero)
 
 

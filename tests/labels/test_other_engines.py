@@ -6,7 +6,7 @@ import pytest
 
 import stub
 from rlkd import Decoding, EngineSettings, Example, ModelSpec, TeacherSpec, generate_pseudolabels, load_pseudolabels
-from rlkd.errors import ConfigError, LockedError
+from rlkd.errors import ConfigError, LockedError, ModelError
 from rlkd.io.lock import writer_lock
 from rlkd.labels.options import RunOptions
 from rlkd.models import loading
@@ -81,6 +81,12 @@ def test_what_an_engine_from_outside_cannot_do_is_refused(teacher, tmp_path, mon
     with pytest.raises(ConfigError, match=r"engine = 'echo': it does not sample\. Use --engine torch\."):
         generate(teacher, tmp_path / "out", EngineSettings("echo"), Decoding("sample", 4))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_cannot_take_its_role_is_refused(tmp_path, no_weights):
+    wrong = save_pretrained(tmp_path / "wrong", tiny_t5(vocab=20))
+    with pytest.raises(ModelError, match="do not belong together"):
+        generate(TeacherSpec(ModelSpec(wrong, "teacher")), tmp_path / "out")
 
 
 def test_an_entry_may_name_where_the_class_is(teacher, tmp_path, monkeypatch, no_weights):

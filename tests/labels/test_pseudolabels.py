@@ -207,6 +207,7 @@ def log(out):
         ({"strategy": "beam", "num_beams": 1}, "num_beams = 1"),
         ({"temperature": 0.5}, "temperature = 0.5 with strategy = 'greedy'"),
         ({"strategy": "sample", "temperature": 0.0}, "temperature = 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0: must be at least 1"),
     ],
 )
 def test_contradicting_settings(tmp_path, settings, wanted):

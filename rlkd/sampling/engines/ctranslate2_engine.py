@@ -93,8 +93,8 @@ class CTranslate2Engine:
         return dict(self._identity)
 
     def answer(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
-        """As Engine.answer, greedy and beam. Raises ConfigError for what CTranslate2 cannot do, RlkdError if it gives
-        no answer to a prompt.
+        """As `Engine.answer`, for greedy and beam. Raises ConfigError for other strategies, RlkdError if CTranslate2
+        gives no answer to a prompt.
         """
         if reason := _unable(decoding):
             raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
@@ -138,7 +138,7 @@ class CTranslate2Engine:
             **options,
         )
         rows = [[list(map(int, tokens)) for tokens in result.hypotheses] for result in results]
-        # Even an empty answer has its end-of-sequence.
+        # Even an empty answer has an end-of-sequence.
         _check([row if all(row) else [] for row in rows])
         return rows
 
@@ -176,7 +176,7 @@ def _unable(decoding: Decoding | None) -> str | None:
 
 def convert(lm: EncoderDecoder, compute_type: str) -> Path:
     """The folder of the converted teacher: `ctranslate2/<hash of the weights, precision and version>` below $RLKD_CACHE
-    or ~/.cache/rlkd. It is written beside, then renamed, so that it is whole or absent.
+    or ~/.cache/rlkd. It is written under a temporary name, then renamed, so that it is complete or absent.
     """
     spec = _specification(lm)
     folder = _cache() / "ctranslate2" / _digest(spec, compute_type)
@@ -199,7 +199,7 @@ def convert(lm: EncoderDecoder, compute_type: str) -> Path:
 
 
 def _specification(lm: EncoderDecoder) -> Any:
-    """CTranslate2's description of the model, weights included. Its tokens are the ids in writing."""
+    """CTranslate2's description of the model, weights included. Its tokens are the ids as decimal text."""
     from ctranslate2.converters import transformers as converters
     from ctranslate2.specs.model_spec import OPTIONAL, visit_spec
 
@@ -211,9 +211,9 @@ def _specification(lm: EncoderDecoder) -> Any:
                 setattr(config, name, value)
     with torch.no_grad():
         spec = getattr(converters, LOADERS[config.model_type])().get_model_spec(model)
-        # The converter goes by tie_word_embeddings, which transformers 5 sets to True for every T5, untied or not.
+        # The converter relies on tie_word_embeddings, which transformers 5 sets to True for every T5, untied or not.
         spec.decoder.scale_outputs = OPTIONAL if head.scale == 1.0 else head.scale
-        # Rows beyond the tokenizer are no tokens: they can be neither chosen nor part of the normaliser.
+        # Rows beyond the tokenizer are not tokens: they may neither be chosen nor enter the normalizer.
         valid = lm.valid_vocab
         (encoder_embedding,) = spec.encoder.embeddings
         for part in (encoder_embedding, spec.decoder.embeddings, spec.decoder.projection):
@@ -222,7 +222,7 @@ def _specification(lm: EncoderDecoder) -> Any:
             spec.decoder.projection.bias = head.bias[:valid]
 
         def own(part: Any, name: str, value: Any) -> None:
-            # Quantisation works in place, and would write into the teacher.
+            # Quantization works in place and would overwrite the teacher.
             if isinstance(value, torch.Tensor):
                 setattr(part, name.rsplit("/", 1)[-1], value.detach().to("cpu", copy=True))
 
@@ -259,7 +259,7 @@ def _supported(device: str) -> list[str]:
     try:
         return sorted(ctranslate2.get_supported_compute_types(device))
     except (RuntimeError, ValueError):
-        # No driver, or not the CUDA libraries this build wants.
+        # No driver, or not the CUDA libraries that this build needs.
         return []
 
 

@@ -1,6 +1,7 @@
-"""Engines: what turns token-id prompts into answers with their log-probabilities under the teacher.
+"""Engines: they turn prompts, as token ids, into answers with their log-probabilities under the teacher.
 
-Every engine gives the same answers for the same prompts, seeds and settings, whatever they are batched with.
+An engine's answers depend on prompts, seeds and settings, never on how prompts are batched. An engine is a class with
+the methods of `EngineKind`, whose instances have those of `Engine`, and an entry in `registry.ENGINES`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
             raise ConfigError(f"strategy = '{self.strategy}': allowed are {', '.join(get_args(Strategy))}.")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens = {self.max_new_tokens}: must be at least 1.")
         if self.labels_per_input < 1 or (self.strategy == "greedy" and self.labels_per_input > 1):
             raise ConfigError(
                 f"labels_per_input = {self.labels_per_input} with strategy = '{self.strategy}': greedy decoding has "

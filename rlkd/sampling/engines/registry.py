@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 REFERENCE = "torch"
-# Name -> the engine's class, or where it is: naming the choices imports none. `auto` tries them in this order.
+# Name -> the engine's class, or where it is, so that listing the names imports none. `auto` tries them in this order;
+# what stands after the reference, which can do everything, must be asked for by name.
 ENGINES: dict[str, str | EngineKind] = {
     "ctranslate2": "rlkd.sampling.engines.ctranslate2_engine:CTranslate2Engine",
     REFERENCE: "rlkd.sampling.engines.torch_engine:TorchEngine",
@@ -31,8 +32,8 @@ def engine_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine that can do the work, not made yet: no weights are loaded. passed_over: why `auto` did not take others,
-    by name.
+    """An engine that can do the work and is not made yet: no weights are loaded. passed_over: why `auto` did not take
+    others, by name.
     """
 
     name: str
@@ -41,7 +42,7 @@ class EngineChoice:
     passed_over: dict[str, str] = field(default_factory=dict)
 
     def make(self) -> Engine:
-        """Load what the engine needs, and log why it is this one if it was not named."""
+        """Load what the engine needs. If `auto` chose it, log why."""
         if self.settings.name == AUTO:
             why = "".join(f"; not {name}: {reason}" for name, reason in self.passed_over.items()).rstrip(".")
             logger.info("engine: %s in %s%s", self.name, self.settings.compute_type or self.model.dtype, why)
