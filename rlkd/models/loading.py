@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ..errors import ModelError
 from .encoder_decoder import BART_FAMILY, T5_FAMILY
+from .spec import Quantization
 
 # Configuration fields that make a forward in training mode random.
 NOISE = (
@@ -109,13 +110,14 @@ def load_encoder_decoder(
     return model
 
 
-QUANTIZATIONS = ("none", "int8", "nf4")
-
-
-def quantization_config(name: str) -> Any:
-    """bitsandbytes' settings for a frozen model's linear layers, head excepted; None for 'none'."""
+def quantization_config(name: Quantization) -> Any:
+    """bitsandbytes' settings for a frozen model's linear layers, head excepted; None for 'none'. Raises ModelError for
+    another name.
+    """
     from transformers import BitsAndBytesConfig
 
+    if name not in get_args(Quantization):
+        raise ModelError(f"quantization = '{name}': allowed are {', '.join(get_args(Quantization))}.")
     if name == "none":
         return None
     if name == "int8":

@@ -76,6 +76,13 @@ def test_weights_load_as_the_spec_says(folder, asked):
     assert ModelSpec(name, "student", quantization=bits).full_precision() == ModelSpec(name, "student")
 
 
+def test_quantizations():
+    assert loading.quantization_config("none") is None
+    assert loading.quantization_config("nf4").load_in_4bit
+    with pytest.raises(ModelError, match="quantization = 'int4': allowed are none, int8, nf4"):
+        loading.quantization_config("int4")
+
+
 def test_a_pair_shares_its_vocabulary(folder, asked):
     teacher, student, other, small = (
         ModelSpec(str(folder / name), role)
