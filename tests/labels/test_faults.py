@@ -69,12 +69,12 @@ def check_equal(out: Path, whole: Path) -> None:
 
 
 def kill_and_resume(source: Path, out: Path, whole: Path, delay: float) -> bool:
-    """Kill a run after `delay` seconds and finish it; False if it had ended by then."""
+    """Kill a run after `delay` seconds and finish it; False if its labels were finished by then."""
     process = start(source, out)
     time.sleep(delay)
     process.kill()
     process.join()
-    if process.exitcode == 0:
+    if process.exitcode == 0 or any(entry["kind"] == "finished" for entry in stub.entries(out)):
         return False
     assert process.exitcode == -signal.SIGKILL
     committed = [entry["file"] for entry in stub.entries(out) if entry["kind"] == "shard"]
