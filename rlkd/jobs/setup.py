@@ -153,7 +153,9 @@ def prepare(
     model = ours.load()
     if student.use_peft:
         from peft import get_peft_model
+        from transformers import set_seed
 
+        set_seed(training.seed)  # adapters start at random
         model = get_peft_model(model, get_peft_config(student))  # type: ignore[arg-type]
     frozen = Teacher(
         EncoderDecoder(theirs.load(), valid_vocab),
