@@ -27,8 +27,9 @@ from rlkd.data.examples import PromptedRows, RowRenderer
 from rlkd.data.rows import RowStream
 from rlkd.labels.maintenance import merge, part_of
 from rlkd.labels.manifest import Manifest, manifest_name
-from rlkd.labels.pseudolabels import RunOptions, label_rows
-from rlkd.sampling.engines.engine import Answer, Decoding
+from rlkd.labels.options import RunOptions
+from rlkd.labels.pseudolabels import label_rows
+from rlkd.sampling.engines.protocol import Answer, Decoding
 
 WORDS = [f"w{i}" for i in range(1000)]
 ANSWER = Answer([5, 6, 7, 8, 1], [-0.5, -0.25, -0.125, -0.5, -0.1], True)
@@ -79,7 +80,7 @@ def label(source: Path, out: Path, engine: StubEngine, part: tuple[int, int] | N
     earlier = manifest.header["scan"] if manifest.headers else None
     rows = PromptedRows(RowStream(str(source)), RowRenderer((), student_column="text"), earlier=earlier)
     options = RunOptions(shard_rows=5000, part=part, quiet=True)
-    return label_rows(stub, rows, out=out, decoding=Decoding("greedy", 16), options=options, engine=engine)  # type: ignore[arg-type]
+    return label_rows(stub, rows, out=out, decoding=Decoding("greedy", 16), options=options, make_engine=lambda: engine)
 
 
 def overhead(rows: int = 200_000) -> dict[str, float]:

@@ -35,7 +35,8 @@ from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.language_model import LanguageModel
 from rlkd.sampling.agreement import agreement
 from rlkd.sampling.engines.ctranslate2_engine import CTranslate2Engine
-from rlkd.sampling.engines.engine import Answer, Decoding, Engine, TorchEngine
+from rlkd.sampling.engines.protocol import Answer, Decoding, Engine
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from rlkd.sampling.schedule import Budget, answer_all
 from rlkd.tensors import pad_rows
 

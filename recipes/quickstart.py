@@ -34,10 +34,12 @@ from transformers.utils import logging as transformers_logging
 
 import quickstart_task as task
 from rlkd import (
+    Decoding,
     PPOArguments,
     PPOTrainer,
     ReinforceArguments,
     ReinforceTrainer,
+    RunOptions,
     SupervisedArguments,
     SupervisedTrainer,
     Teacher,
@@ -232,12 +234,9 @@ class Seed:
             shared["teacher"],
             self.unlabeled(),
             out=self.home / "labels",
-            strategy="sample",
             template_names=["what gets packed"],
-            max_new_tokens=LIMITS["max_new_tokens"],
-            batch_tokens=16_384,
-            seed=self.seed,
-            overwrite=True,
+            decoding=Decoding("sample", LIMITS["max_new_tokens"]),
+            options=RunOptions(seed=self.seed, batch_tokens=16_384, overwrite=True),
         )
         student = build_model(shared["tokenizer"], width=32, seed=self.seed)
         return self.seqkd(student, WARM_UP, shared, max_steps=self.plan.warmup_steps, learning_rate=3e-2)

@@ -15,8 +15,9 @@ import rich.progress  # noqa: F401
 from rlkd.data.examples import PromptedRows, RowRenderer
 from rlkd.data.rows import RowStream
 from rlkd.labels.manifest import Manifest, manifest_name
-from rlkd.labels.pseudolabels import RunOptions, label_rows
-from rlkd.sampling.engines.engine import Answer, Decoding
+from rlkd.labels.options import RunOptions
+from rlkd.labels.pseudolabels import label_rows
+from rlkd.sampling.engines.protocol import Answer, Decoding
 from rlkd.settings.parsing import run_main
 from rlkd.templates.template import Template
 from tiny import EOS, tiny_tokenizer
@@ -86,7 +87,7 @@ def label(source: Path, out: Path, engine: StubEngine | None = None, **options: 
         out=out,
         decoding=decoding,
         options=RunOptions(**settings),
-        engine=engine or StubEngine(),
+        make_engine=lambda: engine or StubEngine(),
     )
 
 

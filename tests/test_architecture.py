@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Every package and module of rlkd, from the bottom up: each imports from the layers below its own only.
 LAYERS = (
-    {"errors", "metrics", "records", "tensors"},
+    {"choices", "errors", "metrics", "records", "tensors"},
     {"checks", "io"},
     {"objectives", "settings", "templates"},
     {"data", "models", "runs"},

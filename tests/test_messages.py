@@ -5,8 +5,8 @@ That every single message is provoked by some test is checked over the whole sui
 
 import ast
 import inspect
-from enum import Enum
-from typing import Annotated, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import pytest
 import typer
@@ -149,8 +149,8 @@ def declared(function):
 
 def is_checked(kind) -> bool:
     """Whether a text may be no value of that type."""
-    members = [member for member in (get_args(kind) or (kind,)) if isinstance(member, type)]
-    return any(issubclass(member, (int, Enum)) and member is not bool for member in members)
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return any(get_origin(member) is Literal or member is int for member in members)
 
 
 def flag(parameter, info) -> str:

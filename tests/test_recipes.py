@@ -147,7 +147,7 @@ def test_bad_input_is_one_screen_before_any_weights_load(tiny_run, monkeypatch, 
     def weights(*_, **__):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("rlkd.jobs.setup.load_model", weights)
+    monkeypatch.setattr("rlkd.models.loading.load_model", weights)
     for what, (flags, code, words) in _bad_inputs(tiny_run).items():
         with pytest.raises(SystemExit) as exit_info:
             _recipe("ppo", tiny_run, monkeypatch, "--output_dir", "runs/tiny/refused", *flags)
@@ -216,7 +216,7 @@ def test_worked_labelling_recipes(tiny_run, script, data, row, columns):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     verified, head, *lines = done.stdout.splitlines()
-    assert verified.endswith("all as written")
+    assert verified.endswith("all intact")
     assert head.startswith(columns)
     labels = load_pseudolabels(tiny_run / "runs" / script).to_list()
     assert len(labels) == sum(int(line.split("\t")[1]) for line in lines)

@@ -32,10 +32,12 @@ from transformers.utils import logging as transformers_logging
 
 import quora_agnews_task as task
 from rlkd import (
+    Decoding,
     PPOArguments,
     PPOTrainer,
     ReinforceArguments,
     ReinforceTrainer,
+    RunOptions,
     SupervisedArguments,
     SupervisedTrainer,
     Teacher,
@@ -205,9 +207,13 @@ class Study:
             say("the teacher labels the unlabeled inputs")
             inputs, limit = self.examples("unlabeled"), self.plan["limits"]["max_new_tokens"]
             generate_pseudolabels(
-                self.teacher, inputs, out=folder, strategy="sample", template_names=["first"], max_new_tokens=limit,
-                labels_per_input=self.plan["labels_per_input"], shard_rows=2500,
-            )  # fmt: skip
+                self.teacher,
+                inputs,
+                out=folder,
+                template_names=["first"],
+                decoding=Decoding("sample", limit, labels_per_input=self.plan["labels_per_input"]),
+                options=RunOptions(shard_rows=2500),
+            )
         return load_pseudolabels(folder)
 
     def warm_up(self, seed: int) -> tuple[Path, dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Thin commands."""
+"""The command line: flags in, jobs run, results printed."""

@@ -1,4 +1,4 @@
-"""`rlkd config`: look at the settings of a run before it runs."""
+"""`rlkd config`: the settings of a run, before it runs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Check and show the settings of a recipe.", no_args_is_help=True, rich_markup_mode=None)
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
-File = Annotated[Path, typer.Argument(help="YAML file of settings. What follows goes before it: --name value ...")]
+File = Annotated[Path, typer.Argument(help="YAML file of settings. Flags after it override the file: --name value ...")]
 Recipe = Annotated[
-    str | None, typer.Option(help="The script that reads the file. Default: the one beside it, x.py for x.yaml.")
+    str | None, typer.Option(help="The script that reads the file. Default: the one next to it, x.py for x.yaml.")
 ]
 
 
 @app.command(context_settings=PASS_ON)
 def check(context: typer.Context, file: File, recipe: Recipe = None) -> None:
-    """Name every mistake in the settings, or say that there is none. No model or data are loaded."""
+    """Report every mistake in the settings. Loads no models and no data."""
     found = _settings(file, recipe, context.args)
     given = sum(setting.origin != "default" for setting in found)
-    typer.echo(f"{file}: {given} settings given, {len(found) - given} by default, all can work")
+    typer.echo(f"{file}: valid: {given} settings given, {len(found) - given} defaults")
 
 
 @app.command(context_settings=PASS_ON)
@@ -38,11 +38,11 @@ def show(
     file: File,
     recipe: Recipe = None,
     all_: Annotated[
-        bool, typer.Option("--all", help="Also defaults that are not ours but transformers' or TRL's.")
+        bool, typer.Option("--all", help="Include the defaults of transformers' and TRL's own settings.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for machines; always all.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list of all settings.")] = False,
 ) -> None:
-    """Every setting as a run would have it, and where it comes from; the text is YAML that gives the same run."""
+    """Show every setting as a run would use it, and its origin. The output is YAML that gives the same run."""
     found = _settings(file, recipe, context.args)
     if as_json:
         typer.echo(json.dumps([asdict(setting) for setting in found], ensure_ascii=False))
@@ -66,7 +66,7 @@ def _settings(file: Path, recipe: str | None, flags: list[str]) -> list[Setting]
 
 
 def _sections(file: Path, recipe: str | None) -> tuple[type, ...]:
-    """The dataclasses that a recipe's `SETTINGS` names. Raises ConfigError if there is no such recipe."""
+    """The dataclasses in a recipe's `SETTINGS`. Raises ConfigError if there is no such recipe."""
     if recipe is None:
         script = file.with_name(file.name.split(".")[0] + ".py")
     else:

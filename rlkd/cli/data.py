@@ -1,4 +1,4 @@
-"""`rlkd data`: label folders after the run."""
+"""`rlkd data`: folders of pseudo-labels after the run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Check, join and mend folders of pseudo-labels.", no_args_is_help=True, rich_markup_mode=None)
-METRICS = ("exact_match", "rouge", "bleu")
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")]
+app = typer.Typer(help="Check, merge and repair folders of pseudo-labels.", no_args_is_help=True, rich_markup_mode=None)
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Folder = Annotated[Path, typer.Argument(help="Folder written by rlkd generate-pseudolabels.")]
 
 
@@ -20,16 +19,16 @@ Folder = Annotated[Path, typer.Argument(help="Folder written by rlkd generate-ps
 def merge(
     out: Annotated[Path, typer.Argument(help="Folder to write to.")],
     parts: Annotated[
-        list[Path] | None, typer.Argument(help="Folders of the parts. None: all parts are in the first folder.")
+        list[Path] | None, typer.Argument(help="Folders of the parts. Default: all parts are in the first folder.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Join the parts that `--shard i/n` wrote into one folder, equal to that of one process."""
+    """Merge the parts written with `--shard i/n` into one folder, identical to that of a single process."""
     from ..labels.card import summary
-    from ..labels.maintenance import merge as join
+    from ..labels.maintenance import merge as merge_parts
 
-    totals = join(out, parts or [])
+    totals = merge_parts(out, parts or [])
     if as_json:
         typer.echo(json.dumps({"folder": str(out)} | totals, ensure_ascii=False))
     elif not quiet:
@@ -38,8 +37,9 @@ def merge(
 
 @app.command()
 def verify(folder: Folder, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Check every shard: checksum, rows, order, gaps. Exit code 3 if there is a problem; each is listed."""
+    """Check every shard: checksum, rows, order, gaps. Lists all problems; exit code 3 if there are any."""
     from ..errors import DataError
+    from ..labels.card import plural
     from ..labels.maintenance import manifests
     from ..labels.maintenance import verify as check
 
@@ -51,27 +51,28 @@ def verify(folder: Folder, as_json: AsJson = False, quiet: Quiet = False) -> Non
         typer.echo(json.dumps(found, ensure_ascii=False))
         raise typer.Exit(DataError.exit_code if problems else 0)
     if problems:
-        raise DataError("\n".join([f"{folder} has {len(problems)} problems:", *problems, f"rlkd data repair {folder}"]))
+        lines = [f"{folder} has {plural(len(problems), 'problem')}:", *problems, f"Repair: rlkd data repair {folder}"]
+        raise DataError("\n".join(lines))
     if not quiet:
-        typer.echo(f"{folder}: {len(shards)} shards, {rows} rows, all as written")
+        typer.echo(f"{folder}: {plural(len(shards), 'shard')}, {plural(rows, 'row')}, all intact")
 
 
 @app.command()
 def score(
     folder: Folder,
-    metric: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(METRICS)}; repeatable.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="exact_match, rouge or bleu; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the labels with the references kept beside them, template by template."""
+    """Score the labels against the references stored with them, for each template."""
     from ..errors import ConfigError, nearest
+    from ..evaluation.task_metrics import TASK_METRICS, score_labels
+    from ..labels.store import load_pseudolabels
 
     chosen = metric or ["exact_match", "rouge"]
-    if unknown := [name for name in chosen if name not in METRICS]:
+    if unknown := [name for name in chosen if name not in TASK_METRICS]:
         raise ConfigError(
-            f"--metric '{unknown[0]}': allowed are {', '.join(METRICS)}.{nearest(unknown[0], list(METRICS))}"
+            f"--metric '{unknown[0]}': allowed are {', '.join(TASK_METRICS)}.{nearest(unknown[0], list(TASK_METRICS))}"
         )
-    from ..evaluation.task_metrics import score_labels
-    from ..labels.store import load_pseudolabels
 
     scores = score_labels(load_pseudolabels(folder).to_list(), chosen)
     if as_json:
@@ -86,16 +87,16 @@ def score(
 @app.command()
 def repair(
     folder: Folder,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made again, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be made again.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Move damaged shards aside and make only those again, by the command that the manifest records."""
+    """Move damaged shards aside and make only those again, with the command that the manifest records."""
     from ..errors import DataError
-    from ..labels.maintenance import repair as drop
+    from ..labels.maintenance import repair as drop_damaged
 
     out = folder.resolve()
-    dropped, request = drop(out, dry_run=dry_run)
+    dropped, request = drop_damaged(out, dry_run=dry_run)
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "dropped": dropped, "dry_run": dry_run}, ensure_ascii=False))
     elif not quiet:
@@ -104,12 +105,12 @@ def repair(
         return
     if request is None:
         raise DataError(
-            f"{folder} was not made by the command line, so its settings are not known here. Repeat the call that made "
-            "it: only what is missing is made again."
+            f"{folder} was not made by the command line, so the command is not known. Repeat the call that made it: it "
+            "makes only what is missing."
         )
-    from .labels import label
+    from .labels import run
 
-    # Relative paths of the request start where it was made.
+    # Relative paths in the request start from the folder where it was made.
     if Path(request["folder"]).is_dir():
         os.chdir(request["folder"])
-    label(request, out, quiet=quiet or as_json)
+    run(request, out, quiet=quiet or as_json)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..choices import OnBadRow
+from ..labels.options import OnLong
+from ..models.spec import Dtype, Quantization
+from ..sampling.engines.protocol import Strategy
+from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
 from . import config, data, probe, prompts, report, rewards
 
@@ -18,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # "dataset[/subset]" is no markup
+    rich_markup_mode=None,  # "dataset[/subset]" is not markup
 )
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
@@ -29,40 +33,11 @@ app.command("compare")(report.compare)
 app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
-class Strategy(StrEnum):
-    greedy = "greedy"
-    beam = "beam"
-    sample = "sample"
-    rank = "rank"
-
-
-class Engine(StrEnum):
-    auto = "auto"
-    torch = "torch"
-    ctranslate2 = "ctranslate2"
-
-
-class OnBadRow(StrEnum):
-    fail = "fail"
-    skip = "skip"
-
-
-class OnLong(StrEnum):
-    truncate = "truncate"
-    error = "error"
-    skip = "skip"
-
-
-class Quantization(StrEnum):
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+LabelStrategy = Literal[Strategy, "rank"]
+if TYPE_CHECKING:
+    EngineName = str
+else:
+    EngineName = Literal[engine_names()]
 
 
 def _print_version(wanted: bool) -> None:
@@ -87,18 +62,18 @@ def generate_pseudolabels(
     dataset: Annotated[
         str, typer.Option(help="A .jsonl/.json/.csv/.tsv/.parquet file, a folder of parquet, or a hub id.")
     ],
-    input_column: Annotated[str, typer.Option(help="Column with the raw input, which the student reads.")],
+    input_column: Annotated[str, typer.Option(help="Column with the raw input that the student reads.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     templates: Annotated[
         list[str] | None,
         typer.Option(
-            help="dataset[/subset][:name] or file.yaml[:name]; repeatable. None: the teacher reads the raw input."
+            help="dataset[/subset][:name] or file.yaml[:name]; repeatable. Default: the teacher reads the raw input."
         ),
     ] = None,
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
     all_templates: prompts.AllTemplates = False,
     gold_input: prompts.GoldInput = False,
-    truncation: prompts.Truncate = prompts.Truncation.none,
+    truncation: prompts.Truncate = "none",
     strict_compat: prompts.StrictCompat = False,
     column_map: prompts.ColumnMap = None,
     label_map: prompts.LabelMap = None,
@@ -110,62 +85,63 @@ def generate_pseudolabels(
     ] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
     strategy: Annotated[
-        Strategy, typer.Option(help="How answers are decoded; rank: the best of a template's answer choices.")
-    ] = Strategy.greedy,
+        LabelStrategy, typer.Option(help="Decoding; rank: the most probable of a template's answer choices.")
+    ] = "greedy",
     labels_per_input: Annotated[int, typer.Option(help="Labels per input and template (sample, beam).")] = 1,
     num_beams: Annotated[int, typer.Option(help="Beams (beam only).")] = 4,
     temperature: Annotated[float, typer.Option(help="Sampling temperature (sample only).")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
-    max_input_tokens: Annotated[int, typer.Option(help="Prompts are cut to this.", min=1)] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
+    max_input_tokens: Annotated[int, typer.Option(help="Maximum length of a prompt, in tokens.", min=1)] = 512,
     top_k_logprobs: Annotated[
-        int, typer.Option(help="Keep the teacher's K best tokens and their log-probabilities per position.", min=0)
+        int,
+        typer.Option(
+            help="Record the teacher's K most probable tokens, with log-probabilities, at each position.", min=0
+        ),
     ] = 0,
-    engine: Annotated[Engine, typer.Option(help="What decodes; auto takes the fastest exact one and says why.")] = (
-        Engine.auto
-    ),
+    engine: Annotated[
+        EngineName, typer.Option(help="Decoding backend; auto picks the fastest exact one and logs why.")
+    ] = "auto",
     compute_type: Annotated[
-        str | None, typer.Option(help="Precision of ctranslate2: float32, bfloat16, float16, int8 (approximate).")
+        str | None, typer.Option(help="Precision of ctranslate2: float32, bfloat16, float16 or int8 (approximate).")
     ] = None,
     batch_tokens: Annotated[
-        int, typer.Option(help="Padded tokens, prompts and answers, in one batch; changes no label.", min=1)
+        int, typer.Option(help="Padded tokens of prompts and answers in one batch; does not change labels.", min=1)
     ] = 4096,
     shard_rows: Annotated[
-        int, typer.Option(help="Rows per file; an interrupted run loses one file at most.", min=1)
+        int, typer.Option(help="Label rows per file; an interrupted run loses at most one file.", min=1)
     ] = 5000,
-    teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = Dtype.float32,
+    teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     teacher_quantization: Annotated[
-        Quantization, typer.Option(help="bitsandbytes for the teacher's linear layers: an approximation, measured.")
-    ] = Quantization.none,
-    input_eos: Annotated[bool, typer.Option(help="End inputs with end-of-sequence. T0: --no-input-eos.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of sampling and of templates that draw at random.")] = 0,
+        Quantization,
+        typer.Option(help="Quantize the teacher's linear layers (bitsandbytes): approximate; the error is measured."),
+    ] = "none",
+    input_eos: Annotated[bool, typer.Option(help="End prompts with end-of-sequence. T0: --no-input-eos.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
-        str | None, typer.Option(help="i/n: this process makes every n-th shard; join with rlkd data merge.")
+        str | None, typer.Option(help="i/n: make only every n-th shard, from shard i; combine with rlkd data merge.")
     ] = None,
     on_bad_row: Annotated[
-        OnBadRow, typer.Option(help="Input rows that cannot be read: stop, or leave out and note in bad_rows.jsonl.")
-    ] = OnBadRow.fail,
-    on_long: Annotated[OnLong, typer.Option(help="Prompts beyond max-input-tokens.")] = OnLong.truncate,
+        OnBadRow,
+        typer.Option(help="Input rows that cannot be used: stop, or skip them and list them in bad_rows.jsonl."),
+    ] = "fail",
+    on_long: Annotated[
+        OnLong, typer.Option(help="Prompts longer than max-input-tokens: cut them, stop, or skip them.")
+    ] = "truncate",
     allow_config_change: Annotated[
-        bool, typer.Option("--allow-config-change", help="Go on with changed settings in an unfinished folder.")
+        bool, typer.Option("--allow-config-change", help="Continue an unfinished folder with changed settings.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress and no summary.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace labels already in the folder.")] = False,
 ) -> None:
     """Label inputs with a prompted teacher: parquet shards, a manifest and a data card.
 
-    Repeat the command to go on after any end. Exit codes: 4 finished with rows that failed, 75 another process writes
-    there, 130 and 143 signals.
+    Repeat the command to continue an interrupted run. Exit codes: 4 finished, but some rows failed; 75 another process
+    is writing to the folder; 130 and 143 stopped by a signal.
     """
     from . import labels
 
-    request = {name: value for name, value in context.params.items() if name not in labels.NOT_IN_REQUEST}
-    labels.label(
-        labels.recorded(request),
-        out,
-        overwrite=overwrite,
-        allow_config_change=allow_config_change,
-        quiet=quiet,
-    )
+    request = labels.recorded(context.params)
+    labels.run(request, out, overwrite=overwrite, allow_config_change=allow_config_change, quiet=quiet)
 
 
 @app.command("export-onnx")
@@ -173,10 +149,13 @@ def export_onnx(
     model: Annotated[str, typer.Argument(help="A saved sequence classifier: a local folder or a hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write model.onnx, configuration and tokenizer to.")],
     tolerance: Annotated[
-        float, typer.Option(help="Largest difference of a logit from PyTorch's; beyond it nothing is written.")
+        float,
+        typer.Option(
+            help="Largest allowed difference between ONNX and PyTorch logits; if exceeded, nothing is written."
+        ),
     ] = 1e-4,
 ) -> None:
-    """Write a classifier as ONNX (batch and length free) after comparing it with PyTorch."""
+    """Export a classifier to ONNX (any batch size and length) and check it against PyTorch."""
     from ..models.encoders.onnx_export import export_onnx
 
     agreement = export_onnx(model, out, tolerance=tolerance)
@@ -184,5 +163,5 @@ def export_onnx(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `rlkd`; an error the user can mend is one message on stderr and its exit code, without a traceback."""
+    """Run `rlkd`; an error that the user can fix is one message on stderr and its exit code, without a traceback."""
     run_main(lambda: app(args=argv, prog_name="rlkd"))

@@ -1,28 +1,17 @@
-"""`rlkd probe`: what each layer of frozen encoders says of a label, models side by side."""
+"""`rlkd probe`: what each layer of frozen encoders encodes of a label, models side by side."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
-from dataclasses import asdict
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, ModelError
+from ..choices import Pool
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..data.probe_rows import ProbeRows
-    from ..evaluation.probing import ProbeScore
-
-logger = logging.getLogger(__name__)
-
-
-class Pool(StrEnum):
-    cls = "cls"
-    mean = "mean"
 
 
 def probe(
@@ -39,40 +28,23 @@ def probe(
     text_column: Annotated[str, typer.Option(help="Column of the tables with the sentence.")] = "text",
     pair_column: Annotated[str | None, typer.Option(help="Column with the second sentence.")] = None,
     label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
-    pool: Annotated[Pool, typer.Option(help="The first token, or the mean of all but padding.")] = Pool.cls,
-    layers: Annotated[str, typer.Option(help="all, or numbers as in 0,3,6; 0 is the embeddings.")] = "all",
+    pool: Annotated[Pool, typer.Option(help="The first token, or the mean of all but padding.")] = "cls",
+    layers: Annotated[str, typer.Option(help="all, or numbers such as 0,3,6; 0 is the embeddings.")] = "all",
     max_length: Annotated[int, typer.Option(help="Texts are cut to this many tokens.", min=3)] = 128,
     batch_size: Annotated[int, typer.Option(help="Rows in one forward; changes no score.", min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="Use the first N rows of each split.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Draws the validation rows where none are given.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of validation rows, if none are given.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
-    """Linear probes of frozen layers: logistic regression, beside the most frequent label and the bare embeddings.
+    """Linear probes of frozen layers: logistic regression, compared with the most frequent label and the embeddings.
 
-    Accuracy on the test rows with its 95 % interval. Nothing of the models is trained.
+    Accuracy on the test rows with its 95 % interval. The models themselves are not trained.
     """
     numbers = _parse_layers(layers)
     rows = _read(train, test, validation, task_file, (text_column, pair_column, label_column), limit, seed)
-    from ..models.vocabulary import load_tokenizer  # the rows are known to be good: torch may load
+    from ..jobs.probe import ProbeSettings, probe_models  # loads torch: the rows are known to be good by now
 
-    checked = []
-    for name in models:
-        config = _check(name, numbers, max_length)
-        tokenizer = load_tokenizer(name, "model")
-        _check_tokenizer(tokenizer, config, name)
-        checked.append((name, config, tokenizer))
-    results = []
-    for name, config, tokenizer in checked:
-        chosen = range(config.num_hidden_layers + 1) if numbers is None else numbers
-        scores = _probe(name, config, tokenizer, rows, pool.value, chosen, max_length, batch_size)
-        results.append({"model": name, **scores})
-    report = {
-        "labels": list(rows.classes),
-        "rows": {split: len(getattr(rows, split)) for split in ("train", "validation", "test")},
-        "pool": pool.value,
-        "majority": asdict(_majority(rows)),
-        "models": results,
-    }
+    report = probe_models(models, rows, ProbeSettings(pool, numbers, max_length, batch_size))
     typer.echo(json.dumps(report, ensure_ascii=False)) if as_json else _print_table(report)
 
 
@@ -81,7 +53,7 @@ def _parse_layers(layers: str) -> list[int] | None:
         return None
     parts = [part.strip() for part in layers.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--layers '{layers}': allowed are all, or whole numbers with commas between, as in 0,3,6")
+        raise ConfigError(f"--layers '{layers}': allowed are all, or whole numbers separated by commas, such as 0,3,6")
     return sorted({int(part) for part in parts})
 
 
@@ -103,70 +75,6 @@ def _read(
         raise ConfigError("give either --train and --test (and --validation), or --task-file")
     text, pair, label = columns
     return read_tables(train, test, validation, layout=TableLayout(text, label, pair), limit=limit, seed=seed)
-
-
-def _check(name: str, numbers: list[int] | None, max_length: int) -> Any:
-    """The configuration of a model that has these layers and as many positions."""
-    from ..models.encoders.classifiers import check_length
-    from ..models.encoders.representations import load_encoder_config
-
-    config = load_encoder_config(name)
-    last = config.num_hidden_layers
-    if numbers is not None and numbers[-1] > last:
-        raise ConfigError(f"--layers {numbers[-1]}: model '{name}' has the layers 0 to {last}")
-    check_length(max_length, config, f"model '{name}'")
-    return config
-
-
-def _check_tokenizer(tokenizer: Any, config: Any, name: str) -> None:
-    from ..models.vocabulary import check_vocabulary_fits
-
-    check_vocabulary_fits(config, max(tokenizer.get_vocab().values()) + 1, "model", name)
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"model '{name}': its tokenizer has no padding token. Set one (pad_token) and save it again.")
-
-
-def _probe(
-    name: str,
-    config: Any,
-    tokenizer: Any,
-    rows: ProbeRows,
-    pool: Any,
-    layers: Sequence[int],
-    max_length: int,
-    size: int,
-) -> dict[str, Any]:
-    """Scores of the embeddings' mean and of each layer."""
-    import numpy as np
-    import torch
-
-    from ..data.labelled import EncodedTexts
-    from ..evaluation.probing import Split, linear_probe
-    from ..models.encoders.representations import load_encoder, pooled_layers
-
-    model = load_encoder(name, config).to("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = list(dict.fromkeys([(0, "mean"), *((layer, pool) for layer in layers)]))
-    splits = []
-    for part in (rows.train, rows.validation, rows.test):
-        texts = EncodedTexts(part, tokenizer, max_length, len(rows.classes))
-        splits.append((pooled_layers(model, texts.batches(size), wanted), np.array(texts.labels)))
-        logger.info("%s: %d rows read", name, len(texts))
-    scores = {}
-    for choice in wanted:
-        train, validation, test = (Split(features[choice], labels) for features, labels in splits)
-        scores[choice] = linear_probe(train, validation, test)
-    return {
-        "embeddings_mean": asdict(scores[0, "mean"]),
-        "layers": [{"layer": layer, **asdict(scores[layer, pool])} for layer in layers],
-    }
-
-
-def _majority(rows: ProbeRows) -> ProbeScore:
-    import numpy as np
-
-    from ..evaluation.probing import majority_baseline
-
-    return majority_baseline(*(np.array([row["label"] for row in part]) for part in (rows.train, rows.test)))
 
 
 def _print_table(report: dict[str, Any]) -> None:

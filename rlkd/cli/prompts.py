@@ -1,50 +1,48 @@
-"""`rlkd prompts`: find, fetch and look at templates before a teacher reads them."""
+"""`rlkd prompts`: find, download and inspect prompt templates."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..choices import Truncation
 from ..errors import DataError
 
 if TYPE_CHECKING:
     from ..templates.template import Rendered, Template
 
 app = typer.Typer(
-    help="List, show, render, check and fetch prompt templates.", no_args_is_help=True, rich_markup_mode=None
+    help="List, show, render, check and download prompt templates.", no_args_is_help=True, rich_markup_mode=None
 )
 
-SPEC = "dataset[/subset][:name] or file.yaml[:name]; names, ids and hub ids"
+SPEC = "dataset[/subset][:name] or file.yaml[:name]; a template id or a hub id also works"
 TEMPLATES_DIR = (
     "Folder, YAML file or archive (.tar.gz, .zip) of templates. Default: ./prompts, those shipped with rlkd, an "
     "installed promptsource, the archive of `rlkd prompts download`."
 )
 TemplatesDir = Annotated[Path | None, typer.Option("--templates-dir", "--templates", help=TEMPLATES_DIR)]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON value, for machines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 AllTemplates = Annotated[
-    bool, typer.Option("--all-templates", help="With no name: also templates of other than the original task.")
+    bool,
+    typer.Option(
+        "--all-templates", help="Without a template name: include templates for other tasks than the original one."
+    ),
 ]
-GoldInput = Annotated[bool, typer.Option("--gold-input", help="Allow templates whose input shows gold columns.")]
+GoldInput = Annotated[bool, typer.Option("--gold-input", help="Allow templates whose input contains gold columns.")]
 Split = Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")]
 Subset = Annotated[str | None, typer.Option(help="Subset of a hub data set.")]
 
 
-class Truncation(StrEnum):
-    none = "none"
-    t0 = "t0"
-
-
 Truncate = Annotated[
-    Truncation, typer.Option("--truncate", help="t0 cuts each {{...}} at 2,048 characters, as T0's data were.")
+    Truncation, typer.Option("--truncate", help="t0 cuts each {{...}} at 2,048 characters, as in T0's training data.")
 ]
 StrictCompat = Annotated[
-    bool, typer.Option("--strict-compat", help="Let a '|||' inside a row's lists split the text, as promptsource.")
+    bool, typer.Option("--strict-compat", help="Let '|||' inside lists of a row split the text, as promptsource does.")
 ]
 ColumnMap = Annotated[
     list[str] | None, typer.Option("--column-map", help="Rename columns: old=new[,...] or JSON; repeatable.")
@@ -56,11 +54,11 @@ LabelMap = Annotated[
 
 @app.command("list")
 def list_(
-    spec: Annotated[str | None, typer.Argument(help=f"{SPEC}; without it, the data sets.")] = None,
+    spec: Annotated[str | None, typer.Argument(help=f"{SPEC}. Default: list the data sets.")] = None,
     templates_dir: TemplatesDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Data sets that have templates, or all templates of one data set or file."""
+    """List the data sets that have templates, or the templates of one data set or file."""
     from ..templates.sources import sources
     from ..templates.template import load_templates
 
@@ -70,7 +68,7 @@ def list_(
             for source in sources(templates_dir)
             for dataset, count in source.counts().items()
         ]
-        # A name found in several sources belongs to the first.
+        # A name that several sources have is that of the first.
         rows = list({str(row["dataset"]): row for row in reversed(rows)}.values())[::-1]
         _table(rows, as_json)
         return
@@ -82,7 +80,7 @@ def list_(
 def show(
     spec: Annotated[str, typer.Argument(help=SPEC)], templates_dir: TemplatesDir = None, as_json: AsJson = False
 ) -> None:
-    """The source of templates, the columns they read and where they come from."""
+    """Show the source of templates, the columns they read and their origin."""
     from ..templates.template import load_templates
 
     chosen = load_templates(spec, folder=templates_dir, all_templates=True, gold_input=True)
@@ -110,10 +108,10 @@ def render(
     dataset: Annotated[str, typer.Option(help="Rows to render: a local file, a folder of parquet, or a hub id.")],
     subset: Subset = None,
     split: Split = "train",
-    row: Annotated[int | None, typer.Option(help="Render this row alone, counted from 0.", min=0)] = None,
+    row: Annotated[int | None, typer.Option(help="Render only this row, counted from 0.", min=0)] = None,
     limit: Annotated[int, typer.Option(help="Number of rows.", min=1)] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of templates that draw at random.")] = 0,
-    truncation: Truncate = Truncation.none,
+    seed: Annotated[int, typer.Option(help="Seed of templates with random choices.")] = 0,
+    truncation: Truncate = "none",
     strict_compat: StrictCompat = False,
     column_map: ColumnMap = None,
     label_map: LabelMap = None,
@@ -122,7 +120,7 @@ def render(
     templates_dir: TemplatesDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rows of a data set under templates: input, target and answer choices."""
+    """Render rows of a data set with templates: input, target and answer choices."""
     from ..data.examples import check_template_columns
     from ..data.row_maps import parse_row_map
     from ..templates.template import load_templates
@@ -133,7 +131,7 @@ def render(
         folder=templates_dir,
         all_templates=all_templates,
         gold_input=gold_input,
-        truncation=truncation.value,
+        truncation=truncation,
         strict_compat=strict_compat,
     )
     first, count = (0, limit) if row is None else (row, 1)
@@ -151,14 +149,14 @@ def render(
 @app.command()
 def lint(
     spec: Annotated[str, typer.Argument(help="dataset[/subset] or file.yaml")],
-    dataset: Annotated[str | None, typer.Option(help="Rows whose columns the templates must fit.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set whose columns the templates must fit.")] = None,
     subset: Subset = None,
     split: Split = "train",
     templates_dir: TemplatesDir = None,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing: the exit code tells.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; use the exit code.")] = False,
 ) -> None:
-    """All problems of a templates file, each with its line; exit code 3 if there is an error among them."""
+    """List all problems of a template file with their lines; exit code 3 if any is an error."""
     from ..templates.lint import lint as check
     from ..templates.template import locate
 
@@ -177,7 +175,7 @@ def lint(
 
 @app.command()
 def download() -> None:
-    """Fetch promptsource's 2,085 templates (0.2 MB, Apache-2.0) with pip into $RLKD_CACHE or ~/.cache/rlkd."""
+    """Download promptsource's 2,085 templates (0.2 MB, Apache-2.0) with pip to $RLKD_CACHE or ~/.cache/rlkd."""
     from ..templates.download import download as fetch
 
     path, fetched = fetch()
@@ -216,7 +214,7 @@ def _rows(dataset: str, subset: str | None, split: str, first: int, count: int) 
     from ..data.rows import RowStream
 
     stream = RowStream(dataset, split=split, subset=subset)
-    # All of a local file is read, for a column has one type: 1 is 1.0 if 2.5 stands further down.
+    # A local file is read in full because a column has one type: 1 becomes 1.0 if 2.5 follows further down.
     scan = stream.scan()
     found = stream.blocks(scan, 1, range(first, first + count).__contains__)
     numbered = [(number, row) for _, number, (row,) in islice(found, count)]

@@ -1,4 +1,4 @@
-"""`rlkd report` and `rlkd compare`: runs that have ended or are still running."""
+"""`rlkd report` and `rlkd compare`: finished and unfinished runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing.")]
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or of several (ARM/, seed-N/ARM/).")],
-    out: Annotated[Path | None, typer.Option(help="Page to write. Default: report.html in the folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON instead of sentences.")] = False,
+    run: Annotated[Path, typer.Argument(help="Folder of one run, or of several (ARM/, seed-N/ARM/).")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write. Default: report.html in the folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """What a run did, as one HTML page: did it help, at what cost, where does it fail; curves, tables, worst rows."""
+    """Report on a run as one HTML page: did it help, at what cost, where does it fail; curves, tables, worst rows."""
     from ..report.page import report as page
     from ..report.reading import read_arms
     from ..report.summary import lines, summary
@@ -32,12 +32,12 @@ def report(
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; the others are compared with the first.")],
-    out: Annotated[Path | None, typer.Option(help="HTML page to write, with the curves overlaid.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; each is compared with the first.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write, with the curves overlaid.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Runs side by side: settings that differ, scores, and paired differences on the held-out rows they share."""
+    """Compare runs: settings that differ, scores, and paired differences on the held-out rows they share."""
     from ..report.page import comparison as page
     from ..report.reading import read_side_by_side
     from ..report.summary import comparison_tables, differences

@@ -1,42 +1,24 @@
-"""`rlkd inspect-rewards`: what the teacher says of every token of some answers, on a page or in the terminal."""
+"""`rlkd inspect-rewards`: the teacher's reward for every token of some answers, as a page or in the terminal."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import ConfigError, DataError
+from ..inspection.reward_view import RANKINGS, RewardView
+from ..models.spec import Dtype
 from . import prompts
 
 if TYPE_CHECKING:
-    from ..inspection.reward_view import RewardView
-    from ..records import Example
-
-
-class Value(StrEnum):
-    max = "max"
-    lse = "lse"
-    softmax = "softmax"
-
-
-class By(StrEnum):
-    regret = "regret"
-    templates = "templates"
-    student = "student"
-    length = "length"
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
+    By = str
+else:
+    By = Literal[tuple(RANKINGS)]
 
 FROM_MODELS = ("teacher", "student", "student_before", "dataset", "templates", "input_column", "reward_value")
-# Which options each kind of input needs, and which it takes beside them.
+# Which options each kind of input needs, and which others it takes.
 INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dataset": (("teacher", "input_column"), FROM_MODELS),
     "run": ((), ("step",)),
@@ -48,53 +30,61 @@ def inspect_rewards(
     context: typer.Context,
     teacher: Annotated[str | None, typer.Option(help="Teacher: a local folder or a hub id.")] = None,
     student: Annotated[str | None, typer.Option(help="Student whose greedy answers are shown.")] = None,
-    student_before: Annotated[str | None, typer.Option(help="The student before training, beside it.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Inputs, as for generate-pseudolabels.")] = None,
-    input_column: Annotated[
-        str | None, typer.Option(help="Column with the raw input, which the student reads.")
+    student_before: Annotated[
+        str | None, typer.Option(help="The student before training, shown for comparison.")
     ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Inputs, as for generate-pseudolabels.")] = None,
+    input_column: Annotated[str | None, typer.Option(help="Column with the raw input that the student reads.")] = None,
     templates: Annotated[
         list[str] | None,
-        typer.Option(help="dataset[/subset][:name] or file.yaml[:name]; repeatable: answers are compared under each."),
+        typer.Option(help="dataset[/subset][:name] or file.yaml[:name]; repeatable: answers are scored under each."),
     ] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder of a trainer, instead of models.")] = None,
-    step: Annotated[int | None, typer.Option(help="Evaluation of the run to show. Default: the last.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of a training run, instead of models.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the evaluation to show. Default: the last.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Folder of generate-pseudolabels; with --teacher, its labels are scored.")
+        Path | None, typer.Option(help="Folder of pseudo-labels; with --teacher, they are scored.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Read the first N inputs (or labels).", min=1)] = 20,
-    out: Annotated[Path | None, typer.Option(help="Write a page that needs no network: FILE.html.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as one JSON object.")] = False,
-    worst: Annotated[int | None, typer.Option(help="Only the N inputs that are worst.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a self-contained page: FILE.html.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all numbers.")] = False,
+    worst: Annotated[int | None, typer.Option(help="Only the N worst inputs.", min=1)] = None,
     by: Annotated[
-        By, typer.Option(help="Worst by regret, by the gap between templates or student and teacher, or by length.")
-    ] = By.regret,
+        By,
+        typer.Option(
+            help="What worst means: regret, the gap between templates or between student and teacher, or length."
+        ),
+    ] = "regret",
     min_length: Annotated[int, typer.Option(help="Only answers of at least so many tokens.", min=0)] = 0,
     max_length: Annotated[int | None, typer.Option(help="Only answers of at most so many tokens.", min=0)] = None,
-    search: Annotated[str | None, typer.Option(help="Only inputs that have this text in them or in an answer.")] = None,
-    reward_value: Annotated[
-        Value | None, typer.Option(help="V of the reward. Default: max; a run has its own.", show_default=False)
+    search: Annotated[
+        str | None, typer.Option(help="Only inputs that contain this text, or have it in an answer.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
-    max_input_tokens: Annotated[int, typer.Option(help="Prompts are cut to this.", min=1)] = 512,
-    input_eos: Annotated[bool, typer.Option(help="End the teacher's inputs with end-of-sequence. T0: no.")] = True,
-    teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = Dtype.float32,
+    reward_value: Annotated[
+        str | None,
+        typer.Option(help="Reward: max, lse or softmax. Default: max; a run has its own.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
+    max_input_tokens: Annotated[int, typer.Option(help="Maximum length of a prompt, in tokens.", min=1)] = 512,
+    input_eos: Annotated[
+        bool, typer.Option(help="End the teacher's prompts with end-of-sequence. T0: --no-input-eos.")
+    ] = True,
+    teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
     all_templates: prompts.AllTemplates = False,
     gold_input: prompts.GoldInput = False,
-    truncation: prompts.Truncate = prompts.Truncation.none,
+    truncation: prompts.Truncate = "none",
     strict_compat: prompts.StrictCompat = False,
     column_map: prompts.ColumnMap = None,
     label_map: prompts.LabelMap = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    reference_column: Annotated[str | None, typer.Option(help="Column with human answers, shown too.")] = None,
+    reference_column: Annotated[str | None, typer.Option(help="Column with human answers, to show as well.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of templates that draw at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of templates with random choices.")] = 0,
 ) -> None:
-    """Show the reward of every token: of a teacher on inputs, of a training run, or of pseudo-labels.
+    """Show the reward of every token: of models on a data set, of a training run, or of pseudo-labels.
 
-    One of --dataset (with --teacher), --run and --labels says of what. Numbers are in nats.
+    Give exactly one of --dataset (with --teacher), --run and --labels. Numbers are in nats.
     """
     request = dict(context.params)
     kind = _check(request)
@@ -103,12 +93,15 @@ def inspect_rewards(
 
         view = from_run(request["run"], step=step)
     else:
-        view = _of_labels(request) if kind == "labels" else _of_models(request)
+        from ..jobs.rewards import view_of_labels, view_of_models
+
+        request["reward_value"] = reward_value or "max"
+        view = view_of_labels(request) if kind == "labels" else view_of_models(request)
     view = view.with_length(min_length, max_length)
     view = view if search is None else view.search(search)
-    view = view if worst is None else view.worst(worst, by.value)
+    view = view if worst is None else view.worst(worst, by)
     if not len(view):
-        raise DataError("no input is left after --search, --min-length, --max-length and --worst; ask for less.")
+        raise DataError("no input is left after --search, --min-length, --max-length and --worst; relax them.")
     _show(view, out, as_json)
 
 
@@ -124,7 +117,7 @@ def _show(view: RewardView, out: Path | None, as_json: bool) -> None:
 
 
 def _check(request: dict[str, Any]) -> str:
-    """Which kind of input is asked for, if the options fit together and the page can be written."""
+    """The kind of input. Raises ConfigError unless the options fit together and the page can be written."""
     kinds = [kind for kind in INPUTS if request[kind] is not None]
     if len(kinds) != 1:
         found = " and ".join(f"--{kind}" for kind in kinds) or "none of them"
@@ -136,7 +129,7 @@ def _check(request: dict[str, Any]) -> str:
     given = [name for name in (*FROM_MODELS, "step") if request[name] not in (None, [], ())]
     foreign = [_flag(name) for name in given if name not in (kind, *taken)]
     if foreign:
-        raise ConfigError(f"--{kind} takes no {foreign[0]}: leave it out.")
+        raise ConfigError(f"--{kind} does not take {foreign[0]}: leave it out.")
     out = request["out"]
     if out is not None and out.suffix not in (".html", ".htm"):
         raise ConfigError(f"--out {out}: name a file that ends in .html; numbers come with --json.")
@@ -147,77 +140,3 @@ def _check(request: dict[str, Any]) -> str:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _value(request: dict[str, Any]) -> Any:
-    return (request["reward_value"] or Value.max).value
-
-
-def _of_models(request: dict[str, Any]) -> RewardView:
-    """Checks in order of cost: configurations and vocabularies, templates and rows; weights load last."""
-    from ..inspection.build import reward_view
-    from ..models.loading import load_model
-    from .labels import check_teacher, load_teacher
-
-    tokenizer = check_teacher(request["teacher"], request["teacher_dtype"])
-    for role in ("student", "student_before"):
-        if request[role] is not None:
-            _check_student(request[role], role, tokenizer, request["teacher"])
-    names, examples = _examples(request)
-    teacher = load_teacher(request, tokenizer, "none")
-    students = {
-        role.replace("_", " "): load_model(request[role], role).to(teacher.lm.device)
-        for role in ("student", "student_before")
-        if request[role] is not None
-    }
-    return reward_view(
-        teacher, tokenizer, examples, student=students, value=_value(request), template_names=names,
-        max_new_tokens=request["max_new_tokens"],
-    )  # fmt: skip
-
-
-def _check_student(name: str, role: str, tokenizer: Any, teacher: str) -> None:
-    from ..models.loading import check_config, load_config, resolve_dtype
-    from ..models.vocabulary import check_same_vocabulary, check_vocabulary_fits, load_tokenizer
-
-    config = load_config(name, role)
-    check_config(config, role, name, resolve_dtype("float32", role))
-    check_vocabulary_fits(
-        config, check_same_vocabulary(tokenizer, load_tokenizer(name, role), teacher, name), role, name
-    )
-
-
-def _examples(request: dict[str, Any]) -> tuple[list[str], list[Example]]:
-    """Names of the templates, and the inputs that all of them apply to."""
-    from ..records import Example
-    from .labels import source_of
-
-    source = source_of({**request, "on_bad_row": "fail", "strategy": "greedy"}, None)
-    rows = [row for _, block in source.blocks(request["limit"], lambda k: k == 0) for row in block]
-    if failed := [prompt.error for row in rows for prompt in row.prompts if prompt.status == "failed"]:
-        raise DataError(str(failed[0]))
-    examples = [
-        Example(row.id, row.student_input, tuple(str(prompt.text) for prompt in row.prompts), row.references)
-        for row in rows
-        if all(prompt.text for prompt in row.prompts)
-    ]
-    if not examples:
-        raise DataError(
-            f"'{request['dataset']}': no row has an input under every template. Choose other templates or columns."
-        )
-    return source.render.template_names, examples
-
-
-def _of_labels(request: dict[str, Any]) -> RewardView:
-    """Labels with recorded numbers, or those of --teacher, which reads prompts as the labels' settings say."""
-    from ..inspection.labels import from_labels
-    from ..labels.store import finished_manifest
-    from .labels import check_teacher, load_teacher
-
-    settings = finished_manifest(request["labels"]).header["settings"]
-    tokenizer = check_teacher(request["teacher"] or settings["teacher"], request["teacher_dtype"])
-    options: dict[str, Any] = {"value": _value(request), "limit": request["limit"]}
-    if request["teacher"] is not None:
-        reading = {"max_input_tokens": settings["max_input_tokens"], "input_eos": settings["append_eos"]}
-        options["teacher"] = load_teacher({**request, **reading}, tokenizer, "none")
-    return from_labels(request["labels"], tokenizer, **options)

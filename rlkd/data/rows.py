@@ -11,13 +11,14 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..checks import check_choice
+from ..choices import OnBadRow
 from ..errors import DataError, nearest
 from .files import (
     SUFFIXES,
@@ -41,7 +42,6 @@ WHOLE_NUMBER = re.compile(r"0|-?[1-9]\d{0,17}")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 KINDS = {bool: "bool", int: "integer", float: "number", str: "str", list: "list", dict: "dict"}
 NUMBERS = {"integer", "number"}
-OnBadRow = Literal["fail", "skip"]
 
 
 def load_rows(

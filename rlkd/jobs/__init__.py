@@ -1,1 +1,1 @@
-"""From settings to loaded models and data: the one wiring that recipes and commands share."""
+"""Jobs: from settings to loaded models and data, shared by recipes and commands, and what is done with them."""

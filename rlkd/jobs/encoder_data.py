@@ -1,4 +1,4 @@
-"""Labelled rows for the recipe of encoder-only students: a task of the hub by name, or files of one's own."""
+"""Labelled rows for the recipe of encoder-only students: a task from the hub by name, or the user's own files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..errors import ConfigError, DataError, nearest
 from ..evaluation.task_metrics import CLASSIFICATION_METRICS, classification_metrics
 
 Rows = list[dict[str, Any]]
-# A file that has both of these columns holds pairs.
+# A file that has both of these columns contains pairs.
 PAIRED = {"sentence1": "sentence2", "question1": "question2", "premise": "hypothesis", "text": "text_pair"}
 
 
 @dataclass
 class LabelledDataArguments:
-    """Labelled sentences or pairs: a task of the hub, or your own files, which come before it."""
+    """Labelled sentences or pairs: a task from the hub, or your own files, which take precedence."""
 
     task: Annotated[str, OneOf(TASKS)] | None = field(
         default=None, metadata={"help": "A GLUE task or another labelled data set, read from the hub."}
@@ -41,9 +41,9 @@ class LabelledDataArguments:
         default=None, metadata={"help": "Dev metrics; their mean is `score`. null: the task's own, or accuracy."}
     )
     dev_fraction: float = field(default=0.1, metadata={"help": "Share of each label that is split off as dev rows."})
-    dev_seed: int = field(default=0, metadata={"help": "Seed of that split, apart from that of training."})
-    train_limit: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
-    dev_limit: int | None = field(default=None, metadata={"help": "Use only the first so many held-out rows."})
+    dev_seed: int = field(default=0, metadata={"help": "Seed of that split, independent of the training seed."})
+    train_limit: int | None = field(default=None, metadata={"help": "Use only the first N rows."})
+    dev_limit: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -61,7 +61,7 @@ class LabelledDataArguments:
 
 @dataclass
 class LabelledData:
-    """What was loaded. dev has a set of rows for each held-out split, the first of which chooses checkpoints."""
+    """Loaded rows. dev has the rows of each held-out split; checkpoints are selected on the first."""
 
     name: str
     train: Rows
@@ -75,7 +75,7 @@ class LabelledData:
         return next(iter(self.dev.values()))
 
     def compute_metrics(self) -> Callable[[Any], dict[str, float]]:
-        """`compute_metrics` of the Trainer: accuracy, the metrics asked for, and their mean as `score`."""
+        """`compute_metrics` of the Trainer: accuracy, the chosen metrics, and the mean of these as `score`."""
         compute = classification_metrics(list(dict.fromkeys([*self.metrics, "accuracy"])))
 
         def scored(prediction: Any) -> dict[str, float]:
@@ -88,7 +88,7 @@ class LabelledData:
 def load_labelled_data(data: LabelledDataArguments, teacher_labels: tuple[str, ...] = ()) -> LabelledData:
     """Rows and label names, every column, label and text checked.
 
-    Args: teacher_labels, the names of a teacher that is fine-tuned already, in its order, which the data must follow.
+    Args: teacher_labels, the names of a teacher that is fine-tuned already, in an order that the data must follow.
     Raises DataError or ConfigError.
     """
     return _load_files(data, teacher_labels) if data.train_file is not None else _load_task(data, teacher_labels)
@@ -164,14 +164,14 @@ def _labels_of_file(data: LabelledDataArguments) -> tuple[str, ...]:
 
 
 def _check_pairs(data: LabelledDataArguments, role: str, source: str) -> None:
-    """Pairs are asked for where there are pairs, and only there. Raises DataError."""
+    """pair_column must be set if, and only if, the file has pairs. Raises DataError."""
     rows = load_rows(source, limit=1)
     partner = PAIRED.get(data.text_column)
     if data.pair_column is None:
         if partner in rows.column_names:
             raise DataError(
                 f"'{source}' has pairs: the columns '{data.text_column}' and '{partner}'. Set pair_column: {partner}, "
-                f"or remove the column '{partner}' if sentences stand alone."
+                f"or remove the column '{partner}' if the sentences are not pairs."
             )
     elif data.pair_column not in rows.column_names:
         raise DataError(
@@ -195,12 +195,12 @@ def _check_labels(rows: Rows, labels: tuple[str, ...], source: str) -> None:
     counts = Counter(row["label"] for row in rows if row["label"] is not None)
     if len(counts) < 2:
         found = f"only the label '{labels[next(iter(counts))]}'" if counts else "no label"
-        raise DataError(f"'{source}' has {found} in its {len(rows)} rows. A classifier needs two labels at least.")
+        raise DataError(f"'{source}' has {found} in its {len(rows)} rows. A classifier needs at least two labels.")
 
 
 def _check_order(labels: tuple[str, ...], teacher_labels: tuple[str, ...], whose: str) -> None:
     if [name.casefold() for name in labels] != [name.casefold() for name in teacher_labels]:
         raise ConfigError(
-            f"the fine-tuned teacher judges {', '.join(teacher_labels)}, in this order, and {whose} has "
-            f"{', '.join(labels)}. Use a teacher of these labels, or let the recipe fine-tune one."
+            f"the fine-tuned teacher has the labels {', '.join(teacher_labels)}, in this order, and {whose} has "
+            f"{', '.join(labels)}. Use a teacher with these labels, or let the recipe fine-tune one."
         )

@@ -1,4 +1,4 @@
-"""Teacher and student side by side: dev scores, size and speed, as a table and as summary.json."""
+"""Teacher and student compared: dev scores, size and speed, as a table and as summary.json."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ TIMED_PASSES = 5
 
 
 def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
-    """Judge the saved student beside its teacher, both loaded as anyone else would load them; print the table and write
-    summary.json into output_dir. For the main process alone, after training.
+    """Evaluate the saved student and its teacher, both loaded from disk as a user would; print a table and write
+    summary.json to output_dir. To be called in the main process only, after training.
 
-    Returns: the summary. Scores are those of float32 models on dev rows, which chose the checkpoint. Times are medians
-    over passes that take turns, on dev sentences, without tokenisation.
+    Returns: the summary. Scores are those of float32 models on dev rows, on which the checkpoint was selected. Times
+    are medians over interleaved passes, on dev sentences, without tokenization.
     """
     training, data = setup.training, setup.data
     folders = {"teacher": setup.teacher_folder, "student": str(training.output_dir)}
@@ -79,7 +79,7 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
 
 
 def show_summary(summary: dict[str, Any], console: Console | None = None) -> None:
-    """Print a summary as a table, with what it rests on below."""
+    """Print a summary as a table, followed by the conditions of the measurement."""
     console = console or Console(width=100, highlight=False)
     teacher, student = summary["teacher"], summary["student"]
     table = Table(title=f"{summary['preset']} on {summary['data']['name']}", title_justify="left")
@@ -106,10 +106,10 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
         table.add_row(f"ms a sentence, {name.replace('_', ' ')}", f"{one:.3f}", f"{other:.3f}", ratio(one, other))
     console.print(table)
     timing = summary["timing"]
-    console.print(f"dev rows: {summary['dev_rows']}; they chose the checkpoints", soft_wrap=True)
+    console.print(f"dev rows: {summary['dev_rows']}; the checkpoints were selected on them", soft_wrap=True)
     console.print(
         f"times: {timing['device']}, {timing['threads']} threads, {timing['sentences']} dev sentences, float32, median "
-        f"of {timing['passes']} passes in turns, tokenisation left out",
+        f"of {timing['passes']} interleaved passes, without tokenization",
         soft_wrap=True,
     )
     if "onnx" in summary:
@@ -138,6 +138,6 @@ def _score(model: Any, tokenizer: Any, rows: list[dict[str, Any]], setup: Encode
 
 
 def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """At most `count` rows, evenly spread over all."""
+    """At most `count` rows, evenly spaced."""
     step = max(len(rows) / count, 1)
     return [rows[int(i * step)] for i in range(min(count, len(rows)))]

@@ -1,5 +1,5 @@
-"""From settings to an encoder-only student beside its teacher, for the recipe: all that can be refused is refused
-before weights load, and a teacher that was fine-tuned once is not fine-tuned again.
+"""The settings of the recipe of encoder-only students, and what they name: all that can be refused is refused before
+weights load, and a finished teacher is never fine-tuned again.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ class EncoderTeacherArguments:
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_finetuned: bool = field(
-        default=False, metadata={"help": "It is fine-tuned on this task already: use it as it is."}
+        default=False, metadata={"help": "The teacher is fine-tuned on this task already: use it as it is."}
     )
-    teacher_epochs: Positive = field(default=3.0, metadata={"help": "Epochs of its fine-tuning, the best on dev kept."})
+    teacher_epochs: Positive = field(
+        default=3.0, metadata={"help": "Epochs of its fine-tuning; the best checkpoint on dev is kept."}
+    )
     teacher_learning_rate: Positive = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class EncoderTeacherArguments:
 
 @dataclass
 class EncoderStudentArguments:
-    """The student, cut from the teacher or narrower, and what is written of it."""
+    """The student, made of layers of the teacher or narrower, and the formats it is saved in."""
 
     student_layers: int = field(default=3, metadata={"help": "Layers of the student."})
     student_width: int | None = field(
@@ -93,7 +95,7 @@ class EncoderStudentArguments:
 
 @dataclass
 class EncoderSetup:
-    """What the job is made of: settings, checked data and tokenizers; no weights yet."""
+    """What the job needs: settings, checked data and tokenizers; no weights yet."""
 
     data: LabelledData
     teacher: EncoderTeacherArguments
@@ -120,7 +122,7 @@ class EncoderSetup:
         )
 
     def new_student(self, teacher: Any) -> Any:
-        """The student before training, made of the fine-tuned teacher; the same one for the same seed."""
+        """The student before training, made from the fine-tuned teacher; the same one for the same seed."""
         set_seed(self.training.seed)
         return build_student(teacher, **self.student.options(teacher.config, self.training.layer_map))
 
@@ -141,7 +143,7 @@ def prepare_encoders(
     student: EncoderStudentArguments,
     training: TKDArguments,
 ) -> EncoderSetup:
-    """Check settings, data, configurations and tokenizers against one another, and load no weights.
+    """Check settings, data, configurations and tokenizers against one another. Loads no weights.
 
     Raises ConfigError, DataError or ModelError.
     """
@@ -189,10 +191,10 @@ def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments
 
 
 def fine_tuned_teacher(setup: EncoderSetup) -> Any:
-    """The fine-tuned teacher, in evaluation mode: the one given, or the one in the run folder, fine-tuned now unless it
-    was finished before. An interrupted fine-tuning goes on from its last checkpoint.
+    """The fine-tuned teacher, in evaluation mode: the one given, or the one in the run folder, which is fine-tuned now
+    unless it is finished. An interrupted fine-tuning continues from its last checkpoint.
 
-    Raises ConfigError if the run folder holds the teacher of other settings or other data.
+    Raises ConfigError if the teacher in the run folder was made with other settings or other data.
     """
     if not setup.teacher.teacher_finetuned:
         _fine_tune(setup)
@@ -236,7 +238,7 @@ def _fine_tune(setup: EncoderSetup) -> None:
 
 
 def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
-    """What decides the fine-tuned teacher."""
+    """The settings that decide the fine-tuned teacher."""
     teacher, training = setup.teacher, setup.training
     return {
         "teacher": teacher.teacher,

@@ -1,1 +1,1 @@
-"""Pseudo-labels on disk: label runs, shards, manifest, maintenance, card."""
+"""Pseudo-labels on disk: runs, shards, manifest, maintenance, data card."""

@@ -1,4 +1,4 @@
-"""What a label folder holds, in words: the data card, and the summary at the end of a run."""
+"""The contents of a label folder in words: the data card, and the summary at the end of a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..io.cards import cell, front_matter, table
 
 
 def summary(totals: dict[str, Any]) -> str:
-    """Rows by status, why some have no label, and what each template gave; plain text for a terminal."""
+    """Rows by status, why some have no label, and the counts of each template; plain text for a terminal."""
     status = totals["status"]
     lines = [
-        f"{totals['rows']} rows in {totals['shards']} shards: {_counts(status)}; "
-        f"{totals['truncated']} prompts truncated; {totals['bad_rows']} bad input rows left out"
+        f"{totals['rows']} rows in {plural(totals['shards'], 'shard')}: {_counts(status)}; "
+        f"{totals['truncated']} prompts truncated; {totals['bad_rows']} bad input rows skipped"
     ]
     lines += [f"  {count} x {reason}" for reason, count in sorted(totals["reasons"].items(), key=lambda item: -item[1])]
     lines += [f"  {name}: {_counts(counts)}" for name, counts in totals["templates"].items()]
@@ -37,7 +37,7 @@ def card(header: dict[str, Any], totals: dict[str, Any]) -> str:
 
 {totals["rows"]} rows from {totals["inputs"]} inputs: {_counts(status)}.
 {totals["truncated"]} prompts were truncated. Answers have {totals["tokens"] / ok:.1f} tokens on average;
-{100 * ended / ok:.1f} % of them ended by themselves. {totals["bad_rows"]} bad input rows are left out.
+{100 * ended / ok:.1f} % of them are complete. {totals["bad_rows"]} bad input rows were skipped.
 
 {table(("template", "rows"), rows)}
 
@@ -62,20 +62,26 @@ generation: {header["generation"]}
 
 ## Limits
 {_precision(header)}
-The labels are a model's answers: nobody checked them. `truncated` marks prompts the teacher saw in part, and
-`finish_reason` length answers that were cut; `sum_logprob` says how sure the teacher was.
+The labels are a model's answers and were not checked for correctness. `truncated` marks prompts of which the teacher
+read only a part, and `finish_reason` length answers that were cut; `sum_logprob` is the teacher's log-probability of
+the answer.
 """
 
 
 def _precision(header: dict[str, Any]) -> str:
-    """What an engine of lower precision changed, if one was used."""
+    """How labels of an engine of lower precision differ, if one was used."""
     if not (measured := header.get("agreement")):
         return ""
     return f"""
-Made in lower precision than the teacher's own: on the first {measured["prompts"]} prompts
-{100 * measured["exact_match"]:.1f} % of the greedy answers are the full-precision teacher's, and log-probabilities
-differ by {measured["mean_abs_delta_logprob"]:.4f} nats per token.
+Made at lower precision than the teacher's own: on the first {measured["prompts"]} prompts,
+{100 * measured["exact_match"]:.1f} % of the greedy answers are equal to the full-precision teacher's, and
+log-probabilities differ by {measured["mean_abs_delta_logprob"]:.4f} nats per token on average.
 """
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Whether a folder may be written to, and by which settings."""
+"""Whether a label run may write to a folder, and with which settings."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ BAD_ROWS = "bad_rows.jsonl"
 
 
 def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = None) -> Manifest:
-    """The log of an unfinished run in `out`, if there is one. Raises DataError if `out` is taken and not to be
-    overwritten: finished labels, another split of the work, shards of unknown origin.
+    """The log of an unfinished run in `out`; empty if there is none. Raises DataError if `out` is taken and must not be
+    overwritten: finished labels, a run with a different sharding, shards of unknown origin.
     """
     name = manifest_name(part)
     if overwrite:
@@ -23,10 +23,10 @@ def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = N
     if manifest.finished:
         raise DataError(f"{out} already holds finished labels ({name}). Choose another folder, or pass --overwrite.")
     others = {file.name for file in out.glob("manifest*.jsonl")} - {name}
-    strangers = [other for other in sorted(others) if part is None or not other.endswith(f"-of-{part[1]}.jsonl")]
-    if strangers:
+    foreign = [other for other in sorted(others) if part is None or not other.endswith(f"-of-{part[1]}.jsonl")]
+    if foreign:
         raise DataError(
-            f"{out} holds a run that is divided otherwise ({', '.join(strangers[:4])}; this one would write {name}). "
+            f"{out} holds a run with a different sharding ({', '.join(foreign[:4])}; this one would write {name}). "
             "Choose another folder, or pass --overwrite."
         )
     if not others and not manifest.headers and any(out.glob("labels-*.parquet")):
@@ -38,7 +38,7 @@ def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = N
 
 
 def clear(out: Path, part: tuple[int, int] | None) -> None:
-    """Remove what a run, or one part of it, wrote. The log goes first: without it nothing can pass for finished."""
+    """Remove what a run, or one part of it, wrote. The log is removed first: without it nothing looks finished."""
     if part is None:
         patterns = ["manifest*.jsonl", "labels-*.parquet", "partial-*.parquet", CARD, BAD_ROWS]
         files = [file for pattern in patterns for file in out.glob(pattern)]
@@ -51,7 +51,7 @@ def clear(out: Path, part: tuple[int, int] | None) -> None:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """One line per setting that differs, nested ones as `source.sha256`."""
+    """One line per setting that differs; nested ones are named as in `source.sha256`."""
     lines = []
     for key in dict.fromkeys((*old, *new)):
         before, after = old.get(key), new.get(key)
@@ -63,7 +63,7 @@ def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[
 
 
 def refuse(out: Path, changed: list[str], remedy: str) -> None:
-    """Raise the DataError of an unfinished run with other settings."""
+    """Raise DataError: the folder holds an unfinished run with other settings."""
     raise DataError(
         f"{out} holds an unfinished run with other settings:\n"
         + "\n".join(changed)

@@ -5,24 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Protocol
 
 from ..checks import check_settings
 from ..errors import DataError, DivergenceError
-from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, encode_texts
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.decode import row_seed
-from ..sampling.engines.engine import Answer, Decoding, Engine
+from ..sampling.engines.protocol import Answer, Decoding, Engine
 from ..sampling.ranking import rank
 from ..sampling.schedule import Budget, in_batches
+from .options import OnLong
 
-OnLong = Literal["truncate", "error", "skip"]
 NO_LIMIT = 2**30
 
 
+class PromptReader(Protocol):
+    """How prompts become token ids: a `Teacher`, or the `TeacherSpec` of one that is not loaded."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def max_input_tokens(self) -> int: ...
+    @property
+    def append_eos(self) -> bool: ...
+
+
 class StoppedError(Exception):
-    """A signal came between two batches; `labels` are the finished ones by position in the shard."""
+    """A signal arrived between two batches; `labels` are the finished ones by position in the shard."""
 
     def __init__(self, labels: dict[int, PseudoLabel]):
         super().__init__("stopped")
@@ -31,7 +41,7 @@ class StoppedError(Exception):
 
 @dataclass(slots=True)
 class _Slot:
-    """A prompt to answer: the place of its first label in the shard, and what its label rows have in common."""
+    """A prompt to answer: the position of its first label in the shard, and what its label rows have in common."""
 
     position: int
     row: PromptedRow
@@ -44,12 +54,16 @@ class _Slot:
 
 @dataclass
 class Labeller:
-    """decoding, None to rank the templates' answer choices; templates, (name, id) of each prompt of a row; made,
-    (model, revision, generation) of its label rows; advance is told (labels, tokens) of each batch; stopping is asked
-    before each batch.
+    """Makes the labels of one shard.
+
+    decoding   None to rank the templates' answer choices
+    templates  (name, id) of each prompt of a row
+    made       (model, revision, generation) of the label rows
+    advance    called after each batch with the numbers of labels and tokens made
+    stopping   called before each batch; True stops the run
     """
 
-    teacher: Teacher
+    teacher: PromptReader
     engine: Engine
     decoding: Decoding | None
     templates: list[tuple[str, str]]
@@ -64,10 +78,10 @@ class Labeller:
         check_settings(self)
 
     def shard(self, rows: list[PromptedRow], done: dict[int, PseudoLabel]) -> list[PseudoLabel]:
-        """The labels of all rows in order; `done` are known already, by position.
+        """The labels of all rows in order; those in `done`, by position, are known already.
 
-        Raises: StoppedError when asked to stop, DivergenceError if log-probabilities are not finite, DataError for a
-        prompt beyond max_input_tokens with on_long = error.
+        Raises: StoppedError if `stopping` says so, DivergenceError if log-probabilities are not finite, DataError for a
+        prompt longer than max_input_tokens with on_long = error.
         """
         labels = dict(done)
         slots = self._slots(rows, labels)
@@ -78,8 +92,8 @@ class Labeller:
                 raise StoppedError(labels)
             (self._answer if self.decoding else self._rank)([slots[i] for i in chosen], labels)
 
-        # Longest first. What an interrupted run did is the beginning of that order, so batches stay the same.
-        more = [self._room(slot) for slot in slots]
+        # Longest first. An interrupted run finished a prefix of that order, so the remaining batches stay the same.
+        more = [self._extra_tokens(slot) for slot in slots]
         in_batches(run, [len(slot.ids) for slot in slots], more, self.budget)
         return [labels[position] for position in range(len(labels))]
 
@@ -87,8 +101,8 @@ class Labeller:
     def labels_per_prompt(self) -> int:
         return self.decoding.labels_per_input if self.decoding else 1
 
-    def _room(self, slot: _Slot) -> int:
-        """Tokens that answering a prompt takes besides its own."""
+    def _extra_tokens(self, slot: _Slot) -> int:
+        """Tokens that a prompt's answers add to its own."""
         if self.decoding:
             return self.decoding.labels_per_input * self.decoding.max_new_tokens
         return len(slot.choices or ()) * len(slot.ids)
@@ -116,7 +130,7 @@ class Labeller:
         return slots
 
     def _shorten(self, slots: list[_Slot], long: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
-        """Apply on_long to the prompts beyond max_input_tokens."""
+        """Apply on_long to the prompts that are longer than max_input_tokens."""
         limit = self.teacher.max_input_tokens
         if self.on_long == "error":
             first = long[0]
@@ -155,7 +169,7 @@ class Labeller:
         self.advance(len(flat), sum(map(len, flat)))
 
     def _rank(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> None:
-        """The choice of the largest log-probability; ties go to the first."""
+        """Label with the most probable choice; ties are won by the first."""
         texts = list(dict.fromkeys(choice for slot in slots for choice in slot.choices or ()))
         ids = dict(zip(texts, encode_texts(self.teacher.tokenizer, texts, NO_LIMIT), strict=True))
         choices = [[ids[choice] for choice in slot.choices or ()] for slot in slots]

@@ -1,4 +1,4 @@
-"""Label folders after the run: check them, join the parts of an array of processes, make damaged shards again."""
+"""Label folders after the run: check them, merge the parts of a job array, set damaged shards aside."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def manifests(folder: Path) -> list[Manifest]:
 
 
 def verify(folder: Path) -> list[str]:
-    """Every problem of a label folder, empty if there is none: checksums, row counts, order, gaps, the logs' lines.
+    """All problems of a label folder: checksums, row counts, order, gaps, damaged lines of its logs.
 
     Raises DataError if the folder holds no labels.
     """
@@ -48,8 +48,8 @@ def verify(folder: Path) -> list[str]:
 def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], dict[str, Any] | None]:
     """Move damaged shards aside (folder `damaged`) and take them, and damaged lines, out of the log.
 
-    Returns: what was, or with dry_run would be, dropped, and the recorded request that makes it again (None if the
-    labels were not made by the command line).
+    Returns: what was dropped, or would be with dry_run, and the recorded request that makes it again; None if the
+    labels were not made by the command line.
     """
     dropped: list[str] = []
     request = None
@@ -73,15 +73,15 @@ def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], dict[str,
 
 
 def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
-    """Join finished parts into `out`: the same shards, in the same order, as one process writes. Returns totals.
+    """Merge finished parts into `out`: the same shards, in the same order, as one process writes. Returns totals.
 
     parts are folders; none means that all parts were written to `out` itself. Raises DataError if parts are unfinished,
-    damaged, of different settings, missing or given twice, or if `out` is taken.
+    damaged, made with different settings, missing or given twice, or if `out` is taken.
     """
     folders = list(dict.fromkeys(folder.resolve() for folder in parts or [out]))
     logs = [manifest for folder in folders for manifest in manifests(folder) if manifest.part is not None]
     if not logs:
-        raise DataError(f"{', '.join(map(str, folders))}: no part of an array of processes (manifest-I-of-N.jsonl).")
+        raise DataError(f"{', '.join(map(str, folders))}: no part of a job array (manifest-I-of-N.jsonl).")
     _check_parts(logs)
     shards = {k: (log.path.parent, shard) for log in logs for k, shard in log.shards.items()}
     if missing := sorted(set(range(max(shards, default=-1) + 1)) - set(shards)):
@@ -102,7 +102,7 @@ def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
 
 
 def _finish(merged: Manifest, logs: list[Manifest], shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the card and the log of the joined parts."""
+    """Write the card and the log of the merged parts."""
     out, first = merged.path.parent, logs[0]
     request = first.header["request"]
     merged.headers = [first.header | {"part": None, "request": request and request | {"shard": None}}]
@@ -126,20 +126,20 @@ def _check_parts(logs: list[Manifest]) -> None:
             changed = changes(first.header["settings"], log.header["settings"])
             raise DataError("\n".join([f"{log.path} has other settings than {first.path}:", *changed]))
         if (log.part or (0, 1))[1] != n or log.header["rows_per_shard"] != first.header["rows_per_shard"]:
-            raise DataError(f"{log.path} and {first.path} are parts of different divisions: use one n and shard_rows.")
+            raise DataError(f"{log.path} and {first.path} have different shardings: use the same n and shard_rows.")
     numbers = [(log.part or (0, 1))[0] for log in logs]
     if twice := sorted({i for i in numbers if numbers.count(i) > 1}):
-        raise DataError(f"part {twice[0]} of {n} is given {numbers.count(twice[0])} times: the parts overlap.")
+        raise DataError(f"part {twice[0]} of {n} is given {numbers.count(twice[0])} times: give each part once.")
     if missing := sorted(set(range(n)) - set(numbers)):
         raise DataError(
-            f"{len(numbers)} of {n} parts are there; missing: {', '.join(f'{i}/{n}' for i in missing[:10])}. "
+            f"{len(numbers)} of {n} parts found; missing: {', '.join(f'{i}/{n}' for i in missing[:10])}. "
             "Run them, or name their folders."
         )
 
 
 def _copy(folder: Path, out: Path, shard: dict[str, Any]) -> None:
     if problem := damage(folder, shard):
-        raise DataError(f"{problem}. Mend that part first: rlkd data repair {folder}")
+        raise DataError(f"{problem}. Repair that part first: rlkd data repair {folder}")
     if folder != out.resolve():
         write_durably(out / shard["file"], (folder / shard["file"]).read_bytes())
 
@@ -155,7 +155,7 @@ def _shard_problems(manifest: Manifest) -> list[tuple[int, str]]:
 
 
 def _wrong_rows(folder: Path, shard: dict[str, Any], manifest: Manifest) -> str | None:
-    """Row numbers that are not those of the shard's block, in order, each as often as there are labels per row."""
+    """What is wrong unless the rows are those of the shard's block, in order, each as often as it has labels."""
     file = folder / shard["file"]
     try:
         rows = pq.read_table(file, columns=["row"]).column("row").to_pylist()
@@ -170,7 +170,7 @@ def _wrong_rows(folder: Path, shard: dict[str, Any], manifest: Manifest) -> str 
 
 
 def _gaps(manifest: Manifest) -> list[str]:
-    """Shards that a finished log should name and does not."""
+    """Shards that are missing from a log."""
     i, n = manifest.part or (0, 1)
     size, inputs = manifest.header["rows_per_shard"], manifest.header["scan"].get("rows")
     last = -(-inputs // size) if inputs else max(manifest.shards, default=-1) + 1

@@ -1,10 +1,10 @@
-"""The commit log of a label folder: one JSON line per event, appended and flushed, each with a checksum of its own.
+"""The commit log of a label folder: one JSON line per event, appended and flushed, each with its own checksum.
 
-header    settings and source the labels are made from; a second one if the run went on with changed settings
+header    settings and source of the labels; another one if the run was continued with changed settings
 shard     a shard was committed: file, rows, checksum, counts
 partial   answers of a shard that a signal interrupted
 dropped   shards that were damaged and must be made again
-finished  totals; nothing is missing
+finished  totals; the run is complete
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MANIFEST = "manifest.jsonl"
 
 
 def manifest_name(part: tuple[int, int] | None) -> str:
-    """File name of the log of part (i, n) of an array of processes, or of a whole run."""
+    """File name of the log of part (i, n) of a job array, or of a whole run."""
     return MANIFEST if part is None else f"manifest-{part[0]}-of-{part[1]}.jsonl"
 
 
 @dataclass
 class Manifest:
-    """The log in memory. Reading tolerates a torn last line and lines that differ from their checksum (`damaged`,
-    their numbers): what they said counts as not done.
+    """The log in memory. Reading tolerates a torn last line and lines that differ from their checksum (their numbers
+    are in `damaged`): what they recorded counts as not done.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """The log at `path`, empty if there is none. Raises DataError if its header is not readable."""
+        """The log at `path`; empty if there is none. Raises DataError if its header is not readable."""
         manifest = cls(path)
         if not path.exists():
             return manifest
@@ -91,7 +91,7 @@ class Manifest:
         self._apply(record)
 
     def rewrite(self) -> None:
-        """Write the log anew without its damaged lines."""
+        """Rewrite the log without its damaged lines."""
         self.damaged = []
         write_durably(self.path, self.to_bytes())
 
@@ -127,7 +127,7 @@ def _encode(record: dict[str, Any]) -> bytes:
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, None unless it is as it was written."""
+    """The record of a line; None if the line is not as it was written."""
     try:
         record = json.loads(line)
         check = record.pop("check")

@@ -1,4 +1,4 @@
-"""What can be labelled: a source of prompted rows."""
+"""Sources of prompted rows to label."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from ..records import Example, Prompt, PromptedRow
 
 
 class Source(Protocol):
-    """Rows to label. total, if it is known; templates, (name, id, source) of each prompt of a row; scan and bad_rows,
-    what reading it once has found, kept with the labels.
+    """Rows to label.
+
+    total      number of input rows, None if it is not known
+    templates  (name, id, source) of each prompt of a row
+    scan       what a first pass over the rows found, JSON-able
+    bad_rows   the rows that it could not use; both are stored with the labels
     """
 
     @property
@@ -27,7 +31,7 @@ class Source(Protocol):
     def bad_rows(self) -> list[dict[str, Any]]: ...
 
     def identity(self) -> dict[str, Any]:
-        """All of the input that decides labels, JSON-able."""
+        """Everything about the input that decides labels, JSON-able."""
         ...
 
     def blocks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[PromptedRow]]]:

@@ -1,4 +1,4 @@
-"""Label shards: zstd parquet files, one per block of input rows, whose bytes depend on their rows only."""
+"""Label shards: zstd parquet files, one per block of input rows; their bytes depend only on their rows."""
 
 from __future__ import annotations
 
@@ -63,17 +63,17 @@ def partial_name(k: int) -> str:
 def write_labels(
     path: Path, labels: list[PseudoLabel], *, positions: list[int] | None = None, top_k: bool = False
 ) -> str:
-    """Write one file of labels, with `positions` also each one's place in its shard. Returns its checksum.
+    """Write one file of labels, with `positions` also their positions in the shard. Returns the file's checksum.
 
-    Raises RlkdError naming the file and the MB needed if the disk is full.
+    Raises RlkdError naming the file and the space it needs if the disk is full.
     """
     schema = pa.schema([*SCHEMA, *TOP_K]) if top_k else SCHEMA
     columns = [pa.array(list(map(attrgetter(name), labels)), schema.field(name).type) for name in schema.names]
     table = pa.Table.from_arrays(columns, schema=schema)
     if positions is not None:
         table = table.append_column("position", pa.array(positions, pa.int64()))
-    # In memory first: pyarrow's own writer aborts the interpreter on a full disk, and the checksum is then of what was
-    # meant, not of what the disk made of it.
+    # In memory first: pyarrow's own writer aborts the interpreter on a full disk, and the checksum is then that of the
+    # content, not of what reached the disk.
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     content = sink.getvalue()
@@ -88,7 +88,7 @@ def read_partial(path: Path) -> dict[int, PseudoLabel]:
 
 
 def summarise(labels: list[PseudoLabel]) -> dict[str, Any]:
-    """What the manifest says of a shard's rows: counts by status and template, reasons, lengths."""
+    """A shard's rows as the manifest describes them: counts by status and template, reasons, lengths."""
     reasons = Counter(reason(label.error) for label in labels if label.error is not None)
     templates: dict[str, Counter[str]] = {}
     for label in labels:
@@ -126,7 +126,7 @@ def total(shards: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def damage(folder: Path, shard: dict[str, Any]) -> str | None:
-    """What is wrong with the file of a shard, None if it is what was committed."""
+    """What is wrong with the file of a shard; None if it is as it was committed."""
     file = folder / shard["file"]
     if not file.is_file():
         return f"{file} is missing"
@@ -143,7 +143,7 @@ def load_pseudolabels(path: str | Path, *, statuses: tuple[str, ...] | None = ("
     shards = [manifest.shards[k] for k in sorted(manifest.shards)]
     for shard in shards:
         if problem := damage(folder, shard):
-            raise DataError(f"{problem}. Only that shard is made again by: rlkd data repair {folder}")
+            raise DataError(f"{problem}. Make only that shard again: rlkd data repair {folder}")
     rows = read_parquet([folder / shard["file"] for shard in shards])
     wanted = [field.name for field in fields(PseudoLabel) if field.name not in TOP_K.names]
     if missing := [name for name in wanted if name not in rows.column_names]:
@@ -167,8 +167,8 @@ def finished_manifest(folder: Path) -> Manifest:
     if manifest.finished is None:
         if parts := sorted(file.name for file in folder.glob("manifest-*-of-*.jsonl")):
             raise DataError(
-                f"{folder} holds {len(parts)} parts of an array of processes ({', '.join(parts[:4])}). "
-                f"Join them, once all are finished: rlkd data merge {folder}"
+                f"{folder} holds {len(parts)} parts of a job array ({', '.join(parts[:4])}). "
+                f"Merge them once all are finished: rlkd data merge {folder}"
             )
         state = "an unfinished run: repeat its command to finish it" if manifest.headers else "no labels"
         raise DataError(

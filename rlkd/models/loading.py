@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..checks import check_choice
 from ..errors import ModelError
 from .architectures import architecture_of
+from .spec import Quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,9 +88,6 @@ def load_model(
     return model
 
 
-Quantization = Literal["none", "int8", "nf4"]
-
-
 def quantization_config(name: Quantization) -> Any:
     """bitsandbytes' settings for a frozen model's linear layers, head excepted; None for 'none'.
 
@@ -97,7 +95,7 @@ def quantization_config(name: Quantization) -> Any:
     """
     from transformers import BitsAndBytesConfig
 
-    check_choice("teacher_quantization", name, Quantization)
+    check_choice("quantization", name, Quantization)
     if name == "none":
         return None
     if name == "int8":

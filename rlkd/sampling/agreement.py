@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import chain
 
-from .engines.engine import Decoding, Engine
+from .engines.protocol import Decoding, Engine
 from .schedule import Budget, answer_all, in_batches
 
 
@@ -14,8 +14,8 @@ def agreement(
 ) -> dict[str, float]:
     """Both engines answer `prompts` greedily, in at most decoding.max_new_tokens.
 
-    Returns: prompts, how many; exact_match, the share of equal answers; mean_abs_delta_logprob, nats per token, between
-    what the engine says of its answers' tokens and what the reference says of them.
+    Returns: prompts, their number; exact_match, the share of equal answers; mean_abs_delta_logprob, the mean absolute
+    difference, in nats per token, between the engine's log-probabilities of its answers' tokens and the reference's.
     """
     greedy = replace(decoding, strategy="greedy", labels_per_input=1, temperature=1.0, top_k_logprobs=0)
     budget = budget or Budget()

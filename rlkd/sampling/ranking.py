@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .engines.engine import Engine
+from .engines.protocol import Engine
 from .schedule import Budget, in_batches
 
 

@@ -1,4 +1,4 @@
-"""Batches for an engine: like lengths together, as many rows as a token budget allows, answers in input order."""
+"""Batches for an engine: prompts of similar length together, as many as a token budget allows; answers in order."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .engines.engine import Answer, Decoding, Engine
+from .engines.protocol import Answer, Decoding, Engine
 
 logger = logging.getLogger(__name__)
-
-# Called after each batch with the indices of its prompts and their answers.
-OnBatch = Callable[[list[int], list[list[Answer]]], None]
 
 
 @dataclass(slots=True)
@@ -19,8 +16,8 @@ class Budget:
     """Padded tokens, of prompts and answers, that one batch may hold. It shrinks when memory runs out, and stays so
     for the batches that follow. It decides speed and memory, never an answer.
 
-    The default suits a processor: larger batches pad more keys for every step to read, which costs more than they save
-    (int8, 64 prompts: 1.9 times the time at 16,384). A GPU wants more.
+    The default suits a CPU: larger batches pad more keys for every step to read, which costs more than they save (int8,
+    64 prompts: 1.9 times the time at 16,384). A GPU wants more.
     """
 
     tokens: int = 4096
@@ -32,12 +29,11 @@ def answer_all(
     seeds: list[list[int]],
     decoding: Decoding,
     budget: Budget,
-    on_batch: OnBatch | None = None,
 ) -> list[list[Answer]]:
-    """`engine.answer` of all prompts, in their order, made in batches of like lengths.
+    """`engine.answer` of all prompts, in their order, computed in batches of similar length.
 
-    A batch that runs out of memory is made again in halves. Raises what the engine raises, out of memory only for a
-    single prompt.
+    A batch that runs out of memory is retried in halves. Raises what the engine raises; out of memory only if a single
+    prompt does not fit.
     """
     answers: list[list[Answer]] = [[] for _ in prompts]
 
@@ -45,8 +41,6 @@ def answer_all(
         made = engine.answer([prompts[i] for i in rows], [seeds[i] for i in rows], decoding)
         for i, row in zip(rows, made, strict=True):
             answers[i] = row
-        if on_batch is not None:
-            on_batch(rows, made)
 
     new = decoding.labels_per_input * decoding.max_new_tokens
     in_batches(run, [len(prompt) for prompt in prompts], [new] * len(prompts), budget)
@@ -58,7 +52,7 @@ def in_batches(run: Callable[[list[int]], None], lengths: Sequence[int], more: S
 
     A batch costs rows x (longest of `lengths` + largest of `more`) tokens, at most the budget unless it is one row.
     """
-    # The longest first: what does not fit in memory shows at once.
+    # Longest first: what does not fit in memory fails at once.
     todo = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -more[i], i))
     while todo:
         size, cost = _fit(todo, lengths, more, budget.tokens)
@@ -71,7 +65,7 @@ def in_batches(run: Callable[[list[int]], None], lengths: Sequence[int], more: S
         else:
             todo = todo[size:]
             continue
-        # Here the exception is gone, and with it the frames that held the batch's tensors.
+        # The exception is gone by now, and with it the frames that held the batch's tensors.
         from accelerate.utils.memory import clear_device_cache
 
         clear_device_cache(garbage_collection=True)
@@ -80,7 +74,7 @@ def in_batches(run: Callable[[list[int]], None], lengths: Sequence[int], more: S
 
 
 def _fit(todo: list[int], lengths: Sequence[int], more: Sequence[int], tokens: int) -> tuple[int, int]:
-    """How many of the rows fit in one batch, one at least, and its cost."""
+    """How many of the rows fit in one batch (at least one), and its cost."""
     longest, extra = lengths[todo[0]], more[todo[0]]
     size = 1
     for i in todo[1:]:

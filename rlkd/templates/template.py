@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 
 from ..checks import check_choice, check_settings
+from ..choices import Truncation
 from ..errors import DataError, nearest
 from . import columns as template_columns
 from .aliases import known_problem
@@ -32,7 +33,6 @@ __all__ = ["PACKAGE_PROMPTS", "Rendered", "Template", "load_templates", "read_te
 
 logger = logging.getLogger(__name__)
 
-Truncation = Literal["none", "t0"]
 # T0's data were made by cutting every {{...}} to 2,048 characters; a textual change, as promptsource makes it.
 T0_TRUNCATE = " | string | truncate(2048) }}"
 NOT_APPLICABLE = "not applicable"

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from rlkd.cli.main import app, main
 from rlkd.errors import DataError
-from rlkd.labels.pseudolabels import load_pseudolabels
+from rlkd.labels.store import load_pseudolabels
 from tiny import save_pair, save_pretrained, tiny_t5, tiny_tokenizer
 
 ROWS = [{"source": "a b c", "target": "c b a"}, {"source": "d e", "target": "e d"}, {"source": "", "target": "x"}]
@@ -47,7 +47,7 @@ def test_end_to_end(folder, teacher):
     result = CliRunner().invoke(app, arguments(teacher, *more), catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stdout.startswith(
-        "30 rows in 1 shards: 20 ok, 10 skipped, 0 failed; 0 prompts truncated; 0 bad input rows left out\n"
+        "30 rows in 1 shard: 20 ok, 10 skipped, 0 failed; 0 prompts truncated; 0 bad input rows skipped\n"
         "  10 x no student input\n"
     )
     assert "  Complex and simple: 4 ok, 2 skipped\n" in result.stdout
@@ -104,6 +104,8 @@ def failing(capsys, args):
         (["--teacher-dtype", "float16"], 2, "float16 overflows"),
         (["--strategy", "rank"], 2, "no answer choices to rank"),
         (["--shard", "2/2"], 3, "allowed is i/n with 0 <= i < n"),
+        (["--compute-type", "int8"], 2, "engine = 'torch': it computes in the precision of the teacher's weights"),
+        (["--engine", "vllm"], 2, "--engine"),
         (["--strategy", "topk"], 2, "--strategy"),
         (["--limit", "0"], 2, "--limit"),
     ],
@@ -227,7 +229,7 @@ def test_score_compares_labels_with_references_by_template(folder, teacher, caps
     with pytest.raises(SystemExit) as stopped:
         main(["data", "score", "labels", "--metric", "rogue"])
     assert stopped.value.code == 2
-    assert "allowed are exact_match, rouge, bleu. Did you mean 'rouge'?" in capsys.readouterr().err
+    assert "allowed are rouge, bleu, exact_match. Did you mean 'rouge'?" in capsys.readouterr().err
 
 
 def test_parts_verify_and_repair(folder, teacher, capsys):
@@ -242,7 +244,7 @@ def test_parts_verify_and_repair(folder, teacher, capsys):
     assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
     capsys.readouterr()
     main_ok(["data", "verify", "parts"])
-    assert capsys.readouterr().out == "parts: 5 shards, 9 rows, all as written\n"
+    assert capsys.readouterr().out == "parts: 5 shards, 9 rows, all intact\n"
     main_ok(["data", "verify", "parts", "--quiet"])
     assert capsys.readouterr().out == ""
     (folder / "parts" / "labels-00002.parquet").write_bytes(b"damaged")

@@ -9,7 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from rlkd import RewardView, generate_pseudolabels
+from rlkd import Decoding, RewardView, generate_pseudolabels
 from rlkd.cli.main import app, main
 from rlkd.evaluation.recording import append_samples
 from rlkd.evaluation.samples import Sample
@@ -90,8 +90,8 @@ def test_of_labels(folder, pair):
     teacher = tiny_teacher()
     save_pretrained(folder / "labeller", teacher.lm.model)
     teacher.lm.model.name_or_path = str(folder / "labeller")
-    options = {"strategy": "greedy", "template_names": ["copy"], "max_new_tokens": 4, "quiet": True}
-    generate_pseudolabels(teacher, inputs, out=folder / "labels", **options)
+    decoding = Decoding("greedy", 4)
+    generate_pseudolabels(teacher, inputs, out=folder / "labels", template_names=["copy"], decoding=decoding)
     plain = view_of("--labels", "labels")
     scored = view_of("--labels", "labels", "--teacher", "labeller")
     assert plain.samples[0].total_reward is None
@@ -124,9 +124,9 @@ def test_of_a_run_without_loading_torch(folder):
         ([], 2, "exactly one of --dataset, --run and --labels; none of them is given"),
         (["--run", "x", "--labels", "y"], 2, "--run and --labels is given"),
         (["--dataset", "rows.jsonl"], 2, "--dataset needs --teacher and --input-column as well"),
-        (["--run", "x", "--teacher", "t"], 2, "--run takes no --teacher"),
-        (["--run", "x", "--reward-value", "lse"], 2, "--run takes no --reward-value"),
-        (["--labels", "x", "--student", "t"], 2, "--labels takes no --student"),
+        (["--run", "x", "--teacher", "t"], 2, "--run does not take --teacher"),
+        (["--run", "x", "--reward-value", "lse"], 2, "--run does not take --reward-value"),
+        (["--labels", "x", "--student", "t"], 2, "--labels does not take --student"),
         (["--dataset", "rows.jsonl", "--step", "3"], 2, "--dataset needs --teacher"),
         (["--run", "x", "--out", "page.pdf"], 2, "ends in .html"),
         (["--run", "x", "--out", "no/page.html"], 2, "the folder no does not exist"),

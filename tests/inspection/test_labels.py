@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlkd import RewardView, generate_pseudolabels
+from rlkd import Decoding, RewardView, generate_pseudolabels
 from rlkd.errors import DataError
 from rlkd.records import Example
 from tiny import VALID, tiny_teacher, tiny_tokenizer
@@ -16,8 +16,8 @@ INPUTS = [Example(str(i), text, (f"copy {text}",), (text,)) for i, text in enume
 def folder(tmp_path_factory):
     """Sampled labels, two an input, with every token's log-probability."""
     out = tmp_path_factory.mktemp("labels") / "out"
-    options = {"strategy": "sample", "labels_per_input": 2, "max_new_tokens": 6, "top_k_logprobs": VALID}
-    generate_pseudolabels(tiny_teacher(), INPUTS, out=out, template_names=["copy"], quiet=True, **options)
+    decoding = Decoding("sample", 6, labels_per_input=2, top_k_logprobs=VALID)
+    generate_pseudolabels(tiny_teacher(), INPUTS, out=out, template_names=["copy"], decoding=decoding)
     return out
 
 
@@ -42,8 +42,8 @@ def test_recorded_and_scored_numbers_agree(folder, value):
 
 
 def test_what_was_not_recorded_is_not_made_up(tmp_path):
-    options = {"strategy": "greedy", "max_new_tokens": 4, "template_names": ["copy"], "quiet": True}
-    generate_pseudolabels(tiny_teacher(), INPUTS, out=tmp_path / "out", **options)
+    decoding = Decoding("greedy", 4)
+    generate_pseudolabels(tiny_teacher(), INPUTS, out=tmp_path / "out", template_names=["copy"], decoding=decoding)
     plain = RewardView.from_labels(tmp_path / "out", tiny_tokenizer(), limit=2)
     labels = [s for s in plain if s.source == "pseudo-label"]
     assert len(labels) == 2

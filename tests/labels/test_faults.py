@@ -17,7 +17,7 @@ import pytest
 import stub
 from rlkd.errors import LockedError, RlkdError
 from rlkd.io import files
-from rlkd.labels.pseudolabels import load_pseudolabels
+from rlkd.labels.store import load_pseudolabels
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["stub"])
@@ -69,12 +69,12 @@ def check_equal(out: Path, whole: Path) -> None:
 
 
 def kill_and_resume(source: Path, out: Path, whole: Path, delay: float) -> bool:
-    """Kill a run after `delay` seconds and finish it; False if it had ended by then."""
+    """Kill a run after `delay` seconds and finish it; False if its labels were finished by then."""
     process = start(source, out)
     time.sleep(delay)
     process.kill()
     process.join()
-    if process.exitcode == 0:
+    if process.exitcode == 0 or any(entry["kind"] == "finished" for entry in stub.entries(out)):
         return False
     assert process.exitcode == -signal.SIGKILL
     committed = [entry["file"] for entry in stub.entries(out) if entry["kind"] == "shard"]
@@ -133,7 +133,7 @@ def test_a_signal_keeps_every_answer(tmp_path, whole, signum, code):
     assert process.exitcode == code
     message = Path(str(out) + ".log").read_text()
     assert f"stopped by {signal.Signals(signum).name}" in message
-    assert "Repeat the command to go on" in message
+    assert "Repeat the command to continue" in message
     before = answered(out)
     assert stub.entries(out)[-1]["kind"] in ("partial", "shard")
     stub.label(source, out, stub.StubEngine(Path(str(out) + ".journal")))

@@ -10,9 +10,8 @@ import stub
 from rlkd.errors import ConfigError, DataError
 from rlkd.labels.maintenance import merge, repair, verify
 from rlkd.labels.manifest import Manifest
-from rlkd.labels.pseudolabels import load_pseudolabels
-from rlkd.labels.store import damage
-from rlkd.sampling.engines.engine import Decoding
+from rlkd.labels.store import damage, load_pseudolabels
+from rlkd.sampling.engines.protocol import Decoding
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,7 @@ def test_merged_parts_equal_one_process(whole, tmp_path, together):
     for i, folder in enumerate(folders):
         stub.label(source, folder, part=(i, 3))
     if together:
-        with pytest.raises(DataError, match=r"3 parts of an array of processes.*rlkd data merge"):
+        with pytest.raises(DataError, match=r"3 parts of a job array.*rlkd data merge"):
             load_pseudolabels(folders[0])
     out = tmp_path / "out"
     merge(out, [] if together else folders)
@@ -159,19 +158,19 @@ def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
     stub.label(source, again, part=(1, 2))
     stub.label(source, other, part=(1, 2), seed=2)
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="1 of 2 parts are there; missing: 1/2"):
+    with pytest.raises(DataError, match="1 of 2 parts found; missing: 1/2"):
         merge(out, [zero])
     with pytest.raises(DataError, match="part 1 of 2 is given 2 times"):
         merge(out, [zero, one, again])
     with pytest.raises(DataError, match=r"other settings than .*\n  seed: 1 -> 2"):
         merge(out, [zero, other])
-    with pytest.raises(DataError, match="no part of an array"):
+    with pytest.raises(DataError, match="no part of a job array"):
         merge(out, [reference])
     shard = one / "labels-00001.parquet"
     shard.write_bytes(b"x")
     with pytest.raises(DataError, match=r"labels-00001\.parquet differs from its checksum"):
         merge(out, [zero, one])
-    with pytest.raises(DataError, match="divided otherwise"):
+    with pytest.raises(DataError, match="a run with a different sharding"):
         stub.label(source, zero)
 
 
@@ -275,9 +274,8 @@ def test_top_k_columns_are_there_only_if_asked_for(tmp_path, whole):
 
     out = tmp_path / "out"
     examples = [Example(str(i), text, (text,)) for i, text in enumerate(["a b", "c", "d e f"])]
-    generate_pseudolabels(
-        tiny_teacher(), examples, out=out, strategy="greedy", template_names=["t"], max_new_tokens=4, top_k_logprobs=3
-    )
+    decoding = Decoding("greedy", 4, top_k_logprobs=3)
+    generate_pseudolabels(tiny_teacher(), examples, out=out, template_names=["t"], decoding=decoding)
     for row in load_pseudolabels(out):
         assert [ids[0] for ids in row["top_ids"]] == row["token_ids"]
         assert sum(logps[0] for logps in row["top_logps"]) == pytest.approx(row["sum_logprob"], abs=1e-4)

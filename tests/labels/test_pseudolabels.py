@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+from dataclasses import fields
 
 import datasets
 import pyarrow.parquet as pq
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 from rlkd.errors import ConfigError, DataError, DivergenceError
-from rlkd.labels.pseudolabels import generate_pseudolabels, load_pseudolabels
+from rlkd.labels.options import RunOptions
+from rlkd.labels.pseudolabels import generate_pseudolabels
+from rlkd.labels.store import load_pseudolabels
 from rlkd.records import Example
+from rlkd.sampling.engines.protocol import Decoding
 from tiny import EOS, PAD, VALID, tiny_teacher
 
 NEW = 6
@@ -24,8 +28,16 @@ TEMPLATES = ["copy", "answer"]
 
 
 def generate(out, teacher=None, examples=EXAMPLES, **settings):
-    settings = {"strategy": "greedy", "template_names": TEMPLATES, "max_new_tokens": NEW, "batch_tokens": 60} | settings
-    return generate_pseudolabels(teacher or tiny_teacher(), examples, out=out, **settings)
+    """`settings` are fields of Decoding and of RunOptions."""
+    settings = {"strategy": "greedy", "max_new_tokens": NEW, "batch_tokens": 60} | settings
+    decoding, options = (
+        kind(**{field.name: settings.pop(field.name) for field in fields(kind) if field.name in settings})
+        for kind in (Decoding, RunOptions)
+    )
+    assert not settings
+    return generate_pseudolabels(
+        teacher or tiny_teacher(), examples, out=out, template_names=TEMPLATES, decoding=decoding, options=options
+    )
 
 
 def full_log_probs(teacher, text, ids):
@@ -195,6 +207,7 @@ def log(out):
         ({"strategy": "beam", "num_beams": 1}, "num_beams = 1"),
         ({"temperature": 0.5}, "temperature = 0.5 with strategy = 'greedy'"),
         ({"strategy": "sample", "temperature": 0.0}, "temperature = 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0: must be at least 1"),
     ],
 )
 def test_contradicting_settings(tmp_path, settings, wanted):

@@ -16,7 +16,7 @@ from rlkd.errors import ConfigError, DataError, InterruptedRunError
 from rlkd.io.files import sha256
 from rlkd.labels.maintenance import merge, verify
 from rlkd.labels.manifest import Manifest
-from rlkd.labels.pseudolabels import load_pseudolabels
+from rlkd.labels.store import load_pseudolabels
 from rlkd.sampling.engines.ctranslate2_engine import CTranslate2Engine
 from tiny import tiny_teacher
 
@@ -92,7 +92,7 @@ def test_parts_that_do_not_make_a_whole(source, parts, tmp_path):
     with pytest.raises(DataError, match=r"taken already holds labels \(manifest\.jsonl\)\. Choose another folder"):
         merge(tmp_path / "taken", parts)
     stub.label(source, tmp_path / "third", part=(1, 3))
-    with pytest.raises(DataError, match="are parts of different divisions: use one n and shard_rows"):
+    with pytest.raises(DataError, match="have different shardings: use the same n and shard_rows"):
         merge(tmp_path / "out", [zero, tmp_path / "third"])
     without_line(zero / "manifest-0-of-2.jsonl", 1)
     with pytest.raises(DataError, match="the parts lack the shards 0: a part is incomplete"):
@@ -110,7 +110,7 @@ def test_labels_that_the_command_line_did_not_make_are_not_made_again(source, tm
     with pytest.raises(SystemExit) as end:
         main(["data", "repair", str(out)])
     assert end.value.code == 3
-    assert "was not made by the command line, so its settings are not known here" in capsys.readouterr().err
+    assert "was not made by the command line, so the command is not known" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--labels-per-input", "2"], ["--top-k-logprobs", "3"]])

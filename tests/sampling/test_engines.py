@@ -1,18 +1,22 @@
-"""The interface of engines: top-k log-probabilities, the choice of an engine, agreement."""
+"""Engines: top-k log-probabilities, the choice of an engine, agreement."""
 
 import importlib.util
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from rlkd.errors import ConfigError
+from rlkd.errors import ConfigError, ModelError
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.heads import Head
+from rlkd.models.spec import LoadedModel, ModelSpec
 from rlkd.sampling.agreement import agreement
-from rlkd.sampling.engines import engine as engines
-from rlkd.sampling.engines.engine import Decoding, TorchEngine, make_engine
+from rlkd.sampling.engines import torch_engine as engines
+from rlkd.sampling.engines.protocol import Answer, Decoding, EngineSettings
+from rlkd.sampling.engines.registry import EngineChoice, choose_engine
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from tiny import EOS, KINDS, VALID, tiny_model
 
 PROMPTS = [[3 + (7 * i + j * j) % 29 for j in range(1 + i % 5)] + [EOS] for i in range(6)]
@@ -91,6 +95,11 @@ def test_negative_k_is_refused():
 # -- the choice ------------------------------------------------------------------------------------------------------
 
 
+def choose(name, model=None, decoding=None, **settings):
+    model = model or LoadedModel(model_of("t5"))
+    return choose_engine(EngineSettings(name, **settings), model, decoding)
+
+
 @pytest.mark.parametrize(
     ("decoding", "reason"),
     [
@@ -100,10 +109,10 @@ def test_negative_k_is_refused():
         (None, "encode its prompt again"),
     ],
 )
-def test_auto_takes_torch_where_it_must_and_says_why(decoding, reason, caplog):
+def test_auto_takes_torch_where_it_must_and_logs_why(decoding, reason, caplog):
     pytest.importorskip("ctranslate2")
     with caplog.at_level(logging.INFO):
-        engine = make_engine("auto", model_of("t5"), decoding)
+        engine = choose("auto", decoding=decoding).make()
     assert engine.name == "torch"
     assert reason in caplog.text
     assert len(caplog.records) == 1
@@ -112,39 +121,65 @@ def test_auto_takes_torch_where_it_must_and_says_why(decoding, reason, caplog):
 def test_auto_takes_torch_without_the_package(monkeypatch, caplog):
     monkeypatch.setattr("rlkd.sampling.engines.ctranslate2_engine.find_spec", lambda name: None)
     with caplog.at_level(logging.INFO):
-        assert make_engine("auto", model_of("t5"), Decoding("greedy", 4)).name == "torch"
+        assert choose("auto", decoding=Decoding("greedy", 4)).make().name == "torch"
     assert "pip install 'rlkd[ctranslate2]'" in caplog.text
-    with pytest.raises(ConfigError, match=r"pip install 'rlkd\[ctranslate2\]'"):
-        make_engine("ctranslate2", model_of("t5"), Decoding("greedy", 4))
+    with pytest.raises(ConfigError, match=r"pip install 'rlkd\[ctranslate2\]'.*Use --engine torch"):
+        choose("ctranslate2", decoding=Decoding("greedy", 4))
 
 
 def test_auto_takes_ctranslate2_for_greedy(tmp_path, monkeypatch, caplog):
     pytest.importorskip("ctranslate2")
     monkeypatch.setenv("RLKD_CACHE", str(tmp_path))
     with caplog.at_level(logging.INFO):
-        engine = make_engine("auto", model_of("t5"), Decoding("greedy", 4), threads=1)
+        engine = choose("auto", decoding=Decoding("greedy", 4), threads=1).make()
     assert (engine.name, engine.identity()["dtype"]) == ("ctranslate2", "float32")
     assert "engine: ctranslate2 in float32" in caplog.text
 
 
 def test_what_is_asked_for_is_never_dropped_silently():
-    lm = model_of("t5")
-    with pytest.raises(ConfigError, match="allowed are 'auto', 'torch', 'ctranslate2'"):
-        make_engine("vllm", lm, None)
-    with pytest.raises(ConfigError, match="compute_type = 'int8'"):
-        make_engine("torch", lm, None, compute_type="int8")
-    with pytest.raises(ConfigError, match=r"compute_type = 'int8'|pip install"):
-        make_engine("auto", lm, Decoding("sample", 4), compute_type="int8")
+    with pytest.raises(
+        ConfigError, match=r"engine = 'torhc': allowed are auto, ctranslate2, torch\. Did you mean 'torch'"
+    ):
+        choose("torhc")
+    with pytest.raises(ConfigError, match=r"engine = 'torch': .*compute_type = 'int8'\.$"):
+        choose("torch", compute_type="int8")
+    with pytest.raises(
+        ConfigError, match=r"no engine can do this\.\n  ctranslate2: .*\n  torch: .*compute_type = 'int8'"
+    ):
+        choose("auto", decoding=Decoding("sample", 4), compute_type="int8")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ctranslate2") is None, reason="needs ctranslate2")
-def test_a_precision_or_model_that_ctranslate2_lacks_is_named():
-    lm = model_of("t5")
-    with pytest.raises(ConfigError, match="does not compute in int7"):
-        make_engine("ctranslate2", lm, None, compute_type="int7")
-    lm.model.config.model_type = "longt5"
-    with pytest.raises(ConfigError, match="does not convert 'longt5'"):
-        make_engine("ctranslate2", lm, None)
+def test_what_ctranslate2_lacks_is_named_from_the_configuration_alone():
+    """Nothing of these models but their configuration is looked at."""
+
+    def known(**facts):
+        config = SimpleNamespace(model_type=facts.pop("model_type", "t5"))
+        facts = {"dtype": "float32", "device": None, "quantized": False, "adapted": False} | facts
+        return SimpleNamespace(config=config, **facts)
+
+    assert choose("ctranslate2", known()).name == "ctranslate2"
+    for model, settings, reason in (
+        (known(), {"compute_type": "int7"}, "does not compute in int7"),
+        (known(dtype="int7"), {}, "does not compute in int7"),
+        (known(model_type="longt5"), {}, "does not convert 'longt5'"),
+        (known(quantized=True), {}, "already quantized"),
+        (known(adapted=True), {}, "has PEFT adapters"),
+        (known(device="mps:0"), {}, "cannot use this mps"),
+    ):
+        with pytest.raises(ConfigError, match=f"engine = 'ctranslate2': .*{reason}.*Use --engine torch"):
+            choose("ctranslate2", model, **settings)
+
+
+def test_the_reference_has_full_precision():
+    """It reads the same model without quantization, and without the compute_type of the approximate engine."""
+    spec = ModelSpec("somewhere", "teacher", dtype="bfloat16", quantization="int8")
+    choice = EngineChoice("ctranslate2", spec, EngineSettings(compute_type="int8"))
+    with pytest.raises(ModelError, match="'somewhere' is neither"):
+        choice.reference()
+    assert (spec.full_precision().quantization, spec.full_precision().dtype) == (None, "bfloat16")
+    loaded = LoadedModel(model_of("t5"))
+    assert EngineChoice("ctranslate2", loaded, EngineSettings(compute_type="int8")).reference().lm is loaded.lm
 
 
 # -- agreement -------------------------------------------------------------------------------------------------------
@@ -163,7 +198,7 @@ class OffBy:
             (ids,) = (row[0].ids for row in self.engine.answer([prompt], [[0]], decoding))
             ids = [5, 6, EOS] if prompt in self.wrong else ids
             (logps,) = self.engine.score([prompt], [ids])
-            made.append([engines.Answer(ids, [value + self.nats for value in logps], True)])
+            made.append([Answer(ids, [value + self.nats for value in logps], True)])
         return made
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlkd.models.encoder_decoder import EncoderDecoder
-from rlkd.sampling.engines.engine import TorchEngine
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from rlkd.sampling.ranking import rank
 from rlkd.sampling.schedule import Budget
 from tiny import EOS, KINDS, VALID, tiny_model

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlkd import RewardView, generate_pseudolabels
+from rlkd import Decoding, RewardView, RunOptions, generate_pseudolabels
 from rlkd.cli.main import main
 from rlkd.errors import ConfigError, DataError, DivergenceError
 from rlkd.jobs.encoder_setup import TEACHER_RECORD, fine_tuned_teacher
@@ -40,8 +40,8 @@ def test_a_process_whose_numbers_are_finite_stops_with_the_others(tmp_path, monk
 
 def test_labels_without_one_that_is_ok(tmp_path):
     examples = [Example("0", "a", ("copy a",))]
-    options = {"strategy": "greedy", "max_new_tokens": 4, "template_names": ["t"], "on_long": "skip", "quiet": True}
-    generate_pseudolabels(tiny_teacher(max_input_tokens=1), examples, out=tmp_path, **options)
+    how = {"decoding": Decoding("greedy", 4), "options": RunOptions(on_long="skip")}
+    generate_pseudolabels(tiny_teacher(max_input_tokens=1), examples, out=tmp_path, template_names=["t"], **how)
     with pytest.raises(DataError, match="has no labels to show: no row has status 'ok'"):
         RewardView.from_labels(tmp_path, tiny_tokenizer())
 

@@ -287,8 +287,8 @@ def test_recipes_refuse_before_they_look_at_a_model(run, monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("a model was looked at")
 
-    for name in ("load_config", "load_tokenizer", "load_model"):
-        monkeypatch.setattr(f"rlkd.jobs.setup.{name}", loaded)
+    for name in ("loading.load_config", "vocabulary.load_tokenizer", "loading.load_model"):
+        monkeypatch.setattr(f"rlkd.models.{name}", loaded)
     settings = (DataArguments(dataset="other"), TeacherArguments(), ModelConfig(model_name_or_path="m"))
     for given in (str(run / "checkpoint-1"), "auto"):
         training = ReinforceArguments(str(run), use_cpu=True, resume_from_checkpoint=given)

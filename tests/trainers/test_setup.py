@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from rlkd import DataArguments, PPOArguments, TeacherArguments, prepare
 from rlkd.errors import ConfigError, DataError
-from rlkd.jobs.setup import _load_data
+from rlkd.jobs.setup import load_data
 from rlkd.settings.trl_compat import ModelConfig
+from tiny import VALID, save_pair, tiny_t5
 
 TEMPLATES = """dataset: mine
 templates:
@@ -48,7 +50,7 @@ def load(tmp_path):
         data = DataArguments(
             dataset=str(tmp_path / "rows.jsonl"), input_column="text", reference_column="gold", **options
         )
-        return _load_data(data)
+        return load_data(data)
 
     return load
 
@@ -85,6 +87,38 @@ def test_what_cannot_be_read_is_named(load):
         load(column_map=["bodi=text"])
     with pytest.raises(ConfigError, match="train_limit = 0: must be at least 1"):
         DataArguments(train_limit=0)
+
+
+def test_what_a_recipe_is_built_from(tmp_path, load):
+    """The student as it was saved, or with the seed's adapters; the teacher with the student's tokenizer."""
+    teacher, student = save_pair(tmp_path / "models")
+    data = DataArguments(
+        dataset=str(tmp_path / "rows.jsonl"), input_column="body", reference_column="text", templates=["mine:ask"],
+        templates_dir=str(tmp_path), column_map=["gold=text"],
+    )  # fmt: skip
+    told = TeacherArguments(teacher, teacher_dtype="float32", teacher_append_eos=False, teacher_cache_mb=1)
+
+    def prepared(seed=1, **options):
+        training = PPOArguments(str(tmp_path / "run"), use_cpu=True, seed=seed, max_input_tokens=9)
+        return prepare(data, told, ModelConfig(student, dtype=None, **options), training)
+
+    setup = prepared()
+    saved = tiny_t5(seed=1).state_dict()
+    assert all(torch.equal(weight, saved[name]) for name, weight in setup.student.state_dict().items())
+    frozen = setup.teacher
+    assert (frozen.max_input_tokens, frozen.append_eos, frozen.cache_bytes) == (9, False, 2**20)
+    assert (frozen.lm.model.name_or_path, frozen.lm.valid_vocab) == (teacher, VALID)
+    assert frozen.tokenizer is setup.tokenizer
+    assert setup.train_examples[1].teacher_inputs == ("ask g",)
+    assert (setup.train_examples[1].references, setup.eval_examples[1].references) == ((), ("g",))
+
+    lora = {"use_peft": True, "lora_target_modules": ["q", "v"]}
+    adapters = [
+        next(weight for name, weight in prepared(seed, **lora).student.named_parameters() if "lora_A" in name)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(adapters[0], adapters[1])
+    assert not torch.equal(adapters[0], adapters[2])
 
 
 def test_a_recipe_without_a_student():

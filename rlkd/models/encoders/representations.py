@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...checks import check_choice
+from ...choices import Pool
 from ...errors import ModelError
 from ..loading import load_config
-
-Pool = Literal["cls", "mean"]
 
 
 def load_encoder_config(name: str) -> Any:

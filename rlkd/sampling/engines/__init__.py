@@ -1,1 +1,1 @@
-"""Label engines: PyTorch and CTranslate2."""
+"""Engines that decode labels; `registry.ENGINES` lists them."""

@@ -1,11 +1,12 @@
-"""CTranslate2: T5 and BART teachers in float32, bfloat16 or int8, on a processor or a GPU.
+"""CTranslate2: T5 and BART teachers in float32, bfloat16 or int8, on a CPU or a GPU.
 
-The teacher in memory is converted once per weights and precision, into a cache folder. Sampling is left to PyTorch:
-CTranslate2 seeds its generators once per thread, so what it draws depends on the batch and on what ran before.
+The teacher is converted once per weights and precision, into a cache folder. Sampling is left to PyTorch: CTranslate2
+seeds its generators once per thread, so what it draws depends on the batch and on what ran before.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -21,7 +22,8 @@ import torch
 from ...errors import ConfigError, RlkdError
 from ...models.digests import weights_digest
 from ...models.language_model import LanguageModel
-from .engine import Answer, Decoding
+from ...models.spec import LoadedModel, ModelSource
+from .protocol import Answer, Decoding, EngineSettings
 
 logger = logging.getLogger(__name__)
 
@@ -30,82 +32,71 @@ LOADERS = {"t5": "T5Loader", "mt5": "MT5Loader", "bart": "BartLoader"}
 INSTALL = "pip install 'rlkd[ctranslate2]'"
 
 
-def objection(lm: LanguageModel, decoding: Decoding | None, compute_type: str) -> str | None:
-    """Why CTranslate2 cannot do this work, as a sentence; None if it can.
-
-    decoding None: given answers are to be scored (ranking).
-    """
-    model, kind = lm.model, lm.model.config.model_type
-    if find_spec("ctranslate2") is None:
-        return f"ctranslate2 is not installed ({INSTALL})."
-    if hasattr(model, "get_base_model"):
-        return "the teacher has PEFT adapters; merge_and_unload() them first."
-    if getattr(model, "is_quantized", False):
-        return "the teacher's weights are already quantised (bitsandbytes)."
-    if kind not in LOADERS:
-        return f"it does not convert '{kind}' models, only {', '.join(LOADERS)}."
-    supported = _supported(lm.device.type)
-    if not supported:
-        return f"it cannot use this {lm.device.type}."
-    if compute_type not in supported:
-        return f"it does not compute in {compute_type} on this {lm.device.type}, only {', '.join(supported)}."
-    if decoding is not None and decoding.strategy == "sample":
-        return "its samples cannot be repeated: they depend on the batch, not on a row's seed."
-    if decoding is not None and decoding.top_k_logprobs:
-        return "it does not give the log-probabilities of other tokens (top_k_logprobs)."
-    return None
-
-
-def reservation(decoding: Decoding | None) -> str | None:
-    """Why PyTorch is the better choice though CTranslate2 could do it; None if it is not."""
-    if decoding is None:
-        return "every answer choice would encode its prompt again."
-    if decoding.strategy == "beam":
-        return "beam search stops earlier than transformers' does, so that some answers differ."
-    return None
-
-
 class CTranslate2Engine:
     """Greedy and beam search by CTranslate2. Beam search stops once `num_beams` hypotheses are finished, where
-    transformers goes on while a better one could follow; the rest, log-probabilities included, agrees with PyTorch.
+    transformers continues while a better one could follow; the rest, log-probabilities included, agrees with PyTorch.
 
-    Args: threads per forward, 0 for one per core; parallel, batches decoded at a time, each with `threads`.
+    The PyTorch weights are read to convert them and to name them (their digest), and are not kept.
+    Args: compute_type, precision; threads per forward, 0 for one per core; device, by default that of `lm`.
     Raises ConfigError if CTranslate2 cannot take the model or the precision.
     """
 
     name = "ctranslate2"
 
-    def __init__(self, lm: LanguageModel, compute_type: str = "float32", *, threads: int = 0, parallel: int = 1):
-        if reason := objection(lm, None, compute_type):
+    def __init__(
+        self, lm: LanguageModel, compute_type: str = "float32", *, threads: int = 0, device: str | None = None
+    ):
+        where = torch.device(device or lm.device)
+        if reason := _objection(LoadedModel(lm), compute_type, where):
             raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
         import ctranslate2
 
-        self.lm, self.compute_type, self.parallel = lm, compute_type, parallel
-        self.exact = compute_type == str(lm.model.dtype).removeprefix("torch.")
+        self.exact = compute_type == LoadedModel(lm).dtype
+        self._eos_id = lm.eos_id
         self._identity = {
             "teacher": lm.model.name_or_path,
             "teacher_weights": weights_digest(lm.model),
             "dtype": compute_type,
             "ctranslate2": ctranslate2.__version__,
         }
-        device = lm.device
         self._translator = ctranslate2.Translator(
             str(convert(lm, compute_type)),
-            device=device.type,
-            device_index=device.index or 0,
+            device=where.type,
+            device_index=where.index or 0,
             compute_type=compute_type,
-            inter_threads=parallel,
             intra_threads=threads,
         )
+
+    @staticmethod
+    def objection(model: ModelSource, decoding: Decoding | None, settings: EngineSettings) -> str | None:
+        precision = settings.compute_type or model.dtype
+        return _objection(model, precision, torch.device(model.device or "cpu")) or _unable(decoding)
+
+    @staticmethod
+    def reservation(decoding: Decoding | None) -> str | None:
+        if decoding is None:
+            return "every answer choice would encode its prompt again."
+        if decoding.strategy == "beam":
+            return "beam search stops earlier than transformers' does, so that some answers differ."
+        return None
+
+    @classmethod
+    def of(cls, model: ModelSource, settings: EngineSettings) -> CTranslate2Engine:
+        # Weights that are read only to be converted need no room on an accelerator.
+        lm, precision = model.language_model("cpu"), settings.compute_type or model.dtype
+        engine = cls(lm, precision, threads=settings.threads, device=model.device)
+        del lm
+        gc.collect()  # modules refer to each other
+        return engine
 
     def identity(self) -> dict[str, Any]:
         return dict(self._identity)
 
     def answer(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
-        """As Engine.answer, greedy and beam. Raises ConfigError for what CTranslate2 cannot do, RlkdError if it gives
-        no answer to a prompt.
+        """As `Engine.answer`, for greedy and beam. Raises ConfigError for other strategies, RlkdError if CTranslate2
+        gives no answer to a prompt.
         """
-        if reason := objection(self.lm, decoding, self.compute_type):
+        if reason := _unable(decoding):
             raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
         if decoding.strategy == "beam":
             return self._beam(prompts, decoding)
@@ -120,12 +111,10 @@ class CTranslate2Engine:
 
     def score(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[float]]:
         """As Engine.score; every answer encodes its prompt."""
-        eos = self.lm.eos_id
+        eos = self._eos_id
         # CTranslate2 scores an end-of-sequence after what it is given.
         given = [answer[:-1] if answer[-1:] == [eos] else answer for answer in answers]
-        results = self._translator.score_batch(
-            _tokens(prompts), _tokens(given), max_input_length=0, max_batch_size=self._share(prompts)
-        )
+        results = self._translator.score_batch(_tokens(prompts), _tokens(given), max_input_length=0)
         _check([result.log_probs for result in results])
         return [result.log_probs[: len(answer)] for result, answer in zip(results, answers, strict=True)]
 
@@ -146,25 +135,48 @@ class CTranslate2Engine:
             min_decoding_length=0,
             return_end_token=True,
             return_scores=True,
-            max_batch_size=self._share(prompts),
             **options,
         )
         rows = [[list(map(int, tokens)) for tokens in result.hypotheses] for result in results]
-        # Even an empty answer has its end-of-sequence.
+        # Even an empty answer has an end-of-sequence.
         _check([row if all(row) else [] for row in rows])
         return rows
 
     def _answer(self, ids: list[int], logps: list[float]) -> Answer:
-        return Answer(ids, logps, finished=ids[-1] == self.lm.eos_id)
+        return Answer(ids, logps, finished=ids[-1] == self._eos_id)
 
-    def _share(self, prompts: list[list[int]]) -> int:
-        """Rows per sub-batch, so that every one of the parallel workers has some; 0 is all."""
-        return 0 if self.parallel == 1 else -(-len(prompts) // self.parallel)
+
+def _objection(model: ModelSource, compute_type: str, device: torch.device) -> str | None:
+    """Why CTranslate2 cannot compute with this model."""
+    kind = model.config.model_type
+    if find_spec("ctranslate2") is None:
+        return f"ctranslate2 is not installed ({INSTALL})."
+    if model.adapted:
+        return "the teacher has PEFT adapters; merge_and_unload() them first."
+    if model.quantized:
+        return "the teacher's weights are already quantized (bitsandbytes)."
+    if kind not in LOADERS:
+        return f"it does not convert '{kind}' models, only {', '.join(LOADERS)}."
+    supported = _supported(device.type)
+    if not supported:
+        return f"it cannot use this {device.type}."
+    if compute_type not in supported:
+        return f"it does not compute in {compute_type} on this {device.type}, only {', '.join(supported)}."
+    return None
+
+
+def _unable(decoding: Decoding | None) -> str | None:
+    """Why CTranslate2 cannot decode this way."""
+    if decoding is not None and decoding.strategy == "sample":
+        return "its samples cannot be repeated: they depend on the batch, not on a row's seed."
+    if decoding is not None and decoding.top_k_logprobs:
+        return "it does not give the log-probabilities of other tokens (top_k_logprobs)."
+    return None
 
 
 def convert(lm: LanguageModel, compute_type: str) -> Path:
     """The folder of the converted teacher: `ctranslate2/<hash of the weights, precision and version>` below $RLKD_CACHE
-    or ~/.cache/rlkd. It is written beside, then renamed, so that it is whole or absent.
+    or ~/.cache/rlkd. It is written under a temporary name, then renamed, so that it is complete or absent.
     """
     spec = _specification(lm)
     folder = _cache() / "ctranslate2" / _digest(spec, compute_type)
@@ -187,7 +199,7 @@ def convert(lm: LanguageModel, compute_type: str) -> Path:
 
 
 def _specification(lm: LanguageModel) -> Any:
-    """CTranslate2's description of the model, weights included. Its tokens are the ids in writing."""
+    """CTranslate2's description of the model, weights included. Its tokens are the ids as decimal text."""
     from ctranslate2.converters import transformers as converters
     from ctranslate2.specs.model_spec import OPTIONAL, visit_spec
 
@@ -199,9 +211,9 @@ def _specification(lm: LanguageModel) -> Any:
                 setattr(config, name, value)
     with torch.no_grad():
         spec = getattr(converters, LOADERS[config.model_type])().get_model_spec(model)
-        # The converter goes by tie_word_embeddings, which transformers 5 sets to True for every T5, untied or not.
+        # The converter relies on tie_word_embeddings, which transformers 5 sets to True for every T5, untied or not.
         spec.decoder.scale_outputs = OPTIONAL if head.scale == 1.0 else head.scale
-        # Rows beyond the tokenizer are no tokens: they can be neither chosen nor part of the normaliser.
+        # Rows beyond the tokenizer are not tokens: they may neither be chosen nor enter the normalizer.
         valid = lm.valid_vocab
         (encoder_embedding,) = spec.encoder.embeddings
         for part in (encoder_embedding, spec.decoder.embeddings, spec.decoder.projection):
@@ -210,7 +222,7 @@ def _specification(lm: LanguageModel) -> Any:
             spec.decoder.projection.bias = head.bias[:valid]
 
         def own(part: Any, name: str, value: Any) -> None:
-            # Quantisation works in place, and would write into the teacher.
+            # Quantization works in place and would overwrite the teacher.
             if isinstance(value, torch.Tensor):
                 setattr(part, name.rsplit("/", 1)[-1], value.detach().to("cpu", copy=True))
 
@@ -247,7 +259,7 @@ def _supported(device: str) -> list[str]:
     try:
         return sorted(ctranslate2.get_supported_compute_types(device))
     except (RuntimeError, ValueError):
-        # No driver, or not the CUDA libraries this build wants.
+        # No driver, or not the CUDA libraries that this build needs.
         return []
 
 

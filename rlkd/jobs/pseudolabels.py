@@ -1,0 +1,74 @@
+"""The job of `rlkd generate-pseudolabels`, from a request: its options as JSON-able values, kept in the manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..labels.folder import check_output
+from ..labels.maintenance import part_of
+from ..labels.options import RunOptions
+from ..labels.pseudolabels import label_rows
+from ..sampling.engines.protocol import Decoding, EngineSettings
+from ..sampling.engines.registry import choose_engine
+from .wiring import Reading, row_source, teacher_spec
+
+
+def label(
+    request: dict[str, Any],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    allow_config_change: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Label as requested. Checks come in order of cost: settings and folder; the teacher's configuration, tokenizer and
+    engine; templates; rows. Weights load last.
+
+    Returns: totals. Raises: what `label_rows` raises; ModelError, DataError or ConfigError before weights load.
+    """
+    decoding = _decoding(request)
+    part = part_of(request["shard"]) if request["shard"] else None
+    manifest = check_output(out, overwrite=overwrite, part=part)
+    teacher = teacher_spec(request)
+    engine = EngineSettings(request["engine"], request["compute_type"] or None)
+    choice = choose_engine(engine, teacher.model, decoding)
+    source = Reading.of(request).prompted_rows(
+        row_source(request),
+        with_choices=decoding is None,
+        on_bad_row=request["on_bad_row"],
+        earlier=manifest.header["scan"] if manifest.headers else None,
+    )
+    options = RunOptions(
+        seed=request["seed"],
+        on_long=request["on_long"],
+        batch_tokens=request["batch_tokens"],
+        shard_rows=request["shard_rows"],
+        part=part,
+        overwrite=overwrite,
+        allow_config_change=allow_config_change,
+        quiet=quiet,
+        request=request,
+    )
+    return label_rows(
+        teacher,
+        source,
+        out=out,
+        decoding=decoding,
+        options=options,
+        make_engine=choice.make,
+        reference=choice.reference,
+    )
+
+
+def _decoding(request: dict[str, Any]) -> Decoding | None:
+    """How answers are decoded; None if choices are ranked."""
+    settings = {name: request[name] for name in ("labels_per_input", "num_beams", "temperature", "top_k_logprobs")}
+    if request["strategy"] != "rank":
+        return Decoding(request["strategy"], request["max_new_tokens"], **settings)
+    if settings["labels_per_input"] > 1 or settings["top_k_logprobs"]:
+        raise ConfigError(
+            "strategy = 'rank' gives one label and its choices' scores: leave out labels_per_input and top_k_logprobs."
+        )
+    return None

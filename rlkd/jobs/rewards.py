@@ -1,0 +1,79 @@
+"""The job of `rlkd inspect-rewards`: reward views from models and from label folders, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checks import check_choice
+from ..errors import DataError
+from ..inspection.build import reward_view
+from ..inspection.labels import from_labels
+from ..inspection.reward_view import RewardView
+from ..labels.store import finished_manifest
+from ..models.spec import ModelSpec, check_pair
+from ..objectives.rewards import REWARDS
+from ..records import Example
+from .wiring import Reading, row_source, teacher_spec
+
+STUDENTS = ("student", "student_before")
+
+
+def view_of_models(request: dict[str, Any]) -> RewardView:
+    """What a teacher says of the answers of itself and of students, on rows. Checks come in order of cost:
+    configurations and vocabularies, templates and rows; weights load last.
+
+    Raises: ModelError, DataError or ConfigError before weights load.
+    """
+    check_choice("reward_value", request["reward_value"], REWARDS)
+    teacher = teacher_spec(request)
+    students = {role: ModelSpec(request[role], role, device=teacher.model.device) for role in STUDENTS if request[role]}
+    for spec in students.values():
+        check_pair(teacher.model, spec)
+    names, examples = _examples(request)
+    loaded = teacher.load()
+    return reward_view(
+        loaded,
+        teacher.tokenizer,
+        examples,
+        student={role.replace("_", " "): spec.load() for role, spec in students.items()},
+        value=request["reward_value"],
+        template_names=names,
+        max_new_tokens=request["max_new_tokens"],
+    )
+
+
+def view_of_labels(request: dict[str, Any]) -> RewardView:
+    """Labels with the numbers recorded with them or, if a teacher is named, with its scores. It reads prompts as the
+    labels' teacher did.
+
+    Raises: DataError unless the folder holds finished labels; ModelError before weights load.
+    """
+    check_choice("reward_value", request["reward_value"], REWARDS)
+    settings = finished_manifest(request["labels"]).header["settings"]
+    reading = {"max_input_tokens": settings["max_input_tokens"], "input_eos": settings["append_eos"]}
+    teacher = teacher_spec({**request, **reading, "teacher": request["teacher"] or settings["teacher"]})
+    return from_labels(
+        request["labels"],
+        teacher.tokenizer,
+        teacher=teacher.load() if request["teacher"] else None,
+        value=request["reward_value"],
+        limit=request["limit"],
+    )
+
+
+def _examples(request: dict[str, Any]) -> tuple[list[str], list[Example]]:
+    """Names of the templates, and the inputs that all of them apply to."""
+    source = Reading.of(request).prompted_rows(row_source(request))
+    rows = [row for _, block in source.blocks(request["limit"], lambda k: k == 0) for row in block]
+    if failed := [prompt.error for row in rows for prompt in row.prompts if prompt.status == "failed"]:
+        raise DataError(str(failed[0]))
+    examples = [
+        Example(row.id, row.student_input, tuple(str(prompt.text) for prompt in row.prompts), row.references)
+        for row in rows
+        if all(prompt.text for prompt in row.prompts)
+    ]
+    if not examples:
+        raise DataError(
+            f"'{request['dataset']}': no row has an input under every template. Choose other templates or columns."
+        )
+    return source.render.template_names, examples

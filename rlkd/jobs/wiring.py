@@ -1,0 +1,150 @@
+"""From plain settings, of a recipe or of a command, to what they name: rows as both models read them, and the teacher.
+
+Settings that recipes and commands share have the same names, so one function reads either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..choices import OnBadRow
+from ..data.examples import Examples, PromptedRows, RowRenderer
+from ..data.row_maps import RowMap, parse_row_map
+from ..data.rows import RowStream, check_columns, load_rows
+from ..errors import ConfigError
+from ..models.spec import ModelSpec, TeacherSpec, default_device
+from ..templates.template import Template, load_templates
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Where rows come from; fields as in `load_rows`."""
+
+    dataset: str
+    split: str = "train"
+    subset: str | None = None
+    limit: int | None = None
+
+    def table(self) -> datasets.Dataset:
+        """All rows in memory. Raises as `load_rows` does."""
+        return load_rows(self.dataset, split=self.split, subset=self.subset, limit=self.limit)
+
+    def stream(self, on_bad_row: OnBadRow) -> RowStream:
+        """The rows in flat memory. Raises as `RowStream` does."""
+        return RowStream(self.dataset, split=self.split, subset=self.subset, limit=self.limit, on_bad_row=on_bad_row)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a row is read: changed by `row_map`, then given to the teacher under each template and to the student as a
+    column or under a template of its own. Fields as in `RowRenderer`.
+    """
+
+    templates: tuple[Template, ...]
+    row_map: RowMap
+    input_column: str
+    student_template: Template | None = None
+    reference_column: str | None = None
+    id_column: str | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Reading:
+        """The templates, maps and columns that settings name. Raises DataError or ConfigError; no rows are read."""
+        row_map = parse_row_map(settings["column_map"] or [], settings["label_map"] or [])
+        templates = [template for spec in settings["templates"] or [] for template in _templates(spec, settings)]
+        return cls(
+            templates=tuple(templates),
+            row_map=row_map,
+            input_column=settings["input_column"],
+            student_template=_student_template(settings),
+            reference_column=settings["reference_column"],
+            id_column=settings.get("id_column"),
+            seed=settings.get("seed", 0),
+        )
+
+    def examples(self, source: RowSource) -> Examples:
+        """All rows that every template applies to, in memory. Raises DataError for columns, rows or ids that do not
+        fit.
+        """
+        rows = self.row_map.dataset(source.table())
+        wanted = {"input_column": self.input_column, "reference_column": self.reference_column}
+        check_columns(rows, {role: column for role, column in wanted.items() if column is not None}, source.dataset)
+        return Examples(
+            rows,
+            list(self.templates),
+            student_column=self.input_column,
+            student_template=self.student_template,
+            reference_column=self.reference_column,
+            id_column=self.id_column,
+            source=source.dataset,
+            seed=self.seed,
+        )
+
+    def prompted_rows(
+        self,
+        source: RowSource,
+        *,
+        with_choices: bool = False,
+        on_bad_row: OnBadRow = "fail",
+        earlier: dict[str, Any] | None = None,
+    ) -> PromptedRows:
+        """All rows in flat memory, whatever their templates give. Raises as `PromptedRows` and `RowRenderer` do.
+
+        with_choices: prompts carry answer choices, to be ranked; earlier: the scan of an earlier run.
+        """
+        stream = source.stream(on_bad_row)
+        render = RowRenderer(
+            self.templates,
+            student_column=self.input_column,
+            student_template=self.student_template,
+            reference_column=self.reference_column,
+            id_column=self.id_column,
+            seed=self.seed,
+            with_choices=with_choices,
+        )
+        return PromptedRows(stream, render, row_map=self.row_map, earlier=earlier)
+
+
+def row_source(settings: Mapping[str, Any]) -> RowSource:
+    """The rows that a command's settings name."""
+    return RowSource(settings["dataset"], settings["split"], settings["subset"], settings["limit"])
+
+
+def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
+    """The teacher that a command's settings name, its configuration and tokenizer checked. Raises ModelError; no
+    weights are loaded.
+    """
+    from ..models.loading import quantization_config
+
+    model = ModelSpec(
+        settings["teacher"],
+        "teacher",
+        dtype=settings["teacher_dtype"],
+        quantization=quantization_config(settings.get("teacher_quantization", "none")),
+        device=default_device(),
+    )
+    model.check()
+    return TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])
+
+
+def _templates(spec: str, settings: Mapping[str, Any]) -> list[Template]:
+    folder = Path(settings["templates_dir"]) if settings["templates_dir"] else None
+    options = {name: settings[name] for name in ("all_templates", "gold_input", "truncation", "strict_compat")}
+    return load_templates(spec, folder=folder, **options)
+
+
+def _student_template(settings: Mapping[str, Any]) -> Template | None:
+    spec = settings.get("student_template")
+    if spec is None:
+        return None
+    found = _templates(spec, settings)
+    if len(found) != 1:
+        raise ConfigError(f"student_template = {spec!r} names {len(found)} templates: add one's name after a colon")
+    return found[0]

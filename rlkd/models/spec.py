@@ -1,0 +1,206 @@
+"""Models by name: what can be refused before their weights load, then the weights.
+
+Imports torch only when something is read, so that the command line can show the choices at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
+    from .teacher import Teacher
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8", "nf4"]
+
+
+class ModelSource(Protocol):
+    """A language model, loaded or not. All but `language_model` is known before the weights load.
+
+    config      transformers' configuration
+    dtype       precision of the weights, as `float32`
+    device      where it computes: `cpu`, `cuda`, `cuda:1` ...; None: the CPU
+    quantized   whether bitsandbytes has rounded, or will round, its weights
+    adapted     whether it has PEFT adapters
+    """
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str | None: ...
+    @property
+    def quantized(self) -> bool: ...
+    @property
+    def adapted(self) -> bool: ...
+
+    def language_model(self, device: str | None = None) -> LanguageModel:
+        """The model with its weights; `device`, where weights that are not loaded yet go instead of `self.device`."""
+        ...
+
+    def full_precision(self) -> ModelSource:
+        """The same model without the quantization that loading would apply."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model by name, and how to load it. Configuration and tokenizer are read once, on first use.
+
+    name          local folder or hub id
+    role          what it is in errors: teacher, student ...
+    revision      branch, tag or commit of a hub id
+    dtype         precision of the weights
+    quantization  bitsandbytes' settings (`models.loading.quantization_config`), or None
+    attention     transformers' name of the attention implementation; None: its default
+    device        where the weights go; None: where they load. bitsandbytes places quantized weights itself
+    """
+
+    name: str
+    role: str
+    revision: str | None = None
+    dtype: str = "float32"
+    quantization: Any = None
+    attention: str | None = None
+    device: str | None = None
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration. Raises ModelError if there is none, or if such a model cannot take the role."""
+        from .loading import check_config, load_config, resolve_dtype
+
+        config = load_config(self.name, self.role, self.revision)
+        check_config(config, self.role, self.name, resolve_dtype(self.dtype, f"{self.role}_dtype"))
+        return config
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer saved with the model. Raises ModelError if there is none."""
+        from .vocabulary import load_tokenizer
+
+        return load_tokenizer(self.name, self.role, self.revision)
+
+    @cached_property
+    def valid_vocab(self) -> int:
+        """V, the number of ids that are tokens. Raises ModelError if the model has no embedding for all of them."""
+        from .vocabulary import check_vocabulary_fits, valid_vocab
+
+        config, size = self.config, valid_vocab(self.tokenizer)
+        check_vocabulary_fits(config, size, self.role, self.name)
+        return size
+
+    def check(self) -> None:
+        """All that can be told without weights. Raises ModelError."""
+        _ = self.config, self.valid_vocab
+
+    @property
+    def quantized(self) -> bool:
+        return self.quantization is not None or getattr(self.config, "quantization_config", None) is not None
+
+    @property
+    def adapted(self) -> bool:
+        return False
+
+    def load(self, device: str | None = None) -> Any:
+        """The transformers model. Raises ModelError if the checkpoint lacks weights, and as `config` does."""
+        from . import loading
+
+        model = loading.load_model(
+            self.name,
+            self.role,
+            dtype=self.dtype,
+            revision=self.revision,
+            attention=self.attention,
+            quantization=self.quantization,
+        )
+        where = device or self.device
+        return model if where is None or self.quantized else model.to(where)
+
+    def language_model(self, device: str | None = None) -> LanguageModel:
+        """The model as rlkd's algorithms use it. Raises as `load` and `valid_vocab` do."""
+        from .architectures import language_model
+
+        self.check()
+        return language_model(self.load(device), self.tokenizer)
+
+    def full_precision(self) -> ModelSpec:
+        return self if self.quantization is None else replace(self, quantization=None)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A language model in memory as a `ModelSource`."""
+
+    lm: LanguageModel
+
+    @property
+    def config(self) -> Any:
+        return self.lm.model.config
+
+    @property
+    def dtype(self) -> str:
+        return str(self.lm.model.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> str:
+        return str(self.lm.device)
+
+    @property
+    def quantized(self) -> bool:
+        return getattr(self.lm.model, "is_quantized", False)
+
+    @property
+    def adapted(self) -> bool:
+        return hasattr(self.lm.model, "get_base_model")
+
+    def language_model(self, device: str | None = None) -> LanguageModel:
+        return self.lm
+
+    def full_precision(self) -> LoadedModel:
+        return self
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher by name; fields as in `Teacher`. What decodes its labels may never load it in PyTorch."""
+
+    model: ModelSpec
+    max_input_tokens: int = 512
+    append_eos: bool = True
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.model.tokenizer
+
+    def load(self) -> Teacher:
+        """The teacher in PyTorch. Raises as `ModelSpec.language_model` does."""
+        from .teacher import Teacher
+
+        return Teacher(
+            self.model.language_model(),
+            self.tokenizer,
+            max_input_tokens=self.max_input_tokens,
+            append_eos=self.append_eos,
+        )
+
+
+def check_pair(teacher: ModelSpec, student: ModelSpec) -> int:
+    """V of two models that speak the same tokens. Raises ModelError unless they do, or if one cannot take its role."""
+    from .vocabulary import check_same_vocabulary, check_vocabulary_fits
+
+    configs = [spec.config for spec in (teacher, student)]
+    size = check_same_vocabulary(teacher.tokenizer, student.tokenizer, teacher.name, student.name)
+    for spec, config in zip((teacher, student), configs, strict=True):
+        check_vocabulary_fits(config, size, spec.role, spec.name)
+    return size
+
+
+def default_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
