@@ -19,6 +19,7 @@ _PUBLIC = {
     "load_rows": "data.rows",
     "load_labelled": "data.glue",
     "load_task": "data.glue",
+    "TableLayout": "data.glue",
     "write_submission": "data.glue",
     "classification_metrics": "evaluation.task_metrics",
     "load_templates": "templates.template",

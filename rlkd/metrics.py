@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .checks import check_settings
+
 
 @dataclass(frozen=True)
 class Occasion:
@@ -21,6 +23,9 @@ class Occasion:
     when: Literal["log", "once", "evaluation", "end"]
     prefix: str
     what: str
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 LOG = Occasion("log", "", "training since the last log line (`logging_steps`)")
@@ -64,6 +69,9 @@ class Metric:
     meaning: str
     title: str = ""
     task: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def names(self) -> list[str]:

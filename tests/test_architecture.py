@@ -17,9 +17,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Every package and module of rlkd, from the bottom up: each imports from the layers below its own only.
 LAYERS = (
-    {"choices", "errors", "metrics", "records", "tensors"},
+    {"choices", "errors", "records", "tensors"},
     {"checks", "io"},
-    {"objectives", "settings", "templates"},
+    {"metrics", "objectives", "settings", "templates"},
     {"data", "models", "runs"},
     {"sampling"},
     {"evaluation", "labels"},

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_settings
 from ..choices import Pool
 from ..data.labelled import EncodedTexts
 from ..data.probe_rows import ProbeRows
@@ -31,6 +32,9 @@ class ProbeSettings:
     layers: list[int] | None = None
     max_length: int = 128
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass

@@ -170,7 +170,9 @@ def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, An
         hint = hints.get(flag.lstrip("-"))
         said = re.split(r" \(choose| but expected", error.message)[0]  # argparse's own list of choices is left out
         allowed = f": allowed are {in_words(hint)}" if hint else ""
-        raise ConfigError(f"{flag}: {said}{allowed}. See --help.") from None
+        wrong = re.search(r"invalid choice: '([^']*)'", said)
+        close = nearest(wrong[1], list(map(str, choices_of(hint)))) if wrong else ""
+        raise ConfigError(f"{flag}: {said}{allowed}.{close} See --help.") from None
     if unknown:
         strangers = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
         known = [f"--{name}" for name in (*hints, "config")]

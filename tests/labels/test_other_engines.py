@@ -134,5 +134,5 @@ def test_a_second_writer_is_refused_before_it_loads_weights(teacher, tmp_path, n
 
 
 def test_options_that_do_not_exist():
-    with pytest.raises(ConfigError, match="on_long = 'cut': allowed are truncate, error, skip"):
+    with pytest.raises(ConfigError, match="on_long = 'cut': allowed are 'truncate', 'error', 'skip'"):
         RunOptions(on_long="cut")

@@ -24,7 +24,8 @@ from rlkd.models.policy import Policy
 from rlkd.models.teacher import Teacher
 from rlkd.objectives.policy import reduce_tokens, reinforce_loss
 from rlkd.sampling.decode import decode, greedy, sampler
-from rlkd.sampling.engines.engine import Decoding, TorchEngine
+from rlkd.sampling.engines.protocol import Decoding
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from rlkd.tensors import length_mask, pad_rows, pad_stack
 from tiny import EOS, VALID, save_pretrained, tiny_tokenizer
 

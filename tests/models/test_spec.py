@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from rlkd.errors import ModelError
+from rlkd.errors import ConfigError, ModelError
 from rlkd.models import loading
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.spec import LoadedModel, ModelSpec, TeacherSpec, check_pair
@@ -79,7 +79,7 @@ def test_weights_load_as_the_spec_says(folder, asked):
 def test_quantizations():
     assert loading.quantization_config("none") is None
     assert loading.quantization_config("nf4").load_in_4bit
-    with pytest.raises(ModelError, match="quantization = 'int4': allowed are none, int8, nf4"):
+    with pytest.raises(ConfigError, match="quantization = 'int4': allowed are 'none', 'int8', 'nf4'"):
         loading.quantization_config("int4")
 
 

@@ -16,7 +16,8 @@ from rlkd.models.vocabulary import (
     valid_vocab,
 )
 from rlkd.records import Example
-from rlkd.sampling.engines.engine import Decoding, TorchEngine
+from rlkd.sampling.engines.protocol import Decoding
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from rlkd.trainers.arguments import ReinforceArguments
 from rlkd.trainers.reinforce import ReinforceTrainer
 from tiny import EOS, VALID, WORDS, save_pretrained, tiny_t5, tiny_tokenizer

@@ -536,7 +536,7 @@ def test_bf16_runs_and_stays_close(tmp_path):
         ({"noise_deviation": -1.0}, "noise_deviation = -1.0"),
         ({"tree_m": 0}, "tree_m = 0: must be at least 1"),
         ({"max_length": 2}, "max_length = 2: must be at least 3"),
-        ({"tree_exclude": ["pad"]}, "allowed are 'self', 'cls', 'sep'"),
+        ({"tree_exclude": ["pad"]}, "allowed are lists of 'self', 'cls', 'sep'"),
         ({"tree_start_epoch": 3.0, "num_train_epochs": 3, "max_steps": -1}, "3.0: must be less than"),
         ({"preset": "kd", "w_ce": 0.0, "w_kd": 0.0}, "no term has a weight above 0 at the start"),
         ({"w_ce": 0.0, "w_kd": 0.0, "beta": 0.0, "tree_start_epoch": 0.5}, "no term has a weight above 0 at the start"),
