@@ -2,13 +2,13 @@
 
 python recipes/quickstart.py [--out runs/quickstart] [--seeds 3] [--quick]
 
-1. writes the task's notes (recipes/quickstart_task.py: many right answers for every input)
-2. trains a prompted T5 teacher on it, under several templates
-3. per seed: the teacher labels unlabeled notes by sampling, and a small student is warmed up on the labels (SeqKD)
-4. from that same start trains on with REINFORCE, with PPO, and with SeqKD for as many CPU seconds as the longer of
+1. trains a prompted T5 teacher on the task's notes (recipes/quickstart_task.py: many right answers for every input)
+2. per seed: the teacher labels unlabeled notes by sampling, and a small student is warmed up on the labels (SeqKD)
+3. from that same start trains on with REINFORCE, with PPO, and with SeqKD for as many CPU seconds as the longer of
 the two
-5. prints one table of held-out results, also in results.json
+4. prints one table of held-out results, also in results.json
 
+Every result is made in a process of its own. Those that are finished are skipped: to continue, repeat the command.
 Settings were chosen on the validation notes (`--split validation`); the table is of the test notes.
 """
 
@@ -16,12 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import logging
-import multiprocessing
-import statistics
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +23,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
-from transformers.utils import logging as transformers_logging
+from transformers import T5Config, T5ForConditionalGeneration
 
 import quickstart_task as task
 from rlkd import (
+    Arm,
+    Cell,
     PPOArguments,
     PPOTrainer,
     ReinforceArguments,
     ReinforceTrainer,
+    Study,
     SupervisedArguments,
     SupervisedTrainer,
     Teacher,
@@ -46,12 +42,25 @@ from rlkd import (
     load_model,
     load_pseudolabels,
     load_tokenizer,
+    paired_test,
+    run_main,
+    run_study,
+    spread,
+    spreads,
+    timed_training,
+    write_json,
 )
 
 HELD_OUT = {"validation": 2, "test": 3}
 LIMITS = {"max_input_tokens": 96, "max_new_tokens": 24}
-WARM_UP, AS_LONG = "SeqKD warm-up", "SeqKD, as long"
-ARMS = (WARM_UP, AS_LONG, "REINFORCE", "PPO")
+# Arms by the name of their folder, and as the table calls them.
+TITLES = {
+    "teacher": "teacher",
+    "seqkd-warm-up": "SeqKD warm-up",
+    "seqkd-as-long": "SeqKD, as long",
+    "reinforce": "REINFORCE",
+    "ppo": "PPO",
+}
 COLUMNS = {
     "accuracy": ("accuracy", 100, "%"),
     "sample_accuracy": ("of samples", 100, "%"),
@@ -121,205 +130,194 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-class Progress(TrainerCallback):
-    """A line every ten seconds: stage, step, rate, time left, and the newest regret or loss."""
-
-    def __init__(self, stage: str):
-        self.stage, self.newest = stage, ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = self.shown = time.monotonic()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        name = next((name for name in ("regret", "loss") if name in (logs or {})), None)
-        if name:
-            self.newest = f", {name} {logs[name]:.2f}"
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        now = time.monotonic()
-        if now - self.shown >= 10 or state.global_step == state.max_steps:
-            rate = state.global_step / (now - self.started)
-            left = (state.max_steps - state.global_step) / rate
-            say(
-                f"{self.stage}: step {state.global_step}/{state.max_steps}, {rate:.1f}/s, {left:.0f} s "
-                f"left{self.newest}"
-            )
-            self.shown = now
-
-
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
-
-
-def held_out_notes(plan: Plan, split: str) -> list[Any]:
-    return task.make_examples(plan.held_out, HELD_OUT[split])
-
-
-def reserved_notes(plan: Plan) -> frozenset[str]:
-    """Notes of every held-out split: nothing trains on them."""
-    return frozenset(example.student_input for split in HELD_OUT for example in held_out_notes(plan, split))
-
-
 def train(trainer: Any, stage: str) -> float:
     """Train with progress lines, save the model; returns CPU seconds of the training."""
-    trainer.add_callback(Progress(stage))
-    started = time.process_time()
-    trainer.train()
-    seconds = time.process_time() - started
+    seconds = timed_training(trainer, stage)["cpu_seconds"]
     trainer.save_model()
     return seconds
 
 
-def judge(trainer: Any, seconds: float) -> dict[str, float]:
+def evaluate(trainer: Any, seconds: float) -> dict[str, float]:
     """Held-out metrics of the trainer's policy; samples and their token rewards stay in its run folder."""
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items() if "eval_" in name}
     return {**metrics, "cpu_seconds": seconds}
 
 
-def train_teacher(folder: Path, plan: Plan, split: str) -> dict[str, float]:
+def held_out_notes(cell: Cell, split: str) -> list[Any]:
+    return task.make_examples(cell.settings["held_out"], HELD_OUT[split])
+
+
+def reserved_notes(cell: Cell) -> frozenset[str]:
+    """Notes of every held-out split: nothing trains on them."""
+    return frozenset(example.student_input for split in HELD_OUT for example in held_out_notes(cell, split))
+
+
+def train_teacher(cell: Cell) -> dict[str, float]:
     """A teacher that follows every template, from gold answers in random order and wording; its own metrics."""
     tokenizer = task.make_tokenizer()
     model = build_model(tokenizer, width=64, seed=0)
-    rows = task.teacher_rows(plan.teacher_rows, seed=1, exclude=reserved_notes(plan))
-    prompted = [replace(e, student_input=e.teacher_inputs[0]) for e in held_out_notes(plan, split)]
+    held_out = held_out_notes(cell, cell.settings["split"])
     trainer = SupervisedTrainer(
         model,
-        SupervisedArguments(**settings(folder, max_steps=plan.teacher_steps, learning_rate=3e-3)),
+        SupervisedArguments(**settings(cell.folder, max_steps=cell.settings["teacher_steps"], learning_rate=3e-3)),
         teacher=Teacher(language_model(copy.deepcopy(model), tokenizer), tokenizer),
         tokenizer=tokenizer,
-        train_dataset=rows,
-        eval_examples=prompted,
+        train_dataset=task.teacher_rows(cell.settings["teacher_rows"], seed=1, exclude=reserved_notes(cell)),
+        eval_examples=[replace(e, student_input=e.teacher_inputs[0]) for e in held_out],
         task_metric=task.task_metric,
     )
-    seconds = train(trainer, "teacher")
+    seconds = train(trainer, cell.name)
     trainer.teacher.lm.model.load_state_dict(model.state_dict())
-    return judge(trainer, seconds)
+    return evaluate(trainer, seconds)
 
 
-class Seed:
-    """The students of one seed: a warm start, and three ways on from it. Every method runs in a process of its own."""
-
-    def __init__(self, folder: Path, plan: Plan, split: str, seed: int):
-        self.folder, self.plan, self.split, self.seed = folder, plan, split, seed
-        self.home = folder / f"seed-{seed}"
-
-    def shared(self) -> dict[str, Any]:
-        torch.set_num_threads(1)
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        logging.disable(logging.INFO)
-        path = str(self.folder / "teacher")
-        tokenizer = load_tokenizer(path, "teacher")
-        teacher = Teacher(language_model(load_model(path, "teacher"), tokenizer), tokenizer)
-        return {
-            "teacher": teacher,
-            "tokenizer": tokenizer,
-            "eval_examples": held_out_notes(self.plan, self.split),
-            "task_metric": task.task_metric,
-        }
-
-    def unlabeled(self) -> list[Any]:
-        return task.make_examples(self.plan.notes, 1000 + self.seed, reserved_notes(self.plan))
-
-    def arguments(self, kind: Any, arm: str, **more: Any) -> Any:
-        return kind(**settings(self.home / slug(arm), seed=self.seed, **more))
-
-    def warm_up(self) -> dict[str, float]:
-        """The teacher's sampled labels, and a new student trained on them."""
-        shared = self.shared()
-        say(f"seed {self.seed}: the teacher labels {self.plan.notes} notes")
-        generate_pseudolabels(
-            shared["teacher"],
-            self.unlabeled(),
-            out=self.home / "labels",
-            strategy="sample",
-            template_names=["what gets packed"],
-            max_new_tokens=LIMITS["max_new_tokens"],
-            batch_tokens=16_384,
-            seed=self.seed,
-            overwrite=True,
-        )
-        student = build_model(shared["tokenizer"], width=32, seed=self.seed)
-        return self.seqkd(student, WARM_UP, shared, max_steps=self.plan.warmup_steps, learning_rate=3e-2)
-
-    def seqkd(self, student: Any, arm: str, shared: dict[str, Any], **more: Any) -> dict[str, float]:
-        labels = load_pseudolabels(self.home / "labels")
-        arguments = self.arguments(SupervisedArguments, arm, **ADAFACTOR, **more)
-        trainer = SupervisedTrainer(student, arguments, train_dataset=labels, **shared)
-        return judge(trainer, train(trainer, f"seed {self.seed}, {arm}"))
-
-    def warm_student(self) -> Any:
-        return load_model(str(self.home / slug(WARM_UP)), "student")
-
-    def reinforce(self) -> dict[str, float]:
-        arguments = self.arguments(
-            ReinforceArguments, "REINFORCE", max_steps=self.plan.reinforce_steps, baseline="teacher", **RL
-        )
-        trainer = ReinforceTrainer(self.warm_student(), arguments, train_examples=self.unlabeled(), **self.shared())
-        return judge(trainer, train(trainer, f"seed {self.seed}, REINFORCE"))
-
-    def ppo(self) -> dict[str, float]:
-        arguments = self.arguments(PPOArguments, "PPO", max_steps=self.plan.ppo_steps, **RL)
-        trainer = PPOTrainer(self.warm_student(), arguments, train_examples=self.unlabeled(), **self.shared())
-        return judge(trainer, train(trainer, f"seed {self.seed}, PPO"))
-
-    def seqkd_on(self, seconds: float, warmup_seconds: float) -> dict[str, float]:
-        """The warm start trained on as it was, for about `seconds` of CPU."""
-        steps = max(1, round(self.plan.warmup_steps * seconds / warmup_seconds))
-        return self.seqkd(self.warm_student(), AS_LONG, self.shared(), max_steps=steps, learning_rate=1e-2)
+def teacher_of(cell: Cell) -> Teacher:
+    path = str(cell.inputs["teacher"].folder)
+    tokenizer = load_tokenizer(path, "teacher")
+    return Teacher(language_model(load_model(path, "teacher"), tokenizer), tokenizer)
 
 
-def run_seeds(seeds: list[Seed]) -> dict[str, list[dict[str, float]]]:
-    """Every stage of every seed, one process per seed; metrics per arm, in the order of the seeds."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=len(seeds), mp_context=context) as pool:
-
-        def stage(*calls: Any) -> list[dict[str, float]]:
-            return [future.result() for future in [pool.submit(*call) for call in calls]]
-
-        warm = stage(*((seed.warm_up,) for seed in seeds))
-        both = stage(*((run,) for seed in seeds for run in (seed.reinforce, seed.ppo)))
-        reinforce, ppo = both[::2], both[1::2]
-        longest = [max(pair[0]["cpu_seconds"], pair[1]["cpu_seconds"]) for pair in zip(reinforce, ppo, strict=True)]
-        as_long = stage(
-            *((seed.seqkd_on, s, w["cpu_seconds"]) for seed, s, w in zip(seeds, longest, warm, strict=True))
-        )
-    return {WARM_UP: warm, AS_LONG: as_long, "REINFORCE": reinforce, "PPO": ppo}
+def unlabeled(cell: Cell) -> list[Any]:
+    return task.make_examples(cell.settings["notes"], 1000 + cell.seed, reserved_notes(cell))
 
 
-def slug(arm: str) -> str:
-    return arm.lower().replace(", ", "-").replace(" ", "-")
+def label(cell: Cell) -> dict[str, float]:
+    """The teacher's sampled answers to the unlabeled notes of the seed."""
+    generate_pseudolabels(
+        teacher_of(cell),
+        unlabeled(cell),
+        out=cell.folder,
+        strategy="sample",
+        template_names=["what gets packed"],
+        max_new_tokens=LIMITS["max_new_tokens"],
+        batch_tokens=16_384,
+        seed=cell.seed,
+    )
+    return {"labels": cell.settings["notes"]}
 
 
-def print_table(results: dict[str, Any], seeds: list[int], split: str) -> None:
+def train_student(cell: Cell, model: Any, kind: Any, arguments: dict[str, Any], **data: Any) -> dict[str, float]:
+    """Train `model` as trainer `kind` does, on the data given; its held-out metrics."""
+    Arguments, Trainer = kind
+    teacher = teacher_of(cell)
+    trainer = Trainer(
+        model,
+        Arguments(**settings(cell.folder, seed=cell.seed, **arguments)),
+        teacher=teacher,
+        tokenizer=teacher.tokenizer,
+        eval_examples=held_out_notes(cell, cell.settings["split"]),
+        task_metric=task.task_metric,
+        **data,
+    )
+    return evaluate(trainer, train(trainer, cell.name))
+
+
+def warm_student(cell: Cell) -> Any:
+    return load_model(str(cell.inputs["seqkd-warm-up"].folder), "student")
+
+
+def warm_up(cell: Cell) -> dict[str, float]:
+    """A new student, trained on the teacher's labels."""
+    student = build_model(task.make_tokenizer(), width=32, seed=cell.seed)
+    return seqkd(cell, student, max_steps=cell.settings["warmup_steps"], learning_rate=3e-2)
+
+
+def seqkd(cell: Cell, student: Any, **arguments: Any) -> dict[str, float]:
+    labels = load_pseudolabels(cell.inputs["labels"].folder)
+    kind = (SupervisedArguments, SupervisedTrainer)
+    return train_student(cell, student, kind, {**ADAFACTOR, **arguments}, train_dataset=labels)
+
+
+def reinforce(cell: Cell) -> dict[str, float]:
+    arguments = {"max_steps": cell.settings["reinforce_steps"], "baseline": "teacher", **RL}
+    kind = (ReinforceArguments, ReinforceTrainer)
+    return train_student(cell, warm_student(cell), kind, arguments, train_examples=unlabeled(cell))
+
+
+def ppo(cell: Cell) -> dict[str, float]:
+    arguments = {"max_steps": cell.settings["ppo_steps"], **RL}
+    return train_student(
+        cell, warm_student(cell), (PPOArguments, PPOTrainer), arguments, train_examples=unlabeled(cell)
+    )
+
+
+def seqkd_as_long(cell: Cell) -> dict[str, float]:
+    """The warm start trained on as it was, for about as many CPU seconds as the longer of the RL arms."""
+    seconds = max(cell.inputs[arm].result["cpu_seconds"] for arm in ("reinforce", "ppo"))
+    rate = cell.settings["warmup_steps"] / cell.inputs["seqkd-warm-up"].result["cpu_seconds"]
+    return seqkd(cell, warm_student(cell), max_steps=max(1, round(seconds * rate)), learning_rate=1e-2)
+
+
+def study(out: Path, plan: Plan, split: str, seeds: list[int]) -> Study:
+    shared = {"split": split, "held_out": plan.held_out, "notes": plan.notes}
+    warm = {**shared, "warmup_steps": plan.warmup_steps}
+    arms = {
+        "teacher": Arm(
+            train_teacher,
+            settings={"teacher_rows": plan.teacher_rows, "teacher_steps": plan.teacher_steps, **shared},
+            seeds=(),
+        ),
+        "labels": Arm(label, ("teacher",), shared, resumes=True),
+        "seqkd-warm-up": Arm(warm_up, ("teacher", "labels"), warm),
+        "reinforce": Arm(
+            reinforce, ("teacher", "seqkd-warm-up"), {**shared, "reinforce_steps": plan.reinforce_steps, "rl": RL}
+        ),
+        "ppo": Arm(ppo, ("teacher", "seqkd-warm-up"), {**shared, "ppo_steps": plan.ppo_steps, "rl": RL}),
+        "seqkd-as-long": Arm(seqkd_as_long, ("teacher", "labels", "seqkd-warm-up", "reinforce", "ppo"), warm),
+    }
+    return Study(out, arms, seeds, headline=("accuracy", "regret"))
+
+
+def print_table(results: dict[str, list[dict[str, float]]], seeds: int, split: str) -> None:
     """Teacher and arms; mean over seeds, and (lowest, highest)."""
-    table = Table(title=f"{split} notes: mean and (lowest, highest) of {len(seeds)} seed(s)")
+    table = Table(title=f"{split} notes: mean and (lowest, highest) of {seeds} seed(s)")
     table.add_column("")
     for title, _, unit in COLUMNS.values():
         table.add_column(f"{title}\n{unit}", justify="right")
-    for arm in ("teacher", *ARMS):
+    for arm, runs in results.items():
         cells = []
         for name, (_, factor, unit) in COLUMNS.items():
-            values = [factor * run[name] for run in results[arm] if name in run]
-            digits = 2 if unit == "nats" else 1
-            spread = f"\n({min(values):.{digits}f}, {max(values):.{digits}f})" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
+            over, digits = spread([factor * run[name] for run in runs]), 2 if unit == "nats" else 1
+            both = f"\n({over.lowest:.{digits}f}, {over.highest:.{digits}f})" if over.seeds > 1 else ""
+            cells.append(f"{over.mean:.{digits}f}{both}")
         table.add_row(arm, *cells)
     Console(width=120).print(table)
 
 
-def verdict(results: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """On how many seeds each RL arm beats SeqKD trained as long, in accuracy and in regret of greedy answers."""
-    rival = results[AS_LONG]
+def wins(study: Study, arm: str) -> dict[str, int]:
+    """On how many seeds an RL arm beats SeqKD trained as long, in accuracy and in regret of greedy answers."""
+    own, rival = (
+        {name: {seed: run[name] for seed, run in study.results(who).items()} for name in ("accuracy", "regret")}
+        for who in (arm, "seqkd-as-long")
+    )
     return {
-        arm: {
-            "accuracy": sum(
-                run["accuracy"] > other["accuracy"] for run, other in zip(results[arm], rival, strict=True)
-            ),
-            "regret": sum(run["regret"] < other["regret"] for run, other in zip(results[arm], rival, strict=True)),
-        }
-        for arm in ("REINFORCE", "PPO")
+        "accuracy": paired_test(own["accuracy"], rival["accuracy"])["above_0"],
+        "regret": paired_test(rival["regret"], own["regret"])["above_0"],
     }
+
+
+def report(study: Study, plan: Plan, split: str) -> None:
+    """results.json and the table, of what is finished."""
+    results = {title: runs for arm, title in TITLES.items() if (runs := list(study.results(arm).values()))}
+    won = {TITLES[arm]: wins(study, arm) for arm in ("reinforce", "ppo")}
+    record = {
+        "split": split,
+        "seeds": study.seeds,
+        "plan": asdict(plan),
+        "seeds_won_against_seqkd_as_long": won,
+        "results": results,
+        "spread": {title: spreads(runs) for title, runs in results.items()},
+    }
+    write_json(study.out / "results.json", record)
+    print_table(results, len(study.seeds), split)
+    for arm, count in won.items():
+        print(
+            f"{arm} beats SeqKD trained as long on {count['accuracy']} of {len(study.seeds)} seeds in accuracy, "
+            f"{count['regret']} in regret"
+        )
+    print(f"run folder: {study.out}  (results.json, the teacher, every student and its metrics.jsonl)")
+    print(f"PPO student of seed 1: {study.out / 'seed-1' / 'ppo'}")
+    print(f"did RL help, at what cost, where does it fail:  rlkd report {study.out}")
 
 
 def main() -> None:
@@ -327,39 +325,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="run folder")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--split", choices=HELD_OUT, default="test", help="held-out notes the table is of")
+    parser.add_argument("--jobs", type=int, help="processes at a time; default: the number of CPUs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, teaches nothing")
     options = parser.parse_args()
-    plan, out, seeds = (QUICK if options.quick else FULL), options.out, list(range(1, options.seeds + 1))
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    started = time.monotonic()
-
-    torch.set_num_threads(1)  # models this small gain nothing from more
-    say(f"training the teacher, {plan.teacher_steps} steps")
-    results = {"teacher": [train_teacher(out / "teacher", plan, options.split)]}
-    say(f"teacher: accuracy {results['teacher'][0]['accuracy']:.3f} on the {options.split} notes")
-    results |= run_seeds([Seed(out, plan, options.split, seed) for seed in seeds])
-
-    print_table(results, seeds, options.split)
-    wins = verdict(results)
-    report = {
-        "split": options.split,
-        "seeds": seeds,
-        "plan": asdict(plan),
-        "wall_seconds": round(time.monotonic() - started, 1),
-        "seeds_won_against_seqkd_as_long": wins,
-        "results": results,
-    }
-    (out / "results.json").write_text(json.dumps(report, indent=2))
-    for arm, won in wins.items():
-        print(
-            f"{arm} beats SeqKD trained as long on {won['accuracy']} of {len(seeds)} seeds in accuracy, "
-            f"{won['regret']} in regret"
-        )
-    print(f"run folder: {out}  (results.json, the teacher, every student and its metrics.jsonl)")
-    print(f"PPO student of seed 1: {out / 'seed-1' / 'ppo'}")
-    print(f"did RL help, at what cost, where does it fail:  rlkd report {out}")
+    plan = QUICK if options.quick else FULL
+    grid = study(options.out, plan, options.split, list(range(1, options.seeds + 1)))
+    run_study(grid, jobs=options.jobs, report=lambda: report(grid, plan, options.split))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
