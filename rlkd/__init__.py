@@ -88,7 +88,7 @@ _PUBLIC = {
     "write_json": "jobs.study",
     "run_study": "jobs.study_runner",
     "timed_training": "jobs.timed_training",
-    "spread": "jobs.study_results",
+    "spread_text": "jobs.study_results",
     "spreads": "jobs.study_results",
     "paired_test": "jobs.study_results",
     "markdown_table": "jobs.study_results",

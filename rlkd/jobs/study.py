@@ -143,6 +143,10 @@ class Study:
         records = {cell.seed: self.finished(cell) for cell in cells}
         return {seed: record["result"] for seed, record in records.items() if record is not None}
 
+    def numbers(self, arm: str, name: str, task: str | None = None) -> dict[int | None, float]:
+        """One number of the results that are finished: seed -> number."""
+        return {seed: result[name] for seed, result in self.results(arm, task).items()}
+
     def refuse_other_settings(self) -> None:
         """Raises ConfigError if the folder holds results of these cells that were made with other settings."""
         changed = []

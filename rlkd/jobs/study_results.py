@@ -25,6 +25,14 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.mean(values), min(values), max(values), deviation, len(values))
 
 
+def spread_text(values: Sequence[float], form: str, digits: int) -> str:
+    """The spread in words: `form` names fields of Spread in {braces}. A single value is alone, none is nothing."""
+    if len(values) < 2:
+        return "".join(f"{value:.{digits}f}" for value in values)
+    numbers = {k: v if k == "seeds" else f"{v:.{digits}f}" for k, v in asdict(spread(values)).items()}
+    return form.format(**numbers)
+
+
 def spreads(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The spread of every number that all runs have, as JSON."""
     names = [name for name, value in runs[0].items() if isinstance(value, (int, float))] if runs else []
