@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from rlkd import Example, RowMean
 
@@ -26,6 +27,7 @@ TEMPLATES = (
     "read the note and list the things to pack : {note}",
 )
 CONCEPT = {name: i for i, names in enumerate(THINGS) for name in names}
+HELD_OUT = {"validation": 2, "test": 3}  # split -> seed of its notes
 PIECES = ["<pad>", "</s>", "<unk>", "and", "nothing", ";", *CONCEPT]
 
 
@@ -72,6 +74,15 @@ def make_examples(count: int, seed: int, exclude: frozenset[str] = frozenset()) 
     ]
 
 
+def held_out_notes(count: int, split: str) -> list[Example]:
+    return make_examples(count, HELD_OUT[split])
+
+
+def reserved_notes(count: int) -> frozenset[str]:
+    """Notes of every held-out split: nothing trains on them."""
+    return frozenset(example.student_input for split in HELD_OUT for example in held_out_notes(count, split))
+
+
 def task_metric(predictions: list[str], examples: list[Example]) -> dict[str, float]:
     """accuracy: share of answers the checker accepts."""
     right = [is_right(p, frozenset(map(int, e.references))) for p, e in zip(predictions, examples, strict=True)]
@@ -101,3 +112,23 @@ def make_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def build_model(tokenizer: Any, *, width: int, seed: int) -> Any:
+    """A T5 v1.1-shaped model with random weights; embedding rows padded to a multiple of 8, as T5 pads its own."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5ForConditionalGeneration(config)

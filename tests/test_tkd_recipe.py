@@ -319,7 +319,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         ),
         "no encoder": ("--teacher t5", 2, ("'t5' is a 't5' model", "BERT family")),
         "metric": ("--metrics accurac", 2, ("accurac", "Did you mean 'accuracy'")),
-        "best by": ("--metric_for_best_model f1", 2, ("metric_for_best_model", "f1", "score, accuracy, loss")),
+        "best by": ("--metric_for_best_model f1", 2, ("metric_for_best_model", "f1", "'score', 'accuracy', 'loss'")),
         "dev share": ("--dev_fraction 1.5", 2, ("dev_fraction = 1.5",)),
     }  # fmt: skip
 

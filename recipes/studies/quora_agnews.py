@@ -4,54 +4,62 @@ python recipes/studies/quora_agnews.py [--config FILE] [--data FOLDER] [--out ru
 
 1. trains the teacher on Quora paraphrases and AG News topics under all templates of both (prompts/)
 2. the teacher labels inputs it was not trained on, by sampling
-3. per seed: a student is warmed up on the labels (SeqKD), then goes on from that same start with SeqKD, REINFORCE and
-   PPO, equal CPU seconds each, settings chosen on validation rows (first seed)
+3. per seed: a student is warmed up on the labels (SeqKD), then trained further from that same start with SeqKD,
+   REINFORCE and PPO, equal CPU seconds each, settings chosen on validation rows (first seed)
 4. writes the table of test rows, and results.json
 
-A stage that is finished is in the run folder and is skipped at the next start; `--quick` is for a folder of its own.
+Results that are finished are skipped: after an interruption, repeat the command. `--quick` needs a folder of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-import yaml
-from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, TrainerCallback
-from transformers.utils import logging as transformers_logging
-
 import quora_agnews_task as task
 from rlkd import (
+    Arm,
+    Cell,
     Decoding,
     PPOArguments,
     PPOTrainer,
     ReinforceArguments,
     ReinforceTrainer,
     RunOptions,
+    Study,
     SupervisedArguments,
     SupervisedTrainer,
     Teacher,
     generate_pseudolabels,
-    labels_finished,
     language_model,
     load_model,
     load_pseudolabels,
     load_tokenizer,
+    markdown_table,
+    read_plan,
+    run_main,
+    run_study,
+    spread_text,
+    spreads,
+    timed_training,
+    write_json,
 )
 
 HERE = Path(__file__).resolve().parent
-ARMS = {"seqkd": "SeqKD, as long", "reinforce": "REINFORCE", "ppo": "PPO"}
-TRAINERS = {"reinforce": (ReinforceArguments, ReinforceTrainer), "ppo": (PPOArguments, PPOTrainer)}
+TRAINERS: dict[str, Any] = {
+    "seqkd": (SupervisedArguments, SupervisedTrainer),
+    "reinforce": (ReinforceArguments, ReinforceTrainer),
+    "ppo": (PPOArguments, PPOTrainer),
+}
+TITLES = {
+    "teacher-test": "teacher",
+    "warm-up": "SeqKD warm-up",
+    "seqkd": "SeqKD, as long",
+    "reinforce": "REINFORCE",
+    "ppo": "PPO",
+}
 COLUMNS = {
     "bleu": ("BLEU", 1, 1),
     "rougeL": ("ROUGE-L", 1, 1),
@@ -68,265 +76,182 @@ COLUMNS = {
 }
 
 
-class Clock(TrainerCallback):
-    """Ends training after `seconds` of CPU time, the learning rate falling linearly to 0 with it; tells each minute."""
-
-    def __init__(self, stage: str, seconds: float, warmup_steps: int):
-        self.stage, self.seconds, self.warmup_steps, self.newest = stage, seconds, warmup_steps, ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started, self.shown = time.process_time(), time.monotonic()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        left = max(1 - (time.process_time() - self.started) / self.seconds, 0)
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(left, (state.global_step + 1) / self.warmup_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.newest = ", ".join(f"{k} {logs[k]:.2f}" for k in ("loss", "regret", "length") if k in (logs or {}))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.used = time.process_time() - self.started
-        control.should_training_stop = self.used >= self.seconds
-        if control.should_training_stop or time.monotonic() - self.shown > 60:
-            say(f"{self.stage}: {state.global_step} steps, {self.used:.0f} of {self.seconds:.0f} CPU s, {self.newest}")
-            self.shown = time.monotonic()
-
-
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
-
-
-def build_model(tokenizer: Any, width: int, layers: int, seed: int) -> Any:
-    """A T5 v1.1-shaped model with random weights, tied embedding and the true vocabulary's 32,128 rows."""
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=-(-len(tokenizer) // 128) * 128,
-        d_model=width,
-        d_kv=width // 4,
-        d_ff=2 * width,
-        num_layers=layers,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        decoder_start_token_id=tokenizer.pad_token_id,
-    )
-    return T5ForConditionalGeneration(config)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training of a student: how, for how many CPU seconds, from where, and the split it is judged on."""
-
-    arm: str
-    training: dict[str, Any]
-    seconds: float
-    seed: int
-    start: Path | None = None
-    split: str = "test"
-
-
-class Study:
-    """The stages, each a function of the plan and the folders of the stages before it."""
-
-    def __init__(self, plan: dict[str, Any], data: Path, out: Path):
-        self.plan, self.out = plan, out
-        self.tokenizer = load_tokenizer(str(data / "tokenizers" / "t5"), "teacher")
-        self.splits = task.load_splits(data, plan["rows"])
-
-    def once(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` returned, from the folder's done.json if it is there."""
-        done = folder / "done.json"
-        if not done.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            result = make(folder)
-            done.with_suffix(".tmp").write_text(json.dumps(result, indent=2))
-            os.replace(done.with_suffix(".tmp"), done)
-        return json.loads(done.read_text())
-
-    def settings(self, folder: Path, **more: Any) -> dict[str, Any]:
-        return {
-            "output_dir": str(folder),
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "logging_steps": 10,
-            "max_steps": 1_000_000,
-            "lr_scheduler_type": "constant",
-            "per_device_eval_batch_size": 100,
-            "eval_limit": None,
-            **self.plan["limits"],
-            **more,
-        }
-
-    def examples(self, part: str) -> list[Any]:
-        return task.examples(self.splits, part, self.plan["scoring_templates"])
-
-    def judged_by_teacher(self, split: str) -> dict[str, Any]:
-        """What every trainer is given to judge its policy on a split."""
-        return {
-            "teacher": self.teacher,
-            "tokenizer": self.tokenizer,
-            "eval_examples": self.examples(split),
-            "task_metric": task.task_metric,
-        }
-
-    # Stages
-
-    @cached_property
-    def teacher(self) -> Teacher:
-        folder = self.out / "teacher"
-        self.once(folder, self.train_teacher)
-        lm = language_model(load_model(str(folder), "teacher"), self.tokenizer)
-        return Teacher(lm, self.tokenizer, max_input_tokens=self.plan["limits"]["max_input_tokens"])
-
-    def train_teacher(self, folder: Path) -> dict[str, Any]:
-        plan = self.plan["teacher"]
-        pairs = task.teacher_pairs(self.splits, plan["pairs"], plan["training"]["per_device_train_batch_size"])
-        settings = self.settings(folder, train_sampling_strategy="sequential", **plan["training"])
-        model = build_model(self.tokenizer, seed=0, **plan["model"])
-        trainer = SupervisedTrainer(
-            model, SupervisedArguments(**settings), tokenizer=self.tokenizer, train_dataset=pairs
-        )
-        used = train(trainer, "teacher", plan["seconds"])
-        trainer.save_model()
-        return {**used, "parameters": model.num_parameters(), "pairs": len(pairs)}
-
-    def judge_teacher(self, folder: Path, split: str) -> dict[str, Any]:
-        """The teacher's own answers to its prompts, judged as a student's are."""
-        prompted = [replace(example, student_input=example.teacher_inputs[0]) for example in self.examples(split)]
-        arguments = SupervisedArguments(**self.settings(folder))
-        shared = {**self.judged_by_teacher(split), "eval_examples": prompted}
-        return judge(SupervisedTrainer(self.teacher.lm.model, arguments, train_dataset=[], **shared))
-
-    @cached_property
-    def labels(self) -> Any:
-        """The teacher's sampled answers to the unlabeled inputs."""
-        folder = self.out / "labels"
-        if not labels_finished(folder):
-            say("the teacher labels the unlabeled inputs")
-            inputs, limit = self.examples("unlabeled"), self.plan["limits"]["max_new_tokens"]
-            generate_pseudolabels(
-                self.teacher,
-                inputs,
-                out=folder,
-                template_names=["first"],
-                decoding=Decoding("sample", limit, labels_per_input=self.plan["labels_per_input"]),
-                options=RunOptions(shard_rows=2500),
-            )
-        return load_pseudolabels(folder)
-
-    def warm_up(self, seed: int) -> tuple[Path, dict[str, Any]]:
-        """The student that all arms of a seed start from, and how it does."""
-        folder = self.out / f"seed-{seed}" / "warmup"
-        stage = Stage("seqkd", self.plan["warmup"]["training"], self.plan["warmup"]["seconds"], seed)
-        return folder, self.once(folder, lambda folder: self.train_student(folder, stage))
-
-    def train_student(self, folder: Path, stage: Stage) -> dict[str, Any]:
-        """Train on from `stage.start` (random weights if None), judge on its split."""
-        if stage.start is None:
-            model = build_model(self.tokenizer, seed=stage.seed, **self.plan["student"])
-        else:
-            model = load_model(str(stage.start), "student")
-        settings = self.settings(folder, seed=stage.seed, **stage.training)
-        shared = self.judged_by_teacher(stage.split)
-        if stage.arm == "seqkd":
-            trainer: Any = SupervisedTrainer(
-                model, SupervisedArguments(**settings), train_dataset=self.labels, **shared
-            )
-        else:
-            Arguments, Trainer = TRAINERS[stage.arm]
-            trainer = Trainer(model, Arguments(**settings), train_examples=self.examples("unlabeled"), **shared)
-        used = train(trainer, f"{folder.parent.name}/{folder.name}", stage.seconds)
-        trainer.save_model()
-        return {**used, "parameters": model.num_parameters(), **judge(trainer)}
-
-    def choose(self, arm: str) -> Stage:
-        """The candidate settings of an arm with the lowest validation regret, tried on the first seed.
-
-        Regret is a sum over tokens, so short answers are cheap: answers must be about as long as the teacher's.
-        """
-        plan, seed = self.plan["arms"], self.plan["seeds"][0]
-        start, _ = self.warm_up(seed)
-        length = self.once(self.out / "teacher-validation", lambda f: self.judge_teacher(f, "validation"))[
-            "quora_length"
-        ]
-        trials: list[tuple[bool, float, int, Stage]] = []
-        for number, training in enumerate(plan["seqkd" if arm == "seqkd" else "rl"]):
-            stage = Stage(arm, training, plan["trial_seconds"], seed, start, "validation")
-            folder = self.out / "validation" / f"{arm}-{number}"
-            score = self.once(folder, lambda folder, stage=stage: self.train_student(folder, stage))
-            say(
-                f"{folder.name}: validation regret {score['regret']:.2f}, of samples {score['sample_regret']:.2f}, "
-                f"length {score['quora_length']:.1f} (teacher {length:.1f})"
-            )
-            other_length = not 0.75 <= score["quora_length"] / length <= 1.25
-            trials.append((other_length, score["regret"] + score["sample_regret"], number, stage))
-        return replace(min(trials)[-1], seconds=plan["seconds"], split="test")
-
-    def run(self) -> dict[str, Any]:
-        results = {"teacher": [self.once(self.out / "teacher-test", lambda f: self.judge_teacher(f, "test"))]}
-        chosen = {arm: self.choose(arm) for arm in ("seqkd", "reinforce")}
-        chosen["ppo"] = replace(chosen["reinforce"], arm="ppo")
-        for seed in self.plan["seeds"]:
-            start, warm = self.warm_up(seed)
-            results.setdefault("SeqKD warm-up", []).append(warm)
-            for arm, title in ARMS.items():
-                stage = replace(chosen[arm], seed=seed, start=start)
-                folder = self.out / f"seed-{seed}" / arm
-                result = self.once(folder, lambda folder, stage=stage: self.train_student(folder, stage))
-                results.setdefault(title, []).append(result)
-                (self.out / "table.md").write_text(table(results) + "\n")
-        report = {
-            "plan": self.plan,
-            "rows": {name: {part: len(rows) for part, rows in parts.items()} for name, parts in self.splits.items()},
-            "teacher": self.once(self.out / "teacher", self.train_teacher),
-            "chosen": {arm: stage.training for arm, stage in chosen.items()},
-            "validation": {f.parent.name: json.loads(f.read_text()) for f in self.out.glob("validation/*/done.json")},
-            "results": results,
-        }
-        (self.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-        return results
-
-
-def train(trainer: Any, stage: str, seconds: float) -> dict[str, float]:
-    """Train for so many CPU seconds; returns what was used."""
-    clock = Clock(stage, seconds, max(int(trainer.args.warmup_steps), 1))
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(clock)
-    trainer.train()
-    return {"steps": trainer.state.global_step, "cpu_seconds": round(clock.used, 1)}
-
-
-def judge(trainer: Any) -> dict[str, float]:
-    """Held-out metrics of the trainer's policy, over both tasks and of each."""
-    rows = trainer.evaluate_policy(None)
-    metrics = trainer.evaluator.summarise(rows)
-    for name in task.TASKS:
-        own = trainer.evaluator.summarise([row for row in rows if row["id"].startswith(name)])
-        metrics |= {f"{p}{name}_{m}": own[p + m] for p in ("", "sample_") for m in ("regret", "length", "finish_rate")}
-        metrics[f"{name}_match"] = own["match"]
-    return {name: round(value, 4) for name, value in metrics.items()}
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown: mean over seeds and, with more than one, [lowest, highest]."""
-    lines = ["| | " + " | ".join(title for title, _, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for title, runs in results.items():
-        cells = []
-        for name, (_, factor, digits) in COLUMNS.items():
-            values = [factor * run[name] for run in runs]
-            spread = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` put over it, nested dictionaries key by key."""
-    return base | {
-        k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in changes.items()
+def trainer_settings(cell: Cell, **more: Any) -> dict[str, Any]:
+    """Trainer settings shared by every arm: no end but that of the CPU seconds."""
+    return {
+        "output_dir": str(cell.folder),
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 10,
+        "max_steps": 1_000_000,
+        "lr_scheduler_type": "constant",
+        "per_device_eval_batch_size": 100,
+        "eval_limit": None,
+        **cell.settings["limits"],
+        **more,
     }
+
+
+def tokenizer_of(cell: Cell) -> Any:
+    return load_tokenizer(str(Path(cell.settings["data"]) / "tokenizers" / "t5"), "teacher")
+
+
+def splits_of(cell: Cell) -> dict[str, Any]:
+    return task.load_splits(Path(cell.settings["data"]), cell.settings["rows"])
+
+
+def examples(cell: Cell, part: str) -> list[Any]:
+    return task.examples(splits_of(cell), part, cell.settings["scoring_templates"])
+
+
+def teacher_of(cell: Cell) -> Teacher:
+    model, tokenizer = load_model(str(cell.inputs["teacher"].folder), "teacher"), tokenizer_of(cell)
+    limit = cell.settings["limits"]["max_input_tokens"]
+    return Teacher(language_model(model, tokenizer), tokenizer, max_input_tokens=limit)
+
+
+def train(trainer: Any, cell: Cell, seconds: float) -> dict[str, float]:
+    """Train for so many CPU seconds, save the model; returns what was used."""
+    used = timed_training(trainer, cell.name, seconds)
+    trainer.save_model()
+    return {"steps": used["steps"], "cpu_seconds": round(used["cpu_seconds"], 1)}
+
+
+def evaluate(trainer: Any) -> dict[str, float]:
+    return task.summarise(trainer.evaluator, trainer.judge_policy(None))
+
+
+def train_teacher(cell: Cell) -> dict[str, Any]:
+    plan, tokenizer = cell.settings["teacher"], tokenizer_of(cell)
+    pairs = task.teacher_pairs(splits_of(cell), plan["pairs"], plan["training"]["per_device_train_batch_size"])
+    model = task.build_model(tokenizer, seed=0, **plan["model"])
+    arguments = SupervisedArguments(**trainer_settings(cell, train_sampling_strategy="sequential", **plan["training"]))
+    trainer = SupervisedTrainer(model, arguments, tokenizer=tokenizer, train_dataset=pairs)
+    used = train(trainer, cell, plan["seconds"])
+    return {**used, "parameters": model.num_parameters(), "pairs": len(pairs)}
+
+
+def evaluate_teacher(cell: Cell) -> dict[str, float]:
+    """The teacher's own answers to its prompts, evaluated as a student's are."""
+    teacher = teacher_of(cell)
+    prompted = [replace(e, student_input=e.teacher_inputs[0]) for e in examples(cell, cell.settings["split"])]
+    arguments = SupervisedArguments(**trainer_settings(cell))
+    shared = {"teacher": teacher, "tokenizer": teacher.tokenizer, "task_metric": task.task_metric}
+    return evaluate(SupervisedTrainer(teacher.lm.model, arguments, train_dataset=[], eval_examples=prompted, **shared))
+
+
+def label(cell: Cell) -> dict[str, int]:
+    """The teacher's sampled answers to the unlabeled inputs."""
+    inputs, limit = examples(cell, "unlabeled"), cell.settings["limits"]["max_new_tokens"]
+    generate_pseudolabels(
+        teacher_of(cell),
+        inputs,
+        out=cell.folder,
+        template_names=["first"],
+        decoding=Decoding("sample", limit, labels_per_input=cell.settings["labels_per_input"]),
+        options=RunOptions(shard_rows=2500),
+    )
+    return {"inputs": len(inputs)}
+
+
+def train_student(cell: Cell, method: str, model: Any, training: dict[str, Any]) -> dict[str, Any]:
+    """Train `model` with SeqKD, REINFORCE or PPO, and evaluate it on the split of its cell."""
+    teacher = teacher_of(cell)
+    if method == "seqkd":
+        data = {"train_dataset": load_pseudolabels(cell.inputs["labels"].folder)}
+    else:
+        data = {"train_examples": examples(cell, "unlabeled")}
+    Arguments, Trainer = TRAINERS[method]
+    trainer = Trainer(
+        model,
+        Arguments(**trainer_settings(cell, seed=cell.seed, **training)),
+        teacher=teacher,
+        tokenizer=teacher.tokenizer,
+        eval_examples=examples(cell, cell.settings["split"]),
+        task_metric=task.task_metric,
+        **data,
+    )
+    used = train(trainer, cell, cell.settings["seconds"])
+    return {**used, "parameters": model.num_parameters(), "training": training, **evaluate(trainer)}
+
+
+def warm_up(cell: Cell) -> dict[str, Any]:
+    """The student that all arms of a seed start from, and how it does."""
+    model = task.build_model(tokenizer_of(cell), seed=cell.seed, **cell.settings["student"])
+    return train_student(cell, "seqkd", model, cell.settings["training"])
+
+
+def warm_student(cell: Cell) -> Any:
+    return load_model(str(cell.inputs["warm-up"].folder), "student")
+
+
+def trial(cell: Cell) -> dict[str, Any]:
+    """One candidate for the settings of a method, on validation rows."""
+    return train_student(cell, cell.settings["method"], warm_student(cell), cell.settings["training"])
+
+
+def main_arm(cell: Cell) -> dict[str, Any]:
+    """The warm start trained further with the candidate settings that have the lowest validation regret.
+
+    Regret is a sum over tokens, so short answers are cheap: answers must be about as long as the teacher's.
+    """
+    length = cell.inputs["teacher-validation"].result["quora_length"]
+    trials = [done.result for arm, done in cell.inputs.items() if "-trial-" in arm]
+
+    def rank(result: dict[str, Any]) -> tuple[bool, float]:
+        return not 0.75 <= result["quora_length"] / length <= 1.25, result["regret"] + result["sample_regret"]
+
+    return train_student(cell, cell.arm, warm_student(cell), min(trials, key=rank)["training"])
+
+
+def study(plan: dict[str, Any], data: Path, out: Path) -> Study:
+    shared = {key: plan[key] for key in ("limits", "rows", "scoring_templates")} | {"data": str(data)}
+    test, validation = {**shared, "split": "test"}, {**shared, "split": "validation"}
+    arms = {
+        "teacher": Arm(train_teacher, (), {**shared, "teacher": plan["teacher"]}, seeds=()),
+        "teacher-test": Arm(evaluate_teacher, ("teacher",), test, seeds=()),
+        "teacher-validation": Arm(evaluate_teacher, ("teacher",), validation, seeds=()),
+        "labels": Arm(
+            label, ("teacher",), {**shared, "labels_per_input": plan["labels_per_input"]}, seeds=(), resumes=True
+        ),
+        "warm-up": Arm(warm_up, ("teacher", "labels"), {**test, "student": plan["student"], **plan["warmup"]}),
+    }
+    start, seconds = ("teacher", "labels", "warm-up"), plan["arms"]["seconds"]
+    trials = {}
+    for method, candidates in (("seqkd", plan["arms"]["seqkd"]), ("reinforce", plan["arms"]["rl"])):
+        for number, training in enumerate(candidates):
+            own = {"method": method, "training": training, "seconds": plan["arms"]["trial_seconds"]}
+            trials[f"{method}-trial-{number}"] = Arm(trial, start, {**validation, **own}, tuple(plan["seeds"][:1]))
+    for method, tried in (("seqkd", "seqkd"), ("reinforce", "reinforce"), ("ppo", "reinforce")):
+        needs = (*start, "teacher-validation", *(name for name in trials if name.startswith(tried)))
+        arms[method] = Arm(main_arm, needs, {**test, "seconds": seconds})
+    return Study(out, arms | trials, plan["seeds"], headline=("regret", "sample_regret", "quora_length"))
+
+
+def report(study: Study, plan: dict[str, Any]) -> None:
+    """results.json and table.md, of what is finished."""
+    results = {title: runs for arm, title in TITLES.items() if (runs := list(study.results(arm).values()))}
+    record = {
+        "plan": plan,
+        "teacher": study.results("teacher").get(None),
+        "validation": {arm: list(study.results(arm).values()) for arm in study.arms if "-trial-" in arm},
+        "spread": {title: spreads(runs) for title, runs in results.items()},
+        "results": results,
+    }
+    write_json(study.out / "results.json", record)
+    rows = [
+        [title]
+        + [
+            spread_text([factor * run[name] for run in runs], "{mean} [{lowest}, {highest}]", digits)
+            for name, (_, factor, digits) in COLUMNS.items()
+        ]
+        for title, runs in results.items()
+    ]
+    table = markdown_table(["", *(title for title, _, _ in COLUMNS.values())], rows)
+    (study.out / "table.md").write_text(table + "\n")
+    print(table)
+    print(f"run folder: {study.out} (results.json, table.md, the teacher, every student and its metrics.jsonl)")
 
 
 def main() -> None:
@@ -334,17 +259,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "quora_agnews.yaml", help="sizes and settings")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="quora_para, agnews, tokenizers/t5")
     parser.add_argument("--out", type=Path, default=Path("runs/quora_agnews"), help="run folder")
+    parser.add_argument("--jobs", type=int, help="processes at a time; default: the number of CPUs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, teaches nothing")
     options = parser.parse_args()
-    plan = yaml.safe_load(options.config.read_text())
-    quick = plan.pop("quick")
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    results = Study(merge(plan, quick) if options.quick else plan, options.data, options.out).run()
-    print(table(results))
-    print(f"run folder: {options.out} (results.json, table.md, the teacher, every student and its metrics.jsonl)")
+    plan = read_plan(options.config, quick=options.quick)
+    grid = study(plan, options.data, options.out)
+    run_study(grid, jobs=options.jobs, report=lambda: report(grid, plan))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
-from rlkd import TASK_METRICS, Example, Examples, load_rows, load_templates
-from rlkd.data.examples import supervised_pairs
-from rlkd.errors import ConfigError
+from rlkd import (
+    TASK_METRICS,
+    ConfigError,
+    Example,
+    Examples,
+    load_rows,
+    load_templates,
+    supervised_pairs,
+)
 
 TASKS = {"quora": "quora_para", "agnews": "agnews_names"}
 INPUT = {"quora": "source", "agnews": "text"}
@@ -23,7 +31,9 @@ def load_splits(folder: Path, sizes: dict[str, Any]) -> dict[str, dict[str, list
     A question with several paraphrases is in one part only. Test questions that occur in train are removed.
     """
     if not folder.is_dir():
-        raise ConfigError(f"data = {str(folder)!r} is no folder: pass --data FOLDER with quora_para and agnews in it")
+        raise ConfigError(
+            f"data = {str(folder)!r} is not a folder: pass --data FOLDER that holds quora_para and agnews"
+        )
     splits = {}
     for task, name in (("quora", "quora_para"), ("agnews", "agnews")):
         train, test = (_rows(folder / name / f"{part}.jsonl", task, sizes) for part in ("train", "test"))
@@ -112,3 +122,30 @@ def task_metric(predictions: list[str], held_out: list[Example]) -> dict[str, fl
         scores["self_bleu"] = TASK_METRICS["bleu"](texts, sources)["bleu"]
         scores["copies"] = TASK_METRICS["exact_match"](texts, sources)["exact_match"]
     return scores
+
+
+def summarise(evaluator: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Held-out metrics of a policy's answers, over both tasks and of each."""
+    metrics = evaluator.summarise(rows)
+    for name in TASKS:
+        own = evaluator.summarise([row for row in rows if row["id"].startswith(name)])
+        metrics |= {f"{p}{name}_{m}": own[p + m] for p in ("", "sample_") for m in ("regret", "length", "finish_rate")}
+        metrics[f"{name}_match"] = own["match"]
+    return {name: round(value, 4) for name, value in metrics.items()}
+
+
+def build_model(tokenizer: Any, width: int, layers: int, seed: int) -> Any:
+    """A T5 v1.1-shaped model with random weights, tied embedding and the true vocabulary's 32,128 rows."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=-(-len(tokenizer) // 128) * 128,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5ForConditionalGeneration(config)

@@ -86,8 +86,13 @@ FIELDS, ARGUMENTS = field_choices(), argument_choices()
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
 def test_fields_refuse_other_values(kind, name):
-    required = {f.name: MagicMock() for f in fields(kind) if f.init and f.default is f.default_factory}
-    value = [TYPO] if str(field_types(kind)[name]).startswith("list") else TYPO
+    types = field_types(kind)
+    required = {
+        f.name: next(iter(choices_of(types[f.name])), MagicMock())
+        for f in fields(kind)
+        if f.init and f.default is f.default_factory
+    }
+    value = [TYPO] if str(types[name]).startswith("list") else TYPO
     with pytest.raises(ConfigError) as caught:
         kind(**{**required, name: value})
     assert str(caught.value).startswith(f"{name} = {value!r}: allowed are ")

@@ -242,7 +242,10 @@ def test_missing_and_unreadable_files(parse, tmp_path):
         (["--valu", "max", "-q"], "--valu is not a flag. Did you mean '--value'?\n-q is not a flag.\nSee --help."),
         (["--confg", "r.yaml"], "--confg is not a flag. Did you mean '--config'?\nSee --help."),
         (["stray"], "'stray' belongs to no flag: settings are given as --name value.\nSee --help."),
-        (["--value", "maxx"], "--value: invalid choice: 'maxx': allowed are 'max', 'lse', 'softmax'. See --help."),
+        (
+            ["--value", "maxx"],
+            "--value: invalid choice: 'maxx': allowed are 'max', 'lse', 'softmax'. Did you mean 'max'? See --help.",
+        ),
         (["--group", "3.7"], "--group: invalid int value: '3.7': allowed are whole numbers. See --help."),
         (["--group"], "--group: expected one argument: allowed are whole numbers. See --help."),
         (["--names"], "--names: expected at least one argument: allowed are lists of text. See --help."),
