@@ -31,6 +31,7 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 8  # outside the command line, where every option is a parameter
 SKIPPED_DIRECTORIES = {".git", "build", "dist", "runs", "wandb", "node_modules", "venv", "__pycache__"}
 MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:" + "|".join(["work", "root"]) + ")/")
 
@@ -182,6 +183,24 @@ def test_files_and_functions_are_short():
             if length(function) >= MAX_FUNCTION_LINES
         ]
     show(problems)
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many parameters a function declares, `self`, `cls` and `ctx` left out."""
+    named = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return len(named) - (bool(named) and named[0].arg in ("self", "cls", "ctx"))
+
+
+def test_functions_take_few_parameters():
+    show(
+        [
+            f"{place(path, function)}: {function.name} has {count} parameters, the limit is {MAX_PARAMETERS}"
+            for path in MODULES
+            if package(path) != "cli"
+            for function in functions(path)
+            if (count := parameters(function)) > MAX_PARAMETERS
+        ]
+    )
 
 
 def test_length_leaves_the_docstring_out():
