@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,10 +15,17 @@ import pytest
 
 from rlkd.errors import ConfigError, InterruptedRunError, LockedError, RlkdError
 from rlkd.io.lock import writer_lock
+from rlkd.jobs import study_runner
 from rlkd.jobs.study import Arm, Cell, Study, read_plan, write_record
 from rlkd.jobs.study_runner import run_study, say
 
 CALLS = "calls.txt"  # a line for each call of a cell, in the study's folder
+
+
+@pytest.fixture(autouse=True)
+def _light_processes(monkeypatch):
+    """Cells of these tests need nothing of what other tests have loaded."""
+    monkeypatch.setattr(study_runner, "_context", lambda: multiprocessing.get_context("forkserver"))
 
 
 def note(cell: Cell) -> None:
@@ -65,7 +73,7 @@ def interrupts(cell: Cell) -> dict[str, float]:
     """Sends its runner a signal, then would take a minute."""
     note(cell)
     if not (cell.out / "fixed").exists():
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(multiprocessing.parent_process().pid, signal.SIGTERM)
         time.sleep(60)
     return {"value": 1.0}
 
