@@ -81,6 +81,7 @@ def interrupts(cell: Cell) -> dict[str, float]:
 def counts_on(cell: Cell) -> dict[str, float]:
     """Adds 0..9 up, a line of its folder each; what it finds there is where it continues. Waits for `go` at 5."""
     note(cell)
+    (cell.folder / "pid").write_text(str(os.getpid()))
     progress = cell.folder / "progress"
     lines = progress.read_text().split() if progress.exists() else []
     found = len(lines)
@@ -280,8 +281,9 @@ def test_a_runner_killed_in_the_middle_of_a_cell_continues_to_the_same_result(tm
     finally:
         runner.kill()
         runner.wait()
+    pid = int((out / "seed-1" / interrupted / "pid").read_text())
+    until(lambda: not Path(f"/proc/{pid}").exists())  # the cell ends with its runner
     (out / "go").touch()
-    time.sleep(0.3)  # the cell ends with its runner: it would write the other numbers now
     assert progress.read_text().split()[-1] == "5"
     assert json.loads((out / "seed-1" / f"{interrupted}.json").read_text())["result"] is None
     grid = resumable(out)
