@@ -1,14 +1,18 @@
-"""The study on real text: its splits share nothing, and its metrics are of the right task."""
+"""The study on real text: its splits share nothing, its metrics are of the right task, and its grid."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rlkd import Example
+from rlkd import Example, read_plan
+from rlkd.jobs.study import Done, write_record
 
 STUDIES = Path(__file__).resolve().parents[1] / "recipes" / "studies"
 SIZES = {
@@ -21,11 +25,25 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def task():
-    spec = importlib.util.spec_from_file_location("quora_agnews_task", STUDIES / "quora_agnews_task.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def recipes():
+    sys.path.insert(0, str(STUDIES))
+    yield
+    sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def task(recipes):
+    return importlib.import_module("quora_agnews_task")
+
+
+@pytest.fixture(scope="module")
+def study(recipes):
+    return importlib.import_module("quora_agnews")
+
+
+@pytest.fixture
+def plan():
+    return read_plan(STUDIES / "quora_agnews.yaml", quick=False)
 
 
 @pytest.fixture
@@ -74,3 +92,44 @@ def test_metrics_read_the_rows_of_their_task(task):
     assert copied["self_bleu"] == pytest.approx(100)
     assert 0 < copied["bleu"] < copied["self_bleu"]
     assert task.task_metric(["", "World"], held_out)["accuracy"] == 0
+
+
+def test_candidates_are_tried_on_validation_rows_of_the_first_seed(study, plan, tmp_path):
+    grid = study.study(plan, tmp_path, tmp_path / "out")
+    trials = [cell for cell in grid.cells.values() if "-trial-" in cell.arm]
+    assert len(trials) == len(plan["arms"]["seqkd"]) + len(plan["arms"]["rl"])
+    assert {(cell.seed, cell.settings["split"], cell.settings["seconds"]) for cell in trials} == {(1, "validation", 50)}
+    needed = grid.needed(grid.cells["seed-3/ppo"])
+    assert [name for name in needed if "trial" in name] == [f"reinforce-trial-{i}" for i in range(4)]
+    assert needed["warm-up"].seed == 3
+    assert (grid.cells["seed-3/ppo"].settings["split"], grid.cells["seed-3/ppo"].settings["seconds"]) == ("test", 100)
+
+
+def test_the_best_candidate_has_answers_of_the_teachers_length(study, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "warm_student", lambda cell: "warm student")
+    monkeypatch.setattr(study, "train_student", lambda cell, method, model, training: (method, model, training))
+    cell = study.study(plan, tmp_path, tmp_path / "out").cells["seed-2/ppo"]
+    scores = {0: (9.0, 4.0, 4.0), 1: (12.0, 5.0, 6.0), 2: (10.0, 9.0, 1.0), 3: (7.0, 0.1, 0.1)}  # 3 is too short
+    inputs = {
+        f"reinforce-trial-{i}": {"quora_length": length, "regret": a, "sample_regret": b, "training": {"lam": i}}
+        for i, (length, a, b) in scores.items()
+    } | {"teacher-validation": {"quora_length": 10.0}, "warm-up": {"regret": 0.0, "training": {}}}
+    cell = replace(cell, inputs={arm: Done(tmp_path, result) for arm, result in inputs.items()})
+    assert study.main_arm(cell) == ("ppo", "warm student", {"lam": 0})
+
+
+def test_the_table_is_of_what_is_finished(study, plan, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    grid = study.study(plan, tmp_path, tmp_path / "out")
+    for cell in grid.cells.values():
+        if cell.arm == "ppo" or cell.seed == 3:
+            continue
+        result = dict.fromkeys(study.COLUMNS, 0.5) | {"bleu": 10.0 + (cell.seed or 0)}
+        write_record(cell, grid.digests(cell), result)
+    study.report(grid, plan)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| SeqKD, as long | 11.5 [11.0, 12.0] | 0.5 [0.5, 0.5] |" in table
+    assert "PPO" not in table
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["bleu"] for run in record["results"]["REINFORCE"]] == [11.0, 12.0]
+    assert len(record["validation"]["reinforce-trial-3"]) == 1

@@ -218,15 +218,14 @@ def study(plan: dict[str, Any], data: Path, out: Path) -> Study:
         "warm-up": Arm(warm_up, ("teacher", "labels"), {**test, "student": plan["student"], **plan["warmup"]}),
     }
     start, seconds = ("teacher", "labels", "warm-up"), plan["arms"]["seconds"]
-    trials = {}
     for method, candidates in (("seqkd", plan["arms"]["seqkd"]), ("reinforce", plan["arms"]["rl"])):
         for number, training in enumerate(candidates):
             own = {"method": method, "training": training, "seconds": plan["arms"]["trial_seconds"]}
-            trials[f"{method}-trial-{number}"] = Arm(trial, start, {**validation, **own}, tuple(plan["seeds"][:1]))
+            arms[f"{method}-trial-{number}"] = Arm(trial, start, {**validation, **own}, tuple(plan["seeds"][:1]))
     for method, tried in (("seqkd", "seqkd"), ("reinforce", "reinforce"), ("ppo", "reinforce")):
-        needs = (*start, "teacher-validation", *(name for name in trials if name.startswith(tried)))
+        needs = (*start, "teacher-validation", *(name for name in arms if name.startswith(f"{tried}-trial-")))
         arms[method] = Arm(main_arm, needs, {**test, "seconds": seconds})
-    return Study(out, arms | trials, plan["seeds"], headline=("regret", "sample_regret", "quora_length"))
+    return Study(out, arms, plan["seeds"], headline=("regret", "sample_regret", "quora_length"))
 
 
 def report(study: Study, plan: dict[str, Any]) -> None:
