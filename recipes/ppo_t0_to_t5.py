@@ -3,8 +3,7 @@
 accelerate launch recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--field value ...]
 """
 
-from rlkd import DataArguments, PPOArguments, PPOTrainer, TeacherArguments, parse_config, prepare, run_main
-from rlkd.settings.trl_compat import ModelConfig
+from rlkd import DataArguments, ModelConfig, PPOArguments, PPOTrainer, TeacherArguments, parse_config, prepare, run_main
 
 SETTINGS = (DataArguments, TeacherArguments, ModelConfig, PPOArguments)
 

@@ -3,8 +3,16 @@
 accelerate launch recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to_t5.yaml [--field value ...]
 """
 
-from rlkd import DataArguments, ReinforceArguments, ReinforceTrainer, TeacherArguments, parse_config, prepare, run_main
-from rlkd.settings.trl_compat import ModelConfig
+from rlkd import (
+    DataArguments,
+    ModelConfig,
+    ReinforceArguments,
+    ReinforceTrainer,
+    TeacherArguments,
+    parse_config,
+    prepare,
+    run_main,
+)
 
 SETTINGS = (DataArguments, TeacherArguments, ModelConfig, ReinforceArguments)
 

@@ -5,7 +5,9 @@ accelerate launch recipes/seqkd_t0_to_t5.py --config recipes/seqkd_t0_to_t5.yaml
 """
 
 from rlkd import (
+    ConfigError,
     DataArguments,
+    ModelConfig,
     SupervisedArguments,
     SupervisedTrainer,
     TeacherArguments,
@@ -13,8 +15,6 @@ from rlkd import (
     prepare,
     run_main,
 )
-from rlkd.errors import ConfigError
-from rlkd.settings.trl_compat import ModelConfig
 
 SETTINGS = (DataArguments, TeacherArguments, ModelConfig, SupervisedArguments)
 

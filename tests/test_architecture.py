@@ -1,6 +1,7 @@
 """Architecture rules: imports point down, files stay small, docstrings tell shapes, no machine leaks in."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -160,15 +161,33 @@ def test_trl_is_imported_in_one_module():
     )
 
 
+def recipe_code() -> Iterator[tuple[Path, ast.Module]]:
+    """Every recipe, and every code cell of the notebooks."""
+    for path in sorted((ROOT / "recipes").rglob("*.py")):
+        yield path, parse(path)
+    for path in sorted((ROOT / "recipes").rglob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                lines = [line for line in "".join(cell["source"]).splitlines() if not line.startswith(("%", "!"))]
+                yield path, ast.parse("\n".join(lines))
+
+
 def test_recipes_use_public_names():
-    show(
-        [
-            f"{place(path, node)}: {name} is not public"
-            for path in sorted((ROOT / "recipes").rglob("*.py"))
-            for node, name in imports(path)
-            if name.split(".")[0] == "rlkd" and re.search(r"\._(?!_)", name)
-        ]
-    )
+    """`from rlkd import NAME` with a public name, and nothing else of rlkd."""
+    import rlkd
+
+    problems = []
+    for path, tree in recipe_code():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names if alias.name.split(".")[0] == "rlkd"]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rlkd" and not node.level:
+                public = node.module == "rlkd"
+                named = [a.name for a in node.names if not public or a.name not in rlkd.__all__]
+            else:
+                continue
+            problems += [f"{place(path, node)}: {name} is not public: import it from rlkd" for name in named]
+    show(problems)
 
 
 def test_files_and_functions_are_short():
