@@ -84,6 +84,7 @@ _PUBLIC = {
     "Arm": "jobs.study",
     "Cell": "jobs.study",
     "Study": "jobs.study",
+    "file_digests": "jobs.study",
     "read_plan": "jobs.study",
     "write_json": "jobs.study",
     "run_study": "jobs.study_runner",

@@ -27,6 +27,11 @@ def study():
     return module
 
 
+@pytest.fixture(autouse=True)
+def _no_files(study, monkeypatch):
+    monkeypatch.setattr(study, "file_digests", lambda folder, names: dict.fromkeys(names, "digest"))
+
+
 @pytest.fixture
 def plan():
     plan = yaml.safe_load((STUDY / "tkd_presets.yaml").read_text())

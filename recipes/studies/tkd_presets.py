@@ -30,6 +30,7 @@ from rlkd import (
     TKDTrainer,
     build_student,
     classification_metrics,
+    file_digests,
     find_labels,
     load_labelled,
     load_rows,
@@ -155,7 +156,8 @@ def train_student(cell: Cell) -> dict[str, Any]:
 
 def study(plan: dict[str, Any], model: str, data: Path, out: Path) -> Study:
     """A teacher, a learning rate for each initialisation, and a student for each preset, of every task."""
-    shared = {"model": model, "data": str(data), **{name: plan[name] for name in SHARED}}
+    weights = file_digests(Path(model), sorted(path.name for path in Path(model).glob("*") if path.is_file()))
+    shared = {"model": model, "weights": weights, "data": str(data), **{name: plan[name] for name in SHARED}}
     student = {**shared, **{name: plan[name] for name in STUDENT}}
     arms = {"teacher": Arm(train_teacher, (), shared, seeds=())}
     for init, presets in plan["inits"].items():
@@ -164,7 +166,11 @@ def study(plan: dict[str, Any], model: str, data: Path, out: Path) -> Study:
         needs = ("teacher", f"{init}-learning-rate")
         for preset in presets:
             arms[f"{init}-{preset}"] = Arm(train_student, needs, {**student, "init": init, "preset": preset})
-    return Study(out, arms, plan["seeds"], plan["tasks"], headline=("score",))
+    tasks = {
+        name: {**task, "files": file_digests(data, [task["train"], *task["test"]])}
+        for name, task in plan["tasks"].items()
+    }
+    return Study(out, arms, plan["seeds"], tasks, headline=("score",))
 
 
 def finished(study: Study, plan: dict[str, Any], name: str = "score") -> dict[str, Any]:
