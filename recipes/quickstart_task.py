@@ -1,4 +1,4 @@
-"""The quickstart's own task: what gets packed? Synthetic text with many right answers for every input.
+"""The quickstart's task: what gets packed? Synthetic text with many right answers for every input.
 
 A note tells what happens to things, often more than once. The answer lists what gets packed, each thing once, in any
 order, and may call a thing by either of its two names:

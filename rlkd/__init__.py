@@ -40,7 +40,7 @@ _MODULES = {
         "prepare_encoders",
     ),
     "jobs.setup": ("DataArguments", "prepare", "TeacherArguments"),
-    "jobs.study": ("Arm", "Cell", "read_plan", "Study", "write_json"),
+    "jobs.study": ("Arm", "Cell", "file_digests", "read_plan", "Study", "write_json"),
     "jobs.study_results": ("markdown_table", "paired_test", "spread_text", "spreads"),
     "jobs.study_runner": ("run_study",),
     "jobs.timed_training": ("timed_training",),
@@ -153,6 +153,7 @@ if TYPE_CHECKING:
     from .jobs.study import Arm as Arm
     from .jobs.study import Cell as Cell
     from .jobs.study import Study as Study
+    from .jobs.study import file_digests as file_digests
     from .jobs.study import read_plan as read_plan
     from .jobs.study import write_json as write_json
     from .jobs.study_results import markdown_table as markdown_table

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,14 @@ STUDY = Path(__file__).resolve().parents[1] / "recipes" / "studies"
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("tkd_presets", STUDY / "tkd_presets.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(STUDY))
+    yield importlib.import_module("tkd_presets")
+    sys.path.pop(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_files(study, monkeypatch):
+    monkeypatch.setattr(study, "file_digests", lambda folder, names: dict.fromkeys(names, "digest"))
 
 
 @pytest.fixture
@@ -115,7 +120,7 @@ def test_rows_of_a_task_do_not_overlap(study, plan, tmp_path):
         (tmp_path / "cola" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = {"dev_rows": 10, "teacher": {"rows": 30}, "train_rows": 8}
     grid = study.study(plan | sizes, "model", tmp_path, tmp_path / "out")
-    data = study.Data(grid.cells["cola/seed-1/mapped-kd"].settings)
+    data = importlib.import_module("tkd_presets_task").Data(grid.cells["cola/seed-1/mapped-kd"].settings)
     parts = [{row["text"] for row in rows} for rows in (data.test, data.dev, data.train)]
     assert [len(rows) for rows in (data.test, data.dev, data.train)] == [10, 10, 30]
     assert len(set.union(*parts)) == 50

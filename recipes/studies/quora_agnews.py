@@ -32,6 +32,7 @@ from rlkd import (
     SupervisedArguments,
     SupervisedTrainer,
     Teacher,
+    file_digests,
     generate_pseudolabels,
     language_model,
     load_model,
@@ -47,6 +48,7 @@ from rlkd import (
     write_json,
 )
 
+FILES = [f"{name}/{part}.jsonl" for name in ("quora_para", "agnews") for part in ("train", "test")]
 HERE = Path(__file__).resolve().parent
 TRAINERS: dict[str, Any] = {
     "seqkd": (SupervisedArguments, SupervisedTrainer),
@@ -206,7 +208,8 @@ def main_arm(cell: Cell) -> dict[str, Any]:
 
 
 def study(plan: dict[str, Any], data: Path, out: Path) -> Study:
-    shared = {key: plan[key] for key in ("limits", "rows", "scoring_templates")} | {"data": str(data)}
+    shared = {key: plan[key] for key in ("limits", "rows", "scoring_templates")}
+    shared |= {"data": str(data), "files": file_digests(data, [*FILES, "tokenizers/t5/tokenizer.json"])}
     test, validation = {**shared, "split": "test"}, {**shared, "split": "validation"}
     arms = {
         "teacher": Arm(train_teacher, (), {**shared, "teacher": plan["teacher"]}, seeds=()),

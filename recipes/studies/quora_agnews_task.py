@@ -121,7 +121,8 @@ def task_metric(predictions: list[str], held_out: list[Example]) -> dict[str, fl
         scores["rougeL"] = TASK_METRICS["rouge"](texts, inputs)["rougeL"]
         scores["self_bleu"] = TASK_METRICS["bleu"](texts, sources)["bleu"]
         scores["copies"] = TASK_METRICS["exact_match"](texts, sources)["exact_match"]
-    return scores
+    # Plain numbers: a RowMean would have a score for each row, and these are of some of the rows.
+    return {name: float(value) for name, value in scores.items()}
 
 
 def summarise(evaluator: Any, rows: list[dict[str, Any]]) -> dict[str, float]:

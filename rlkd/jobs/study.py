@@ -9,7 +9,7 @@ from __future__ import annotations
 import graphlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError
-from ..io.files import write_durably
+from ..errors import ConfigError, DataError
+from ..io.files import sha256, write_durably
 
 Result = dict[str, Any]
 
@@ -198,6 +198,16 @@ def read_plan(path: Path, *, quick: bool) -> dict[str, Any]:
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     tiny = plan.pop("quick")
     return _merged(plan, tiny) if quick else plan
+
+
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """name -> checksum of files that results depend on, for an arm's settings. Raises DataError if one is missing."""
+    digests = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name}: no such file. A result depends on it.")
+        digests[name] = sha256(folder / name)[:16]
+    return digests
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

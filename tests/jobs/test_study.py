@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from rlkd.errors import ConfigError, InterruptedRunError, LockedError, RlkdError
+from rlkd.errors import ConfigError, DataError, InterruptedRunError, LockedError, RlkdError
 from rlkd.io.lock import writer_lock
 from rlkd.jobs import study_runner
-from rlkd.jobs.study import Arm, Cell, Study, read_plan, write_record
+from rlkd.jobs.study import Arm, Cell, Study, file_digests, read_plan, write_record
 from rlkd.jobs.study_runner import run_study, say
 
 CALLS = "calls.txt"  # a line for each call of a cell, in the study's folder
@@ -323,6 +323,18 @@ def test_needs_that_cannot_be_met_are_refused(tmp_path):
         1,
         1,
     ]
+
+
+def test_files_are_known_by_their_content(tmp_path):
+    (tmp_path / "a.jsonl").write_text("one")
+    (tmp_path / "b.jsonl").write_text("two")
+    first = file_digests(tmp_path, ["a.jsonl", "b.jsonl"])
+    (tmp_path / "b.jsonl").write_text("three")
+    second = file_digests(tmp_path, ["a.jsonl", "b.jsonl"])
+    assert (first["a.jsonl"], len(set(first.values()))) == (second["a.jsonl"], 2)
+    assert first["b.jsonl"] != second["b.jsonl"]
+    with pytest.raises(DataError, match=r"c\.jsonl: no such file"):
+        file_digests(tmp_path, ["a.jsonl", "c.jsonl"])
 
 
 def test_quick_sizes_replace_what_they_name(tmp_path):
