@@ -280,7 +280,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         "unknown column": ("--text_column texd", 3, ("labelled.csv", "texd", "Did you mean 'text'", "text_column")),
         "unknown label column": ("--label_column labell", 3, ("label_column: 'labell'", "Did you mean 'label'")),
         "text as label": ("--label_column text --text_column text", 3, ("values in 240 rows", "Is it the label?")),
-        "labels outside the set": ("--labels take leave", 3, ("labels outside the set", "neither", "take, leave")),
+        "unknown labels": ("--labels take leave", 3, ("labels not in the label set", "neither", "take, leave")),
         "dev labels of its own": (
             "--train_file train.csv --dev_file strange.csv", 3, ("strange.csv", "'keep' in rows 9", "'train.csv'"),
         ),
@@ -313,7 +313,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         "no epochs": ("--teacher_epochs 0", 2, ("teacher_epochs = 0", "must be above 0")),
         "not fine-tuned": ("--teacher_finetuned true", 2, ("runs/tiny/encoder", "BertModel", "not a fine-tuned")),
         "other number of labels": (f"{given} two", 2, ("'two' has 2 labels", "3 (leave, neither, take)")),
-        "other labels": (f"{given} other", 3, ("labels outside the set", "good, bad, neither", "the teacher's")),
+        "other labels": (f"{given} other", 3, ("labels not in the label set", "good, bad, neither", "the teacher's")),
         "other labels named": (
             f"{given} other --labels take leave neither", 2, ("good, bad, neither", "take, leave, neither"),
         ),

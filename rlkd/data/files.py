@@ -101,7 +101,7 @@ class JsonLines:
         except json.JSONDecodeError as error:
             shown = raw.decode().strip()[:100]
             raise BadRowError(
-                f"{self.where(place)}:{error.colno} is not valid JSON: {error.msg}.\n  {shown}\nMend or remove it."
+                f"{self.where(place)}:{error.colno} is not valid JSON: {error.msg}.\n  {shown}\nFix or remove it."
             ) from error
         except UnicodeDecodeError as error:
             raise BadRowError(
@@ -156,7 +156,7 @@ class JsonArray:
                         column = error.colno + (len(before) if error.lineno == 1 else 0)
                         raise DataError(
                             f"{self.path}:{lines + error.lineno}:{column} is not valid JSON: {error.msg}.\n"
-                            f"  {text[error.pos :][:100].strip()}\nMend it."
+                            f"  {text[error.pos :][:100].strip()}\nFix it."
                         ) from error
                     dropped = before + text[:position]
                     lines, before = lines + text.count("\n", 0, position), dropped[dropped.rfind("\n") + 1 :]
@@ -214,7 +214,7 @@ class Cells:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    remedy = 'Write a quote inside a quoted cell twice: "".' if self.quoted else "Mend or remove it."
+                    remedy = 'Write a quote inside a quoted cell twice: "".' if self.quoted else "Fix or remove it."
                     yield start, BadRowError(f"{self.where(start)} is malformed: {error}. {remedy}")
                     continue
                 if cells:
@@ -241,7 +241,7 @@ class Cells:
         if isinstance(raw, BadRowError):
             raise raw
         if len(raw) != len(self.header):
-            remedy = 'Quote a cell that contains the delimiter: "a, b".' if self.quoted else "Mend or remove it."
+            remedy = 'Quote a cell that contains the delimiter: "a, b".' if self.quoted else "Fix or remove it."
             named = "the header has" if self.columns is None else "columns name"
             raise BadRowError(
                 f"{self.where(place)} has {len(raw)} cells, {named} {len(self.header)} "
@@ -300,7 +300,7 @@ def same_schema(files: list[Path]) -> pa.Schema:
             raise unreadable(file, error) from error
         if schemas[-1].names != schemas[0].names or schemas[-1].types != schemas[0].types:
             raise DataError(
-                f"{file} has other columns than {files[0].name}.\n  {file.name}: {_columns(schemas[-1])}\n"
+                f"{file} has different columns from {files[0].name}.\n  {file.name}: {_columns(schemas[-1])}\n"
                 f"  {files[0].name}: {_columns(schemas[0])}\n"
                 "Shards of one folder must have the same columns, in the same order."
             )
@@ -346,8 +346,8 @@ def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise BadRowError(
-                f"{where}: column '{name}' holds half a character (surrogates: {error.object[error.start]!r})."
-                " Mend or remove it."
+                f"{where}: column '{name}' contains an unpaired surrogate ({error.object[error.start]!r})."
+                " Fix or remove it."
             ) from error
 
 

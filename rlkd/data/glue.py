@@ -167,8 +167,8 @@ def load_labelled(
 
     split, subset, limit and on_bad_row as in `load_rows`. label is the index in `labels` (given in the data by name or
     by index), None where it is missing or -1.
-    Raises DataError for a column that does not exist or holds no text, and for labels outside the set, with the rows;
-    ConfigError for another on_bad_row.
+    Raises DataError for a column that does not exist or holds no text, and for labels not in the label set, with the
+    rows; ConfigError for another on_bad_row.
     """
     rows = load_rows(
         source,
@@ -224,7 +224,7 @@ def label_indices(values: Iterable[Any], labels: Sequence[str], source: str) -> 
     if unknown:
         found = "; ".join(f"{value!r} in rows {_first(rows)}" for value, rows in list(unknown.items())[:5])
         indices_too = "" if numbered else f", or 0 to {len(labels) - 1}"
-        raise DataError(f"'{source}': labels outside the set: {found}. Allowed: {', '.join(labels)}{indices_too}.")
+        raise DataError(f"'{source}': labels not in the label set: {found}. Allowed: {', '.join(labels)}{indices_too}.")
     return indices
 
 

@@ -21,7 +21,7 @@ def load_hub(source: str, split: str, subset: str | None, revision: str | None, 
         home = f"'{source}'" if hub_id(source) == source else f"'{source}' ({hub_id(source)} on the hub)"
         wanted = home + (f", subset '{subset}'" if subset else "") + f", split '{split}'"
         raise DataError(
-            f"{wanted} is neither a path here nor a data set that could be loaded from the hub.\n"
+            f"{wanted} is neither a local path nor a data set that could be loaded from the hub.\n"
             f"  {type(error).__name__}: {first_line(error)}\n"
             f"Check the name, the subset and the split. Local data: {allowed_sources()}."
         ) from error
@@ -52,7 +52,7 @@ class HubRows:
         except Exception as error:
             raise DataError(
                 f"{self.where(number + 1)} cannot be read: {type(error).__name__}: {first_line(error)}. "
-                "What was written so far is kept: repeat the command to go on."
+                "What was written so far is kept: repeat the command to continue."
             ) from error
 
     def parse(self, place: int, raw: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class LabelledDataArguments:
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} is set without train_file: task {self.task} has its own")
         if not 0 < self.dev_fraction < 1:
-            raise ConfigError(f"dev_fraction = {self.dev_fraction}: must lie between 0 and 1")
+            raise ConfigError(f"dev_fraction = {self.dev_fraction}: must be between 0 and 1")
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
                 limit=data.train_limit if role == "train_file" else data.dev_limit,
             )
         except DataError as error:
-            if "labels outside the set" not in str(error) or data.labels:
+            if "labels not in the label set" not in str(error) or data.labels:
                 raise
             whose = "the teacher's" if teacher_labels else f"those of '{data.train_file}'"
             raise DataError(f"{error} (The labels are {whose}; set labels to name others.)") from None

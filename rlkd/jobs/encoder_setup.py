@@ -39,7 +39,7 @@ class EncoderTeacherArguments:
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_finetuned: bool = field(
-        default=False, metadata={"help": "The teacher is fine-tuned on this task already: use it as it is."}
+        default=False, metadata={"help": "The teacher is already fine-tuned on this task: use it as is."}
     )
     teacher_epochs: Positive = field(
         default=3.0, metadata={"help": "Epochs of its fine-tuning; the best checkpoint on dev is kept."}

@@ -54,7 +54,7 @@ class DataArguments:
     )
     all_templates: bool = field(
         default=False,
-        metadata={"help": "Without a template name: include templates for other tasks than the original one."},
+        metadata={"help": "Without a template name: include templates for tasks other than the original one."},
     )
     gold_input: bool = field(default=False, metadata={"help": "Allow templates whose input contains gold columns."})
     truncation: Truncation = field(
@@ -76,7 +76,7 @@ class DataArguments:
         default=None, metadata={"help": "Folder written by `rlkd generate-pseudolabels` (supervised recipes)."}
     )
     task_metric: Literal["none", "rouge", "bleu", "exact_match"] = field(
-        default="none", metadata={"help": "Computed on greedy and sampled answers at every evaluation."}
+        default="none", metadata={"help": "Task metric, computed on greedy and sampled answers at every evaluation."}
     )
 
     def __post_init__(self) -> None:

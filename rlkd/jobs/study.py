@@ -99,14 +99,16 @@ class Study:
     def __post_init__(self) -> None:
         for name, arm in self.arms.items():
             if unknown := [need for need in arm.needs if need not in self.arms]:
-                raise ConfigError(f"arm {name!r} needs {unknown[0]!r}: the study has {', '.join(self.arms)}.")
+                raise ConfigError(
+                    f"arm {name!r} needs {unknown[0]!r}, which is not an arm. The study has {', '.join(self.arms)}."
+                )
             for seed in self._seeds(name):
                 for need in arm.needs:
                     self._seed_of(need, seed, name)
         try:
             graphlib.TopologicalSorter({name: arm.needs for name, arm in self.arms.items()}).prepare()
         except graphlib.CycleError as error:
-            raise ConfigError(f"arms need each other: {' -> '.join(error.args[1])}.") from None
+            raise ConfigError(f"arms depend on each other: {' -> '.join(error.args[1])}.") from None
 
     @cached_property
     def cells(self) -> dict[str, Cell]:
@@ -156,8 +158,8 @@ class Study:
                 changed.append(f"  {cell.record_file}: {_change(record['settings'], cell.settings)}")
         if changed:
             raise ConfigError(
-                f"{self.out} holds results of other settings:\n" + "\n".join(changed) + "\n"
-                "Use another folder for these settings, or delete the files named to make their results anew."
+                f"{self.out} holds results of different settings:\n" + "\n".join(changed) + "\n"
+                "Use another folder for these settings, or delete the listed files to compute their results again."
             )
 
     def _cell(self, arm: str, task: str | None, seed: int | None) -> Cell:
@@ -172,7 +174,7 @@ class Study:
         if seed in seeds:
             return seed
         if len(seeds) != 1:
-            raise ConfigError(f"arm {arm!r} needs {need!r}, which has no result of seed {seed}, and not only one.")
+            raise ConfigError(f"arm {arm!r} needs {need!r}, which has several seeds, but not seed {seed}.")
         return seeds[0]
 
 

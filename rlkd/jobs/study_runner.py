@@ -40,7 +40,7 @@ def run_study(study: Study, *, jobs: int | None = None, report: Callable[[], Non
     jobs: processes at a time; None, as many as CPUs. A result that was interrupted is made again; one whose
     inputs have changed is made anew.
 
-    Raises ConfigError if the folder holds results of other settings, LockedError while another process writes it,
+    Raises ConfigError if the folder holds results of different settings, LockedError while another process writes it,
     InterruptedRunError after SIGTERM or SIGINT, RlkdError at the end if a cell failed (the others are made before).
     """
     with writer_lock(study.out / "study"), Stop() as stop, _environment():
@@ -99,7 +99,7 @@ class _Runner:
         record, arm = read_record(cell), self.study.arms[cell.arm]
         same = record is not None and (record["settings"], record["inputs"]) == (cell.settings, inputs)
         if record is not None and record["result"] is not None:
-            say(f"{cell.name}: made anew, as what it was made from has changed")
+            say(f"{cell.name}: computed again, since its inputs have changed")
         if not (same and arm.resumes):
             shutil.rmtree(cell.folder, ignore_errors=True)
         cell.folder.mkdir(parents=True, exist_ok=True)
@@ -159,17 +159,17 @@ class _Runner:
         if self.stop.signum is not None:
             raise InterruptedRunError(
                 f"stopped by {signal.Signals(self.stop.signum).name}: {len(self.done)} of {total} results are in "
-                f"{self.study.out}. Repeat the command to make the others.",
+                f"{self.study.out}. Repeat the command to compute the rest.",
                 self.stop.signum,
             )
         if self.failed:
             cells = self.study.cells
             waiting = [name for name in cells if name not in self.done and name not in self.failed]
             lines = [_failure(cells[name], code) for name, code in self.failed.items()]
-            lines += [f"not started, as they need what failed: {', '.join(waiting)}"] if waiting else []
+            lines += [f"not started, since they depend on failed results: {', '.join(waiting)}"] if waiting else []
             raise RlkdError(
                 f"{len(self.failed)} of {total} results failed:\n" + "\n".join(lines) + "\n"
-                f"{len(self.done)} are in {self.study.out}. Fix the cause and repeat the command to make the others."
+                f"{len(self.done)} are in {self.study.out}. Fix the cause and repeat the command to compute the rest."
             )
 
 

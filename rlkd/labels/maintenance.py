@@ -85,7 +85,7 @@ def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
     _check_parts(logs)
     shards = {k: (log.path.parent, shard) for log in logs for k, shard in log.shards.items()}
     if missing := sorted(set(range(max(shards, default=-1) + 1)) - set(shards)):
-        raise DataError(f"the parts lack the shards {', '.join(map(str, missing[:10]))}: a part is incomplete.")
+        raise DataError(f"the parts are missing the shards {', '.join(map(str, missing[:10]))}: a part is incomplete.")
     out.mkdir(parents=True, exist_ok=True)
     with writer_lock(out / MANIFEST):
         merged = Manifest.read(out / MANIFEST)
@@ -124,7 +124,7 @@ def _check_parts(logs: list[Manifest]) -> None:
             raise DataError(f"{log.path} is not finished: repeat its command, then merge.")
         if log.header["generation"] != first.header["generation"] or len(log.headers) > 1:
             changed = changes(first.header["settings"], log.header["settings"])
-            raise DataError("\n".join([f"{log.path} has other settings than {first.path}:", *changed]))
+            raise DataError("\n".join([f"{log.path} has different settings from {first.path}:", *changed]))
         if (log.part or (0, 1))[1] != n or log.header["rows_per_shard"] != first.header["rows_per_shard"]:
             raise DataError(f"{log.path} and {first.path} have different shardings: use the same n and shard_rows.")
     numbers = [(log.part or (0, 1))[0] for log in logs]

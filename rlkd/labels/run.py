@@ -124,7 +124,7 @@ class Run:
             old = manifest.header
             changed = changes(old["settings"], header["settings"])
             layout = [
-                f"  shard_rows, templates or labels_per_input: {old['rows_per_shard']} input rows in a shard -> "
+                f"  shard_rows, templates or labels_per_input: {old['rows_per_shard']} input rows per shard -> "
                 f"{header['rows_per_shard']}"
             ]
             if old["rows_per_shard"] != header["rows_per_shard"]:
@@ -161,11 +161,11 @@ class Run:
     def _drop_damaged(self, manifest: Manifest) -> None:
         if manifest.damaged:
             logger.warning(
-                "%s: %d damaged lines; what they recorded will be done again", manifest.path, len(manifest.damaged)
+                "%s: %d damaged lines; what they recorded will be redone", manifest.path, len(manifest.damaged)
             )
         problems = {k: problem for k, shard in manifest.shards.items() if (problem := damage(self.out, shard))}
         for problem in problems.values():
-            logger.warning("%s: this shard will be made again", problem)
+            logger.warning("%s: this shard will be regenerated", problem)
         if problems:
             manifest.append("dropped", shards=list(problems))
 

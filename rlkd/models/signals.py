@@ -50,6 +50,6 @@ def check_signal(needs: Iterable[str], gives: Iterable[str], what: str, remedy: 
     missing = sorted(set(needs) - set(gives))
     if missing:
         raise ConfigError(
-            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher gives "
+            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher provides "
             f"{', '.join(sorted(gives))} only: {remedy}"
         )

@@ -169,7 +169,7 @@ class Teacher:
 
         def halve() -> int:
             self.batch_tokens //= 2
-            logger.warning(f"out of memory in the teacher: trying again with {self.batch_tokens} tokens a batch")
+            logger.warning(f"out of memory in the teacher: retrying with {self.batch_tokens} tokens per batch")
             return self.batch_tokens
 
         asked = self.batch_tokens

@@ -28,9 +28,7 @@ def noisy_logits(
     probability outside [0, 1] or a negative deviation.
     """
     if not 0 <= probability <= 1 or deviation < 0:
-        raise ValueError(
-            f"probability = {probability}, deviation = {deviation}: must lie in [0, 1] and not be negative"
-        )
+        raise ValueError(f"probability = {probability}, deviation = {deviation}: must be in [0, 1] and at least 0")
     chosen = torch.rand(teacher.shape[0], 1, generator=generator, device=teacher.device) < probability
     noise = torch.randn(teacher.shape, generator=generator, device=teacher.device, dtype=teacher.dtype)
     return teacher * (1 + deviation * noise * chosen)

@@ -85,7 +85,7 @@ class Alarm:
 def _now_and_start(history: History, name: str) -> list[tuple[float, float, str]]:
     """(now, at the start, whose) of the sampled answers and, where evaluated, of the greedy held-out answers.
 
-    For RL only: supervised training starts from a student whose answers mean nothing yet.
+    For RL only: supervised training starts from a student with meaningless answers.
     """
     found: list[tuple[float, float, str]] = []
     if name not in history.first:
@@ -168,7 +168,7 @@ def critic_fit(history: History) -> Reading | None:
 def clipped(history: History) -> Reading | None:
     """Share of tokens whose ratio lies outside PPO's clip range."""
     share = history.recent("clip_fraction")
-    return None if share is None else Reading(share, f"{100 * share:.0f} % of the ratios lie outside the clip range")
+    return None if share is None else Reading(share, f"{100 * share:.0f} % of the ratios are outside the clip range")
 
 
 def _objective(history: History) -> str:

@@ -89,7 +89,7 @@ def explained_save(error: Exception, final: Path, needed: int) -> Exception:
     if not full and room > needed + SMALL_FILES:
         return error
     return RlkdError(
-        f"no space left for {final}: it needs about {needed / 1e6:.2f} MB, there is room for {room / 1e6:.2f} MB. "
+        f"no space left for {final}: it needs about {needed / 1e6:.2f} MB, {room / 1e6:.2f} MB are free. "
         f"Earlier checkpoints are intact: free some space and repeat the command with {RESUME}."
     )
 
@@ -115,9 +115,9 @@ def damage(folder: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not the {size} that were written"
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
         if sha256(path) != checksum:
-            return f"{name} is not what was written: its sha256 differs"
+            return f"{name} was changed after it was written: its sha256 differs"
     if STATE_FILE not in expected:
         return f"it has no {STATE_FILE}: with save_only_model a checkpoint holds nothing to resume from"
     return None
@@ -142,7 +142,7 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
     if wanted is None:
         if own:
             raise ConfigError(
-                f"{run} holds checkpoints of an earlier run (up to step {max(own)}). Go on with it ({RESUME}), or "
+                f"{run} holds checkpoints of an earlier run (up to step {max(own)}). Continue it ({RESUME}), or "
                 "choose another output_dir."
             )
         return None
@@ -159,7 +159,7 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
         raise CheckpointError(
             f"no checkpoint in {run} can be resumed from:{''.join(reasons)}\nRestore one, or choose another output_dir."
         )
-    logger.warning(f"no checkpoint in {run} yet: starting anew")
+    logger.warning(f"no checkpoint in {run} yet: starting a new run")
     return None
 
 
@@ -224,7 +224,7 @@ def _set_aside(path: Path) -> None:
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(path, target)
-    logger.warning(f"moved {path} to {target}: the run goes on from before it")
+    logger.warning(f"moved {path} to {target}: the run continues from an earlier checkpoint")
 
 
 def _cut(path: Path, size: int) -> None:

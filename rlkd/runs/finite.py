@@ -114,7 +114,7 @@ class FiniteGuard(TrainerCallback):
         if not trainer.anywhere(problem is not None):
             return
         if problem is None:
-            raise DivergenceError(f"another process met a number that is not finite at step {step}: see its message")
+            raise DivergenceError(f"another process found a non-finite number at step {step}: see its message")
         problem = f"step {step}: {problem.rstrip('.')}."
         raise DivergenceError(f"{problem} {self._hint()}{self._dump(problem, watched)}")
 
@@ -123,7 +123,7 @@ class FiniteGuard(TrainerCallback):
         kinds = sorted({str(p.dtype).removeprefix("torch.") for p in self.trainer.trained.parameters()})
         remedy = "use bfloat16 or float32 (T5 overflows in float16)" if "float16" in kinds else "lower learning_rate"
         return (
-            f"Nothing was updated with it and no checkpoint holds it. The student is in {', '.join(kinds)}, "
+            f"No weights were updated and no checkpoint contains it. The student is in {', '.join(kinds)}, "
             f"learning_rate is {args.learning_rate:g}, max_grad_norm {args.max_grad_norm:g}: {remedy}, or resume from "
             "the last checkpoint."
         )

@@ -130,7 +130,7 @@ class RunRecord:
         """
         before = RunRecord.read(checkpoint)
         if before is None:
-            logger.warning("%s has no %s: whether the settings are the same is not known", checkpoint, RUN_FILE)
+            logger.warning("%s has no %s: cannot check whether the settings are the same", checkpoint, RUN_FILE)
             return
         changed = changed_settings(before.settings, sections) + self._changed_inputs(before)
         _refuse(checkpoint, changed, allow_change)
@@ -229,6 +229,6 @@ def _refuse(checkpoint: Path, changed: list[str], allow_change: bool) -> None:
         raise ConfigError(
             f"{checkpoint} was written with other settings:\n"
             + "\n".join(changed)
-            + "\nSet them back to go on with the same run, give allow_config_change: true to go on with these "
-            "(run.json keeps the list), or start anew in another output_dir."
+            + "\nRestore them to continue the same run, set allow_config_change: true to continue with the new ones "
+            "(run.json records the changes), or start a new run in another output_dir."
         )

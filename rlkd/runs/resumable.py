@@ -22,7 +22,7 @@ from .trackers import survive_outages
 Result = TypeVar("Result")
 
 
-class _PoliteEnd(TrainerCallback):
+class _GracefulStop(TrainerCallback):
     """After a signal: the next checkpoint that can be resumed from is saved, and is the end."""
 
     def __init__(self, trainer: ResumableTrainer):
@@ -37,7 +37,7 @@ class _PoliteEnd(TrainerCallback):
         if self.signum:
             folder = checkpoint_path(self.trainer.run_folder, state.global_step)
             raise InterruptedRunError(
-                f"stopped by {Signals(self.signum).name}: {folder} is saved. Go on with {RESUME}.",
+                f"stopped by {Signals(self.signum).name}: {folder} is saved. Continue with {RESUME}.",
                 self.signum,
             )
 
@@ -57,7 +57,7 @@ class ResumableTrainer(Trainer):
         self._writing = False
         self._unfinished: Path | None = None
         super().__init__(**options)
-        self.add_callback(_PoliteEnd(self))
+        self.add_callback(_GracefulStop(self))
         survive_outages(self.callback_handler.callbacks)
 
     @property
@@ -195,8 +195,8 @@ class ResumableTrainer(Trainer):
         then, now = state["processes"], self.accelerator.num_processes
         if then != now:
             raise CheckpointError(
-                f"{checkpoint} is of {then} processes, this run has {now}: rows and random numbers would be divided "
-                "otherwise. Resume with as many, or start another run from its student."
+                f"{checkpoint} was written by {then} processes, this run has {now}: rows and random numbers would be "
+                "divided differently. Resume with as many processes, or start a new run from its student."
             )
 
     def load_extras(self, extras: dict[str, Any], folder: Path) -> None:

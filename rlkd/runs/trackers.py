@@ -38,7 +38,7 @@ class Outage:
             except Exception as error:
                 self.failed = True
                 logger.warning(
-                    f"the tracker {self.tracker} failed and is left out from here on; metrics.jsonl has every number "
+                    f"the tracker {self.tracker} failed and is disabled for the rest of the run; metrics.jsonl has every number "
                     f"({type(error).__name__}: {error})"
                 )
 

@@ -92,7 +92,7 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
 
     files = flags.pop("config") or []
     if len(files) > 1:
-        raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): allowed is one file.")
+        raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): give one file.")
     values, origins = _read(Path(files[0]), hints) if files else ({}, {})
     values |= flags
     return values, origins | {name: f"--{name}" for name in flags}
@@ -174,12 +174,13 @@ def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, An
         close = nearest(wrong[1], list(map(str, choices_of(hint)))) if wrong else ""
         raise ConfigError(f"{flag}: {said}{allowed}.{close} See --help.") from None
     if unknown:
-        strangers = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
+        unknown_flags = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
         known = [f"--{name}" for name in (*hints, "config")]
         problems = [
-            f"{flag} is not a flag.{nearest('--' + flag.lstrip('-').replace('-', '_'), known)}" for flag in strangers
+            f"{flag} is not a flag.{nearest('--' + flag.lstrip('-').replace('-', '_'), known)}"
+            for flag in unknown_flags
         ]
-        stray = f"{unknown[0]!r} belongs to no flag: settings are given as --name value."
+        stray = f"{unknown[0]!r} does not belong to a flag: settings are given as --name value."
         _refuse([*(problems or [stray]), "See --help."])
     return vars(namespace)
 

@@ -96,7 +96,7 @@ def parse(content: bytes) -> Parsed:
     parsed.dataset = _dataset(tree)
     keys = dict(_template_keys(root))
     for key, line, first in _repeated(root):
-        error(line, f"template {key}: this id is taken by the template of line {first}. Give it an id of its own.")
+        error(line, f"template {key}: this id is already used by the template in line {first}. Give it a unique id.")
     for key, entry in entries.items():
         found = list(_check(str(key), entry, keys.get(str(key), 1)))
         parsed.problems += found
@@ -171,7 +171,7 @@ def _fields(entry: Entry, types: dict[str, type], place: str, unused: tuple[str,
             yield Problem(
                 entry.line_of(name),
                 "error",
-                f"{place}: field '{name}' is {value!r}; allowed is {kind.__name__}. Mend the file.",
+                f"{place}: field '{name}' is {value!r}; allowed is {kind.__name__}. Fix the file.",
             )
         elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
             yield Problem(

@@ -56,7 +56,7 @@ class TemplatesFile:
 
     @cached_property
     def trusted(self) -> bool:
-        """Shipped with rlkd, or promptsource's own: not a stranger's."""
+        """Shipped with rlkd, or promptsource's own: trusted."""
         shipped = Path(self.place).resolve().is_relative_to(PACKAGE_PROMPTS)
         installed = installed_promptsource()
         return (
@@ -198,7 +198,9 @@ def _members(archive: Path) -> list[str]:
     for name, size, regular in _guard(archive, lambda: list(_entries(archive))):
         total += size
         if total > MAX_ARCHIVE_BYTES:
-            raise DataError(f"{archive} unpacks to more than {MAX_ARCHIVE_BYTES >> 20} MiB: no archive of templates.")
+            raise DataError(
+                f"{archive} unpacks to more than {MAX_ARCHIVE_BYTES >> 20} MiB, too much for an archive of templates."
+            )
         safe = regular and not name.startswith("/") and ".." not in name.split("/") and "\\" not in name
         if safe and posixpath.basename(name) == TEMPLATE_FILE and size <= MAX_FILE_BYTES:
             names.append(name)
@@ -242,4 +244,4 @@ def _guard(archive: Path, action: Callable[[], T]) -> T:
         return action()
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         said = str(error).splitlines()[0].rstrip(":.") if str(error) else type(error).__name__
-        raise DataError(f"{archive} is not a readable archive: {said}. Fetch or write it again.") from error
+        raise DataError(f"{archive} is not a readable archive: {said}. Download or create it again.") from error

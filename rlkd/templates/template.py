@@ -71,7 +71,7 @@ class Template:
     truncation         none, or t0: each {{...}} of the source cut to 2,048 characters, as T0's training data were
     strict_compat      hide "|||" only in the texts in which promptsource does: one in a list, or in an answer choice,
                        splits the text, so that a row can inject its own target
-    trusted            False if strangers wrote it: it is rendered in another process (see `rlkd.templates.worker`)
+    trusted            False: it is rendered in another process (see `rlkd.templates.worker`)
     limits             what it may cost
     """
 
@@ -233,7 +233,7 @@ class Template:
             raise self._refused(error, f": its {field}") from error
         except jinja2.TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise DataError(f"{self}: its {field}{line} is not valid jinja: {error}. Mend the template.") from error
+            raise DataError(f"{self}: its {field}{line} is not valid jinja: {error}. Fix the template.") from error
 
     def _refused(self, error: SandboxError, field: str = "") -> SandboxError:
         """The same error, naming the template; once."""
@@ -288,7 +288,7 @@ def _whole(templates: list[Template], spec: str, all_templates: bool) -> list[Te
     kept = [t for t in templates if all_templates or t.original_task is not False]
     if not kept:
         raise DataError(
-            f"'{spec}': none of its {len(templates)} templates asks for the original task. Name one "
+            f"'{spec}': none of its {len(templates)} templates is for the original task. Name one "
             f"({', '.join(t.name for t in templates)}), or ask for all with --all-templates."
         )
     if len(kept) < len(templates):
@@ -302,7 +302,7 @@ def _without_leaks(chosen: list[Template], leaking: dict[str, frozenset[str]], *
     if not kept:
         raise DataError(
             f"{chosen[0] if named else chosen[0].origin}: the input shows gold columns ({shown}), so a model would "
-            "read what it is asked for. Choose another template, or allow it with --gold-input."
+            "see the answer. Choose another template, or allow it with --gold-input."
         )
     if shown:
         logger.warning("%s: left out templates whose input shows gold columns (%s)", kept[0].origin, shown)
@@ -318,7 +318,7 @@ def _by_name(templates: list[Template], name: str, file: TemplatesFile) -> Templ
         if chosen:
             break
     names = [template.name for template in templates]
-    problem = "is not there" if not chosen else "names several templates: use one of their ids"
+    problem = "does not exist" if not chosen else "names several templates: use one of their ids"
     ids = "" if not chosen else f" ({', '.join(template.id for template in chosen)})"
     raise DataError(
         f"{file.place}: template '{name}' {problem}{ids}. Available: {', '.join(names)}.{nearest(name, names)}"

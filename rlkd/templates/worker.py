@@ -1,4 +1,4 @@
-"""Templates of strangers, rendered in a process that can be killed.
+"""Untrusted templates, rendered in a process that can be killed.
 
 The sandbox bounds what it can count. What it cannot, a process bounds: it has little memory, no secrets in its
 environment, and is killed when a row takes too long.
@@ -108,7 +108,7 @@ class RenderWorker:
                 results += map(_result, json.loads(connection.recv_bytes()))
         except (EOFError, OSError):
             self.close()
-            logger.warning("%s ended the process that rendered it; starting another", template)
+            logger.warning("%s crashed the process that rendered it; starting a new one", template)
             return results, SandboxError(f"{template} {self.limits.exceeded('memory_mb')}")
         return results, None
 

@@ -65,9 +65,7 @@ class DistillationTrainer(StudentTrainer):
         self.evaluator: Evaluator | None = None
         if teacher is not None and eval_examples is not None and len(eval_examples):
             if not isinstance(teacher, Teacher):
-                raise ConfigError(
-                    "eval_examples are answered by the teacher, too: give a local Teacher, or no eval_examples."
-                )
+                raise ConfigError("the teacher answers eval_examples, too: give a local Teacher, or no eval_examples.")
             self.evaluator = Evaluator(
                 teacher,
                 tokenizer,
@@ -93,7 +91,7 @@ class DistillationTrainer(StudentTrainer):
         """Raises ConfigError if the objective needs of the teacher what it cannot give."""
         objective = self.objective
         if objective.needs and self.teacher is None:
-            raise ConfigError(f"{objective.what} compares with a teacher: give one, or {objective.remedy}")
+            raise ConfigError(f"{objective.what} needs a teacher: give one, or {objective.remedy}")
         if self.teacher is not None:
             check_signal(objective.needs, self.teacher.gives, objective.what, objective.remedy)
 

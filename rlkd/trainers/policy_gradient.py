@@ -60,7 +60,10 @@ class PolicyGradient(Objective):
         self.baseline = BASELINES[args.baseline]
         self.exact = args.one_step == "exact"
         self.what = f"reward_value = {args.reward_value!r}, baseline = {args.baseline!r}, one_step = {args.one_step!r}"
-        self.remedy = "choose reward_value: max, baseline: leave_one_out and one_step: sampled, which need the least."
+        self.remedy = (
+            "choose reward_value: max, baseline: leave_one_out and one_step: sampled, which need the least from the "
+            "teacher."
+        )
         self.kl_coef = args.kl_coef
         self.critic = self.baseline.critic
         self.loss_reduction = args.loss_reduction

@@ -35,7 +35,7 @@ class StartCheck(TrainerCallback):
         missing = {"max", "distribution"} - self.trainer.teacher.gives
         if missing:
             message = (
-                "whether the student is strong enough to start cannot be checked: the teacher gives no "
+                "whether the student is strong enough to start cannot be checked: the teacher provides no "
                 f"{' and no '.join(sorted(missing))}"
             )
             if args.weak_start == "refuse":

@@ -154,7 +154,7 @@ def test_files_of_a_task_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="missing  label_column: 'label'"):
         load_task("rte", file=str(path))
     path.write_text(RAW["rte"][0].replace("entailment", "maybe"))
-    with pytest.raises(DataError, match=r"labels outside the set: 'maybe' in rows 0. Allowed: entailment"):
+    with pytest.raises(DataError, match=r"labels not in the label set: 'maybe' in rows 0. Allowed: entailment"):
         load_task("rte", file=str(path))
     path.write_text(RAW["qqp"][0] + "half a line\n")
     with pytest.raises(DataError, match=r"a\.tsv:3 has 1 cells, the header has 6"):

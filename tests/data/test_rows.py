@@ -74,7 +74,7 @@ def test_columns_missing_in_the_first_row_are_kept(tmp_path):
         ("a.jsonl", "", ["a.jsonl is empty"]),
         ("a.jsonl", "\n\n", ["has no rows"]),
         ("a.csv", "text,label\n", ["has no rows"]),
-        ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', ["a.jsonl:3:", "not valid JSON", '{"a": 1,}', "Mend or remove"]),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', ["a.jsonl:3:", "not valid JSON", '{"a": 1,}', "Fix or remove"]),
         ("a.jsonl", '{"a": 1}\n[1]\n', ["a.jsonl:2 is a JSON list", "{...}"]),
         ("a.jsonl", b'{"a": "x"}\n{"a": "\xe9"}\n', ["a.jsonl:2 is not UTF-8 (byte 8)", "Save the file as UTF-8"]),
         (
@@ -117,7 +117,7 @@ def test_files_without_a_header_and_with_bare_quotes(tmp_path):
 
 def test_columns_and_quotes_that_make_no_sense(tmp_path):
     source = write(tmp_path / "a.tsv", "x\t1\ny\n")
-    with pytest.raises(DataError, match=r"a\.tsv:2 has 1 cells, columns name 2 \(text, label\)\. Mend or remove it"):
+    with pytest.raises(DataError, match=r"a\.tsv:2 has 1 cells, columns name 2 \(text, label\)\. Fix or remove it"):
         load_rows(source, columns=("text", "label"), quoted=False)
     for columns in ((), ("a", "a"), ("a", "")):
         with pytest.raises(DataError, match="must name each column once"):

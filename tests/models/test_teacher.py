@@ -267,7 +267,7 @@ def test_a_teacher_out_of_memory_scores_the_same_in_smaller_batches(monkeypatch,
     assert_same(scores, reference)
     torch.testing.assert_close(scores.distribution.states, reference.distribution.states, atol=1e-5, rtol=1e-5)
     assert 1 <= teacher.batch_tokens < 64
-    assert f"out of memory in the teacher: trying again with {teacher.batch_tokens} tokens a batch" in caplog.text
+    assert f"out of memory in the teacher: retrying with {teacher.batch_tokens} tokens per batch" in caplog.text
     # What fitted is kept: the next batch runs at once.
     tried.clear()
     teacher.score(PAIRS, ANSWERS, MASK)

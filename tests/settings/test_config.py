@@ -241,7 +241,7 @@ def test_missing_and_unreadable_files(parse, tmp_path):
         (["--lerning-rate=3"], "--lerning-rate is not a flag. Did you mean '--learning_rate'?\nSee --help."),
         (["--valu", "max", "-q"], "--valu is not a flag. Did you mean '--value'?\n-q is not a flag.\nSee --help."),
         (["--confg", "r.yaml"], "--confg is not a flag. Did you mean '--config'?\nSee --help."),
-        (["stray"], "'stray' belongs to no flag: settings are given as --name value.\nSee --help."),
+        (["stray"], "'stray' does not belong to a flag: settings are given as --name value.\nSee --help."),
         (
             ["--value", "maxx"],
             "--value: invalid choice: 'maxx': allowed are 'max', 'lse', 'softmax'. Did you mean 'max'? See --help.",

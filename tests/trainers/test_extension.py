@@ -141,7 +141,7 @@ def test_a_start_that_cannot_be_checked_is_said(tmp_path, caplog):
         "reinforce", tmp_path, judge=ChosenAndBest(teacher()), max_steps=1, **{**PLAIN, "weak_start": "warn"}
     )
     trainer.train()
-    assert "cannot be checked: the teacher gives no distribution" in caplog.text
+    assert "cannot be checked: the teacher provides no distribution" in caplog.text
     options = {**PLAIN, "weak_start": "refuse"}
     strict = make("reinforce", tmp_path / "strict", judge=ChosenAndBest(teacher()), max_steps=1, **options)
     with pytest.raises(ConfigError, match="cannot be checked"):

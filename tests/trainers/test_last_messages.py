@@ -34,7 +34,7 @@ def test_the_best_is_judged_by_a_number_that_evaluations_give(tmp_path):
 def test_a_process_whose_numbers_are_finite_stops_with_the_others(tmp_path, monkeypatch):
     trainer = make("supervised", tmp_path)
     monkeypatch.setattr(trainer, "anywhere", lambda here: True)
-    with pytest.raises(DivergenceError, match=r"another process met a number that is not finite at step 0"):
+    with pytest.raises(DivergenceError, match=r"another process found a non-finite number at step 0"):
         trainer.finite.check_weights([torch.ones(2)])
 
 

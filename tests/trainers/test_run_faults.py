@@ -252,7 +252,7 @@ def test_a_run_without_checkpoints_starts_anew_and_says_so(tmp_path, whole, capl
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
     goes_on(folder, whole, word)
-    assert re_found("no checkpoint in .* yet: starting anew", caplog)
+    assert re_found("no checkpoint in .* yet: starting a new run", caplog)
     assert (folder / SET_ASIDE / "metrics.jsonl").exists()
 
 

@@ -252,7 +252,7 @@ def test_other_data_and_another_teacher_are_other_runs(run, tmp_path):
 def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="rlkd"):
         record().resume(tmp_path, [arguments()], allow_change=False)
-    assert "whether the settings are the same is not known" in caplog.text
+    assert "cannot check whether the settings are the same" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -571,7 +571,7 @@ def test_texts_longer_than_a_model_has_positions(tmp_path):
 
 
 def test_models_that_do_not_fit(tmp_path):
-    with pytest.raises(ConfigError, match="compares with a teacher: give one, or preset: ft"):
+    with pytest.raises(ConfigError, match="needs a teacher: give one, or preset: ft"):
         make(tmp_path, teacher=None, model=tiny_classifier())
     with pytest.raises(ConfigError, match=r"different tokenizers.*Use preset: kd"):
         make(tmp_path, other=other_tokenizer())
@@ -605,9 +605,9 @@ def test_models_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a b", "label": 2}, "row 12: label 2 is outside the set: allowed are the whole numbers 0 to 1"),
-        ({"text": "a b", "label": "yes"}, "row 12: label 'yes' is outside the set"),
-        ({"text": "a b", "label": True}, "row 12: label True is outside the set"),
+        ({"text": "a b", "label": 2}, "row 12: label 2 is not in the label set: allowed are the whole numbers 0 to 1"),
+        ({"text": "a b", "label": "yes"}, "row 12: label 'yes' is not in the label set"),
+        ({"text": "a b", "label": True}, "row 12: label True is not in the label set"),
         ({"text": None, "label": 1}, r"row 12: text and text_pair must be text, found \(None, None\)"),
         ({"txt": "a", "label": 1}, "row 12: text and text_pair must be text"),
         ({"text": 7, "label": 1}, r"row 12: .* found \(7, None\)"),

@@ -79,15 +79,15 @@ def prepare_attention(model: Any, role: str) -> AttentionSource:
         maps = None
     if not layers or maps is None or len(maps) != layers or any(a is None or a.dim() != 4 for a in maps):
         raise ModelError(
-            f"{role}: a '{model.config.model_type}' model gives no attention rows, neither through transformers' "
+            f"{role}: a '{model.config.model_type}' model does not expose its attention, neither through transformers' "
             "attention interface nor as maps, so no tree can be grown. Choose a preset without a tree (ft, kd, pkd), "
             "or a BERT-like model."
         )
     dropout = next((p for name in ATTENTION_DROPOUT if (p := getattr(model.config, name, 0.0))), 0.0)
     if role == "student" and dropout:
         raise ModelError(
-            f"student: a '{model.config.model_type}' model shows its attention only after dropout ({dropout:g}), which "
-            "would drop the tree's nodes at random. Set attention_probs_dropout_prob to 0 in its configuration."
+            f"student: a '{model.config.model_type}' model exposes its attention only after dropout ({dropout:g}), "
+            "which would drop the tree's nodes at random. Set attention_probs_dropout_prob to 0 in its configuration."
         )
     return "eager"
 

@@ -75,7 +75,7 @@ def matched_layers(student_layers: int, teacher_layers: int, layer_map: list[int
     K, M = student_layers, teacher_layers
     if layer_map is None:
         if K > M:
-            raise ConfigError(f"a student of {K} layers has more than its teacher ({M}): choose at most {M}")
+            raise ConfigError(f"the student has {K} layers, more than its teacher ({M}): choose at most {M}")
         return [int(k * M / K + 0.5) for k in range(1, K + 1)]
     if len(layer_map) != K or sorted(set(layer_map)) != layer_map or not 1 <= layer_map[0] <= layer_map[-1] <= M:
         raise ConfigError(
@@ -147,8 +147,8 @@ def layer_list(model: Any) -> str:
     ]
     if len(found) != 1:
         raise ModelError(
-            f"teacher: the layers of a '{model.config.model_type}' cannot be told ({len(found)} lists of {size}): "
-            "use init: random or pretrained."
+            f"teacher: cannot find the layer list of a '{model.config.model_type}' model ({len(found)} lists of "
+            f"{size}): use init: random or pretrained."
         )
     return found[0]
 
@@ -178,9 +178,7 @@ def student_config(
         if value is not None and value != getattr(teacher_config, name)
     }
     if narrower and init != "random":
-        raise ConfigError(
-            f"init = {init!r} copies weights, which does not fit other widths ({narrower}): use init: random"
-        )
+        raise ConfigError(f"init = {init!r} copies weights and needs equal widths, not {narrower}: use init: random")
     matched_layers(layers, teacher_config.num_hidden_layers, layer_map)
     if init == "pretrained":
         if pretrained is None:
@@ -246,8 +244,8 @@ def check_head_slices(heads: int, teacher_width: int, source: str) -> None:
     if teacher_width % heads:
         raise ConfigError(
             f"the tree is cut into a slice for each of the {source}'s {heads} heads, and the teacher's width "
-            f"{teacher_width} is no multiple of {heads}. Choose a student with a number of heads that divides it, or a "
-            "preset without a student tree, random or all tokens (kd, pkd, teacher-tkd)."
+            f"{teacher_width} is not a multiple of {heads}. Choose a student with a number of heads that divides it, "
+            "or a preset without a student tree, random or all tokens (kd, pkd, teacher-tkd)."
         )
 
 

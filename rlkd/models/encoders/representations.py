@@ -22,8 +22,8 @@ def load_encoder_config(name: str) -> Any:
     config = load_config(name, "model")
     if config.is_encoder_decoder or not getattr(config, "num_hidden_layers", None):
         raise ModelError(
-            f"model '{name}' ('{config.model_type}') is no encoder-only model with layers. Give a BERT-like model or a "
-            "classifier made of one."
+            f"model '{name}' ('{config.model_type}') is not an encoder-only model with layers. Give a BERT-like model "
+            "or a classifier made of one."
         )
     return config
 
@@ -71,8 +71,8 @@ def pooled_layers(
         states = model(**inputs, output_hidden_states=True).hidden_states
         if len(states) != layers + 1:
             raise ModelError(
-                f"a '{model.config.model_type}' model shows {len(states)} hidden states where its {layers} layers and "
-                "the embeddings were expected. Probe another model."
+                f"a '{model.config.model_type}' model returns {len(states)} hidden states, expected are the embeddings "
+                f"and {layers} layers. Probe another model."
             )
         mask = inputs["attention_mask"][:, :, None]
         for layer, pool in wanted:

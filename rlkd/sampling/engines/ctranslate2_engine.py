@@ -168,9 +168,9 @@ def _objection(model: ModelSource, compute_type: str, device: torch.device) -> s
 def _unable(decoding: Decoding | None) -> str | None:
     """Why CTranslate2 cannot decode this way."""
     if decoding is not None and decoding.strategy == "sample":
-        return "its samples cannot be repeated: they depend on the batch, not on a row's seed."
+        return "its samples are not reproducible: they depend on the batch, not on a row's seed."
     if decoding is not None and decoding.top_k_logprobs:
-        return "it does not give the log-probabilities of other tokens (top_k_logprobs)."
+        return "it does not return the log-probabilities of other tokens (top_k_logprobs)."
     return None
 
 
@@ -271,6 +271,6 @@ def _check(results: list[Any]) -> None:
     """CTranslate2 reports a failed row as an empty one, without an exception."""
     if failed := [i for i, result in enumerate(results) if not result]:
         raise RlkdError(
-            f"CTranslate2 gave no answer to {len(failed)} of {len(results)} prompts of a batch: rows "
-            f"{', '.join(map(str, failed[:10]))}. Use --engine torch, which gives the reason."
+            f"CTranslate2 returned no answer for {len(failed)} of {len(results)} prompts of a batch: rows "
+            f"{', '.join(map(str, failed[:10]))}. Use --engine torch, which reports the cause."
         )

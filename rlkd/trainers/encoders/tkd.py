@@ -109,7 +109,7 @@ class TKDTrainer(StudentTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
         if teacher is None and args.teacher_needs != "none":
-            raise ConfigError(f"preset = {args.preset!r} compares with a teacher: give one, or preset: ft")
+            raise ConfigError(f"preset = {args.preset!r} needs a teacher: give one, or preset: ft")
         check_length(args.max_length, student.config, "student")
         if teacher is not None:
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
