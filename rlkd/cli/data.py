@@ -91,7 +91,7 @@ def repair(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Move damaged shards aside and make only those again, with the command that the manifest records."""
+    """Move damaged shards aside and regenerate only those, with the command that the manifest records."""
     from ..errors import DataError
     from ..labels.maintenance import repair as drop_damaged
 

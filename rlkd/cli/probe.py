@@ -1,4 +1,4 @@
-"""`rlkd probe`: what each layer of frozen encoders encodes of a label, models side by side."""
+"""`rlkd probe`: what the layers of frozen encoders encode about a label, for several models."""
 
 from __future__ import annotations
 

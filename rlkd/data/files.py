@@ -1,4 +1,4 @@
-"""Local files record by record in flat memory, each record with the place it stands at, for errors.
+"""Local files record by record in flat memory, each record with its place, for errors.
 
 Read here rather than by `datasets.load_dataset`: its errors never name the file or the line, and it takes the columns
 of JSON lines from their first row only. A reader splits a file into records cheaply and parses only those asked for.
@@ -26,19 +26,19 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class BadRowError(DataError):
-    """One row that cannot be used; the rows around it can."""
+    """A row that cannot be used; other rows are not affected."""
 
 
 class Reader(Protocol):
     """Records of one source. A record is raw until parsed, so that skipping is cheap.
 
-    cells: its values are all text, and whole numbers are told from it.
+    cells: its values are all text, and whole numbers are recognised in it.
     """
 
     cells: bool
 
     def records(self) -> Iterator[tuple[int, Any]]:
-        """(place, raw record): the line it starts at, or its number where there are no lines."""
+        """(place, raw record): its first line, or its number in formats without lines."""
         ...
 
     def parse(self, place: int, raw: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def open_local(path: Path, split: str, *, columns: Sequence[str] | None = None, 
 
 
 class JsonLines:
-    """One JSON object per line; blank lines are no rows."""
+    """One JSON object per line; blank lines are skipped."""
 
     cells = False
 
@@ -340,7 +340,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
 
 
 def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
-    """JSON may escape half a character (\\ud800), which no tokenizer and no file takes."""
+    """JSON may escape an unpaired surrogate (\\ud800), which tokenizers and files cannot encode."""
     for name, value in row.items():
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()

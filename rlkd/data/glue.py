@@ -15,7 +15,7 @@ from .rows import OnBadRow, check_columns, check_text_column, load_rows
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Where a table of labelled texts has what.
+    """The columns of a table of labelled texts.
 
     text     column of the first text; pair, of the second, None for single texts
     label    column of the label; None if no row has one: a transfer set for the teacher's outputs
@@ -35,7 +35,7 @@ DEFAULT_LAYOUT = TableLayout()
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Where a data set lives and how it is read and scored.
+    """Where a data set is, and how it is read and scored.
 
     source, subset   repository on the hub, and its subset
     layout           columns on the hub; raw, those of the .tsv files as GLUE distributes them (all but the test files)
@@ -197,7 +197,7 @@ def find_labels(values: Iterable[Any]) -> tuple[str, ...]:
     """The label set of a column, for data that bring none: names sorted, or the numbers from 0 (or from the smallest,
     if that is larger) to the largest.
 
-    Take it from the training rows, so that a label that only the held-out rows know is found.
+    Take it from the training rows, so that a label that only occurs in held-out rows is detected.
     """
     seen = {value for value in values if not _hidden(value)}
     if seen and all(type(value) is int for value in seen):

@@ -13,10 +13,10 @@ from .files import allowed_sources, first_line
 
 
 def load_hub(source: str, split: str, subset: str | None, revision: str | None, *, streaming: bool) -> Any:
-    """A data set of the hub, by its id or the name it had (see `aliases`). Raises DataError if it cannot be loaded."""
+    """A data set of the hub, by its id or its old name (see `aliases`). Raises DataError if it cannot be loaded."""
     try:
         return datasets.load_dataset(hub_id(source), subset, split=split, revision=revision, streaming=streaming)
-    # The library, the hub client and the HTTP stack each have errors of their own; all mean the same to the user.
+    # The library, the hub client and the HTTP stack each have errors of their own; to the user all mean the same.
     except Exception as error:
         home = f"'{source}'" if hub_id(source) == source else f"'{source}' ({hub_id(source)} on the hub)"
         wanted = home + (f", subset '{subset}'" if subset else "") + f", split '{split}'"
@@ -66,14 +66,14 @@ class HubRows:
         return {name: type(value).__name__ for name, value in first.items()}
 
     def count(self, limit: int | None) -> int | None:
-        """Rows as the hub states them; None if it does not, or states what only bounds a limited read."""
+        """Number of rows as the hub states it; None if unknown, or if a limit makes it only a bound."""
         known = (self.rows.info.splits or {}).get(self.split)
         if known is None or not known.num_examples:
             return None
         return min(known.num_examples, limit or known.num_examples)
 
     def identity(self) -> dict[str, Any]:
-        """Repository, subset, split and the commit that was read, where the hub can tell it."""
+        """Repository, subset, split and the commit that was read, where the hub gives it."""
         from huggingface_hub import HfApi
 
         try:

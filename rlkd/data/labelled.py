@@ -22,8 +22,8 @@ class EncodedTexts(Sequence[dict[str, Any]]):
     """Rows {text, text_pair (or none), label (or none)} tokenised once, each with its index for the teacher's cache.
 
     Args: rows; tokenizer, fast; max_length, tokens to cut to; num_labels, to check labels against. A row without a
-    label trains on the teacher alone. Raises DataError for no rows, a text that is none, a label outside the set, or a
-    pair task with a single sentence; ModelError for a tokenizer that cannot pad.
+    label trains on the teacher alone. Raises DataError for no rows, a text that is none, a label not in the label set,
+    or a pair task with a single sentence; ModelError for a tokenizer that cannot pad.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, num_labels: int):
@@ -93,7 +93,7 @@ class EncodedTexts(Sequence[dict[str, Any]]):
 
 
 def labelled_rows(rows: Sequence[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:
-    """The rows that have a label, where others say nothing. Raises DataError if there is none."""
+    """The rows that have a label, where others cannot be used. Raises DataError if there is none."""
     kept = [row for row in rows if row.get("label") is not None]
     if not kept:
         raise DataError(f"{role}: none of {len(rows)} rows has a label, and only labelled rows are used here")

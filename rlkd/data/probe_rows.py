@@ -1,4 +1,4 @@
-"""Rows of a probing task: tables of your own, or one file as SentEval has them."""
+"""Rows of a probing task: tables of your own, or one file in SentEval's format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ProbeRows:
 
 
 def read_task_file(file: str, *, limit: int | None = None, seed: int = 0) -> ProbeRows:
-    """A file of lines `split<TAB>label<TAB>text` without header or quoting, split tr, va or te, as SentEval has them.
+    """A file of lines `split<TAB>label<TAB>text` without header or quoting, split tr, va or te (SentEval's format).
 
     limit keeps the first rows of each split. Raises DataError, naming file and line of what cannot be used.
     """

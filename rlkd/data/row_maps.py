@@ -57,7 +57,7 @@ class RowMap:
         return names
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON gives it back: keys are texts."""
+        """As JSON: keys are strings."""
         return json.loads(
             json.dumps({"columns": dict(self.columns), "labels": {c: dict(v) for c, v in self.labels.items()}})
         )

@@ -33,7 +33,7 @@ from .files import (
 )
 
 if TYPE_CHECKING:
-    # Imported where a data set is made: it takes most of a second, and looking at local rows needs none.
+    # Imported where a data set is built: it takes most of a second, and reading local rows does not need it.
     import datasets
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def read_parquet(files: list[Path]) -> datasets.Dataset:
 
 
 class Columns:
-    """Names and types of the columns, learnt row by row. CSV has texts only: whole numbers are told from them."""
+    """Names and types of the columns, inferred row by row. CSV has text only: whole numbers are recognised in it."""
 
     def __init__(self, kinds: dict[str, str] | None = None):
         self.kinds: dict[str, str] = dict(kinds or {})
@@ -291,7 +291,7 @@ class RowStream:
         return scan
 
     def blocks(self, scan: Scan, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, list[dict]]]:
-        """(k, number of the first row, rows) of every wanted block k of `size` rows; others are passed over unparsed.
+        """(k, number of the first row, rows) of every wanted block k of `size` rows; others are skipped unparsed.
 
         Raises DataError if a row cannot be read any more.
         """

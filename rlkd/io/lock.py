@@ -1,4 +1,4 @@
-"""One writer per output, and a polite end when a signal asks for it."""
+"""One writer per output, and a graceful stop on a signal."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def _owner(path: Path) -> dict[str, Any] | None:
 
 
 class Stop:
-    """SIGTERM and SIGINT, noted while `with stop:` runs; `signum` is None until one came. A second one ends at once.
+    """SIGTERM and SIGINT, recorded while `with stop:` runs; `signum` is None until one arrives. A second one exits
+    immediately.
 
-    Only the main thread can be asked; elsewhere, and outside the block, signals do what they did before.
+    Only the main thread receives signals; elsewhere, and outside the block, they have their previous effect.
     """
 
     def __init__(self) -> None:

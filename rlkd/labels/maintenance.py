@@ -48,7 +48,7 @@ def verify(folder: Path) -> list[str]:
 def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], dict[str, Any] | None]:
     """Move damaged shards aside (folder `damaged`) and take them, and damaged lines, out of the log.
 
-    Returns: what was dropped, or would be with dry_run, and the recorded request that makes it again; None if the
+    Returns: what was dropped, or would be with dry_run, and the recorded request that regenerates it; None if the
     labels were not made by the command line.
     """
     dropped: list[str] = []
@@ -145,7 +145,7 @@ def _copy(folder: Path, out: Path, shard: dict[str, Any]) -> None:
 
 
 def _shard_problems(manifest: Manifest) -> list[tuple[int, str]]:
-    """(shard, problem) of every shard whose file is not what the log says."""
+    """(shard, problem) of every shard with a file that does not match the log."""
     folder = manifest.path.parent
     found = []
     for k, shard in sorted(manifest.shards.items()):
@@ -155,7 +155,7 @@ def _shard_problems(manifest: Manifest) -> list[tuple[int, str]]:
 
 
 def _wrong_rows(folder: Path, shard: dict[str, Any], manifest: Manifest) -> str | None:
-    """What is wrong unless the rows are those of the shard's block, in order, each as often as it has labels."""
+    """The problem, unless the rows are those of the shard's block, in order, each as often as it has labels."""
     file = folder / shard["file"]
     try:
         rows = pq.read_table(file, columns=["row"]).column("row").to_pylist()

@@ -1,4 +1,4 @@
-"""What a classifier costs to keep and to ask: parameters, megabytes, milliseconds per sentence."""
+"""Footprint of a classifier: parameters, megabytes, milliseconds per sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def latency(
 ) -> dict[str, float]:
     """Milliseconds per sentence of each model: the median of `passes` passes over its batches (input_ids [B, L]).
 
-    The models take turns, so that a machine that slows down slows all of them, after one pass to warm up. Tokenisation
+    The models alternate, so that a slow phase of the machine affects all of them, after one warm-up pass. Tokenisation
     is not counted. Each model and its batches must be on one device.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -1,6 +1,6 @@
 """The vocabulary projection, applied in chunks so that logits [B, R, V] are never held.
 
-`Head.map` is the one place where hidden states meet the vocabulary: the teacher's scores, the student's log-probs,
+`Head.map` is the one place where logits are computed: the teacher's scores, the student's log-probs,
 entropies, exact expectations and divergences are all functions of one chunk of logits.
 """
 

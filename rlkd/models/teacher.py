@@ -1,4 +1,4 @@
-"""The frozen teacher: it labels, and it scores what students write.
+"""The frozen teacher: it generates labels and scores the students' answers.
 
 Scoring is one teacher-forced forward per answer. The states of prompts are cached, rows are batched by length, only
 valid tokens reach the head, and the head runs in chunks: logits [B, R, V] never exist.
@@ -160,7 +160,7 @@ class Teacher:
         return self._in_memory(lambda tokens: self.lm.answer_hidden(states, answer_ids, answer_mask, tokens))
 
     def _in_memory(self, forward: Callable[[int], Result]) -> Result:
-        """`forward(batch_tokens)`; when memory runs out, again with half as many, which then stay."""
+        """`forward(batch_tokens)`; when memory runs out, it is repeated with half as many, which stay in use."""
         try:
             return forward(self.batch_tokens)
         except RuntimeError as error:

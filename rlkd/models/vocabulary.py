@@ -1,4 +1,4 @@
-"""Teacher and student must speak the same tokens: the reward is per token."""
+"""Teacher and student must share a vocabulary: the reward is per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The alarms: what goes wrong slowly, while every number is still finite, and what to change (docs/guards.md).
+"""The alarms: training that goes wrong while every number is still finite, and what to change (docs/guards.md).
 
 A measure is a function of the history of logged numbers alone; it is compared with the threshold of its alarm. An alarm
 is one entry of ALARMS.
@@ -50,7 +50,7 @@ class History:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an alarm measured, and the sentence that says so."""
+    """What an alarm measured, and a sentence about it."""
 
     value: float
     text: str
@@ -83,24 +83,24 @@ class Alarm:
 
 
 def _now_and_start(history: History, name: str) -> list[tuple[float, float, str]]:
-    """(now, at the start, whose) of the sampled answers and, where evaluated, of the greedy held-out answers.
+    """(now, at the start, which answers) of the sampled answers and, where evaluated, of the greedy held-out answers.
 
     For RL only: supervised training starts from a student with meaningless answers.
     """
     found: list[tuple[float, float, str]] = []
     if name not in history.first:
         return found
-    for series, lines, whose in ((name, WINDOW, "sampled"), (f"eval_{name}", 1, "greedy held-out")):
+    for series, lines, which in ((name, WINDOW, "sampled"), (f"eval_{name}", 1, "greedy held-out")):
         now = history.recent(series, lines)
         if now is not None:
-            found.append((now, history.start(series), whose))
+            found.append((now, history.start(series), which))
     return found
 
 
 def _length_ratios(history: History) -> list[Reading]:
     return [
-        Reading(now / start, f"{whose} answers have {now:.1f} tokens on average, {start:.1f} at the start")
-        for now, start, whose in _now_and_start(history, "length")
+        Reading(now / start, f"{which} answers have {now:.1f} tokens on average, {start:.1f} at the start")
+        for now, start, which in _now_and_start(history, "length")
         if start > 0
     ]
 
@@ -118,8 +118,8 @@ def longest(history: History) -> Reading | None:
 def unfinished(history: History) -> Reading | None:
     """By how much the share of answers that end (before max_new_tokens) has fallen since the start."""
     drops = [
-        Reading(start - now, f"{100 * now:.0f} % of {whose} answers end, {100 * start:.0f} % at the start")
-        for now, start, whose in _now_and_start(history, "finish_rate")
+        Reading(start - now, f"{100 * now:.0f} % of {which} answers end, {100 * start:.0f} % at the start")
+        for now, start, which in _now_and_start(history, "finish_rate")
     ]
     return max(drops, key=lambda r: r.value, default=None)
 
@@ -166,7 +166,7 @@ def critic_fit(history: History) -> Reading | None:
 
 
 def clipped(history: History) -> Reading | None:
-    """Share of tokens whose ratio lies outside PPO's clip range."""
+    """Share of tokens whose ratio is outside PPO's clip range."""
     share = history.recent("clip_fraction")
     return None if share is None else Reading(share, f"{100 * share:.0f} % of the ratios are outside the clip range")
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, and checked before they are used.
+"""Checkpoints on disk: complete or absent, and checked before they are used.
 
 A checkpoint is written in `_unfinished/`, flushed to disk, given a manifest with the size and the sha256 of each of its
 files, and only then renamed to `checkpoint-N`. What a killed save leaves in `_unfinished/` is removed by the next one.
@@ -36,12 +36,12 @@ RESUME = "--resume_from_checkpoint auto"
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, once it is whole."""
+    """The path of the checkpoint of `step`, once it is complete."""
     return run / f"checkpoint-{step}"
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, newest first; whether they are whole is for `damage` to say."""
+    """The checkpoints of a run by step, newest first; `damage` checks whether they are intact."""
     found = {
         int(m[1]): path for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
@@ -132,10 +132,10 @@ def requested(resume_from_checkpoint: str | bool | None) -> str | None:
 
 
 def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
-    """The checkpoint to resume from; None to start anew.
+    """The checkpoint to resume from; None for a new run.
 
-    wanted: a folder; or auto, the newest checkpoint of the run that is whole, saying why newer ones are not.
-    Raises CheckpointError if there are checkpoints and none is whole, ConfigError if a new run would mix with those of
+    wanted: a folder; or auto, the newest intact checkpoint of the run; why newer ones are skipped is logged.
+    Raises CheckpointError if there are checkpoints but none is intact, ConfigError if a new run would mix with those of
     an earlier one.
     """
     own = checkpoints(run)
@@ -165,7 +165,7 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
 
 def check_resumed_settings(args: Any, sections: Iterable[Any]) -> None:
     """Raise ConfigError if the checkpoint that a recipe is to resume was written with other settings; for recipes,
-    before a model is looked at. args, the trainer's settings; sections, the others.
+    before a model is read. args, the trainer's settings; sections, the others.
     """
     wanted, own = requested(args.resume_from_checkpoint), checkpoints(Path(str(args.output_dir)))
     checkpoint = next(iter(own.values()), None) if wanted == "auto" else wanted
@@ -174,7 +174,7 @@ def check_resumed_settings(args: Any, sections: Iterable[Any]) -> None:
 
 
 def _given(folder: Path) -> Path:
-    """`folder` if it is a whole checkpoint. Raises CheckpointError."""
+    """`folder` if it is an intact checkpoint. Raises CheckpointError."""
     reason = damage(folder) if folder.is_dir() else "there is no such folder"
     if reason is None:
         return folder
@@ -198,7 +198,7 @@ def log_sizes(run: Path) -> dict[str, int]:
 
 
 def rewind(run: Path, checkpoint: Path | None) -> None:
-    """Take the run folder back to what it was when `checkpoint` was saved (None: to before the first step).
+    """Restore the run folder to its state when `checkpoint` was saved (None: to before the first step).
 
     Later checkpoints move to `set_aside/`. Log lines written after the checkpoint are cut off: the resumed run writes
     them again. Logs of a run that never reached a checkpoint move to `set_aside/`.
@@ -233,5 +233,5 @@ def _cut(path: Path, size: int) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What rlkd saved beside weights, optimizer, scheduler and random state."""
+    """What rlkd saved in addition to weights, optimizer, scheduler and random state."""
     return json.loads((checkpoint / STATE_FILE).read_text())

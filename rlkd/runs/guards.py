@@ -31,7 +31,7 @@ class Watch:
         self.count = 0
 
     def add(self, record: Mapping[str, Any]) -> list[tuple[Alarm, Reading]]:
-        """Take in a record; returns the alarms that it makes fire."""
+        """Add a record; returns the alarms that fire."""
         self.history.add(record)
         fired = []
         for alarm in ALARMS.values():

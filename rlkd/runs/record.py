@@ -1,4 +1,4 @@
-"""run.json: what was run, with which settings, on which data; and whether a resumed run still is that run."""
+"""run.json: trainer, settings and data of a run; and the check that a resumed run is the same run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
 # Settings that a resumed run may change: they decide where and when something is written or shown, what is kept in
-# memory, which checkpoint is the best, or whether the run ends sooner, and no number that training puts into the
+# memory, which checkpoint is the best, or whether the run stops earlier, and nothing that affects the
 # weights. When and what is evaluated is not among them: evaluation draws from the same random numbers as dropout.
 FREE = {
     "alarms", "allow_config_change", "dataloader_num_workers", "dataloader_persistent_workers",
@@ -84,7 +84,7 @@ def _version(package: str) -> str | None:
 class RunRecord:
     """The content of run.json.
 
-    rlkd, versions  of rlkd, of python and of what rlkd stands on; None for a package that is not installed
+    rlkd, versions  of rlkd, of python and of rlkd's dependencies; None for a package that is not installed
     trainer         its class; command, sys.argv
     started         ISO time of the first start; resumed, one entry per later start: time, checkpoint, command, changed
     settings        every setting of ours, and those of transformers and TRL that differ from their defaults
@@ -125,7 +125,7 @@ class RunRecord:
             return None
 
     def resume(self, checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
-        """Make this the record of a run that goes on from `checkpoint`. Raises ConfigError as `check_settings` does,
+        """Make this the record of a run that continues from `checkpoint`. Raises ConfigError as `check_settings` does,
         and for other data or another teacher.
         """
         before = RunRecord.read(checkpoint)
@@ -146,7 +146,7 @@ class RunRecord:
 def check_settings(checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
     """Raise ConfigError listing every setting that differs from those `checkpoint` was written with, and may not.
 
-    Says nothing of a checkpoint without a record. `sections` are dataclasses of settings.
+    A checkpoint without a record is not checked. `sections` are dataclasses of settings.
     """
     before = RunRecord.read(checkpoint)
     if before is not None:
@@ -168,7 +168,7 @@ def settings_of(sections: Iterable[Any]) -> dict[str, Any]:
 
 
 def changed_settings(then: Mapping[str, Any], sections: Iterable[Any]) -> list[str]:
-    """`  name: then -> now` of each recorded setting that is now another, free ones left out."""
+    """`  name: then -> now` of each recorded setting that has changed, free ones left out."""
     lines = []
     sections = list(sections)
     current = settings_of(sections)

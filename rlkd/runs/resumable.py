@@ -1,4 +1,4 @@
-"""Runs that survive: one writer, whole checkpoints, an end by signal that keeps what was done, exact resumption."""
+"""Resumable runs: one writer, complete checkpoints, a graceful stop on signals, exact resumption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class _GracefulStop(TrainerCallback):
-    """After a signal: the next checkpoint that can be resumed from is saved, and is the end."""
+    """After a signal: saves the next checkpoint that can be resumed from, then stops."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer, self.signum = trainer, 0
@@ -43,9 +43,9 @@ class _GracefulStop(TrainerCallback):
 
 
 class ResumableTrainer(Trainer):
-    """transformers.Trainer whose checkpoints are whole or absent, and whose resumed runs are the interrupted ones.
+    """transformers.Trainer with checkpoints that are complete or absent, and resumed runs equal to uninterrupted ones.
 
-    Raises LockedError while another process writes the run folder, CheckpointError for what cannot be resumed,
+    Raises LockedError while another process writes the run folder, CheckpointError for a checkpoint that cannot be resumed,
     InterruptedRunError after SIGTERM or SIGINT (a checkpoint is saved), RlkdError when the disk is full.
     """
 
@@ -66,7 +66,7 @@ class ResumableTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer. resume_from_checkpoint: a checkpoint's folder; True or "auto": the run's newest whole one, or
+        """As in Trainer. resume_from_checkpoint: a checkpoint's folder; True or "auto": the run's newest intact one, or
         a new run if it has none.
         """
         run, wanted = self.run_folder, requested(resume_from_checkpoint)
@@ -77,7 +77,7 @@ class ResumableTrainer(Trainer):
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def begin_run(self, checkpoint: Path | None) -> None:
-        """Before anything is loaded or written. Raises CheckpointError if this run cannot be that checkpoint's."""
+        """Before anything is loaded or written. Raises CheckpointError if this run cannot resume that checkpoint."""
         if checkpoint is not None:
             self.check_resumable(checkpoint)
 
@@ -120,7 +120,7 @@ class ResumableTrainer(Trainer):
         return outcome[0]
 
     def signal_received(self) -> int:
-        """The signal that asked any of the processes to end, 0 for none; the same on each of them."""
+        """The signal that any of the processes received, 0 for none; the same on each of them."""
         signum = self._stop.signum or 0
         if self.accelerator.num_processes == 1:
             return signum
@@ -132,7 +132,7 @@ class ResumableTrainer(Trainer):
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Let the Trainer write where nobody looks, then make it the checkpoint; older ones go after that."""
+        """Let the Trainer write to a temporary folder, then make it the checkpoint; older ones are deleted after that."""
         final = checkpoint_path(self.run_folder, self.state.global_step)
         try:
             self._write_checkpoint(model, trial, final)
@@ -185,7 +185,7 @@ class ResumableTrainer(Trainer):
     # Resuming
 
     def check_resumable(self, checkpoint: Path) -> None:
-        """Raise CheckpointError if this run cannot be that checkpoint's."""
+        """Raise CheckpointError if this run cannot resume that checkpoint."""
         state, here = read_state(checkpoint), type(self).__name__
         if state["trainer"] != here:
             raise CheckpointError(

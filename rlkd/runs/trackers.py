@@ -1,4 +1,4 @@
-"""Trackers (wandb, trackio, ...) that are down do not end a run: metrics.jsonl has everything they would have had."""
+"""A tracker (wandb, trackio, ...) that is down does not end a run: metrics.jsonl has all numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.get_logger("rlkd")
 
 
 def survive_outages(callbacks: Iterable[TrainerCallback]) -> None:
-    """Let each of transformers' tracker callbacks fail once, with a warning; it is not asked again."""
+    """Let each of transformers' tracker callbacks fail once, with a warning; it is not called again."""
     for callback in callbacks:
         if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
             outage = Outage(type(callback).__name__.removesuffix("Callback"))

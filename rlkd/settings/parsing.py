@@ -77,7 +77,7 @@ def describe_config(dataclass_types: tuple[type, ...], argv: list[str]) -> list[
 
 
 def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """What file and flags set, and where each stands."""
+    """The settings in file and flags, and where each was set."""
     from .trl_compat import TrlParser  # loads torch, which `run_main` does not need
 
     hints = _hints(dataclass_types)
@@ -99,7 +99,7 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script, its log lines on stderr; an error the user can mend is printed without a traceback and sets the
+    """Run a script, its log lines on stderr; an error the user can fix is printed without a traceback and sets the
     exit code.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -205,7 +205,7 @@ _Loader.add_implicit_resolver(
 
 
 def _read(path: Path, hints: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The checked settings of a YAML file, and where each stands; every problem of the file is reported at once."""
+    """The checked settings of a YAML file, and the place of each; every problem of the file is reported at once."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -250,7 +250,7 @@ def _check_file(path: Path, text: str, hints: dict[str, Any]) -> tuple[dict[str,
 
 
 def _source(text: str, node: yaml.Node) -> str:
-    """What stands in the file, on one line."""
+    """The value as written in the file, on one line."""
     return shorten(text[node.start_mark.index : node.end_mark.index], 80)
 
 
@@ -280,7 +280,7 @@ def _refuse_missing(kinds: tuple[type, ...], values: dict[str, Any]) -> None:
 
 
 def _build(kinds: tuple[type, ...], values: dict[str, Any], origins: dict[str, str]) -> tuple[Any, ...]:
-    """The dataclasses; what a `__post_init__` refuses is reported with the settings involved and where they stand."""
+    """The dataclasses; what a `__post_init__` refuses is reported with the settings involved and their places."""
     instances, problems = [], []
     for kind in kinds:
         own = {field.name: values[field.name] for field in fields(kind) if field.name in values}

@@ -89,7 +89,7 @@ OLD_NAMES |= {"CogComp/trec": "trec", "Samsung/samsum": "samsum"}
 
 
 def hub_id(name: str) -> str:
-    """Where the hub keeps a data set today: glue -> nyu-mll/glue; other names as they are."""
+    """The current hub id of a data set: glue -> nyu-mll/glue; other names as they are."""
     return HUB_IDS.get(name, name)
 
 

@@ -59,7 +59,7 @@ TESTS = (_DEEP_TESTS | _NUMBER_TESTS) | _words(
 
 
 def remedy(kind: type) -> str:
-    """What may be read of a value of this type."""
+    """The attributes that may be read on a value of this type."""
     methods = METHODS.get(kind)
     return f"Allowed are {', '.join(sorted(methods))}." if methods else "Write the template without it."
 

@@ -29,7 +29,7 @@ class Problem:
 
 
 class Entry(dict[str, Any]):
-    """One template's fields, with the line each stands on."""
+    """One template's fields, with the line of each."""
 
     line = 0
     lines: dict[str, int] = {}  # noqa: RUF012 - set per instance
@@ -44,7 +44,7 @@ class Parsed:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    dataset: str | None = None  # dataset[/subset] as the file says
+    dataset: str | None = None  # dataset[/subset] as in the file
 
     @property
     def errors(self) -> list[Problem]:
@@ -139,7 +139,7 @@ def _template_keys(root: yaml.MappingNode) -> Iterator[tuple[str, int]]:
 
 
 def _repeated(root: yaml.MappingNode) -> Iterator[tuple[str, int, int]]:
-    """Ids that stand twice, which YAML would silently drop: (id, line, first line)."""
+    """Ids that occur twice, which YAML would silently drop: (id, line, first line)."""
     seen: dict[str, int] = {}
     for key, line in _template_keys(root):
         if key in seen:

@@ -192,7 +192,7 @@ def _key(member: str) -> str:
 
 
 def _members(archive: Path) -> list[str]:
-    """The templates files of an archive. Links, absolute paths and paths with .. are no members for us."""
+    """The templates files of an archive. Links, absolute paths and paths with .. are ignored."""
     total = 0
     names = []
     for name, size, regular in _guard(archive, lambda: list(_entries(archive))):

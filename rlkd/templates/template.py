@@ -67,7 +67,7 @@ class Template:
     original_task      True if the prompt asks for the task the data set was made for
     origin             the file it was read from, or archive!member
     sha256             of that file or archive
-    choices_in_prompt, metrics, languages  as the file says
+    choices_in_prompt, metrics, languages  as in the file
     truncation         none, or t0: each {{...}} of the source cut to 2,048 characters, as T0's training data were
     strict_compat      hide "|||" only in the texts in which promptsource does: one in a list, or in an answer choice,
                        splits the text, so that a row can inject its own target
@@ -284,7 +284,7 @@ def load_templates(
 
 
 def _whole(templates: list[Template], spec: str, all_templates: bool) -> list[Template]:
-    """All templates, or those of the original task; those of a file that does not say are kept."""
+    """All templates, or those of the original task; those of a file without that field are kept."""
     kept = [t for t in templates if all_templates or t.original_task is not False]
     if not kept:
         raise DataError(

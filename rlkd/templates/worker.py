@@ -41,10 +41,10 @@ _ERRORS: dict[str, type[DataError]] = {"DataError": DataError, "SandboxError": S
 
 
 class RenderWorker:
-    """Renders rows in a child process, which is killed at its limits and started anew for the next row.
+    """Renders rows in a child process, which is killed at its limits and restarted for the next row.
 
     `parts` is the `Template.parts` of many rows. A context manager: the child ends with it. The child starts with the
-    first rows, sees no environment variable but its import path, and answers in JSON, which is data whatever it did.
+    first rows, sees no environment variable but its import path, and answers in JSON, which is plain data in any case.
     Needs POSIX.
     """
 
@@ -62,7 +62,7 @@ class RenderWorker:
         self.close()
 
     def close(self) -> None:
-        """End the child, if there is one; the next rows start another."""
+        """Stop the child, if there is one; the next rows start another."""
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:

@@ -1,6 +1,6 @@
 """A BiLSTM classifier as a PreTrainedModel: a student of another architecture (Tang et al. 2019, arXiv 1903.12136).
 
-Importing this module registers it with transformers' Auto classes, so that a saved one loads as any other model does.
+Importing this module registers it with transformers' Auto classes, so that a saved one loads like any other model.
 The saved folder holds this file too, which imports nothing of rlkd: elsewhere it loads with trust_remote_code=True.
 It has no attention, so it learns from logits (and, through projections, from hidden states), never from a tree.
 """

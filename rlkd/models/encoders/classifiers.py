@@ -1,4 +1,4 @@
-"""Encoder-only classifiers: what a distillation reads of them, and students cut from a fine-tuned teacher."""
+"""Encoder-only classifiers: outputs for distillation, and students cut from a fine-tuned teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "long
 class EncoderOutputs(NamedTuple):
     """logits [B, C]; hidden, the layers' outputs [B, L, D], layer 1 first; rows, their attention (`AttentionRows`).
 
-    hidden and rows are empty where they were not asked for.
+    hidden and rows are empty unless requested.
     """
 
     logits: Tensor
@@ -38,7 +38,7 @@ def run_encoder(
 ) -> EncoderOutputs:
     """One forward of a sequence classifier on input_ids, attention_mask [B, L] and the like.
 
-    attention is what `prepare_attention` said of the model, or None where no rows are needed.
+    attention is the value of `prepare_attention` for the model, or None where no rows are needed.
     """
     with recorded_attention() as record:
         out = model(**inputs, output_hidden_states=hidden, output_attentions=attention == "eager")
@@ -86,7 +86,7 @@ def matched_layers(student_layers: int, teacher_layers: int, layer_map: list[int
 
 
 class EncoderStudent(nn.Module):
-    """The student and, where widths differ, one trainable projection per layer that the saved student never sees.
+    """The student and, where widths differ, one trainable projection per layer that is never saved with the student.
 
     Under DistributedDataParallel this forward is the only entry that carries gradients.
     """
@@ -122,14 +122,14 @@ class EncoderStudent(nn.Module):
         self.student.gradient_checkpointing_enable(**options)
 
     def save_projections(self, folder: str | Path) -> None:
-        """Write the projections beside a checkpoint's student, if there are any."""
+        """Write the projections next to a checkpoint's student, if there are any."""
         from safetensors.torch import save_file
 
         if self.projections:
             save_file(self.projections.state_dict(), Path(folder) / PROJECTIONS_FILE)
 
     def load(self, folder: str | Path) -> None:
-        """Load in place a saved student, and the projections if they stand beside it."""
+        """Load in place a saved student, and the projections if they are next to it."""
         from safetensors.torch import load_file
 
         loaded = type(self.student).from_pretrained(folder, dtype=next(self.student.parameters()).dtype)

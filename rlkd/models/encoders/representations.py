@@ -1,4 +1,4 @@
-"""Frozen encoders as others trained them: loading one with or without a head, and its layers' outputs, pooled."""
+"""Frozen encoders: loading one with or without a head, and its layers' outputs, pooled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..loading import load_config
 
 
 def load_encoder_config(name: str) -> Any:
-    """The configuration of an encoder-only model. Raises ModelError for what is none."""
+    """The configuration of an encoder-only model. Raises ModelError for other models."""
     from . import bilstm  # noqa: F401  (registers its configuration)
 
     config = load_config(name, "model")
@@ -56,8 +56,8 @@ def pooled_layers(
 
     Layer 0 is the embeddings. cls is the first token; mean is that of all tokens but padding.
     batches: rows' numbers, and what the model reads of them (input_ids, attention_mask [B, L] and the like).
-    Raises ConfigError for another pool, ModelError if the model shows another number of layers than its configuration
-    says.
+    Raises ConfigError for another pool, ModelError if the number of layers differs from the model's
+    configuration.
     """
     for _, pool in wanted:
         check_choice("pool", pool, Pool)

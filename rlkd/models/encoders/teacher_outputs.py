@@ -1,4 +1,4 @@
-"""A classifying teacher's outputs, computed once: memory-mapped arrays by row index, so any order of rows is right."""
+"""A classifying teacher's outputs, computed once: memory-mapped arrays by row index, so rows may come in any order."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TeacherOutputs:
 
 
 def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, **choices: Any) -> dict[str, Any]:
-    """Everything the outputs depend on; another key is another folder."""
+    """Everything the outputs depend on; each key has its own folder."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     for name in ("truncation", "padding"):  # left behind by the last call
         definition.pop(name, None)
@@ -78,9 +78,9 @@ def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, *
 def cached_outputs(
     root: Path, key: dict[str, Any], kind: CacheKind, lengths: list[int], compute: Compute, batch_rows: int
 ) -> TeacherOutputs:
-    """The outputs kept under `root` for `key`, computed if they are not there yet.
+    """The outputs cached under `root` for `key`, computed if they are missing.
 
-    Rows go through the teacher by length. They are written beside the final folder and renamed into place, so an
+    Rows go through the teacher by length. They are written next to the final folder and renamed into place, so an
     interrupted run leaves nothing that looks complete.
     """
     key = {**key, "kind": kind}

@@ -1,7 +1,7 @@
 """CTranslate2: T5 and BART teachers in float32, bfloat16 or int8, on a CPU or a GPU.
 
-The teacher is converted once per weights and precision, into a cache folder. Sampling is left to PyTorch: CTranslate2
-seeds its generators once per thread, so what it draws depends on the batch and on what ran before.
+The teacher is converted once per weights and precision, into a cache folder. Sampling is done in PyTorch: CTranslate2
+seeds its generators once per thread, so samples depend on the batch and on earlier calls.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CTranslate2Engine:
     """Greedy and beam search by CTranslate2. Beam search stops once `num_beams` hypotheses are finished, where
     transformers continues while a better one could follow; the rest, log-probabilities included, agrees with PyTorch.
 
-    The PyTorch weights are read to convert them and to name them (their digest), and are not kept.
+    The PyTorch weights are read for conversion and for their digest, and are not kept.
     Args: compute_type, precision; threads per forward, 0 for one per core; device, by default that of `lm`.
     Raises ConfigError if CTranslate2 cannot take the model or the precision.
     """

@@ -1,4 +1,4 @@
-"""Which engines there are, and the choice among them, made before any weights load."""
+"""The engines, and the choice among them, made before any weights load."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def engine_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine that can do the work and is not made yet: no weights are loaded. passed_over: why `auto` did not take
+    """An engine that can do the work and is not made yet: no weights are loaded. passed_over: why `auto` rejected
     others, by name.
     """
 
@@ -54,11 +54,11 @@ class EngineChoice:
 
 
 def choose_engine(settings: EngineSettings, model: ModelSource, decoding: Decoding | None) -> EngineChoice:
-    """The engine asked for; `auto` takes the first that gives the reference's answers and has no objection. No weights
+    """The requested engine; `auto` takes the first with the reference's answers and no objection. No weights
     are loaded.
 
     decoding: None if given answers are to be scored (ranking).
-    Raises ConfigError if the engine is unknown, not installed, or cannot do what is asked of it.
+    Raises ConfigError if the engine is unknown, not installed, or cannot do the work.
     """
     wanted = settings.name
     if wanted not in engine_names():

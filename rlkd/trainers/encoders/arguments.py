@@ -148,7 +148,7 @@ class TKDArguments(StudentArguments):
 
     @property
     def teacher_needs(self) -> str:
-        """The least that must be known of the teacher: 'none', 'logits', 'cls' or 'hidden'."""
+        """The minimum needed from the teacher: 'none', 'logits', 'cls' or 'hidden'."""
         if any(name in TREE_TERMS for name in self.weights):
             return "hidden"
         return "cls" if "pt" in self.weights else "logits" if "kd" in self.weights else "none"
