@@ -1,5 +1,5 @@
-"""Every number that trainers log, one row each: its unit, which direction is better, what it is a mean over, when and
-by which trainers it is logged, and what it means.
+"""Every number that trainers log, one row each: its unit, which direction is better, what it is averaged over, when and
+by which trainers it is logged, and its meaning.
 
 Alarms, the choice of the best checkpoint, model cards and reports read this table. `python -m rlkd.metrics FILE` writes
 it into docs/metrics.md; without a file it is printed.
@@ -53,7 +53,7 @@ class Metric:
 
     name     without the prefix of the occasion
     unit     of the logged value; `share` is a number from 0 to 1, empty if there is no unit
-    better   the direction of an improvement; neither, where a change says nothing about quality
+    better   the direction of an improvement; neither, if the number does not measure quality
     per      what the value is a mean over or, if it is not a mean, what it belongs to
     logged   occasion -> the trainers that log it then
     meaning  one sentence

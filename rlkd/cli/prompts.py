@@ -68,7 +68,7 @@ def list_(
             for source in sources(templates_dir)
             for dataset, count in source.counts().items()
         ]
-        # A name that several sources have is that of the first.
+        # If several sources have a name, the first one counts.
         rows = list({str(row["dataset"]): row for row in reversed(rows)}.values())[::-1]
         _table(rows, as_json)
         return

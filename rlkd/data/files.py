@@ -142,7 +142,7 @@ class JsonArray:
                     elif not wanted and (number or text[position : position + 1] != "]"):
                         row, end = decode(text, position)
                         if end == len(text) and not ended:
-                            raise json.JSONDecodeError("unfinished", text, end)  # a number may go on in the next chunk
+                            raise json.JSONDecodeError("unfinished", text, end)  # a number may continue
                         number, position, wanted = number + 1, end, ","
                         yield number, row
                     elif text[position : position + 1] == "]" and not SPACE.sub("", text[position + 1 :], count=1):

@@ -14,7 +14,7 @@ REDACTED = "<redacted>"
 SECRET_WORDS = {
     "token", "key", "apikey", "secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials",
 }  # fmt: skip
-SHORTEST = 8  # shorter values of the environment are words that stand everywhere
+SHORTEST = 8  # shorter values of the environment are words that occur everywhere
 FORMS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"
     r"|\bwandb_v\d+_\w{16,}"

@@ -88,7 +88,7 @@ class LabelledData:
 def load_labelled_data(data: LabelledDataArguments, teacher_labels: tuple[str, ...] = ()) -> LabelledData:
     """Rows and label names, every column, label and text checked.
 
-    Args: teacher_labels, the names of a teacher that is fine-tuned already, in an order that the data must follow.
+    Args: teacher_labels, the names of a teacher that is fine-tuned already, in the order that the data must follow.
     Raises DataError or ConfigError.
     """
     return _load_files(data, teacher_labels) if data.train_file is not None else _load_task(data, teacher_labels)

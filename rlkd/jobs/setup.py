@@ -1,4 +1,4 @@
-"""The settings of the recipes, and what they name: everything that can fail cheaply fails before weights load."""
+"""The settings of the recipes, and what they name: all cheap checks run before weights load."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
 
 
 def load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
-    """Training and evaluation examples and, if they are asked for, pseudo-labels; every column is checked.
+    """Training and evaluation examples and, if requested, pseudo-labels; every column is checked.
 
     Raises DataError or ConfigError.
     """

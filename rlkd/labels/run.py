@@ -237,7 +237,7 @@ class Run:
 
     def _keep(self, manifest: Manifest, k: int, labels: dict[int, PseudoLabel]) -> None:
         positions = sorted(labels)
-        # Saving them only spares work: a full disk here must not hide why the run ends.
+        # Saving them only saves work: a full disk here must not hide why the run ends.
         with suppress(RlkdError):
             checksum = write_labels(
                 self.out / partial_name(k),

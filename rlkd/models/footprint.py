@@ -37,7 +37,7 @@ def latency(
             for batch in batches[name]:
                 model(**batch)
                 if model.device.type != "cpu":
-                    torch.accelerator.synchronize(model.device)  # an answer is one that has come back
+                    torch.accelerator.synchronize(model.device)  # wait for the result
             seconds[name].append(time.perf_counter() - start)
     sentences = {name: sum(len(batch["input_ids"]) for batch in batches[name]) for name in models}
     return {name: 1000 * statistics.median(seconds[name][1:]) / sentences[name] for name in models}

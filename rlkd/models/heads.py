@@ -123,7 +123,7 @@ class _ChunkedHead(torch.autograd.Function):
                     d_weight += head.scale * (d_logits.T @ hidden[rows])
             if grad_bias is not None:
                 grad_bias[:v] += d_logits.sum(0)
-            del d_logits  # or the next chunk's logits would come on top of it
+            del d_logits  # or it would add to the memory of the next chunk's logits
         return (None, None, None, grad_hidden, grad_weight, grad_bias, *(None for _ in args))
 
 

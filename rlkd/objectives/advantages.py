@@ -2,7 +2,7 @@
 
 With the teacher's own V as critic the temporal-difference error is delta_t = A_V(s_t, a_t), so GAE
 (Schulman et al. 2016, arXiv 1506.02438, eq. 16) is a discounted sum of A_V itself. lambda is the credit horizon:
-0 is the immediate regret alone (safe, biased), 1 the full return (unbiased, falls for the early end-of-sequence
+0 is the immediate regret alone (safe, biased), 1 the full return (unbiased, but learns the early end-of-sequence
 shortcut from a weak start).
 """
 
@@ -120,17 +120,17 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def regret_per_sequence(advantage_max: Tensor, mask: Tensor) -> Tensor:
-    """-sum_t A_max(s_t, a_t), [B], nats >= 0: what the answers cost against the teacher's greedy choice at every
+    """-sum_t A_max(s_t, a_t), [B], nats >= 0: the cost of the answers relative to the teacher's greedy choice at every
     state.
     """
     return -(advantage_max * mask).sum(1)
 
 
 def price_of_stopping(eos_logit_gap: Tensor, mask: Tensor) -> Tensor:
-    """Mean regret of ending the answer at a state where the teacher would go on, scalar, nats.
+    """Mean regret of ending the answer at a state where the teacher would continue, scalar, nats.
 
     Args: eos_logit_gap [B, R] = max_a q(s_t, a) - q(s_t, EOS); mask [B, R] the non-final answer positions.
-    While a policy's regret per sequence exceeds this price, ending early is the better return (METHOD: EOS shortcut).
+    While a policy's regret per sequence exceeds this, ending early has the better return (docs/method.md).
     """
     return masked_mean(eos_logit_gap, mask)
 
@@ -142,7 +142,7 @@ class CreditInputs:
     reward               [B, R] r_t, the terms whose discounted sum is the credit;  mask [B, R]
     decay                gamma * lambda, the horizon under every baseline: it is GAE's lambda with the teacher's V as
                          critic, and a discount to the learned critic C. Bootstrapping C over the full return instead
-                         would bring back, at any lambda, the early end-of-sequence that a short horizon rules out:
+                         would reintroduce, at any lambda, the early end-of-sequence that a short horizon rules out:
                          ending a row saves -C(s_t)
     stride               keep every stride-th reward (K-step)
     rollouts_per_prompt  K adjacent rows of one prompt
@@ -179,7 +179,7 @@ def teacher_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
 
 
 def closed_form_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
-    """S_t - E_{a ~ pi}[r(s_t, a)], [B, R]; the exact one-step term has no such baseline, and none is taken then."""
+    """S_t - E_{a ~ pi}[r(s_t, a)], [B, R]; with the exact one-step term nothing is subtracted."""
     credit = inputs.to_go()
     return credit if inputs.immediate is not None else credit - given(inputs.expected), None
 
@@ -193,7 +193,7 @@ def leave_one_out_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]
 def critic_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
     """S_t - C(s_t) and the targets of C, both [B, R]; C is a learned estimate of E_pi[S_t].
 
-    Where the loss carries the exact one-step term, C predicts that term too: its expectation is given back, so that
+    Where the loss carries the exact one-step term, C predicts that term too: its expectation is added back, so that
     only the future is compared.
     """
     credit, returns = gae(inputs.reward, given(inputs.values), inputs.mask, inputs.decay, 1.0)
@@ -204,7 +204,7 @@ def critic_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What is taken from the credit of a token; it never changes the expected gradient.
+    """What is subtracted from the credit of a token; it does not change the expected gradient.
 
     credit          `CreditInputs` -> the advantage [B, R] of each token and the critic's targets, None without one
     reads           fields of `CreditInputs` beyond reward and mask that it reads, whatever the one-step term is
@@ -222,7 +222,7 @@ class Baseline:
         return "values" in self.reads
 
     def inputs(self, *, exact: bool) -> frozenset[str]:
-        """What it reads beside an exact or a sampled one-step term."""
+        """The fields it reads with an exact or a sampled one-step term."""
         return self.reads | (self.reads_exact if exact else self.reads_sampled)
 
 

@@ -47,7 +47,7 @@ def weighted_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float]) ->
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """CE = mean over labelled rows of -log softmax(z)[label], a scalar; logits [B, C], labels [B], negative = none.
 
-    0 if no row of the batch has a label (a transfer set that the teacher alone judges).
+    0 if no row of the batch has a label (a transfer set, trained on the teacher alone).
     """
     labelled = labels >= 0
     return masked_mean(F.cross_entropy(logits, labels.clamp(min=0), reduction="none"), labelled)

@@ -77,7 +77,7 @@ def reduction_count(mask: Tensor, reduction: Reduction) -> float:
 
 
 def reduce_tokens(loss: Tensor, mask: Tensor, reduction: Reduction, denominator: float | None = None) -> Tensor:
-    """sum_{b,t} w_{b,t} loss_{b,t} / denominator, a scalar, of loss [B, R]; positions outside `mask` never count.
+    """sum_{b,t} w_{b,t} loss_{b,t} / denominator, a scalar, of loss [B, R]; positions outside `mask` do not count.
 
     token_mean      mean over the batch's tokens: every token weighs the same
     sequence_mean   mean over rows of the mean over their tokens: every row weighs the same (biased towards short rows)

@@ -1,4 +1,4 @@
-"""A run folder as a record. Any file may be missing or truncated: what is not known stays empty and is listed in
+"""A run folder as a record. Any file may be missing or truncated: unknown fields are empty and listed in
 `notes`.
 """
 

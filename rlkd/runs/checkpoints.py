@@ -28,9 +28,9 @@ MANIFEST = "manifest.json"
 STATE_FILE = "rlkd_state.json"
 UNFINISHED = "_unfinished"
 SET_ASIDE = "set_aside"
-# What a run logs; a resumed run takes back the lines that came after its checkpoint.
+# The logs of a run; a resumed run removes the lines after its checkpoint.
 LOGS = (METRICS, SAMPLES, TOKEN_REWARDS, ALARMS_FILE)
-# Bytes that a checkpoint takes beside its tensors, and a disk beside its files.
+# Bytes that a checkpoint takes in addition to its tensors, and a disk in addition to its files.
 SMALL_FILES = 2**20
 RESUME = "--resume_from_checkpoint auto"
 
@@ -183,7 +183,7 @@ def _given(folder: Path) -> Path:
     raise CheckpointError(f"cannot resume from {folder}: {reason}.{hint}")
 
 
-# A run folder that goes back to a checkpoint
+# Returning a run folder to a checkpoint
 
 
 def log_sizes(run: Path) -> dict[str, int]:

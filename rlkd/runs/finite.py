@@ -176,7 +176,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Mapping):
         inner = value.items()
     else:
-        # A head, say, is no part of the batch.
+        # A head, for example, is not part of the batch.
         if isinstance(value, (Tensor, list, tuple, str, int, float)):
             yield name, value
         return

@@ -111,7 +111,7 @@ class RunRecord:
     resumed: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """Write run.json into `folder`, whole or not at all, without secrets. Raises RlkdError if the disk is full."""
+        """Write run.json into `folder`, atomically and without secrets. Raises RlkdError if the disk is full."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(redacted(asdict(self)), indent=2, ensure_ascii=False)
         write_durably(folder / RUN_FILE, (text + "\n").encode())
@@ -177,7 +177,7 @@ def changed_settings(then: Mapping[str, Any], sections: Iterable[Any]) -> list[s
         ours = own_names(type(section))
         for item in fields(section):
             name = item.name
-            # One of ours that is not in the record is newer than it, or was not known to what wrote it.
+            # A setting that is not in the record is newer than the record, or was unknown to its writer.
             if name in free or not item.init or (name in ours and name not in then):
                 continue
             before, after = (record.get(name, redacted(default_of(item), name)) for record in (then, current))

@@ -49,7 +49,7 @@ class ResumableTrainer(Trainer):
     InterruptedRunError after SIGTERM or SIGINT (a checkpoint is saved), RlkdError when the disk is full.
     """
 
-    # Checkpoints can be saved after every so many steps only.
+    # Checkpoints can only be saved at multiples of this many steps.
     steps_between_checkpoints = 1
 
     def __init__(self, **options: Any):
@@ -82,7 +82,7 @@ class ResumableTrainer(Trainer):
             self.check_resumable(checkpoint)
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
-        # The Trainer would take one step more of a run that was finished when it was resumed.
+        # The Trainer would take one more step of a finished run.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:

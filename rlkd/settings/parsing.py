@@ -28,7 +28,7 @@ from ..errors import ConfigError, RlkdError, nearest
 from ..io.redaction import redacted
 from .fields import default_of, own_names, plain
 
-MOST_PROBLEMS = 20  # what fits on one screen
+MOST_PROBLEMS = 20  # fits on one screen
 
 
 def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -266,7 +266,7 @@ def _value(loader: _Loader, node: yaml.Node, hint: Any) -> Any:
     choices = {type(choice) for choice in choices_of(hint)}
     if isinstance(value, bool) and choices and bool not in {*choices, *members_of(hint)}:
         value = node.value  # YAML 1.1 reads `no` as false; among choices it is a word
-    try:  # strict JSON: 3 is a float, 3.7 is no int, "3" is no number, 1 is no bool
+    try:  # strict JSON: 3 is a valid float; 3.7 is not an int, "3" not a number, 1 not a bool
         return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except PydanticUserError:
         return value

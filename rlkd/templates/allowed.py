@@ -111,7 +111,7 @@ def _number(value: Any) -> None:
         raise TypeError(f"a number is needed, found {type(value).__name__}")
 
 
-# A printf width or precision, wherever one may stand: after "%", a key's ")", or flags.
+# A printf width or precision, wherever one may occur: after "%", a key's ")", or flags.
 _PRINTF = re.compile(r"[%)][-#0 +]*(\d+|\*)?(?:\.(\d+|\*))?")
 
 

@@ -128,7 +128,7 @@ def _dataset(tree: dict[str, Any]) -> str | None:
     dataset, subset = tree.get("dataset"), tree.get("subset")
     if not isinstance(dataset, str):
         return None
-    # snli and multi_nli say `subset: None`, a text.
+    # snli and multi_nli have `subset: None`, a string.
     return f"{dataset}/{subset}" if isinstance(subset, str) and subset != "None" else dataset
 
 

@@ -32,7 +32,7 @@ from . import allowed
 from .meter import DEFAULT_LIMITS, SCALARS, WRITTEN_PER_STEP, Limits, Meter, SandboxError
 
 SEPARATOR = "|||"
-# promptsource's own stand-in for a separator inside a field, so that a row cannot inject a target of its own.
+# promptsource's own replacement for a separator inside a field, so that a row cannot inject a target of its own.
 PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 
 

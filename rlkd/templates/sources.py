@@ -33,7 +33,7 @@ MAX_ARCHIVE_BYTES = 2**28
 PROMPTSOURCE_ARCHIVE = "promptsource-0.2.3.tar.gz"
 PROMPTSOURCE_SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
 DOWNLOAD_HINT = "`rlkd prompts download` fetches promptsource's 2,085 templates over 180 data sets."
-# Beside the package in a checkout, inside it once installed (see pyproject.toml).
+# Next to the package in a checkout, inside it once installed (see pyproject.toml).
 PACKAGE_PROMPTS = next(
     (p for p in (Path(__file__).resolve().parents[i] / "prompts" for i in (2, 1)) if p.is_dir()),
     Path("prompts").resolve(),
@@ -180,7 +180,7 @@ def _dataset_of(file: Path) -> str:
     try:
         own = parse(read_file(file).content).dataset
     except DataError:
-        own = None  # said with its line when the file is read
+        own = None  # reported with its line when the file is read
     return own or file.resolve().parent.name
 
 

@@ -77,7 +77,7 @@ class RenderWorker:
 
         A row that takes longer than `limits.seconds`, or ends the child, gives a SandboxError; the others still render.
         """
-        template = replace(template, trusted=True)  # there; and without what it compiled here
+        template = replace(template, trusted=True)  # there, without what was compiled here
         remaining, size = iter(rows), ROWS_PER_MESSAGE
         while batch := list(islice(remaining, ROWS_PER_MESSAGE)):
             while batch:

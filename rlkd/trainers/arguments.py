@@ -1,4 +1,4 @@
-"""Settings of the trainers, on top of transformers' TrainingArguments (whose fields are never repeated here)."""
+"""Settings of the trainers, on top of transformers' TrainingArguments (its fields are never repeated here)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
 
-# What supervised distillation can minimise: cross-entropy on the labels, or one of the divergences, added ones too.
+# Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
 IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
 
 
@@ -29,7 +29,7 @@ class StudentArguments(TrainingArguments):
     """What every rlkd trainer shares.
 
     Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
-    to a tracker unless asked for, columns are kept for the collators, and a resumed run restores its callbacks.
+    to a tracker unless requested, columns are kept for the collators, and a resumed run restores its callbacks.
     """
 
     allow_config_change: bool = field(
@@ -132,7 +132,7 @@ class SupervisedArguments(DistillationArguments):
 
 @dataclass
 class OnPolicyArguments(DistillationArguments):
-    """Answers sampled from the student itself, whatever is learned from them."""
+    """Settings of rollouts, shared by all on-policy objectives."""
 
     rollouts_per_prompt: Count = field(default=4, metadata={"help": "Answers sampled for each prompt."})
     epochs_per_rollout: Count = field(default=1, metadata={"help": "Passes over each batch of rollouts."})

@@ -35,7 +35,7 @@ class Credit(Batched):
     advantages       credit of each sampled token after its baseline
     rewards          the terms whose discounted sum is the credit before its baseline
     state_value      V(s_t) of the teacher in the raw-logit gauge, so that E_pi[A_V] = E_pi[q] - V
-    returns          targets of the critic, and values, what it said at rollout time; None without a critic
+    returns          targets of the critic, and values, its predictions at rollout time; None without a critic
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
     scale            1 / (standard deviation the advantages were whitened with), else 1
     kl_coef          weight of the KL penalty for this batch
@@ -120,7 +120,9 @@ class PolicyGradient(Objective):
     def over_batch(
         self, annotations: Credit, answers: Rollouts, evidence: Evidence, processes: Processes
     ) -> tuple[Credit, Mapping[str, Tensor | float]]:
-        """Whiten advantages and adapt the weight of the KL penalty over the global batch; docs/metrics.md has names."""
+        """Whiten advantages and adapt the weight of the KL penalty over the global batch; docs/metrics.md defines the
+        logged names.
+        """
         args, credit, mask = self.args, annotations, answers.answer_mask
         if args.whiten_advantages:
             moments = processes.sum(masked_moments(credit.advantages, mask))
@@ -153,7 +155,7 @@ class PolicyGradient(Objective):
         }
 
     def shown(self, annotations: Credit) -> dict[str, Tensor]:
-        # As they are in nats: whitening is undone in the rewards.
+        # In nats: the whitening of the rewards is undone.
         shown = {"rewards": annotations.rewards / annotations.scale, "advantages": annotations.advantages}
         return shown if annotations.values is None else {**shown, "values": annotations.values}
 
@@ -196,7 +198,7 @@ class PolicyGradient(Objective):
             logged = {**logged, "value_loss": critic}
         return loss, logged
 
-    # The weight of the KL penalty moves when it is adapted
+    # kl_coef changes during training, so checkpoints keep it
 
     def state(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_coef}
@@ -216,7 +218,7 @@ class PolicyGradientTrainer(OnPolicyTrainer):
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:
-    """Regret and the teacher's log-probability per answer, its entropy per token: as far as it gives them."""
+    """Regret and the teacher's log-probability per answer, its entropy per token, as far as the signal has them."""
     assert signal is not None
     logged: dict[str, Tensor | float] = {}
     if signal.max is not None:

@@ -65,7 +65,8 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # torch's own rules: the small deviations of transformers' default starve a network this shallow.
+        # torch's own rules: the small standard deviation of transformers' default is too low for a network this
+        # shallow.
         if isinstance(module, (nn.Embedding, nn.LSTM, nn.Linear)):
             module.reset_parameters()
 

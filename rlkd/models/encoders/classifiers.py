@@ -113,7 +113,7 @@ class EncoderStudent(nn.Module):
         if hidden:
             projected = [project(h) for project, h in zip(self.projections, out.hidden, strict=True)]
             return out._replace(hidden=projected)
-        # Part of every backward pass, as DistributedDataParallel demands of all parameters.
+        # Part of every backward pass, as DistributedDataParallel requires of all parameters.
         unused = sum(p.sum() for p in self.projections.parameters())
         return out._replace(logits=out.logits + 0.0 * unused)
 

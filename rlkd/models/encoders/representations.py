@@ -38,7 +38,7 @@ def load_encoder(name: str, config: Any) -> Any:
     classifies = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
     family = AutoModelForSequenceClassification if classifies else AutoModel
     model, loading = family.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    # A pooler or a head reads the layers: fresh ones change none of them.
+    # A pooler or a head only reads the layers: fresh ones do not change them.
     missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key and "classifier" not in key)
     if missing:
         raise ModelError(

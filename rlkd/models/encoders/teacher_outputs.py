@@ -62,7 +62,7 @@ class TeacherOutputs:
 def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, **choices: Any) -> dict[str, Any]:
     """Everything the outputs depend on; each key has its own folder."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    for name in ("truncation", "padding"):  # left behind by the last call
+    for name in ("truncation", "padding"):  # left over from the last call
         definition.pop(name, None)
     return {
         "format": FORMAT,
@@ -86,7 +86,7 @@ def cached_outputs(
     key = {**key, "kind": kind}
     folder = root / sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     if not (folder / META_FILE).exists():
-        # Not named by process: its number comes again, after a kill or in another container.
+        # Not named by process: a process id can occur again, after a kill or in another container.
         partial = root / f"{folder.name}.partial-{uuid4().hex}"
         partial.mkdir(parents=True)
         try:
@@ -94,7 +94,7 @@ def cached_outputs(
             (partial / META_FILE).write_text(json.dumps(key, indent=2))
             partial.rename(folder)
         except OSError:
-            if not (folder / META_FILE).exists():  # else another run was first
+            if not (folder / META_FILE).exists():  # else another run was faster
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)

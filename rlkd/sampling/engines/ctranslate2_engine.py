@@ -82,7 +82,7 @@ class CTranslate2Engine:
 
     @classmethod
     def of(cls, model: ModelSource, settings: EngineSettings) -> CTranslate2Engine:
-        # Weights that are read only to be converted need no room on an accelerator.
+        # Weights that are only converted need no accelerator memory.
         lm, precision = model.language_model("cpu"), settings.compute_type or model.dtype
         engine = cls(lm, precision, threads=settings.threads, device=model.device)
         del lm

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 REFERENCE = "torch"
 # Name -> the engine's class, or where it is, so that listing the names imports none. `auto` tries them in this order;
-# what stands after the reference, which can do everything, must be asked for by name.
+# entries after the reference, which can do everything, must be named explicitly.
 ENGINES: dict[str, str | EngineKind] = {
     "ctranslate2": "rlkd.sampling.engines.ctranslate2_engine:CTranslate2Engine",
     REFERENCE: "rlkd.sampling.engines.torch_engine:TorchEngine",

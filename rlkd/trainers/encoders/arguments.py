@@ -17,7 +17,7 @@ CACHE_ORDER = ("none", "logits", "cls", "hidden")
 
 @dataclass
 class TKDArguments(StudentArguments):
-    """Which terms the loss has and how they weigh, how the tree is grown, and what is kept of the teacher."""
+    """Terms of the loss and their weights, the tree, and the cache of teacher outputs."""
 
     # Loss
     preset: Annotated[str, OneOf(PRESETS)] = field(
