@@ -6,6 +6,7 @@ valid tokens reach the head, and the head runs in chunks: logits [B, R, V] never
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 from torch import Tensor
-from transformers.utils import logging
 
 from ..checks import check_settings
 from ..errors import DivergenceError, ModelError
@@ -28,7 +28,7 @@ from .vocabulary import encode_texts
 
 TemplateCombination = Literal["average", "pool"]
 Result = TypeVar("Result")
-logger = logging.get_logger("rlkd")
+logger = logging.getLogger(__name__)
 
 
 class PromptCache:

@@ -125,7 +125,9 @@ def unfinished(history: History) -> Reading | None:
 
 
 def certainty(history: History) -> Reading | None:
-    """The student's entropy over the teacher's on the same answers; 0.01 nats added to both tolerate a sharp teacher."""
+    """The student's entropy over the teacher's on the same answers; 0.01 nats added to both tolerate a sharp
+    teacher.
+    """
     own, theirs = history.recent("entropy"), history.recent("teacher_entropy")
     if own is None or theirs is None:
         return None
@@ -177,7 +179,9 @@ def _objective(history: History) -> str:
 
 
 def rise(history: History) -> Reading | None:
-    """Regret (RL) or loss over its lowest; a fifth of the first reading, added to both, damps the ratio of small ones."""
+    """Regret (RL) or loss over its lowest; a fifth of the first reading, added to both, damps the ratio of small
+    ones.
+    """
     name = _objective(history)
     now = history.recent(name, USUAL)
     if now is None:
@@ -190,8 +194,8 @@ def rise(history: History) -> Reading | None:
 def held_out_loss(history: History) -> Reading | None:
     """Largest relative loss of a held-out score (regret, task scores) since its best, while training improves.
 
-    Regret counts in RL only (empty answers of an untrained student have a low one); it is relative to its best plus half
-    of the first training regret, as the best may be near 0.
+    Regret counts in RL only (empty answers of an untrained student have a low one); it is relative to its best plus
+    half of the first training regret, as the best may be near 0.
     """
     objective = _objective(history)
     now = history.recent(objective)
@@ -261,8 +265,14 @@ ALARMS = {
         ),
         Alarm(
             name="kl_negative",
-            meaning="The mean KL estimate is far below 0, which cannot be if answers are sampled from the policy that is scored.",
-            advice="Sampling and scoring disagree: check the precision (bf16), dropout (must be 0) and changes to sampling.",
+            meaning=(
+                "The mean KL estimate is far below 0, which cannot be if answers are sampled from the policy that is "
+                "scored."
+            ),
+            advice=(
+                "Sampling and scoring disagree: check the precision (bf16), dropout (must be 0) and changes to "
+                "sampling."
+            ),
             reads=("kl",),
             measure=distance,
             threshold=-0.1,
@@ -311,8 +321,13 @@ ALARMS = {
         ),
         Alarm(
             name="held_out_worse",
-            meaning="Training improves but held-out regret or a held-out score gets worse: overfitting or reward hacking.",
-            advice="Keep the best checkpoint (load_best_model_at_end, early_stopping_patience), raise kl_coef, or use more data.",
+            meaning=(
+                "Training improves but held-out regret or a held-out score gets worse: overfitting or reward hacking."
+            ),
+            advice=(
+                "Keep the best checkpoint (load_best_model_at_end, early_stopping_patience), raise kl_coef, or use "
+                "more data."
+            ),
             reads=("eval_seconds", "eval_runtime"),
             measure=held_out_loss,
             threshold=0.1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,14 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from ..errors import CheckpointError, ConfigError, RlkdError
 from ..io.files import sha256, sync_folder, write_durably
 from .files import ALARMS_FILE, METRICS, SAMPLES, TOKEN_REWARDS
 from .record import check_settings
 
-logger = logging.get_logger("rlkd")
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE_FILE = "rlkd_state.json"

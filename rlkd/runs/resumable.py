@@ -16,7 +16,20 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import CheckpointError, InterruptedRunError
 from ..io.lock import Stop, writer_lock
-from .checkpoints import RESUME, STATE_FILE, UNFINISHED, checkpoint_path, clear_unfinished, commit, explained_save, find_checkpoint, log_sizes, read_state, requested, rewind
+from .checkpoints import (
+    RESUME,
+    STATE_FILE,
+    UNFINISHED,
+    checkpoint_path,
+    clear_unfinished,
+    commit,
+    explained_save,
+    find_checkpoint,
+    log_sizes,
+    read_state,
+    requested,
+    rewind,
+)
 from .trackers import survive_outages
 
 Result = TypeVar("Result")
@@ -45,8 +58,8 @@ class _GracefulStop(TrainerCallback):
 class ResumableTrainer(Trainer):
     """transformers.Trainer with checkpoints that are complete or absent, and resumed runs equal to uninterrupted ones.
 
-    Raises LockedError while another process writes the run folder, CheckpointError for a checkpoint that cannot be resumed,
-    InterruptedRunError after SIGTERM or SIGINT (a checkpoint is saved), RlkdError when the disk is full.
+    Raises LockedError while another process writes the run folder, CheckpointError for a checkpoint that cannot be
+    resumed, InterruptedRunError after SIGTERM or SIGINT (a checkpoint is saved), RlkdError when the disk is full.
     """
 
     # Checkpoints can only be saved at multiples of this many steps.
@@ -132,7 +145,9 @@ class ResumableTrainer(Trainer):
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Let the Trainer write to a temporary folder, then make it the checkpoint; older ones are deleted after that."""
+        """Let the Trainer write to a temporary folder, then make it the checkpoint; older ones are deleted after
+        that.
+        """
         final = checkpoint_path(self.run_folder, self.state.global_step)
         try:
             self._write_checkpoint(model, trial, final)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.utils import logging
 
-logger = logging.get_logger("rlkd")
+logger = logging.getLogger(__name__)
 
 
 def survive_outages(callbacks: Iterable[TrainerCallback]) -> None:
@@ -38,8 +38,8 @@ class Outage:
             except Exception as error:
                 self.failed = True
                 logger.warning(
-                    f"the tracker {self.tracker} failed and is disabled for the rest of the run; metrics.jsonl has every number "
-                    f"({type(error).__name__}: {error})"
+                    f"the tracker {self.tracker} failed and is disabled for the rest of the run; metrics.jsonl has "
+                    f"every number ({type(error).__name__}: {error})"
                 )
 
         return call

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from ..errors import ConfigError
 from ..models.heads import HeadOverStates
@@ -16,7 +16,7 @@ from ..records import given
 if TYPE_CHECKING:
     from .policy_gradient import PolicyGradientTrainer
 
-logger = logging.get_logger("rlkd")
+logger = logging.getLogger(__name__)
 
 
 class StartCheck(TrainerCallback):

@@ -432,3 +432,13 @@ def test_scripts_that_write_to_a_file_show_no_bars(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
     assert "\r" not in done.stderr
+
+
+@pytest.mark.parametrize("call", ["warn()", "run_main(warn)"])
+def test_a_warning_reaches_the_terminal_once(tmp_path, call):
+    script = (
+        "from pathlib import Path\nfrom rlkd import run_main\nfrom rlkd.runs.checkpoints import find_checkpoint\n"
+        f"warn = lambda: find_checkpoint('auto', Path('new'))\n{call}"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "no checkpoint in new yet: starting a new run\n")
