@@ -46,6 +46,7 @@ def per_decision(
     ratio of the tokens up to its own step, the baseline by that of step t. Weighting the sum instead, w_t adv_t, is
     biased: the future was still sampled from the older policy.
     """
+    # S(w x) - w S(x): 0 on policy, where all weights are 1.
     drift = discounted_sum(weights * rewards, mask, decay, stride) - weights * discounted_sum(
         rewards, mask, decay, stride
     )
@@ -58,6 +59,7 @@ def temporal_difference(advantage: Tensor, values: Tensor, mask: Tensor, gamma: 
     C is 0 after the last token, whether the answer ended or was cut (see `rlkd.objectives.rewards`).
     """
     values = values * mask
+    # Padding is already 0, so the shift gives C = 0 after the last token of every row.
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     return (advantage + gamma * following - values) * mask
 
@@ -103,7 +105,7 @@ def importance_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, kin
     log_ratio = (logps.detach() - behaviour_logps) * mask
     if kind == "none":
         return mask.to(log_ratio.dtype)
-    if kind == "cumulative":
+    if kind == "cumulative":  # in logs: a product of many ratios would overflow before it is capped
         log_ratio = log_ratio.cumsum(1)
     elif kind != "token":
         raise ValueError(f"importance_weight = {kind!r}: allowed are 'none', 'token', 'cumulative'")
@@ -196,6 +198,7 @@ def critic_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
     Where the loss carries the exact one-step term, C predicts that term too: its expectation is added back, so that
     only the future is compared.
     """
+    # The decay is the critic's own discount, so GAE's lambda on top of it is 1.
     credit, returns = gae(inputs.reward, given(inputs.values), inputs.mask, inputs.decay, 1.0)
     if inputs.immediate is not None:
         credit = credit - inputs.immediate + given(inputs.expected)

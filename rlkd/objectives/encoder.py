@@ -88,6 +88,7 @@ def token_distance(
                 f"hidden states of width {s.shape[-1]} (student) and {width} (teacher) in {heads} head slices: widths "
                 "must agree (project the student's) and be a multiple of the heads"
             )
+        # The teacher's states carry no gradient; each head's slice is normalised on its own.
         s, t = s.unflatten(-1, (heads, -1)), t.detach().unflatten(-1, (heads, -1))  # [B, L, H, d]
         if normalise:
             s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)

@@ -30,6 +30,7 @@ def ppo_loss(logps: Tensor, behaviour_logps: Tensor, advantages: Tensor, clip_ra
     """-min(rho adv, clip(rho, 1 - eps, 1 + eps) adv), rho = pi / mu (Schulman et al. 2017, arXiv 1707.06347, eq. 7),
     [B, R].
     """
+    # The minimum is pessimistic: clipping removes the gain of a larger step, never the penalty of a bad one.
     ratio = (logps - behaviour_logps).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantages, clipped * advantages)
@@ -87,5 +88,6 @@ def reduce_tokens(loss: Tensor, mask: Tensor, reduction: Reduction, denominator:
     check_choice("reduction", reduction, Reduction)
     if denominator is None:
         denominator = reduction_count(mask, reduction)
+    # where, not a product: 0 * inf or 0 * NaN at padding would be NaN.
     weighted = torch.where(mask, loss, torch.zeros_like(loss)) * token_weights(mask, reduction)
     return weighted.sum() / max(denominator, 1.0)

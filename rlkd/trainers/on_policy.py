@@ -75,6 +75,7 @@ class OnPolicyTrainer(DistillationTrainer):
         self.args.ignore_data_skip = True
         self.steps_between_checkpoints = args.updates_per_rollout
         self.train_examples = train_examples
+        # Both are exact copies of the initial student; with sync_every = 1 the student itself samples.
         self.reference = self.policy.frozen_copy()
         self.behaviour = self.policy if args.sync_every == 1 else self.policy.frozen_copy()
         self.newest: Minibatch | None = None
@@ -118,6 +119,8 @@ class OnPolicyTrainer(DistillationTrainer):
 
     def prompts(self, index: int) -> list[Example]:
         """This process's prompts of rollout batch `index`: each pass over the data has its own order."""
+        # A function of `index` alone, so that a resumed run needs no data-loader state. The last, incomplete batch of a
+        # pass is dropped; every process takes its own slice of the same permutation.
         epoch, position = divmod(index, len(self.train_examples) // self.prompts_per_rollout)
         generator = torch.Generator().manual_seed(self.args.seed + epoch)
         order = torch.randperm(len(self.train_examples), generator=generator)
@@ -126,6 +129,7 @@ class OnPolicyTrainer(DistillationTrainer):
 
     def sample(self, index: int) -> Rollouts:
         """Answers of the behaviour policy to this process's prompts."""
+        # Sampled and recomputed log-probabilities must agree, so that the first ratio pi / mu is 1.
         self.behaviour.eval()
         return sample_rollouts(
             self.behaviour,
@@ -143,6 +147,7 @@ class OnPolicyTrainer(DistillationTrainer):
         self.tokens_since_log += int(answers.answer_mask.sum())
         evidence = self.evidence(answers)
         annotations = self.objective.annotate(answers, evidence)
+        # Before whitening, which would spread one NaN over the batch of every process.
         self.check_experience(answers, annotations)
         annotations, logged = self.objective.over_batch(annotations, answers, evidence, self)
         self.record_batch(answers, logged)
@@ -178,9 +183,12 @@ class OnPolicyTrainer(DistillationTrainer):
         counts = torch.tensor(
             [reduction_count(mask[rows], self.objective.loss_reduction) for rows in plan], device=mask.device
         )
+        # One denominator per minibatch over all processes and micro-batches: a mean of means would weight short
+        # micro-batches too much.
         counts = self.accelerator.reduce(counts, reduction="sum").tolist()
         lengths = (mask.sum(1) + batch.answers.input_mask.sum(1)).cpu()
         for rows, count in zip(plan, counts, strict=True):
+            # Rows of similar length share a micro-batch: less padding, the same gradient.
             by_length = rows[lengths[rows].argsort(stable=True)]
             for micro in by_length.chunk(args.gradient_accumulation_steps):
                 yield replace(select_rows(batch, micro), denominator=count)
@@ -208,6 +216,7 @@ class OnPolicyTrainer(DistillationTrainer):
     # Checkpoints
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
+        # Right after a synchronisation the behaviour policy equals the student and need not be saved.
         lags = self.behaviour is not self.policy and self.rollout_index % self.args.sync_every > 0
         if lags:
             save_model(self.behaviour, str(folder / BEHAVIOUR_FILE))

@@ -84,6 +84,7 @@ class PolicyGradient(Objective):
         args, signal, mask = self.args, evidence.signal, answers.answer_mask
         assert signal is not None
         per_token = self.reward.per_token(signal)
+        # k1 in the reward: its expected gradient is that of the KL, which k1 in the loss would not give.
         reward = per_token
         if args.kl_in == "reward":
             reward = per_token - self.kl_coef * self.kl(answers, evidence)
@@ -94,6 +95,7 @@ class PolicyGradient(Objective):
                 decay=args.gamma * args.lam,
                 stride=args.k_step,
                 rollouts_per_prompt=args.rollouts_per_prompt,
+                # Without the KL term of the reward: `expected` has no KL, so its sample stays in the credit.
                 immediate=per_token if self.exact else None,
                 expected=evidence.extra[0] if "expected" in self.reads else None,
                 values=evidence.values,
@@ -126,6 +128,7 @@ class PolicyGradient(Objective):
         args, credit, mask = self.args, annotations, answers.answer_mask
         if args.whiten_advantages:
             moments = processes.sum(masked_moments(credit.advantages, mask))
+            # The exact term and the rewards get the same scale as the advantages, so that their ratio is kept.
             scale = 1.0 / moments_to_mean_std(moments)[1]
             advantages = whiten(credit.advantages, mask, moments)
             credit = replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
@@ -141,6 +144,7 @@ class PolicyGradient(Objective):
         if credit.values is not None and credit.returns is not None:
             values, returns = processes.gather(credit.values), processes.gather(credit.returns)
             logged["explained_variance"] = explained_variance(values, returns, everywhere)
+        # For the next batch: `credit` already holds the coefficient of this one.
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
         return credit, logged
@@ -187,9 +191,11 @@ class PolicyGradient(Objective):
         args = self.args
         credit: Credit = minibatch.annotations
         loss, logged = self.policy_loss(student.logps, minibatch)
+        # The exact term: gradient of E_{a ~ pi}[r(s_t, a)] over the whole vocabulary, without sampling variance.
         if self.exact:
             loss = loss - credit.scale * self.state_weights(student.logps, minibatch) * student.extra[0]
         loss = loss - args.entropy_coef * student.entropy
+        # k3 in the loss: non-negative per token; its expected gradient is that of KL(pi_0 || pi).
         if credit.kl_coef > 0 and args.kl_in == "loss" and credit.reference_logps is not None:
             loss = loss + credit.kl_coef * kl_k3(student.logps, credit.reference_logps)
         if credit.values is not None and credit.returns is not None:

@@ -14,7 +14,7 @@ from test_tkd import make as make_tkd
 from transformers import TrainerCallback
 
 from rlkd.errors import DivergenceError
-from tiny_runs import assert_same, examples, make, teacher, weights
+from tiny_runs import assert_same, examples, make, tiny_teacher, weights
 
 NAN, INF = float("nan"), float("inf")
 
@@ -51,10 +51,10 @@ def diverges(trainer, match):
 
 
 def test_a_teacher_that_is_not_finite_leaves_the_rollouts(tmp_path):
-    judge = teacher()
-    poison(judge.lm.model.decoder.final_layer_norm)
+    teacher = tiny_teacher()
+    poison(teacher.lm.model.decoder.final_layer_norm)
     tensors, plain, message = diverges(
-        make("ppo", tmp_path, judge=judge), "^step 0: the teacher's logits are not finite"
+        make("ppo", tmp_path, teacher=teacher), "^step 0: the teacher's logits are not finite"
     )
     assert "Its weights are torch.float32" in message
     assert tensors["answer_ids"].shape[0] == len(plain["ids"]) == len(plain["texts"]["answer_ids"]) == 16

@@ -14,7 +14,7 @@ from rlkd.metrics import METRICS
 from rlkd.runs.alarms import ALARMS, Alarm, History, Reading
 from rlkd.runs.files import ALARMS_FILE
 from rlkd.runs.guards import CALM, Watch
-from tiny_runs import examples, logged, make, teacher
+from tiny_runs import examples, logged, make, tiny_teacher
 
 DOCS = Path(__file__).parents[2] / "docs" / "guards.md"
 
@@ -209,9 +209,9 @@ def alarms_of(folder):
 
 def twin():
     """A student that equals its teacher and reads what it reads."""
-    judge = teacher()
+    teacher = tiny_teacher()
     data = [replace(e, student_input=e.teacher_inputs[0]) for e in examples(32)]
-    return {"model": copy.deepcopy(judge.lm.model).requires_grad_(), "judge": judge, "data": data}
+    return {"model": copy.deepcopy(teacher.lm.model).requires_grad_(), "teacher": teacher, "data": data}
 
 
 BATCH = {"per_device_train_batch_size": 16, "weak_start": "warn", "n": 16}

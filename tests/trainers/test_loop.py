@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from rlkd.errors import ConfigError, DivergenceError
-from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, teacher, weights
+from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, tiny_teacher, weights
 
 
 class Watch(TrainerCallback):
@@ -169,9 +169,9 @@ def poison(module):
 
 @pytest.mark.parametrize("weak_start", ["warn", "ignore"])
 def test_nan_in_the_teacher_stops_before_any_update(tmp_path, weak_start):
-    judge = teacher()
-    poison(judge.lm.model.decoder.final_layer_norm)
-    trainer = make("ppo", tmp_path, judge=judge, weak_start=weak_start)
+    teacher = tiny_teacher()
+    poison(teacher.lm.model.decoder.final_layer_norm)
+    trainer = make("ppo", tmp_path, teacher=teacher, weak_start=weak_start)
     before = weights(trainer.policy)
     with pytest.raises(DivergenceError, match=r"^step 0: the teacher's logits are not finite .* row \d"):
         trainer.train()
@@ -259,12 +259,12 @@ def test_weak_start_warns_refuses_or_is_ignored(tmp_path, caplog, monkeypatch):
 
 def test_a_strong_start_is_silent(tmp_path, caplog):
     # The student is the teacher sharpened until its samples are the teacher's greedy answers.
-    judge = teacher()
-    twin = copy.deepcopy(judge.lm.model).requires_grad_()
+    teacher = tiny_teacher()
+    twin = copy.deepcopy(teacher.lm.model).requires_grad_()
     with torch.no_grad():
         twin.lm_head.weight.mul_(50)
     data = [replace(e, student_input=e.teacher_inputs[0]) for e in examples()]
-    trainer = make("reinforce", tmp_path, model=twin, judge=judge, data=data, weak_start="refuse", max_steps=1)
+    trainer = make("reinforce", tmp_path, model=twin, teacher=teacher, data=data, weak_start="refuse", max_steps=1)
     expected = expected_start(trainer)
     assert expected["start_regret"] <= 0.5 * expected["start_eos_price"]
     trainer.train()

@@ -14,11 +14,11 @@ from tiny_runs import examples, make
 
 
 def tkd(folder: str) -> None:
-    judge = tiny_classifier()
+    teacher = tiny_classifier()
     trainer = make_tkd(
         Path(folder),
-        model=build_student(judge, 2, "random", hidden_size=8),
-        teacher=judge,
+        model=build_student(teacher, 2, "random", hidden_size=8),
+        teacher=teacher,
         preset="pkd",
         teacher_cache="cls",
         auto_scale=True,
