@@ -109,8 +109,8 @@ def test_a_csv_becomes_a_small_classifier(user, monkeypatch, capsys):
         assert type(model).__name__ == "BertForSequenceClassification"
         assert list(model.config.id2label.values()) == labels
         assert model.config.label2id == {name: i for i, name in enumerate(labels)}
-        judged = pipeline("text-classification", model=str(folder), device="cpu")([row["text"] for row in dev])
-        hits = [found["label"] == row["label"] for found, row in zip(judged, dev, strict=True)]
+        predicted = pipeline("text-classification", model=str(folder), device="cpu")([row["text"] for row in dev])
+        hits = [found["label"] == row["label"] for found, row in zip(predicted, dev, strict=True)]
         facts = summary[role]
         assert facts["scores"]["dev"]["accuracy"] == pytest.approx(sum(hits) / 60)
         assert facts["scores"]["dev"]["score"] == facts["scores"]["dev"]["accuracy"]
@@ -300,7 +300,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         ),
         "one column twice": ("--pair_column text", 2, ("must be three different columns",)),
         "layer map": ("--layer_map 1 9", 2, ("layer_map", "must give 2 layers", "from 1 to 4")),
-        "layers": ("--student_layers 5", 2, ("student of 5 layers", "at most 4")),
+        "layers": ("--student_layers 5", 2, ("the student has 5 layers", "at most 4")),
         "no layers": ("--student_layers 0", 2, ("layers = 0",)),
         "too long": ("--max_length 65", 2, ("max_length = 65", "64 positions")),
         "tokenizers": (

@@ -82,7 +82,7 @@ def test_recipes_are_found(capsys, tmp_path, monkeypatch):
     ("script", "words"),
     [
         (None, ["mine.py: no such recipe. Did you mean", "mini.py'?", "--recipe FILE.py"]),
-        ("x = 1", ["mine.py has no SETTINGS: give it"]),
+        ("x = 1", ["mine.py has no SETTINGS: define it"]),
         ("import nothing_of_that_name", ["mine.py cannot be read: ModuleNotFoundError: No module named"]),
     ],
 )

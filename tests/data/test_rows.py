@@ -80,9 +80,9 @@ def test_columns_missing_in_the_first_row_are_kept(tmp_path):
         (
             "a.jsonl",
             '{"a": 1}\n{"a": null}\n{"a": "x"}\n',
-            ["column 'a' is of type number in line 1 but str in line 3"],
+            ["column 'a' has type number in line 1 but str in line 3"],
         ),
-        ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "surrogates"]),
+        ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "surrogate"]),
         ("a.json", '[{"a": 1},\n {"a" 2}]', ["a.json:2:7 is not valid JSON"]),
         ("a.json", '[{"a": 1}, 2]', ["entry 2 is a JSON int"]),
         ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv:3 has 3 cells, the header has 2 (a, b)"]),
@@ -153,7 +153,7 @@ def test_missing_files_and_wrong_arguments(tmp_path):
 
 
 def test_an_unreachable_hub_dataset_is_a_data_error():
-    with pytest.raises(DataError, match="'no-such-owner/no-such-set', subset 's', split 'dev' is neither a path"):
+    with pytest.raises(DataError, match="'no-such-owner/no-such-set', subset 's', split 'dev' is neither a local path"):
         load_rows("no-such-owner/no-such-set", subset="s", split="dev")
 
 
@@ -225,7 +225,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path):
     stream = RowStream(str(file))
     scan = stream.scan()
     file.write_text('{"a": "x"}\n' * 2)
-    with pytest.raises(DataError, match=r"had 3 rows and now has 2: it changed while it was read"):
+    with pytest.raises(DataError, match=r"had 3 rows and now has 2: it changed while being read"):
         list(stream.blocks(scan, 2, lambda k: True))
 
 
@@ -236,6 +236,6 @@ def test_a_hub_stream_that_breaks_off(monkeypatch):
 
     monkeypatch.setattr("rlkd.data.hub.load_hub", rows)
     reader = RowStream("some/name").reader
-    message = r"'some/name', row 2 cannot be read: ConnectionError: the line went dead.*repeat the command to go on"
+    message = r"'some/name', row 2 cannot be read: ConnectionError: the line went dead.*repeat the command to continue"
     with pytest.raises(DataError, match=message):
         list(reader.records())

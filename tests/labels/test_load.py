@@ -1,4 +1,4 @@
-"""A million rows through the pipeline with a stub teacher: flat memory, and what it costs besides the teacher."""
+"""A million rows through the pipeline with a stub teacher: flat memory, and the cost of everything but the teacher."""
 
 import json
 import subprocess

@@ -129,7 +129,7 @@ def test_eager_maps_where_the_family_knows_no_other():
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(mpnet(dropout=0.1), "only after dropout .0.1."), (bilstm(), "'rlkd_bilstm' model gives no attention rows")],
+    [(mpnet(dropout=0.1), "only after dropout .0.1."), (bilstm(), "'rlkd_bilstm' model does not expose its attention")],
 )
 def test_attention_that_cannot_be_had_is_refused(model, message):
     with pytest.raises(ModelError, match=message):
@@ -152,7 +152,7 @@ def test_a_layer_map_that_does_not_fit(layer_map):
 
 
 def test_a_student_deeper_than_its_teacher():
-    with pytest.raises(ConfigError, match=r"5 layers has more than its teacher \(4\)"):
+    with pytest.raises(ConfigError, match=r"5 layers, more than its teacher \(4\)"):
         matched_layers(5, 4)
 
 

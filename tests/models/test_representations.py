@@ -94,9 +94,9 @@ def test_classifiers_and_bare_encoders_load_without_training(tmp_path, kind):
 
 
 def test_models_that_cannot_be_probed(tmp_path):
-    with pytest.raises(ModelError, match="no encoder-only model with layers"):
+    with pytest.raises(ModelError, match="not an encoder-only model with layers"):
         load_encoder_config(save_pretrained(tmp_path / "t5", tiny_t5()))
-    with pytest.raises(ModelError, match=r"'.*nothing' is neither a folder here"):
+    with pytest.raises(ModelError, match=r"'.*nothing' is neither a local folder"):
         load_encoder_config(str(tmp_path / "nothing"))
     folder = save_pretrained(tmp_path / "short", tiny_classifier(layers=2), classifier_tokenizer())
     config = json.loads((tmp_path / "short" / "config.json").read_text())

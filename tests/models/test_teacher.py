@@ -194,7 +194,7 @@ def test_cache_drops_the_least_recently_used_first_and_stays_within_its_bytes():
     kept = [key for key in (1, 2, 3, 4) if cache.get((key,)) is not None]
     assert kept == [1, 3, 4]
     assert cache.bytes == 24
-    cache.put((5,), torch.zeros(4))  # makes room for two
+    cache.put((5,), torch.zeros(4))  # frees space for two
     assert [key for key in (1, 3, 4, 5) if cache.get((key,)) is not None] == [4, 5]
     assert cache.bytes == 24
     cache.put((6,), torch.zeros(7))  # would never fit

@@ -73,7 +73,7 @@ def test_numbers_that_are_not_finite_or_of_another_type_do_not_break_it(tmp_path
 
 
 def test_no_run_is_an_error_that_says_what_is_wanted(tmp_path):
-    with pytest.raises(DataError, match=r"no run here.*metrics\.jsonl"):
+    with pytest.raises(DataError, match=r"no run in it or up to .*metrics\.jsonl"):
         read_arms(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         read_arms(tmp_path / "nowhere")

@@ -230,9 +230,7 @@ def test_missing_and_unreadable_files(parse, tmp_path):
         parse_config((Arguments,), ["--config", "."])
     with pytest.raises(ConfigError, match=r"^--config: expected one argument\. See --help\.$"):
         parse_config((Arguments,), ["--config"])
-    assert (
-        refusal(parse, "", "--config", "b.yaml") == "--config is given 2 times (r.yaml, b.yaml): allowed is one file."
-    )
+    assert refusal(parse, "", "--config", "b.yaml") == "--config is given 2 times (r.yaml, b.yaml): give one file."
 
 
 @pytest.mark.parametrize(

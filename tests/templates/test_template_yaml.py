@@ -64,7 +64,7 @@ def test_metadata_and_lines():
         ("choices_in_prompt: false", "choices_in_prompt: 'no'", 12, "'choices_in_prompt' is 'no'; allowed is bool"),
         ("original_task: true", "original_task: sure", 15, "field 'original_task' is 'sure'; allowed is bool"),
         ("    name: two\n", "", 18, "field 'name' is None; allowed is str"),
-        ("id-two:", "id-one:", 18, "this id is taken by the template of line 4"),
+        ("id-two:", "id-one:", 18, "this id is already used by the template in line 4"),
         ("id-two: !Template", "id-two: !!python/object:os.system", 18, "could not determine a constructor for the tag"),
         ("id-two: !Template", "id-two: !Other", 18, "could not determine a constructor for the tag '!Other'"),
         ("dataset: toy", "dataset: !!python/name:os.system toy", 1, "could not determine a constructor"),
@@ -155,7 +155,7 @@ def test_original_task_by_default_and_others_when_asked(file):
     with pytest.raises(DataError, match=r"the input shows gold columns \(two: label\).*allow it with --gold-input"):
         names(":two")
     file.write_text(GOOD.replace("original_task: true", "original_task: false"))
-    with pytest.raises(DataError, match=r"none of its 2 templates asks for the original task\. Name one \(one, two\)"):
+    with pytest.raises(DataError, match=r"none of its 2 templates is for the original task\. Name one \(one, two\)"):
         names()
     file.write_text(GOOD.replace("name: one", "name: ' one '"))
     assert names(":one") == [" one "]

@@ -159,7 +159,7 @@ def test_a_start_that_cannot_be_checked_is_said(tmp_path, caplog):
 )
 def test_what_a_signal_cannot_give_is_refused_by_name(tmp_path, options, missing):
     with pytest.raises(
-        ConfigError, match=rf"reward_value = .* needs the teacher's .*{missing}.* gives chosen, max only"
+        ConfigError, match=rf"reward_value = .* needs the teacher's .*{missing}.* provides chosen, max only"
     ):
         make("reinforce", tmp_path, teacher=ChosenAndBest(tiny_teacher()), **{**PLAIN, **options})
 

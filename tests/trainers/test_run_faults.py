@@ -148,7 +148,7 @@ def test_a_flipped_bit_in_any_file_is_found(tmp_path, whole):
             flip(folder / file.name, draw.randrange(file.stat().st_size))
             problem = damage(folder)
             if file.name != MANIFEST:
-                assert problem.startswith(f"{file.name} is not what was written")
+                assert problem.startswith(f"{file.name} was changed after it was written")
             elif problem is None:  # white space between its entries, at most
                 read = [json.loads((f / MANIFEST).read_bytes())["files"] for f in (folder, original)]
                 assert read[0] == read[1]
@@ -168,7 +168,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_others_named(tmp_path, who
         else:
             flip(path, 200)
     goes_on(folder, whole)
-    said = {"missing": "is missing", "truncated": "has 100 bytes, not the", "flipped": "its sha256 differs"}[kind]
+    said = {"missing": "is missing", "truncated": "has 100 bytes, expected", "flipped": "its sha256 differs"}[kind]
     for step, name in ((3, "optimizer.pt"), (2, "model.safetensors")):
         assert re_found(rf"skipped .*checkpoint-{step}: {name} .*{said}", caplog)
     assert {path.name for path in (folder / SET_ASIDE).iterdir()} == {"checkpoint-2", "checkpoint-3"}
@@ -216,7 +216,7 @@ class Trap:
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path, whole, name):
-    """Even if whoever put it there also mended the manifest."""
+    """Even if its author also updated the manifest."""
     folder = copied(whole, tmp_path, last=2)
     checkpoint, sprung = folder / "checkpoint-2", tmp_path / "sprung"
     torch.save({"state": Trap(sprung)}, checkpoint / name, pickle_module=pickle)
@@ -453,7 +453,7 @@ def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_ranks(tmp_path, si
     assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {path.name for path in (folder / saved[0]).iterdir()}
 
 
-# No room
+# No space
 
 
 def test_a_full_disk_is_named_with_what_is_needed(tmp_path, monkeypatch, whole):
@@ -477,7 +477,7 @@ def test_a_full_disk_is_named_with_what_is_needed(tmp_path, monkeypatch, whole):
 @pytest.mark.fault
 @pytest.mark.parametrize("free", [0.1, 0.5, 0.9])
 def test_a_full_tmpfs(tmp_path, server, whole, free):
-    """Room for two checkpoints and a part of the third."""
+    """Space for two checkpoints and a part of the third."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(4096 * -(-f.stat().st_size // 4096) for f in (whole[0] / "checkpoint-3").iterdir())

@@ -542,8 +542,8 @@ def test_bf16_runs_and_stays_close(tmp_path):
         ({"w_ce": 0.0, "w_kd": 0.0, "beta": 0.0, "tree_start_epoch": 0.5}, "no term has a weight above 0 at the start"),
         ({"w_ce": 0.0, "w_kd": 0.0, "auto_scale": True}, "scales to CE and KD"),
         ({"early_stopping_patience": 2}, "needs load_best_model_at_end: true"),
-        ({"teacher_cache": "logits", "preset": "ft"}, "preset 'ft' asks no teacher"),
-        ({"teacher_cache": "logits", "preset": "kd", "w_kd": 0.0}, "preset 'kd' asks no teacher"),
+        ({"teacher_cache": "logits", "preset": "ft"}, "preset 'ft' uses no teacher"),
+        ({"teacher_cache": "logits", "preset": "kd", "w_kd": 0.0}, "preset 'kd' uses no teacher"),
         ({"teacher_cache": "hidden", "preset": "t-s-tkd"}, "grows a tree in the teacher's attention"),
         ({"teacher_cache": "logits", "preset": "pkd"}, "preset 'pkd' needs 'cls' or hidden, or none"),
         ({"teacher_cache": "cls", "preset": "tkd"}, "preset 'tkd' needs 'hidden', or none"),
@@ -577,7 +577,7 @@ def test_models_that_do_not_fit(tmp_path):
         make(tmp_path, other=other_tokenizer())
     with pytest.raises(ModelError, match="teacher has 2 labels and the student 3"):
         make(tmp_path, model=tiny_classifier(labels=3, layers=2))
-    with pytest.raises(ConfigError, match=r"5 layers has more than its teacher \(4\)"):
+    with pytest.raises(ConfigError, match=r"5 layers, more than its teacher \(4\)"):
         make(tmp_path, model=tiny_classifier(layers=5))
     for preset in ("tkd", "rand", "all"):
         with pytest.raises(ConfigError, match="student's 3 heads, and the teacher's width 16"):

@@ -342,12 +342,12 @@ class TKDTrainer(StudentTrainer):
         )
         if known and self.is_world_process_zero():
             predicted = logits.argmax(-1).tolist()
-            judged = [
+            evaluated = [
                 {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
                 for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
                 if label >= 0
             ]
-            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, judged)
+            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, evaluated)
         return out
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
