@@ -168,7 +168,7 @@ def killing(monkeypatch, preset, step):
 
 
 @pytest.mark.slow
-def test_a_killed_recipe_goes_on(user, monkeypatch):
+def test_a_killed_recipe_continues(user, monkeypatch):
     """A repeated command keeps what there is of the teacher, and the end is that of a run that nobody stopped."""
     straight, stopped = user / "runs" / "straight", user / "runs" / "stopped"
     short = ("--teacher_epochs", "2", "--num_train_epochs", "2")

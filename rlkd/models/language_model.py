@@ -36,8 +36,8 @@ class LanguageModel(Protocol):
     model        the transformers model (possibly PEFT-wrapped); whatever trains or moves its weights goes through it
     valid_vocab  V, the number of ids that are tokens; actions and normalisers are limited to them
     eos_id       the token that ends an answer; it belongs to the answer
-    pad_id       fills what lies beyond an answer. It may equal eos_id or a token that answers use: masks say what
-                 counts, never ids
+    pad_id       fills what lies beyond an answer. It may equal eos_id or a token that answers use: masks, not ids,
+                 decide what counts
     width        D, the width of the head's inputs
 
     Answers are [B, R], right-padded. Prompts are lists of token ids, at least one each. batch_tokens bounds the padded

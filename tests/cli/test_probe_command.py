@@ -53,7 +53,7 @@ def test_models_side_by_side(probe):
     teacher, student, bare = found["models"]
     assert [score["layer"] for score in teacher["layers"]] == [0, 1, 2]
     assert [score["layer"] for score in student["layers"]] == [0, 1]
-    assert bare["layers"] == teacher["layers"]  # the head is no matter
+    assert bare["layers"] == teacher["layers"]  # the head does not matter
     majority = found["majority"]
     for model in (teacher, student):
         # [CLS] of the embeddings is the same in every row; their mean knows the first letter.

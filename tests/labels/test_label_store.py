@@ -174,7 +174,7 @@ def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
         stub.label(source, zero)
 
 
-def test_changed_settings_are_listed_and_need_leave(run):
+def test_changed_settings_are_listed_and_need_permission(run):
     source, out, reference = run
     unfinish(out)
     (out / "labels-00012.parquet").unlink()

@@ -137,7 +137,7 @@ def test_lint_against_rows(file):
     assert (7, "error", "'one': the rows lack label.") in found
 
 
-def test_official_problems_are_told(file, caplog):
+def test_official_problems_are_logged(file, caplog):
     text = GOOD.replace("id-one", "b808b05e-0d2a-459e-b345-2d83cdb20216")
     assert any("asks about the gold answer in every row" in message for _, _, message in problems(file, text))
     load_templates(f"{file}:one")
@@ -177,7 +177,7 @@ def test_leaks():
     found = leaks([summary, reverse, loop, variable, branch, condition])
     assert set(found) == {"r", "l", "v", "b"}
     assert set(found.values()) == {frozenset({"summary"})}
-    # The right answer stands among the choices: that is the task.
+    # The right answer is among the choices: that is the task.
     multiple = made("m", "{{ q }} {{ right }} {{ wrong }} ||| {{ right }}", True, "{{ right }} ||| {{ wrong }}", True)
     free = made("f", "{{ q }} ||| {{ right }}")
     also = made("g", "Answer: {{ q }} ||| {{ right }}")

@@ -1,6 +1,6 @@
 """Twenty optimizer steps of every objective on tiny models; golden.json holds what they gave.
 
-python tests/trainers/golden_runs.py [CASE ...]      runs these cases (default: all) and writes their numbers anew
+python tests/trainers/golden_runs.py [CASE ...]      runs these cases (default: all) and writes their numbers again
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def test_a_divergence_with_a_parameter(tmp_path, monkeypatch):
 
 
 class ChosenAndBest:
-    """A teacher that says the chosen and the best log-probability only, as a server does with one log-probability."""
+    """A teacher that gives only the chosen and the best log-probability, like a server with one log-probability per
+    token.
+    """
 
     gives = frozenset({"chosen", "max"})
     model = None
@@ -136,7 +138,7 @@ def test_a_signal_of_two_numbers_per_token_is_enough_for_the_regret(tmp_path):
         assert "teacher_entropy" not in one
 
 
-def test_a_start_that_cannot_be_checked_is_said(tmp_path, caplog):
+def test_a_start_that_cannot_be_checked_is_logged(tmp_path, caplog):
     trainer = make(
         "reinforce", tmp_path, teacher=ChosenAndBest(tiny_teacher()), max_steps=1, **{**PLAIN, "weak_start": "warn"}
     )

@@ -35,7 +35,9 @@ class Before(TrainerCallback):
 
 
 def diverges(trainer, match):
-    """Train until the error; weights are those before the step, and the batch is where the message says."""
+    """Train until the error; weights are those before the step, and the batch is in the folder that the message
+    names.
+    """
     before = Before()
     trainer.add_callback(before)
     start = weights(trainer.trained)
@@ -184,7 +186,7 @@ def test_no_checkpoint_and_no_student_is_saved(tmp_path, part):
     with pytest.raises(DivergenceError):
         trainer.save_model(str(tmp_path / "final"))
     assert not (tmp_path / "final").exists()
-    # The run goes on from the checkpoint before.
+    # The run continues from the previous checkpoint.
     again = make("supervised", tmp_path, **options)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4

@@ -23,7 +23,7 @@ class Watch(TrainerCallback):
 
 
 def watched(kind, folder, **options):
-    """A trainer whose micro-batches (step, rows) and rollout batches (index, behaviour, student) are kept."""
+    """A trainer that records its micro-batches (step, rows) and rollout batches (index, behaviour, student)."""
     watch = Watch()
     trainer = make(kind, folder, callbacks=[watch], **options)
     compute_loss, sample = trainer.compute_loss, trainer.sample
@@ -71,7 +71,7 @@ def test_every_row_is_used_once_per_epoch_and_no_step_is_added(tmp_path, accumul
     assert prompts == {f"row {i}": 2 for i in range(16)}
 
 
-def test_minibatches_are_cut_anew_each_epoch(tmp_path):
+def test_minibatches_are_drawn_again_each_epoch(tmp_path):
     trainer = make("ppo", tmp_path, epochs_per_rollout=4, minibatches_per_rollout=4, n=32)
     batch = trainer.annotate(trainer.sample(0))
     cuts = [[id(e) for e in m.answers.examples] for m in trainer.minibatches(batch, 0)]
@@ -252,7 +252,7 @@ def test_weak_start_warns_refuses_or_is_ignored(tmp_path, caplog, monkeypatch):
     make("reinforce", tmp_path / "ignore", max_steps=1).train()
     assert "weak start" not in caplog.text
     assert not any("start_regret" in line for line in logged(tmp_path / "ignore"))
-    # Without a horizon there is no shortcut to fall for.
+    # Without a horizon there is no shortcut to learn.
     make("reinforce", tmp_path / "immediate", weak_start="refuse", lam=0.0, max_steps=1).train()
     assert any("start_regret" in line for line in logged(tmp_path / "immediate"))
 

@@ -1,4 +1,4 @@
-"""Training that is killed, stopped, starved, damaged or shared: it goes on as if nothing had been, or says why not."""
+"""Training that is killed, stopped, starved, damaged or shared continues as if uninterrupted, or reports why not."""
 
 import errno
 import json
@@ -113,7 +113,7 @@ def test_a_checkpoint_is_in_place_only_when_whole(tmp_path, monkeypatch):
     assert "training_args.bin" not in listed
 
 
-def test_older_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_older_checkpoints_are_deleted_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
     build(tmp_path, max_steps=1, save_total_limit=1).train()
 
     def fails(written, final):
@@ -197,7 +197,7 @@ def test_a_given_checkpoint_that_lacks_a_file_is_an_error(tmp_path, whole, name)
         build(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 
-def test_a_folder_that_is_no_checkpoint_is_an_error_with_those_nearby(tmp_path, whole):
+def test_a_folder_that_is_not_a_checkpoint_is_an_error_with_those_nearby(tmp_path, whole):
     with pytest.raises(CheckpointError, match=r"it has no manifest.json.*Checkpoints there: checkpoint-3"):
         build(tmp_path).train(resume_from_checkpoint=str(whole[0]))
     with pytest.raises(CheckpointError, match=r"no such folder\. Checkpoints there: checkpoint-3"):
@@ -247,7 +247,7 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path, whole):
 
 
 @pytest.mark.parametrize("word", [True, "true", "auto"])
-def test_a_run_without_checkpoints_starts_anew_and_says_so(tmp_path, whole, caplog, word):
+def test_a_run_without_checkpoints_starts_and_logs_that(tmp_path, whole, caplog, word):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
@@ -256,7 +256,7 @@ def test_a_run_without_checkpoints_starts_anew_and_says_so(tmp_path, whole, capl
     assert (folder / SET_ASIDE / "metrics.jsonl").exists()
 
 
-def test_what_was_logged_after_the_checkpoint_stands_once(tmp_path, whole):
+def test_lines_logged_after_the_checkpoint_occur_once(tmp_path, whole):
     """Also lines of the checkpoint's own step that came after it, and of files that are new since."""
     folder = copied(whole, tmp_path, last=2)
     for name in LOGS:
@@ -319,7 +319,7 @@ class Stop(TrainerCallback):
 
 @pytest.mark.parametrize("kind", FASTEST)
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, kind, signum, code):
+def test_a_signal_saves_and_the_run_continues_from_there(tmp_path, kind, signum, code):
     straight = chaos.build(kind, tmp_path / "straight")
     straight.train()
     stopping = chaos.build(kind, tmp_path / "cut", Stop(3, signum))

@@ -1,4 +1,4 @@
-"""run.json: complete, whole, without secrets; and a resumed run is the run it says it is."""
+"""run.json: complete, atomic, without secrets; and a resumed run is the recorded run."""
 
 import errno
 import json
@@ -68,7 +68,7 @@ def again(run, folder, step=1, **options):
     return trainer
 
 
-# What run.json says
+# The content of run.json
 
 
 def test_a_run_says_what_was_run(run):

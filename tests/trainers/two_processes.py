@@ -1,4 +1,4 @@
-"""Run by test_processes.py, alone and under torchrun: a short run whose global batch is always 8 rows a micro-batch."""
+"""Run by test_processes.py, alone and under torchrun: a short run with a global batch of 8 rows per micro-batch."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ def tkd(folder: str) -> None:
         preset="pkd",
         teacher_cache="cls",
         auto_scale=True,
-        optim="sgd",  # Adam would blow up the rounding error of key biases, whose gradient is 0
+        optim="sgd",  # Adam would amplify the rounding error of key biases, which have gradient 0
         max_steps=4,
         per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
         per_device_eval_batch_size=2,
