@@ -260,7 +260,7 @@ def held_out(score: str) -> Metric:
 # The tables of docs/metrics.md
 
 BEGIN = "<!-- written by: python -m rlkd.metrics docs/metrics.md -->\n"
-END_OF_TABLES = "<!-- end of what it writes -->\n"
+END_OF_TABLES = "<!-- end of the tables -->\n"
 COLUMNS = ("name", "unit", "better", "per", "logged", "meaning")
 
 

@@ -178,7 +178,7 @@ class Minibatch(Batched):
     """Rows of one evaluation of the loss.
 
     answers      the answers learned from
-    signal       what the teacher says of them; None if the objective uses no teacher
+    signal       the teacher's signal for them; None if the objective uses no teacher
     annotations  what the objective derived from them before the first update, a `Batched` record or None
     denominator  what the summed loss is divided by, over all processes and accumulation steps; None: this batch's own
     """

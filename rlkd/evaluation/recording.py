@@ -1,4 +1,4 @@
-"""What trainers save in token_rewards.jsonl at every evaluation: a few answers with their token rewards."""
+"""The answers with token rewards that trainers save in token_rewards.jsonl at every evaluation."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class LanguageModel(Protocol):
     def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
         """What decoding needs to know of each prompt, as one tensor whose layout only this model knows; differentiable.
 
-        Encoder states [P_i, D] of an encoder-decoder; keys and values, say, of a decoder-only model. A state may be
+        Encoder states [P_i, D] of an encoder-decoder; keys and values of a decoder-only model. A state may be
         repeated (several answers to one prompt), cloned, and cached, bounded by its size in bytes.
         """
         ...

@@ -75,7 +75,7 @@ def commit(written: Path, final: Path) -> None:
 
 
 def explained_save(error: Exception, final: Path, needed: int) -> Exception:
-    """What to tell the user of a save that failed: `error` itself unless the disk is full. Frees what was written.
+    """The error to raise for a failed save: `error` itself unless the disk is full. Frees what was written.
 
     needed: bytes of the tensors in a checkpoint.
     """

@@ -88,5 +88,5 @@ def _fit(todo: list[int], lengths: Sequence[int], more: Sequence[int], tokens: i
 def _out_of_memory(error: Exception) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
-    # Accelerate detects PyTorch's messages; CTranslate2 says "CUDA failed with error out of memory".
+    # Accelerate detects PyTorch's messages; CTranslate2 reports "CUDA failed with error out of memory".
     return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "out of memory" in str(error)

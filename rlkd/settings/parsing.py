@@ -87,7 +87,7 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
     _complete_choices(parser, hints)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    parser.set_defaults_with_config(**dict.fromkeys(hints, argparse.SUPPRESS))  # so that it returns what argv says
+    parser.set_defaults_with_config(**dict.fromkeys(hints, argparse.SUPPRESS))  # to return only what argv sets
     flags = _flags(parser, argv, hints)
 
     files = flags.pop("config") or []

@@ -1,4 +1,4 @@
-"""The jinja of prompt templates: what they need to write text, and nothing that reaches Python or runs without end.
+"""The jinja of prompt templates: the features needed to write text, without access to Python and without endless loops.
 
 Templates are untrusted code. Three layers confine them: only listed syntax compiles; only listed filters, tests
 and methods run, on rows copied to plain JSON values; a meter bounds loops, values and output. What the meter cannot

@@ -174,7 +174,7 @@ def _digest(path: Path) -> str:
 
 
 def _dataset_of(file: Path) -> str:
-    """`dataset[/subset]` as a file's own fields say, else the name of its folder."""
+    """`dataset[/subset]` from a file's own fields, else the name of its folder."""
     from .parsing import parse
 
     try:

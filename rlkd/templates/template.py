@@ -142,7 +142,7 @@ class Template:
         if len(rest) > 1:
             return Rendered(first, None, choices, SEVERAL_TARGETS)
         if not rest or not rest[0]:
-            # An unlabeled row often gives an empty target; the label is what it lacks.
+            # An unlabeled row often gives an empty target; the reason is its missing label.
             lacking = bool(rest) and self.lacks_label(row)
             return Rendered(first, None, choices, LABEL_MISSING if lacking else NO_TARGET)
         if self.lacks_label(row):

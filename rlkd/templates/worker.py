@@ -1,6 +1,6 @@
 """Untrusted templates, rendered in a process that can be killed.
 
-The sandbox bounds what it can count. What it cannot, a process bounds: it has little memory, no secrets in its
+The sandbox bounds what it can count. A process bounds the rest: it has little memory, no secrets in its
 environment, and is killed when a row takes too long.
 """
 

@@ -26,7 +26,7 @@ def _require(condition: bool, name: str, value: object, constraint: str) -> None
 
 @dataclass
 class StudentArguments(TrainingArguments):
-    """What every rlkd trainer shares.
+    """Settings of all rlkd trainers.
 
     Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
     to a tracker unless requested, columns are kept for the collators, and a resumed run restores its callbacks.
@@ -72,7 +72,7 @@ class StudentArguments(TrainingArguments):
 
 @dataclass
 class DistillationArguments(StudentArguments):
-    """What the trainers of generating students share."""
+    """Settings of all trainers of generating students."""
 
     max_input_tokens: Count = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
     max_new_tokens: Count = field(default=64, metadata={"help": "Answers are cut to this many tokens."})

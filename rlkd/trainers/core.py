@@ -1,4 +1,4 @@
-"""What every rlkd trainer shares: recording what is logged, guards, saving the bare student."""
+"""The base of all rlkd trainers: recording of logged numbers, guards, saving the bare student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trainers of generating students share: a policy inside the Trainer, optimised for an `Objective`, evaluated by
+"""The base of trainers of generating students: a policy inside the Trainer, optimised for an `Objective`, evaluated by
 the teacher on held-out inputs.
 """
 
