@@ -105,7 +105,7 @@ def test_models_that_cannot_be_probed(tmp_path):
         load_encoder(folder, load_encoder_config(folder))
     model = tiny_classifier(layers=2)
     model.config.num_hidden_layers = 5
-    with pytest.raises(ModelError, match="shows 3 hidden states where its 5 layers"):
+    with pytest.raises(ModelError, match="returns 3 hidden states, expected are the embeddings and 5 layers"):
         pooled_layers(model, encoded().batches(4), [(0, "cls")])
 
 
