@@ -113,7 +113,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
     "Answers and their regret": (
         Metric(name="regret", unit="nats", better="down", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
                title="Regret",
-               meaning="-sum_t A_max(s_t, a_t): what an answer costs against the teacher's greedy token at every "
+               meaning="-sum_t A_max(s_t, a_t): the cost of an answer relative to the teacher's greedy token at every "
                        "state it visits; 0 is best."),
         Metric(name="logprob", unit="nats", better="up", per="answer", logged=HELD_OUT,
                meaning="log p(answer) under the teacher."),

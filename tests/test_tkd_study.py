@@ -1,4 +1,4 @@
-"""The study of encoder students: its statistics, and that it continues after a kill."""
+"""The study of encoder students: its statistics, and that it goes on where it was killed."""
 
 from __future__ import annotations
 
