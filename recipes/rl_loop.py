@@ -43,7 +43,7 @@ from rlkd import (
 
 @dataclass
 class LoopArguments:
-    """What the loop needs to know; the defaults are those of `ReinforceArguments`."""
+    """Settings of the loop; the defaults are those of `ReinforceArguments`."""
 
     teacher: str = field(metadata={"help": "Folder or hub id of the teacher."})
     student: str = field(metadata={"help": "Folder or hub id of the student, warmed up on the teacher's answers."})

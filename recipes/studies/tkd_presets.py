@@ -92,7 +92,7 @@ class Runs:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU must be asked for
+            use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU must be requested
             **self.plan["training"] | settings,
         )
         trainer = TKDTrainer(
@@ -109,7 +109,7 @@ class Runs:
 
     def student(self, init: str, preset: str, seed: int, learning_rate: float, held_out: Any) -> dict[str, float]:
         """Train and score one student, cut from the teacher."""
-        # A tree in the teacher's attention cannot be kept; all else of the teacher is computed once.
+        # A tree in the teacher's attention cannot be cached; all other outputs of the teacher are computed once.
         kept = "none" if preset == "ft" or "td_teacher" in PRESETS[preset] else "hidden"
         folder = self.cell.folder / "kept"
         set_seed(seed)
@@ -141,7 +141,7 @@ def train_teacher(cell: Cell) -> dict[str, Any]:
 
 
 def find_learning_rate(cell: Cell) -> dict[str, Any]:
-    """The best of the candidates by preset kd, first seed, on rows that nothing else sees."""
+    """The best of the candidates by preset kd, first seed, on rows used for nothing else."""
     init, seed, rates = (cell.settings[name] for name in ("init", "seed", "learning_rates"))
     runs = Runs(cell)
     scores = {str(rate): runs.student(init, "kd", seed, rate, runs.data.dev)["score"] for rate in rates}
