@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # docker/build.sh PREFIX: installs rlkd in an environment at PREFIX, read-only for everybody.
 # Both Dockerfiles run it; `make docker-check` runs it without Docker.
-# TORCH_INDEX: a package index to look for torch in besides the usual one (CPU builds, other versions of CUDA).
+# TORCH_INDEX: a package index to look for torch in, next to the usual one (CPU builds, other versions of CUDA).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 prefix=${1:?usage: docker/build.sh PREFIX}

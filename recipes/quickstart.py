@@ -64,7 +64,7 @@ FULL = {
 }
 QUICK = dict(zip(FULL, (2000, 40, 400, 60, 40, 8, 8), strict=True))
 LIMITS = {"max_input_tokens": 96, "max_new_tokens": 24}
-# T5's own optimizer: from random weights AdamW needs more steps.
+# T5's own optimizer: AdamW needs more steps from random weights.
 ADAFACTOR = {"optim": "adafactor", "optim_args": "scale_parameter=True"}
 RL = {"rollouts_per_prompt": 1, "learning_rate": 1.5e-3, "lam": 0.1, "kl_coef": 0.02}
 TRAINERS = {"reinforce": (ReinforceArguments, ReinforceTrainer), "ppo": (PPOArguments, PPOTrainer)}
@@ -138,7 +138,7 @@ def train_teacher(cell: Cell) -> dict[str, float]:
 
 
 def shared(cell: Cell) -> dict[str, Any]:
-    """What every trainer of a student is given: the teacher, and what to evaluate on."""
+    """Arguments that all trainers of a student share: the teacher, and the evaluation."""
     path = str(cell.inputs["teacher"].folder)
     tokenizer = load_tokenizer(path, "teacher")
     return {
@@ -232,7 +232,7 @@ def wins(study: Study, arm: str) -> dict[str, int]:
 
 
 def report(study: Study, plan: dict[str, int], split: str) -> None:
-    """results.json and the table, of what is finished."""
+    """results.json and the table of the finished results."""
     results = {title: runs for arm, title in TITLES.items() if (runs := list(study.results(arm).values()))}
     won = {TITLES[arm]: wins(study, arm) for arm in TRAINERS}
     spread = {title: spreads(runs) for title, runs in results.items()}

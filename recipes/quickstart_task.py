@@ -56,7 +56,7 @@ def is_right(answer: str, packed: frozenset[int]) -> bool:
 
 
 def notes(seed: int) -> Iterator[tuple[str, frozenset[int]]]:
-    """Notes without end, no two alike."""
+    """Endless distinct notes."""
     rng, seen = random.Random(seed), set()
     while True:
         note, packed = make_note(rng)

@@ -43,7 +43,7 @@ from rlkd import (
 
 @dataclass
 class LoopArguments:
-    """What the loop needs to know; the defaults are those of `ReinforceArguments`."""
+    """Settings of the loop; the defaults are those of `ReinforceArguments`."""
 
     teacher: str = field(metadata={"help": "Folder or hub id of the teacher."})
     student: str = field(metadata={"help": "Folder or hub id of the student, warmed up on the teacher's answers."})
@@ -66,7 +66,7 @@ class LoopArguments:
 
 
 def prompts_of(step: int, examples: Sequence[Example], args: LoopArguments) -> list[Example]:
-    """The prompts of an update: each pass over the data in an order of its own."""
+    """The prompts of an update: each pass over the data has its own order."""
     epoch, position = divmod(step, len(examples) // args.prompts_per_step)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed + epoch))
     start = position * args.prompts_per_step

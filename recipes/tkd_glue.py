@@ -22,8 +22,8 @@ SETTINGS = (LabelledDataArguments, EncoderTeacherArguments, EncoderStudentArgume
 def main() -> None:
     data, teacher, student, training = parse_config(SETTINGS)
     setup = prepare_encoders(data, teacher, student, training)
-    judge = fine_tuned_teacher(setup)
-    trainer = TKDTrainer(setup.new_student(judge), training, teacher=judge, **setup.trainer_inputs())
+    fine_tuned = fine_tuned_teacher(setup)
+    trainer = TKDTrainer(setup.new_student(fine_tuned), training, teacher=fine_tuned, **setup.trainer_inputs())
     trainer.run(setup.settings)
     if trainer.is_world_process_zero():
         compare_with_teacher(setup)

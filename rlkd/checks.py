@@ -25,14 +25,14 @@ NonNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 
-# Its attribute, in words, and as a comparison.
+# Its attribute, its text, and its comparison.
 LIMITS: dict[type, tuple[str, str, Any]] = {
     Ge: ("ge", "at least", operator.ge),
     Gt: ("gt", "above", operator.gt),
     Le: ("le", "at most", operator.le),
 }
 WORDS = {bool: "true, false", int: "whole numbers", float: "numbers", str: "text", NoneType: "null", dict: "mappings"}
-# Ranges of fields of transformers' TrainingArguments that it does not check: they would fail late, or train on nothing.
+# Ranges of fields of transformers' TrainingArguments that it does not check: they would fail late, or train on no data.
 FOREIGN_RANGES = {
     "per_device_train_batch_size": Count,
     "per_device_eval_batch_size": Count,
@@ -154,7 +154,7 @@ def _constrained(kind: Any) -> dict[str, Any]:
 
 
 def _problem(name: str, value: Any, hint: Any) -> str | None:
-    """What is wrong with a value, in words; None if nothing is."""
+    """The error of a value, as text; None if it is valid."""
     limits = _limits_of(hint)
     if limits and value is not None and not all(_holds(limit, value) for limit in limits):
         return f"{name} = {value!r}: must be {_bounds_in_words(limits)}"

@@ -1,10 +1,10 @@
-"""Choices that the command line offers before it imports what implements them."""
+"""Choices that the command line offers before it imports their implementation."""
 
 from typing import Literal
 
 # How a layer's outputs become one vector per text: `models.encoders.representations`.
 Pool = Literal["cls", "mean"]
-# What of a row a template shows: `templates.template`.
+# How the columns of a row are truncated in a template: `templates.template`.
 Truncation = Literal["none", "t0"]
 # Input rows that cannot be used: `data.rows`.
 OnBadRow = Literal["fail", "skip"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class RlkdError(Exception):
-    """Something the user can mend: the message says what, where, what is allowed and the remedy."""
+    """An error the user can fix: the message gives the problem, its place, the allowed values and the remedy."""
 
     exit_code = 1
 
@@ -30,7 +30,7 @@ class ModelError(RlkdError):
 class DivergenceError(RlkdError):
     """A number that must be finite is not; raised before it can reach the weights.
 
-    batch: the rows it came with, JSON-able, for whoever can write them down.
+    batch: the rows it came with, JSON-able, for the caller to save.
     """
 
     exit_code = 5
@@ -38,17 +38,17 @@ class DivergenceError(RlkdError):
 
 
 class CheckpointError(RlkdError):
-    """A checkpoint that is damaged, or not of this run: resuming from it would be another run."""
+    """A checkpoint that is damaged, or of another run: resuming from it would not continue this run."""
 
 
 class LockedError(RlkdError):
-    """Another process writes there; trying again later may work (sysexits' EX_TEMPFAIL)."""
+    """Another process is writing to the folder; trying again later may work (sysexits' EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class InterruptedRunError(RlkdError):
-    """A signal asked the run to end; what was done is kept. Exit code as the shell gives it: 128 + signal."""
+    """A signal stopped the run; finished work is saved. Exit code as the shell gives it: 128 + signal."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)

@@ -1,5 +1,5 @@
-"""Every number that trainers log, one row each: its unit, which direction is better, what it is a mean over, when and
-by which trainers it is logged, and what it means.
+"""Every number that trainers log, one row each: its unit, which direction is better, what it is averaged over, when and
+by which trainers it is logged, and its meaning.
 
 Alarms, the choice of the best checkpoint, model cards and reports read this table. `python -m rlkd.metrics FILE` writes
 it into docs/metrics.md; without a file it is printed.
@@ -53,7 +53,7 @@ class Metric:
 
     name     without the prefix of the occasion
     unit     of the logged value; `share` is a number from 0 to 1, empty if there is no unit
-    better   the direction of an improvement; neither, where a change says nothing about quality
+    better   the direction of an improvement; neither, if the number does not measure quality
     per      what the value is a mean over or, if it is not a mean, what it belongs to
     logged   occasion -> the trainers that log it then
     meaning  one sentence
@@ -113,12 +113,12 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
     "Answers and their regret": (
         Metric(name="regret", unit="nats", better="down", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
                title="Regret",
-               meaning="-sum_t A_max(s_t, a_t): what an answer costs against the teacher's greedy token at every "
+               meaning="-sum_t A_max(s_t, a_t): the cost of an answer relative to the teacher's greedy token at every "
                        "state it visits; 0 is best."),
         Metric(name="logprob", unit="nats", better="up", per="answer", logged=HELD_OUT,
                meaning="log p(answer) under the teacher."),
         Metric(name="teacher_logprob", unit="nats", better="up", per="answer", logged={LOG: RL},
-               meaning="The same of the answers that training sampled."),
+               meaning="The same for the answers sampled in training."),
         Metric(name="length", unit="tokens", better="neither", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
                title="Length of answers", meaning="Tokens of an answer, end-of-sequence included."),
         Metric(name="finish_rate", unit="share", better="up", per="answer",
@@ -151,7 +151,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric(name="ratio_max", unit="", better="neither", per="log line", logged={LOG: RL},
                meaning="The largest such ratio since the last line."),
         Metric(name="clip_fraction", unit="share", better="neither", per="token", logged={LOG: PPO},
-               title="Clipped tokens", meaning="Tokens whose ratio lies outside 1 +- `clip_range`."),
+               title="Clipped tokens", meaning="Tokens whose ratio is outside 1 +- `clip_range`."),
         Metric(name="value_loss", unit="nats^2", better="down", per="token", logged={LOG: CRITIC},
                meaning="The critic's squared error, clipped, divided by 2."),
         Metric(name="explained_variance", unit="share", better="up", per="batch", logged={LOG: CRITIC},
@@ -189,7 +189,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric(name="td_teacher", unit="", better="down", per="row", logged=TERM,
                meaning="Distance of the states of the tree grown in the teacher's attention."),
         Metric(name="td_random", unit="", better="down", per="row", logged=TERM,
-               meaning="Distance of the states of as many random tokens."),
+               meaning="Distance of the states of equally many random tokens."),
         Metric(name="all", unit="", better="down", per="row", logged=TERM,
                meaning="Distance of the states of all tokens."),
     ),
@@ -221,7 +221,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric(name="train_steps_per_second", unit="updates per second", better="up", per="run", logged={END: ALL},
                meaning="Optimizer steps divided by `train_runtime`."),
         Metric(name="total_flos", unit="", better="neither", per="run", logged={END: ALL},
-               meaning="A field of transformers that is not counted here (0)."),
+               meaning="A field of transformers, not computed here (0)."),
     ),
 }
 # fmt: on
@@ -260,7 +260,7 @@ def held_out(score: str) -> Metric:
 # The tables of docs/metrics.md
 
 BEGIN = "<!-- written by: python -m rlkd.metrics docs/metrics.md -->\n"
-END_OF_TABLES = "<!-- end of what it writes -->\n"
+END_OF_TABLES = "<!-- end of the tables -->\n"
 COLUMNS = ("name", "unit", "better", "per", "logged", "meaning")
 
 

@@ -138,7 +138,7 @@ class Rollouts(Batched):
 
 
 class Distribution(Protocol):
-    """How to get at a teacher's next-token distributions without holding them: logits are made chunk by chunk.
+    """Access to a teacher's next-token distributions without storing them: logits are made chunk by chunk.
 
     token_args  tensors [B, R, ...], one entry per answer token
     logits      the logits [n, V] of n tokens, from their slices [n, ...] of `token_args`
@@ -152,7 +152,7 @@ class Distribution(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSignal(Batched):
-    """What a teacher says of given answers, in the raw-logit gauge, float32; None where the teacher cannot say it.
+    """A teacher's signal for given answers, in the raw-logit gauge, float32; None for what it cannot provide.
 
     With several templates every field is the mean over templates (`average`) or comes from the
     renormalised mean log-probability (`pool`); see `rlkd.objectives.rewards`.
@@ -178,7 +178,7 @@ class Minibatch(Batched):
     """Rows of one evaluation of the loss.
 
     answers      the answers learned from
-    signal       what the teacher says of them; None if the objective uses no teacher
+    signal       the teacher's signal for them; None if the objective uses no teacher
     annotations  what the objective derived from them before the first update, a `Batched` record or None
     denominator  what the summed loss is divided by, over all processes and accumulation steps; None: this batch's own
     """

@@ -1,4 +1,4 @@
-"""No user meets a bare traceback: what rlkd raises says what is wrong, and a wrong command line ends in one message.
+"""No user sees a bare traceback: rlkd's errors explain the problem, and a wrong command line ends in one message.
 
 That every single message is provoked by some test is checked over the whole suite: `pytest --messages FILE`.
 """
@@ -20,8 +20,8 @@ from rlkd.errors import ConfigError, InterruptedRunError
 PROGRAMMING = {
     "__init__.py": {"AttributeError"},
     "settings/parsing.py": {"TypeError"},
-    "templates/allowed.py": {"TypeError"},  # told as a DataError where the template is rendered
-    "data/files.py": {"JSONDecodeError"},  # told as a DataError, like that of templates
+    "templates/allowed.py": {"TypeError"},  # becomes a DataError where the template is rendered
+    "data/files.py": {"JSONDecodeError"},  # becomes a DataError, like that of templates
     "templates/meter.py": {"ValueError"},
     "templates/parsing.py": {"ConstructorError"},
     "labels/labelling.py": {"StoppedError"},  # caught where shards are written
@@ -39,14 +39,14 @@ def raised(node: ast.Raise) -> str | None:
 
 
 def test_everything_raised_is_an_error_that_a_user_can_read():
-    strangers = []
+    others = []
     for path in sorted(PACKAGE.rglob("*.py")):
         file = path.relative_to(PACKAGE).as_posix()
         allowed = OURS | ENDS | PROGRAMMING.get(file, set()) | ({"ValueError"} if "objectives/" in file else set())
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise) and raised(node) not in {*allowed, None}:
-                strangers.append(f"rlkd/{file}:{node.lineno}: raises {raised(node)}: make it one of rlkd/errors.py")
-    assert strangers == []
+                others.append(f"rlkd/{file}:{node.lineno}: raises {raised(node)}: make it one of rlkd/errors.py")
+    assert others == []
 
 
 def test_all_our_errors_are_known():
@@ -141,7 +141,7 @@ def commands(group: typer.Typer, *names: str):
 
 
 def declared(function):
-    """(parameter, type, what typer is told of it) of a command's options and arguments."""
+    """(parameter, type, what typer gets for it) of a command's options and arguments."""
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         if get_origin(parameter.annotation) is Annotated:
             yield parameter, *get_args(parameter.annotation)
@@ -154,7 +154,7 @@ def is_checked(kind) -> bool:
 
 
 def flag(parameter, info) -> str:
-    # In Annotated, the first name given to typer.Option stands where a default would.
+    # In Annotated, the first name given to typer.Option is in the place of a default.
     given = [name for name in (info.default, *(info.param_decls or ())) if str(name).startswith("--")]
     return given[0] if given else f"--{parameter.name.replace('_', '-')}"
 

@@ -18,7 +18,7 @@ import rlkd
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "recipes" / "notebooks").glob("*.ipynb"))
-# Modules that may be imported besides the package itself: each is told of in the documentation.
+# Modules that may be imported besides the package itself: the documentation mentions each.
 DOCUMENTED = {
     "rlkd.records": "README.md",
     "rlkd.objectives.rewards": "docs/method.md",

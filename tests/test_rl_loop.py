@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent / "trainers"))
 
 from rlkd import Policy, language_model
 from tiny import tiny_tokenizer
-from tiny_runs import WORDS, assert_same, examples, logged, make, student, teacher, weights
+from tiny_runs import WORDS, assert_same, examples, logged, make, student, tiny_teacher, weights
 
 SETTINGS = {"steps": 6, "prompts_per_step": 4, "rollouts_per_prompt": 2, "max_new_tokens": 5, "learning_rate": 1e-2}
 
@@ -30,7 +30,7 @@ def test_the_loop_and_the_trainer_are_the_same_run(tmp_path, rl_loop, reward, la
     tokenizer = tiny_tokenizer(WORDS)
     policy = Policy(language_model(student(), tokenizer))
     snapshots, lines = [], []
-    for numbers in rl_loop.reinforce(policy, teacher(), tokenizer, examples(12), args):
+    for numbers in rl_loop.reinforce(policy, tiny_teacher(), tokenizer, examples(12), args):
         lines.append(numbers)
         snapshots.append(weights(policy.student))
 

@@ -109,8 +109,8 @@ def test_a_csv_becomes_a_small_classifier(user, monkeypatch, capsys):
         assert type(model).__name__ == "BertForSequenceClassification"
         assert list(model.config.id2label.values()) == labels
         assert model.config.label2id == {name: i for i, name in enumerate(labels)}
-        judged = pipeline("text-classification", model=str(folder), device="cpu")([row["text"] for row in dev])
-        hits = [found["label"] == row["label"] for found, row in zip(judged, dev, strict=True)]
+        predicted = pipeline("text-classification", model=str(folder), device="cpu")([row["text"] for row in dev])
+        hits = [found["label"] == row["label"] for found, row in zip(predicted, dev, strict=True)]
         facts = summary[role]
         assert facts["scores"]["dev"]["accuracy"] == pytest.approx(sum(hits) / 60)
         assert facts["scores"]["dev"]["score"] == facts["scores"]["dev"]["accuracy"]
@@ -168,7 +168,7 @@ def killing(monkeypatch, preset, step):
 
 
 @pytest.mark.slow
-def test_a_killed_recipe_goes_on(user, monkeypatch):
+def test_a_killed_recipe_continues(user, monkeypatch):
     """A repeated command keeps what there is of the teacher, and the end is that of a run that nobody stopped."""
     straight, stopped = user / "runs" / "straight", user / "runs" / "stopped"
     short = ("--teacher_epochs", "2", "--num_train_epochs", "2")
@@ -280,7 +280,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         "unknown column": ("--text_column texd", 3, ("labelled.csv", "texd", "Did you mean 'text'", "text_column")),
         "unknown label column": ("--label_column labell", 3, ("label_column: 'labell'", "Did you mean 'label'")),
         "text as label": ("--label_column text --text_column text", 3, ("values in 240 rows", "Is it the label?")),
-        "labels outside the set": ("--labels take leave", 3, ("labels outside the set", "neither", "take, leave")),
+        "unknown labels": ("--labels take leave", 3, ("labels not in the label set", "neither", "take, leave")),
         "dev labels of its own": (
             "--train_file train.csv --dev_file strange.csv", 3, ("strange.csv", "'keep' in rows 9", "'train.csv'"),
         ),
@@ -300,7 +300,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         ),
         "one column twice": ("--pair_column text", 2, ("must be three different columns",)),
         "layer map": ("--layer_map 1 9", 2, ("layer_map", "must give 2 layers", "from 1 to 4")),
-        "layers": ("--student_layers 5", 2, ("student of 5 layers", "at most 4")),
+        "layers": ("--student_layers 5", 2, ("the student has 5 layers", "at most 4")),
         "no layers": ("--student_layers 0", 2, ("layers = 0",)),
         "too long": ("--max_length 65", 2, ("max_length = 65", "64 positions")),
         "tokenizers": (
@@ -313,7 +313,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         "no epochs": ("--teacher_epochs 0", 2, ("teacher_epochs = 0", "must be above 0")),
         "not fine-tuned": ("--teacher_finetuned true", 2, ("runs/tiny/encoder", "BertModel", "not a fine-tuned")),
         "other number of labels": (f"{given} two", 2, ("'two' has 2 labels", "3 (leave, neither, take)")),
-        "other labels": (f"{given} other", 3, ("labels outside the set", "good, bad, neither", "the teacher's")),
+        "other labels": (f"{given} other", 3, ("labels not in the label set", "good, bad, neither", "the teacher's")),
         "other labels named": (
             f"{given} other --labels take leave neither", 2, ("good, bad, neither", "take, leave, neither"),
         ),

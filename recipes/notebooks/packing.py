@@ -1,4 +1,4 @@
-"""What the notebooks share: the quickstart's task on short notes, and a teacher of it that trains in seconds."""
+"""Shared by the notebooks: the quickstart's task on short notes, and a teacher of it that trains in seconds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def packed(note: Example) -> frozenset[int]:
 
 
 def trained_teacher(run: Path = RUN, steps: int = 200) -> Teacher:
-    """The teacher of a run; trained on gold answers in random order and wording if it is not there yet."""
+    """The teacher of a run; trained on gold answers in random order and wording if it is missing."""
     folder = run / "teacher"
     if not (folder / "model.safetensors").exists():
         rng, tokenizer = random.Random(0), task.make_tokenizer()

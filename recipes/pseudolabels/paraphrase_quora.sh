@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generation by sampling: several paraphrases of each question, each with its log-probability.
+# Generation by sampling: several paraphrases per question, each with its log-probability.
 #   TEACHER=runs/quora_agnews/teacher DATA=../shared/data recipes/pseudolabels/paraphrase_quora.sh
 set -euo pipefail
 TEACHER=${TEACHER:-bigscience/T0_3B}

@@ -79,7 +79,7 @@ COLUMNS = {
 
 
 def trainer_settings(cell: Cell, **more: Any) -> dict[str, Any]:
-    """Trainer settings shared by every arm: no end but that of the CPU seconds."""
+    """Trainer settings shared by every arm: training ends with its CPU budget."""
     return {
         "output_dir": str(cell.folder),
         "save_strategy": "no",
@@ -114,14 +114,14 @@ def teacher_of(cell: Cell) -> Teacher:
 
 
 def train(trainer: Any, cell: Cell, seconds: float) -> dict[str, float]:
-    """Train for so many CPU seconds, save the model; returns what was used."""
+    """Train for a budget of CPU seconds, save the model; returns what was used."""
     used = timed_training(trainer, cell.name, seconds)
     trainer.save_model()
     return {"steps": used["steps"], "cpu_seconds": round(used["cpu_seconds"], 1)}
 
 
 def evaluate(trainer: Any) -> dict[str, float]:
-    return task.summarise(trainer.evaluator, trainer.judge_policy(None))
+    return task.summarise(trainer.evaluator, trainer.evaluate_policy(None))
 
 
 def train_teacher(cell: Cell) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def train_student(cell: Cell, method: str, model: Any, training: dict[str, Any])
 
 
 def warm_up(cell: Cell) -> dict[str, Any]:
-    """The student that all arms of a seed start from, and how it does."""
+    """The student that all arms of a seed start from, and its scores."""
     model = task.build_model(tokenizer_of(cell), seed=cell.seed, **cell.settings["student"])
     return train_student(cell, "seqkd", model, cell.settings["training"])
 
@@ -232,7 +232,7 @@ def study(plan: dict[str, Any], data: Path, out: Path) -> Study:
 
 
 def report(study: Study, plan: dict[str, Any]) -> None:
-    """results.json and table.md, of what is finished."""
+    """results.json and table.md of the finished results."""
     results = {title: runs for arm, title in TITLES.items() if (runs := list(study.results(arm).values()))}
     record = {
         "plan": plan,

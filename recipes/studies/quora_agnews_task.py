@@ -126,7 +126,7 @@ def task_metric(predictions: list[str], held_out: list[Example]) -> dict[str, fl
 
 
 def summarise(evaluator: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Held-out metrics of a policy's answers, over both tasks and of each."""
+    """Held-out metrics of a policy's answers, over both tasks and per task."""
     metrics = evaluator.summarise(rows)
     for name in TASKS:
         own = evaluator.summarise([row for row in rows if row["id"].startswith(name)])

@@ -52,7 +52,7 @@ def train_teacher(cell: Cell) -> dict[str, Any]:
 
 
 def find_learning_rate(cell: Cell) -> dict[str, Any]:
-    """The best of the candidates by preset kd, first seed, on rows that nothing else sees."""
+    """The best of the candidates by preset kd, first seed, on rows used for nothing else."""
     init, seed, rates = (cell.settings[name] for name in ("init", "seed", "learning_rates"))
     runs = Runs(cell)
     scores = {str(rate): runs.student(init, "kd", seed, rate, runs.data.dev)["score"] for rate in rates}

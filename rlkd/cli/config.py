@@ -85,5 +85,5 @@ def _sections(file: Path, recipe: str | None) -> tuple[type, ...]:
     finally:
         sys.path.remove(str(script.parent))
     if not sections:
-        raise ConfigError(f"{script} has no SETTINGS: give it the tuple of dataclasses that it passes to parse_config.")
+        raise ConfigError(f"{script} has no SETTINGS: define it as the tuple of dataclasses passed to parse_config.")
     return sections

@@ -87,11 +87,11 @@ def score(
 @app.command()
 def repair(
     folder: Folder,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be made again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be regenerated.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Move damaged shards aside and make only those again, with the command that the manifest records."""
+    """Move damaged shards aside and regenerate only those, with the command that the manifest records."""
     from ..errors import DataError
     from ..labels.maintenance import repair as drop_damaged
 
@@ -105,8 +105,8 @@ def repair(
         return
     if request is None:
         raise DataError(
-            f"{folder} was not made by the command line, so the command is not known. Repeat the call that made it: it "
-            "makes only what is missing."
+            f"{folder} was not written by the command line, so its command is unknown. Repeat the call that wrote "
+            "it: only what is missing is computed."
         )
     from .labels import run
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-# These say how the command runs, not which labels it makes.
+# These control how the command runs, not its labels.
 NOT_IN_REQUEST = ("out", "overwrite", "allow_config_change", "quiet")
 FINISHED_WITH_FAILED_ROWS = 4
 

@@ -1,4 +1,4 @@
-"""`rlkd probe`: what each layer of frozen encoders encodes of a label, models side by side."""
+"""`rlkd probe`: what the layers of frozen encoders encode about a label, for several models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def probe(
     train: Annotated[str | None, typer.Option(help="Table of training rows: .csv, .tsv, .jsonl or .parquet.")] = None,
     test: Annotated[str | None, typer.Option(help="Table of the rows to score.")] = None,
     validation: Annotated[
-        str | None, typer.Option(help="Table to choose the penalty on. Default: a tenth of the training rows.")
+        str | None, typer.Option(help="Validation rows, to choose the penalty. Default: a tenth of the training rows.")
     ] = None,
     task_file: Annotated[
         str | None,
@@ -28,12 +28,12 @@ def probe(
     text_column: Annotated[str, typer.Option(help="Column of the tables with the sentence.")] = "text",
     pair_column: Annotated[str | None, typer.Option(help="Column with the second sentence.")] = None,
     label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
-    pool: Annotated[Pool, typer.Option(help="The first token, or the mean of all but padding.")] = "cls",
+    pool: Annotated[Pool, typer.Option(help="The first token, or the mean over all tokens except padding.")] = "cls",
     layers: Annotated[str, typer.Option(help="all, or numbers such as 0,3,6; 0 is the embeddings.")] = "all",
     max_length: Annotated[int, typer.Option(help="Texts are cut to this many tokens.", min=3)] = 128,
-    batch_size: Annotated[int, typer.Option(help="Rows in one forward; changes no score.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Rows per batch; does not change scores.", min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="Use the first N rows of each split.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of validation rows, if none are given.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing validation rows if none are given.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Linear probes of frozen layers: logistic regression, compared with the most frequent label and the embeddings.

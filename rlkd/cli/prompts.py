@@ -30,7 +30,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 AllTemplates = Annotated[
     bool,
     typer.Option(
-        "--all-templates", help="Without a template name: include templates for other tasks than the original one."
+        "--all-templates", help="Without a template name: include templates for tasks other than the original one."
     ),
 ]
 GoldInput = Annotated[bool, typer.Option("--gold-input", help="Allow templates whose input contains gold columns.")]
@@ -68,7 +68,7 @@ def list_(
             for source in sources(templates_dir)
             for dataset, count in source.counts().items()
         ]
-        # A name that several sources have is that of the first.
+        # If several sources have a name, the first one counts.
         rows = list({str(row["dataset"]): row for row in reversed(rows)}.values())[::-1]
         _table(rows, as_json)
         return
@@ -154,7 +154,7 @@ def lint(
     split: Split = "train",
     templates_dir: TemplatesDir = None,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; use the exit code.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; only set the exit code.")] = False,
 ) -> None:
     """List all problems of a template file with their lines; exit code 3 if any is an error."""
     from ..templates.lint import lint as check

@@ -51,17 +51,17 @@ def inspect_rewards(
     by: Annotated[
         By,
         typer.Option(
-            help="What worst means: regret, the gap between templates or between student and teacher, or length."
+            help="Criterion of --worst: regret, the gap between templates or between student and teacher, or length."
         ),
     ] = "regret",
-    min_length: Annotated[int, typer.Option(help="Only answers of at least so many tokens.", min=0)] = 0,
-    max_length: Annotated[int | None, typer.Option(help="Only answers of at most so many tokens.", min=0)] = None,
+    min_length: Annotated[int, typer.Option(help="Only answers of at least this many tokens.", min=0)] = 0,
+    max_length: Annotated[int | None, typer.Option(help="Only answers of at most this many tokens.", min=0)] = None,
     search: Annotated[
-        str | None, typer.Option(help="Only inputs that contain this text, or have it in an answer.")
+        str | None, typer.Option(help="Only inputs that contain this text themselves or in an answer.")
     ] = None,
     reward_value: Annotated[
         str | None,
-        typer.Option(help="Reward: max, lse or softmax. Default: max; a run has its own.", show_default=False),
+        typer.Option(help="Reward: max, lse or softmax. Default: max, or the run's own.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
     max_input_tokens: Annotated[int, typer.Option(help="Maximum length of a prompt, in tokens.", min=1)] = 512,

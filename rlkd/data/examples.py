@@ -101,7 +101,7 @@ class RowRenderer:
         if self.id_column is None:
             return None
         if row.get(self.id_column) is None:
-            raise BadRowError(f"{where}: id_column '{self.id_column}' has no value. Every row needs an id of its own.")
+            raise BadRowError(f"{where}: id_column '{self.id_column}' has no value. Every row needs a unique id.")
         return str(row[self.id_column])
 
     def _prompt(self, template: Template, row: dict[str, Any]) -> Prompt:
@@ -153,7 +153,7 @@ class PromptedRows:
         check_columns(list(kinds), render.wanted_columns(), source)
         if render.templates and "answer_choices" in kinds:
             raise DataError(
-                f"'{source}': a column is named 'answer_choices', which is the templates' own name. Rename the column."
+                f"'{source}': a column is named 'answer_choices', which is reserved for templates. Rename the column."
             )
         column = render.student_column
         if column is not None and kinds[column] not in ("str", "null", "string", "large_string"):

@@ -1,4 +1,4 @@
-"""Local files record by record in flat memory, each record with the place it stands at, for errors.
+"""Local files record by record in flat memory, each record with its place, for errors.
 
 Read here rather than by `datasets.load_dataset`: its errors never name the file or the line, and it takes the columns
 of JSON lines from their first row only. A reader splits a file into records cheaply and parses only those asked for.
@@ -26,19 +26,19 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class BadRowError(DataError):
-    """One row that cannot be used; the rows around it can."""
+    """A row that cannot be used; other rows are not affected."""
 
 
 class Reader(Protocol):
     """Records of one source. A record is raw until parsed, so that skipping is cheap.
 
-    cells: its values are all text, and whole numbers are told from it.
+    cells: its values are all text, and whole numbers are recognised in it.
     """
 
     cells: bool
 
     def records(self) -> Iterator[tuple[int, Any]]:
-        """(place, raw record): the line it starts at, or its number where there are no lines."""
+        """(place, raw record): its first line, or its number in formats without lines."""
         ...
 
     def parse(self, place: int, raw: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def open_local(path: Path, split: str, *, columns: Sequence[str] | None = None, 
 
 
 class JsonLines:
-    """One JSON object per line; blank lines are no rows."""
+    """One JSON object per line; blank lines are skipped."""
 
     cells = False
 
@@ -101,7 +101,7 @@ class JsonLines:
         except json.JSONDecodeError as error:
             shown = raw.decode().strip()[:100]
             raise BadRowError(
-                f"{self.where(place)}:{error.colno} is not valid JSON: {error.msg}.\n  {shown}\nMend or remove it."
+                f"{self.where(place)}:{error.colno} is not valid JSON: {error.msg}.\n  {shown}\nFix or remove it."
             ) from error
         except UnicodeDecodeError as error:
             raise BadRowError(
@@ -142,7 +142,7 @@ class JsonArray:
                     elif not wanted and (number or text[position : position + 1] != "]"):
                         row, end = decode(text, position)
                         if end == len(text) and not ended:
-                            raise json.JSONDecodeError("unfinished", text, end)  # a number may go on in the next chunk
+                            raise json.JSONDecodeError("unfinished", text, end)  # a number may continue
                         number, position, wanted = number + 1, end, ","
                         yield number, row
                     elif text[position : position + 1] == "]" and not SPACE.sub("", text[position + 1 :], count=1):
@@ -156,7 +156,7 @@ class JsonArray:
                         column = error.colno + (len(before) if error.lineno == 1 else 0)
                         raise DataError(
                             f"{self.path}:{lines + error.lineno}:{column} is not valid JSON: {error.msg}.\n"
-                            f"  {text[error.pos :][:100].strip()}\nMend it."
+                            f"  {text[error.pos :][:100].strip()}\nFix it."
                         ) from error
                     dropped = before + text[:position]
                     lines, before = lines + text.count("\n", 0, position), dropped[dropped.rfind("\n") + 1 :]
@@ -214,7 +214,7 @@ class Cells:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    remedy = 'Write a quote inside a quoted cell twice: "".' if self.quoted else "Mend or remove it."
+                    remedy = 'Write a quote inside a quoted cell twice: "".' if self.quoted else "Fix or remove it."
                     yield start, BadRowError(f"{self.where(start)} is malformed: {error}. {remedy}")
                     continue
                 if cells:
@@ -241,7 +241,7 @@ class Cells:
         if isinstance(raw, BadRowError):
             raise raw
         if len(raw) != len(self.header):
-            remedy = 'Quote a cell that contains the delimiter: "a, b".' if self.quoted else "Mend or remove it."
+            remedy = 'Quote a cell that contains the delimiter: "a, b".' if self.quoted else "Fix or remove it."
             named = "the header has" if self.columns is None else "columns name"
             raise BadRowError(
                 f"{self.where(place)} has {len(raw)} cells, {named} {len(self.header)} "
@@ -300,7 +300,7 @@ def same_schema(files: list[Path]) -> pa.Schema:
             raise unreadable(file, error) from error
         if schemas[-1].names != schemas[0].names or schemas[-1].types != schemas[0].types:
             raise DataError(
-                f"{file} has other columns than {files[0].name}.\n  {file.name}: {_columns(schemas[-1])}\n"
+                f"{file} has different columns from {files[0].name}.\n  {file.name}: {_columns(schemas[-1])}\n"
                 f"  {files[0].name}: {_columns(schemas[0])}\n"
                 "Shards of one folder must have the same columns, in the same order."
             )
@@ -340,14 +340,14 @@ def _shards(folder: Path, split: str) -> list[Path]:
 
 
 def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
-    """JSON may escape half a character (\\ud800), which no tokenizer and no file takes."""
+    """JSON may escape an unpaired surrogate (\\ud800), which tokenizers and files cannot encode."""
     for name, value in row.items():
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise BadRowError(
-                f"{where}: column '{name}' holds half a character (surrogates: {error.object[error.start]!r})."
-                " Mend or remove it."
+                f"{where}: column '{name}' contains an unpaired surrogate ({error.object[error.start]!r})."
+                " Fix or remove it."
             ) from error
 
 

@@ -15,7 +15,7 @@ from .rows import OnBadRow, check_columns, check_text_column, load_rows
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Where a table of labelled texts has what.
+    """The columns of a table of labelled texts.
 
     text     column of the first text; pair, of the second, None for single texts
     label    column of the label; None if no row has one: a transfer set for the teacher's outputs
@@ -35,7 +35,7 @@ DEFAULT_LAYOUT = TableLayout()
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Where a data set lives and how it is read and scored.
+    """Where a data set is, and how it is read and scored.
 
     source, subset   repository on the hub, and its subset
     layout           columns on the hub; raw, those of the .tsv files as GLUE distributes them (all but the test files)
@@ -167,8 +167,8 @@ def load_labelled(
 
     split, subset, limit and on_bad_row as in `load_rows`. label is the index in `labels` (given in the data by name or
     by index), None where it is missing or -1.
-    Raises DataError for a column that does not exist or holds no text, and for labels outside the set, with the rows;
-    ConfigError for another on_bad_row.
+    Raises DataError for a column that does not exist or holds no text, and for labels not in the label set, with the
+    rows; ConfigError for another on_bad_row.
     """
     rows = load_rows(
         source,
@@ -197,7 +197,7 @@ def find_labels(values: Iterable[Any]) -> tuple[str, ...]:
     """The label set of a column, for data that bring none: names sorted, or the numbers from 0 (or from the smallest,
     if that is larger) to the largest.
 
-    Take it from the training rows, so that a label that only the held-out rows know is found.
+    Take it from the training rows, so that a label that only occurs in held-out rows is detected.
     """
     seen = {value for value in values if not _hidden(value)}
     if seen and all(type(value) is int for value in seen):
@@ -224,7 +224,7 @@ def label_indices(values: Iterable[Any], labels: Sequence[str], source: str) -> 
     if unknown:
         found = "; ".join(f"{value!r} in rows {_first(rows)}" for value, rows in list(unknown.items())[:5])
         indices_too = "" if numbered else f", or 0 to {len(labels) - 1}"
-        raise DataError(f"'{source}': labels outside the set: {found}. Allowed: {', '.join(labels)}{indices_too}.")
+        raise DataError(f"'{source}': labels not in the label set: {found}. Allowed: {', '.join(labels)}{indices_too}.")
     return indices
 
 

@@ -13,15 +13,15 @@ from .files import allowed_sources, first_line
 
 
 def load_hub(source: str, split: str, subset: str | None, revision: str | None, *, streaming: bool) -> Any:
-    """A data set of the hub, by its id or the name it had (see `aliases`). Raises DataError if it cannot be loaded."""
+    """A data set of the hub, by its id or its old name (see `aliases`). Raises DataError if it cannot be loaded."""
     try:
         return datasets.load_dataset(hub_id(source), subset, split=split, revision=revision, streaming=streaming)
-    # The library, the hub client and the HTTP stack each have errors of their own; all mean the same to the user.
+    # The library, the hub client and the HTTP stack each have errors of their own; to the user all mean the same.
     except Exception as error:
         home = f"'{source}'" if hub_id(source) == source else f"'{source}' ({hub_id(source)} on the hub)"
         wanted = home + (f", subset '{subset}'" if subset else "") + f", split '{split}'"
         raise DataError(
-            f"{wanted} is neither a path here nor a data set that could be loaded from the hub.\n"
+            f"{wanted} is neither a local path nor a data set that could be loaded from the hub.\n"
             f"  {type(error).__name__}: {first_line(error)}\n"
             f"Check the name, the subset and the split. Local data: {allowed_sources()}."
         ) from error
@@ -52,7 +52,7 @@ class HubRows:
         except Exception as error:
             raise DataError(
                 f"{self.where(number + 1)} cannot be read: {type(error).__name__}: {first_line(error)}. "
-                "What was written so far is kept: repeat the command to go on."
+                "What was written so far is kept: repeat the command to continue."
             ) from error
 
     def parse(self, place: int, raw: Any) -> dict[str, Any]:
@@ -66,14 +66,14 @@ class HubRows:
         return {name: type(value).__name__ for name, value in first.items()}
 
     def count(self, limit: int | None) -> int | None:
-        """Rows as the hub states them; None if it does not, or states what only bounds a limited read."""
+        """Number of rows as the hub states it; None if unknown, or if a limit makes it only a bound."""
         known = (self.rows.info.splits or {}).get(self.split)
         if known is None or not known.num_examples:
             return None
         return min(known.num_examples, limit or known.num_examples)
 
     def identity(self) -> dict[str, Any]:
-        """Repository, subset, split and the commit that was read, where the hub can tell it."""
+        """Repository, subset, split and the commit that was read, where the hub gives it."""
         from huggingface_hub import HfApi
 
         try:

@@ -22,8 +22,8 @@ class EncodedTexts(Sequence[dict[str, Any]]):
     """Rows {text, text_pair (or none), label (or none)} tokenised once, each with its index for the teacher's cache.
 
     Args: rows; tokenizer, fast; max_length, tokens to cut to; num_labels, to check labels against. A row without a
-    label trains on the teacher alone. Raises DataError for no rows, a text that is none, a label outside the set, or a
-    pair task with a single sentence; ModelError for a tokenizer that cannot pad.
+    label trains on the teacher alone. Raises DataError for no rows, a text that is none, a label not in the label set,
+    or a pair task with a single sentence; ModelError for a tokenizer that cannot pad.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, num_labels: int):
@@ -37,12 +37,12 @@ class EncodedTexts(Sequence[dict[str, Any]]):
         alone = [i for i, text in enumerate(second) if text is None]
         if alone and len(alone) < len(second):
             raise DataError(
-                f"rows {', '.join(map(str, alone[:5]))}: text_pair is missing, and other rows have one. A pair task "
+                f"rows {', '.join(map(str, alone[:5]))}: text_pair is missing, but other rows have it. A pair task "
                 "needs two sentences in every row."
             )
         for i, pair in enumerate(zip(first, second, strict=True)):
             if not all(isinstance(text, str) for text in pair[: 1 if alone else 2]):
-                raise DataError(f"row {i}: text and text_pair must be text, found {pair}. Mend or remove the row.")
+                raise DataError(f"row {i}: text and text_pair must be text, found {pair}. Fix or remove the row.")
         self.labels = [_label(i, row.get("label"), num_labels) for i, row in enumerate(rows)]
         encoded = tokenizer(first, None if alone else second, truncation=True, max_length=max_length, verbose=False)
         self.names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
@@ -93,10 +93,10 @@ class EncodedTexts(Sequence[dict[str, Any]]):
 
 
 def labelled_rows(rows: Sequence[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:
-    """The rows that have a label, where others say nothing. Raises DataError if there is none."""
+    """The rows that have a label, where others cannot be used. Raises DataError if there is none."""
     kept = [row for row in rows if row.get("label") is not None]
     if not kept:
-        raise DataError(f"{role}: none of {len(rows)} rows has a label, and only labelled ones count here")
+        raise DataError(f"{role}: none of {len(rows)} rows has a label, and only labelled rows are used here")
     if len(kept) < len(rows):
         logger.warning("%s: %d of %d rows have no label and are left out", role, len(rows) - len(kept), len(rows))
     return kept
@@ -107,8 +107,8 @@ def _label(index: int, label: Any, num_labels: int) -> int:
         return UNLABELLED
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_labels:
         raise DataError(
-            f"row {index}: label {label!r} is outside the set: allowed are the whole numbers 0 to {num_labels - 1}, or "
-            "none for a row that the teacher alone judges"
+            f"row {index}: label {label!r} is not in the label set: allowed are the whole numbers 0 to "
+            f"{num_labels - 1}, or none for a row that trains on the teacher alone"
         )
     return label
 

@@ -1,4 +1,4 @@
-"""Rows of a probing task: tables of your own, or one file as SentEval has them."""
+"""Rows of a probing task: tables of your own, or one file in SentEval's format."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class ProbeRows:
 
 
 def read_task_file(file: str, *, limit: int | None = None, seed: int = 0) -> ProbeRows:
-    """A file of lines `split<TAB>label<TAB>text` without header or quoting, split tr, va or te, as SentEval has them.
+    """A file of lines `split<TAB>label<TAB>text` without header or quoting, split tr, va or te (SentEval's format).
 
     limit keeps the first rows of each split. Raises DataError, naming file and line of what cannot be used.
     """
     check_limit(limit)
     path = Path(file)
     if not path.is_file():
-        raise DataError(f"'{file}' is no file here. Give one of lines split<TAB>label<TAB>text, split tr, va or te.")
+        raise DataError(f"'{file}' is not a file. Give one of lines split<TAB>label<TAB>text, split tr, va or te.")
     reader = Cells(path, "\t", columns=("split", "label", "text"), quoted=False)
     rows: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for place, raw in reader.records():
@@ -96,8 +96,8 @@ def _checked(
         if row["label"] not in known:
             raise DataError(
                 f"{row['where']}: the label '{classes[row['label']]}' never occurs in the training rows (those have "
-                f"{', '.join(classes[i] for i in sorted(known)[:10])}), so no probe can give it. Remove such rows, or "
-                "train on more."
+                f"{', '.join(classes[i] for i in sorted(known)[:10])}), so a probe cannot predict it. Remove such "
+                "rows, or train on more."
             )
     if not validation:
         order = np.random.default_rng(seed).permutation(len(train)).tolist()
@@ -106,7 +106,7 @@ def _checked(
         train = [row for i, row in enumerate(train) if i not in held_out]
     if len(_labels(train)) < 2:
         found = ", ".join(classes[i] for i in _labels(train)) or "none"
-        raise DataError(f"the training rows have fewer than 2 labels ({found}): there is nothing to tell apart.")
+        raise DataError(f"the training rows have fewer than 2 labels ({found}): there is nothing to classify.")
     return ProbeRows(classes, train, validation, test)
 
 

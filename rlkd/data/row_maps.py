@@ -57,7 +57,7 @@ class RowMap:
         return names
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON gives it back: keys are texts."""
+        """As JSON: keys are strings."""
         return json.loads(
             json.dumps({"columns": dict(self.columns), "labels": {c: dict(v) for c, v in self.labels.items()}})
         )
@@ -84,7 +84,9 @@ def parse_row_map(column_map: Sequence[str] = (), label_map: Sequence[str] = ())
         columns |= _mapping(text) if text.lstrip().startswith("{") else dict(_pairs(text, "--column-map", "old=new"))
     bad = [name for name, new in columns.items() if not isinstance(new, str) or not name or not new]
     if bad:
-        raise ConfigError(f"--column-map: '{bad[0]}' maps to {columns[bad[0]]!r}; a column's new name is a text.")
+        raise ConfigError(
+            f"--column-map: '{bad[0]}' maps to {columns[bad[0]]!r}; the new name of a column must be a string."
+        )
     labels: dict[str, dict[Any, Any]] = {}
     for text in label_map:
         if text.lstrip().startswith("{"):
@@ -120,7 +122,7 @@ def _pairs(text: str, flag: str, form: str) -> list[tuple[str, str]]:
         raise ConfigError(f"{flag} '{text}': write {form}[,old=new...], or JSON for names with '=' or ','.")
     names = [old.strip() for old, _ in pairs]
     if len(set(names)) < len(names):
-        raise ConfigError(f"{flag} '{text}': a name stands twice on the left. Name each once.")
+        raise ConfigError(f"{flag} '{text}': a name occurs twice on the left. Give each name once.")
     return [(old.strip(), new.strip()) for old, new in pairs]
 
 

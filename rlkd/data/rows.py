@@ -33,7 +33,7 @@ from .files import (
 )
 
 if TYPE_CHECKING:
-    # Imported where a data set is made: it takes most of a second, and looking at local rows needs none.
+    # Imported where a data set is built: it takes most of a second, and reading local rows does not need it.
     import datasets
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def read_parquet(files: list[Path]) -> datasets.Dataset:
 
 
 class Columns:
-    """Names and types of the columns, learnt row by row. CSV has texts only: whole numbers are told from them."""
+    """Names and types of the columns, inferred row by row. CSV has text only: whole numbers are recognised in it."""
 
     def __init__(self, kinds: dict[str, str] | None = None):
         self.kinds: dict[str, str] = dict(kinds or {})
@@ -172,7 +172,7 @@ class Columns:
                 self._first.setdefault(name, place)
             else:
                 raise BadRowError(
-                    f"{reader.where(place)}: column '{name}' is of type {_shown(known)} in line "
+                    f"{reader.where(place)}: column '{name}' has type {_shown(known)} in line "
                     f"{self._first.get(name, 1)} but {_shown(kind)} in line {place}. Give it one type everywhere."
                 )
 
@@ -291,7 +291,7 @@ class RowStream:
         return scan
 
     def blocks(self, scan: Scan, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, list[dict]]]:
-        """(k, number of the first row, rows) of every wanted block k of `size` rows; others are passed over unparsed.
+        """(k, number of the first row, rows) of every wanted block k of `size` rows; others are skipped unparsed.
 
         Raises DataError if a row cannot be read any more.
         """
@@ -315,7 +315,7 @@ class RowStream:
         if block:
             yield k, k * size, block
         if self.path is not None and number != scan.rows:
-            raise DataError(f"'{self.source}' had {scan.rows} rows and now has {number}: it changed while it was read.")
+            raise DataError(f"'{self.source}' had {scan.rows} rows and now has {number}: it changed while being read.")
 
     def _refuse_repeated(self, ids: array, scan: Scan, check: Callable[[str, dict[str, Any]], str | None]) -> None:
         """Hashes take 8 bytes a row; only those that repeat are looked up again."""
@@ -331,7 +331,7 @@ class RowStream:
             where = self.reader.where(place)
             name = check(where, self.reader.parse(place, raw))
             if name in first:
-                raise DataError(f"{where}: the id '{name}' is also that of {first[name]}. Ids must be unique.")
+                raise DataError(f"{where}: the id '{name}' is also used by {first[name]}. Ids must be unique.")
             if name is not None and hash(name) in repeated:
                 first[name] = where
 

@@ -20,7 +20,7 @@ from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers, sample_rollouts
 from .task_metrics import RowMean
 
-# What every row has, of the greedy and of the sampled answer; `rlkd.metrics` says what each number is.
+# The numbers of every row, for the greedy and the sampled answer; `rlkd.metrics` defines them.
 PER_ANSWER = ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
 MEANS = [*(prefix + name for prefix in ("", "sample_") for name in PER_ANSWER), "match"]
 # predictions, then the examples they answer -> named scores; a RowMean keeps the score of each row
@@ -29,7 +29,7 @@ TaskMetric = Callable[[list[str], list[Example]], dict[str, float]]
 
 @dataclass
 class Evaluator:
-    """Answers `examples` with a policy and scores the answers with the teacher, whose own answers are computed once.
+    """Answers `examples` with a policy and scores the answers with the teacher; its own answers are computed once.
 
     Both greedy and sampled answers are scored: a user runs the student greedily, training improves its samples.
     """
@@ -124,7 +124,7 @@ class Evaluator:
         return [self._teacher_answers[e.id] for e in examples]
 
     def names(self) -> list[str] | None:
-        """The names that `summarise` gives; None if the task metric fails on a single made-up answer."""
+        """The names that `summarise` gives; None if the task metric fails on a single dummy answer."""
         task: dict[str, float] = {}
         if self.task_metric is not None:
             try:

@@ -1,4 +1,4 @@
-"""Linear probes: how well a label can be read from frozen features, against its most frequent value.
+"""Linear probes: how well frozen features predict a label, compared with its most frequent value.
 
 Source: Conneau et al. 2018 (arXiv 1805.01070), whose files `rlkd.data.probe_rows` reads.
 """

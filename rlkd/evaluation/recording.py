@@ -1,4 +1,4 @@
-"""What trainers save in token_rewards.jsonl at every evaluation: a few answers with their token rewards."""
+"""The answers with token rewards that trainers save in token_rewards.jsonl at every evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..runs.files import TOKEN_REWARDS, append_lines
 from .samples import COLUMNS, Sample
 from .token_rewards import answers_as_rollouts, rows_of, score_rollouts
 
-# Column of the evaluator's rows -> whose answer its token ids are.
+# Column of the evaluator's rows -> source of the answer.
 EVALUATED = {"ids": "student", "sample_ids": "student sampled", "teacher_ids": "teacher greedy"}
 
 

@@ -22,10 +22,10 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer and its T tokens, numbers in nats. A column, or its entry for a token, is None if it is not known.
+    """One answer and its T tokens, numbers in nats. A column, or its entry for a token, is None if unknown.
 
     id, input         name and raw text of the input; answers to one input share the id
-    source            whose answer it is (`rlkd.inspection.reward_view.SOURCES`, or another name)
+    source            where the answer comes from (`rlkd.inspection.reward_view.SOURCES`, or another name)
     text              the answer without special tokens
     tokens, ids       [T] pieces of text that join to the answer, and their ids, end-of-sequence included; empty if only
                       the text is known
@@ -41,7 +41,7 @@ class Sample:
                       `top` is of their renormalised mean log-probability (under `pool` all are of that)
     finished          False if the answer was cut before its end-of-sequence
     step              optimizer steps the student had taken, in a training run
-    facts             anything else that is known, shown next to the sums
+    facts             anything else, shown next to the sums
     """
 
     id: str
@@ -79,7 +79,9 @@ class Sample:
 
     @property
     def regrets(self) -> Numbers | None:
-        """[T] max_a log p(a|s_t) - log p(a_t|s_t) >= 0: what each token costs against the teacher's greedy token."""
+        """[T] max_a log p(a|s_t) - log p(a_t|s_t) >= 0: the cost of each token relative to the teacher's greedy
+        token.
+        """
         if self.logprobs is None or self.max_logprobs is None:
             return None
         pairs = zip(self.max_logprobs, self.logprobs, strict=True)

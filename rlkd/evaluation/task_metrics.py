@@ -53,7 +53,7 @@ def bleu(predictions: list[str], examples: list[Example]) -> dict[str, float]:
 
     references = _references(examples)
     width = max(len(r) for r in references)
-    # sacrebleu takes None where a row has fewer references than others.
+    # sacrebleu expects None where a row has fewer references than others.
     columns: list[Any] = [[r[i] if i < len(r) else None for r in references] for i in range(width)]
     return {"bleu": BLEU().corpus_score(predictions, columns).score}
 

@@ -73,7 +73,7 @@ def reward_view(
 def _check(examples: list[Example], answers: Any, template_names: Sequence[str] | None) -> list[str]:
     """Names of the teacher inputs, if the arguments fit together."""
     if not examples:
-        raise ConfigError("there are no examples to look at: give at least one.")
+        raise ConfigError("no examples to inspect: give at least one.")
     if isinstance(answers, str):
         raise ConfigError("answers is a single text: give a list with one text per example, or a dict of such lists.")
     given = answers if isinstance(answers, Mapping) else {} if answers is None else {"answers": answers}

@@ -73,7 +73,7 @@ def _scored(teacher: Teacher, tokenizer: Any, labels: list[dict[str, Any]], valu
 
 
 def _recorded(row: dict[str, Any], tokenizer: Any, value: str) -> Sample:
-    """From the recorded top tokens: V = max is the first of them; the entropy, and hence V = softmax, is not known."""
+    """From the recorded top tokens: V = max is the first of them; the entropy, and hence V = softmax, is unknown."""
     ids = row["token_ids"]
     columns: dict[str, Any] = {}
     if row.get("top_ids") is not None:

@@ -114,7 +114,7 @@ class RewardView:
 
     def worst(self, n: int, by: str = "regret") -> RewardView:
         """The n inputs with the largest `regret`, disagreement between `templates` or between `student` and teacher, or
-        `length`; inputs for which it is not known are left out. Raises ConfigError for another name.
+        `length`; inputs for which it is unknown are left out. Raises ConfigError for another name.
         """
         check_choice("by", by, RANKINGS)
         ranked = [(RANKINGS[by](case), case) for case in self.cases()]

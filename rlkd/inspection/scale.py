@@ -9,7 +9,7 @@ EDGES = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def step(number: float | None) -> str:
-    """The CSS class of a number: n6 .. n1 below 0, z around 0, p1 .. p6 above; u if it is not known."""
+    """The CSS class of a number: n6 .. n1 below 0, z around 0, p1 .. p6 above; u if unknown."""
     if number is None or number != number:
         return "u"
     k = bisect_right(EDGES, abs(number))

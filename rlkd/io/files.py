@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole or absent: written to a temporary name, flushed to disk, then renamed."""
+"""Files that a crash leaves complete or absent: written to a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add `text` to the end of `path`, made if need be. Raises RlkdError naming the file if the disk is full."""
+    """Append `text` to `path`, created if missing. Raises RlkdError naming the file if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("a", encoding="utf-8") as file:

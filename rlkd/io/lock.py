@@ -1,4 +1,4 @@
-"""One writer per output, and a polite end when a signal asks for it."""
+"""One writer per output, and a graceful stop on a signal."""
 
 from __future__ import annotations
 
@@ -40,11 +40,16 @@ def writer_lock(path: Path) -> Iterator[Path]:
         held = _owner(owner)
         who = f"process {held['pid']} on {held['host']}" if held else "another process"
         raise LockedError(
-            f"{path.parent} is being written by {who}. Wait until it ends, or end it, then repeat."
+            f"{path.parent} is being written by {who}. Wait until it finishes, or stop it, then repeat."
         ) from None
     try:
         if held := _owner(owner):
-            logger.warning("%s: recovered the lock of process %s on %s, which is gone", path, held["pid"], held["host"])
+            logger.warning(
+                "%s: recovered the lock of process %s on %s, which is no longer running",
+                path,
+                held["pid"],
+                held["host"],
+            )
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield path
     finally:
@@ -61,9 +66,10 @@ def _owner(path: Path) -> dict[str, Any] | None:
 
 
 class Stop:
-    """SIGTERM and SIGINT, noted while `with stop:` runs; `signum` is None until one came. A second one ends at once.
+    """SIGTERM and SIGINT, recorded while `with stop:` runs; `signum` is None until one arrives. A second one exits
+    immediately.
 
-    Only the main thread can be asked; elsewhere, and outside the block, signals do what they did before.
+    Only the main thread receives signals; elsewhere, and outside the block, they have their previous effect.
     """
 
     def __init__(self) -> None:
@@ -89,4 +95,4 @@ class Stop:
             return
         self.signum, self._first = signum, time.monotonic()
         # print and logging may be what the signal interrupted: write(2) is safe.
-        os.write(2, b"stopping as soon as what was done is saved; once more to stop at once\n")
+        os.write(2, b"stopping after saving finished work; press again to stop now\n")

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a log line every 30 s elsewhere, nothing if quiet."""
+"""Progress of a long job: a bar on a terminal, a log line every 30 s elsewhere, nothing if quiet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOG_SECONDS = 30.0
 
 
 class Pace:
-    """Counts what was made and says it in one line; `due` when `LOG_SECONDS` have passed since the last line."""
+    """Counts finished units and reports them in one line; `due` when `LOG_SECONDS` have passed since the last line."""
 
     def __init__(self, what: str, unit: str, total: int | None, done: int = 0):
         self.what, self.unit, self.total, self.first, self.done = what, unit, total, done, done
@@ -48,7 +48,7 @@ class Pace:
 def progress(
     total: int | None, done: int = 0, *, what: str = "labels", quiet: bool = False
 ) -> Iterator[Callable[[int, int], None]]:
-    """A function of (rows, tokens) made. total, None if unknown; done, rows that an earlier run made."""
+    """A function of (rows, tokens) made. total, None if unknown; done, rows finished by an earlier run."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

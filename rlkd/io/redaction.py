@@ -1,4 +1,4 @@
-"""Secrets are taken out of everything that is written down or shown: run.json, messages, the list of settings.
+"""Secrets are removed from everything that is written or shown: run.json, messages, the list of settings.
 
 A secret is known by its name (hub_token, WANDB_API_KEY), by its form (hf_..., a wandb key, a password in an address),
 or because an environment variable with such a name holds it.
@@ -14,7 +14,7 @@ REDACTED = "<redacted>"
 SECRET_WORDS = {
     "token", "key", "apikey", "secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials",
 }  # fmt: skip
-SHORTEST = 8  # shorter values of the environment are words that stand everywhere
+SHORTEST = 8  # shorter values of the environment are words that occur everywhere
 FORMS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"
     r"|\bwandb_v\d+_\w{16,}"

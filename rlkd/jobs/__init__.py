@@ -1,1 +1,1 @@
-"""Jobs: from settings to loaded models and data, shared by recipes and commands, and what is done with them."""
+"""Jobs: from settings to loaded models and data, shared by recipes and commands, and the work itself."""

@@ -56,7 +56,7 @@ class LabelledDataArguments:
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} is set without train_file: task {self.task} has its own")
         if not 0 < self.dev_fraction < 1:
-            raise ConfigError(f"dev_fraction = {self.dev_fraction}: must lie between 0 and 1")
+            raise ConfigError(f"dev_fraction = {self.dev_fraction}: must be between 0 and 1")
 
 
 @dataclass
@@ -88,7 +88,7 @@ class LabelledData:
 def load_labelled_data(data: LabelledDataArguments, teacher_labels: tuple[str, ...] = ()) -> LabelledData:
     """Rows and label names, every column, label and text checked.
 
-    Args: teacher_labels, the names of a teacher that is fine-tuned already, in an order that the data must follow.
+    Args: teacher_labels, the names of a teacher that is fine-tuned already, in the order that the data must follow.
     Raises DataError or ConfigError.
     """
     return _load_files(data, teacher_labels) if data.train_file is not None else _load_task(data, teacher_labels)
@@ -125,7 +125,7 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
                 limit=data.train_limit if role == "train_file" else data.dev_limit,
             )
         except DataError as error:
-            if "labels outside the set" not in str(error) or data.labels:
+            if "labels not in the label set" not in str(error) or data.labels:
                 raise
             whose = "the teacher's" if teacher_labels else f"those of '{data.train_file}'"
             raise DataError(f"{error} (The labels are {whose}; set labels to name others.)") from None

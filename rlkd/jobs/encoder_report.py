@@ -92,7 +92,7 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
     for split, scores in teacher["scores"].items():
         for name, value in scores.items():
             if name == "score" and len(scores) == 2:
-                continue  # the one metric there is
+                continue  # the only metric
             other = student["scores"][split][name]
             table.add_row(f"{split} {name}", f"{value:.4f}", f"{other:.4f}", ratio(value, other))
     table.add_section()

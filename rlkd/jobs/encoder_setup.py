@@ -1,5 +1,5 @@
-"""The settings of the recipe of encoder-only students, and what they name: all that can be refused is refused before
-weights load, and a finished teacher is never fine-tuned again.
+"""The settings of the recipe of encoder-only students, and what they name: everything that needs no weights is checked
+before weights load, and a finished teacher is never fine-tuned again.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ TEACHER_RECORD = "fine_tuning.json"
 
 @dataclass
 class EncoderTeacherArguments:
-    """The teacher: a pretrained encoder that is fine-tuned here first, or one that is fine-tuned already."""
+    """The teacher: a pretrained encoder that is fine-tuned here first, or one that is already fine-tuned."""
 
     teacher: str = field(
         default="google-bert/bert-base-uncased", metadata={"help": "Hub id or folder of a BERT-type model."}
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_finetuned: bool = field(
-        default=False, metadata={"help": "The teacher is fine-tuned on this task already: use it as it is."}
+        default=False, metadata={"help": "The teacher is already fine-tuned on this task: use it as is."}
     )
     teacher_epochs: Positive = field(
         default=3.0, metadata={"help": "Epochs of its fine-tuning; the best checkpoint on dev is kept."}
@@ -118,7 +118,7 @@ class EncoderSetup:
             config=copy.deepcopy(self.teacher_config),
             revision=self.teacher.teacher_revision if name == self.teacher.teacher else None,
             dtype=torch.float32,
-            ignore_mismatched_sizes=name != self.teacher_folder,  # a head for another task is replaced
+            ignore_mismatched_sizes=name != self.teacher_folder,  # a head of another task is replaced
         )
 
     def new_student(self, teacher: Any) -> Any:
@@ -222,7 +222,7 @@ def _fine_tune(setup: EncoderSetup) -> None:
         teacher_cache="none",
         tree_start_epoch=0.0,
         resume_from_checkpoint="auto" if path.exists() else None,
-        allow_config_change=True,  # what matters to the teacher was compared above
+        allow_config_change=True,  # the settings that affect the teacher were compared above
     )
     set_seed(training.seed)
     inputs = setup.trainer_inputs() | {"tokenizer": setup.teacher_tokenizer, "teacher_tokenizer": None}
@@ -238,7 +238,7 @@ def _fine_tune(setup: EncoderSetup) -> None:
 
 
 def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
-    """The settings that decide the fine-tuned teacher."""
+    """The settings that determine the fine-tuned teacher."""
     teacher, training = setup.teacher, setup.training
     return {
         "teacher": teacher.teacher,

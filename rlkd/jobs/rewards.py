@@ -19,7 +19,7 @@ STUDENTS = ("student", "student_before")
 
 
 def view_of_models(request: dict[str, Any]) -> RewardView:
-    """What a teacher says of the answers of itself and of students, on rows. Checks come in order of cost:
+    """A teacher's scores of its own and of students' answers, on rows. Checks come in order of cost:
     configurations and vocabularies, templates and rows; weights load last.
 
     Raises: ModelError, DataError or ConfigError before weights load.

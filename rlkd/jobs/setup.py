@@ -1,4 +1,4 @@
-"""The settings of the recipes, and what they name: everything that can fail cheaply fails before weights load."""
+"""The settings of the recipes, and what they name: all cheap checks run before weights load."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class DataArguments:
     )
     all_templates: bool = field(
         default=False,
-        metadata={"help": "Without a template name: include templates for other tasks than the original one."},
+        metadata={"help": "Without a template name: include templates for tasks other than the original one."},
     )
     gold_input: bool = field(default=False, metadata={"help": "Allow templates whose input contains gold columns."})
     truncation: Truncation = field(
@@ -76,7 +76,7 @@ class DataArguments:
         default=None, metadata={"help": "Folder written by `rlkd generate-pseudolabels` (supervised recipes)."}
     )
     task_metric: Literal["none", "rouge", "bleu", "exact_match"] = field(
-        default="none", metadata={"help": "Computed on greedy and sampled answers at every evaluation."}
+        default="none", metadata={"help": "Task metric, computed on greedy and sampled answers at every evaluation."}
     )
 
     def __post_init__(self) -> None:
@@ -200,7 +200,7 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
 
 
 def load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
-    """Training and evaluation examples and, if they are asked for, pseudo-labels; every column is checked.
+    """Training and evaluation examples and, if requested, pseudo-labels; every column is checked.
 
     Raises DataError or ConfigError.
     """

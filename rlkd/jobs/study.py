@@ -1,7 +1,7 @@
-"""A study: arms x seeds (x tasks), each cell one result. What it consists of, and which results are finished.
+"""A study: arms x seeds (x tasks), each cell one result. Its definition, and the state of its results.
 
-A cell's folder is OUT/TASK/seed-N/ARM, without the parts it does not have; its record lies next to it in ARM.json, its
-output in ARM.log. rlkd/jobs/study_runner.py makes the results.
+A cell's folder is OUT/TASK/seed-N/ARM, without the parts it does not have; its record is next to it in ARM.json, its
+output in ARM.log. rlkd/jobs/study_runner.py computes the results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Cell:
-    """One result to be made. inputs: the finished cells it needs, by the name of their arm."""
+    """One result to compute. inputs: the finished cells it needs, by the name of their arm."""
 
     arm: str
     seed: int | None
@@ -50,7 +50,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where the cell's function writes."""
+        """The output folder of the cell's function."""
         return self.out / self.name
 
     @property
@@ -64,13 +64,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Arm:
-    """What makes a result, and from what.
+    """How a result is computed, and from what.
 
     run       called with a Cell in a process of its own; a function of a module (it is pickled); returns a JSON object
     needs     arms whose results it reads: those of the same task and seed, or of the only seed that they have
-    settings  JSON object of everything that the result depends on besides task, seed, `needs` and the code
+    settings  JSON object of everything else that the result depends on, except task, seed, `needs` and the code
     seeds     None, those of the study; (), one result for all seeds
-    resumes   whether `run` continues from what a killed call left in the folder; if not, it starts from an empty one
+    resumes   whether `run` continues an interrupted call in the folder; if not, it starts from an empty one
     """
 
     run: Callable[[Cell], Result]
@@ -87,7 +87,7 @@ class Study:
     tasks     name -> settings of the task, which its cells get in addition to those of the arm; {}, cells have no task
     headline  numbers of a result to show when it is finished
 
-    Raises ConfigError if arms need arms that do not exist, or each other.
+    Raises ConfigError if arms need unknown arms, or each other.
     """
 
     out: Path
@@ -99,18 +99,20 @@ class Study:
     def __post_init__(self) -> None:
         for name, arm in self.arms.items():
             if unknown := [need for need in arm.needs if need not in self.arms]:
-                raise ConfigError(f"arm {name!r} needs {unknown[0]!r}: the study has {', '.join(self.arms)}.")
+                raise ConfigError(
+                    f"arm {name!r} needs {unknown[0]!r}, which is not an arm. The study has {', '.join(self.arms)}."
+                )
             for seed in self._seeds(name):
                 for need in arm.needs:
                     self._seed_of(need, seed, name)
         try:
             graphlib.TopologicalSorter({name: arm.needs for name, arm in self.arms.items()}).prepare()
         except graphlib.CycleError as error:
-            raise ConfigError(f"arms need each other: {' -> '.join(error.args[1])}.") from None
+            raise ConfigError(f"arms depend on each other: {' -> '.join(error.args[1])}.") from None
 
     @cached_property
     def cells(self) -> dict[str, Cell]:
-        """Every cell by name, all of a seed before the next: an early end leaves whole seeds."""
+        """Every cell by name, all of a seed before the next: an early stop leaves complete seeds."""
         cells = [
             Cell(arm, seed, task, self.out, _as_json({**self.arms[arm].settings, **self.tasks.get(task or "", {})}))
             for seed in (None, *self.seeds)
@@ -126,7 +128,7 @@ class Study:
         return {need: self._cell(need, cell.task, self._seed_of(need, cell.seed, cell.arm)) for need in needs}
 
     def finished(self, cell: Cell) -> dict[str, Any] | None:
-        """The record of a finished result, if it was made with these settings from the results that are there now."""
+        """The record of a finished result, if it was made with these settings from the current results."""
         record = read_record(cell)
         if record is None or record["result"] is None or record["settings"] != cell.settings:
             return None
@@ -138,7 +140,9 @@ class Study:
         return None if None in records.values() else {need: _digest(record) for need, record in records.items()}
 
     def results(self, arm: str, task: str | None = None) -> dict[int | None, Result]:
-        """What is finished of an arm: seed -> result, in the order of the seeds; seed None of an arm without seeds."""
+        """The finished results of an arm: seed -> result, in the order of the seeds; seed None of an arm without
+        seeds.
+        """
         cells = [self._cell(arm, task, seed) for seed in self._seeds(arm)]
         records = {cell.seed: self.finished(cell) for cell in cells}
         return {seed: record["result"] for seed, record in records.items() if record is not None}
@@ -156,8 +160,8 @@ class Study:
                 changed.append(f"  {cell.record_file}: {_change(record['settings'], cell.settings)}")
         if changed:
             raise ConfigError(
-                f"{self.out} holds results of other settings:\n" + "\n".join(changed) + "\n"
-                "Use another folder for these settings, or delete the files named to make their results anew."
+                f"{self.out} holds results of different settings:\n" + "\n".join(changed) + "\n"
+                "Use another folder for these settings, or delete the listed files to compute their results again."
             )
 
     def _cell(self, arm: str, task: str | None, seed: int | None) -> Cell:
@@ -172,7 +176,7 @@ class Study:
         if seed in seeds:
             return seed
         if len(seeds) != 1:
-            raise ConfigError(f"arm {arm!r} needs {need!r}, which has no result of seed {seed}, and not only one.")
+            raise ConfigError(f"arm {arm!r} needs {need!r}, which has several seeds, but not seed {seed}.")
         return seeds[0]
 
 
@@ -182,13 +186,13 @@ def read_record(cell: Cell) -> dict[str, Any] | None:
 
 
 def write_record(cell: Cell, inputs: Mapping[str, str], result: Result | None) -> None:
-    """Write what a cell is made of and, once finished, its result: whole or not at all."""
+    """Write the inputs of a cell and, once finished, its result, atomically."""
     record = {"arm": cell.arm, "seed": cell.seed, "task": cell.task}
     write_json(cell.record_file, {**record, "settings": cell.settings, "inputs": inputs, "result": result})
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all. Raises RlkdError if the disk is full."""
+    """Write JSON atomically. Raises RlkdError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -220,7 +224,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As they will be read back: tuples are lists, keys are strings."""
+    """As they will be read back from JSON: tuples are lists, keys are strings."""
     return json.loads(json.dumps(settings))
 
 

@@ -1,4 +1,4 @@
-"""What the seeds of a study say: mean and spread, paired comparison, table."""
+"""Statistics over the seeds of a study: mean and spread, paired comparison, table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def spread_text(values: Sequence[float], form: str, digits: int) -> str:
-    """The spread in words: `form` names fields of Spread in {braces}. A single value is alone, none is nothing."""
+    """The spread as text: `form` names fields of Spread in {braces}. A single value is shown alone; without values,
+    empty.
+    """
     if len(values) < 2:
         return "".join(f"{value:.{digits}f}" for value in values)
     numbers = {k: v if k == "seeds" else f"{v:.{digits}f}" for k, v in asdict(spread(values)).items()}

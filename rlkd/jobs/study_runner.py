@@ -1,4 +1,4 @@
-"""Makes the results of a study: each cell in a process of its own with one thread, as many at a time as allowed."""
+"""Computes the results of a study: each cell in its own process with one thread, up to `jobs` at a time."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ ENVIRONMENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 30.0  # that a cell has to end after SIGTERM
-LOG_LINES = 15  # of a failed cell, to show
+GRACE_SECONDS = 30.0  # seconds for a cell to stop after SIGTERM
+LOG_LINES = 15  # lines of a failed cell's log to show
 
 _to_runner: Connection | None = None  # in a cell's process
 
 
 def run_study(study: Study, *, jobs: int | None = None, report: Callable[[], None] | None = None) -> None:
-    """Make every result that is not finished, then call `report` if any is, also after a failure or a signal.
+    """Compute every result that is not finished, then call `report` if any is, also after a failure or a signal.
 
-    jobs: processes at a time; None, as many as CPUs. A result that was interrupted is made again; one whose
-    inputs have changed is made anew.
+    jobs: processes at a time; None, one per CPU. An interrupted result is computed again, and so is one whose
+    inputs have changed.
 
-    Raises ConfigError if the folder holds results of other settings, LockedError while another process writes it,
-    InterruptedRunError after SIGTERM or SIGINT, RlkdError at the end if a cell failed (the others are made before).
+    Raises ConfigError if the folder holds results of different settings, LockedError while another process writes it,
+    InterruptedRunError after SIGTERM or SIGINT, RlkdError at the end if a cell failed (the others are finished first).
     """
     with writer_lock(study.out / "study"), Stop() as stop, _environment():
         study.refuse_other_settings()
@@ -56,7 +56,7 @@ def run_study(study: Study, *, jobs: int | None = None, report: Callable[[], Non
 
 
 def say(text: str) -> None:
-    """A line of progress with the time; of a cell, in its log and where the runner writes."""
+    """A line of progress with the time; of a cell, in its log and in the runner's output."""
     line = f"[{time.strftime('%H:%M:%S')}] {text}"
     print(line, flush=True)
     if _to_runner is not None:
@@ -86,7 +86,7 @@ class _Runner:
         self.end(GRACE_SECONDS)
 
     def ready(self) -> list[Cell]:
-        """Cells that are not made yet and need only what is."""
+        """Unfinished cells with finished inputs."""
         taken = {*self.done, *self.failed, *(cell.name for cell, *_ in self.running.values())}
         return [
             cell
@@ -99,7 +99,7 @@ class _Runner:
         record, arm = read_record(cell), self.study.arms[cell.arm]
         same = record is not None and (record["settings"], record["inputs"]) == (cell.settings, inputs)
         if record is not None and record["result"] is not None:
-            say(f"{cell.name}: made anew, as what it was made from has changed")
+            say(f"{cell.name}: computed again, since its inputs have changed")
         if not (same and arm.resumes):
             shutil.rmtree(cell.folder, ignore_errors=True)
         cell.folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class _Runner:
         self.running[receiver] = (cell, process, time.monotonic())
 
     def receive(self, connection: Connection) -> None:
-        """What a cell's process sent: a line of progress or the result; nothing more if it has ended without."""
+        """What a cell's process sent: a line of progress or the result; None if it ended without one."""
         try:
             kind, text = connection.recv()
         except (EOFError, OSError):  # ended, perhaps in the middle of a message
@@ -126,7 +126,7 @@ class _Runner:
             self.finish(connection, json.loads(text))
 
     def finish(self, connection: Connection, result: Result | None) -> None:
-        """Keep the result of a cell; None, it failed."""
+        """Keep the result of a cell; None if it failed."""
         cell, process, started = self.running.pop(connection)
         connection.close()
         process.join()
@@ -141,7 +141,7 @@ class _Runner:
         say(f"{cell.name}: finished in {time.monotonic() - started:.0f} s{numbers} ({count})")
 
     def end(self, grace: float) -> None:
-        """End what is running: SIGTERM, and SIGKILL after `grace` seconds."""
+        """Stop the running cells: SIGTERM, then SIGKILL after `grace` seconds."""
         processes = [process for _, process, _ in self.running.values()]
         for process in processes:
             process.terminate()
@@ -159,17 +159,17 @@ class _Runner:
         if self.stop.signum is not None:
             raise InterruptedRunError(
                 f"stopped by {signal.Signals(self.stop.signum).name}: {len(self.done)} of {total} results are in "
-                f"{self.study.out}. Repeat the command to make the others.",
+                f"{self.study.out}. Repeat the command to compute the rest.",
                 self.stop.signum,
             )
         if self.failed:
             cells = self.study.cells
             waiting = [name for name in cells if name not in self.done and name not in self.failed]
             lines = [_failure(cells[name], code) for name, code in self.failed.items()]
-            lines += [f"not started, as they need what failed: {', '.join(waiting)}"] if waiting else []
+            lines += [f"not started, since they depend on failed results: {', '.join(waiting)}"] if waiting else []
             raise RlkdError(
                 f"{len(self.failed)} of {total} results failed:\n" + "\n".join(lines) + "\n"
-                f"{len(self.done)} are in {self.study.out}. Fix the cause and repeat the command to make the others."
+                f"{len(self.done)} are in {self.study.out}. Fix the cause and repeat the command to compute the rest."
             )
 
 
@@ -188,10 +188,10 @@ def _context() -> Any:
 
 
 def _work(arm: Arm, cell: Cell, connection: Connection) -> None:
-    """What the process of a cell does."""
+    """The main function of a cell's process."""
     global _to_runner
     _to_runner = connection
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner gets it too, and ends its cells with SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner gets it too, and stops its cells with SIGTERM
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log = os.open(cell.log_file, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
@@ -200,7 +200,7 @@ def _work(arm: Arm, cell: Cell, connection: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """A runner that is killed leaves no cell running: the next runner may start the same one."""
+    """A killed runner leaves no cell running: the next runner may start the same one."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -227,7 +227,7 @@ def _restore(before: Mapping[str, str | None]) -> None:
 
 
 def _failure(cell: Cell, code: int) -> str:
-    """How a cell failed: its exit code and the end of its log."""
+    """Why a cell failed: its exit code and the end of its log."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     text = cell.log_file.read_text(encoding="utf-8", errors="replace") if cell.log_file.exists() else ""
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Training that tells its CPU seconds, or is given so many: a fair budget for arms whose steps cost differently."""
+"""Training that reports its CPU seconds, or has a budget of them: fair for arms with steps of different cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def timed_training(trainer: Trainer, stage: str, cpu_seconds: float | None = Non
 
 
 class _Clock(TrainerCallback):
-    """Lines of progress, and the end of a budget of CPU seconds."""
+    """Progress lines, and a stop at the end of the CPU budget."""
 
     def __init__(self, stage: str, budget: float | None, warmup_steps: int):
         self.stage, self.budget, self.warmup_steps, self.newest, self.used = stage, budget, warmup_steps, "", 0.0
@@ -60,7 +60,7 @@ class _Clock(TrainerCallback):
             self.shown = now
 
     def progress(self, state: Any, now: float) -> str:
-        """How far it is, in words."""
+        """Progress as text."""
         if self.budget is not None:
             return f"{state.global_step} steps, {self.used:.0f} of {self.budget:.0f} CPU s"
         rate = state.global_step / (now - self.started)

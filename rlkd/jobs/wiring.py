@@ -1,4 +1,4 @@
-"""From plain settings, of a recipe or of a command, to what they name: rows as both models read them, and the teacher.
+"""From plain settings of a recipe or a command to rows as both models read them, and the teacher.
 
 Settings that recipes and commands share have the same names, so one function reads either.
 """

@@ -1,4 +1,4 @@
-"""The contents of a label folder in words: the data card, and the summary at the end of a run."""
+"""The contents of a label folder as text: the data card, and the summary at the end of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..io.cards import cell, front_matter, table
 
 
 def summary(totals: dict[str, Any]) -> str:
-    """Rows by status, why some have no label, and the counts of each template; plain text for a terminal."""
+    """Rows by status, reasons for missing labels, and counts per template; plain text for a terminal."""
     status = totals["status"]
     lines = [
         f"{totals['rows']} rows in {plural(totals['shards'], 'shard')}: {_counts(status)}; "

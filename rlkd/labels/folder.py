@@ -31,7 +31,7 @@ def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = N
         )
     if not others and not manifest.headers and any(out.glob("labels-*.parquet")):
         raise DataError(
-            f"{out} holds label shards without {name}, so they cannot be trusted. "
+            f"{out} holds label shards without {name}, so they cannot be verified. "
             "Choose another folder, or pass --overwrite."
         )
     return manifest

@@ -78,10 +78,10 @@ class Labeller:
         check_settings(self)
 
     def shard(self, rows: list[PromptedRow], done: dict[int, PseudoLabel]) -> list[PseudoLabel]:
-        """The labels of all rows in order; those in `done`, by position, are known already.
+        """The labels of all rows in order; those in `done`, by position, are already known.
 
-        Raises: StoppedError if `stopping` says so, DivergenceError if log-probabilities are not finite, DataError for a
-        prompt longer than max_input_tokens with on_long = error.
+        Raises: StoppedError if `stopping` returns True, DivergenceError if log-probabilities are not finite, DataError
+        for a prompt longer than max_input_tokens with on_long = error.
         """
         labels = dict(done)
         slots = self._slots(rows, labels)
@@ -169,7 +169,7 @@ class Labeller:
         self.advance(len(flat), sum(map(len, flat)))
 
     def _rank(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> None:
-        """Label with the most probable choice; ties are won by the first."""
+        """Label with the most probable choice; the first of equal ones."""
         texts = list(dict.fromkeys(choice for slot in slots for choice in slot.choices or ()))
         ids = dict(zip(texts, encode_texts(self.teacher.tokenizer, texts, NO_LIMIT), strict=True))
         choices = [[ids[choice] for choice in slot.choices or ()] for slot in slots]
@@ -208,7 +208,7 @@ class Labeller:
         error: str | None,
         labels: dict[int, PseudoLabel],
     ) -> None:
-        """Label rows that say why there is no label."""
+        """Label rows with the reason for the missing label."""
         for sample in range(self.labels_per_prompt):
             labels[position + sample] = self._row(
                 row, template, sample, status, error or "unknown", {"teacher_input": text}

@@ -48,7 +48,7 @@ def verify(folder: Path) -> list[str]:
 def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], dict[str, Any] | None]:
     """Move damaged shards aside (folder `damaged`) and take them, and damaged lines, out of the log.
 
-    Returns: what was dropped, or would be with dry_run, and the recorded request that makes it again; None if the
+    Returns: what was dropped, or would be with dry_run, and the recorded request that regenerates it; None if the
     labels were not made by the command line.
     """
     dropped: list[str] = []
@@ -85,7 +85,7 @@ def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
     _check_parts(logs)
     shards = {k: (log.path.parent, shard) for log in logs for k, shard in log.shards.items()}
     if missing := sorted(set(range(max(shards, default=-1) + 1)) - set(shards)):
-        raise DataError(f"the parts lack the shards {', '.join(map(str, missing[:10]))}: a part is incomplete.")
+        raise DataError(f"the parts are missing the shards {', '.join(map(str, missing[:10]))}: a part is incomplete.")
     out.mkdir(parents=True, exist_ok=True)
     with writer_lock(out / MANIFEST):
         merged = Manifest.read(out / MANIFEST)
@@ -124,7 +124,7 @@ def _check_parts(logs: list[Manifest]) -> None:
             raise DataError(f"{log.path} is not finished: repeat its command, then merge.")
         if log.header["generation"] != first.header["generation"] or len(log.headers) > 1:
             changed = changes(first.header["settings"], log.header["settings"])
-            raise DataError("\n".join([f"{log.path} has other settings than {first.path}:", *changed]))
+            raise DataError("\n".join([f"{log.path} has different settings from {first.path}:", *changed]))
         if (log.part or (0, 1))[1] != n or log.header["rows_per_shard"] != first.header["rows_per_shard"]:
             raise DataError(f"{log.path} and {first.path} have different shardings: use the same n and shard_rows.")
     numbers = [(log.part or (0, 1))[0] for log in logs]
@@ -145,7 +145,7 @@ def _copy(folder: Path, out: Path, shard: dict[str, Any]) -> None:
 
 
 def _shard_problems(manifest: Manifest) -> list[tuple[int, str]]:
-    """(shard, problem) of every shard whose file is not what the log says."""
+    """(shard, problem) of every shard with a file that does not match the log."""
     folder = manifest.path.parent
     found = []
     for k, shard in sorted(manifest.shards.items()):
@@ -155,7 +155,7 @@ def _shard_problems(manifest: Manifest) -> list[tuple[int, str]]:
 
 
 def _wrong_rows(folder: Path, shard: dict[str, Any], manifest: Manifest) -> str | None:
-    """What is wrong unless the rows are those of the shard's block, in order, each as often as it has labels."""
+    """The problem, unless the rows are those of the shard's block, in order, each as often as it has labels."""
     file = folder / shard["file"]
     try:
         rows = pq.read_table(file, columns=["row"]).column("row").to_pylist()

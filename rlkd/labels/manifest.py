@@ -1,9 +1,9 @@
 """The commit log of a label folder: one JSON line per event, appended and flushed, each with its own checksum.
 
-header    settings and source of the labels; another one if the run was continued with changed settings
+header    settings and source of the labels; another line if the run was continued with changed settings
 shard     a shard was committed: file, rows, checksum, counts
 partial   answers of a shard that a signal interrupted
-dropped   shards that were damaged and must be made again
+dropped   damaged shards, to be regenerated
 finished  totals; the run is complete
 """
 

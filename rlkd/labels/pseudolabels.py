@@ -36,7 +36,7 @@ def generate_pseudolabels(
     """Label every input under every template: `labels-*.parquet` (rows: PseudoLabel), manifest and data card in `out`.
 
     Args:
-        teacher: in memory, or by name: then the engine loads of it what it needs.
+        teacher: in memory, or by name: then the engine loads what it needs.
         template_names: one per teacher input of an example.
         decoding: how answers are decoded. sum_logprob of a label is at temperature 1 whatever the decoding.
         engine: which of `ENGINES`, or one in memory; by default PyTorch.
@@ -81,7 +81,7 @@ def label_rows(
         reference: makes the full-precision engine that one of lower precision is compared with.
     Returns: totals. Raises: DataError if `out` is taken or its settings differ, LockedError if another process writes
     there, DivergenceError if log-probabilities are not finite, InterruptedRunError after a signal, RlkdError if the
-    disk is full. What was committed stays in all these cases.
+    disk is full. Committed shards are kept in all these cases.
     """
     with writer_lock(out / manifest_name(options.part)):
         return Run(teacher, source, out, decoding, options, make_engine(), reference)()

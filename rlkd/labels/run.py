@@ -47,7 +47,7 @@ AGREEMENT_PROMPTS, AGREEMENT_TOKENS = 100, 32
 
 @dataclass
 class Run:
-    """What is labelled, by what, and where; arguments as in `label_rows`, whose folder is locked by now."""
+    """The source, the engine and the folder of a run; arguments as in `label_rows`, which has locked the folder."""
 
     teacher: PromptReader
     source: Source
@@ -124,7 +124,7 @@ class Run:
             old = manifest.header
             changed = changes(old["settings"], header["settings"])
             layout = [
-                f"  shard_rows, templates or labels_per_input: {old['rows_per_shard']} input rows in a shard -> "
+                f"  shard_rows, templates or labels_per_input: {old['rows_per_shard']} input rows per shard -> "
                 f"{header['rows_per_shard']}"
             ]
             if old["rows_per_shard"] != header["rows_per_shard"]:
@@ -161,11 +161,11 @@ class Run:
     def _drop_damaged(self, manifest: Manifest) -> None:
         if manifest.damaged:
             logger.warning(
-                "%s: %d damaged lines; what they recorded will be done again", manifest.path, len(manifest.damaged)
+                "%s: %d damaged lines; what they recorded will be redone", manifest.path, len(manifest.damaged)
             )
         problems = {k: problem for k, shard in manifest.shards.items() if (problem := damage(self.out, shard))}
         for problem in problems.values():
-            logger.warning("%s: this shard will be made again", problem)
+            logger.warning("%s: this shard will be regenerated", problem)
         if problems:
             manifest.append("dropped", shards=list(problems))
 
@@ -181,7 +181,7 @@ class Run:
         return sum(min(size, self.source.total - first) for first in blocks) * self.labels_per_row
 
     def _make(self, manifest: Manifest, before: int) -> None:
-        """Make and commit the shards that the log does not have."""
+        """Compute and commit the shards that are not in the log."""
         i, n = self.options.part or (0, 1)
         identity = self.engine.identity()
         made = (str(identity.get("teacher")), identity.get("revision") or identity.get("teacher_weights"))
@@ -229,7 +229,7 @@ class Run:
         (self.out / partial_name(k)).unlink(missing_ok=True)
 
     def _partial(self, manifest: Manifest, k: int) -> dict[int, PseudoLabel]:
-        """Answers that an interrupted run saved of this shard, if they are intact and have these settings."""
+        """Answers of this shard saved by an interrupted run, if they are intact and have these settings."""
         entry = manifest.partials.get(k)
         if not entry or entry["generation"] != self.header["generation"] or damage(self.out, entry):
             return {}
@@ -237,7 +237,7 @@ class Run:
 
     def _keep(self, manifest: Manifest, k: int, labels: dict[int, PseudoLabel]) -> None:
         positions = sorted(labels)
-        # Saving them only spares work: a full disk here must not hide why the run ends.
+        # Saving them only saves work: a full disk here must not hide why the run ends.
         with suppress(RlkdError):
             checksum = write_labels(
                 self.out / partial_name(k),

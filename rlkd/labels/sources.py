@@ -15,7 +15,7 @@ from ..records import Example, Prompt, PromptedRow
 class Source(Protocol):
     """Rows to label.
 
-    total      number of input rows, None if it is not known
+    total      number of input rows, None if unknown
     templates  (name, id, source) of each prompt of a row
     scan       what a first pass over the rows found, JSON-able
     bad_rows   the rows that it could not use; both are stored with the labels

@@ -143,7 +143,7 @@ def load_pseudolabels(path: str | Path, *, statuses: tuple[str, ...] | None = ("
     shards = [manifest.shards[k] for k in sorted(manifest.shards)]
     for shard in shards:
         if problem := damage(folder, shard):
-            raise DataError(f"{problem}. Make only that shard again: rlkd data repair {folder}")
+            raise DataError(f"{problem}. Regenerate only that shard: rlkd data repair {folder}")
     rows = read_parquet([folder / shard["file"] for shard in shards])
     wanted = [field.name for field in fields(PseudoLabel) if field.name not in TOP_K.names]
     if missing := [name for name in wanted if name not in rows.column_names]:
@@ -172,7 +172,7 @@ def finished_manifest(folder: Path) -> Manifest:
             )
         state = "an unfinished run: repeat its command to finish it" if manifest.headers else "no labels"
         raise DataError(
-            f"{folder} has no finished {MANIFEST}, so it holds {state}. "
+            f"{folder} has no finished {MANIFEST}, so it contains {state}. "
             f"Labels are written by: rlkd generate-pseudolabels --out {folder}"
         )
     return manifest

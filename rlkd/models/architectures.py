@@ -1,4 +1,4 @@
-"""The architectures of language models that rlkd knows, in one table; nothing else asks which one it has."""
+"""The architectures of language models that rlkd knows, in one table; no other code distinguishes architectures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Architecture:
     check: Callable[[Any, str, str, torch.dtype], None]
 
     def takes(self, config: Any) -> bool:
-        """Whether it is the architecture of models with this configuration."""
+        """Whether models with this configuration have this architecture."""
         return config.model_type in self.model_types and _is_encoder_decoder(config) == self.is_encoder_decoder
 
 
@@ -55,7 +55,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
 
 def architecture_of(config: Any, role: str, name: str) -> Architecture:
     """The first architecture that takes models of this configuration. Raises ModelError if none does; `role` and `name`
-    say in the message which model it is.
+    identify the model in the message.
     """
     for architecture in LANGUAGE_MODELS.values():
         if architecture.takes(config):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# Padding that one batch of unequal lengths may hold, in tokens: about what one more forward costs. A processor computes
-# padding like anything else; an accelerator mostly waits for its launches.
+# Padding that one batch of unequal lengths may hold, in tokens: about what one more forward costs. A CPU computes
+# padding like any other token; on an accelerator launches dominate.
 PADDING = {"cpu": 32, "accelerator": 2048}
 
 

@@ -1,4 +1,4 @@
-"""What language models share in their dealings with transformers: names that changed, defaults of generate."""
+"""Compatibility with transformers, shared by language models: renamed arguments, defaults of generate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def cache_name(decoder: Any) -> str:
-    """What a decoder calls its cache of keys and values, in its arguments and its output.
+    """The decoder's name for its cache of keys and values, in arguments and output.
 
     transformers 5.24 renamed `past_key_values`, and warns of the old name.
     """

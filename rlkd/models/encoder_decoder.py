@@ -77,6 +77,7 @@ class EncoderDecoder:
 
     def head(self) -> Head:
         """As in LanguageModel."""
+        # PEFT wraps the model; the head and its configuration are those of the base model.
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         projection = base.get_output_embeddings()
         weight = projection.weight
@@ -85,6 +86,7 @@ class EncoderDecoder:
                 "the output head is quantised, so its exact logits are not available. "
                 "Keep it in full precision: add 'lm_head' to llm_int8_skip_modules."
             )
+        # BART adds a buffer to its logits; T5's head has no bias.
         bias = getattr(base, "final_logits_bias", None)
         bias = projection.bias if bias is None else bias.view(-1)
         return Head(weight, bias, _output_scale(base.config), self.valid_vocab)
@@ -99,7 +101,7 @@ class EncoderDecoder:
         for rows in batches_by_length([len(p) for p in prompts], batch_tokens, padding_allowed(self.device)):
             ids, mask = pad_rows([prompts[i] for i in rows], self.pad_id, self.device)
             for i, state, n in zip(rows, self.encode(ids, mask), mask.sum(1).tolist(), strict=True):
-                states[i] = state[:n]
+                states[i] = state[:n]  # without padding, so that a state does not depend on its batch
         return states  # type: ignore[return-value]
 
     def hidden(self, states: Tensor, mask: Tensor, answer_ids: Tensor) -> Tensor:
@@ -108,10 +110,12 @@ class EncoderDecoder:
         Args: states [B, P, D], mask [B, P] bool: encoder states and which of them count. Answers are right-padded and
         attention is causal, so padding after an answer changes nothing before it.
         """
+        # The decoder reads the answer shifted by one: position t predicts token t from the tokens before it.
         start = torch.full_like(answer_ids[:, :1], self.start_id)
         shifted = torch.cat([start, answer_ids[:, :-1]], dim=1)
         return self.model.get_decoder()(
             input_ids=shifted,
+            # All ones: T5's start token is its padding token, so a mask by id would hide it.
             attention_mask=torch.ones_like(shifted),
             encoder_hidden_states=states,
             encoder_attention_mask=mask.long(),
@@ -133,6 +137,7 @@ class EncoderDecoder:
             hidden = self.hidden(pad_stack([states[i] for i in batch]), mask, answer_ids[batch, :width])
             for i, row in zip(batch, hidden, strict=True):
                 rows[i] = row[: lengths[i]]
+        # `rows` holds every position up to each answer's end; a mask may have gaps before that.
         before_end = length_mask(ends, answer_mask.shape[1])
         return torch.cat(rows)[answer_mask[before_end]]  # type: ignore[arg-type]
 

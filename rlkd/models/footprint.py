@@ -1,4 +1,4 @@
-"""What a classifier costs to keep and to ask: parameters, megabytes, milliseconds per sentence."""
+"""Footprint of a classifier: parameters, megabytes, milliseconds per sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def latency(
 ) -> dict[str, float]:
     """Milliseconds per sentence of each model: the median of `passes` passes over its batches (input_ids [B, L]).
 
-    The models take turns, so that a machine that slows down slows all of them, after one pass to warm up. Tokenisation
+    The models alternate, so that a slow phase of the machine affects all of them, after one warm-up pass. Tokenisation
     is not counted. Each model and its batches must be on one device.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -37,7 +37,7 @@ def latency(
             for batch in batches[name]:
                 model(**batch)
                 if model.device.type != "cpu":
-                    torch.accelerator.synchronize(model.device)  # an answer is one that has come back
+                    torch.accelerator.synchronize(model.device)  # wait for the result
             seconds[name].append(time.perf_counter() - start)
     sentences = {name: sum(len(batch["input_ids"]) for batch in batches[name]) for name in models}
     return {name: 1000 * statistics.median(seconds[name][1:]) / sentences[name] for name in models}

@@ -1,6 +1,6 @@
 """The vocabulary projection, applied in chunks so that logits [B, R, V] are never held.
 
-`Head.map` is the one place where hidden states meet the vocabulary: the teacher's scores, the student's log-probs,
+`Head.map` is the one place where logits are computed: the teacher's scores, the student's log-probs,
 entropies, exact expectations and divergences are all functions of one chunk of logits.
 """
 
@@ -86,6 +86,7 @@ class _ChunkedHead(torch.autograd.Function):
         *args: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.head, ctx.function, ctx.chunk = head, function, chunk
+        # No logits are saved: the backward pass computes them again, one chunk at a time.
         ctx.save_for_backward(hidden, weight, bias, *args)
         outputs: tuple[Tensor, ...] = ()
         # An empty batch still runs one empty chunk, so that the number of outputs is known.
@@ -108,7 +109,7 @@ class _ChunkedHead(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
-        head_weight = weight[:v].to(hidden.dtype)
+        head_weight = weight[:v].to(hidden.dtype)  # once, not for every chunk
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             d_logits = _gradient(ctx.function, head.logits(hidden[rows]), [a[rows] for a in args], grads, rows)
@@ -116,6 +117,7 @@ class _ChunkedHead(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = head.scale * (d_logits @ head_weight)
             if grad_weight is not None:
+                # Padded rows of the weight have no gradient. addmm_ adds in place, without a [V, D] temporary.
                 d_weight = grad_weight[:v]
                 if d_weight.dtype == d_logits.dtype:
                     d_weight.addmm_(d_logits.T, hidden[rows], alpha=head.scale)
@@ -123,7 +125,7 @@ class _ChunkedHead(torch.autograd.Function):
                     d_weight += head.scale * (d_logits.T @ hidden[rows])
             if grad_bias is not None:
                 grad_bias[:v] += d_logits.sum(0)
-            del d_logits  # or the next chunk's logits would come on top of it
+            del d_logits  # or it would add to the memory of the next chunk's logits
         return (None, None, None, grad_hidden, grad_weight, grad_bias, *(None for _ in args))
 
 
@@ -132,5 +134,6 @@ def _gradient(function: TokenFunction, logits: Tensor, args: list[Tensor], grads
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
         outputs = function(logits, *args)
+    # Outputs such as an argmax have no gradient, and unused ones get None.
     used = [(o, g[rows]) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     return torch.autograd.grad([o for o, _ in used], logits, [g for _, g in used])[0]

@@ -1,4 +1,4 @@
-"""What rlkd needs of a language model: states of prompts, hidden states of answers, decoding step by step, the head.
+"""What rlkd needs from a language model: states of prompts, hidden states of answers, decoding step by step, the head.
 
 Sampling, scoring, losses, evaluation and inspection are written against `LanguageModel`; whether the model underneath
 is an encoder-decoder, what its caches look like and how it marks the start of an answer is known to the implementation
@@ -16,7 +16,7 @@ from .heads import Head
 
 
 class DecodingState(Protocol):
-    """n answers while they are decoded: `LanguageModel.start` gives it, each step extends it by one token."""
+    """n answers being decoded: `LanguageModel.start` creates it, each step extends it by one token."""
 
     def step(self, tokens: Tensor | None) -> Tensor:
         """Append `tokens` [n] to the answers; None at the first step, when there are none yet.
@@ -36,8 +36,8 @@ class LanguageModel(Protocol):
     model        the transformers model (possibly PEFT-wrapped); whatever trains or moves its weights goes through it
     valid_vocab  V, the number of ids that are tokens; actions and normalisers are limited to them
     eos_id       the token that ends an answer; it belongs to the answer
-    pad_id       fills what lies beyond an answer. It may equal eos_id or a token that answers use: masks say what
-                 counts, never ids
+    pad_id       fills what lies beyond an answer. It may equal eos_id or a token that answers use: masks, not ids,
+                 decide what counts
     width        D, the width of the head's inputs
 
     Answers are [B, R], right-padded. Prompts are lists of token ids, at least one each. batch_tokens bounds the padded
@@ -71,10 +71,10 @@ class LanguageModel(Protocol):
         ...
 
     def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
-        """What answers need of each prompt, as one tensor whose layout only this model knows; differentiable.
+        """What decoding needs to know of each prompt, as one tensor whose layout only this model knows; differentiable.
 
-        Encoder states [P_i, D] of an encoder-decoder; keys and values, say, of a decoder-only model. A state may be
-        repeated (several answers to one prompt), cloned, and cached by its bytes.
+        Encoder states [P_i, D] of an encoder-decoder; keys and values of a decoder-only model. A state may be
+        repeated (several answers to one prompt), cloned, and cached, bounded by its size in bytes.
         """
         ...
 

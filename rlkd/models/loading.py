@@ -38,7 +38,7 @@ def load_config(name: str, role: str, revision: str | None = None) -> Any:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{role} '{name}' is neither a folder here nor a model that could be fetched from the hub: "
+            f"{role} '{name}' is neither a local folder nor a model that could be fetched from the hub: "
             f"{str(error).splitlines()[0]}"
         ) from error
 

@@ -22,7 +22,7 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 class Policy(nn.Module):
     """The student as a policy over valid tokens, optionally with a critic.
 
-    One forward runs model and head for given answers; whatever a loss needs of the logits is passed in as a function of
+    One forward runs model and head for given answers; what a loss needs from the logits is passed in as a function of
     one chunk of them. Under DistributedDataParallel this forward is the only entry that carries gradients.
 
     lm       the student as a LanguageModel; student is the transformers model in it

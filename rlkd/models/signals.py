@@ -1,4 +1,4 @@
-"""Where a teacher's signal comes from, and what it can give: a local model here; recorded or served signals alike."""
+"""The interface of teacher signals: here a local model; recorded or served signals have the same one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SignalSource(Protocol):
         distribution: bool = False,
         ids: list[str] | None = None,
     ) -> TeacherSignal:
-        """What the teacher says of answers [B, R] to B inputs, each under its templates; zeros at padding.
+        """The teacher's signal for answers [B, R] to B inputs, each under its templates; zeros at padding.
 
         distribution: whether the next-token distributions are needed, too; ids name the rows in errors.
         Raises DivergenceError if a number is not finite.
@@ -46,10 +46,12 @@ class SignalSource(Protocol):
 
 
 def check_signal(needs: Iterable[str], gives: Iterable[str], what: str, remedy: str) -> None:
-    """Raises ConfigError naming what `what` (settings, in words) needs of the teacher and the teacher cannot give."""
+    """Raises ConfigError naming what `what` (settings, in words) needs from the teacher and the teacher cannot
+    provide.
+    """
     missing = sorted(set(needs) - set(gives))
     if missing:
         raise ConfigError(
-            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher gives "
+            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher provides "
             f"{', '.join(sorted(gives))} only: {remedy}"
         )

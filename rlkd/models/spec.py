@@ -1,4 +1,4 @@
-"""Models by name: what can be refused before their weights load, then the weights.
+"""Models by name: checks that need no weights, then the weights.
 
 Imports torch only when something is read, so that the command line can show the choices at once.
 """
@@ -94,7 +94,7 @@ class ModelSpec:
         return size
 
     def check(self) -> None:
-        """All that can be told without weights. Raises ModelError."""
+        """Checks everything that needs no weights. Raises ModelError."""
         _ = self.config, self.valid_vocab
 
     @property
@@ -166,7 +166,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher by name; fields as in `Teacher`. What decodes its labels may never load it in PyTorch."""
+    """A teacher by name; fields as in `Teacher`. The engine that decodes its labels may never load it in PyTorch."""
 
     model: ModelSpec
     max_input_tokens: int = 512
@@ -189,7 +189,7 @@ class TeacherSpec:
 
 
 def check_pair(teacher: ModelSpec, student: ModelSpec) -> int:
-    """V of two models that speak the same tokens. Raises ModelError unless they do, or if one cannot take its role."""
+    """V of two models with the same vocabulary. Raises ModelError unless they do, or if one cannot take its role."""
     from .vocabulary import check_same_vocabulary, check_vocabulary_fits
 
     configs = [spec.config for spec in (teacher, student)]

@@ -1,4 +1,4 @@
-"""The frozen teacher: it labels, and it scores what students write.
+"""The frozen teacher: it generates labels and scores the students' answers.
 
 Scoring is one teacher-forced forward per answer. The states of prompts are cached, rows are batched by length, only
 valid tokens reach the head, and the head runs in chunks: logits [B, R, V] never exist.
@@ -6,6 +6,7 @@ valid tokens reach the head, and the head runs in chunks: logits [B, R, V] never
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 from torch import Tensor
-from transformers.utils import logging
 
 from ..checks import check_settings
 from ..errors import DivergenceError, ModelError
@@ -28,7 +28,7 @@ from .vocabulary import encode_texts
 
 TemplateCombination = Literal["average", "pool"]
 Result = TypeVar("Result")
-logger = logging.get_logger("rlkd")
+logger = logging.getLogger(__name__)
 
 
 class PromptCache:
@@ -160,7 +160,7 @@ class Teacher:
         return self._in_memory(lambda tokens: self.lm.answer_hidden(states, answer_ids, answer_mask, tokens))
 
     def _in_memory(self, forward: Callable[[int], Result]) -> Result:
-        """`forward(batch_tokens)`; when memory runs out, again with half as many, which then stay."""
+        """`forward(batch_tokens)`; when memory runs out, it is repeated with half as many, which stay in use."""
         try:
             return forward(self.batch_tokens)
         except RuntimeError as error:
@@ -169,7 +169,7 @@ class Teacher:
 
         def halve() -> int:
             self.batch_tokens //= 2
-            logger.warning(f"out of memory in the teacher: trying again with {self.batch_tokens} tokens a batch")
+            logger.warning(f"out of memory in the teacher: retrying with {self.batch_tokens} tokens per batch")
             return self.batch_tokens
 
         asked = self.batch_tokens

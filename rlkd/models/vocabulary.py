@@ -1,4 +1,4 @@
-"""Teacher and student must speak the same tokens: the reward is per token."""
+"""Teacher and student must share a vocabulary: the reward is per token."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_vocabulary_fits(config: Any, valid_vocab: int, role: str, name: str) -
         raise ModelError(
             f"{role} '{name}': the tokenizer has ids up to {valid_vocab - 1} but the model's vocab_size is "
             f"{config.vocab_size}. "
-            "The tokenizer and the model do not belong together."
+            "The tokenizer and the model do not match."
         )
 
 
@@ -53,7 +53,7 @@ def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{role} '{name}' has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{role} '{name}' has no loadable tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 With the teacher's own V as critic the temporal-difference error is delta_t = A_V(s_t, a_t), so GAE
 (Schulman et al. 2016, arXiv 1506.02438, eq. 16) is a discounted sum of A_V itself. lambda is the credit horizon:
-0 is the immediate regret alone (safe, biased), 1 the full return (unbiased, falls for the early end-of-sequence
+0 is the immediate regret alone (safe, biased), 1 the full return (unbiased, but learns the early end-of-sequence
 shortcut from a weak start).
 """
 
@@ -46,6 +46,7 @@ def per_decision(
     ratio of the tokens up to its own step, the baseline by that of step t. Weighting the sum instead, w_t adv_t, is
     biased: the future was still sampled from the older policy.
     """
+    # S(w x) - w S(x): 0 on policy, where all weights are 1.
     drift = discounted_sum(weights * rewards, mask, decay, stride) - weights * discounted_sum(
         rewards, mask, decay, stride
     )
@@ -58,6 +59,7 @@ def temporal_difference(advantage: Tensor, values: Tensor, mask: Tensor, gamma: 
     C is 0 after the last token, whether the answer ended or was cut (see `rlkd.objectives.rewards`).
     """
     values = values * mask
+    # Padding is already 0, so the shift gives C = 0 after the last token of every row.
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     return (advantage + gamma * following - values) * mask
 
@@ -103,7 +105,7 @@ def importance_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, kin
     log_ratio = (logps.detach() - behaviour_logps) * mask
     if kind == "none":
         return mask.to(log_ratio.dtype)
-    if kind == "cumulative":
+    if kind == "cumulative":  # in logs: a product of many ratios would overflow before it is capped
         log_ratio = log_ratio.cumsum(1)
     elif kind != "token":
         raise ValueError(f"importance_weight = {kind!r}: allowed are 'none', 'token', 'cumulative'")
@@ -120,17 +122,17 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def regret_per_sequence(advantage_max: Tensor, mask: Tensor) -> Tensor:
-    """-sum_t A_max(s_t, a_t), [B], nats >= 0: what the answers cost against the teacher's greedy choice at every
+    """-sum_t A_max(s_t, a_t), [B], nats >= 0: the cost of the answers relative to the teacher's greedy choice at every
     state.
     """
     return -(advantage_max * mask).sum(1)
 
 
 def price_of_stopping(eos_logit_gap: Tensor, mask: Tensor) -> Tensor:
-    """Mean regret of ending the answer at a state where the teacher would go on, scalar, nats.
+    """Mean regret of ending the answer at a state where the teacher would continue, scalar, nats.
 
     Args: eos_logit_gap [B, R] = max_a q(s_t, a) - q(s_t, EOS); mask [B, R] the non-final answer positions.
-    While a policy's regret per sequence exceeds this price, ending early is the better return (METHOD: EOS shortcut).
+    While a policy's regret per sequence exceeds this, ending early has the better return (docs/method.md).
     """
     return masked_mean(eos_logit_gap, mask)
 
@@ -142,7 +144,7 @@ class CreditInputs:
     reward               [B, R] r_t, the terms whose discounted sum is the credit;  mask [B, R]
     decay                gamma * lambda, the horizon under every baseline: it is GAE's lambda with the teacher's V as
                          critic, and a discount to the learned critic C. Bootstrapping C over the full return instead
-                         would bring back, at any lambda, the early end-of-sequence that a short horizon rules out:
+                         would reintroduce, at any lambda, the early end-of-sequence that a short horizon rules out:
                          ending a row saves -C(s_t)
     stride               keep every stride-th reward (K-step)
     rollouts_per_prompt  K adjacent rows of one prompt
@@ -179,7 +181,7 @@ def teacher_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
 
 
 def closed_form_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
-    """S_t - E_{a ~ pi}[r(s_t, a)], [B, R]; the exact one-step term has no such baseline, and none is taken then."""
+    """S_t - E_{a ~ pi}[r(s_t, a)], [B, R]; with the exact one-step term nothing is subtracted."""
     credit = inputs.to_go()
     return credit if inputs.immediate is not None else credit - given(inputs.expected), None
 
@@ -193,9 +195,10 @@ def leave_one_out_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]
 def critic_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
     """S_t - C(s_t) and the targets of C, both [B, R]; C is a learned estimate of E_pi[S_t].
 
-    Where the loss carries the exact one-step term, C predicts that term too: its expectation is given back, so that
+    Where the loss carries the exact one-step term, C predicts that term too: its expectation is added back, so that
     only the future is compared.
     """
+    # The decay is the critic's own discount, so GAE's lambda on top of it is 1.
     credit, returns = gae(inputs.reward, given(inputs.values), inputs.mask, inputs.decay, 1.0)
     if inputs.immediate is not None:
         credit = credit - inputs.immediate + given(inputs.expected)
@@ -204,7 +207,7 @@ def critic_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What is taken from the credit of a token; it never changes the expected gradient.
+    """What is subtracted from the credit of a token; it does not change the expected gradient.
 
     credit          `CreditInputs` -> the advantage [B, R] of each token and the critic's targets, None without one
     reads           fields of `CreditInputs` beyond reward and mask that it reads, whatever the one-step term is
@@ -222,7 +225,7 @@ class Baseline:
         return "values" in self.reads
 
     def inputs(self, *, exact: bool) -> frozenset[str]:
-        """What it reads beside an exact or a sampled one-step term."""
+        """The fields it reads with an exact or a sampled one-step term."""
         return self.reads | (self.reads_exact if exact else self.reads_sampled)
 
 

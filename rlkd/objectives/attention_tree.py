@@ -1,7 +1,7 @@
-"""Which tokens Tree Knowledge Distillation matches: a tree grown from [CLS] down the layers' attention maps.
+"""The tokens that Tree Knowledge Distillation matches: a tree grown from [CLS] down the layers' attention maps.
 
 Xu, Ji, Xie, "Tree Knowledge Distillation for Compressing Transformer-Based Language Models". The paper's Algorithm 1,
-its abstract and its prose read differently; `Variant` names the three readings. Every selection of tokens is a tensor
+its abstract and its text differ; `Variant` names the three readings. Every selection of tokens is a tensor
 of counts [B, H, L]: how often token p counts for head slice h, so that one distance (`encoder.token_distance`)
 serves them all. Shapes: B rows, L tokens (padding included), H heads, D width, d = D / H, K student layers.
 """
@@ -32,7 +32,7 @@ def rows_of_map(attention: Tensor) -> AttentionRows:
 
 
 def rows_of_query_key(query: Tensor, key: Tensor, biases: Sequence[Tensor], scaling: float) -> AttentionRows:
-    """Rows scaling q_p k^T + biases of queries and keys [B, H, L, d], computed when asked for and for those rows alone.
+    """Rows scaling q_p k^T + biases of queries and keys [B, H, L, d], computed on demand and for those rows only.
 
     biases broadcast to [B, H, L, L]: added position biases or masks, or boolean masks (True = may be attended).
     """
@@ -106,7 +106,8 @@ def attention_tree(
 
 
 def random_tokens(counts: Tensor, valid: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The counts [B, H, L] of one level of a tree, given to random tokens of `valid` [B, L] instead: as many, as often.
+    """The counts [B, H, L] of one level of a tree, given to random tokens of `valid` [B, L] instead: the same number,
+    as often.
 
     Baseline RAND of the paper. Drawn afresh at each call, each head and each level for itself.
     """

@@ -47,7 +47,7 @@ def weighted_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float]) ->
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """CE = mean over labelled rows of -log softmax(z)[label], a scalar; logits [B, C], labels [B], negative = none.
 
-    0 if no row of the batch has a label (a transfer set that the teacher alone judges).
+    0 if no row of the batch has a label (a transfer set, trained on the teacher alone).
     """
     labelled = labels >= 0
     return masked_mean(F.cross_entropy(logits, labels.clamp(min=0), reduction="none"), labelled)
@@ -88,6 +88,7 @@ def token_distance(
                 f"hidden states of width {s.shape[-1]} (student) and {width} (teacher) in {heads} head slices: widths "
                 "must agree (project the student's) and be a multiple of the heads"
             )
+        # The teacher's states carry no gradient; each head's slice is normalised on its own.
         s, t = s.unflatten(-1, (heads, -1)), t.detach().unflatten(-1, (heads, -1))  # [B, L, H, d]
         if normalise:
             s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)

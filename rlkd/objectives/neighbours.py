@@ -1,4 +1,4 @@
-"""What Tree Knowledge Distillation is compared with: other ways for a small encoder to learn from a large one.
+"""Alternatives to Tree Knowledge Distillation: other ways to distil a large encoder into a small one.
 
 When to use which: docs/tkd.md. Shapes: B rows, C labels, L tokens, H heads, D width (D_s of the student, D_t of the
 teacher), M the mask [B, L] of real tokens. Gradients flow to the student (and to projections) only. PKD is
@@ -24,13 +24,11 @@ def noisy_logits(
 ) -> Tensor:
     """z_t (1 + xi), xi ~ N(0, deviation^2) for each logit of the rows chosen with `probability`; logits [B, C].
 
-    One teacher as good as many (Sau & Balasubramanian 2016, arXiv 1610.09650, eq. 4). Raises ValueError for a
+    One teacher in place of many (Sau & Balasubramanian 2016, arXiv 1610.09650, eq. 4). Raises ValueError for a
     probability outside [0, 1] or a negative deviation.
     """
     if not 0 <= probability <= 1 or deviation < 0:
-        raise ValueError(
-            f"probability = {probability}, deviation = {deviation}: must lie in [0, 1] and not be negative"
-        )
+        raise ValueError(f"probability = {probability}, deviation = {deviation}: must be in [0, 1] and at least 0")
     chosen = torch.rand(teacher.shape[0], 1, generator=generator, device=teacher.device) < probability
     noise = torch.randn(teacher.shape, generator=generator, device=teacher.device, dtype=teacher.dtype)
     return teacher * (1 + deviation * noise * chosen)

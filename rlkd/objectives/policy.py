@@ -30,6 +30,7 @@ def ppo_loss(logps: Tensor, behaviour_logps: Tensor, advantages: Tensor, clip_ra
     """-min(rho adv, clip(rho, 1 - eps, 1 + eps) adv), rho = pi / mu (Schulman et al. 2017, arXiv 1707.06347, eq. 7),
     [B, R].
     """
+    # The minimum is pessimistic: clipping removes the gain of a larger step, never the penalty of a bad one.
     ratio = (logps - behaviour_logps).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantages, clipped * advantages)
@@ -77,7 +78,7 @@ def reduction_count(mask: Tensor, reduction: Reduction) -> float:
 
 
 def reduce_tokens(loss: Tensor, mask: Tensor, reduction: Reduction, denominator: float | None = None) -> Tensor:
-    """sum_{b,t} w_{b,t} loss_{b,t} / denominator, a scalar, of loss [B, R]; positions outside `mask` never count.
+    """sum_{b,t} w_{b,t} loss_{b,t} / denominator, a scalar, of loss [B, R]; positions outside `mask` do not count.
 
     token_mean      mean over the batch's tokens: every token weighs the same
     sequence_mean   mean over rows of the mean over their tokens: every row weighs the same (biased towards short rows)
@@ -87,5 +88,6 @@ def reduce_tokens(loss: Tensor, mask: Tensor, reduction: Reduction, denominator:
     check_choice("reduction", reduction, Reduction)
     if denominator is None:
         denominator = reduction_count(mask, reduction)
+    # where, not a product: 0 * inf or 0 * NaN at padding would be NaN.
     weighted = torch.where(mask, loss, torch.zeros_like(loss)) * token_weights(mask, reduction)
     return weighted.sum() / max(denominator, 1.0)

@@ -1,6 +1,6 @@
 """The reward a teacher's logits induce (Hao, Liu, Mou 2022, arXiv 2210.08708, eq. 6-8; LLMR 2024, arXiv 2409.12500).
 
-A teacher trained by teacher forcing is read as a Boltzmann expert whose logits are its Q-function up to a constant
+A teacher trained by teacher forcing is read as a Boltzmann expert: its logits are its Q-function up to a constant
 c(s) per state. Inverting the Bellman equation with discount gamma gives
 
     r(s_t, a_t) = q(s_t, a_t) - gamma * V(s_{t+1}),        V(terminal) = 0

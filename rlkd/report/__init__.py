@@ -1,1 +1,1 @@
-"""What a run did, from the files it left: a page that answers whether it helped, and comparisons of runs."""
+"""Reports from the files of a run: a page on whether training helped, and comparisons of runs."""

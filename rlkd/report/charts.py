@@ -20,7 +20,7 @@ from .reading import Arm, RunData, number
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "{http://www.w3.org/1999/xlink}href"
-INK, SOFT, LINE = "#010101", "#020202", "#030303"  # stand-ins for the page's own colours
+INK, SOFT, LINE = "#010101", "#020202", "#030303"  # placeholders for the page's own colours
 SERIES = [f"#0{i}0a0b" for i in range(8)]
 COLOURS = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)"} | {
     colour: f"var(--s{i})" for i, colour in enumerate(SERIES)

@@ -1,5 +1,5 @@
-"""What the data of a run show: did it help, at what cost, where does it fail. Nothing is guessed: what the files do not
-show is called unknown, with what would show it.
+"""What the data of a run show: did it help, at what cost, where does it fail. What the files do not
+show is reported as unknown, with the missing file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run folder as a record. Any file may be missing or truncated: what is not known stays empty and is listed in
+"""A run folder as a record. Any file may be missing or truncated: unknown fields are empty and listed in
 `notes`.
 """
 
@@ -155,7 +155,7 @@ def read_runs(folder: Path) -> list[RunData]:
         raise DataError(f"{folder}: no such folder. Give the output_dir of a run.")
     found = list(_run_folders(folder))
     if not found:
-        raise DataError(f"{folder}: no run here or up to {DEPTH} folders below: expected one of {', '.join(FILES)}.")
+        raise DataError(f"{folder}: no run in it or up to {DEPTH} folders below: expected one of {', '.join(FILES)}.")
     if found == [folder]:
         return [read_run(folder, folder.resolve().name)]
     return [read_run(path, *_name_and_seed(path.relative_to(folder))) for path in found]
@@ -212,7 +212,7 @@ def _numbered(path: Path, notes: list[str]) -> list[Row]:
     lines = _lines(path, notes)
     kept = [line for line in lines if isinstance(line.get("step"), int)]
     if len(kept) < len(lines):
-        notes.append(f"{path.name}: {len(lines) - len(kept)} lines without a step are left out.")
+        notes.append(f"{path.name}: {len(lines) - len(kept)} lines without a step are skipped.")
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Findings as sentences. Their numbers come from the run's files; what the files do not show is called unknown."""
+"""Findings as sentences. Their numbers come from the run's files; what the files do not show is reported as unknown."""
 
 from __future__ import annotations
 

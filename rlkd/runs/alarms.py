@@ -1,4 +1,4 @@
-"""The alarms: what goes wrong slowly, while every number is still finite, and what to change (docs/guards.md).
+"""The alarms: training that goes wrong while every number is still finite, and what to change (docs/guards.md).
 
 A measure is a function of the history of logged numbers alone; it is compared with the threshold of its alarm. An alarm
 is one entry of ALARMS.
@@ -50,7 +50,7 @@ class History:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an alarm measured, and the sentence that says so."""
+    """What an alarm measured, and a sentence about it."""
 
     value: float
     text: str
@@ -83,24 +83,24 @@ class Alarm:
 
 
 def _now_and_start(history: History, name: str) -> list[tuple[float, float, str]]:
-    """(now, at the start, whose) of the sampled answers and, where evaluated, of the greedy held-out answers.
+    """(now, at the start, which answers) of the sampled answers and, where evaluated, of the greedy held-out answers.
 
-    For RL only: supervised training starts from a student whose answers mean nothing yet.
+    For RL only: supervised training starts from a student with meaningless answers.
     """
     found: list[tuple[float, float, str]] = []
     if name not in history.first:
         return found
-    for series, lines, whose in ((name, WINDOW, "sampled"), (f"eval_{name}", 1, "greedy held-out")):
+    for series, lines, which in ((name, WINDOW, "sampled"), (f"eval_{name}", 1, "greedy held-out")):
         now = history.recent(series, lines)
         if now is not None:
-            found.append((now, history.start(series), whose))
+            found.append((now, history.start(series), which))
     return found
 
 
 def _length_ratios(history: History) -> list[Reading]:
     return [
-        Reading(now / start, f"{whose} answers have {now:.1f} tokens on average, {start:.1f} at the start")
-        for now, start, whose in _now_and_start(history, "length")
+        Reading(now / start, f"{which} answers have {now:.1f} tokens on average, {start:.1f} at the start")
+        for now, start, which in _now_and_start(history, "length")
         if start > 0
     ]
 
@@ -118,14 +118,16 @@ def longest(history: History) -> Reading | None:
 def unfinished(history: History) -> Reading | None:
     """By how much the share of answers that end (before max_new_tokens) has fallen since the start."""
     drops = [
-        Reading(start - now, f"{100 * now:.0f} % of {whose} answers end, {100 * start:.0f} % at the start")
-        for now, start, whose in _now_and_start(history, "finish_rate")
+        Reading(start - now, f"{100 * now:.0f} % of {which} answers end, {100 * start:.0f} % at the start")
+        for now, start, which in _now_and_start(history, "finish_rate")
     ]
     return max(drops, key=lambda r: r.value, default=None)
 
 
 def certainty(history: History) -> Reading | None:
-    """The student's entropy over the teacher's on the same answers; 0.01 nats added to both tolerate a sharp teacher."""
+    """The student's entropy over the teacher's on the same answers; 0.01 nats added to both tolerate a sharp
+    teacher.
+    """
     own, theirs = history.recent("entropy"), history.recent("teacher_entropy")
     if own is None or theirs is None:
         return None
@@ -166,9 +168,9 @@ def critic_fit(history: History) -> Reading | None:
 
 
 def clipped(history: History) -> Reading | None:
-    """Share of tokens whose ratio lies outside PPO's clip range."""
+    """Share of tokens whose ratio is outside PPO's clip range."""
     share = history.recent("clip_fraction")
-    return None if share is None else Reading(share, f"{100 * share:.0f} % of the ratios lie outside the clip range")
+    return None if share is None else Reading(share, f"{100 * share:.0f} % of the ratios are outside the clip range")
 
 
 def _objective(history: History) -> str:
@@ -177,7 +179,9 @@ def _objective(history: History) -> str:
 
 
 def rise(history: History) -> Reading | None:
-    """Regret (RL) or loss over its lowest; a fifth of the first reading, added to both, damps the ratio of small ones."""
+    """Regret (RL) or loss over its lowest; a fifth of the first reading, added to both, damps the ratio of small
+    ones.
+    """
     name = _objective(history)
     now = history.recent(name, USUAL)
     if now is None:
@@ -190,8 +194,8 @@ def rise(history: History) -> Reading | None:
 def held_out_loss(history: History) -> Reading | None:
     """Largest relative loss of a held-out score (regret, task scores) since its best, while training improves.
 
-    Regret counts in RL only (empty answers of an untrained student have a low one); it is relative to its best plus half
-    of the first training regret, as the best may be near 0.
+    Regret counts in RL only (empty answers of an untrained student have a low one); it is relative to its best plus
+    half of the first training regret, as the best may be near 0.
     """
     objective = _objective(history)
     now = history.recent(objective)
@@ -261,8 +265,14 @@ ALARMS = {
         ),
         Alarm(
             name="kl_negative",
-            meaning="The mean KL estimate is far below 0, which cannot be if answers are sampled from the policy that is scored.",
-            advice="Sampling and scoring disagree: check the precision (bf16), dropout (must be 0) and changes to sampling.",
+            meaning=(
+                "The mean KL estimate is far below 0, which cannot be if answers are sampled from the policy that is "
+                "scored."
+            ),
+            advice=(
+                "Sampling and scoring disagree: check the precision (bf16), dropout (must be 0) and changes to "
+                "sampling."
+            ),
             reads=("kl",),
             measure=distance,
             threshold=-0.1,
@@ -311,8 +321,13 @@ ALARMS = {
         ),
         Alarm(
             name="held_out_worse",
-            meaning="Training improves but held-out regret or a held-out score gets worse: overfitting or reward hacking.",
-            advice="Keep the best checkpoint (load_best_model_at_end, early_stopping_patience), raise kl_coef, or use more data.",
+            meaning=(
+                "Training improves but held-out regret or a held-out score gets worse: overfitting or reward hacking."
+            ),
+            advice=(
+                "Keep the best checkpoint (load_best_model_at_end, early_stopping_patience), raise kl_coef, or use "
+                "more data."
+            ),
             reads=("eval_seconds", "eval_runtime"),
             measure=held_out_loss,
             threshold=0.1,

@@ -35,8 +35,8 @@ def write_card(
 ) -> None:
     """Write README.md into `folder`.
 
-    record: content of run.json, secrets removed; architecture: class of the student; scores: the newest `eval_*` numbers
-    ({} if it was never evaluated) on `rows` held-out rows; step: optimizer steps taken.
+    record: content of run.json, secrets removed; architecture: class of the student; scores: the newest `eval_*`
+    numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer steps taken.
     """
     (folder / CARD).write_text(
         card(record, architecture=architecture, scores=scores, rows=rows, step=step), encoding="utf-8"

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, and checked before they are used.
+"""Checkpoints on disk: complete or absent, and checked before they are used.
 
 A checkpoint is written in `_unfinished/`, flushed to disk, given a manifest with the size and the sha256 of each of its
 files, and only then renamed to `checkpoint-N`. What a killed save leaves in `_unfinished/` is removed by the next one.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,33 +16,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from ..errors import CheckpointError, ConfigError, RlkdError
 from ..io.files import sha256, sync_folder, write_durably
 from .files import ALARMS_FILE, METRICS, SAMPLES, TOKEN_REWARDS
 from .record import check_settings
 
-logger = logging.get_logger("rlkd")
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE_FILE = "rlkd_state.json"
 UNFINISHED = "_unfinished"
 SET_ASIDE = "set_aside"
-# What a run logs; a resumed run takes back the lines that came after its checkpoint.
+# The logs of a run; a resumed run removes the lines after its checkpoint.
 LOGS = (METRICS, SAMPLES, TOKEN_REWARDS, ALARMS_FILE)
-# Bytes that a checkpoint takes beside its tensors, and a disk beside its files.
+# Bytes that a checkpoint takes in addition to its tensors, and a disk in addition to its files.
 SMALL_FILES = 2**20
 RESUME = "--resume_from_checkpoint auto"
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, once it is whole."""
+    """The path of the checkpoint of `step`, once it is complete."""
     return run / f"checkpoint-{step}"
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, newest first; whether they are whole is for `damage` to say."""
+    """The checkpoints of a run by step, newest first; `damage` checks whether they are intact."""
     found = {
         int(m[1]): path for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
@@ -76,7 +75,7 @@ def commit(written: Path, final: Path) -> None:
 
 
 def explained_save(error: Exception, final: Path, needed: int) -> Exception:
-    """What to tell the user of a save that failed: `error` itself unless the disk is full. Frees what was written.
+    """The error to raise for a failed save: `error` itself unless the disk is full. Frees what was written.
 
     needed: bytes of the tensors in a checkpoint.
     """
@@ -89,7 +88,7 @@ def explained_save(error: Exception, final: Path, needed: int) -> Exception:
     if not full and room > needed + SMALL_FILES:
         return error
     return RlkdError(
-        f"no space left for {final}: it needs about {needed / 1e6:.2f} MB, there is room for {room / 1e6:.2f} MB. "
+        f"no space left for {final}: it needs about {needed / 1e6:.2f} MB, {room / 1e6:.2f} MB are free. "
         f"Earlier checkpoints are intact: free some space and repeat the command with {RESUME}."
     )
 
@@ -115,9 +114,9 @@ def damage(folder: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not the {size} that were written"
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
         if sha256(path) != checksum:
-            return f"{name} is not what was written: its sha256 differs"
+            return f"{name} was changed after it was written: its sha256 differs"
     if STATE_FILE not in expected:
         return f"it has no {STATE_FILE}: with save_only_model a checkpoint holds nothing to resume from"
     return None
@@ -132,17 +131,17 @@ def requested(resume_from_checkpoint: str | bool | None) -> str | None:
 
 
 def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
-    """The checkpoint to resume from; None to start anew.
+    """The checkpoint to resume from; None for a new run.
 
-    wanted: a folder; or auto, the newest checkpoint of the run that is whole, saying why newer ones are not.
-    Raises CheckpointError if there are checkpoints and none is whole, ConfigError if a new run would mix with those of
+    wanted: a folder; or auto, the newest intact checkpoint of the run; why newer ones are skipped is logged.
+    Raises CheckpointError if there are checkpoints but none is intact, ConfigError if a new run would mix with those of
     an earlier one.
     """
     own = checkpoints(run)
     if wanted is None:
         if own:
             raise ConfigError(
-                f"{run} holds checkpoints of an earlier run (up to step {max(own)}). Go on with it ({RESUME}), or "
+                f"{run} holds checkpoints of an earlier run (up to step {max(own)}). Continue it ({RESUME}), or "
                 "choose another output_dir."
             )
         return None
@@ -159,13 +158,13 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
         raise CheckpointError(
             f"no checkpoint in {run} can be resumed from:{''.join(reasons)}\nRestore one, or choose another output_dir."
         )
-    logger.warning(f"no checkpoint in {run} yet: starting anew")
+    logger.warning(f"no checkpoint in {run} yet: starting a new run")
     return None
 
 
 def check_resumed_settings(args: Any, sections: Iterable[Any]) -> None:
     """Raise ConfigError if the checkpoint that a recipe is to resume was written with other settings; for recipes,
-    before a model is looked at. args, the trainer's settings; sections, the others.
+    before a model is read. args, the trainer's settings; sections, the others.
     """
     wanted, own = requested(args.resume_from_checkpoint), checkpoints(Path(str(args.output_dir)))
     checkpoint = next(iter(own.values()), None) if wanted == "auto" else wanted
@@ -174,7 +173,7 @@ def check_resumed_settings(args: Any, sections: Iterable[Any]) -> None:
 
 
 def _given(folder: Path) -> Path:
-    """`folder` if it is a whole checkpoint. Raises CheckpointError."""
+    """`folder` if it is an intact checkpoint. Raises CheckpointError."""
     reason = damage(folder) if folder.is_dir() else "there is no such folder"
     if reason is None:
         return folder
@@ -183,7 +182,7 @@ def _given(folder: Path) -> Path:
     raise CheckpointError(f"cannot resume from {folder}: {reason}.{hint}")
 
 
-# A run folder that goes back to a checkpoint
+# Returning a run folder to a checkpoint
 
 
 def log_sizes(run: Path) -> dict[str, int]:
@@ -198,7 +197,7 @@ def log_sizes(run: Path) -> dict[str, int]:
 
 
 def rewind(run: Path, checkpoint: Path | None) -> None:
-    """Take the run folder back to what it was when `checkpoint` was saved (None: to before the first step).
+    """Restore the run folder to its state when `checkpoint` was saved (None: to before the first step).
 
     Later checkpoints move to `set_aside/`. Log lines written after the checkpoint are cut off: the resumed run writes
     them again. Logs of a run that never reached a checkpoint move to `set_aside/`.
@@ -224,7 +223,7 @@ def _set_aside(path: Path) -> None:
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(path, target)
-    logger.warning(f"moved {path} to {target}: the run goes on from before it")
+    logger.warning(f"moved {path} to {target}: the run continues from an earlier checkpoint")
 
 
 def _cut(path: Path, size: int) -> None:
@@ -233,5 +232,5 @@ def _cut(path: Path, size: int) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What rlkd saved beside weights, optimizer, scheduler and random state."""
+    """What rlkd saved in addition to weights, optimizer, scheduler and random state."""
     return json.loads((checkpoint / STATE_FILE).read_text())

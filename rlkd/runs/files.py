@@ -1,4 +1,4 @@
-"""What a run leaves in its folder besides models: one JSON object per line."""
+"""Files of a run folder other than models: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SAMPLES, TOKEN_REWARDS, HELD_OUT = "samples.jsonl", "token_rewards.jsonl", "held
 
 
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append records; the folder is made if need be. Raises RlkdError naming the file if the disk is full."""
+    """Append records; the folder is created if missing. Raises RlkdError naming the file if the disk is full."""
     append_text(path, "".join(_line(record) for record in records))
 
 
 def keep_first_and_last(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    """Write the evaluation of `step` beside the first one of the run, in place of those between."""
+    """Write the evaluation of `step` and keep the first one of the run; those between are replaced."""
     kept: list[str] = []
     if path.exists():
         with path.open(encoding="utf-8") as file:

@@ -1,6 +1,6 @@
-"""Numbers that must be finite: found before the optimizer uses them, with the batch written down.
+"""Checks for non-finite numbers before the optimizer uses them; the batch is saved.
 
-What is watched costs one look per update, whatever the number of micro-batches and checks.
+The checks cost one synchronisation per update, whatever the number of micro-batches and checks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Watched:
 
     @classmethod
     def of(cls, values: Mapping[str, Tensor], ids: list[str], batch: Any) -> Watched:
-        """Of values [B, ...] or scalars, which stand for every row."""
+        """Of values [B, ...] or scalars, which count for every row."""
         # NaN and inf survive a maximum of magnitudes.
         peaks = [v.detach().float().reshape(len(ids) if v.dim() else 1, -1).abs().amax(1) for v in values.values()]
         return cls(list(values), torch.stack([peak.expand(len(ids)) for peak in peaks]), ids, batch)
@@ -51,7 +51,7 @@ class Watched:
 class FiniteGuard(TrainerCallback):
     """Stops training on every process before a number that is not finite reaches weights, optimizer or checkpoint.
 
-    Raises DivergenceError; the batch lies under `diverged/step-N` of the run folder then.
+    Raises DivergenceError; the batch is then saved under `diverged/step-N` of the run folder.
     """
 
     def __init__(self, trainer: Any):
@@ -66,7 +66,7 @@ class FiniteGuard(TrainerCallback):
             self._look([])
 
     def check(self, values: Mapping[str, Tensor], ids: list[str], batch: Any) -> None:
-        """Values [B, ...] or scalars that must be finite now; every process calls this as often."""
+        """Values [B, ...] or scalars that must be finite now; every process calls this equally often."""
         found = Watched.of(values, ids, batch)
         bad = not bool(found.peaks.isfinite().all())
         self._stop_if(found.problem() if bad else None, [found])
@@ -114,7 +114,7 @@ class FiniteGuard(TrainerCallback):
         if not trainer.anywhere(problem is not None):
             return
         if problem is None:
-            raise DivergenceError(f"another process met a number that is not finite at step {step}: see its message")
+            raise DivergenceError(f"another process found a non-finite number at step {step}: see its message")
         problem = f"step {step}: {problem.rstrip('.')}."
         raise DivergenceError(f"{problem} {self._hint()}{self._dump(problem, watched)}")
 
@@ -123,13 +123,13 @@ class FiniteGuard(TrainerCallback):
         kinds = sorted({str(p.dtype).removeprefix("torch.") for p in self.trainer.trained.parameters()})
         remedy = "use bfloat16 or float32 (T5 overflows in float16)" if "float16" in kinds else "lower learning_rate"
         return (
-            f"Nothing was updated with it and no checkpoint holds it. The student is in {', '.join(kinds)}, "
+            f"No weights were updated and no checkpoint contains it. The student is in {', '.join(kinds)}, "
             f"learning_rate is {args.learning_rate:g}, max_grad_norm {args.max_grad_norm:g}: {remedy}, or resume from "
             "the last checkpoint."
         )
 
     def _dump(self, problem: str, watched: list[Watched]) -> str:
-        """Write the batches down; says where, or why not."""
+        """Save the batches; returns where, or why not."""
         trainer = self.trainer
         folder = trainer.run_folder / DIVERGED_FOLDER / f"step-{trainer.state.global_step}"
         rank = f"-process-{trainer.args.process_index}" if trainer.args.world_size > 1 else ""
@@ -176,7 +176,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Mapping):
         inner = value.items()
     else:
-        # A head, say, is no part of the batch.
+        # A head, for example, is not part of the batch.
         if isinstance(value, (Tensor, list, tuple, str, int, float)):
             yield name, value
         return

@@ -1,4 +1,5 @@
-"""Compares what trainers log with the alarms: a warning, a line in alarms.jsonl, the count `alarms`, or the end of the run.
+"""Compares what trainers log with the alarms: a warning, a line in alarms.jsonl, the count `alarms`, or the end of the
+run.
 
 An alarm fires once per episode, which ends after a few readings within the threshold.
 """
@@ -6,18 +7,18 @@ An alarm fires once per episode, which ends after a few readings within the thre
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from ..errors import DivergenceError
 from .alarms import ALARMS, Alarm, History, Reading
 from .files import ALARMS_FILE
 
-logger = logging.get_logger("rlkd")
+logger = logging.getLogger(__name__)
 
 CALM = 3  # readings within the threshold that end an episode
 
@@ -31,7 +32,7 @@ class Watch:
         self.count = 0
 
     def add(self, record: Mapping[str, Any]) -> list[tuple[Alarm, Reading]]:
-        """Take in a record; returns the alarms that it makes fire."""
+        """Add a record; returns the alarms that fire."""
         self.history.add(record)
         fired = []
         for alarm in ALARMS.values():

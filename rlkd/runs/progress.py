@@ -1,4 +1,4 @@
-"""How far training is: transformers' bar on a terminal, a log line every 30 s elsewhere, nothing with disable_tqdm."""
+"""Training progress: transformers' bar on a terminal, a log line every 30 s elsewhere, nothing with disable_tqdm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN = ("loss", "regret", "tokens_per_second")
 
 class TrainingProgress(ProgressCallback):
     """The bar with the newest loss, regret and tokens per second at its end; where stderr is no terminal, lines with
-    steps per second and time left. A terminal's bar would fill a log file with carriage returns.
+    steps per second and time left. A progress bar would fill a log file with carriage returns.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""run.json: what was run, with which settings, on which data; and whether a resumed run still is that run."""
+"""run.json: trainer, settings and data of a run; and the check that a resumed run is the same run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes")
 # Settings that a resumed run may change: they decide where and when something is written or shown, what is kept in
-# memory, which checkpoint is the best, or whether the run ends sooner, and no number that training puts into the
+# memory, which checkpoint is the best, or whether the run stops earlier, and nothing that affects the
 # weights. When and what is evaluated is not among them: evaluation draws from the same random numbers as dropout.
 FREE = {
     "alarms", "allow_config_change", "dataloader_num_workers", "dataloader_persistent_workers",
@@ -84,7 +84,7 @@ def _version(package: str) -> str | None:
 class RunRecord:
     """The content of run.json.
 
-    rlkd, versions  of rlkd, of python and of what rlkd stands on; None for a package that is not installed
+    rlkd, versions  of rlkd, of python and of rlkd's dependencies; None for a package that is not installed
     trainer         its class; command, sys.argv
     started         ISO time of the first start; resumed, one entry per later start: time, checkpoint, command, changed
     settings        every setting of ours, and those of transformers and TRL that differ from their defaults
@@ -111,7 +111,7 @@ class RunRecord:
     resumed: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """Write run.json into `folder`, whole or not at all, without secrets. Raises RlkdError if the disk is full."""
+        """Write run.json into `folder`, atomically and without secrets. Raises RlkdError if the disk is full."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(redacted(asdict(self)), indent=2, ensure_ascii=False)
         write_durably(folder / RUN_FILE, (text + "\n").encode())
@@ -125,12 +125,12 @@ class RunRecord:
             return None
 
     def resume(self, checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
-        """Make this the record of a run that goes on from `checkpoint`. Raises ConfigError as `check_settings` does,
+        """Make this the record of a run that continues from `checkpoint`. Raises ConfigError as `check_settings` does,
         and for other data or another teacher.
         """
         before = RunRecord.read(checkpoint)
         if before is None:
-            logger.warning("%s has no %s: whether the settings are the same is not known", checkpoint, RUN_FILE)
+            logger.warning("%s has no %s: cannot check whether the settings are the same", checkpoint, RUN_FILE)
             return
         changed = changed_settings(before.settings, sections) + self._changed_inputs(before)
         _refuse(checkpoint, changed, allow_change)
@@ -146,7 +146,7 @@ class RunRecord:
 def check_settings(checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
     """Raise ConfigError listing every setting that differs from those `checkpoint` was written with, and may not.
 
-    Says nothing of a checkpoint without a record. `sections` are dataclasses of settings.
+    A checkpoint without a record is not checked. `sections` are dataclasses of settings.
     """
     before = RunRecord.read(checkpoint)
     if before is not None:
@@ -168,7 +168,7 @@ def settings_of(sections: Iterable[Any]) -> dict[str, Any]:
 
 
 def changed_settings(then: Mapping[str, Any], sections: Iterable[Any]) -> list[str]:
-    """`  name: then -> now` of each recorded setting that is now another, free ones left out."""
+    """`  name: then -> now` of each recorded setting that has changed, free ones left out."""
     lines = []
     sections = list(sections)
     current = settings_of(sections)
@@ -177,7 +177,7 @@ def changed_settings(then: Mapping[str, Any], sections: Iterable[Any]) -> list[s
         ours = own_names(type(section))
         for item in fields(section):
             name = item.name
-            # One of ours that is not in the record is newer than it, or was not known to what wrote it.
+            # A setting that is not in the record is newer than the record, or was unknown to its writer.
             if name in free or not item.init or (name in ours and name not in then):
                 continue
             before, after = (record.get(name, redacted(default_of(item), name)) for record in (then, current))
@@ -229,6 +229,6 @@ def _refuse(checkpoint: Path, changed: list[str], allow_change: bool) -> None:
         raise ConfigError(
             f"{checkpoint} was written with other settings:\n"
             + "\n".join(changed)
-            + "\nSet them back to go on with the same run, give allow_config_change: true to go on with these "
-            "(run.json keeps the list), or start anew in another output_dir."
+            + "\nRestore them to continue the same run, set allow_config_change: true to continue with the new ones "
+            "(run.json records the changes), or start a new run in another output_dir."
         )

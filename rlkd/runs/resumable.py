@@ -1,4 +1,4 @@
-"""Runs that survive: one writer, whole checkpoints, an end by signal that keeps what was done, exact resumption."""
+"""Resumable runs: one writer, complete checkpoints, a graceful stop on signals, exact resumption."""
 
 from __future__ import annotations
 
@@ -16,14 +16,27 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import CheckpointError, InterruptedRunError
 from ..io.lock import Stop, writer_lock
-from .checkpoints import RESUME, STATE_FILE, UNFINISHED, checkpoint_path, clear_unfinished, commit, explained_save, find_checkpoint, log_sizes, read_state, requested, rewind
+from .checkpoints import (
+    RESUME,
+    STATE_FILE,
+    UNFINISHED,
+    checkpoint_path,
+    clear_unfinished,
+    commit,
+    explained_save,
+    find_checkpoint,
+    log_sizes,
+    read_state,
+    requested,
+    rewind,
+)
 from .trackers import survive_outages
 
 Result = TypeVar("Result")
 
 
-class _PoliteEnd(TrainerCallback):
-    """After a signal: the next checkpoint that can be resumed from is saved, and is the end."""
+class _GracefulStop(TrainerCallback):
+    """After a signal: saves the next checkpoint that can be resumed from, then stops."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer, self.signum = trainer, 0
@@ -37,19 +50,19 @@ class _PoliteEnd(TrainerCallback):
         if self.signum:
             folder = checkpoint_path(self.trainer.run_folder, state.global_step)
             raise InterruptedRunError(
-                f"stopped by {Signals(self.signum).name}: {folder} is saved. Go on with {RESUME}.",
+                f"stopped by {Signals(self.signum).name}: {folder} is saved. Continue with {RESUME}.",
                 self.signum,
             )
 
 
 class ResumableTrainer(Trainer):
-    """transformers.Trainer whose checkpoints are whole or absent, and whose resumed runs are the interrupted ones.
+    """transformers.Trainer with checkpoints that are complete or absent, and resumed runs equal to uninterrupted ones.
 
-    Raises LockedError while another process writes the run folder, CheckpointError for what cannot be resumed,
-    InterruptedRunError after SIGTERM or SIGINT (a checkpoint is saved), RlkdError when the disk is full.
+    Raises LockedError while another process writes the run folder, CheckpointError for a checkpoint that cannot be
+    resumed, InterruptedRunError after SIGTERM or SIGINT (a checkpoint is saved), RlkdError when the disk is full.
     """
 
-    # Checkpoints can be saved after every so many steps only.
+    # Checkpoints can only be saved at multiples of this many steps.
     steps_between_checkpoints = 1
 
     def __init__(self, **options: Any):
@@ -57,7 +70,7 @@ class ResumableTrainer(Trainer):
         self._writing = False
         self._unfinished: Path | None = None
         super().__init__(**options)
-        self.add_callback(_PoliteEnd(self))
+        self.add_callback(_GracefulStop(self))
         survive_outages(self.callback_handler.callbacks)
 
     @property
@@ -66,7 +79,7 @@ class ResumableTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer. resume_from_checkpoint: a checkpoint's folder; True or "auto": the run's newest whole one, or
+        """As in Trainer. resume_from_checkpoint: a checkpoint's folder; True or "auto": the run's newest intact one, or
         a new run if it has none.
         """
         run, wanted = self.run_folder, requested(resume_from_checkpoint)
@@ -77,12 +90,12 @@ class ResumableTrainer(Trainer):
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def begin_run(self, checkpoint: Path | None) -> None:
-        """Before anything is loaded or written. Raises CheckpointError if this run cannot be that checkpoint's."""
+        """Before anything is loaded or written. Raises CheckpointError if this run cannot resume that checkpoint."""
         if checkpoint is not None:
             self.check_resumable(checkpoint)
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
-        # The Trainer would take one step more of a run that was finished when it was resumed.
+        # The Trainer would take one more step of a finished run.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -120,7 +133,7 @@ class ResumableTrainer(Trainer):
         return outcome[0]
 
     def signal_received(self) -> int:
-        """The signal that asked any of the processes to end, 0 for none; the same on each of them."""
+        """The signal that any of the processes received, 0 for none; the same on each of them."""
         signum = self._stop.signum or 0
         if self.accelerator.num_processes == 1:
             return signum
@@ -132,7 +145,9 @@ class ResumableTrainer(Trainer):
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Let the Trainer write where nobody looks, then make it the checkpoint; older ones go after that."""
+        """Let the Trainer write to a temporary folder, then make it the checkpoint; older ones are deleted after
+        that.
+        """
         final = checkpoint_path(self.run_folder, self.state.global_step)
         try:
             self._write_checkpoint(model, trial, final)
@@ -185,7 +200,7 @@ class ResumableTrainer(Trainer):
     # Resuming
 
     def check_resumable(self, checkpoint: Path) -> None:
-        """Raise CheckpointError if this run cannot be that checkpoint's."""
+        """Raise CheckpointError if this run cannot resume that checkpoint."""
         state, here = read_state(checkpoint), type(self).__name__
         if state["trainer"] != here:
             raise CheckpointError(
@@ -195,8 +210,8 @@ class ResumableTrainer(Trainer):
         then, now = state["processes"], self.accelerator.num_processes
         if then != now:
             raise CheckpointError(
-                f"{checkpoint} is of {then} processes, this run has {now}: rows and random numbers would be divided "
-                "otherwise. Resume with as many, or start another run from its student."
+                f"{checkpoint} was written by {then} processes, this run has {now}: rows and random numbers would be "
+                "divided differently. Resume with as many processes, or start a new run from its student."
             )
 
     def load_extras(self, extras: dict[str, Any], folder: Path) -> None:

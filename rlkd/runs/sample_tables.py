@@ -24,7 +24,9 @@ class SampleTables:
 
     def log(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Send rows of an `Evaluator`. The trackers' runs are open, as the Trainer has logged to them before."""
-        cells = [[step, *(row[name] for name in TEXTS), with_rewards(row), with_rewards(row, "sample_")] for row in rows]
+        cells = [
+            [step, *(row[name] for name in TEXTS), with_rewards(row), with_rewards(row, "sample_")] for row in rows
+        ]
         for send in self._send:
             send(cells)
 

@@ -1,19 +1,19 @@
-"""Trackers (wandb, trackio, ...) that are down do not end a run: metrics.jsonl has everything they would have had."""
+"""A tracker (wandb, trackio, ...) that is down does not end a run: metrics.jsonl has all numbers."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.utils import logging
 
-logger = logging.get_logger("rlkd")
+logger = logging.getLogger(__name__)
 
 
 def survive_outages(callbacks: Iterable[TrainerCallback]) -> None:
-    """Let each of transformers' tracker callbacks fail once, with a warning; it is not asked again."""
+    """Let each of transformers' tracker callbacks fail once, with a warning; it is not called again."""
     for callback in callbacks:
         if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
             outage = Outage(type(callback).__name__.removesuffix("Callback"))
@@ -38,8 +38,8 @@ class Outage:
             except Exception as error:
                 self.failed = True
                 logger.warning(
-                    f"the tracker {self.tracker} failed and is left out from here on; metrics.jsonl has every number "
-                    f"({type(error).__name__}: {error})"
+                    f"the tracker {self.tracker} failed and is disabled for the rest of the run; metrics.jsonl has "
+                    f"every number ({type(error).__name__}: {error})"
                 )
 
         return call

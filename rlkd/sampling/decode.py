@@ -51,6 +51,7 @@ def sampler(seeds: list[int], max_new_tokens: int, device: torch.device) -> Choo
     ).to(device)
 
     def choose(log_probs: Tensor, rows: Tensor, step: int) -> Tensor:
+        # float64: in float32 the sum over the vocabulary loses the smallest probabilities.
         cumulative = log_probs.double().exp().cumsum(-1)
         threshold = uniforms[rows, step].unsqueeze(-1) * cumulative[:, -1:]
         # right=True skips tokens of zero probability at the threshold; the clamp covers a uniform that rounds to the
@@ -82,7 +83,7 @@ def decode(
     """
     device, head = lm.device, lm.head()
     n = len(states)
-    rows = torch.arange(n, device=device)
+    rows = torch.arange(n, device=device)  # original row of each live row
     ids = torch.full((n, max_new_tokens), lm.pad_id, device=device)
     logps = torch.zeros((n, max_new_tokens), device=device)
     lengths = torch.full((n,), max_new_tokens, device=device)
@@ -93,6 +94,7 @@ def decode(
         tokens = choose(log_probs, rows, t)
         ids[rows, t] = tokens
         logps[rows, t] = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        # Rows that have ended continue until they are dropped; their further tokens are masked at the end.
         ended = (tokens == lm.eos_id) & ~finished[rows]
         lengths[rows[ended]] = t + 1
         finished[rows[ended]] = True

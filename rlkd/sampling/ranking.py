@@ -1,4 +1,6 @@
-"""Classification by ranking, as T0 was evaluated: the answer choice the teacher finds most probable."""
+"""Classification by ranking, as in T0's evaluation: the answer choice with the highest probability under the
+teacher.
+"""
 
 from __future__ import annotations
 

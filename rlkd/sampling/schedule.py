@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Budget:
-    """Padded tokens, of prompts and answers, that one batch may hold. It shrinks when memory runs out, and stays so
-    for the batches that follow. It decides speed and memory, never an answer.
+    """Padded tokens, of prompts and answers, that one batch may hold. It shrinks when memory runs out, and stays
+    smaller for the batches that follow. It decides speed and memory, never an answer.
 
     The default suits a CPU: larger batches pad more keys for every step to read, which costs more than they save (int8,
     64 prompts: 1.9 times the time at 16,384). A GPU wants more.
@@ -88,5 +88,5 @@ def _fit(todo: list[int], lengths: Sequence[int], more: Sequence[int], tokens: i
 def _out_of_memory(error: Exception) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
-    # Accelerate knows PyTorch's messages; CTranslate2 says "CUDA failed with error out of memory".
+    # Accelerate detects PyTorch's messages; CTranslate2 reports "CUDA failed with error out of memory".
     return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "out of memory" in str(error)

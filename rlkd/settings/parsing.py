@@ -28,7 +28,7 @@ from ..errors import ConfigError, RlkdError, nearest
 from ..io.redaction import redacted
 from .fields import default_of, own_names, plain
 
-MOST_PROBLEMS = 20  # what fits on one screen
+MOST_PROBLEMS = 20  # fits on one screen
 
 
 def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -77,7 +77,7 @@ def describe_config(dataclass_types: tuple[type, ...], argv: list[str]) -> list[
 
 
 def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """What file and flags set, and where each stands."""
+    """The settings in file and flags, and where each was set."""
     from .trl_compat import TrlParser  # loads torch, which `run_main` does not need
 
     hints = _hints(dataclass_types)
@@ -87,19 +87,19 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
     _complete_choices(parser, hints)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    parser.set_defaults_with_config(**dict.fromkeys(hints, argparse.SUPPRESS))  # so that it returns what argv says
+    parser.set_defaults_with_config(**dict.fromkeys(hints, argparse.SUPPRESS))  # to return only what argv sets
     flags = _flags(parser, argv, hints)
 
     files = flags.pop("config") or []
     if len(files) > 1:
-        raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): allowed is one file.")
+        raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): give one file.")
     values, origins = _read(Path(files[0]), hints) if files else ({}, {})
     values |= flags
     return values, origins | {name: f"--{name}" for name in flags}
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script, its log lines on stderr; an error the user can mend is printed without a traceback and sets the
+    """Run a script, its log lines on stderr; an error the user can fix is printed without a traceback and sets the
     exit code.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -174,12 +174,13 @@ def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, An
         close = nearest(wrong[1], list(map(str, choices_of(hint)))) if wrong else ""
         raise ConfigError(f"{flag}: {said}{allowed}.{close} See --help.") from None
     if unknown:
-        strangers = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
+        unknown_flags = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
         known = [f"--{name}" for name in (*hints, "config")]
         problems = [
-            f"{flag} is not a flag.{nearest('--' + flag.lstrip('-').replace('-', '_'), known)}" for flag in strangers
+            f"{flag} is not a flag.{nearest('--' + flag.lstrip('-').replace('-', '_'), known)}"
+            for flag in unknown_flags
         ]
-        stray = f"{unknown[0]!r} belongs to no flag: settings are given as --name value."
+        stray = f"{unknown[0]!r} does not belong to a flag: settings are given as --name value."
         _refuse([*(problems or [stray]), "See --help."])
     return vars(namespace)
 
@@ -204,7 +205,7 @@ _Loader.add_implicit_resolver(
 
 
 def _read(path: Path, hints: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The checked settings of a YAML file, and where each stands; every problem of the file is reported at once."""
+    """The checked settings of a YAML file, and the place of each; every problem of the file is reported at once."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -249,7 +250,7 @@ def _check_file(path: Path, text: str, hints: dict[str, Any]) -> tuple[dict[str,
 
 
 def _source(text: str, node: yaml.Node) -> str:
-    """What stands in the file, on one line."""
+    """The value as written in the file, on one line."""
     return shorten(text[node.start_mark.index : node.end_mark.index], 80)
 
 
@@ -265,7 +266,7 @@ def _value(loader: _Loader, node: yaml.Node, hint: Any) -> Any:
     choices = {type(choice) for choice in choices_of(hint)}
     if isinstance(value, bool) and choices and bool not in {*choices, *members_of(hint)}:
         value = node.value  # YAML 1.1 reads `no` as false; among choices it is a word
-    try:  # strict JSON: 3 is a float, 3.7 is no int, "3" is no number, 1 is no bool
+    try:  # strict JSON: 3 is a valid float; 3.7 is not an int, "3" not a number, 1 not a bool
         return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except PydanticUserError:
         return value
@@ -279,7 +280,7 @@ def _refuse_missing(kinds: tuple[type, ...], values: dict[str, Any]) -> None:
 
 
 def _build(kinds: tuple[type, ...], values: dict[str, Any], origins: dict[str, str]) -> tuple[Any, ...]:
-    """The dataclasses; what a `__post_init__` refuses is reported with the settings involved and where they stand."""
+    """The dataclasses; what a `__post_init__` refuses is reported with the settings involved and their places."""
     instances, problems = [], []
     for kind in kinds:
         own = {field.name: values[field.name] for field in fields(kind) if field.name in values}

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-# promptsource's name -> the hub id that holds the same columns as plain files.
+# promptsource's name -> the hub id with the same columns as plain files.
 HUB_IDS = {
     "adversarial_qa": "UCLNLP/adversarial_qa",
     "aeslc": "Yale-LILY/aeslc",
@@ -84,12 +84,12 @@ HUB_IDS = {
     "yelp_review_full": "Yelp/yelp_review_full",
 }
 OLD_NAMES = {hub: old for old, hub in HUB_IDS.items()}
-# Other homes of the same data.
+# Other hub ids of the same data.
 OLD_NAMES |= {"CogComp/trec": "trec", "Samsung/samsum": "samsum"}
 
 
 def hub_id(name: str) -> str:
-    """Where the hub keeps a data set today: glue -> nyu-mll/glue; other names as they are."""
+    """The current hub id of a data set: glue -> nyu-mll/glue; other names as they are."""
     return HUB_IDS.get(name, name)
 
 

@@ -59,7 +59,7 @@ TESTS = (_DEEP_TESTS | _NUMBER_TESTS) | _words(
 
 
 def remedy(kind: type) -> str:
-    """What may be read of a value of this type."""
+    """The attributes that may be read on a value of this type."""
     methods = METHODS.get(kind)
     return f"Allowed are {', '.join(sorted(methods))}." if methods else "Write the template without it."
 
@@ -111,7 +111,7 @@ def _number(value: Any) -> None:
         raise TypeError(f"a number is needed, found {type(value).__name__}")
 
 
-# A printf width or precision, wherever one may stand: after "%", a key's ")", or flags.
+# A printf width or precision, wherever one may occur: after "%", a key's ")", or flags.
 _PRINTF = re.compile(r"[%)][-#0 +]*(\d+|\*)?(?:\.(\d+|\*))?")
 
 

@@ -44,7 +44,7 @@ def reads(tree: nodes.Template) -> Reads:
 
 @dataclass
 class _Walk:
-    """Follows the text in order; a branch of an `if` starts on the side of the separator where the `if` stands."""
+    """Follows the text in order; a branch of an `if` starts on the same side of the separator as the `if`."""
 
     input: set[str] = field(default_factory=set)
     target: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""promptsource's archive through the pip client, so that its mirrors, proxies and certificates are those of pip."""
+"""promptsource's archive through the pip client, so that pip's mirrors, proxies and certificates apply."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def download(
 ) -> tuple[Path, bool]:
     """Fetch the archive into the cache (or to `target`); (its path, whether it was fetched now).
 
-    Raises: DataError with pip's own words if pip fails, or if the archive is another one than expected.
+    Raises: DataError with pip's own words if pip fails, or if the archive is not the expected one.
     """
     target = target or cached_archive()
     if target.is_file() and _digest(target) == sha256:

@@ -13,7 +13,7 @@ def leaks(templates: list[Template]) -> dict[str, frozenset[str]]:
     """id -> gold columns that the input of this template prints; only templates that do.
 
     A column is gold if more original-task templates of the file read it in their target alone than print it in their
-    input. A column that the answer choices are made of is no leak in a template that prints the choices.
+    input. A column that the answer choices are made of is not a leak in a template that prints the choices.
     """
     originals = [t for t in templates if t.original_task is not False]
     target_only = Counter(name for t in originals for name in t.gold_columns)

@@ -59,7 +59,7 @@ def _one(template: Template, entry: Entry) -> Iterator[Problem]:
         if literal and "" in choices:
             yield Problem(entry.line_of("answer_choices"), "error", f"{name}: an answer choice is empty.")
         if literal and (twice := [c for c, count in Counter(choices).items() if count > 1]):
-            yield Problem(entry.line_of("answer_choices"), "warning", f"{name}: '{twice[0]}' stands twice.")
+            yield Problem(entry.line_of("answer_choices"), "warning", f"{name}: '{twice[0]}' occurs twice.")
     if any(line != line.rstrip() for line in template.source.strip().splitlines()):
         yield Problem(entry.line_of("jinja"), "note", f"{name}: white space at the end of a line reaches the model.")
     if problem := known_problem(template.id):
@@ -71,7 +71,7 @@ def _names(templates: dict[str, Template], entries: dict[str, Entry]) -> Iterato
     for key, template in templates.items():
         line = entries[key].line_of("name")
         if template.name in first:
-            yield Problem(line, "error", f"'{template.name}': the name is taken in line {first[template.name]}.")
+            yield Problem(line, "error", f"'{template.name}': the name is already used in line {first[template.name]}.")
         first.setdefault(template.name, line)
 
 

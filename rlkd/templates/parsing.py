@@ -29,7 +29,7 @@ class Problem:
 
 
 class Entry(dict[str, Any]):
-    """One template's fields, with the line each stands on."""
+    """One template's fields, with the line of each."""
 
     line = 0
     lines: dict[str, int] = {}  # noqa: RUF012 - set per instance
@@ -44,7 +44,7 @@ class Parsed:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    dataset: str | None = None  # dataset[/subset] as the file says
+    dataset: str | None = None  # dataset[/subset] as in the file
 
     @property
     def errors(self) -> list[Problem]:
@@ -96,7 +96,7 @@ def parse(content: bytes) -> Parsed:
     parsed.dataset = _dataset(tree)
     keys = dict(_template_keys(root))
     for key, line, first in _repeated(root):
-        error(line, f"template {key}: this id is taken by the template of line {first}. Give it an id of its own.")
+        error(line, f"template {key}: this id is already used by the template in line {first}. Give it a unique id.")
     for key, entry in entries.items():
         found = list(_check(str(key), entry, keys.get(str(key), 1)))
         parsed.problems += found
@@ -128,7 +128,7 @@ def _dataset(tree: dict[str, Any]) -> str | None:
     dataset, subset = tree.get("dataset"), tree.get("subset")
     if not isinstance(dataset, str):
         return None
-    # snli and multi_nli say `subset: None`, a text.
+    # snli and multi_nli have `subset: None`, a string.
     return f"{dataset}/{subset}" if isinstance(subset, str) and subset != "None" else dataset
 
 
@@ -139,7 +139,7 @@ def _template_keys(root: yaml.MappingNode) -> Iterator[tuple[str, int]]:
 
 
 def _repeated(root: yaml.MappingNode) -> Iterator[tuple[str, int, int]]:
-    """Ids that stand twice, which YAML would silently drop: (id, line, first line)."""
+    """Ids that occur twice, which YAML would silently drop: (id, line, first line)."""
     seen: dict[str, int] = {}
     for key, line in _template_keys(root):
         if key in seen:
@@ -171,7 +171,7 @@ def _fields(entry: Entry, types: dict[str, type], place: str, unused: tuple[str,
             yield Problem(
                 entry.line_of(name),
                 "error",
-                f"{place}: field '{name}' is {value!r}; allowed is {kind.__name__}. Mend the file.",
+                f"{place}: field '{name}' is {value!r}; allowed is {kind.__name__}. Fix the file.",
             )
         elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
             yield Problem(

@@ -1,6 +1,6 @@
-"""The jinja of prompt templates: what they need to write text, and nothing that reaches Python or runs without end.
+"""The jinja of prompt templates: the features needed to write text, without access to Python and without endless loops.
 
-Templates are code from strangers. Three layers keep them in: only listed syntax compiles; only listed filters, tests
+Templates are untrusted code. Three layers confine them: only listed syntax compiles; only listed filters, tests
 and methods run, on rows copied to plain JSON values; a meter bounds loops, values and output. What the meter cannot
 see, such as a fault in one C function, is bounded by the process: see `rlkd.templates.worker`. Text that renders is the
 text of jinja2's own environment, but for `tojson`, which gives a plain string, not one that escapes its neighbours.
@@ -32,7 +32,7 @@ from . import allowed
 from .meter import DEFAULT_LIMITS, SCALARS, WRITTEN_PER_STEP, Limits, Meter, SandboxError
 
 SEPARATOR = "|||"
-# promptsource's own stand-in for a separator inside a field, so that a row cannot inject a target of its own.
+# promptsource's own replacement for a separator inside a field, so that a row cannot inject a target of its own.
 PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 
 

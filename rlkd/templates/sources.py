@@ -33,7 +33,7 @@ MAX_ARCHIVE_BYTES = 2**28
 PROMPTSOURCE_ARCHIVE = "promptsource-0.2.3.tar.gz"
 PROMPTSOURCE_SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
 DOWNLOAD_HINT = "`rlkd prompts download` fetches promptsource's 2,085 templates over 180 data sets."
-# Beside the package in a checkout, inside it once installed (see pyproject.toml).
+# Next to the package in a checkout, inside it once installed (see pyproject.toml).
 PACKAGE_PROMPTS = next(
     (p for p in (Path(__file__).resolve().parents[i] / "prompts" for i in (2, 1)) if p.is_dir()),
     Path("prompts").resolve(),
@@ -56,7 +56,7 @@ class TemplatesFile:
 
     @cached_property
     def trusted(self) -> bool:
-        """Shipped with rlkd, or promptsource's own: not a stranger's."""
+        """Shipped with rlkd, or promptsource's own: trusted."""
         shipped = Path(self.place).resolve().is_relative_to(PACKAGE_PROMPTS)
         installed = installed_promptsource()
         return (
@@ -174,13 +174,13 @@ def _digest(path: Path) -> str:
 
 
 def _dataset_of(file: Path) -> str:
-    """`dataset[/subset]` as a file's own fields say, else the name of its folder."""
+    """`dataset[/subset]` from a file's own fields, else the name of its folder."""
     from .parsing import parse
 
     try:
         own = parse(read_file(file).content).dataset
     except DataError:
-        own = None  # said with its line when the file is read
+        own = None  # reported with its line when the file is read
     return own or file.resolve().parent.name
 
 
@@ -192,13 +192,15 @@ def _key(member: str) -> str:
 
 
 def _members(archive: Path) -> list[str]:
-    """The templates files of an archive. Links, absolute paths and paths with .. are no members for us."""
+    """The templates files of an archive. Links, absolute paths and paths with .. are ignored."""
     total = 0
     names = []
     for name, size, regular in _guard(archive, lambda: list(_entries(archive))):
         total += size
         if total > MAX_ARCHIVE_BYTES:
-            raise DataError(f"{archive} unpacks to more than {MAX_ARCHIVE_BYTES >> 20} MiB: no archive of templates.")
+            raise DataError(
+                f"{archive} unpacks to more than {MAX_ARCHIVE_BYTES >> 20} MiB, too much for an archive of templates."
+            )
         safe = regular and not name.startswith("/") and ".." not in name.split("/") and "\\" not in name
         if safe and posixpath.basename(name) == TEMPLATE_FILE and size <= MAX_FILE_BYTES:
             names.append(name)
@@ -242,4 +244,4 @@ def _guard(archive: Path, action: Callable[[], T]) -> T:
         return action()
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         said = str(error).splitlines()[0].rstrip(":.") if str(error) else type(error).__name__
-        raise DataError(f"{archive} is not a readable archive: {said}. Fetch or write it again.") from error
+        raise DataError(f"{archive} is not a readable archive: {said}. Download or create it again.") from error

@@ -67,11 +67,11 @@ class Template:
     original_task      True if the prompt asks for the task the data set was made for
     origin             the file it was read from, or archive!member
     sha256             of that file or archive
-    choices_in_prompt, metrics, languages  as the file says
+    choices_in_prompt, metrics, languages  as in the file
     truncation         none, or t0: each {{...}} of the source cut to 2,048 characters, as T0's training data were
     strict_compat      hide "|||" only in the texts in which promptsource does: one in a list, or in an answer choice,
                        splits the text, so that a row can inject its own target
-    trusted            False if strangers wrote it: it is rendered in another process (see `rlkd.templates.worker`)
+    trusted            False: it is rendered in another process (see `rlkd.templates.worker`)
     limits             what it may cost
     """
 
@@ -142,7 +142,7 @@ class Template:
         if len(rest) > 1:
             return Rendered(first, None, choices, SEVERAL_TARGETS)
         if not rest or not rest[0]:
-            # An unlabeled row often gives an empty target; the label is what it lacks.
+            # An unlabeled row often gives an empty target; the reason is its missing label.
             lacking = bool(rest) and self.lacks_label(row)
             return Rendered(first, None, choices, LABEL_MISSING if lacking else NO_TARGET)
         if self.lacks_label(row):
@@ -233,7 +233,7 @@ class Template:
             raise self._refused(error, f": its {field}") from error
         except jinja2.TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise DataError(f"{self}: its {field}{line} is not valid jinja: {error}. Mend the template.") from error
+            raise DataError(f"{self}: its {field}{line} is not valid jinja: {error}. Fix the template.") from error
 
     def _refused(self, error: SandboxError, field: str = "") -> SandboxError:
         """The same error, naming the template; once."""
@@ -284,11 +284,11 @@ def load_templates(
 
 
 def _whole(templates: list[Template], spec: str, all_templates: bool) -> list[Template]:
-    """All templates, or those of the original task; those of a file that does not say are kept."""
+    """All templates, or those of the original task; those of a file without that field are kept."""
     kept = [t for t in templates if all_templates or t.original_task is not False]
     if not kept:
         raise DataError(
-            f"'{spec}': none of its {len(templates)} templates asks for the original task. Name one "
+            f"'{spec}': none of its {len(templates)} templates is for the original task. Name one "
             f"({', '.join(t.name for t in templates)}), or ask for all with --all-templates."
         )
     if len(kept) < len(templates):
@@ -302,7 +302,7 @@ def _without_leaks(chosen: list[Template], leaking: dict[str, frozenset[str]], *
     if not kept:
         raise DataError(
             f"{chosen[0] if named else chosen[0].origin}: the input shows gold columns ({shown}), so a model would "
-            "read what it is asked for. Choose another template, or allow it with --gold-input."
+            "see the answer. Choose another template, or allow it with --gold-input."
         )
     if shown:
         logger.warning("%s: left out templates whose input shows gold columns (%s)", kept[0].origin, shown)
@@ -318,7 +318,7 @@ def _by_name(templates: list[Template], name: str, file: TemplatesFile) -> Templ
         if chosen:
             break
     names = [template.name for template in templates]
-    problem = "is not there" if not chosen else "names several templates: use one of their ids"
+    problem = "does not exist" if not chosen else "names several templates: use one of their ids"
     ids = "" if not chosen else f" ({', '.join(template.id for template in chosen)})"
     raise DataError(
         f"{file.place}: template '{name}' {problem}{ids}. Available: {', '.join(names)}.{nearest(name, names)}"

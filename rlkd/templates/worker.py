@@ -1,6 +1,6 @@
-"""Templates of strangers, rendered in a process that can be killed.
+"""Untrusted templates, rendered in a process that can be killed.
 
-The sandbox bounds what it can count. What it cannot, a process bounds: it has little memory, no secrets in its
+The sandbox bounds what it can count. A process bounds the rest: it has little memory, no secrets in its
 environment, and is killed when a row takes too long.
 """
 
@@ -41,10 +41,10 @@ _ERRORS: dict[str, type[DataError]] = {"DataError": DataError, "SandboxError": S
 
 
 class RenderWorker:
-    """Renders rows in a child process, which is killed at its limits and started anew for the next row.
+    """Renders rows in a child process, which is killed at its limits and restarted for the next row.
 
     `parts` is the `Template.parts` of many rows. A context manager: the child ends with it. The child starts with the
-    first rows, sees no environment variable but its import path, and answers in JSON, which is data whatever it did.
+    first rows, sees no environment variable but its import path, and answers in JSON, which is plain data in any case.
     Needs POSIX.
     """
 
@@ -62,7 +62,7 @@ class RenderWorker:
         self.close()
 
     def close(self) -> None:
-        """End the child, if there is one; the next rows start another."""
+        """Stop the child, if there is one; the next rows start another."""
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
@@ -77,7 +77,7 @@ class RenderWorker:
 
         A row that takes longer than `limits.seconds`, or ends the child, gives a SandboxError; the others still render.
         """
-        template = replace(template, trusted=True)  # there; and without what it compiled here
+        template = replace(template, trusted=True)  # there, without what was compiled here
         remaining, size = iter(rows), ROWS_PER_MESSAGE
         while batch := list(islice(remaining, ROWS_PER_MESSAGE)):
             while batch:
@@ -108,7 +108,7 @@ class RenderWorker:
                 results += map(_result, json.loads(connection.recv_bytes()))
         except (EOFError, OSError):
             self.close()
-            logger.warning("%s ended the process that rendered it; starting another", template)
+            logger.warning("%s crashed the process that rendered it; starting a new one", template)
             return results, SandboxError(f"{template} {self.limits.exceeded('memory_mb')}")
         return results, None
 

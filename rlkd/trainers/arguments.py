@@ -1,4 +1,4 @@
-"""Settings of the trainers, on top of transformers' TrainingArguments (whose fields are never repeated here)."""
+"""Settings of the trainers, on top of transformers' TrainingArguments (its fields are never repeated here)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
 
-# What supervised distillation can minimise: cross-entropy on the labels, or one of the divergences, added ones too.
+# Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
 IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
 
 
@@ -26,10 +26,10 @@ def _require(condition: bool, name: str, value: object, constraint: str) -> None
 
 @dataclass
 class StudentArguments(TrainingArguments):
-    """What every rlkd trainer shares.
+    """Settings of all rlkd trainers.
 
     Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
-    to a tracker unless asked for, columns are kept for the collators, and a resumed run restores its callbacks.
+    to a tracker unless requested, columns are kept for the collators, and a resumed run restores its callbacks.
     """
 
     allow_config_change: bool = field(
@@ -40,13 +40,13 @@ class StudentArguments(TrainingArguments):
         metadata={"help": "When a logged number crosses a threshold of docs/guards.md: warn, or save and exit with 5."},
     )
     early_stopping_patience: Count | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without a better one; null never does."}
+        default=None, metadata={"help": "Stop after this many evaluations without improvement; null: never."}
     )
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Kept on: patience goes on where it was."}
+        default=True, metadata={"help": "Always on: a resumed run keeps its early-stopping count."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept off: a NaN loss must be seen."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: the collators use all columns."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Always off: a NaN loss must not be hidden."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: the collators use all columns."})
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -72,7 +72,7 @@ class StudentArguments(TrainingArguments):
 
 @dataclass
 class DistillationArguments(StudentArguments):
-    """What the trainers of generating students share."""
+    """Settings of all trainers of generating students."""
 
     max_input_tokens: Count = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
     max_new_tokens: Count = field(default=64, metadata={"help": "Answers are cut to this many tokens."})
@@ -126,13 +126,13 @@ class SupervisedArguments(DistillationArguments):
                 + (f"; it takes {', '.join(takes)}" if takes else ""),
             )
             _require(
-                name == "temperature" or value not in (0.0, 1.0), name, value, "must lie between 0 and 1, both excluded"
+                name == "temperature" or value not in (0.0, 1.0), name, value, "must be between 0 and 1, both excluded"
             )
 
 
 @dataclass
 class OnPolicyArguments(DistillationArguments):
-    """Answers sampled from the student itself, whatever is learned from them."""
+    """Settings of rollouts, shared by all on-policy objectives."""
 
     rollouts_per_prompt: Count = field(default=4, metadata={"help": "Answers sampled for each prompt."})
     epochs_per_rollout: Count = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
@@ -185,7 +185,7 @@ class RLArguments(OnPolicyArguments):
     # Credit
     baseline: Annotated[str, OneOf(BASELINES)] = field(
         default="leave_one_out",
-        metadata={"help": "What is taken from the credit; never changes the expected gradient."},
+        metadata={"help": "Subtracted from the credit; does not change the expected gradient."},
     )
     gamma: Fraction = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
     lam: Fraction = field(
@@ -199,11 +199,11 @@ class RLArguments(OnPolicyArguments):
         },
     )
     whiten_advantages: bool = field(
-        default=False, metadata={"help": "Scale advantages to mean 0, deviation 1 over valid tokens."}
+        default=False, metadata={"help": "Scale advantages to mean 0, standard deviation 1 over valid tokens."}
     )
     # Loss
     loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = field(
-        default="token_mean", metadata={"help": "How token losses are averaged; it weights length."}
+        default="token_mean", metadata={"help": "How token losses are averaged; determines the weight of long answers."}
     )
     entropy_coef: NonNegative = field(default=0.0, metadata={"help": "Weight of the entropy bonus, nats per token."})
     kl_coef: NonNegative = field(
@@ -211,18 +211,18 @@ class RLArguments(OnPolicyArguments):
         metadata={"help": "Weight of the KL penalty to the reference policy (initial student); 0: off."},
     )
     kl_target: Positive | None = field(
-        default=None, metadata={"help": "KL per token to hold by adapting kl_coef; null keeps it fixed."}
+        default=None, metadata={"help": "Target KL per token, reached by adapting kl_coef; null: kl_coef is fixed."}
     )
     kl_in: Literal["loss", "reward"] = field(
         default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
     )
     value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
     value_clip_range: Positive = field(
-        default=5.0, metadata={"help": "The critic moves at most this far per rollout batch, nats."}
+        default=5.0, metadata={"help": "Clip range of the critic's change per rollout batch, nats."}
     )
     weak_start: Literal["warn", "refuse", "ignore"] = field(
         default="warn",
-        metadata={"help": "When regret per sequence is not well below the price of an early end-of-sequence."},
+        metadata={"help": "If regret per sequence is not well below the cost of an early end-of-sequence."},
     )
     learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
 
@@ -240,7 +240,7 @@ class RLArguments(OnPolicyArguments):
                 not BASELINES[self.baseline].critic,
                 "baseline",
                 self.baseline,
-                "k_step > 1 has no critic: choose another baseline or k_step 1",
+                "k_step > 1 does not support a critic: choose another baseline or k_step 1",
             )
         _require(
             self.one_step != "exact" or REWARDS[self.reward_value].expected is not None,
@@ -257,9 +257,9 @@ class ReinforceArguments(RLArguments):
     """REINFORCE: one pass over fresh rollouts, off-policy weights when the behaviour policy lags."""
 
     importance_weight: Literal["none", "token", "cumulative"] = field(
-        default="cumulative", metadata={"help": "Correction for a behaviour policy older than the student."}
+        default="cumulative", metadata={"help": "Importance weights for a behaviour policy older than the student."}
     )
-    importance_cap: Positive = field(default=2.0, metadata={"help": "Off-policy weights are truncated here."})
+    importance_cap: Positive = field(default=2.0, metadata={"help": "Upper bound of the importance weights."})
 
 
 @dataclass
@@ -269,6 +269,6 @@ class PPOArguments(RLArguments):
     epochs_per_rollout: Count = field(default=2, metadata={"help": "Passes over each batch of rollouts."})
     minibatches_per_rollout: Count = field(default=2, metadata={"help": "Optimizer steps per pass."})
     baseline: Annotated[str, OneOf(BASELINES)] = field(
-        default="critic", metadata={"help": "What is taken from the credit; critic is GAE with a learned value head."}
+        default="critic", metadata={"help": "Subtracted from the credit; critic is GAE with a learned value head."}
     )
-    clip_range: Positive = field(default=0.2, metadata={"help": "The ratio leaves the objective outside 1 +- this."})
+    clip_range: Positive = field(default=0.2, metadata={"help": "PPO's clip range: ratios are clipped to 1 +- this."})

@@ -1,4 +1,4 @@
-"""What every rlkd trainer shares: recording what is logged, guards, saving the bare student."""
+"""The base of all rlkd trainers: recording of logged numbers, guards, saving the bare student."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .arguments import StudentArguments
 
 
 class JsonlCallback(TrainerCallback):
-    """Appends every logged record to metrics.jsonl in the run folder: the local truth, whatever tracker is used."""
+    """Appends every logged record to metrics.jsonl in the run folder: the local record, independent of trackers."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
@@ -67,7 +67,7 @@ class StudentTrainer(ResumableTrainer):
         check_best_metric(self.args, self.held_out_names)
 
     def run(self, settings: Sequence[Any] = ()) -> None:
-        """A whole job, as the recipes run it: train (or resume), evaluate, save the student, say where it is.
+        """A whole job, as the recipes run it: train (or resume), evaluate, save the student, print its path.
 
         settings: the other dataclasses the run was made from, for run.json and for comparing when it is resumed.
         """
@@ -82,7 +82,7 @@ class StudentTrainer(ResumableTrainer):
             print(f"held-out: {shown or 'no rows'}\n{what} and metrics.jsonl saved in {self.run_folder}")
 
     def begin_run(self, checkpoint: Path | None) -> None:
-        """Write run.json; if the run goes on from a checkpoint, check first that it is the same run."""
+        """Write run.json; if the run continues from a checkpoint, first check that it is the same run."""
         super().begin_run(checkpoint)
         sections = [*self.settings, self.args]
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
@@ -106,7 +106,7 @@ class StudentTrainer(ResumableTrainer):
             record.write(self.run_folder)
 
     def models(self) -> dict[str, Any]:
-        """Role -> plain model, None for a role that is not taken."""
+        """Role -> plain model, None for a role without a model."""
         return {"teacher": self.teacher, "student": self.trained.student}
 
     # Logging: losses record detached values; a log line holds their means over all tokens, micro-batches and processes,
@@ -150,7 +150,7 @@ class StudentTrainer(ResumableTrainer):
             kwargs |= {name: yaml.safe_load(value) for name, value in given.items()}
         return optimizer, kwargs
 
-    # Guards: `finite` stops what is not finite, `alarms` judges what is logged.
+    # Guards: `finite` stops on non-finite numbers, `alarms` checks the logged numbers.
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer. Raises DivergenceError for numbers that are not finite, and after an alarm that stops."""
@@ -159,20 +159,20 @@ class StudentTrainer(ResumableTrainer):
         return result
 
     def anywhere(self, flag: bool) -> bool:
-        """Whether `flag` is true on any process; each must ask."""
+        """Whether `flag` is true on any process; every process must call it."""
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), reduction="sum") > 0)
 
     def held_out_names(self) -> list[str] | None:
-        """Names of the numbers an evaluation yields, without `eval_`; None if only running it would tell."""
+        """Names of the numbers an evaluation yields, without `eval_`; None if they are unknown before it runs."""
         return None
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.finite.grad_norm = super()._get_grad_norm(model, grad_norm)
         return self.finite.grad_norm
 
-    # Saving: the bare student; beside it, in checkpoints only, what resuming needs (`resumable.py`).
+    # Saving: the bare student and, in checkpoints only, the state needed to resume (`resumable.py`).
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer. Raises DivergenceError, and writes nothing, if weights or optimizer state are not finite."""
@@ -202,17 +202,17 @@ class StudentTrainer(ResumableTrainer):
         )
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Ours, where pushing to the hub would write the Trainer's."""
+        """Keep our model card, which the Trainer would replace when it pushes to the hub."""
         if self.is_world_process_zero():
             self.write_card(self.run_folder)
 
     @property
     def held_out_rows(self) -> int | None:
-        """How many rows an evaluation judges; None without held-out rows."""
+        """Number of evaluated rows; None without held-out rows."""
         return None if self.eval_dataset is None else len(self.eval_dataset)  # type: ignore[arg-type]
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
-        """As in `ResumableTrainer`; run.json goes beside the student."""
+        """As in `ResumableTrainer`; run.json is saved next to the student."""
         shutil.copy(self.run_folder / RUN_FILE, folder)
         return super().save_extras(folder)
 

@@ -1,4 +1,4 @@
-"""What trainers of generating students share: a policy inside the Trainer, optimised for an `Objective`, evaluated by
+"""The base of trainers of generating students: a policy inside the Trainer, optimised for an `Objective`, evaluated by
 the teacher on held-out inputs.
 """
 
@@ -33,12 +33,12 @@ from .objective import Evidence, Objective, StudentTokens
 
 
 class DistillationTrainer(StudentTrainer):
-    """transformers.Trainer around a `Policy`. Subclasses name the objective and say where answers come from.
+    """transformers.Trainer around a `Policy`. Subclasses choose the objective and the source of answers.
 
     Args: student, a loaded model (dropout 0); teacher, frozen; tokenizer, shared by both; train_dataset, what the
     subclass reads; eval_examples, held-out inputs; task_metric, (predictions, examples) -> scores.
     Saved models are the bare student, as transformers loads them; checkpoints add critic and state.
-    Raises ConfigError if the objective needs of the teacher what it cannot give.
+    Raises ConfigError if the teacher cannot provide what the objective needs.
     """
 
     args: DistillationArguments
@@ -65,9 +65,7 @@ class DistillationTrainer(StudentTrainer):
         self.evaluator: Evaluator | None = None
         if teacher is not None and eval_examples is not None and len(eval_examples):
             if not isinstance(teacher, Teacher):
-                raise ConfigError(
-                    "eval_examples are answered by the teacher, too: give a local Teacher, or no eval_examples."
-                )
+                raise ConfigError("the teacher answers eval_examples, too: give a local Teacher, or no eval_examples.")
             self.evaluator = Evaluator(
                 teacher,
                 tokenizer,
@@ -90,10 +88,10 @@ class DistillationTrainer(StudentTrainer):
         )
 
     def check_teacher(self) -> None:
-        """Raises ConfigError if the objective needs of the teacher what it cannot give."""
+        """Raises ConfigError if the teacher cannot provide what the objective needs."""
         objective = self.objective
         if objective.needs and self.teacher is None:
-            raise ConfigError(f"{objective.what} compares with a teacher: give one, or {objective.remedy}")
+            raise ConfigError(f"{objective.what} needs a teacher: give one, or {objective.remedy}")
         if self.teacher is not None:
             check_signal(objective.needs, self.teacher.gives, objective.what, objective.remedy)
 
@@ -109,7 +107,7 @@ class DistillationTrainer(StudentTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Judge the policy on the held-out inputs, split over processes. Logged as `eval_*`, see docs/metrics.md."""
+        """Evaluate the policy on the held-out inputs, split over processes. Logged as `eval_*`, see docs/metrics.md."""
         if self.evaluator is None:
             raise ValueError(
                 "evaluate() needs a teacher and eval_examples: pass both to the trainer, or set eval_strategy: 'no'"
@@ -187,7 +185,9 @@ class DistillationTrainer(StudentTrainer):
 
     @torch.no_grad()
     def evidence(self, answers: Rollouts) -> Evidence:
-        """What the objective reads of answers before the first update on them: it says what, the models are here."""
+        """What the objective reads before the first update on these answers; `objective.needs` and `reads` define
+        it.
+        """
         needs, reads = self.objective.needs, self.objective.reads
         signal = self.score(answers, distribution="distribution" in needs) if needs else None
         reference_logps, values, extra = None, None, ()
@@ -204,7 +204,7 @@ class DistillationTrainer(StudentTrainer):
         )
 
     def score(self, answers: Rollouts, *, distribution: bool) -> TeacherSignal:
-        """What the teacher says of the answers. Raises DivergenceError on every process if it fails on one."""
+        """The teacher's signal for the answers. Raises DivergenceError on every process if it fails on one."""
         assert self.teacher is not None
         with self.finite.together(answers.ids, answers):
             prompts = [example.teacher_inputs for example in answers.examples]

@@ -1,4 +1,4 @@
-"""What a trainer optimises, as arithmetic on records: the trainer runs the models and knows nothing of the formula.
+"""What a trainer optimises, as arithmetic on records: the trainer runs the models and does not know the formula.
 
 For a batch of answers (from labels or from rollouts), in order:
 
@@ -23,7 +23,7 @@ from ..records import Batched, Minibatch, Rollouts, TeacherSignal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence(Batched):
-    """What is known of answers before the first update on them; None for what the objective does not read.
+    """What is known about answers before the first update on them; None for what the objective does not read.
 
     signal           the teacher's
     reference_logps  [B, R] log-probability of each token under the reference policy
@@ -66,8 +66,8 @@ class Processes(Protocol):
 class Objective(ABC):
     """One way to learn from answers. Subclasses give `token_loss`; the defaults are those of plain imitation.
 
-    what, remedy     the settings that chose it, and what to change if the teacher cannot give what it needs: for errors
-    needs            fields of the teacher's signal that it reads; empty, and no teacher is asked
+    what, remedy     the settings that chose it, and what to change if the teacher cannot provide what it needs; for
+    errors needs            fields of the teacher's signal that it reads; empty if it needs no teacher
     reads            fields of `Evidence` beyond the signal that the trainer computes for `annotate`
     critic           whether the policy has a value head
     loss_reduction   how token losses are averaged
@@ -89,24 +89,24 @@ class Objective(ABC):
         return token_statistics, ()
 
     def annotate(self, answers: Rollouts, evidence: Evidence) -> Any:
-        """What the loss needs of answers that later updates must not change: a `Batched` record, or None."""
+        """What the loss needs and later updates must not change: a `Batched` record, or None."""
         return None
 
     def over_batch(
         self, annotations: Any, answers: Rollouts, evidence: Evidence, processes: Processes
     ) -> tuple[Any, Mapping[str, Tensor | float]]:
-        """The annotations after what needs the whole batch of all processes, and what is logged of the batch.
+        """The annotations after operations on the whole batch of all processes, and the batch's logged numbers.
 
         Logged tensors [B, R] are means over tokens, scalars means over batches.
         """
         return annotations, {}
 
     def numbers(self, annotations: Any) -> dict[str, Tensor | None]:
-        """What of the annotations must be finite, [B, R] each, by what it is called in an error."""
+        """The annotations that must be finite, [B, R] each, by their name in errors."""
         return {}
 
     def shown(self, annotations: Any) -> dict[str, Tensor]:
-        """What views show of the annotations, [B, R] each: `rewards`, `advantages`, `values`, as far as there are."""
+        """The annotations that views show, [B, R] each: `rewards`, `advantages`, `values`, as far as there are."""
         return {}
 
     @abstractmethod
@@ -118,4 +118,4 @@ class Objective(ABC):
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (most objectives keep nothing)
-        """Take what `state` gave."""
+        """Restore what `state` returned."""

@@ -2,12 +2,12 @@
 
     for each rollout batch:                              `experience`
         sample answers from the behaviour policy         `sample`
-        ask teacher, reference and critic about them     `evidence`
+        run teacher, reference and critic on them         `evidence`
         let the objective annotate them                  `annotate`  (policy gradients: reward, credit, baseline)
         for each epoch, for each minibatch:              `minibatches`
             one optimizer step on the objective's loss   `compute_loss`
 
-Which objective it is, this module does not know. Rollout batch i is a function of the seed, i and the weights alone:
+The module does not depend on the objective. Rollout batch i is a function of the seed, i and the weights alone:
 resuming between batches continues the same run, and the same global batch split over more processes is the same run.
 """
 
@@ -71,10 +71,11 @@ class OnPolicyTrainer(DistillationTrainer):
             task_metric=task_metric,
             callbacks=callbacks,
         )
-        # On resume `ExperienceLoader` knows from the step count where it is: the Trainer must not skip anything.
+        # `ExperienceLoader` finds its position from the step count on resume, so the Trainer must not skip batches.
         self.args.ignore_data_skip = True
         self.steps_between_checkpoints = args.updates_per_rollout
         self.train_examples = train_examples
+        # Both are exact copies of the initial student; with sync_every = 1 the student itself samples.
         self.reference = self.policy.frozen_copy()
         self.behaviour = self.policy if args.sync_every == 1 else self.policy.frozen_copy()
         self.newest: Minibatch | None = None
@@ -96,7 +97,7 @@ class OnPolicyTrainer(DistillationTrainer):
         return ExperienceLoader(self, rollouts_per_epoch * micro_batches)
 
     def experience(self) -> Iterator[dict[str, Minibatch]]:
-        """Minibatches without end, from the rollout batch the step count says is next."""
+        """Endless minibatches, starting with the rollout batch that follows from the step count."""
         while True:
             index = self.rollout_index
             self.synchronise(index)
@@ -117,7 +118,9 @@ class OnPolicyTrainer(DistillationTrainer):
             self.behaviour.load_state_dict(self.policy.state_dict())
 
     def prompts(self, index: int) -> list[Example]:
-        """This process's prompts of rollout batch `index`: each pass over the data in an order of its own."""
+        """This process's prompts of rollout batch `index`: each pass over the data has its own order."""
+        # A function of `index` alone, so that a resumed run needs no data-loader state. The last, incomplete batch of a
+        # pass is dropped; every process takes its own slice of the same permutation.
         epoch, position = divmod(index, len(self.train_examples) // self.prompts_per_rollout)
         generator = torch.Generator().manual_seed(self.args.seed + epoch)
         order = torch.randperm(len(self.train_examples), generator=generator)
@@ -126,6 +129,7 @@ class OnPolicyTrainer(DistillationTrainer):
 
     def sample(self, index: int) -> Rollouts:
         """Answers of the behaviour policy to this process's prompts."""
+        # Sampled and recomputed log-probabilities must agree, so that the first ratio pi / mu is 1.
         self.behaviour.eval()
         return sample_rollouts(
             self.behaviour,
@@ -143,6 +147,7 @@ class OnPolicyTrainer(DistillationTrainer):
         self.tokens_since_log += int(answers.answer_mask.sum())
         evidence = self.evidence(answers)
         annotations = self.objective.annotate(answers, evidence)
+        # Before whitening, which would spread one NaN over the batch of every process.
         self.check_experience(answers, annotations)
         annotations, logged = self.objective.over_batch(annotations, answers, evidence, self)
         self.record_batch(answers, logged)
@@ -158,7 +163,7 @@ class OnPolicyTrainer(DistillationTrainer):
             self.finite.check(values, answers.ids, answers)
 
     def minibatches(self, batch: Minibatch, index: int) -> Iterator[Minibatch]:
-        """Every epoch cuts the rollout batch into minibatches anew; each is split into micro-batches by length.
+        """Every epoch draws new minibatches from the rollout batch; each is split into micro-batches by length.
 
         The rows form a table of `minibatches_per_rollout` columns; every line is permuted on its own and a minibatch is
         a column. The permutation of a line depends on its global number only, so splitting the lines over processes
@@ -178,17 +183,20 @@ class OnPolicyTrainer(DistillationTrainer):
         counts = torch.tensor(
             [reduction_count(mask[rows], self.objective.loss_reduction) for rows in plan], device=mask.device
         )
+        # One denominator per minibatch over all processes and micro-batches: a mean of means would weight short
+        # micro-batches too much.
         counts = self.accelerator.reduce(counts, reduction="sum").tolist()
         lengths = (mask.sum(1) + batch.answers.input_mask.sum(1)).cpu()
         for rows, count in zip(plan, counts, strict=True):
+            # Rows of similar length share a micro-batch: less padding, the same gradient.
             by_length = rows[lengths[rows].argsort(stable=True)]
             for micro in by_length.chunk(args.gradient_accumulation_steps):
                 yield replace(select_rows(batch, micro), denominator=count)
 
-    # What is watched
+    # Logging
 
     def record_batch(self, answers: Rollouts, logged: Mapping[str, Tensor | float]) -> None:
-        """Record what docs/metrics.md defines of a rollout batch: what the objective says, length and finish rate."""
+        """Record what docs/metrics.md defines of a rollout batch: the objective's numbers, length and finish rate."""
         mask = answers.answer_mask
         self.record(length=mask.sum(1).double().mean())
         if answers.finished is not None:
@@ -205,9 +213,10 @@ class OnPolicyTrainer(DistillationTrainer):
         used, value = self.objective.shown(self.newest.annotations), getattr(self.args, "reward_value", "max")
         return rollout_samples(self.teacher, self.tokenizer, self.newest.answers, value, used)
 
-    # What a checkpoint carries next to the student
+    # Checkpoints
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
+        # Right after a synchronisation the behaviour policy equals the student and need not be saved.
         lags = self.behaviour is not self.policy and self.rollout_index % self.args.sync_every > 0
         if lags:
             save_model(self.behaviour, str(folder / BEHAVIOUR_FILE))
@@ -238,7 +247,7 @@ class ExperienceLoader:
 
 
 class _EpochOfStep(TrainerCallback):
-    """The Trainer, which skips no data here, would count the micro-batches of a resumed epoch from its beginning."""
+    """The Trainer, which skips no data here, would count the micro-batches of a resumed epoch from 0."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step * args.gradient_accumulation_steps / len(kwargs["train_dataloader"])

@@ -35,7 +35,7 @@ class Credit(Batched):
     advantages       credit of each sampled token after its baseline
     rewards          the terms whose discounted sum is the credit before its baseline
     state_value      V(s_t) of the teacher in the raw-logit gauge, so that E_pi[A_V] = E_pi[q] - V
-    returns          targets of the critic, and values, what it said at rollout time; None without a critic
+    returns          targets of the critic, and values, its predictions at rollout time; None without a critic
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
     scale            1 / (standard deviation the advantages were whitened with), else 1
     kl_coef          weight of the KL penalty for this batch
@@ -60,7 +60,10 @@ class PolicyGradient(Objective):
         self.baseline = BASELINES[args.baseline]
         self.exact = args.one_step == "exact"
         self.what = f"reward_value = {args.reward_value!r}, baseline = {args.baseline!r}, one_step = {args.one_step!r}"
-        self.remedy = "choose reward_value: max, baseline: leave_one_out and one_step: sampled, which need the least."
+        self.remedy = (
+            "choose reward_value: max, baseline: leave_one_out and one_step: sampled, which need the least from the "
+            "teacher."
+        )
         self.kl_coef = args.kl_coef
         self.critic = self.baseline.critic
         self.loss_reduction = args.loss_reduction
@@ -81,6 +84,7 @@ class PolicyGradient(Objective):
         args, signal, mask = self.args, evidence.signal, answers.answer_mask
         assert signal is not None
         per_token = self.reward.per_token(signal)
+        # k1 in the reward: its expected gradient is that of the KL, which k1 in the loss would not give.
         reward = per_token
         if args.kl_in == "reward":
             reward = per_token - self.kl_coef * self.kl(answers, evidence)
@@ -91,6 +95,7 @@ class PolicyGradient(Objective):
                 decay=args.gamma * args.lam,
                 stride=args.k_step,
                 rollouts_per_prompt=args.rollouts_per_prompt,
+                # Without the KL term of the reward: `expected` has no KL, so its sample stays in the credit.
                 immediate=per_token if self.exact else None,
                 expected=evidence.extra[0] if "expected" in self.reads else None,
                 values=evidence.values,
@@ -117,10 +122,13 @@ class PolicyGradient(Objective):
     def over_batch(
         self, annotations: Credit, answers: Rollouts, evidence: Evidence, processes: Processes
     ) -> tuple[Credit, Mapping[str, Tensor | float]]:
-        """Whiten advantages and adapt the weight of the KL penalty over the global batch; docs/metrics.md has names."""
+        """Whiten advantages and adapt the weight of the KL penalty over the global batch; docs/metrics.md defines the
+        logged names.
+        """
         args, credit, mask = self.args, annotations, answers.answer_mask
         if args.whiten_advantages:
             moments = processes.sum(masked_moments(credit.advantages, mask))
+            # The exact term and the rewards get the same scale as the advantages, so that their ratio is kept.
             scale = 1.0 / moments_to_mean_std(moments)[1]
             advantages = whiten(credit.advantages, mask, moments)
             credit = replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
@@ -136,6 +144,7 @@ class PolicyGradient(Objective):
         if credit.values is not None and credit.returns is not None:
             values, returns = processes.gather(credit.values), processes.gather(credit.returns)
             logged["explained_variance"] = explained_variance(values, returns, everywhere)
+        # For the next batch: `credit` already holds the coefficient of this one.
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
         return credit, logged
@@ -150,7 +159,7 @@ class PolicyGradient(Objective):
         }
 
     def shown(self, annotations: Credit) -> dict[str, Tensor]:
-        # As they are in nats: whitening is undone in the rewards.
+        # In nats: the whitening of the rewards is undone.
         shown = {"rewards": annotations.rewards / annotations.scale, "advantages": annotations.advantages}
         return shown if annotations.values is None else {**shown, "values": annotations.values}
 
@@ -182,9 +191,11 @@ class PolicyGradient(Objective):
         args = self.args
         credit: Credit = minibatch.annotations
         loss, logged = self.policy_loss(student.logps, minibatch)
+        # The exact term: gradient of E_{a ~ pi}[r(s_t, a)] over the whole vocabulary, without sampling variance.
         if self.exact:
             loss = loss - credit.scale * self.state_weights(student.logps, minibatch) * student.extra[0]
         loss = loss - args.entropy_coef * student.entropy
+        # k3 in the loss: non-negative per token; its expected gradient is that of KL(pi_0 || pi).
         if credit.kl_coef > 0 and args.kl_in == "loss" and credit.reference_logps is not None:
             loss = loss + credit.kl_coef * kl_k3(student.logps, credit.reference_logps)
         if credit.values is not None and credit.returns is not None:
@@ -193,7 +204,7 @@ class PolicyGradient(Objective):
             logged = {**logged, "value_loss": critic}
         return loss, logged
 
-    # The weight of the KL penalty moves when it is adapted
+    # kl_coef changes during training, so checkpoints keep it
 
     def state(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_coef}
@@ -213,7 +224,7 @@ class PolicyGradientTrainer(OnPolicyTrainer):
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:
-    """Regret and the teacher's log-probability per answer, its entropy per token: as far as it gives them."""
+    """Regret and the teacher's log-probability per answer, its entropy per token, as far as the signal has them."""
     assert signal is not None
     logged: dict[str, Tensor | float] = {}
     if signal.max is not None:

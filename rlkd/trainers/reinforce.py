@@ -15,7 +15,7 @@ from .policy_gradient import PolicyGradient, PolicyGradientTrainer
 
 
 class Reinforce(PolicyGradient):
-    """loss_t = -credit_t log pi(a_t|s_t), [B, R]; the credit is adv_t when the behaviour policy is in step with the
+    """loss_t = -credit_t log pi(a_t|s_t), [B, R]; the credit is adv_t when the behaviour policy equals the
     student.
 
     When it lags, importance_weight = token: w_t adv_t; cumulative: `per_decision`, a weight per reward.

@@ -1,12 +1,12 @@
-"""Is the student strong enough for long-horizon credit? Measured once, before the first update."""
+"""Check once, before the first update, that the student is strong enough for long-horizon credit."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from ..errors import ConfigError
 from ..models.heads import HeadOverStates
@@ -16,14 +16,14 @@ from ..records import given
 if TYPE_CHECKING:
     from .policy_gradient import PolicyGradientTrainer
 
-logger = logging.get_logger("rlkd")
+logger = logging.getLogger(__name__)
 
 
 class StartCheck(TrainerCallback):
-    """Warns (or refuses, `weak_start`) when the student is too weak for the credit horizon asked for.
+    """Warns (or refuses, `weak_start`) when the student is too weak for the chosen credit horizon.
 
-    While a sequence's regret exceeds the price of an early end, stopping early is the better return and long-horizon
-    credit goes there (docs/method.md, "the EOS shortcut").
+    While a sequence's regret exceeds the cost of an early end, stopping early has the better return, and long-horizon
+    credit learns it (docs/method.md, "the EOS shortcut").
     """
 
     def __init__(self, trainer: PolicyGradientTrainer):
@@ -35,7 +35,7 @@ class StartCheck(TrainerCallback):
         missing = {"max", "distribution"} - self.trainer.teacher.gives
         if missing:
             message = (
-                "whether the student is strong enough to start cannot be checked: the teacher gives no "
+                "whether the student is strong enough to start cannot be checked: the teacher provides no "
                 f"{' and no '.join(sorted(missing))}"
             )
             if args.weak_start == "refuse":
@@ -45,7 +45,7 @@ class StartCheck(TrainerCallback):
         start = self.measure()
         self.trainer.log(dict(start))
         regret, price = start["start_regret"], start["start_eos_price"]
-        # With lam = 0 a token answers for its own regret only, and stopping early gains nothing.
+        # With lam = 0 a token is credited with its own regret only, so stopping early gains nothing.
         if regret <= 0.5 * price or args.lam == 0:
             return
         message = (
@@ -60,7 +60,7 @@ class StartCheck(TrainerCallback):
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Regret per sequence, price of an early end, length and finish rate of the first rollout batch."""
+        """Regret per sequence, cost of an early end, length and finish rate of the first rollout batch."""
         trainer = self.trainer
         rollouts, eos = trainer.sample(0), trainer.policy.lm.eos_id
         mask = rollouts.answer_mask

@@ -82,11 +82,11 @@ def test_recipes_are_found(capsys, tmp_path, monkeypatch):
     ("script", "words"),
     [
         (None, ["mine.py: no such recipe. Did you mean", "mini.py'?", "--recipe FILE.py"]),
-        ("x = 1", ["mine.py has no SETTINGS: give it"]),
+        ("x = 1", ["mine.py has no SETTINGS: define it"]),
         ("import nothing_of_that_name", ["mine.py cannot be read: ModuleNotFoundError: No module named"]),
     ],
 )
-def test_what_is_no_recipe(capsys, tmp_path, script, words):
+def test_files_that_are_not_recipes(capsys, tmp_path, script, words):
     (tmp_path / "mini.py").write_text("")
     if script:
         (tmp_path / "mine.py").write_text(script)

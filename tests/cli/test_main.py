@@ -100,7 +100,7 @@ def failing(capsys, args):
             "templates 'nowhere' does not exist. It must be a folder",
         ),
         (["--labels-per-input", "2"], 2, "labels_per_input = 2 with strategy = 'greedy'"),
-        (["--teacher", "no/such-model"], 2, "teacher 'no/such-model' is neither a folder here"),
+        (["--teacher", "no/such-model"], 2, "teacher 'no/such-model' is neither a local folder"),
         (["--teacher-dtype", "float16"], 2, "float16 overflows"),
         (["--strategy", "rank"], 2, "no answer choices to rank"),
         (["--shard", "2/2"], 3, "allowed is i/n with 0 <= i < n"),
@@ -126,7 +126,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder, capsys):
     wrong = save_pretrained(folder / "wrong", tiny_t5(vocab=20), tiny_tokenizer())
     status, message = failing(capsys, arguments(wrong))
     assert status == 2
-    assert "do not belong together" in message
+    assert "do not match" in message
 
 
 def test_a_finished_folder_needs_overwrite(folder, teacher, capsys):

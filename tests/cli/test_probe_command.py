@@ -53,7 +53,7 @@ def test_models_side_by_side(probe):
     teacher, student, bare = found["models"]
     assert [score["layer"] for score in teacher["layers"]] == [0, 1, 2]
     assert [score["layer"] for score in student["layers"]] == [0, 1]
-    assert bare["layers"] == teacher["layers"]  # the head is no matter
+    assert bare["layers"] == teacher["layers"]  # the head does not matter
     majority = found["majority"]
     for model in (teacher, student):
         # [CLS] of the embeddings is the same in every row; their mean knows the first letter.
@@ -89,7 +89,7 @@ def test_the_table_has_a_row_for_each_layer_and_baseline(probe):
         (["teacher"], ConfigError, "give either --train and --test"),
         (["teacher", "--train", "train.tsv"], ConfigError, "give either --train and --test"),
         (["teacher", "--task-file", "task.txt", "--test", "test.tsv"], ConfigError, "give either --train and --test"),
-        (["teacher", "--task-file", "task"], DataError, "'task' is no file here"),
+        (["teacher", "--task-file", "task"], DataError, "'task' is not a file"),
         (["teacher", "--train", "trai.tsv", "--test", "test.tsv"], DataError, r"Did you mean 'train\.tsv'"),
         (["teacher", "--task-file", "train.tsv"], DataError, r"train\.tsv:1 has 2 cells"),
         (["teacher", "--task-file", "task.txt", "--layers", "1;2"], ConfigError, "--layers '1;2': allowed are all"),
@@ -104,8 +104,8 @@ def test_the_table_has_a_row_for_each_layer_and_baseline(probe):
             ConfigError,
             r"max_length = 128: the model 'teacher' \('bert'\) has 40 positions",
         ),
-        (["teacher", "t5", "--task-file", "task.txt", *SHORT], ModelError, "'t5' .* is no encoder-only model"),
-        (["teacher", "nothing", "--task-file", "task.txt", *SHORT], ModelError, "'nothing' is neither a folder"),
+        (["teacher", "t5", "--task-file", "task.txt", *SHORT], ModelError, "'t5' .* is not an encoder-only model"),
+        (["teacher", "nothing", "--task-file", "task.txt", *SHORT], ModelError, "'nothing' is neither a local folder"),
         (["large", "--task-file", "task.txt", *SHORT], ModelError, "ids up to"),
         (["unpadded", "--task-file", "task.txt", *SHORT], ModelError, "its tokenizer has no padding token"),
     ],

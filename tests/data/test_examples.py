@@ -105,7 +105,7 @@ def test_a_row_on_which_a_template_fails_is_an_error_where_every_row_trains():
         Examples(rows(), [Template("T", "{{ 10 // n }}")], student_column="q")
 
 
-def test_an_unknown_label_is_told_with_its_line(tmp_path):
+def test_an_unknown_label_is_reported_with_its_line(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"q": "a", "label": 0}\n{"q": "b", "label": 7}\n')
     render = RowRenderer((ASK,), "q")

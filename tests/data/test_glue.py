@@ -58,7 +58,7 @@ def test_labels_by_name_or_index_and_hidden_ones():
     assert label_indices(["pos", 0, 1, -1, None, ""], ("neg", "pos"), "x") == [1, 0, 1, None, None, None]
     # A name that looks like a number is the name: scores from 1 to 5.
     assert label_indices([1, 5], ("1", "2", "3", "4", "5"), "x") == [0, 4]
-    with pytest.raises(DataError, match=r"outside the set: 0 in rows 1. Allowed: 1, 2, 3.$"):
+    with pytest.raises(DataError, match=r"not in the label set: 0 in rows 1. Allowed: 1, 2, 3.$"):
         label_indices([1, 0], ("1", "2", "3"), "x")
 
 
@@ -154,7 +154,7 @@ def test_files_of_a_task_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="missing  label_column: 'label'"):
         load_task("rte", file=str(path))
     path.write_text(RAW["rte"][0].replace("entailment", "maybe"))
-    with pytest.raises(DataError, match=r"labels outside the set: 'maybe' in rows 0. Allowed: entailment"):
+    with pytest.raises(DataError, match=r"labels not in the label set: 'maybe' in rows 0. Allowed: entailment"):
         load_task("rte", file=str(path))
     path.write_text(RAW["qqp"][0] + "half a line\n")
     with pytest.raises(DataError, match=r"a\.tsv:3 has 1 cells, the header has 6"):
@@ -185,7 +185,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     source = write(tmp_path / "data.csv", [*ROWS, ("x", "maybe")])
     with pytest.raises(DataError, match=r"text_column: 'txt'.*Did you mean 'text'"):
         load_labelled(source, TableLayout("txt"), labels=("no", "yes"))
-    with pytest.raises(DataError, match=r"outside the set: 'maybe' in rows 3. Allowed: no, yes, or 0 to 1"):
+    with pytest.raises(DataError, match=r"not in the label set: 'maybe' in rows 3. Allowed: no, yes, or 0 to 1"):
         load_labelled(source, labels=("no", "yes"))
     with pytest.raises(DataError, match="pair_column: 'other'"):
         load_labelled(source, TableLayout(pair="other", label=None))

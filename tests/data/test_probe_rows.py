@@ -46,7 +46,7 @@ def test_task_files_that_cannot_be_used(tmp_path, lines, message):
 
 
 def test_missing_files_and_limits(tmp_path):
-    with pytest.raises(DataError, match=r"x\.txt' is no file here"):
+    with pytest.raises(DataError, match=r"x\.txt' is not a file"):
         read_task_file(str(tmp_path / "x.txt"))
     with pytest.raises(DataError, match="limit = 0"):
         read_task_file(write(tmp_path / "y.txt", LINES), limit=0)

@@ -58,9 +58,9 @@ def test_rows_that_do_not_fit(columns, labels, row, message):
     [
         (["a"], [], r"--column-map 'a': write old=new\[,old=new"),
         (["a=b=c"], [], "--column-map 'a=b=c'"),
-        (["a=b,a=c"], [], "a name stands twice on the left"),
+        (["a=b,a=c"], [], "a name occurs twice on the left"),
         (["a="], [], "'a' maps to ''"),
-        (['{"a": 1}'], [], "'a' maps to 1; a column's new name is a text"),
+        (['{"a": 1}'], [], "'a' maps to 1; the new name of a column must be a string"),
         (["{a"], [], "'{a' is not valid JSON"),
         ([], ["0"], r"--label-map '0': write \[column:\]old=new"),
     ],

@@ -74,15 +74,15 @@ def test_columns_missing_in_the_first_row_are_kept(tmp_path):
         ("a.jsonl", "", ["a.jsonl is empty"]),
         ("a.jsonl", "\n\n", ["has no rows"]),
         ("a.csv", "text,label\n", ["has no rows"]),
-        ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', ["a.jsonl:3:", "not valid JSON", '{"a": 1,}', "Mend or remove"]),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', ["a.jsonl:3:", "not valid JSON", '{"a": 1,}', "Fix or remove"]),
         ("a.jsonl", '{"a": 1}\n[1]\n', ["a.jsonl:2 is a JSON list", "{...}"]),
         ("a.jsonl", b'{"a": "x"}\n{"a": "\xe9"}\n', ["a.jsonl:2 is not UTF-8 (byte 8)", "Save the file as UTF-8"]),
         (
             "a.jsonl",
             '{"a": 1}\n{"a": null}\n{"a": "x"}\n',
-            ["column 'a' is of type number in line 1 but str in line 3"],
+            ["column 'a' has type number in line 1 but str in line 3"],
         ),
-        ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "surrogates"]),
+        ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "surrogate"]),
         ("a.json", '[{"a": 1},\n {"a" 2}]', ["a.json:2:7 is not valid JSON"]),
         ("a.json", '[{"a": 1}, 2]', ["entry 2 is a JSON int"]),
         ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv:3 has 3 cells, the header has 2 (a, b)"]),
@@ -117,7 +117,7 @@ def test_files_without_a_header_and_with_bare_quotes(tmp_path):
 
 def test_columns_and_quotes_that_make_no_sense(tmp_path):
     source = write(tmp_path / "a.tsv", "x\t1\ny\n")
-    with pytest.raises(DataError, match=r"a\.tsv:2 has 1 cells, columns name 2 \(text, label\)\. Mend or remove it"):
+    with pytest.raises(DataError, match=r"a\.tsv:2 has 1 cells, columns name 2 \(text, label\)\. Fix or remove it"):
         load_rows(source, columns=("text", "label"), quoted=False)
     for columns in ((), ("a", "a"), ("a", "")):
         with pytest.raises(DataError, match="must name each column once"):
@@ -153,7 +153,7 @@ def test_missing_files_and_wrong_arguments(tmp_path):
 
 
 def test_an_unreachable_hub_dataset_is_a_data_error():
-    with pytest.raises(DataError, match="'no-such-owner/no-such-set', subset 's', split 'dev' is neither a path"):
+    with pytest.raises(DataError, match="'no-such-owner/no-such-set', subset 's', split 'dev' is neither a local path"):
         load_rows("no-such-owner/no-such-set", subset="s", split="dev")
 
 
@@ -225,7 +225,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path):
     stream = RowStream(str(file))
     scan = stream.scan()
     file.write_text('{"a": "x"}\n' * 2)
-    with pytest.raises(DataError, match=r"had 3 rows and now has 2: it changed while it was read"):
+    with pytest.raises(DataError, match=r"had 3 rows and now has 2: it changed while being read"):
         list(stream.blocks(scan, 2, lambda k: True))
 
 
@@ -236,6 +236,6 @@ def test_a_hub_stream_that_breaks_off(monkeypatch):
 
     monkeypatch.setattr("rlkd.data.hub.load_hub", rows)
     reader = RowStream("some/name").reader
-    message = r"'some/name', row 2 cannot be read: ConnectionError: the line went dead.*repeat the command to go on"
+    message = r"'some/name', row 2 cannot be read: ConnectionError: the line went dead.*repeat the command to continue"
     with pytest.raises(DataError, match=message):
         list(reader.records())

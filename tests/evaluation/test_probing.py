@@ -8,7 +8,7 @@ from rlkd.evaluation.probing import GRID, Split, linear_probe, majority_baseline
 
 
 def splits(rows=(400, 200, 300), width=6, noise=0.0, seed=0):
-    """Features whose first column's sign is the label, but for a share `noise` of the rows."""
+    """Features: the sign of the first column is the label, except for a share `noise` of the rows."""
     random = np.random.default_rng(seed)
     made = []
     for n in rows:

@@ -1,4 +1,4 @@
-"""HTML of reward views: everything shown as text, nothing lost, colours as the legend says."""
+"""HTML of reward views: all content as text, complete, with the colours of the legend."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_page_of_many_answers_is_small(tmp_path):
 
 
 def test_steps_and_legend_agree():
-    """A number in the middle of what a legend entry says has that entry's class."""
+    """A number within the range of a legend entry has that entry's class."""
     for name, text in legend():
         bounds = [float(x) for x in re.findall(r"-?[\d.]+", text)]
         middle = {"z": 0.0}.get(name, sum(bounds) / len(bounds) if len(bounds) == 2 else 1.5 * bounds[0])

@@ -54,7 +54,7 @@ def test_forms_of_secrets(text, clean):
     assert redacted({"a": [text]}) == {"a": [clean]}
 
 
-def test_a_commit_is_no_key():
+def test_a_commit_is_not_a_key():
     assert redacted({"model_revision": WANDB, "git": {"commit": WANDB}, "revisions": {"teacher": WANDB}}) == {
         "model_revision": WANDB,
         "git": {"commit": WANDB},

@@ -75,7 +75,7 @@ def test_a_torn_last_line_costs_its_shard_only(run):
     source, out, reference = run
     lines = unfinish(out)
     (out / "manifest.jsonl").write_bytes(b"".join(lines)[:-20])
-    with pytest.raises(DataError, match="holds an unfinished run: repeat its command to finish it"):
+    with pytest.raises(DataError, match="contains an unfinished run: repeat its command to finish it"):
         load_pseudolabels(out)
     before = {name: (out / name).stat().st_ino for name in stub.shards(out)}
     stub.label(source, out)
@@ -162,7 +162,7 @@ def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
         merge(out, [zero])
     with pytest.raises(DataError, match="part 1 of 2 is given 2 times"):
         merge(out, [zero, one, again])
-    with pytest.raises(DataError, match=r"other settings than .*\n  seed: 1 -> 2"):
+    with pytest.raises(DataError, match=r"different settings from .*\n  seed: 1 -> 2"):
         merge(out, [zero, other])
     with pytest.raises(DataError, match="no part of a job array"):
         merge(out, [reference])
@@ -174,7 +174,7 @@ def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
         stub.label(source, zero)
 
 
-def test_changed_settings_are_listed_and_need_leave(run):
+def test_changed_settings_are_listed_and_need_permission(run):
     source, out, reference = run
     unfinish(out)
     (out / "labels-00012.parquet").unlink()
@@ -183,7 +183,7 @@ def test_changed_settings_are_listed_and_need_leave(run):
         stub.label(source, out, **changed)
     assert "\n  teacher_weights: 'w' -> 'v'\n  seed: 1 -> 5\n" in str(error.value)
     assert "--allow-config-change" in str(error.value)
-    with pytest.raises(DataError, match="8 input rows in a shard -> 4"):
+    with pytest.raises(DataError, match="8 input rows per shard -> 4"):
         stub.label(source, out, shard_rows=16, allow_config_change=True)
     stub.label(source, out, allow_config_change=True, **changed)
     rows = load_pseudolabels(out)
@@ -264,7 +264,7 @@ def test_bad_rows_are_counted_and_kept_aside(tmp_path):
     assert [(entry["place"], entry["record"].strip()) for entry in bad] == [
         (2, '{"text":'), (3, '{"text": 5, "n": 1}'), (4, '{"text": "b", "n": "x"}')
     ]  # fmt: skip
-    assert "column 'n' is of type number in line 1 but str in line 4" in bad[2]["error"]
+    assert "column 'n' has type number in line 1 but str in line 4" in bad[2]["error"]
 
 
 def test_top_k_columns_are_there_only_if_asked_for(tmp_path, whole):

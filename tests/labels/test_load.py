@@ -1,4 +1,4 @@
-"""A million rows through the pipeline with a stub teacher: flat memory, and what it costs besides the teacher."""
+"""A million rows through the pipeline with a stub teacher: flat memory, and the cost of everything but the teacher."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# In a process of its own: the resident memory of a test process says little.
+# In a separate process: the resident memory of a test process is not informative.
 SCRIPT = """
 import json, sys, time
 from pathlib import Path

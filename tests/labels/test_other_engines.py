@@ -85,7 +85,7 @@ def test_what_an_engine_from_outside_cannot_do_is_refused(teacher, tmp_path, mon
 
 def test_a_teacher_that_cannot_take_its_role_is_refused(tmp_path, no_weights):
     wrong = save_pretrained(tmp_path / "wrong", tiny_t5(vocab=20))
-    with pytest.raises(ModelError, match="do not belong together"):
+    with pytest.raises(ModelError, match="do not match"):
         generate(TeacherSpec(ModelSpec(wrong, "teacher")), tmp_path / "out")
 
 

@@ -47,12 +47,12 @@ def without_line(file: Path, number: int) -> None:
         (
             [{"text": "a", "id": "1"}, {"text": "b", "id": "1"}],
             {"id_column": "id"},
-            r"rows\.jsonl:2: the id '1' is also that of .*rows\.jsonl:1\. Ids must be unique",
+            r"rows\.jsonl:2: the id '1' is also used by .*rows\.jsonl:1\. Ids must be unique",
         ),
         (
             [{"text": "a", "answer_choices": "b", "n": 1}],
             {"templates": stub.TEMPLATES},
-            r"a column is named 'answer_choices', which is the templates' own name\. Rename the column",
+            r"a column is named 'answer_choices', which is reserved for templates\. Rename the column",
         ),
     ],
 )
@@ -69,7 +69,7 @@ def test_folders_that_cannot_be_trusted(source, tmp_path):
         verify(tmp_path)
     stub.label(source, tmp_path / "out")
     (tmp_path / "out" / "manifest.jsonl").unlink()
-    with pytest.raises(DataError, match=r"holds label shards without manifest\.jsonl, so they cannot be trusted"):
+    with pytest.raises(DataError, match=r"holds label shards without manifest\.jsonl, so they cannot be verified"):
         stub.label(source, tmp_path / "out")
 
 
@@ -95,7 +95,7 @@ def test_parts_that_do_not_make_a_whole(source, parts, tmp_path):
     with pytest.raises(DataError, match="have different shardings: use the same n and shard_rows"):
         merge(tmp_path / "out", [zero, tmp_path / "third"])
     without_line(zero / "manifest-0-of-2.jsonl", 1)
-    with pytest.raises(DataError, match="the parts lack the shards 0: a part is incomplete"):
+    with pytest.raises(DataError, match="the parts are missing the shards 0: a part is incomplete"):
         merge(tmp_path / "out", parts)
     without_line(one / "manifest-1-of-2.jsonl", -1)
     with pytest.raises(DataError, match=r"manifest-1-of-2\.jsonl is not finished: repeat its command, then merge"):
@@ -110,7 +110,7 @@ def test_labels_that_the_command_line_did_not_make_are_not_made_again(source, tm
     with pytest.raises(SystemExit) as end:
         main(["data", "repair", str(out)])
     assert end.value.code == 3
-    assert "was not made by the command line, so the command is not known" in capsys.readouterr().err
+    assert "was not written by the command line, so its command is unknown" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--labels-per-input", "2"], ["--top-k-logprobs", "3"]])

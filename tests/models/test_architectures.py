@@ -277,7 +277,7 @@ def test_unknown_dtype_is_refused():
 def test_missing_models_are_named(tmp_path):
     with pytest.raises(ModelError, match=r"is a folder without config\.json"):
         load_config(str(tmp_path), "teacher")
-    with pytest.raises(ModelError, match=r"teacher '.*nowhere' is neither a folder here nor a model"):
+    with pytest.raises(ModelError, match=r"teacher '.*nowhere' is neither a local folder nor a model"):
         load_config(str(tmp_path / "nowhere"), "teacher")
 
 

@@ -97,7 +97,7 @@ def test_recording_sees_scores_before_dropout_and_no_gradient():
         prepare_attention(model, "student")
         rows.append(run_encoder(model.train(), batch(), attention="sdpa").rows[0](nodes))
     assert not rows[0].requires_grad
-    # Embeddings have dropout, so only the attention's own is told apart: with it alone on, the first layer agrees.
+    # Embeddings have dropout too; with only the attention's dropout on, the first layer agrees.
     for module in noisy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -129,7 +129,7 @@ def test_eager_maps_where_the_family_knows_no_other():
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(mpnet(dropout=0.1), "only after dropout .0.1."), (bilstm(), "'rlkd_bilstm' model gives no attention rows")],
+    [(mpnet(dropout=0.1), "only after dropout .0.1."), (bilstm(), "'rlkd_bilstm' model does not expose its attention")],
 )
 def test_attention_that_cannot_be_had_is_refused(model, message):
     with pytest.raises(ModelError, match=message):
@@ -152,7 +152,7 @@ def test_a_layer_map_that_does_not_fit(layer_map):
 
 
 def test_a_student_deeper_than_its_teacher():
-    with pytest.raises(ConfigError, match=r"5 layers has more than its teacher \(4\)"):
+    with pytest.raises(ConfigError, match=r"5 layers, more than its teacher \(4\)"):
         matched_layers(5, 4)
 
 
@@ -207,7 +207,7 @@ def test_students_that_cannot_be_built(options, message):
         build_student(tiny_classifier(), **{"layers": 2, **options})
 
 
-def test_layers_that_cannot_be_told():
+def test_layer_lists_that_cannot_be_found():
     model = tiny_classifier()
     model.config.num_hidden_layers = 7
     with pytest.raises(ModelError, match="0 lists of 7"):

@@ -1,4 +1,4 @@
-"""Size and speed of classifiers, against sizes counted by hand and models whose time is known."""
+"""Size and speed of classifiers, against sizes counted by hand and models of known duration."""
 
 from types import SimpleNamespace
 

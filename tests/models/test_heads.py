@@ -85,7 +85,7 @@ def test_one_output_may_be_left_out_of_the_loss():
 
 
 def test_an_output_that_needs_no_gradient_is_allowed():
-    """A statistic like the argmax travels beside differentiable ones."""
+    """A statistic like the argmax may be combined with differentiable ones."""
     hidden, weight, bias, ids = tensors()
 
     def f(logits, ids):

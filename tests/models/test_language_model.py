@@ -328,7 +328,7 @@ def trained(folder: Any, kind: str, **options: Any) -> Any:
     tokenizer = tiny_tokenizer(tiny_runs.WORDS)
     teacher = language_model(tiny_llama(2, words=tiny_runs.VALID), tokenizer)
     trainer = tiny_runs.make(
-        kind, folder, model=tiny_llama(11, words=tiny_runs.VALID), judge=Teacher(teacher, tokenizer),
+        kind, folder, model=tiny_llama(11, words=tiny_runs.VALID), teacher=Teacher(teacher, tokenizer),
         eval_examples=tiny_runs.examples(4), max_steps=2, **options,
     )  # fmt: skip
     trainer.train()

@@ -61,11 +61,11 @@ def test_a_model_that_torch_cannot_export(tmp_path):
         export_onnx(source, tmp_path / "onnx")
 
 
-def test_what_is_no_classifier_and_what_is_missing(tmp_path, monkeypatch):
+def test_models_that_are_not_classifiers_and_missing_packages(tmp_path, monkeypatch):
     save_pretrained(tmp_path / "bare", tiny_classifier().bert, classifier_tokenizer())
     with pytest.raises(ModelError, match="is a BertModel, not a sequence classifier"):
         export_onnx(tmp_path / "bare", tmp_path / "onnx")
-    with pytest.raises(ModelError, match="model 'nobody/at-home' is neither a folder"):
+    with pytest.raises(ModelError, match="model 'nobody/at-home' is neither a local folder"):
         export_onnx("nobody/at-home", tmp_path / "onnx")
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None if name == "onnxruntime" else True)
     with pytest.raises(ConfigError, match=r"ONNX needs onnxruntime: pip install 'rlkd\[onnx\]'"):

@@ -94,9 +94,9 @@ def test_classifiers_and_bare_encoders_load_without_training(tmp_path, kind):
 
 
 def test_models_that_cannot_be_probed(tmp_path):
-    with pytest.raises(ModelError, match="no encoder-only model with layers"):
+    with pytest.raises(ModelError, match="not an encoder-only model with layers"):
         load_encoder_config(save_pretrained(tmp_path / "t5", tiny_t5()))
-    with pytest.raises(ModelError, match=r"'.*nothing' is neither a folder here"):
+    with pytest.raises(ModelError, match=r"'.*nothing' is neither a local folder"):
         load_encoder_config(str(tmp_path / "nothing"))
     folder = save_pretrained(tmp_path / "short", tiny_classifier(layers=2), classifier_tokenizer())
     config = json.loads((tmp_path / "short" / "config.json").read_text())
@@ -105,7 +105,7 @@ def test_models_that_cannot_be_probed(tmp_path):
         load_encoder(folder, load_encoder_config(folder))
     model = tiny_classifier(layers=2)
     model.config.num_hidden_layers = 5
-    with pytest.raises(ModelError, match="shows 3 hidden states where its 5 layers"):
+    with pytest.raises(ModelError, match="returns 3 hidden states, expected are the embeddings and 5 layers"):
         pooled_layers(model, encoded().batches(4), [(0, "cls")])
 
 

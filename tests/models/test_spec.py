@@ -39,11 +39,11 @@ def asked(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
-        ("nothing", "float32", r"student '.*nothing' is neither a folder"),
+        ("nothing", "float32", r"student '.*nothing' is neither a local folder"),
         ("gpt2", "float32", r"student '.*gpt2' is a 'gpt2' model"),
         ("student", "float16", r"Use student_dtype: bfloat16"),
         ("student", "half", r"student_dtype = 'half': allowed are"),
-        ("small", "float32", r"student '.*small': the tokenizer has ids up to .* do not belong together"),
+        ("small", "float32", r"student '.*small': the tokenizer has ids up to .* do not match"),
     ],
 )
 def test_what_cannot_take_the_role_is_refused_without_weights(folder, asked, name, dtype, message):

@@ -154,7 +154,7 @@ def test_load_restores_what_save_wrote(kind, critic, tmp_path):
     other.load(tmp_path)
     for name, value in saved.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
-    # In place: an optimizer that holds the parameters goes on holding the right ones.
+    # In place: an optimizer keeps references to the same parameters.
     assert parameters == {name: p.data_ptr() for name, p in other.named_parameters()}
     with torch.no_grad():
         for one, two in zip(saved(*BATCH)[0], other(*BATCH)[0], strict=True):

@@ -194,7 +194,7 @@ def test_cache_drops_the_least_recently_used_first_and_stays_within_its_bytes():
     kept = [key for key in (1, 2, 3, 4) if cache.get((key,)) is not None]
     assert kept == [1, 3, 4]
     assert cache.bytes == 24
-    cache.put((5,), torch.zeros(4))  # makes room for two
+    cache.put((5,), torch.zeros(4))  # frees space for two
     assert [key for key in (1, 3, 4, 5) if cache.get((key,)) is not None] == [4, 5]
     assert cache.bytes == 24
     cache.put((6,), torch.zeros(7))  # would never fit
@@ -267,7 +267,7 @@ def test_a_teacher_out_of_memory_scores_the_same_in_smaller_batches(monkeypatch,
     assert_same(scores, reference)
     torch.testing.assert_close(scores.distribution.states, reference.distribution.states, atol=1e-5, rtol=1e-5)
     assert 1 <= teacher.batch_tokens < 64
-    assert f"out of memory in the teacher: trying again with {teacher.batch_tokens} tokens a batch" in caplog.text
+    assert f"out of memory in the teacher: retrying with {teacher.batch_tokens} tokens per batch" in caplog.text
     # What fitted is kept: the next batch runs at once.
     tried.clear()
     teacher.score(PAIRS, ANSWERS, MASK)

@@ -160,7 +160,7 @@ def test_a_discount_in_the_return_that_the_reward_lacks_breaks_the_invariance():
 
 
 class Stale:
-    """A problem whose answers were sampled from an older policy mu."""
+    """A problem with answers sampled from an older policy mu."""
 
     def __init__(self, seed=5):
         self.problem = Problem(seed=seed)

@@ -41,7 +41,7 @@ class Tree:
         return torch.where(self.mask, values, torch.zeros_like(values))
 
     def scores(self, q: Tensor) -> TeacherSignal:
-        """What a teacher with logits q [S, A] says of every answer."""
+        """The signal of a teacher with logits q [S, A] for every answer."""
         width = self.ids.shape[1]
         flat = token_scores(q[self.state].flatten(0, 1), self.ids.flatten())
         return signal_of(torch.where(self.mask, x.view(-1, width), torch.zeros(())) for x in flat)

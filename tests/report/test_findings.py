@@ -40,7 +40,7 @@ def test_the_numbers_of_the_verdict(tmp_path):
     assert (low, high) == pytest.approx((-difference - spread, -difference + spread), abs=0.2 * spread)
 
 
-def test_scores_that_disagree_are_said_one_by_one(tmp_path):
+def test_scores_that_disagree_are_reported_one_by_one(tmp_path):
     n = 60
     flat = held_out(100, [1.0] * n, np.full(n, 3.0))
     write_run(tmp_path / "seqkd", "SupervisedTrainer", flat)
@@ -115,7 +115,7 @@ def test_rows_that_are_not_shared_are_not_compared(tmp_path):
     assert findings.compare(b, a, "regret").difference.interval.rows == 20
 
 
-def test_a_seed_without_rows_is_left_out_and_said(tmp_path):
+def test_a_seed_without_rows_is_left_out_and_noted(tmp_path):
     arms(tmp_path, shift=1.0, seeds=3)
     (tmp_path / "seed-2" / "ppo" / "held_out.jsonl").unlink()
     metrics = tmp_path / "seed-2" / "ppo" / "metrics.jsonl"

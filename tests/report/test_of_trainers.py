@@ -1,4 +1,4 @@
-"""Runs that trainers made, reported and compared: what the page says is what the trainers' models do."""
+"""Runs that trainers made, reported and compared: the page's numbers are those of the trainers' models."""
 
 import json
 import math

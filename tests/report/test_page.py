@@ -207,7 +207,7 @@ def test_the_compare_command(tmp_path, no_drawing):
     assert invoke("compare", seqkd, ppo, "--quiet").stdout == ""
 
 
-def test_a_page_that_cannot_be_written_is_said(tmp_path, no_drawing):
+def test_a_page_that_cannot_be_written_is_an_error(tmp_path, no_drawing):
     from rlkd.errors import ConfigError
 
     arms(tmp_path, shift=1.0, seeds=1)

@@ -41,7 +41,7 @@ def test_any_file_may_be_missing(tmp_path, missing):
     assert any(missing in note for note in run.notes) == (missing != "alarms.jsonl")
 
 
-def test_lines_that_are_no_records_are_left_out_and_said(tmp_path):
+def test_lines_that_are_not_records_are_skipped_and_noted(tmp_path):
     write_run(tmp_path, "PPOTrainer", held_out(100, [1.0] * 12, [2.0] * 12))
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + b'[1]\n{"loss": 3}\n\xff\xfe\n{"step": 100, "loss"')
@@ -73,7 +73,7 @@ def test_numbers_that_are_not_finite_or_of_another_type_do_not_break_it(tmp_path
 
 
 def test_no_run_is_an_error_that_says_what_is_wanted(tmp_path):
-    with pytest.raises(DataError, match=r"no run here.*metrics\.jsonl"):
+    with pytest.raises(DataError, match=r"no run in it or up to .*metrics\.jsonl"):
         read_arms(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         read_arms(tmp_path / "nowhere")

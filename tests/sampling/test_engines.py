@@ -103,7 +103,7 @@ def choose(name, model=None, decoding=None, **settings):
 @pytest.mark.parametrize(
     ("decoding", "reason"),
     [
-        (Decoding("sample", 4), "samples cannot be repeated"),
+        (Decoding("sample", 4), "samples are not reproducible"),
         (Decoding("greedy", 4, top_k_logprobs=2), "top_k_logprobs"),
         (Decoding("beam", 4), "some answers differ"),
         (None, "encode its prompt again"),

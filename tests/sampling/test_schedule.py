@@ -13,7 +13,7 @@ from rlkd.sampling.schedule import Budget, answer_all
 from tiny import EOS, VALID, tiny_t5
 
 GREEDY = Decoding("greedy", 4)
-# What PyTorch says on a GPU, on a processor, and CTranslate2 on a GPU.
+# The messages of PyTorch on a GPU and on a CPU, and of CTranslate2 on a GPU.
 MESSAGES = [
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB",
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",

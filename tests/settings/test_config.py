@@ -230,9 +230,7 @@ def test_missing_and_unreadable_files(parse, tmp_path):
         parse_config((Arguments,), ["--config", "."])
     with pytest.raises(ConfigError, match=r"^--config: expected one argument\. See --help\.$"):
         parse_config((Arguments,), ["--config"])
-    assert (
-        refusal(parse, "", "--config", "b.yaml") == "--config is given 2 times (r.yaml, b.yaml): allowed is one file."
-    )
+    assert refusal(parse, "", "--config", "b.yaml") == "--config is given 2 times (r.yaml, b.yaml): give one file."
 
 
 @pytest.mark.parametrize(
@@ -241,7 +239,7 @@ def test_missing_and_unreadable_files(parse, tmp_path):
         (["--lerning-rate=3"], "--lerning-rate is not a flag. Did you mean '--learning_rate'?\nSee --help."),
         (["--valu", "max", "-q"], "--valu is not a flag. Did you mean '--value'?\n-q is not a flag.\nSee --help."),
         (["--confg", "r.yaml"], "--confg is not a flag. Did you mean '--config'?\nSee --help."),
-        (["stray"], "'stray' belongs to no flag: settings are given as --name value.\nSee --help."),
+        (["stray"], "'stray' does not belong to a flag: settings are given as --name value.\nSee --help."),
         (
             ["--value", "maxx"],
             "--value: invalid choice: 'maxx': allowed are 'max', 'lse', 'softmax'. Did you mean 'max'? See --help.",
@@ -432,3 +430,13 @@ def test_scripts_that_write_to_a_file_show_no_bars(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
     assert "\r" not in done.stderr
+
+
+@pytest.mark.parametrize("call", ["warn()", "run_main(warn)"])
+def test_a_warning_reaches_the_terminal_once(tmp_path, call):
+    script = (
+        "from pathlib import Path\nfrom rlkd import run_main\nfrom rlkd.runs.checkpoints import find_checkpoint\n"
+        f"warn = lambda: find_checkpoint('auto', Path('new'))\n{call}"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "no checkpoint in new yet: starting a new run\n")

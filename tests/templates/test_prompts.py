@@ -187,7 +187,7 @@ def test_specs(file, monkeypatch):
     sub.write_text(YAML.replace("bare", "deep"))
     assert [t.name for t in load_templates("toy/sub:deep", folder=folder)] == ["deep"]
     assert list(Source(folder).files) == ["toy/sub", "toy"]
-    # Without a folder: ./prompts first, then those beside the package.
+    # Without a folder: ./prompts first, then those next to the package.
     folder.rename(folder.with_name("prompts"))
     monkeypatch.chdir(folder.parent)
     assert len(load_templates("toy")) == 2
@@ -199,7 +199,7 @@ def test_unknown_templates_list_what_there_is(file):
     with pytest.raises(DataError) as error:
         load_templates("toy:bara", folder=folder)
     assert str(error.value) == (
-        f"{file}: template 'bara' is not there. Available: Good: or bad, bare. Did you mean 'bare'?"
+        f"{file}: template 'bara' does not exist. Available: Good: or bad, bare. Did you mean 'bare'?"
     )
     with pytest.raises(DataError, match=r"no templates for 'toi' in .*own\. Available: toy\. Did you mean 'toy'\?"):
         load_templates("toi", folder=folder)

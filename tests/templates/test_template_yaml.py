@@ -64,7 +64,7 @@ def test_metadata_and_lines():
         ("choices_in_prompt: false", "choices_in_prompt: 'no'", 12, "'choices_in_prompt' is 'no'; allowed is bool"),
         ("original_task: true", "original_task: sure", 15, "field 'original_task' is 'sure'; allowed is bool"),
         ("    name: two\n", "", 18, "field 'name' is None; allowed is str"),
-        ("id-two:", "id-one:", 18, "this id is taken by the template of line 4"),
+        ("id-two:", "id-one:", 18, "this id is already used by the template in line 4"),
         ("id-two: !Template", "id-two: !!python/object:os.system", 18, "could not determine a constructor for the tag"),
         ("id-two: !Template", "id-two: !Other", 18, "could not determine a constructor for the tag '!Other'"),
         ("dataset: toy", "dataset: !!python/name:os.system toy", 1, "could not determine a constructor"),
@@ -108,10 +108,10 @@ def test_a_good_file_has_one_thing_to_know(file):
             "\n    metadata",
             (19, "error", "reads answer_choices, which"),
         ),
-        ("name: two", "name: one", (22, "error", "'one': the name is taken in line 16.")),
+        ("name: two", "name: one", (22, "error", "'one': the name is already used in line 16.")),
         ("name: two", "name: 'two '", (22, "warning", "'two ': white space around the name.")),
         ("no ||| yes\n    id", "no ||| \n    id", (5, "error", "'one': an answer choice is empty.")),
-        ("no ||| yes\n    id", "no ||| no\n    id", (5, "warning", "'one': 'no' stands twice.")),
+        ("no ||| yes\n    id", "no ||| no\n    id", (5, "warning", "'one': 'no' occurs twice.")),
         ("good?\n", "good? \n", (7, "note", "'one': white space at the end of a line")),
         ("    reference: ''\n", "    colour: red\n", (17, "note", "template id-one: ignored unknown fields colour")),
         ("    id: id-one\n", "    id: other\n", (6, "warning", "field 'id' is 'other'; the key is used")),
@@ -137,7 +137,7 @@ def test_lint_against_rows(file):
     assert (7, "error", "'one': the rows lack label.") in found
 
 
-def test_official_problems_are_told(file, caplog):
+def test_official_problems_are_logged(file, caplog):
     text = GOOD.replace("id-one", "b808b05e-0d2a-459e-b345-2d83cdb20216")
     assert any("asks about the gold answer in every row" in message for _, _, message in problems(file, text))
     load_templates(f"{file}:one")
@@ -155,7 +155,7 @@ def test_original_task_by_default_and_others_when_asked(file):
     with pytest.raises(DataError, match=r"the input shows gold columns \(two: label\).*allow it with --gold-input"):
         names(":two")
     file.write_text(GOOD.replace("original_task: true", "original_task: false"))
-    with pytest.raises(DataError, match=r"none of its 2 templates asks for the original task\. Name one \(one, two\)"):
+    with pytest.raises(DataError, match=r"none of its 2 templates is for the original task\. Name one \(one, two\)"):
         names()
     file.write_text(GOOD.replace("name: one", "name: ' one '"))
     assert names(":one") == [" one "]
@@ -177,7 +177,7 @@ def test_leaks():
     found = leaks([summary, reverse, loop, variable, branch, condition])
     assert set(found) == {"r", "l", "v", "b"}
     assert set(found.values()) == {frozenset({"summary"})}
-    # The right answer stands among the choices: that is the task.
+    # The right answer is among the choices: that is the task.
     multiple = made("m", "{{ q }} {{ right }} {{ wrong }} ||| {{ right }}", True, "{{ right }} ||| {{ wrong }}", True)
     free = made("f", "{{ q }} ||| {{ right }}")
     also = made("g", "Answer: {{ q }} ||| {{ right }}")

@@ -108,7 +108,7 @@ def test_the_child_sees_no_secrets_and_ends_with_its_worker(monkeypatch):
         os.kill(pid, 0)
 
 
-def test_a_worker_that_does_not_start_is_told(monkeypatch):
+def test_a_worker_that_does_not_start_is_an_error(monkeypatch):
     monkeypatch.setattr("rlkd.templates.worker.START_SECONDS", 0.0)
     with (
         RenderWorker() as slow,

@@ -124,8 +124,8 @@ class Killer:
 
 
 class Fork(TrainerCallback):
-    """At the end of some steps: `action(step, go_on)`; in the fork that it makes with `go_on(folder)` training goes on
-    there.
+    """At the end of some steps: `action(step, go_on)`; in the fork that it makes with `go_on(folder)` training
+    continues there.
     """
 
     def __init__(self, steps: set[int], action: Callable[[int, Callable[..., int]], None]):

@@ -1,6 +1,6 @@
 """Twenty optimizer steps of every objective on tiny models; golden.json holds what they gave.
 
-python tests/trainers/golden_runs.py [CASE ...]      runs these cases (default: all) and writes their numbers anew
+python tests/trainers/golden_runs.py [CASE ...]      runs these cases (default: all) and writes their numbers again
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from test_tkd import rows
 
 from rlkd import BiLSTMConfig, BiLSTMForSequenceClassification, Teacher, build_student, language_model
 from tiny import CLASSIFIER_WORDS, tiny_bart, tiny_classifier, tiny_tokenizer
-from tiny_runs import PADDED, WORDS, examples, logged, make, teacher
+from tiny_runs import PADDED, WORDS, examples, logged, make, tiny_teacher
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STEPS = 20
@@ -129,11 +129,11 @@ def generating(kind: str, folder: Path, *, bart: bool = False, templates: str | 
     """A supervised, reinforce or ppo trainer."""
     if bart:
         tokenizer = tiny_tokenizer(WORDS)
-        judge = Teacher(language_model(tiny_bart(seed=2, vocab=PADDED), tokenizer), tokenizer)
-        options |= {"model": tiny_bart(seed=11, vocab=PADDED), "judge": judge}
+        teacher = Teacher(language_model(tiny_bart(seed=2, vocab=PADDED), tokenizer), tokenizer)
+        options |= {"model": tiny_bart(seed=11, vocab=PADDED), "teacher": teacher}
     if templates:
         options["data"] = [replace(e, teacher_inputs=(*e.teacher_inputs, e.student_input)) for e in examples(12)]
-        options["judge"] = teacher(combination=templates)
+        options["teacher"] = tiny_teacher(combination=templates)
     return make(kind, folder, n=12, **{**PLAIN, "learning_rate": 0.1 if kind == "supervised" else 0.03, **options})
 
 
@@ -141,15 +141,15 @@ def encoding(
     folder: Path, *, narrow: bool = False, bilstm: bool = False, dropout: float = 0.0, evaluate: bool = False, **options
 ) -> Any:
     """A TKD trainer."""
-    judge, model = tiny_classifier(dropout=dropout), None
+    teacher, model = tiny_classifier(dropout=dropout), None
     if narrow:
-        model = build_student(judge, 2, "random", hidden_size=8)
+        model = build_student(teacher, 2, "random", hidden_size=8)
     if bilstm:
         torch.manual_seed(0)
         shape = {"embedding_size": 8, "hidden_size": 6, "classifier_size": 5, "num_hidden_layers": 2}
         model = BiLSTMForSequenceClassification(BiLSTMConfig(vocab_size=len(CLASSIFIER_WORDS), **shape))
     dev = rows(10, seed=1) if evaluate else None
-    return make_tkd(folder, model=model, teacher=judge, dev=dev, **{**PLAIN, "learning_rate": 0.01, **options})
+    return make_tkd(folder, model=model, teacher=teacher, dev=dev, **{**PLAIN, "learning_rate": 0.01, **options})
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:

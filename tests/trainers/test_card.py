@@ -1,4 +1,4 @@
-"""The model card of a saved student: it says what was run, and hostile names stay text."""
+"""The model card of a saved student: it describes the run, and hostile names remain text."""
 
 import re
 import sys

@@ -189,7 +189,7 @@ def test_lora_trains_saves_and_resumes_its_adapter_only(tmp_path, kind):
     assert_same(weights(straight.policy), weights(resumed.policy))
 
 
-def test_patience_goes_on_where_it_was(tmp_path):
+def test_patience_continues_after_a_resume(tmp_path):
     """A student that learns nothing: the second evaluation without a better one is at step 3, resumed or not."""
     options = {
         "dev": labelled_rows(4), "learning_rate": 0.0, "max_steps": 6, "early_stopping_patience": 2,

@@ -13,7 +13,7 @@ from rlkd.models.teacher import Teacher
 from rlkd.records import Example
 from rlkd.sampling.decode import decode, sampler
 from tiny import tiny_t5, tiny_tokenizer
-from tiny_runs import VALID, WORDS, make, teacher
+from tiny_runs import VALID, WORDS, make, tiny_teacher
 
 LONG = {"max_new_tokens": 8, "per_device_train_batch_size": 32, "logging_steps": 1000, "lr_scheduler_type": "constant"}
 
@@ -40,29 +40,29 @@ def pair(tmp_path_factory):
         gold.append((" ".join(words), answer))
     model = tiny_t5(tied=False, seed=0, width=32, vocab=VALID)
     fit(folder / "teacher", model, gold, 400, 5e-3)
-    judge = Teacher(EncoderDecoder(model, VALID), tiny_tokenizer(WORDS))
+    teacher = Teacher(EncoderDecoder(model, VALID), tiny_tokenizer(WORDS))
     inputs = [x for x, _ in gold]
     answers = decode(
-        judge.lm, judge.prompt_states(inputs), sampler([*range(600)], 8, torch.device("cpu")), max_new_tokens=8
+        teacher.lm, teacher.prompt_states(inputs), sampler([*range(600)], 8, torch.device("cpu")), max_new_tokens=8
     )
-    texts = judge.tokenizer.batch_decode(
+    texts = teacher.tokenizer.batch_decode(
         [row[mask].tolist() for row, mask in zip(answers.ids, answers.mask, strict=True)], skip_special_tokens=True
     )
     student = tiny_t5(tied=False, seed=1, width=16, vocab=VALID)
     fit(folder / "student", student, list(zip(inputs, texts, strict=True)), 150, 1e-2)
-    return judge, student.state_dict()
+    return teacher, student.state_dict()
 
 
 def run(pair, folder, **options):
     """Evaluations of sampled answers before and after reinforcement learning."""
-    judge, state = pair
+    teacher, state = pair
     model = tiny_t5(tied=False, seed=1, width=16, vocab=VALID)
     model.load_state_dict(state)
     texts = [" ".join(words) for words in sentences(550, 2)]
     data = [Example(f"train {i}", x, (x,)) for i, x in enumerate(texts[:150])]
     held_out = [Example(f"test {i}", x, (x,)) for i, x in enumerate(texts[150:])]
     trainer = make(
-        "reinforce", folder, model=model, judge=judge, data=data, eval_examples=held_out,
+        "reinforce", folder, model=model, teacher=teacher, data=data, eval_examples=held_out,
         **{
             **LONG, "max_steps": 60, "rollouts_per_prompt": 4, "lam": 1.0, "kl_coef": 0.0, "entropy_coef": 0.1,
             "learning_rate": 1e-3, "eval_limit": None, **options,
@@ -112,7 +112,7 @@ def test_the_random_pair_of_the_other_tests_learns_too(tmp_path):
     """A few steps on the tiny random pair lower the regret of samples: a sign error anywhere would raise it."""
     for kind in ("ppo", "reinforce"):
         trainer = make(
-            kind, tmp_path / kind, judge=teacher(), max_steps=16, n=16, per_device_train_batch_size=16,
+            kind, tmp_path / kind, teacher=tiny_teacher(), max_steps=16, n=16, per_device_train_batch_size=16,
             learning_rate=1e-2, kl_coef=0.0,
         )  # fmt: skip
         start = trainer.annotate(trainer.sample(99))

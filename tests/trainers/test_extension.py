@@ -17,7 +17,7 @@ from rlkd.records import Rollouts, TeacherSignal
 from rlkd.trainers.objective import Objective, StudentTokens
 from rlkd.trainers.on_policy import OnPolicyTrainer
 from rlkd.trainers.supervised import SequenceKD, SupervisedTrainer
-from tiny_runs import TRAINERS, differ, examples, logged, make, teacher, weights
+from tiny_runs import TRAINERS, differ, examples, logged, make, tiny_teacher, weights
 
 
 def trains(trainer, folder):
@@ -105,19 +105,21 @@ def test_a_divergence_with_a_parameter(tmp_path, monkeypatch):
 
 
 class ChosenAndBest:
-    """A teacher that says the chosen and the best log-probability only, as a server does with one log-probability."""
+    """A teacher that gives only the chosen and the best log-probability, like a server with one log-probability per
+    token.
+    """
 
     gives = frozenset({"chosen", "max"})
     model = None
 
-    def __init__(self, judge):
-        self.judge = judge
+    def __init__(self, teacher):
+        self.teacher = teacher
         self.asked = []
 
     def score(self, *args, distribution=False, ids=None):
         assert not distribution
         self.asked.append(ids)
-        full = self.judge.score(*args, ids=ids)
+        full = self.teacher.score(*args, ids=ids)
         return TeacherSignal(chosen=full.chosen - full.logsumexp, max=full.max - full.logsumexp)
 
 
@@ -125,8 +127,8 @@ PLAIN = {"one_step": "sampled", "baseline": "leave_one_out", "weak_start": "igno
 
 
 def test_a_signal_of_two_numbers_per_token_is_enough_for_the_regret(tmp_path):
-    source = ChosenAndBest(teacher())
-    trainer = make("reinforce", tmp_path / "two", judge=source, max_steps=2, **PLAIN)
+    source = ChosenAndBest(tiny_teacher())
+    trainer = make("reinforce", tmp_path / "two", teacher=source, max_steps=2, **PLAIN)
     lines = trains(trainer, tmp_path / "two")
     assert len(source.asked) == 2
     full = make("reinforce", tmp_path / "full", max_steps=2, **PLAIN)
@@ -136,14 +138,14 @@ def test_a_signal_of_two_numbers_per_token_is_enough_for_the_regret(tmp_path):
         assert "teacher_entropy" not in one
 
 
-def test_a_start_that_cannot_be_checked_is_said(tmp_path, caplog):
+def test_a_start_that_cannot_be_checked_is_logged(tmp_path, caplog):
     trainer = make(
-        "reinforce", tmp_path, judge=ChosenAndBest(teacher()), max_steps=1, **{**PLAIN, "weak_start": "warn"}
+        "reinforce", tmp_path, teacher=ChosenAndBest(tiny_teacher()), max_steps=1, **{**PLAIN, "weak_start": "warn"}
     )
     trainer.train()
-    assert "cannot be checked: the teacher gives no distribution" in caplog.text
+    assert "cannot be checked: the teacher provides no distribution" in caplog.text
     options = {**PLAIN, "weak_start": "refuse"}
-    strict = make("reinforce", tmp_path / "strict", judge=ChosenAndBest(teacher()), max_steps=1, **options)
+    strict = make("reinforce", tmp_path / "strict", teacher=ChosenAndBest(tiny_teacher()), max_steps=1, **options)
     with pytest.raises(ConfigError, match="cannot be checked"):
         strict.train()
 
@@ -159,19 +161,19 @@ def test_a_start_that_cannot_be_checked_is_said(tmp_path, caplog):
 )
 def test_what_a_signal_cannot_give_is_refused_by_name(tmp_path, options, missing):
     with pytest.raises(
-        ConfigError, match=rf"reward_value = .* needs the teacher's .*{missing}.* gives chosen, max only"
+        ConfigError, match=rf"reward_value = .* needs the teacher's .*{missing}.* provides chosen, max only"
     ):
-        make("reinforce", tmp_path, judge=ChosenAndBest(teacher()), **{**PLAIN, **options})
+        make("reinforce", tmp_path, teacher=ChosenAndBest(tiny_teacher()), **{**PLAIN, **options})
 
 
 def test_held_out_inputs_need_a_teacher_that_answers(tmp_path):
     with pytest.raises(ConfigError, match="give a local Teacher"):
-        make("reinforce", tmp_path, judge=ChosenAndBest(teacher()), eval_examples=examples(3), **PLAIN)
+        make("reinforce", tmp_path, teacher=ChosenAndBest(tiny_teacher()), eval_examples=examples(3), **PLAIN)
 
 
 def test_a_divergence_needs_the_distribution(tmp_path):
     with pytest.raises(ConfigError, match="objective = 'reverse_kl' needs the teacher's distribution"):
-        make("supervised", tmp_path, objective="reverse_kl", judge=ChosenAndBest(teacher()))
+        make("supervised", tmp_path, objective="reverse_kl", teacher=ChosenAndBest(tiny_teacher()))
 
 
 # An objective

@@ -14,7 +14,7 @@ from test_tkd import make as make_tkd
 from transformers import TrainerCallback
 
 from rlkd.errors import DivergenceError
-from tiny_runs import assert_same, examples, make, teacher, weights
+from tiny_runs import assert_same, examples, make, tiny_teacher, weights
 
 NAN, INF = float("nan"), float("inf")
 
@@ -35,7 +35,9 @@ class Before(TrainerCallback):
 
 
 def diverges(trainer, match):
-    """Train until the error; weights are those before the step, and the batch is where the message says."""
+    """Train until the error; weights are those before the step, and the batch is in the folder that the message
+    names.
+    """
     before = Before()
     trainer.add_callback(before)
     start = weights(trainer.trained)
@@ -51,10 +53,10 @@ def diverges(trainer, match):
 
 
 def test_a_teacher_that_is_not_finite_leaves_the_rollouts(tmp_path):
-    judge = teacher()
-    poison(judge.lm.model.decoder.final_layer_norm)
+    teacher = tiny_teacher()
+    poison(teacher.lm.model.decoder.final_layer_norm)
     tensors, plain, message = diverges(
-        make("ppo", tmp_path, judge=judge), "^step 0: the teacher's logits are not finite"
+        make("ppo", tmp_path, teacher=teacher), "^step 0: the teacher's logits are not finite"
     )
     assert "Its weights are torch.float32" in message
     assert tensors["answer_ids"].shape[0] == len(plain["ids"]) == len(plain["texts"]["answer_ids"]) == 16
@@ -184,7 +186,7 @@ def test_no_checkpoint_and_no_student_is_saved(tmp_path, part):
     with pytest.raises(DivergenceError):
         trainer.save_model(str(tmp_path / "final"))
     assert not (tmp_path / "final").exists()
-    # The run goes on from the checkpoint before.
+    # The run continues from the previous checkpoint.
     again = make("supervised", tmp_path, **options)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4

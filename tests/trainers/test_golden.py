@@ -1,7 +1,7 @@
 """Twenty steps of every objective give the numbers they gave before: those of golden.json.
 
-After a change that is meant to change them: `python tests/trainers/golden_runs.py [CASE ...]` writes golden.json anew.
-RLKD_GOLDEN_EXACT=1 asks for the same bits, on the machine and with the versions that golden.json was written with.
+After a change that is meant to change them: `python tests/trainers/golden_runs.py [CASE ...]` rewrites golden.json.
+RLKD_GOLDEN_EXACT=1 requires equal bits, on the machine and with the versions that golden.json was written with.
 """
 
 import gc

@@ -14,7 +14,7 @@ from rlkd.metrics import METRICS
 from rlkd.runs.alarms import ALARMS, Alarm, History, Reading
 from rlkd.runs.files import ALARMS_FILE
 from rlkd.runs.guards import CALM, Watch
-from tiny_runs import examples, logged, make, teacher
+from tiny_runs import examples, logged, make, tiny_teacher
 
 DOCS = Path(__file__).parents[2] / "docs" / "guards.md"
 
@@ -169,7 +169,7 @@ def test_each_alarm_alone(name):
         # TKD: cross-entropy falls, and so does the dev score; its loss jumps when the tree joins.
         (stream(ce=[3, 2, 1, 0.5], loss=[3, 2, 9, 9], eval_accuracy=[0.9, 0.9, 0.8, 0.7], eval_runtime=[1] * 4), True),
         (stream(ce=[3, 2, 1, 0.5], loss=[3, 2, 9, 9], eval_accuracy=[0.8, 0.9, 0.9, 0.9], eval_runtime=[1] * 4), False),
-        # Everything gets worse together: `objective_rising` says so.
+        # Everything gets worse together: `objective_rising` reports that.
         (stream(regret=[1, 2, 3, 4, 5], eval_regret=[1, 2, 3, 4, 5], eval_seconds=[1] * 5), False),
     ],
 )  # fmt: skip
@@ -181,7 +181,7 @@ def test_held_out_scores_that_fall_while_training_improves(records, expected):
 def test_what_training_lowers_may_not_rise(name):
     rising = [3.0, 2, 1, 1, 1, 1, 1, 2, 3, 3, 3]
     assert "objective_rising" in {found for _, found in fired([{name: value} for value in rising])}
-    # The loss of RL says nothing by itself, and TKD's grows when terms join.
+    # The loss of RL alone is not informative, and TKD's grows when terms join.
     falling = sorted(rising, reverse=True)
     records = stream(**{name: falling, "loss": rising}) if name != "loss" else stream(loss=falling)
     assert fired(records) == []
@@ -209,9 +209,9 @@ def alarms_of(folder):
 
 def twin():
     """A student that equals its teacher and reads what it reads."""
-    judge = teacher()
+    teacher = tiny_teacher()
     data = [replace(e, student_input=e.teacher_inputs[0]) for e in examples(32)]
-    return {"model": copy.deepcopy(judge.lm.model).requires_grad_(), "judge": judge, "data": data}
+    return {"model": copy.deepcopy(teacher.lm.model).requires_grad_(), "teacher": teacher, "data": data}
 
 
 BATCH = {"per_device_train_batch_size": 16, "weak_start": "warn", "n": 16}

@@ -16,13 +16,13 @@ from tiny import save_pair, tiny_teacher, tiny_tokenizer
 from tiny_runs import make
 
 
-def test_the_best_checkpoint_must_be_saved_when_it_is_judged(tmp_path):
+def test_the_best_checkpoint_must_be_saved_when_it_is_evaluated(tmp_path):
     steps = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 10}
     with pytest.raises(ConfigError, match=r"save_steps = 10: load_best_model_at_end keeps an evaluated step only if"):
         ReinforceArguments(str(tmp_path), use_cpu=True, **steps)
 
 
-def test_the_best_is_judged_by_a_number_that_evaluations_give(tmp_path):
+def test_the_metric_of_the_best_checkpoint_must_exist(tmp_path):
     options = {"metric_for_best_model": "regrets", "eval_strategy": "steps", "eval_steps": 5}
     args = ReinforceArguments(str(tmp_path), use_cpu=True, **options)
     with pytest.raises(
@@ -34,7 +34,7 @@ def test_the_best_is_judged_by_a_number_that_evaluations_give(tmp_path):
 def test_a_process_whose_numbers_are_finite_stops_with_the_others(tmp_path, monkeypatch):
     trainer = make("supervised", tmp_path)
     monkeypatch.setattr(trainer, "anywhere", lambda here: True)
-    with pytest.raises(DivergenceError, match=r"another process met a number that is not finite at step 0"):
+    with pytest.raises(DivergenceError, match=r"another process found a non-finite number at step 0"):
         trainer.finite.check_weights([torch.ones(2)])
 
 

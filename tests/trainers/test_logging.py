@@ -14,7 +14,7 @@ from rlkd.jobs.encoder_data import LabelledData
 from rlkd.models.architectures import language_model
 from rlkd.models.policy import Policy
 from tiny import tiny_tokenizer
-from tiny_runs import WORDS, assert_same, examples, logged, make, student, teacher, weights
+from tiny_runs import WORDS, assert_same, examples, logged, make, student, tiny_teacher, weights
 
 # The trainers of the table's labels, as this file runs them: PPO with its critic, REINFORCE without one.
 KINDS = {
@@ -74,7 +74,7 @@ def test_a_trainer_logs_the_names_of_its_rows_and_no_others(tmp_path, kind):
 def test_evaluate_is_the_evaluator_on_the_first_rows(tmp_path):
     trainer = make("reinforce", tmp_path, eval_examples=examples(6), eval_limit=4, per_device_eval_batch_size=3, seed=3)
     found = trainer.evaluate()
-    evaluator = Evaluator(teacher(), tiny_tokenizer(WORDS), examples(6), 512, 5, seed=3)
+    evaluator = Evaluator(tiny_teacher(), tiny_tokenizer(WORDS), examples(6), 512, 5, seed=3)
     policy = Policy(language_model(student(), tiny_tokenizer(WORDS)))
     expected = evaluator.summarise(evaluator.rows(policy, policy, range(4)))
     assert found.pop("eval_seconds") > 0

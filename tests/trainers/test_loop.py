@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from rlkd.errors import ConfigError, DivergenceError
-from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, teacher, weights
+from tiny_runs import EOS, assert_same, differ, examples, logged, make, student, tiny_teacher, weights
 
 
 class Watch(TrainerCallback):
@@ -23,7 +23,7 @@ class Watch(TrainerCallback):
 
 
 def watched(kind, folder, **options):
-    """A trainer whose micro-batches (step, rows) and rollout batches (index, behaviour, student) are kept."""
+    """A trainer that records its micro-batches (step, rows) and rollout batches (index, behaviour, student)."""
     watch = Watch()
     trainer = make(kind, folder, callbacks=[watch], **options)
     compute_loss, sample = trainer.compute_loss, trainer.sample
@@ -71,7 +71,7 @@ def test_every_row_is_used_once_per_epoch_and_no_step_is_added(tmp_path, accumul
     assert prompts == {f"row {i}": 2 for i in range(16)}
 
 
-def test_minibatches_are_cut_anew_each_epoch(tmp_path):
+def test_minibatches_are_drawn_again_each_epoch(tmp_path):
     trainer = make("ppo", tmp_path, epochs_per_rollout=4, minibatches_per_rollout=4, n=32)
     batch = trainer.annotate(trainer.sample(0))
     cuts = [[id(e) for e in m.answers.examples] for m in trainer.minibatches(batch, 0)]
@@ -169,9 +169,9 @@ def poison(module):
 
 @pytest.mark.parametrize("weak_start", ["warn", "ignore"])
 def test_nan_in_the_teacher_stops_before_any_update(tmp_path, weak_start):
-    judge = teacher()
-    poison(judge.lm.model.decoder.final_layer_norm)
-    trainer = make("ppo", tmp_path, judge=judge, weak_start=weak_start)
+    teacher = tiny_teacher()
+    poison(teacher.lm.model.decoder.final_layer_norm)
+    trainer = make("ppo", tmp_path, teacher=teacher, weak_start=weak_start)
     before = weights(trainer.policy)
     with pytest.raises(DivergenceError, match=r"^step 0: the teacher's logits are not finite .* row \d"):
         trainer.train()
@@ -252,19 +252,19 @@ def test_weak_start_warns_refuses_or_is_ignored(tmp_path, caplog, monkeypatch):
     make("reinforce", tmp_path / "ignore", max_steps=1).train()
     assert "weak start" not in caplog.text
     assert not any("start_regret" in line for line in logged(tmp_path / "ignore"))
-    # Without a horizon there is no shortcut to fall for.
+    # Without a horizon there is no shortcut to learn.
     make("reinforce", tmp_path / "immediate", weak_start="refuse", lam=0.0, max_steps=1).train()
     assert any("start_regret" in line for line in logged(tmp_path / "immediate"))
 
 
 def test_a_strong_start_is_silent(tmp_path, caplog):
     # The student is the teacher sharpened until its samples are the teacher's greedy answers.
-    judge = teacher()
-    twin = copy.deepcopy(judge.lm.model).requires_grad_()
+    teacher = tiny_teacher()
+    twin = copy.deepcopy(teacher.lm.model).requires_grad_()
     with torch.no_grad():
         twin.lm_head.weight.mul_(50)
     data = [replace(e, student_input=e.teacher_inputs[0]) for e in examples()]
-    trainer = make("reinforce", tmp_path, model=twin, judge=judge, data=data, weak_start="refuse", max_steps=1)
+    trainer = make("reinforce", tmp_path, model=twin, teacher=teacher, data=data, weak_start="refuse", max_steps=1)
     expected = expected_start(trainer)
     assert expected["start_regret"] <= 0.5 * expected["start_eos_price"]
     trainer.train()

@@ -1,4 +1,4 @@
-"""Training that is killed, stopped, starved, damaged or shared: it goes on as if nothing had been, or says why not."""
+"""Training that is killed, stopped, starved, damaged or shared continues as if uninterrupted, or reports why not."""
 
 import errno
 import json
@@ -113,7 +113,7 @@ def test_a_checkpoint_is_in_place_only_when_whole(tmp_path, monkeypatch):
     assert "training_args.bin" not in listed
 
 
-def test_older_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_older_checkpoints_are_deleted_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
     build(tmp_path, max_steps=1, save_total_limit=1).train()
 
     def fails(written, final):
@@ -148,7 +148,7 @@ def test_a_flipped_bit_in_any_file_is_found(tmp_path, whole):
             flip(folder / file.name, draw.randrange(file.stat().st_size))
             problem = damage(folder)
             if file.name != MANIFEST:
-                assert problem.startswith(f"{file.name} is not what was written")
+                assert problem.startswith(f"{file.name} was changed after it was written")
             elif problem is None:  # white space between its entries, at most
                 read = [json.loads((f / MANIFEST).read_bytes())["files"] for f in (folder, original)]
                 assert read[0] == read[1]
@@ -168,7 +168,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_others_named(tmp_path, who
         else:
             flip(path, 200)
     goes_on(folder, whole)
-    said = {"missing": "is missing", "truncated": "has 100 bytes, not the", "flipped": "its sha256 differs"}[kind]
+    said = {"missing": "is missing", "truncated": "has 100 bytes, expected", "flipped": "its sha256 differs"}[kind]
     for step, name in ((3, "optimizer.pt"), (2, "model.safetensors")):
         assert re_found(rf"skipped .*checkpoint-{step}: {name} .*{said}", caplog)
     assert {path.name for path in (folder / SET_ASIDE).iterdir()} == {"checkpoint-2", "checkpoint-3"}
@@ -197,7 +197,7 @@ def test_a_given_checkpoint_that_lacks_a_file_is_an_error(tmp_path, whole, name)
         build(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 
-def test_a_folder_that_is_no_checkpoint_is_an_error_with_those_nearby(tmp_path, whole):
+def test_a_folder_that_is_not_a_checkpoint_is_an_error_with_those_nearby(tmp_path, whole):
     with pytest.raises(CheckpointError, match=r"it has no manifest.json.*Checkpoints there: checkpoint-3"):
         build(tmp_path).train(resume_from_checkpoint=str(whole[0]))
     with pytest.raises(CheckpointError, match=r"no such folder\. Checkpoints there: checkpoint-3"):
@@ -216,7 +216,7 @@ class Trap:
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path, whole, name):
-    """Even if whoever put it there also mended the manifest."""
+    """Even if its author also updated the manifest."""
     folder = copied(whole, tmp_path, last=2)
     checkpoint, sprung = folder / "checkpoint-2", tmp_path / "sprung"
     torch.save({"state": Trap(sprung)}, checkpoint / name, pickle_module=pickle)
@@ -247,16 +247,16 @@ def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path, whole):
 
 
 @pytest.mark.parametrize("word", [True, "true", "auto"])
-def test_a_run_without_checkpoints_starts_anew_and_says_so(tmp_path, whole, caplog, word):
+def test_a_run_without_checkpoints_starts_and_logs_that(tmp_path, whole, caplog, word):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
     goes_on(folder, whole, word)
-    assert re_found("no checkpoint in .* yet: starting anew", caplog)
+    assert re_found("no checkpoint in .* yet: starting a new run", caplog)
     assert (folder / SET_ASIDE / "metrics.jsonl").exists()
 
 
-def test_what_was_logged_after_the_checkpoint_stands_once(tmp_path, whole):
+def test_lines_logged_after_the_checkpoint_occur_once(tmp_path, whole):
     """Also lines of the checkpoint's own step that came after it, and of files that are new since."""
     folder = copied(whole, tmp_path, last=2)
     for name in LOGS:
@@ -319,7 +319,7 @@ class Stop(TrainerCallback):
 
 @pytest.mark.parametrize("kind", FASTEST)
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, kind, signum, code):
+def test_a_signal_saves_and_the_run_continues_from_there(tmp_path, kind, signum, code):
     straight = chaos.build(kind, tmp_path / "straight")
     straight.train()
     stopping = chaos.build(kind, tmp_path / "cut", Stop(3, signum))
@@ -453,7 +453,7 @@ def test_a_signal_to_the_launcher_saves_one_checkpoint_of_all_ranks(tmp_path, si
     assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {path.name for path in (folder / saved[0]).iterdir()}
 
 
-# No room
+# No space
 
 
 def test_a_full_disk_is_named_with_what_is_needed(tmp_path, monkeypatch, whole):
@@ -477,7 +477,7 @@ def test_a_full_disk_is_named_with_what_is_needed(tmp_path, monkeypatch, whole):
 @pytest.mark.fault
 @pytest.mark.parametrize("free", [0.1, 0.5, 0.9])
 def test_a_full_tmpfs(tmp_path, server, whole, free):
-    """Room for two checkpoints and a part of the third."""
+    """Space for two checkpoints and a part of the third."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(4096 * -(-f.stat().st_size // 4096) for f in (whole[0] / "checkpoint-3").iterdir())

@@ -1,4 +1,4 @@
-"""run.json: complete, whole, without secrets; and a resumed run is the run it says it is."""
+"""run.json: complete, atomic, without secrets; and a resumed run is the recorded run."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ from rlkd.runs.record import (
 from rlkd.settings.trl_compat import ModelConfig
 from rlkd.templates.template import Template
 from tiny import tiny_tokenizer
-from tiny_runs import assert_same, examples, labels, make, teacher, weights
+from tiny_runs import assert_same, examples, labels, make, tiny_teacher, weights
 
 CANARY = "canary-b41d-value"
 TEMPLATE = Template("copy", "copy : {{note}} ||| {{note}}", id="1")
@@ -68,7 +68,7 @@ def again(run, folder, step=1, **options):
     return trainer
 
 
-# What run.json says
+# The content of run.json
 
 
 def test_a_run_says_what_was_run(run):
@@ -241,7 +241,7 @@ def test_what_reaches_no_weight_may_change(run, tmp_path):
 
 
 def test_other_data_and_another_teacher_are_other_runs(run, tmp_path):
-    trainer = again(run, tmp_path, data=labels(6), judge=teacher(seed=9))
+    trainer = again(run, tmp_path, data=labels(6), teacher=tiny_teacher(seed=9))
     with pytest.raises(ConfigError) as caught:
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
     changed = str(caught.value).splitlines()[1:-1]
@@ -252,7 +252,7 @@ def test_other_data_and_another_teacher_are_other_runs(run, tmp_path):
 def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="rlkd"):
         record().resume(tmp_path, [arguments()], allow_change=False)
-    assert "whether the settings are the same is not known" in caplog.text
+    assert "cannot check whether the settings are the same" in caplog.text
 
 
 @pytest.mark.parametrize(

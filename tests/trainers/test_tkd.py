@@ -33,7 +33,7 @@ def rows(n=12, seed=0, pairs=False):
 
 
 def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=None, other=None, **settings):
-    judge = tiny_classifier(teacher) if isinstance(teacher, str) else teacher
+    teacher = tiny_classifier(teacher) if isinstance(teacher, str) else teacher
     args = TKDArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -50,9 +50,9 @@ def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=
         },
     )
     return TKDTrainer(
-        build_student(judge, 2) if model is None else model,
+        build_student(teacher, 2) if model is None else model,
         args,
-        teacher=judge,
+        teacher=teacher,
         tokenizer=tokenizer or classifier_tokenizer(),
         train_rows=rows() if train is None else train,
         eval_rows=dev,
@@ -63,10 +63,10 @@ def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains_and_logs_its_terms_raw_and_weighted(tmp_path, preset):
     trainer = make(tmp_path, preset=preset, beta=3.0, gamma_s=5.0, gamma_t=7.0, gamma_r=11.0, eta=13.0)
-    before, judge = weights(trainer.trained.student), weights(trainer.teacher)
+    before, teacher = weights(trainer.trained.student), weights(trainer.teacher)
     trainer.train()
     assert differ(before, weights(trainer.trained.student))
-    assert_same(judge, weights(trainer.teacher))
+    assert_same(teacher, weights(trainer.teacher))
     given = {"ce": 0.5, "kd": 0.5, "pt": 3.0, "td_student": 5.0, "td_teacher": 7.0, "td_random": 11.0, "all": 13.0}
     given = {"ce": 1.0} if preset == "ft" else given
     steps = [row for row in logged(tmp_path) if "loss" in row]
@@ -113,8 +113,8 @@ def test_a_tree_wide_enough_is_all_and_random_too(tmp_path):
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(tmp_path):
-    judge = tiny_classifier()
-    trainer = make(tmp_path, model=build_student(judge, 4), teacher=judge, preset="all-t-s-tkd", w_ce=0.0)
+    teacher = tiny_classifier()
+    trainer = make(tmp_path, model=build_student(teacher, 4), teacher=teacher, preset="all-t-s-tkd", w_ce=0.0)
     assert trainer.compute_loss(trainer.model, one_batch(trainer)).item() == pytest.approx(0, abs=1e-5)
 
 
@@ -317,12 +317,12 @@ def test_a_kept_teacher_is_not_asked_again(tmp_path, monkeypatch):
 def test_a_resumed_run_is_the_same_run(tmp_path, options):
     def run(folder):
         torch.manual_seed(0)
-        judge = tiny_classifier(dropout=0.1)
+        teacher = tiny_classifier(dropout=0.1)
         narrow = {"hidden_size": 8} if options.get("narrow") else {}
-        model = build_student(judge, 2, "random" if narrow else "mapped", **narrow)
+        model = build_student(teacher, 2, "random" if narrow else "mapped", **narrow)
         given = {name: value for name, value in options.items() if name != "narrow"}
         given |= {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
-        return make(folder, model=model, teacher=judge, **given)
+        return make(folder, model=model, teacher=teacher, **given)
 
     straight = run(tmp_path / "one")
     straight.train()
@@ -339,9 +339,9 @@ def test_a_resumed_run_is_the_same_run(tmp_path, options):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_the_saved_student_is_a_plain_classifier(tmp_path, kind):
-    judge = tiny_classifier(kind)
-    model = build_student(judge, 2, "random", hidden_size=8)
-    trainer = make(tmp_path, model=model, teacher=judge, save_strategy="steps", save_steps=2)
+    teacher = tiny_classifier(kind)
+    model = build_student(teacher, 2, "random", hidden_size=8)
+    trainer = make(tmp_path, model=model, teacher=teacher, save_strategy="steps", save_steps=2)
     assert trainer.trained.projections
     trainer.train()
     trainer.save_model()
@@ -352,8 +352,8 @@ def test_the_saved_student_is_a_plain_classifier(tmp_path, kind):
         loaded, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
-        assert type(loaded) is type(judge)
-        assert load_file(folder / "model.safetensors").keys() <= judge.state_dict().keys()
+        assert type(loaded) is type(teacher)
+        assert load_file(folder / "model.safetensors").keys() <= teacher.state_dict().keys()
         saved = json.loads((folder / "config.json").read_text())
         assert not [name for name in saved if "rlkd" in str(saved[name])]
         assert_same(weights(loaded), weights(model))
@@ -412,9 +412,9 @@ def test_it_fine_tunes_a_teacher_and_learns(tmp_path, capsys):
 
 
 def test_models_of_other_heads_and_width(tmp_path):
-    judge = tiny_classifier(width=24, heads=3)
-    student = build_student(judge, 2, "random", hidden_size=16, attention_heads=4)
-    trainer = make(tmp_path, model=student, teacher=judge, preset="all-t-s-tkd")
+    teacher = tiny_classifier(width=24, heads=3)
+    student = build_student(teacher, 2, "random", hidden_size=16, attention_heads=4)
+    trainer = make(tmp_path, model=student, teacher=teacher, preset="all-t-s-tkd")
     before = weights(trainer.trained.projections)
     trainer.train()
     assert differ(before, weights(trainer.trained.projections))
@@ -482,10 +482,10 @@ def test_auto_scale_waits_for_something_to_scale_to(tmp_path):
 def test_the_seed_draws_the_projections(tmp_path):
     drawn = []
     for before, seed in ((1, 0), (2, 0), (2, 5)):
-        judge = tiny_classifier()
-        model = build_student(judge, 2, "random", hidden_size=8)
+        teacher = tiny_classifier()
+        model = build_student(teacher, 2, "random", hidden_size=8)
         torch.manual_seed(before)
-        trainer = make(tmp_path, model=model, teacher=judge, preset="pkd", seed=seed)
+        trainer = make(tmp_path, model=model, teacher=teacher, preset="pkd", seed=seed)
         drawn.append(weights(trainer.trained.projections))
     assert_same(drawn[0], drawn[1])
     assert differ(drawn[1], drawn[2])
@@ -542,8 +542,8 @@ def test_bf16_runs_and_stays_close(tmp_path):
         ({"w_ce": 0.0, "w_kd": 0.0, "beta": 0.0, "tree_start_epoch": 0.5}, "no term has a weight above 0 at the start"),
         ({"w_ce": 0.0, "w_kd": 0.0, "auto_scale": True}, "scales to CE and KD"),
         ({"early_stopping_patience": 2}, "needs load_best_model_at_end: true"),
-        ({"teacher_cache": "logits", "preset": "ft"}, "preset 'ft' asks no teacher"),
-        ({"teacher_cache": "logits", "preset": "kd", "w_kd": 0.0}, "preset 'kd' asks no teacher"),
+        ({"teacher_cache": "logits", "preset": "ft"}, "preset 'ft' uses no teacher"),
+        ({"teacher_cache": "logits", "preset": "kd", "w_kd": 0.0}, "preset 'kd' uses no teacher"),
         ({"teacher_cache": "hidden", "preset": "t-s-tkd"}, "grows a tree in the teacher's attention"),
         ({"teacher_cache": "logits", "preset": "pkd"}, "preset 'pkd' needs 'cls' or hidden, or none"),
         ({"teacher_cache": "cls", "preset": "tkd"}, "preset 'tkd' needs 'hidden', or none"),
@@ -564,20 +564,20 @@ def test_texts_longer_than_a_model_has_positions(tmp_path):
     # RoBERTa's positions begin after that of padding.
     with pytest.raises(ConfigError, match=r"\('roberta'\) has 39 positions"):
         make(tmp_path, max_length=40, teacher="roberta")
-    judge, student = tiny_classifier(), BiLSTMForSequenceClassification(BiLSTMConfig(vocab_size=30))
-    make(tmp_path, teacher=judge, model=student, preset="kd")  # has no positions to run out of
+    teacher, student = tiny_classifier(), BiLSTMForSequenceClassification(BiLSTMConfig(vocab_size=30))
+    make(tmp_path, teacher=teacher, model=student, preset="kd")  # has no positions to run out of
     with pytest.raises(ConfigError, match=r"the teacher .* has 40 positions"):
-        make(tmp_path, max_length=41, teacher=judge, model=student, preset="kd")
+        make(tmp_path, max_length=41, teacher=teacher, model=student, preset="kd")
 
 
 def test_models_that_do_not_fit(tmp_path):
-    with pytest.raises(ConfigError, match="compares with a teacher: give one, or preset: ft"):
+    with pytest.raises(ConfigError, match="needs a teacher: give one, or preset: ft"):
         make(tmp_path, teacher=None, model=tiny_classifier())
     with pytest.raises(ConfigError, match=r"different tokenizers.*Use preset: kd"):
         make(tmp_path, other=other_tokenizer())
     with pytest.raises(ModelError, match="teacher has 2 labels and the student 3"):
         make(tmp_path, model=tiny_classifier(labels=3, layers=2))
-    with pytest.raises(ConfigError, match=r"5 layers has more than its teacher \(4\)"):
+    with pytest.raises(ConfigError, match=r"5 layers, more than its teacher \(4\)"):
         make(tmp_path, model=tiny_classifier(layers=5))
     for preset in ("tkd", "rand", "all"):
         with pytest.raises(ConfigError, match="student's 3 heads, and the teacher's width 16"):
@@ -605,9 +605,9 @@ def test_models_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a b", "label": 2}, "row 12: label 2 is outside the set: allowed are the whole numbers 0 to 1"),
-        ({"text": "a b", "label": "yes"}, "row 12: label 'yes' is outside the set"),
-        ({"text": "a b", "label": True}, "row 12: label True is outside the set"),
+        ({"text": "a b", "label": 2}, "row 12: label 2 is not in the label set: allowed are the whole numbers 0 to 1"),
+        ({"text": "a b", "label": "yes"}, "row 12: label 'yes' is not in the label set"),
+        ({"text": "a b", "label": True}, "row 12: label True is not in the label set"),
         ({"text": None, "label": 1}, r"row 12: text and text_pair must be text, found \(None, None\)"),
         ({"txt": "a", "label": 1}, "row 12: text and text_pair must be text"),
         ({"text": 7, "label": 1}, r"row 12: .* found \(7, None\)"),

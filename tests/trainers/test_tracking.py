@@ -1,4 +1,4 @@
-"""The table of samples in each tracker: the same columns and rows, from stand-ins; and from trackio itself."""
+"""The table of samples in each tracker: the same columns and rows, with fakes; and with trackio itself."""
 
 import json
 import os

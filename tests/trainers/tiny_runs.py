@@ -41,7 +41,7 @@ def student(seed: int = 11, **options: Any) -> Any:
     return tiny_t5(seed=seed, vocab=PADDED, **options)
 
 
-def teacher(seed: int = 2, **options: Any) -> Teacher:
+def tiny_teacher(seed: int = 2, **options: Any) -> Teacher:
     lm = EncoderDecoder(tiny_t5(seed=seed, tied=False, vocab=PADDED), VALID)
     return Teacher(lm, tiny_tokenizer(WORDS), **options)
 
@@ -63,7 +63,7 @@ def labels(n: int = 8) -> list[dict[str, Any]]:
     ]
 
 
-def make(kind: str, folder: Path, *, model: Any = None, judge: Any = None, n: int = 8, **options: Any) -> Any:
+def make(kind: str, folder: Path, *, model: Any = None, teacher: Any = None, n: int = 8, **options: Any) -> Any:
     """A trainer of `kind`; `options` are its arguments, or `data`, `eval_examples`, `task_metric`, `callbacks`."""
     inputs = {name: options.pop(name) for name in ("eval_examples", "task_metric", "callbacks") if name in options}
     data = options.pop("data", None)
@@ -78,7 +78,7 @@ def make(kind: str, folder: Path, *, model: Any = None, judge: Any = None, n: in
     return TRAINERS[kind](
         student() if model is None else model,
         args,
-        teacher=judge or teacher(),
+        teacher=teacher or tiny_teacher(),
         tokenizer=tiny_tokenizer(WORDS),
         **inputs,
     )

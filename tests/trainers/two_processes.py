@@ -1,4 +1,4 @@
-"""Run by test_processes.py, alone and under torchrun: a short run whose global batch is always 8 rows a micro-batch."""
+"""Run by test_processes.py, alone and under torchrun: a short run with a global batch of 8 rows per micro-batch."""
 
 import os
 import sys
@@ -14,15 +14,15 @@ from tiny_runs import examples, make
 
 
 def tkd(folder: str) -> None:
-    judge = tiny_classifier()
+    teacher = tiny_classifier()
     trainer = make_tkd(
         Path(folder),
-        model=build_student(judge, 2, "random", hidden_size=8),
-        teacher=judge,
+        model=build_student(teacher, 2, "random", hidden_size=8),
+        teacher=teacher,
         preset="pkd",
         teacher_cache="cls",
         auto_scale=True,
-        optim="sgd",  # Adam would blow up the rounding error of key biases, whose gradient is 0
+        optim="sgd",  # Adam would amplify the rounding error of key biases, which have gradient 0
         max_steps=4,
         per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
         per_device_eval_batch_size=2,

@@ -1,8 +1,8 @@
 """Attention rows of a model's own forward, without its attention maps.
 
-`output_attentions=True` would force the eager path, whose maps in training are those after dropout. Instead one
+`output_attentions=True` would force the eager path, which in training returns maps after dropout. Instead one
 attention function is registered with transformers: it is sdpa, and while `recorded_attention` is open it also keeps
-the detached queries and keys, from which `attention_tree` computes the few rows it asks for.
+the detached queries and keys, from which `attention_tree` computes the few rows it needs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ AttentionMaskInterface.register(RECORDED_SDPA, sdpa_mask)
 
 
 def prepare_attention(model: Any, role: str) -> AttentionSource:
-    """Make the attention of `model` readable, and say how: 'sdpa' recorded, or 'eager' maps where the family knows no
+    """Make the attention of `model` readable; returns how: 'sdpa' recorded, or 'eager' maps where the family has no
     other.
 
     Tries it out on two tokens. Raises ModelError if the model has no attention to read, or if only maps after dropout
@@ -79,15 +79,15 @@ def prepare_attention(model: Any, role: str) -> AttentionSource:
         maps = None
     if not layers or maps is None or len(maps) != layers or any(a is None or a.dim() != 4 for a in maps):
         raise ModelError(
-            f"{role}: a '{model.config.model_type}' model gives no attention rows, neither through transformers' "
+            f"{role}: a '{model.config.model_type}' model does not expose its attention, neither through transformers' "
             "attention interface nor as maps, so no tree can be grown. Choose a preset without a tree (ft, kd, pkd), "
             "or a BERT-like model."
         )
     dropout = next((p for name in ATTENTION_DROPOUT if (p := getattr(model.config, name, 0.0))), 0.0)
     if role == "student" and dropout:
         raise ModelError(
-            f"student: a '{model.config.model_type}' model shows its attention only after dropout ({dropout:g}), which "
-            "would drop the tree's nodes at random. Set attention_probs_dropout_prob to 0 in its configuration."
+            f"student: a '{model.config.model_type}' model exposes its attention only after dropout ({dropout:g}), "
+            "which would drop the tree's nodes at random. Set attention_probs_dropout_prob to 0 in its configuration."
         )
     return "eager"
 

@@ -1,6 +1,6 @@
 """A BiLSTM classifier as a PreTrainedModel: a student of another architecture (Tang et al. 2019, arXiv 1903.12136).
 
-Importing this module registers it with transformers' Auto classes, so that a saved one loads as any other model does.
+Importing this module registers it with transformers' Auto classes, so that a saved one loads like any other model.
 The saved folder holds this file too, which imports nothing of rlkd: elsewhere it loads with trust_remote_code=True.
 It has no attention, so it learns from logits (and, through projections, from hidden states), never from a tree.
 """
@@ -65,7 +65,8 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # torch's own rules: the small deviations of transformers' default starve a network this shallow.
+        # torch's own rules: the small standard deviation of transformers' default is too low for a network this
+        # shallow.
         if isinstance(module, (nn.Embedding, nn.LSTM, nn.Linear)):
             module.reset_parameters()
 

@@ -1,4 +1,4 @@
-"""Encoder-only classifiers: what a distillation reads of them, and students cut from a fine-tuned teacher."""
+"""Encoder-only classifiers: outputs for distillation, and students cut from a fine-tuned teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "long
 class EncoderOutputs(NamedTuple):
     """logits [B, C]; hidden, the layers' outputs [B, L, D], layer 1 first; rows, their attention (`AttentionRows`).
 
-    hidden and rows are empty where they were not asked for.
+    hidden and rows are empty unless requested.
     """
 
     logits: Tensor
@@ -38,7 +38,7 @@ def run_encoder(
 ) -> EncoderOutputs:
     """One forward of a sequence classifier on input_ids, attention_mask [B, L] and the like.
 
-    attention is what `prepare_attention` said of the model, or None where no rows are needed.
+    attention is the value of `prepare_attention` for the model, or None where no rows are needed.
     """
     with recorded_attention() as record:
         out = model(**inputs, output_hidden_states=hidden, output_attentions=attention == "eager")
@@ -75,7 +75,7 @@ def matched_layers(student_layers: int, teacher_layers: int, layer_map: list[int
     K, M = student_layers, teacher_layers
     if layer_map is None:
         if K > M:
-            raise ConfigError(f"a student of {K} layers has more than its teacher ({M}): choose at most {M}")
+            raise ConfigError(f"the student has {K} layers, more than its teacher ({M}): choose at most {M}")
         return [int(k * M / K + 0.5) for k in range(1, K + 1)]
     if len(layer_map) != K or sorted(set(layer_map)) != layer_map or not 1 <= layer_map[0] <= layer_map[-1] <= M:
         raise ConfigError(
@@ -86,7 +86,7 @@ def matched_layers(student_layers: int, teacher_layers: int, layer_map: list[int
 
 
 class EncoderStudent(nn.Module):
-    """The student and, where widths differ, one trainable projection per layer that the saved student never sees.
+    """The student and, where widths differ, one trainable projection per layer that is never saved with the student.
 
     Under DistributedDataParallel this forward is the only entry that carries gradients.
     """
@@ -113,7 +113,7 @@ class EncoderStudent(nn.Module):
         if hidden:
             projected = [project(h) for project, h in zip(self.projections, out.hidden, strict=True)]
             return out._replace(hidden=projected)
-        # Part of every backward pass, as DistributedDataParallel demands of all parameters.
+        # Part of every backward pass, as DistributedDataParallel requires of all parameters.
         unused = sum(p.sum() for p in self.projections.parameters())
         return out._replace(logits=out.logits + 0.0 * unused)
 
@@ -122,14 +122,14 @@ class EncoderStudent(nn.Module):
         self.student.gradient_checkpointing_enable(**options)
 
     def save_projections(self, folder: str | Path) -> None:
-        """Write the projections beside a checkpoint's student, if there are any."""
+        """Write the projections next to a checkpoint's student, if there are any."""
         from safetensors.torch import save_file
 
         if self.projections:
             save_file(self.projections.state_dict(), Path(folder) / PROJECTIONS_FILE)
 
     def load(self, folder: str | Path) -> None:
-        """Load in place a saved student, and the projections if they stand beside it."""
+        """Load in place a saved student, and the projections if they are next to it."""
         from safetensors.torch import load_file
 
         loaded = type(self.student).from_pretrained(folder, dtype=next(self.student.parameters()).dtype)
@@ -147,8 +147,8 @@ def layer_list(model: Any) -> str:
     ]
     if len(found) != 1:
         raise ModelError(
-            f"teacher: the layers of a '{model.config.model_type}' cannot be told ({len(found)} lists of {size}): "
-            "use init: random or pretrained."
+            f"teacher: cannot find the layer list of a '{model.config.model_type}' model ({len(found)} lists of "
+            f"{size}): use init: random or pretrained."
         )
     return found[0]
 
@@ -178,9 +178,7 @@ def student_config(
         if value is not None and value != getattr(teacher_config, name)
     }
     if narrower and init != "random":
-        raise ConfigError(
-            f"init = {init!r} copies weights, which does not fit other widths ({narrower}): use init: random"
-        )
+        raise ConfigError(f"init = {init!r} copies weights and needs equal widths, not {narrower}: use init: random")
     matched_layers(layers, teacher_config.num_hidden_layers, layer_map)
     if init == "pretrained":
         if pretrained is None:
@@ -246,8 +244,8 @@ def check_head_slices(heads: int, teacher_width: int, source: str) -> None:
     if teacher_width % heads:
         raise ConfigError(
             f"the tree is cut into a slice for each of the {source}'s {heads} heads, and the teacher's width "
-            f"{teacher_width} is no multiple of {heads}. Choose a student with a number of heads that divides it, or a "
-            "preset without a student tree, random or all tokens (kd, pkd, teacher-tkd)."
+            f"{teacher_width} is not a multiple of {heads}. Choose a student with a number of heads that divides it, "
+            "or a preset without a student tree, random or all tokens (kd, pkd, teacher-tkd)."
         )
 
 

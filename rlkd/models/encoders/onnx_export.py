@@ -1,4 +1,4 @@
-"""A classifier as ONNX, through torch's own exporter, compared with PyTorch before it counts as written."""
+"""A classifier as ONNX, through torch's own exporter, compared with PyTorch before it is kept."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def export_onnx(model: str | Path, folder: str | Path, *, tolerance: float = 1e-
     Inputs input_ids, attention_mask (and token_type_ids) [batch, tokens], both of any size; output logits
     [batch, labels], in float32. The file is compared with PyTorch on ragged batches of random tokens, and kept only if
     no logit differs by more than `tolerance` (times the largest logit, if that is above 1).
-    Raises ConfigError without the extra; ModelError for what is no classifier, cannot be exported, or disagrees.
+    Raises ConfigError without the extra; ModelError if the model is not a classifier, cannot be exported, or disagrees
+    with PyTorch.
     """
     require_onnx()
     config, tokenizer = load_config(str(model), "model"), load_tokenizer(str(model), "model")
@@ -150,7 +151,7 @@ def _batch(config: Any, lengths: list[int], names: list[str], seed: int) -> dict
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of its own deprecations and of torchvision, which nobody asked for."""
+    """The exporter warns about its own deprecations and about a missing torchvision, which is not needed."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

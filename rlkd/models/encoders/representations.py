@@ -1,4 +1,4 @@
-"""Frozen encoders as others trained them: loading one with or without a head, and its layers' outputs, pooled."""
+"""Frozen encoders: loading one with or without a head, and its layers' outputs, pooled."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..loading import load_config
 
 
 def load_encoder_config(name: str) -> Any:
-    """The configuration of an encoder-only model. Raises ModelError for what is none."""
+    """The configuration of an encoder-only model. Raises ModelError for other models."""
     from . import bilstm  # noqa: F401  (registers its configuration)
 
     config = load_config(name, "model")
     if config.is_encoder_decoder or not getattr(config, "num_hidden_layers", None):
         raise ModelError(
-            f"model '{name}' ('{config.model_type}') is no encoder-only model with layers. Give a BERT-like model or a "
-            "classifier made of one."
+            f"model '{name}' ('{config.model_type}') is not an encoder-only model with layers. Give a BERT-like model "
+            "or a classifier made of one."
         )
     return config
 
@@ -38,7 +38,7 @@ def load_encoder(name: str, config: Any) -> Any:
     classifies = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
     family = AutoModelForSequenceClassification if classifies else AutoModel
     model, loading = family.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    # A pooler or a head reads the layers: fresh ones change none of them.
+    # A pooler or a head only reads the layers: fresh ones do not change them.
     missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key and "classifier" not in key)
     if missing:
         raise ModelError(
@@ -56,8 +56,8 @@ def pooled_layers(
 
     Layer 0 is the embeddings. cls is the first token; mean is that of all tokens but padding.
     batches: rows' numbers, and what the model reads of them (input_ids, attention_mask [B, L] and the like).
-    Raises ConfigError for another pool, ModelError if the model shows another number of layers than its configuration
-    says.
+    Raises ConfigError for another pool, ModelError if the number of layers differs from the model's
+    configuration.
     """
     for _, pool in wanted:
         check_choice("pool", pool, Pool)
@@ -71,8 +71,8 @@ def pooled_layers(
         states = model(**inputs, output_hidden_states=True).hidden_states
         if len(states) != layers + 1:
             raise ModelError(
-                f"a '{model.config.model_type}' model shows {len(states)} hidden states where its {layers} layers and "
-                "the embeddings were expected. Probe another model."
+                f"a '{model.config.model_type}' model returns {len(states)} hidden states, expected are the embeddings "
+                f"and {layers} layers. Probe another model."
             )
         mask = inputs["attention_mask"][:, :, None]
         for layer, pool in wanted:

@@ -1,4 +1,4 @@
-"""A classifying teacher's outputs, computed once: memory-mapped arrays by row index, so any order of rows is right."""
+"""A classifying teacher's outputs, computed once: memory-mapped arrays by row index, so rows may come in any order."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class TeacherOutputs:
 
 
 def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, **choices: Any) -> dict[str, Any]:
-    """Everything the outputs depend on; another key is another folder."""
+    """Everything the outputs depend on; each key has its own folder."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    for name in ("truncation", "padding"):  # left behind by the last call
+    for name in ("truncation", "padding"):  # left over from the last call
         definition.pop(name, None)
     return {
         "format": FORMAT,
@@ -78,15 +78,15 @@ def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, *
 def cached_outputs(
     root: Path, key: dict[str, Any], kind: CacheKind, lengths: list[int], compute: Compute, batch_rows: int
 ) -> TeacherOutputs:
-    """The outputs kept under `root` for `key`, computed if they are not there yet.
+    """The outputs cached under `root` for `key`, computed if they are missing.
 
-    Rows go through the teacher by length. They are written beside the final folder and renamed into place, so an
+    Rows go through the teacher by length. They are written next to the final folder and renamed into place, so an
     interrupted run leaves nothing that looks complete.
     """
     key = {**key, "kind": kind}
     folder = root / sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     if not (folder / META_FILE).exists():
-        # Not named by process: its number comes again, after a kill or in another container.
+        # Not named by process: a process id can occur again, after a kill or in another container.
         partial = root / f"{folder.name}.partial-{uuid4().hex}"
         partial.mkdir(parents=True)
         try:
@@ -94,7 +94,7 @@ def cached_outputs(
             (partial / META_FILE).write_text(json.dumps(key, indent=2))
             partial.rename(folder)
         except OSError:
-            if not (folder / META_FILE).exists():  # else another run was first
+            if not (folder / META_FILE).exists():  # else another run was faster
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,7 @@
 """CTranslate2: T5 and BART teachers in float32, bfloat16 or int8, on a CPU or a GPU.
 
-The teacher is converted once per weights and precision, into a cache folder. Sampling is left to PyTorch: CTranslate2
-seeds its generators once per thread, so what it draws depends on the batch and on what ran before.
+The teacher is converted once per weights and precision, into a cache folder. Sampling is done in PyTorch: CTranslate2
+seeds its generators once per thread, so samples depend on the batch and on earlier calls.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CTranslate2Engine:
     """Greedy and beam search by CTranslate2. Beam search stops once `num_beams` hypotheses are finished, where
     transformers continues while a better one could follow; the rest, log-probabilities included, agrees with PyTorch.
 
-    The PyTorch weights are read to convert them and to name them (their digest), and are not kept.
+    The PyTorch weights are read for conversion and for their digest, and are not kept.
     Args: compute_type, precision; threads per forward, 0 for one per core; device, by default that of `lm`.
     Raises ConfigError if CTranslate2 cannot take the model or the precision.
     """
@@ -82,7 +82,7 @@ class CTranslate2Engine:
 
     @classmethod
     def of(cls, model: ModelSource, settings: EngineSettings) -> CTranslate2Engine:
-        # Weights that are read only to be converted need no room on an accelerator.
+        # Weights that are only converted need no accelerator memory.
         lm, precision = model.language_model("cpu"), settings.compute_type or model.dtype
         engine = cls(lm, precision, threads=settings.threads, device=model.device)
         del lm
@@ -168,9 +168,9 @@ def _objection(model: ModelSource, compute_type: str, device: torch.device) -> s
 def _unable(decoding: Decoding | None) -> str | None:
     """Why CTranslate2 cannot decode this way."""
     if decoding is not None and decoding.strategy == "sample":
-        return "its samples cannot be repeated: they depend on the batch, not on a row's seed."
+        return "its samples are not reproducible: they depend on the batch, not on a row's seed."
     if decoding is not None and decoding.top_k_logprobs:
-        return "it does not give the log-probabilities of other tokens (top_k_logprobs)."
+        return "it does not return the log-probabilities of other tokens (top_k_logprobs)."
     return None
 
 
@@ -271,6 +271,6 @@ def _check(results: list[Any]) -> None:
     """CTranslate2 reports a failed row as an empty one, without an exception."""
     if failed := [i for i, result in enumerate(results) if not result]:
         raise RlkdError(
-            f"CTranslate2 gave no answer to {len(failed)} of {len(results)} prompts of a batch: rows "
-            f"{', '.join(map(str, failed[:10]))}. Use --engine torch, which gives the reason."
+            f"CTranslate2 returned no answer for {len(failed)} of {len(results)} prompts of a batch: rows "
+            f"{', '.join(map(str, failed[:10]))}. Use --engine torch, which reports the cause."
         )

@@ -83,9 +83,9 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Which engine decodes, and how it computes; none of this but compute_type decides an answer.
+    """Which engine decodes, and how it computes; of these only compute_type affects answers.
 
-    name          an entry of `ENGINES`, or auto: the first of them that gives the reference's answers
+    name          an entry of `ENGINES`, or auto: the first one with the reference's answers
     compute_type  precision other than that of the weights, if the engine offers one (CTranslate2: float32, bfloat16,
                   float16, int8)
     batch_tokens  padded tokens per forward (torch)

@@ -1,4 +1,4 @@
-"""Which engines there are, and the choice among them, made before any weights load."""
+"""The engines, and the choice among them, made before any weights load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 REFERENCE = "torch"
 # Name -> the engine's class, or where it is, so that listing the names imports none. `auto` tries them in this order;
-# what stands after the reference, which can do everything, must be asked for by name.
+# entries after the reference, which can do everything, must be named explicitly.
 ENGINES: dict[str, str | EngineKind] = {
     "ctranslate2": "rlkd.sampling.engines.ctranslate2_engine:CTranslate2Engine",
     REFERENCE: "rlkd.sampling.engines.torch_engine:TorchEngine",
@@ -32,7 +32,7 @@ def engine_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine that can do the work and is not made yet: no weights are loaded. passed_over: why `auto` did not take
+    """An engine that can do the work and is not made yet: no weights are loaded. passed_over: why `auto` rejected
     others, by name.
     """
 
@@ -54,11 +54,11 @@ class EngineChoice:
 
 
 def choose_engine(settings: EngineSettings, model: ModelSource, decoding: Decoding | None) -> EngineChoice:
-    """The engine asked for; `auto` takes the first that gives the reference's answers and has no objection. No weights
+    """The requested engine; `auto` takes the first with the reference's answers and no objection. No weights
     are loaded.
 
     decoding: None if given answers are to be scored (ranking).
-    Raises ConfigError if the engine is unknown, not installed, or cannot do what is asked of it.
+    Raises ConfigError if the engine is unknown, not installed, or cannot do the work.
     """
     wanted = settings.name
     if wanted not in engine_names():

@@ -17,7 +17,7 @@ CACHE_ORDER = ("none", "logits", "cls", "hidden")
 
 @dataclass
 class TKDArguments(StudentArguments):
-    """Which terms the loss has and how they weigh, how the tree is grown, and what is kept of the teacher."""
+    """Terms of the loss and their weights, the tree, and the cache of teacher outputs."""
 
     # Loss
     preset: Annotated[str, OneOf(PRESETS)] = field(
@@ -27,57 +27,59 @@ class TKDArguments(StudentArguments):
         default=0.5, metadata={"help": "Weight of cross-entropy with the labels (1 in preset ft)."}
     )
     w_kd: NonNegative = field(default=0.5, metadata={"help": "Weight of the teacher's logits."})
-    beta: NonNegative = field(default=100.0, metadata={"help": "Weight of patience: [CLS] at every layer."})
+    beta: NonNegative = field(default=100.0, metadata={"help": "Weight of the patient-KD term: [CLS] at every layer."})
     gamma_s: NonNegative = field(
         default=100.0, metadata={"help": "Weight of the tree grown in the student's attention."}
     )
     gamma_t: NonNegative = field(
         default=100.0, metadata={"help": "Weight of the tree grown in the teacher's attention."}
     )
-    gamma_r: NonNegative = field(default=100.0, metadata={"help": "Weight of as many random tokens."})
-    eta: NonNegative = field(default=100.0, metadata={"help": "Weight of all tokens."})
+    gamma_r: NonNegative = field(
+        default=100.0, metadata={"help": "Weight of the term over random tokens, as many as in the tree."}
+    )
+    eta: NonNegative = field(default=100.0, metadata={"help": "Weight of the term over all tokens."})
     auto_scale: bool = field(
         default=False,
-        metadata={"help": "Instead of beta, gamma, eta: each such term weighs at its first step as much as CE + KD."},
+        metadata={"help": "Replaces beta, gamma, eta: at its first step, each such term equals CE + KD."},
     )
     # Logits
-    temperature: Positive = field(default=5.0, metadata={"help": "Of both softmaxes in the KD term."})
+    temperature: Positive = field(default=5.0, metadata={"help": "Softmax temperature of the KD term."})
     logit_loss: Literal["kl", "mse"] = field(
         default="kl", metadata={"help": "KD term: KL at the temperature, or squared error of the logits."}
     )
     noise_probability: Fraction = field(default=0.0, metadata={"help": "Share of rows whose teacher logits get noise."})
-    noise_deviation: NonNegative = field(default=0.5, metadata={"help": "Relative deviation of that noise."})
+    noise_deviation: NonNegative = field(default=0.5, metadata={"help": "Relative standard deviation of that noise."})
     # Hidden states
     normalise: bool = field(
-        default=True, metadata={"help": "Compare directions; false compares the states themselves (PKD un-normalised)."}
+        default=True, metadata={"help": "Compare normalised states; false: the states themselves (un-normalised PKD)."}
     )
     distance_reduction: Literal["mean", "sum"] = field(
-        default="mean", metadata={"help": "Of squared distances; sum needs far smaller weights."}
+        default="mean", metadata={"help": "Reduction of squared distances; sum needs far smaller weights."}
     )
     layer_map: list[int] | None = field(
         default=None, metadata={"help": "The teacher's layer for each student layer; null spreads them evenly."}
     )
     patience_last_layer: bool = field(
-        default=True, metadata={"help": "Patience on the last layer too (eq. 7); PKD's authors leave it out."}
+        default=True, metadata={"help": "Last layer in the patient-KD term too (eq. 7); PKD's authors leave it out."}
     )
     # Tree
     tree_m: Count = field(default=2, metadata={"help": "Children of each node."})
     tree_variant: Literal["algorithm1", "abstract", "flow"] = field(
-        default="algorithm1", metadata={"help": "The paper's three readings of the tree (docs/tkd.md)."}
+        default="algorithm1", metadata={"help": "Three readings of the paper's tree (docs/tkd.md)."}
     )
     tree_multiplicity: bool = field(default=False, metadata={"help": "Count a token once for each parent."})
     tree_exclude: list[Annotated[str, OneOf(("self", "cls", "sep"))]] = field(
         default_factory=list, metadata={"help": "Tokens that are never chosen."}
     )
     tree_start_epoch: NonNegative = field(
-        default=0.0, metadata={"help": "Before this many epochs only CE, KD and patience count."}
+        default=0.0, metadata={"help": "For this many epochs, only CE, KD and patient-KD are on."}
     )
     # Teacher and texts
     teacher_cache: Literal["none", "logits", "cls", "hidden"] = field(
-        default="none", metadata={"help": "What of the teacher is computed once and kept on disk, by row."}
+        default="none", metadata={"help": "Teacher outputs to precompute and cache per row."}
     )
     teacher_cache_dir: str | None = field(
-        default=None, metadata={"help": "Where it is kept, for several runs to share; null: inside output_dir."}
+        default=None, metadata={"help": "Folder of the cache, which runs can share; null: inside output_dir."}
     )
     max_length: Annotated[int, Ge(3)] = field(
         default=128, metadata={"help": "Texts are cut to this many tokens, [CLS] and [SEP] included."}
@@ -115,12 +117,12 @@ class TKDArguments(StudentArguments):
             return
         if self.teacher_needs == "none":
             raise ConfigError(
-                f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} asks no teacher. Set it to none."
+                f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} uses no teacher. Set it to none."
             )
         if "td_teacher" in self.weights:
             raise ConfigError(
                 f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} grows a tree in the teacher's "
-                "attention, which is not kept. Set it to none, or choose a preset without a teacher tree."
+                "attention, which is not cached. Set it to none, or choose a preset without a teacher tree."
             )
         if CACHE_ORDER.index(self.teacher_cache) < CACHE_ORDER.index(self.teacher_needs):
             raise ConfigError(
@@ -146,7 +148,7 @@ class TKDArguments(StudentArguments):
 
     @property
     def teacher_needs(self) -> str:
-        """The least that must be known of the teacher: 'none', 'logits', 'cls' or 'hidden'."""
+        """The minimum needed from the teacher: 'none', 'logits', 'cls' or 'hidden'."""
         if any(name in TREE_TERMS for name in self.weights):
             return "hidden"
         return "cls" if "pt" in self.weights else "logits" if "kd" in self.weights else "none"

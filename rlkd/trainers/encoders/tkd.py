@@ -33,7 +33,7 @@ from ..core import StudentTrainer
 from .arguments import TKDArguments
 
 STUDENT_TREE = {"td_student", "td_random"}
-SMALLEST_TERM = 1e-4  # auto_scale: a smaller term is not blown up any further
+SMALLEST_TERM = 1e-4  # auto_scale: bounds the weight of a term that is nearly 0
 Model = TypeVar("Model")
 Step = TypeVar("Step")
 
@@ -41,7 +41,9 @@ Step = TypeVar("Step")
 def check_distillation(
     args: TKDArguments, student_config: Any, teacher_config: Any, tokenizer: Any, teacher_tokenizer: Any = None
 ) -> None:
-    """Refuse what cannot work, from configurations and tokenizers alone. Raises ConfigError or ModelError."""
+    """Check the combination of models and settings from configurations and tokenizers alone. Raises ConfigError or
+    ModelError.
+    """
     if student_config.num_labels != teacher_config.num_labels:
         raise ModelError(
             f"the teacher has {teacher_config.num_labels} labels and the student {student_config.num_labels}: "
@@ -76,7 +78,7 @@ def check_distillation(
 
 
 def check_labels_and_vocabulary(model: Any, role: str, tokenizer: Any) -> None:
-    """Raises ModelError for a model of one label, which has nothing to tell apart, or ids beyond its embeddings."""
+    """Raises ModelError for a model with a single label, which cannot classify, or ids beyond its embeddings."""
     if model.config.num_labels < 2:
         raise ModelError(
             f"the {role} has {model.config.num_labels} label: a classifier needs at least 2 (no regression)"
@@ -91,7 +93,7 @@ class TKDTrainer(StudentTrainer):
     Args: student, a sequence classifier (see `build_student`); teacher, a fine-tuned one, None for preset ft;
     tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}; teacher_tokenizer if it differs;
     compute_metrics as in Trainer, accuracy by default. Callbacks are added by `add_callback`. What is saved is the bare
-    student. Raises ConfigError, ModelError or DataError for what cannot work.
+    student. Raises ConfigError, ModelError or DataError for invalid combinations.
     """
 
     args: TKDArguments
@@ -109,7 +111,7 @@ class TKDTrainer(StudentTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
         if teacher is None and args.teacher_needs != "none":
-            raise ConfigError(f"preset = {args.preset!r} compares with a teacher: give one, or preset: ft")
+            raise ConfigError(f"preset = {args.preset!r} needs a teacher: give one, or preset: ft")
         check_length(args.max_length, student.config, "student")
         if teacher is not None:
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
@@ -155,7 +157,7 @@ class TKDTrainer(StudentTrainer):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer, after the teacher's outputs were computed, where they are to be kept."""
+        """As in Trainer, after computing the teacher's outputs if they are cached."""
         with self.writing():
             self.open_teacher_cache()
             return super().train(*args, **kwargs)
@@ -260,7 +262,7 @@ class TKDTrainer(StudentTrainer):
     # The teacher
 
     def teacher_outputs(self, inputs: dict[str, Any], *, hidden: bool, rows: bool) -> EncoderOutputs:
-        """Logits [B, C], the matched layers' states [B, L, D] (or [B, 1, D]) and rows, kept or computed."""
+        """Logits [B, C], the matched layers' states [B, L, D] (or [B, 1, D]) and rows, cached or computed."""
         index = inputs["index"].tolist()
         if self.teacher_cache is not None:
             kept = self.teacher_cache.batch(index, inputs["input_ids"].shape[1])
@@ -275,9 +277,9 @@ class TKDTrainer(StudentTrainer):
 
     @torch.no_grad()
     def _ask_teacher(self, inputs: dict[str, Tensor], *, hidden: bool, rows: bool = False) -> EncoderOutputs:
-        with self.accelerator.autocast():  # the Trainer sees to the student's forward alone
+        with self.accelerator.autocast():  # the Trainer's autocast covers only the student's forward
             out = run_encoder(self.teacher, inputs, hidden=hidden, attention=self.teacher_attention if rows else None)
-        logits = out.logits.float()  # as they are kept: their softmax is not for bf16
+        logits = out.logits.float()  # float32 as in the cache: bf16 is too coarse for their softmax
         if not hidden:
             return out._replace(logits=logits)
         return EncoderOutputs(
@@ -285,7 +287,7 @@ class TKDTrainer(StudentTrainer):
         )
 
     def open_teacher_cache(self) -> None:
-        """Open what is kept of the teacher's outputs, computing it first if need be (once for all processes)."""
+        """Open the cache of teacher outputs, computing it first if it is missing (once for all processes)."""
         kind = self.args.teacher_cache
         if kind == "none" or self.teacher_cache is not None:
             return
@@ -312,17 +314,17 @@ class TKDTrainer(StudentTrainer):
     # Evaluation and saving
 
     def held_out_names(self) -> list[str] | None:
-        """As in `StudentTrainer`: cross-entropy, and what `compute_metrics` names for two made-up rows."""
+        """As in `StudentTrainer`: cross-entropy, and the names that `compute_metrics` returns for two dummy rows."""
         try:
             made_up = EvalPrediction(torch.eye(2, self.trained.config.num_labels).numpy(), torch.tensor([0, 1]).numpy())
             return ["loss", *(self.compute_metrics or classification_metrics([]))(made_up)]
-        except Exception:  # whatever a user's function cannot do with them
+        except Exception:  # a user's function may raise anything
             return None
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Cross-entropy, logits [B, C] and labels [B] of held-out rows; the teacher is not asked."""
+        """Cross-entropy, logits [B, C] and labels [B] of held-out rows; the teacher is not used."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(model_inputs(inputs)).logits.float()
@@ -334,22 +336,22 @@ class TKDTrainer(StudentTrainer):
         out = super().evaluation_loop(*args, **options)
         rows: Any = self.eval_dataset
         logits, labels = cast(Any, out.predictions), cast(Any, out.label_ids)
-        # Rows sorted by length come in another order: then it is not known which is which.
+        # Rows sorted by length come in another order and cannot be matched to their ids.
         known = (
             options.get("metric_key_prefix", "eval") == "eval" and labels is not None and labels.tolist() == rows.labels
         )
         if known and self.is_world_process_zero():
             predicted = logits.argmax(-1).tolist()
-            judged = [
+            evaluated = [
                 {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
                 for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
                 if label >= 0
             ]
-            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, judged)
+            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, evaluated)
         return out
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
-        """As in `StudentTrainer`; the projections go beside the student."""
+        """As in `StudentTrainer`; the projections are saved next to the student."""
         self.trained.save_projections(folder)
         return {**super().save_extras(folder), "scales": self.scales}
 
@@ -362,7 +364,8 @@ class TKDTrainer(StudentTrainer):
 def distil_chain(teacher: Model, steps: Iterable[Step], distil: Callable[[Model, Step], Model]) -> list[Model]:
     """Teacher assistants (Mirzadeh et al. 2020, arXiv 1902.03393): each student teaches the next, smaller one.
 
-    Args: distil(teacher, step) trains and returns the student of a step, whatever a step is to it (a number of layers).
+    Args: distil(teacher, step) trains and returns the student of a step, a step is any value it understands, e.g. a
+    number of layers.
     Returns: the students in order, the last of which is wanted. Raises ValueError without steps.
     """
     students: list[Model] = []

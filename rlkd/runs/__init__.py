@@ -1,0 +1,1 @@
+"""What surrounds a training run: run.json, checkpoints and resuming, finite checks, alarms, trackers, card."""
