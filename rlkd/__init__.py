@@ -83,7 +83,7 @@ _MODULES = {
         "Prompt",
         "PromptedRow",
         "PseudoLabel",
-        "Rollouts",
+        "Answers",
         "select_rows",
         "TeacherSignal",
     ),
@@ -209,6 +209,7 @@ if TYPE_CHECKING:
     from .objectives.rewards import induced_reward as induced_reward
     from .objectives.rewards import teacher_value as teacher_value
     from .objectives.rewards import token_scores as token_scores
+    from .records import Answers as Answers
     from .records import Batched as Batched
     from .records import Distribution as Distribution
     from .records import Example as Example
@@ -216,7 +217,6 @@ if TYPE_CHECKING:
     from .records import Prompt as Prompt
     from .records import PromptedRow as PromptedRow
     from .records import PseudoLabel as PseudoLabel
-    from .records import Rollouts as Rollouts
     from .records import TeacherSignal as TeacherSignal
     from .records import select_rows as select_rows
     from .runs.alarms import ALARMS as ALARMS

@@ -1,7 +1,7 @@
 """The records that travel between packages, one per arrow of the data flow. Shape legend: `rlkd.tensors`.
 
 rows -> PromptedRow -> PseudoLabel (to disk) -> answers -> loss
-     -> Example -> Rollouts -> TeacherSignal -> annotations (credit) -> loss
+     -> Example -> Answers -> TeacherSignal -> annotations (credit) -> loss
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class PseudoLabel:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollouts(Batched):
+class Answers(Batched):
     """Answers to learn from, sampled from the behaviour policy or read from labels; rows of one prompt are adjacent.
 
     examples         the B inputs, one per row (repeated for several rollouts of a prompt)
@@ -183,7 +183,7 @@ class Minibatch(Batched):
     denominator  what the summed loss is divided by, over all processes and accumulation steps; None: this batch's own
     """
 
-    answers: Rollouts
+    answers: Answers
     signal: TeacherSignal | None = None
     annotations: Any = None
     denominator: float | None = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlkd.models.heads import Head, HeadOverStates
-from rlkd.records import Batched, Example, Minibatch, Rollouts, TeacherSignal, select_rows
+from rlkd.records import Answers, Batched, Example, Minibatch, TeacherSignal, select_rows
 from rlkd.trainers.policy_gradient import Credit
 
 B, R, V = 4, 3, 5
@@ -17,7 +17,7 @@ def grid(offset=0.0):
 def minibatch(states=None):
     examples = [Example(f"row {i}", f"s{i}", (f"t{i}",)) for i in range(B)]
     ids, mask = grid().long(), torch.ones(B, R).bool()
-    rollouts = Rollouts(examples, ids, mask, ids + 1, mask, grid(0.5), torch.arange(B) % 2 == 0)
+    rollouts = Answers(examples, ids, mask, ids + 1, mask, grid(0.5), torch.arange(B) % 2 == 0)
     distribution = None if states is None else HeadOverStates(states, Head(torch.randn(V, 2), None, 1.0, V))
     names = ("chosen", "max", "logsumexp", "mean", "entropy")
     signal = TeacherSignal(**{name: grid(i) for i, name in enumerate(names)}, distribution=distribution)

@@ -15,7 +15,7 @@ from ..models.vocabulary import token_pieces
 from ..objectives.advantages import regret_per_sequence
 from ..objectives.policy import kl_k3
 from ..objectives.rewards import induced_advantage
-from ..records import Example, Rollouts, given
+from ..records import Answers, Example, given
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers, sample_rollouts
 from .task_metrics import RowMean
@@ -77,7 +77,7 @@ class Evaluator:
             advance(len(examples), int(best.answer_mask.sum() + drawn.answer_mask.sum()))
         return out
 
-    def _scored(self, policy: Policy, reference: Policy | None, answers: Rollouts) -> dict[str, list[Any]]:
+    def _scored(self, policy: Policy, reference: Policy | None, answers: Answers) -> dict[str, list[Any]]:
         """Columns of the rows: texts, tokens and numbers of `answers`, one entry per answer."""
         mask = answers.answer_mask
         inputs = [example.teacher_inputs for example in answers.examples]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.policy import Policy
 from ..models.teacher import Teacher
-from ..records import Example, Rollouts
+from ..records import Answers, Example
 from ..runs.files import TOKEN_REWARDS, append_lines
 from .samples import COLUMNS, Sample
 from .token_rewards import answers_as_rollouts, rows_of, score_rollouts
@@ -32,7 +32,7 @@ def evaluated_samples(
 
 
 def rollout_samples(
-    teacher: Teacher, tokenizer: Any, answers: Rollouts, value: str, used: Mapping[str, Tensor]
+    teacher: Teacher, tokenizer: Any, answers: Answers, value: str, used: Mapping[str, Tensor]
 ) -> list[Sample]:
     """Answers of a rollout batch with the numbers that training uses: rewards, advantages, values, [B, R] each."""
     if answers.behaviour_logps is not None:

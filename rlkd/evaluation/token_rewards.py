@@ -13,7 +13,7 @@ from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, encode_texts, token_pieces
 from ..objectives.rewards import induced_advantage
-from ..records import Example, Rollouts, given
+from ..records import Answers, Example, given
 from ..tensors import pad_rows
 from .samples import Sample
 
@@ -23,7 +23,7 @@ TOP_K = 5  # alternatives kept for each token
 def score_rollouts(
     teacher: Teacher,
     tokenizer: Any,
-    rollouts: Rollouts,
+    rollouts: Answers,
     *,
     source: str,
     value: str = "max",
@@ -85,18 +85,18 @@ def rows_of(values: Tensor, mask: Tensor) -> list[Any]:
     return [row[kept].tolist() for row, kept in zip(values, mask, strict=True)]
 
 
-def answers_as_rollouts(teacher: Teacher, examples: list[Example], answers: list[list[int]]) -> Rollouts:
+def answers_as_rollouts(teacher: Teacher, examples: list[Example], answers: list[list[int]]) -> Answers:
     """Answers given as lists of token ids; one that does not end with end-of-sequence counts as cut."""
     ids, mask = pad_rows(answers, teacher.lm.pad_id, teacher.lm.device)
     finished = torch.tensor([row[-1:] == [teacher.lm.eos_id] for row in answers], device=ids.device)
     return as_rollouts(teacher, examples, ids, mask, finished)
 
 
-def as_rollouts(teacher: Teacher, examples: list[Example], ids: Tensor, mask: Tensor, finished: Tensor) -> Rollouts:
+def as_rollouts(teacher: Teacher, examples: list[Example], ids: Tensor, mask: Tensor, finished: Tensor) -> Answers:
     """Answers given as ids [B, R], mask [B, R] and whether each is finished [B]; `behaviour_logps` are zeros."""
     prompts = encode_texts(teacher.tokenizer, [e.student_input for e in examples], teacher.max_input_tokens)
     input_ids, input_mask = pad_rows(prompts, teacher.lm.pad_id, teacher.lm.device)
-    return Rollouts(
+    return Answers(
         examples=examples,
         input_ids=input_ids,
         input_mask=input_mask,

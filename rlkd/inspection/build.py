@@ -15,7 +15,7 @@ from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
 from ..objectives.rewards import REWARDS
-from ..records import Example, Rollouts
+from ..records import Answers, Example
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers
 from .reward_view import RewardView
@@ -93,7 +93,7 @@ def _policy(student: Any, tokenizer: Any) -> Policy:
     return (student if isinstance(student, Policy) else Policy(language_model(student, tokenizer))).eval()
 
 
-def _under_templates(rollouts: Rollouts, names: list[str]) -> Iterator[tuple[Rollouts, list[str]]]:
+def _under_templates(rollouts: Answers, names: list[str]) -> Iterator[tuple[Answers, list[str]]]:
     """The answers under all templates together and, if there are several, under each."""
     yield rollouts, names
     for k in range(len(names) if len(names) > 1 else 0):
@@ -103,12 +103,12 @@ def _under_templates(rollouts: Rollouts, names: list[str]) -> Iterator[tuple[Rol
 
 def _students_answers(
     policies: dict[str, Policy], teacher: Teacher, tokenizer: Any, examples: list[Example], max_new_tokens: int
-) -> dict[str, Rollouts]:
+) -> dict[str, Answers]:
     limits = {"max_input_tokens": teacher.max_input_tokens, "max_new_tokens": max_new_tokens}
     return {source: greedy_answers(policy, tokenizer, examples, **limits) for source, policy in policies.items()}
 
 
-def _teacher_answers(teacher: Teacher, examples: list[Example], max_new_tokens: int) -> Rollouts:
+def _teacher_answers(teacher: Teacher, examples: list[Example], max_new_tokens: int) -> Answers:
     """The teacher's greedy answers under the first template."""
     states = teacher.prompt_states([example.teacher_inputs[0] for example in examples])
     answer = decode(teacher.lm, states, greedy, max_new_tokens=max_new_tokens)
@@ -117,7 +117,7 @@ def _teacher_answers(teacher: Teacher, examples: list[Example], max_new_tokens: 
 
 def _given_answers(
     teacher: Teacher, tokenizer: Any, examples: list[Example], given: dict[str, list[str]], max_new_tokens: int
-) -> dict[str, Rollouts]:
+) -> dict[str, Answers]:
     """The given texts, and the first reference of the examples that have one."""
     pairs = {source: list(zip(examples, texts, strict=True)) for source, texts in given.items()}
     if referenced := [(example, example.references[0]) for example in examples if example.references]:

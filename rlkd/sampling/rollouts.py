@@ -6,7 +6,7 @@ from typing import Any
 
 from ..models.policy import Policy
 from ..models.vocabulary import encode_texts
-from ..records import Example, Rollouts
+from ..records import Answers, Example
 from ..tensors import pad_rows
 from .decode import Decoded, decode, greedy, row_seed, sampler
 
@@ -20,7 +20,7 @@ def sample_rollouts(
     max_input_tokens: int,
     max_new_tokens: int,
     seed: tuple[object, ...],
-) -> Rollouts:
+) -> Answers:
     """K answers to each example by exact sampling at temperature 1; rows of one prompt are adjacent, B = K *
     len(examples).
 
@@ -37,7 +37,7 @@ def sample_rollouts(
 
 def greedy_answers(
     policy: Policy, tokenizer: Any, examples: list[Example], *, max_input_tokens: int, max_new_tokens: int
-) -> Rollouts:
+) -> Answers:
     """The most probable answer to each example, token by token, in the form of rollouts (B = len(examples))."""
     prompts, decoded = _answer(policy, tokenizer, examples, greedy, max_input_tokens, max_new_tokens, 1)
     return _rollouts(policy, examples, prompts, decoded)
@@ -60,9 +60,9 @@ def _answer(
     return prompts, decode(policy.lm, [s for s in states for _ in range(k)], choose, max_new_tokens=max_new_tokens)
 
 
-def _rollouts(policy: Policy, examples: list[Example], prompts: list[list[int]], decoded: Decoded) -> Rollouts:
+def _rollouts(policy: Policy, examples: list[Example], prompts: list[list[int]], decoded: Decoded) -> Answers:
     input_ids, input_mask = pad_rows(prompts, policy.lm.pad_id, policy.lm.device)
-    return Rollouts(
+    return Answers(
         examples=examples,
         input_ids=input_ids,
         input_mask=input_mask,

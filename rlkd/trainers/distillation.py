@@ -24,7 +24,7 @@ from ..models.policy import Policy
 from ..models.signals import SignalSource, check_signal
 from ..models.teacher import Teacher
 from ..objectives.policy import reduce_tokens
-from ..records import Example, Minibatch, Rollouts, TeacherSignal
+from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
 from ..runs.sample_tables import TEXTS, SampleTables
 from .arguments import DistillationArguments
@@ -184,7 +184,7 @@ class DistillationTrainer(StudentTrainer):
     # The objective
 
     @torch.no_grad()
-    def evidence(self, answers: Rollouts) -> Evidence:
+    def evidence(self, answers: Answers) -> Evidence:
         """What the objective reads before the first update on these answers; `objective.needs` and `reads` define
         it.
         """
@@ -203,7 +203,7 @@ class DistillationTrainer(StudentTrainer):
             extra=tuple(extra),
         )
 
-    def score(self, answers: Rollouts, *, distribution: bool) -> TeacherSignal:
+    def score(self, answers: Answers, *, distribution: bool) -> TeacherSignal:
         """The teacher's signal for the answers. Raises DivergenceError on every process if it fails on one."""
         assert self.teacher is not None
         with self.finite.together(answers.ids, answers):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..models.heads import TokenFunction
 from ..objectives.policy import Reduction, token_statistics
-from ..records import Batched, Minibatch, Rollouts, TeacherSignal
+from ..records import Answers, Batched, Minibatch, TeacherSignal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +88,12 @@ class Objective(ABC):
         """
         return token_statistics, ()
 
-    def annotate(self, answers: Rollouts, evidence: Evidence) -> Any:
+    def annotate(self, answers: Answers, evidence: Evidence) -> Any:
         """What the loss needs and later updates must not change: a `Batched` record, or None."""
         return None
 
     def over_batch(
-        self, annotations: Any, answers: Rollouts, evidence: Evidence, processes: Processes
+        self, annotations: Any, answers: Answers, evidence: Evidence, processes: Processes
     ) -> tuple[Any, Mapping[str, Tensor | float]]:
         """The annotations after operations on the whole batch of all processes, and the batch's logged numbers.
 

@@ -32,7 +32,7 @@ from ..evaluation.samples import Sample
 from ..models.signals import SignalSource
 from ..models.teacher import Teacher
 from ..objectives.policy import reduction_count
-from ..records import Example, Minibatch, Rollouts, select_rows
+from ..records import Answers, Example, Minibatch, select_rows
 from ..sampling.decode import row_seed
 from ..sampling.rollouts import sample_rollouts
 from .arguments import OnPolicyArguments
@@ -127,7 +127,7 @@ class OnPolicyTrainer(DistillationTrainer):
         start = position * self.prompts_per_rollout + self.accelerator.process_index * self.prompts_per_process
         return [self.train_examples[i] for i in order[start : start + self.prompts_per_process].tolist()]
 
-    def sample(self, index: int) -> Rollouts:
+    def sample(self, index: int) -> Answers:
         """Answers of the behaviour policy to this process's prompts."""
         # Sampled and recomputed log-probabilities must agree, so that the first ratio pi / mu is 1.
         self.behaviour.eval()
@@ -142,7 +142,7 @@ class OnPolicyTrainer(DistillationTrainer):
         )
 
     @torch.no_grad()
-    def annotate(self, answers: Rollouts) -> Minibatch:
+    def annotate(self, answers: Answers) -> Minibatch:
         """A whole rollout batch as the objective sees it, checked and logged."""
         self.tokens_since_log += int(answers.answer_mask.sum())
         evidence = self.evidence(answers)
@@ -155,7 +155,7 @@ class OnPolicyTrainer(DistillationTrainer):
         self.newest = select_rows(batch, torch.arange(min(len(answers.examples), self.args.sample_table_rows)))
         return batch
 
-    def check_experience(self, answers: Rollouts, annotations: Any) -> None:
+    def check_experience(self, answers: Answers, annotations: Any) -> None:
         """Raise DivergenceError, on every process, if a number [B, R] of a rollout batch is not finite."""
         numbers = {"the student's log-probability": answers.behaviour_logps, **self.objective.numbers(annotations)}
         values = {name: value for name, value in numbers.items() if value is not None}
@@ -195,7 +195,7 @@ class OnPolicyTrainer(DistillationTrainer):
 
     # Logging
 
-    def record_batch(self, answers: Rollouts, logged: Mapping[str, Tensor | float]) -> None:
+    def record_batch(self, answers: Answers, logged: Mapping[str, Tensor | float]) -> None:
         """Record what docs/metrics.md defines of a rollout batch: the objective's numbers, length and finish rate."""
         mask = answers.answer_mask
         self.record(length=mask.sum(1).double().mean())

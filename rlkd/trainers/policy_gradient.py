@@ -20,7 +20,7 @@ from ..models.heads import TokenFunction
 from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence
 from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k3, token_statistics, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Batched, Minibatch, Rollouts, TeacherSignal
+from ..records import Answers, Batched, Minibatch, TeacherSignal
 from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
 from .arguments import RLArguments
 from .objective import Evidence, Objective, Processes, StudentTokens
@@ -79,7 +79,7 @@ class PolicyGradient(Objective):
 
     # Before the first update on a batch of rollouts
 
-    def annotate(self, answers: Rollouts, evidence: Evidence) -> Credit:
+    def annotate(self, answers: Answers, evidence: Evidence) -> Credit:
         """Reward of each token, and its credit: the discounted sum of rewards less the baseline."""
         args, signal, mask = self.args, evidence.signal, answers.answer_mask
         assert signal is not None
@@ -112,7 +112,7 @@ class PolicyGradient(Objective):
             kl_coef=self.kl_coef,
         )
 
-    def kl(self, answers: Rollouts, evidence: Evidence) -> Tensor:
+    def kl(self, answers: Answers, evidence: Evidence) -> Tensor:
         """One-sample estimate of KL(pi || reference) at each sampled token, [B, R]; 0 without a KL penalty."""
         if evidence.reference_logps is None:
             return torch.zeros(answers.answer_mask.shape, device=answers.answer_mask.device)
@@ -120,7 +120,7 @@ class PolicyGradient(Objective):
         return kl_k1(answers.behaviour_logps, evidence.reference_logps) * answers.answer_mask
 
     def over_batch(
-        self, annotations: Credit, answers: Rollouts, evidence: Evidence, processes: Processes
+        self, annotations: Credit, answers: Answers, evidence: Evidence, processes: Processes
     ) -> tuple[Credit, Mapping[str, Tensor | float]]:
         """Whiten advantages and adapt the weight of the KL penalty over the global batch; docs/metrics.md defines the
         logged names.

@@ -15,7 +15,7 @@ from ..models.signals import SignalSource
 from ..models.vocabulary import encode_texts
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.policy import token_statistics
-from ..records import Example, Minibatch, Rollouts, TeacherSignal
+from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
@@ -139,7 +139,7 @@ class SupervisedTrainer(DistillationTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean loss over the label tokens of the whole update."""
-        answers = Rollouts(**inputs)
+        answers = Answers(**inputs)
         evidence = self.evidence(answers)
         minibatch = Minibatch(
             answers=answers,

@@ -13,7 +13,7 @@ from rlkd.objectives.advantages import BASELINES, Baseline
 from rlkd.objectives.divergences import DIVERGENCES, Divergence, forward_kl
 from rlkd.objectives.policy import token_statistics
 from rlkd.objectives.rewards import REWARDS, Reward
-from rlkd.records import Rollouts, TeacherSignal
+from rlkd.records import Answers, TeacherSignal
 from rlkd.trainers.objective import Objective, StudentTokens
 from rlkd.trainers.on_policy import OnPolicyTrainer
 from rlkd.trainers.supervised import SequenceKD, SupervisedTrainer
@@ -218,12 +218,12 @@ class Mixed(OnPolicyTrainer):
 
     objective_type = staticmethod(lambda args: SequenceKD())
 
-    def sample(self, index) -> Rollouts:
+    def sample(self, index) -> Answers:
         drawn = super().sample(index)
         if index % 2:
             return drawn
         labels = [{"student_input": e.student_input, "label": e.student_input, "id": e.id} for e in drawn.examples]
-        return Rollouts(**SupervisedTrainer.collate(self.labelled, labels))
+        return Answers(**SupervisedTrainer.collate(self.labelled, labels))
 
 
 def test_answers_may_come_from_labels_from_rollouts_or_from_a_mix(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from rlkd.records import Example, Rollouts, select_rows
+from rlkd.records import Answers, Example, select_rows
 from tiny import tiny_tokenizer
 from tiny_runs import EOS, VALID, WORDS, make, student, weights
 
@@ -291,7 +291,7 @@ def test_cumulative_weights_are_unbiased_under_a_stale_policy(tmp_path):
         chance = sequence_logp(student()).exp()
     assert float(chance.sum()) == pytest.approx(1.0, abs=1e-5)
     finished = torch.tensor([y[-1] == EOS for y in answers])
-    rollouts = Rollouts([example] * len(answers), *given, mu, finished)
+    rollouts = Answers([example] * len(answers), *given, mu, finished)
     minibatch = trainer.annotate(rollouts)
     trainer.policy.zero_grad()
     for i in range(len(answers)):
