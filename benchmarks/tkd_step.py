@@ -29,7 +29,7 @@ STUDENT_LAYERS = 3
 
 
 class WordIds:
-    """A tokenizer whose texts are token ids in writing."""
+    """A tokenizer whose texts are token ids in decimal."""
 
     pad_token_id, cls_token_id, sep_token_id = 0, 101, 102
 
@@ -42,7 +42,7 @@ class WordIds:
         return {"input_ids": [[int(token) for token in text.split()] for text in texts]}
 
     def get_vocab(self) -> dict[str, int]:
-        return {}
+        return {str(token): token for token in range(VOCAB)}
 
 
 def texts(length: int, seed: int) -> list[dict[str, Any]]:

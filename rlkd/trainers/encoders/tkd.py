@@ -24,7 +24,7 @@ from ...models.encoders.classifiers import (
     width_of,
 )
 from ...models.encoders.teacher_outputs import TeacherOutputs, cache_key, cached_outputs
-from ...models.vocabulary import check_vocabulary_fits
+from ...models.vocabulary import check_vocabulary_fits, valid_vocab
 from ...objectives.attention_tree import AttentionRows, all_tokens, attention_tree, cls_token, random_tokens
 from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance, weighted_terms
 from ...objectives.neighbours import logit_mse, noisy_logits
@@ -84,7 +84,7 @@ def check_labels_and_vocabulary(model: Any, role: str, tokenizer: Any) -> None:
             f"the {role} has {model.config.num_labels} label: a classifier needs at least 2 (no regression)"
         )
     name = model.config.name_or_path or model.config.model_type
-    check_vocabulary_fits(model.config, max(tokenizer.get_vocab().values()) + 1, role, name)
+    check_vocabulary_fits(model.config, valid_vocab(tokenizer), role, name)
 
 
 class TKDTrainer(StudentTrainer):
