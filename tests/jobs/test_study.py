@@ -181,7 +181,7 @@ def test_what_was_made_from_another_input_is_made_anew_and_not_reported_before(t
     assert sorted(calls(tmp_path)) == ["seed-1/as-long", "seed-1/double", "seed-1/triple"]
     assert grid.numbers("triple", "value") == {1: 21.0, 2: 12.0}
     assert not (tmp_path / "seed-1" / "triple" / "stale").exists()
-    assert "seed-1/triple: made anew" in capfd.readouterr().out
+    assert "seed-1/triple: computed again" in capfd.readouterr().out
 
 
 def test_a_failing_cell_loses_only_what_needs_it(tmp_path):
@@ -196,7 +196,7 @@ def test_a_failing_cell_loses_only_what_needs_it(tmp_path):
     assert "seed-1/broken: exit code 1, see " in message
     assert "ValueError: this cell breaks at seed 1" in message
     assert "shot: killed by SIGKILL" in message
-    assert "not started, as they need what failed: seed-1/after" in message
+    assert "not started, since they depend on failed results: seed-1/after" in message
     assert reports == [{2: {"value": 1.0, "cpu_seconds": 1.0}}]
     assert grid.numbers("as-long", "value") == {1: 3.0, 2: 3.0}
     (tmp_path / "fixed").touch()
@@ -230,7 +230,7 @@ def test_a_cell_has_its_own_process_thread_settings_and_log(tmp_path, capfd):
 def test_a_signal_ends_cells_and_says_how_to_continue(tmp_path):
     reports = []
     grid = study(tmp_path, stop=Arm(interrupts, ("triple",), seeds=(2,)))
-    with pytest.raises(InterruptedRunError, match="Repeat the command to make the others") as stopped:
+    with pytest.raises(InterruptedRunError, match="Repeat the command to compute the rest") as stopped:
         run_study(grid, jobs=2, report=lambda: reports.append(grid.numbers("triple", "value")))
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert reports == [{1: 6.0, 2: 12.0}]
@@ -312,11 +312,11 @@ def test_two_runners_do_not_share_a_folder(tmp_path):
 
 
 def test_needs_that_cannot_be_met_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="arm 'a' needs 'b': the study has a"):
+    with pytest.raises(ConfigError, match="arm 'a' needs 'b', which is not an arm"):
         Study(tmp_path, {"a": Arm(start, ("b",))}, (1,))
-    with pytest.raises(ConfigError, match=r"arms need each other: .* -> "):
+    with pytest.raises(ConfigError, match=r"arms depend on each other: .* -> "):
         Study(tmp_path, {"a": Arm(start, ("b",)), "b": Arm(start, ("a",))}, (1,))
-    with pytest.raises(ConfigError, match="needs 'b', which has no result of seed None"):
+    with pytest.raises(ConfigError, match="needs 'b', which has several seeds, but not seed None"):
         Study(tmp_path, {"a": Arm(start, ("b",), seeds=()), "b": Arm(start)}, (1, 2))
     trials = Study(tmp_path, {"a": Arm(start, ("b",)), "b": Arm(start, seeds=(1,))}, (1, 2))
     assert [need.seed for cell in ("seed-1/a", "seed-2/a") for need in trials.needed(trials.cells[cell]).values()] == [
