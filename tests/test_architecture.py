@@ -33,7 +33,7 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8  # outside the command line, where every option is a parameter
-SKIPPED_DIRECTORIES = {".git", "build", "dist", "runs", "wandb", "node_modules", "venv", "__pycache__"}
+SKIPPED_DIRECTORIES = {".git", "build", "dist", "wandb", "node_modules", "venv", "__pycache__"}
 MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:" + "|".join(["work", "root"]) + ")/")
 
 
@@ -259,6 +259,7 @@ def text_files() -> Iterator[tuple[Path, str]]:
             name
             for name in directories
             if name not in SKIPPED_DIRECTORIES
+            and Path(folder) / name != ROOT / "runs"  # outputs; rlkd/runs is code
             and not re.search(r"^\.venv|_cache$|^\.cache$|\.egg-info$|^\.hypothesis$|^\.ipynb_checkpoints$", name)
             and not (Path(folder) / name / "pyvenv.cfg").exists()
         ]
