@@ -14,7 +14,7 @@ resuming between batches continues the same run, and the same global batch split
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,7 @@ class OnPolicyTrainer(DistillationTrainer):
     """
 
     args: OnPolicyArguments
+    own_callbacks: tuple[Callable[[Any], TrainerCallback], ...] = ()  # each is made with the trainer
 
     def __init__(
         self,
@@ -87,6 +88,8 @@ class OnPolicyTrainer(DistillationTrainer):
                 f"{len(train_examples)}: lower per_device_train_batch_size, gradient_accumulation_steps or "
                 "minibatches_per_rollout, or raise rollouts_per_prompt"
             )
+        for callback in self.own_callbacks:
+            self.add_callback(callback(self))
         self.add_callback(_EpochOfStep())
 
     # The loop
