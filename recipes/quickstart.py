@@ -250,14 +250,15 @@ def report(study: Study, plan: dict[str, int], split: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="run folder")
+    parser.add_argument("--out", type=Path, help="run folder; default: runs/quickstart[-quick]")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--split", choices=task.HELD_OUT, default="test", help="held-out notes the table is of")
     parser.add_argument("--jobs", type=int, help="processes at a time; default: the number of CPUs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, teaches nothing")
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL
-    grid = study(options.out, plan, options.split, list(range(1, options.seeds + 1)))
+    out = options.out or Path("runs/quickstart-quick" if options.quick else "runs/quickstart")
+    grid = study(out, plan, options.split, list(range(1, options.seeds + 1)))
     run_study(grid, jobs=options.jobs, report=lambda: report(grid, plan, options.split))
 
 

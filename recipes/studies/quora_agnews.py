@@ -8,7 +8,7 @@ python recipes/studies/quora_agnews.py [--config FILE] [--data FOLDER] [--out ru
    REINFORCE and PPO, equal CPU seconds each, settings chosen on validation rows (first seed)
 4. writes the table of test rows, and results.json
 
-Results that are finished are skipped: after an interruption, repeat the command. `--quick` needs a folder of its own.
+Results that are finished are skipped: after an interruption, repeat the command.
 """
 
 from __future__ import annotations
@@ -260,12 +260,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "quora_agnews.yaml", help="sizes and settings")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="quora_para, agnews, tokenizers/t5")
-    parser.add_argument("--out", type=Path, default=Path("runs/quora_agnews"), help="run folder")
+    parser.add_argument("--out", type=Path, help="run folder; default: runs/quora_agnews[-quick]")
     parser.add_argument("--jobs", type=int, help="processes at a time; default: the number of CPUs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, teaches nothing")
     options = parser.parse_args()
     plan = read_plan(options.config, quick=options.quick)
-    grid = study(plan, options.data, options.out)
+    out = options.out or Path("runs/quora_agnews-quick" if options.quick else "runs/quora_agnews")
+    grid = study(plan, options.data, out)
     run_study(grid, jobs=options.jobs, report=lambda: report(grid, plan))
 
 

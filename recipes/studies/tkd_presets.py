@@ -7,7 +7,7 @@ python recipes/studies/tkd_presets.py --model FOLDER [--data FOLDER] [--out runs
 3. per seed and preset: trains a student cut from the teacher and scores it once on the test rows, after the last epoch
 4. writes table.md, results.json (every run, means, paired tests) and plot.svg from whatever is finished
 
-Results that are finished are skipped: after an interruption, repeat the command. `--quick` needs a folder of its own.
+Results that are finished are skipped: after an interruption, repeat the command.
 """
 
 from __future__ import annotations
@@ -203,14 +203,15 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the encoder that becomes the teacher: a folder or a hub id")
     parser.add_argument("--config", type=Path, default=HERE / "tkd_presets.yaml", help="sizes and settings")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="cola, trec, sst2 as .jsonl")
-    parser.add_argument("--out", type=Path, default=Path("runs/tkd_presets"), help="run folder")
+    parser.add_argument("--out", type=Path, help="run folder; default: runs/tkd_presets[-quick]")
     parser.add_argument("--jobs", type=int, help="processes at a time; default: the number of CPUs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, teaches nothing")
     options = parser.parse_args()
     plan = read_plan(options.config, quick=options.quick)
-    grid = study(plan, options.model, options.data, options.out)
+    out = options.out or Path("runs/tkd_presets-quick" if options.quick else "runs/tkd_presets")
+    grid = study(plan, options.model, options.data, out)
     run_study(grid, jobs=options.jobs, report=lambda: print(report(grid, plan)))
-    print(f"run folder: {options.out} (results.json, table.md, plot.svg, the teachers)")
+    print(f"run folder: {out} (results.json, table.md, plot.svg, the teachers)")
 
 
 if __name__ == "__main__":

@@ -153,16 +153,26 @@ class Study:
 
     def refuse_other_settings(self) -> None:
         """Raises ConfigError if the folder holds results of these cells that were made with other settings."""
-        changed = []
+        changed: dict[str, list[str]] = {}
         for cell in self.cells.values():
             record = read_record(cell)
             if record is not None and record["result"] is not None and record["settings"] != cell.settings:
-                changed.append(f"  {cell.record_file}: {_change(record['settings'], cell.settings)}")
+                changed.setdefault(_change(record["settings"], cell.settings), []).append(f"{cell.name}.json")
         if changed:
+            lines = [f"  {', '.join(files)}: {change}" for change, files in changed.items()]
             raise ConfigError(
-                f"{self.out} holds results of different settings:\n" + "\n".join(changed) + "\n"
+                f"{self.out} holds results of different settings:\n" + "\n".join(lines) + "\n"
                 "Use another folder for these settings, or delete the listed files to compute their results again."
             )
+
+    def refuse_other_files(self) -> None:
+        """Raises ConfigError if files that this study did not write are where a cell starts from an empty folder."""
+        for cell in self.cells.values():
+            if not (cell.record_file.exists() or cell.log_file.exists() or _is_empty(cell.folder)):
+                raise ConfigError(
+                    f"{cell.folder} exists and has no {cell.record_file.name} next to it, so this study did not write "
+                    "it. Use another folder for the study, or move or delete this one."
+                )
 
     def _cell(self, arm: str, task: str | None, seed: int | None) -> Cell:
         return self.cells[Cell(arm, seed, task, self.out, {}).name]
@@ -221,6 +231,11 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         return _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
 
     return base | {key: both(key, value) for key, value in changes.items()}
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether nothing is at `path`, or an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

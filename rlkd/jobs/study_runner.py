@@ -40,11 +40,13 @@ def run_study(study: Study, *, jobs: int | None = None, report: Callable[[], Non
     jobs: processes at a time; None, one per CPU. An interrupted result is computed again, and so is one whose
     inputs have changed.
 
-    Raises ConfigError if the folder holds results of different settings, LockedError while another process writes it,
-    InterruptedRunError after SIGTERM or SIGINT, RlkdError at the end if a cell failed (the others are finished first).
+    Raises ConfigError if the folder holds results of different settings or files of something else in the place of
+    a cell's, LockedError while another process writes it, InterruptedRunError after SIGTERM or SIGINT, RlkdError at the
+    end if a cell failed (the others are finished first).
     """
     with writer_lock(study.out / "study"), Stop() as stop, _environment():
         study.refuse_other_settings()
+        study.refuse_other_files()
         runner = _Runner(study, jobs or os.cpu_count() or 1, stop)
         try:
             runner.run()

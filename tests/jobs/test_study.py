@@ -155,9 +155,9 @@ def test_other_settings_are_refused_before_anything_is_made(tmp_path):
     (tmp_path / CALLS).unlink()
     changed = study(tmp_path, double=Arm(scaled, ("warm-up",), {"factor": 4.0}), new=Arm(start))
     reports = []
-    with pytest.raises(ConfigError, match=r"seed-1/double\.json: factor was 2\.0, is 4\.0") as refused:
+    change = r"\n  seed-1/double\.json, seed-2/double\.json: factor was 2\.0, is 4\.0\n"
+    with pytest.raises(ConfigError, match=change) as refused:
         run_study(changed, report=lambda: reports.append(1))
-    assert "seed-2/double.json" in str(refused.value)
     assert "triple" not in str(refused.value)
     assert (calls(tmp_path), reports) == ([], [])
     assert changed.results("double") == {}
@@ -166,6 +166,30 @@ def test_other_settings_are_refused_before_anything_is_made(tmp_path):
     run_study(changed)
     assert changed.numbers("double", "value") == {1: 8.0, 2: 16.0}
     assert changed.numbers("as-long", "value") == {1: 4.0, 2: 4.0}
+
+
+@pytest.mark.parametrize("place", ["teacher", "seed-2/double"])
+def test_files_of_something_else_are_not_deleted(tmp_path, place):
+    mine = tmp_path / place / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("a year of work")
+    with pytest.raises(ConfigError, match=f"{place} exists and has no {mine.parent.name}.json next to it"):
+        run_study(study(tmp_path))
+    assert (mine.read_text(), calls(tmp_path)) == ("a year of work", [])
+    mine.unlink()
+    run_study(study(tmp_path))
+    assert len(calls(tmp_path)) == 9
+
+
+def test_a_result_whose_record_was_deleted_is_computed_again_from_an_empty_folder(tmp_path):
+    grid = study(tmp_path)
+    run_study(grid)
+    stale = grid.cells["seed-1/double"].folder / "stale"
+    stale.touch()
+    grid.cells["seed-1/double"].record_file.unlink()
+    run_study(grid)
+    assert calls(tmp_path).count("seed-1/double") == 2
+    assert not stale.exists()
 
 
 def test_what_was_made_from_another_input_is_made_anew_and_not_reported_before(tmp_path, capfd):
