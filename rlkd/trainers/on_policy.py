@@ -14,11 +14,11 @@ resuming between batches continues the same run, and the same global batch split
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -48,6 +48,8 @@ class OnPolicyTrainer(DistillationTrainer):
     """
 
     args: OnPolicyArguments
+    # Made of the trainer: callbacks that look at it before the first update.
+    start_checks: ClassVar[tuple[Callable[[Any], TrainerCallback], ...]] = ()
 
     def __init__(
         self,
@@ -88,6 +90,8 @@ class OnPolicyTrainer(DistillationTrainer):
                 "minibatches_per_rollout, or raise rollouts_per_prompt"
             )
         self.add_callback(_EpochOfStep())
+        for check in self.start_checks:
+            self.add_callback(check(self))
 
     # The loop
 

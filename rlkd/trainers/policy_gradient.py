@@ -217,10 +217,7 @@ class PolicyGradientTrainer(OnPolicyTrainer):
     """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start."""
 
     args: RLArguments
-
-    def __init__(self, student: Any, args: RLArguments, **options: Any):
-        super().__init__(student, args, **options)
-        self.add_callback(StartCheck(self))
+    start_checks = (StartCheck,)
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:
