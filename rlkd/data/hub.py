@@ -12,8 +12,8 @@ from ..templates.aliases import hub_id
 from .files import allowed_sources, first_line
 
 
-def load_hub(source: str, split: str, subset: str | None, revision: str | None, *, streaming: bool) -> Any:
-    """A data set of the hub, by its id or its old name (see `aliases`). Raises DataError if it cannot be loaded."""
+def load_hub(source: str, split: str, subset: str | None, revision: str | None = None, *, streaming: bool) -> Any:
+    """A data set of the hub, by its id or the name it had (see `aliases`). Raises DataError if it cannot be loaded."""
     try:
         return datasets.load_dataset(hub_id(source), subset, split=split, revision=revision, streaming=streaming)
     # The library, the hub client and the HTTP stack each have errors of their own; to the user all mean the same.
@@ -32,12 +32,12 @@ class HubRows:
 
     cells = False
 
-    def __init__(self, source: str, split: str, subset: str | None, revision: str | None):
-        self.source, self.split, self.subset, self.revision = source, split, subset, revision
+    def __init__(self, source: str, split: str, subset: str | None):
+        self.source, self.split, self.subset = source, split, subset
         try:
-            self.rows = load_hub(source, split, subset, revision, streaming=True)
+            self.rows = load_hub(source, split, subset, streaming=True)
         except DataError:
-            self.rows = load_hub(source, split, subset, revision, streaming=False)
+            self.rows = load_hub(source, split, subset, streaming=False)
 
     def where(self, place: int) -> str:
         return f"'{self.source}', row {place}"
@@ -77,7 +77,7 @@ class HubRows:
         from huggingface_hub import HfApi
 
         try:
-            commit = HfApi().dataset_info(hub_id(self.source), revision=self.revision).sha
+            commit = HfApi().dataset_info(hub_id(self.source)).sha
         except Exception:  # offline: the name is all there is
-            commit = self.revision
+            commit = None
         return {"dataset": self.source, "subset": self.subset, "split": self.split, "commit": commit}

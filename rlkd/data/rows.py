@@ -79,7 +79,9 @@ def load_rows(
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def local_path(source: str, *, split: str, subset: str | None, revision: str | None) -> Path | None:
+def local_path(
+    source: str, *, split: str = "train", subset: str | None = None, revision: str | None = None
+) -> Path | None:
     """The path of a local source, None for a hub id. Raises DataError if it is neither, or for hub-only settings."""
     path = Path(source).expanduser()
     if path.exists():
@@ -224,19 +226,18 @@ class RowStream:
         *,
         split: str = "train",
         subset: str | None = None,
-        revision: str | None = None,
         limit: int | None = None,
         on_bad_row: OnBadRow = "fail",
     ):
         check_choice("on_bad_row", on_bad_row, OnBadRow)
         check_limit(limit)
         self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
-        self.path = local_path(source, split=split, subset=subset, revision=revision)
+        self.path = local_path(source, split=split, subset=subset)
         self.reader: Reader
         if self.path is None:
             from .hub import HubRows
 
-            self.reader = HubRows(source, split, subset, revision)
+            self.reader = HubRows(source, split, subset)
         else:
             self.reader = open_local(self.path, split)
 

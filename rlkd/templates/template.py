@@ -27,9 +27,7 @@ from .leaks import leaks
 from .meter import DEFAULT_LIMITS, Limits, Meter, SandboxError
 from .parsing import parse_or_raise
 from .sandbox import ENVIRONMENT, PIPE_PROTECTOR, SEPARATOR, RowRandom, SafeTemplate, plain_row
-from .sources import PACKAGE_PROMPTS, YAML_SUFFIXES, TemplatesFile, find, read_file, sources
-
-__all__ = ["PACKAGE_PROMPTS", "Rendered", "Template", "load_templates", "read_templates"]
+from .sources import YAML_SUFFIXES, TemplatesFile, find, read_file, sources
 
 logger = logging.getLogger(__name__)
 
@@ -333,11 +331,6 @@ def locate(spec: str, folder: Path | None = None) -> tuple[TemplatesFile, str | 
             return read_file(Path(stem + suffix).expanduser()), rest[1:] or None
     dataset, _, name = spec.partition(":")
     return find(dataset, sources(folder)), name or None
-
-
-def read_templates(file: Path) -> list[Template]:
-    """All templates of a promptsource YAML file, in file order. Raises DataError naming file, line and field."""
-    return _templates(read_file(file))
 
 
 def _templates(file: TemplatesFile) -> list[Template]:
