@@ -47,7 +47,7 @@ def without_line(file: Path, number: int) -> None:
         (
             [{"text": "a", "id": "1"}, {"text": "b", "id": "1"}],
             {"id_column": "id"},
-            r"rows\.jsonl:2: the id '1' is also used by .*rows\.jsonl:1\. Ids must be unique",
+            r"rows\.jsonl:2: the id '1' is also used in .*rows\.jsonl:1\. Ids must be unique",
         ),
         (
             [{"text": "a", "answer_choices": "b", "n": 1}],

@@ -206,7 +206,7 @@ def test_a_screen_of_problems_at_most(parse):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("- a", "r.yaml:1: the file must be settings, one 'name: value' per line."),
+        ("- a", "r.yaml:1: the file must contain settings, one 'name: value' per line."),
         ("group: [1", "r.yaml:1:10: not valid YAML: expected ',' or ']'"),
         ("group: 3\n\tcoef: 3", "r.yaml:2:1: not valid YAML: found character '\\t'"),
         ("group: !!python/object:os.system 3", "r.yaml:1:8: not valid YAML: could not determine a constructor"),
@@ -230,7 +230,8 @@ def test_missing_and_unreadable_files(parse, tmp_path):
         parse_config((Arguments,), ["--config", "."])
     with pytest.raises(ConfigError, match=r"^--config: expected one argument\. See --help\.$"):
         parse_config((Arguments,), ["--config"])
-    assert refusal(parse, "", "--config", "b.yaml") == "--config is given 2 times (r.yaml, b.yaml): give one file."
+    twice = refusal(parse, "", "--config", "b.yaml")
+    assert twice == "--config is given 2 times (r.yaml, b.yaml): only one file is allowed."
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_flags_refused(parse, flags, sentence, capsys):
 def test_required_settings_are_named_together(parse):
     kinds = (Teacher, Data)
     message = refusal(parse, "", kinds=kinds)
-    assert message == "--teacher, --dataset: no value. Give it as a flag or in the file of --config."
+    assert message == "--teacher, --dataset: required. Give it as a flag or in the file of --config."
     assert parse("dataset: x", "--teacher", "t", kinds=kinds)[1] == Data("x")
 
 
