@@ -319,7 +319,7 @@ class RowStream:
             raise DataError(f"'{self.source}' had {scan.rows} rows and now has {number}: it changed during the run.")
 
     def _refuse_repeated(self, ids: array, scan: Scan, check: Callable[[str, dict[str, Any]], str | None]) -> None:
-        """Raise DataError for repeated ids. Hashes take 8 bytes per row; only rows with a repeated hash are read again."""
+        """Raise DataError for repeated ids. Hashes take 8 bytes a row; only rows whose hash repeats are read again."""
         hashes = np.frombuffer(ids, dtype=np.int64).copy()
         hashes.sort()
         repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())

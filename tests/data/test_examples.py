@@ -73,7 +73,7 @@ def test_errors():
         Examples(rows(), [], student_column="n")
     with pytest.raises(DataError, match="not text or lists of texts"):
         Examples(rows(), [], student_column="q", reference_column="n")
-    with pytest.raises(DataError, match=r"id_column 'i' has 'x' 3 times\. Ids must be unique"):
+    with pytest.raises(DataError, match=r"id_column 'i' contains 'x' 3 times\. Ids must be unique"):
         Examples(rows(i=["x", "x", "y", "x"]), [], student_column="q", id_column="i")
     with pytest.raises(DataError, match=r"none of the 4 rows has an input \(never: 3, student input: 1\)"):
         Examples(rows(), [Template("never", "{% if false %}x{% endif %}")], student_column="q")

@@ -52,7 +52,7 @@ def without_line(file: Path, number: int) -> None:
         (
             [{"text": "a", "answer_choices": "b", "n": 1}],
             {"templates": stub.TEMPLATES},
-            r"a column is named 'answer_choices', which is reserved for templates\. Rename the column",
+            r"a column is named 'answer_choices', a name reserved for templates\. Rename the column",
         ),
     ],
 )
