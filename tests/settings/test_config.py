@@ -1,8 +1,10 @@
 """Settings: what is accepted, and the exact sentence for everything that is not."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -356,6 +358,16 @@ def test_choices_registered_by_name(parse, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse_config(kinds, ["--help"])
     assert "--reward {regret,mine}" in capsys.readouterr().out
+
+
+def test_the_example_in_the_documents():
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert (found["settings"].reward, found["settings"].order) == ("max", "shuffled")
+    with pytest.raises(ConfigError, match="order = 'x': allowed are 'given', 'shuffled'"):
+        found["MyArguments"](order="x")
 
 
 def test_values_out_of_range_are_named_together_wherever_they_come_from(parse):

@@ -173,9 +173,7 @@ def test_rows_of_an_old_name_come_from_its_new_home(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_rows("glue", subset="mrpc").to_list() == [{"a": 1}]
-    with pytest.raises(
-        DataError, match=r"'xsum' \(EdinburghNLP/xsum on the hub\), split 'train' is neither"
-    ):
+    with pytest.raises(DataError, match=r"'xsum' \(EdinburghNLP/xsum on the hub\), split 'train' is neither"):
         load_rows("xsum")
     assert asked == [("nyu-mll/glue", "mrpc"), ("EdinburghNLP/xsum", None)]
 

@@ -380,7 +380,7 @@ def test_evaluation_is_accuracy_and_cross_entropy_of_the_student_alone(tmp_path,
     dev = rows(9, seed=2)
     dev[4]["label"] = None
     trainer = make(tmp_path, dev=dev, per_device_eval_batch_size=3)
-    assert "eval_rows: 1 of 9 rows have no label and are left out" in caplog.text
+    assert "eval_rows: skipping 1 of 9 rows, which have no label" in caplog.text
     monkeypatch.setattr(trainer.teacher, "forward", None)
     metrics = trainer.evaluate()
     batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(8)])
@@ -540,11 +540,11 @@ def test_bf16_runs_and_stays_close(tmp_path):
         ({"tree_start_epoch": 3.0, "num_train_epochs": 3, "max_steps": -1}, "3.0: must be less than"),
         ({"preset": "kd", "w_ce": 0.0, "w_kd": 0.0}, "no term has a weight above 0 at the start"),
         ({"w_ce": 0.0, "w_kd": 0.0, "beta": 0.0, "tree_start_epoch": 0.5}, "no term has a weight above 0 at the start"),
-        ({"w_ce": 0.0, "w_kd": 0.0, "auto_scale": True}, "scales to CE and KD"),
+        ({"w_ce": 0.0, "w_kd": 0.0, "auto_scale": True}, "scales terms to CE and KD"),
         ({"early_stopping_patience": 2}, "needs load_best_model_at_end: true"),
         ({"teacher_cache": "logits", "preset": "ft"}, "preset 'ft' uses no teacher"),
         ({"teacher_cache": "logits", "preset": "kd", "w_kd": 0.0}, "preset 'kd' uses no teacher"),
-        ({"teacher_cache": "hidden", "preset": "t-s-tkd"}, "grows a tree in the teacher's attention"),
+        ({"teacher_cache": "hidden", "preset": "t-s-tkd"}, "builds a tree in the teacher's attention"),
         ({"teacher_cache": "logits", "preset": "pkd"}, "preset 'pkd' needs 'cls' or hidden, or none"),
         ({"teacher_cache": "cls", "preset": "tkd"}, "preset 'tkd' needs 'hidden', or none"),
         ({"layer_map": [1, 9]}, r"layer_map = \[1, 9\]: must give 2 layers"),
@@ -611,7 +611,7 @@ def test_models_that_do_not_fit(tmp_path):
         ({"text": None, "label": 1}, r"row 12: text and text_pair must be text, found \(None, None\)"),
         ({"txt": "a", "label": 1}, "row 12: text and text_pair must be text"),
         ({"text": 7, "label": 1}, r"row 12: .* found \(7, None\)"),
-        ({"text": "a b", "label": 1, "text_pair": "c"}, "text_pair is missing.*needs two sentences in every row"),
+        ({"text": "a b", "label": 1, "text_pair": "c"}, "text_pair is missing.*needs two texts in every row"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(tmp_path, row, message):
