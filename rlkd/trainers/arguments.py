@@ -231,9 +231,7 @@ class RLArguments(OnPolicyArguments):
     )
     weak_start: Literal["warn", "refuse", "ignore"] = field(
         default="warn",
-        metadata={
-            "help": "If the student's regret per answer is not well below the price of stopping early, its start is weak."
-        },
+        metadata={"help": "What to do if regret per answer is not well below the price of an early end-of-sequence."},
     )
     learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
 
