@@ -175,10 +175,10 @@ def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, An
         close = nearest(wrong[1], list(map(str, choices_of(hint)))) if wrong else ""
         raise ConfigError(f"{flag}: {said}{allowed}.{close} See --help.") from None
     if unknown:
-        wrong = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
+        misspelt = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
         known = [f"--{name}" for name in (*hints, "config")]
         problems = [
-            f"{flag} is not a flag.{nearest('--' + flag.lstrip('-').replace('-', '_'), known)}" for flag in wrong
+            f"{flag} is not a flag.{nearest('--' + flag.lstrip('-').replace('-', '_'), known)}" for flag in misspelt
         ]
         stray = f"{unknown[0]!r} does not belong to a flag: settings are given as --name value."
         _refuse([*(problems or [stray]), "See --help."])
