@@ -1,16 +1,16 @@
-"""Errors that users can meet, each with the exit code of the command line."""
+"""Errors a user can meet, each with the exit code the command line ends with."""
 
 from __future__ import annotations
 
 
 class RlkdError(Exception):
-    """An error that the user can fix: the message says what is wrong, where, what is allowed and how to fix it."""
+    """An error the user can fix: the message gives the problem, its place, the allowed values and the remedy."""
 
     exit_code = 1
 
 
 class ConfigError(RlkdError):
-    """A setting, a YAML file or a combination of settings that is not valid."""
+    """A setting, a YAML file or a combination of settings that cannot work."""
 
     exit_code = 2
 
@@ -22,7 +22,7 @@ class DataError(RlkdError):
 
 
 class ModelError(RlkdError):
-    """A model, tokenizer or precision that does not fit its role."""
+    """A model, tokenizer or precision that cannot take its role."""
 
     exit_code = 2
 
@@ -30,7 +30,7 @@ class ModelError(RlkdError):
 class DivergenceError(RlkdError):
     """A number that must be finite is not; raised before it can reach the weights.
 
-    batch: the rows it was computed from, JSON-serialisable, for the caller to save.
+    batch: the rows it came with, JSON-able, for the caller to save.
     """
 
     exit_code = 5
@@ -38,17 +38,17 @@ class DivergenceError(RlkdError):
 
 
 class CheckpointError(RlkdError):
-    """A checkpoint that is damaged or belongs to another run."""
+    """A checkpoint that is damaged, or of another run: resuming from it would not continue this run."""
 
 
 class LockedError(RlkdError):
-    """Another process is writing the same output; trying again later may work (EX_TEMPFAIL of sysexits.h)."""
+    """Another process is writing to the folder; trying again later may work (sysexits' EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class InterruptedRunError(RlkdError):
-    """A signal stopped the run; finished work is saved. The exit code is the shell's: 128 + signal."""
+    """A signal stopped the run; finished work is saved. Exit code as the shell gives it: 128 + signal."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -56,7 +56,7 @@ class InterruptedRunError(RlkdError):
 
 
 def nearest(name: str, allowed: list[str]) -> str:
-    """A hint with the most similar allowed name, or an empty string."""
+    """A hint naming the closest allowed spelling of `name`, or an empty string."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, allowed, n=1, cutoff=0.6)

@@ -340,13 +340,13 @@ def _shards(folder: Path, split: str) -> list[Path]:
 
 
 def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
-    """Raise BadRowError for half of a surrogate pair (\\ud800): JSON can escape it, but UTF-8 cannot encode it."""
+    """Raise BadRowError for an unpaired surrogate (\\ud800): JSON can escape it, but UTF-8 cannot encode it."""
     for name, value in row.items():
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise BadRowError(
-                f"{where}: column '{name}' contains half of a surrogate pair ({error.object[error.start]!r})."
+                f"{where}: column '{name}' contains an unpaired surrogate ({error.object[error.start]!r})."
                 " Fix or remove it."
             ) from error
 

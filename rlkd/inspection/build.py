@@ -15,7 +15,7 @@ from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
 from ..objectives.rewards import REWARDS, RewardName
-from ..records import Example, Rollouts
+from ..records import Answers, Example
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers
 from .reward_view import RewardView

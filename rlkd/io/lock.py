@@ -1,4 +1,4 @@
-"""One writer per output, and a graceful stop on SIGTERM and Ctrl-C."""
+"""One writer per output, and a graceful stop on a signal."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from ..errors import LockedError
 
 logger = logging.getLogger(__name__)
 
-# One Ctrl-C reaches a worker of torchrun twice, from the terminal and from the launcher. Signals within so many seconds
-# of the first count as one.
+# One Ctrl-C reaches a worker of torchrun twice, from the terminal and from the launcher.
 ONE_PRESS = 0.25
 
 
 @contextmanager
 def writer_lock(path: Path) -> Iterator[Path]:
-    """Hold a lock while writing `path`. The kernel releases it when the process dies, for whatever reason.
+    """Hold a lock while writing what `path` names. The kernel frees it when its process dies, however it dies.
 
-    Raises LockedError (exit code 75) with the process and the host that hold it.
+    Raises LockedError (exit code 75) naming the process and the host that hold it.
     """
     from filelock import FileLock, Timeout
 
@@ -41,11 +40,16 @@ def writer_lock(path: Path) -> Iterator[Path]:
         held = _owner(owner)
         who = f"process {held['pid']} on {held['host']}" if held else "another process"
         raise LockedError(
-            f"{path.parent} is being written by {who}. Wait until it ends, or stop it, then repeat the command."
+            f"{path.parent} is being written by {who}. Wait until it finishes, or stop it, then repeat."
         ) from None
     try:
         if held := _owner(owner):
-            logger.warning("%s: recovered the lock of process %s on %s, now dead", path, held["pid"], held["host"])
+            logger.warning(
+                "%s: recovered the lock of process %s on %s, which is no longer running",
+                path,
+                held["pid"],
+                held["host"],
+            )
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield path
     finally:
@@ -62,11 +66,10 @@ def _owner(path: Path) -> dict[str, Any] | None:
 
 
 class Stop:
-    """Records SIGTERM and SIGINT while `with stop:` runs, so that the code inside can stop after saving.
+    """SIGTERM and SIGINT, recorded while `with stop:` runs; `signum` is None until one arrives. A second one exits
+    immediately.
 
-    signum is the signal received, None before. A second signal exits immediately.
-
-    Only the main thread can handle signals: in other threads, and outside the block, they have their previous effect.
+    Only the main thread receives signals; elsewhere, and outside the block, they have their previous effect.
     """
 
     def __init__(self) -> None:
@@ -91,5 +94,5 @@ class Stop:
                 raise SystemExit(128 + signum)
             return
         self.signum, self._first = signum, time.monotonic()
-        # The signal may have interrupted print or logging: only write(2) is safe here.
+        # print and logging may be what the signal interrupted: write(2) is safe.
         os.write(2, b"stopping after saving finished work; press again to stop now\n")

@@ -15,7 +15,7 @@ from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
 
-# Objectives of supervised distillation: cross-entropy on the labels, or a divergence, including those registered later.
+# Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
 IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
 
 
@@ -26,14 +26,14 @@ def _require(condition: bool, name: str, value: object, constraint: str) -> None
 
 @dataclass
 class StudentArguments(TrainingArguments):
-    """Settings shared by all trainers.
+    """Settings of all rlkd trainers.
 
-    Unlike in TrainingArguments, by default NaN losses are logged (and stop the run), columns are kept for the
-    collators, and a resumed run restores its callbacks.
+    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
+    to a tracker unless requested, columns are kept for the collators, and a resumed run restores its callbacks.
     """
 
     allow_config_change: bool = field(
-        default=False, metadata={"help": "Resume from a checkpoint that was written with other settings."}
+        default=False, metadata={"help": "Resume a checkpoint that was written with other settings."}
     )
     alarms: Literal["warn", "stop", "off"] = field(
         default="warn",
@@ -43,10 +43,10 @@ class StudentArguments(TrainingArguments):
         default=None, metadata={"help": "Stop after this many evaluations without improvement; null: never."}
     )
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Leave on: early stopping then continues counting where it was."}
+        default=True, metadata={"help": "Always on: a resumed run keeps its early-stopping count."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave off: a NaN loss must be visible."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collators need all columns."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Always off: a NaN loss must not be hidden."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: the collators use all columns."})
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -72,7 +72,7 @@ class StudentArguments(TrainingArguments):
 
 @dataclass
 class DistillationArguments(StudentArguments):
-    """Settings shared by the trainers of generating students."""
+    """Settings of all trainers of generating students."""
 
     max_input_tokens: Count = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
     max_new_tokens: Count = field(default=64, metadata={"help": "Answers are cut to this many tokens."})
@@ -80,8 +80,7 @@ class DistillationArguments(StudentArguments):
         default=512, metadata={"help": "Evaluate on at most this many inputs; null for all."}
     )
     sample_table_rows: Natural = field(
-        default=4,
-        metadata={"help": "Rows of the table of prompts, answers and rewards shown at each evaluation."},
+        default=4, metadata={"help": "Rows of the prompt / student / teacher / reward table shown at each evaluation."}
     )
 
     def __post_init__(self) -> None:
@@ -100,18 +99,16 @@ class SupervisedArguments(DistillationArguments):
     objective: Annotated[str, OneOf(IMITATION)] = field(
         default="sequence",
         metadata={
-            "help": "sequence: cross-entropy on the labels (SeqKD). Others: this divergence to the teacher at every "
-            "prefix of a label."
+            "help": "sequence: cross-entropy on the labels (SeqKD). Others: that divergence to the teacher at every "
+            "label prefix."
         },
     )
-    temperature: Positive = field(
-        default=1.0, metadata={"help": "Softmax temperature of teacher and student in a divergence."}
-    )
+    temperature: Positive = field(default=1.0, metadata={"help": "Divergences: temperature of both softmaxes."})
     alpha: Fraction | None = field(
-        default=None, metadata={"help": "Weight of the teacher in the mixture of skew_forward_kl; null: 0.1."}
+        default=None, metadata={"help": "Weight of the teacher in the mixture of skew_forward_kl; null is 0.1."}
     )
     beta: Fraction | None = field(
-        default=None, metadata={"help": "Weight of the teacher in the mixture of jensen_shannon; null: 0.5."}
+        default=None, metadata={"help": "Weight of the teacher in the mixture of jensen_shannon; null is 0.5."}
     )
     learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
 
@@ -135,7 +132,7 @@ class SupervisedArguments(DistillationArguments):
 
 @dataclass
 class OnPolicyArguments(DistillationArguments):
-    """Settings of all training on answers that the student samples itself."""
+    """Settings of rollouts, shared by all on-policy objectives."""
 
     rollouts_per_prompt: Count = field(default=4, metadata={"help": "Answers sampled for each prompt."})
     epochs_per_rollout: Count = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
@@ -188,50 +185,44 @@ class RLArguments(OnPolicyArguments):
     # Credit
     baseline: Annotated[str, OneOf(BASELINES)] = field(
         default="leave_one_out",
-        metadata={"help": "What is subtracted from the credit; it never changes the expected gradient."},
+        metadata={"help": "Subtracted from the credit; does not change the expected gradient."},
     )
-    gamma: Fraction = field(default=1.0, metadata={"help": "Discount factor, the same in reward and return."})
+    gamma: Fraction = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
     lam: Fraction = field(
-        default=0.2,
-        metadata={
-            "help": "Credit horizon, from 0, the immediate reward (safe, biased), to 1, the full return (unbiased)."
-        },
+        default=0.2, metadata={"help": "Credit horizon: 0 immediate regret (safe, biased) .. 1 full return (unbiased)."}
     )
-    k_step: Count = field(default=1, metadata={"help": "Only every K-th reward counts in the return (K-step); 1: all."})
+    k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
     one_step: Literal["exact", "sampled"] = field(
         default="exact",
         metadata={
-            "help": "Gradient of the immediate term: exact, over the whole vocabulary; sampled, of the sampled token."
+            "help": "exact: the immediate term's gradient over the whole vocabulary; sampled: of the drawn token."
         },
     )
     whiten_advantages: bool = field(
-        default=False, metadata={"help": "Scale advantages to mean 0 and standard deviation 1 over valid tokens."}
+        default=False, metadata={"help": "Scale advantages to mean 0, standard deviation 1 over valid tokens."}
     )
     # Loss
     loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = field(
-        default="token_mean",
-        metadata={"help": "How token losses are averaged, which decides how much long answers weigh."},
+        default="token_mean", metadata={"help": "How token losses are averaged; determines the weight of long answers."}
     )
     entropy_coef: NonNegative = field(default=0.0, metadata={"help": "Weight of the entropy bonus, nats per token."})
     kl_coef: NonNegative = field(
         default=0.05,
-        metadata={"help": "Weight of the KL penalty to the reference policy (the initial student); 0: off."},
+        metadata={"help": "Weight of the KL penalty to the reference policy (initial student); 0: off."},
     )
     kl_target: Positive | None = field(
-        default=None,
-        metadata={"help": "Adapt kl_coef to keep the KL at this many nats per token; null: kl_coef is constant."},
+        default=None, metadata={"help": "Target KL per token, reached by adapting kl_coef; null: kl_coef is fixed."}
     )
     kl_in: Literal["loss", "reward"] = field(
-        default="loss",
-        metadata={"help": "Where the KL penalty is added: the k3 estimate to the loss, or k1 to the reward."},
+        default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
     )
     value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
     value_clip_range: Positive = field(
-        default=5.0, metadata={"help": "Largest change of the critic's values per rollout batch, nats."}
+        default=5.0, metadata={"help": "Clip range of the critic's change per rollout batch, nats."}
     )
     weak_start: Literal["warn", "refuse", "ignore"] = field(
         default="warn",
-        metadata={"help": "What to do if regret per answer is not well below the price of an early end-of-sequence."},
+        metadata={"help": "If regret per sequence is not well below the cost of an early end-of-sequence."},
     )
     learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
 
@@ -263,23 +254,21 @@ class RLArguments(OnPolicyArguments):
 
 @dataclass
 class ReinforceArguments(RLArguments):
-    """REINFORCE: one pass over new rollouts, importance weights if the behaviour policy lags behind."""
+    """REINFORCE: one pass over fresh rollouts, off-policy weights when the behaviour policy lags."""
 
     importance_weight: Literal["none", "token", "cumulative"] = field(
-        default="cumulative",
-        metadata={"help": "Off-policy correction when the behaviour policy is older than the student."},
+        default="cumulative", metadata={"help": "Importance weights for a behaviour policy older than the student."}
     )
-    importance_cap: Positive = field(default=2.0, metadata={"help": "Importance weights are truncated at this value."})
+    importance_cap: Positive = field(default=2.0, metadata={"help": "Upper bound of the importance weights."})
 
 
 @dataclass
 class PPOArguments(RLArguments):
-    """PPO: several passes over each rollout batch, a clipped probability ratio, a learned critic."""
+    """PPO: several passes over each rollout batch, clipped ratio, learned critic."""
 
     epochs_per_rollout: Count = field(default=2, metadata={"help": "Passes over each batch of rollouts."})
     minibatches_per_rollout: Count = field(default=2, metadata={"help": "Optimizer steps per pass."})
     baseline: Annotated[str, OneOf(BASELINES)] = field(
-        default="critic",
-        metadata={"help": "What is subtracted from the credit; critic is GAE with a learned value head."},
+        default="critic", metadata={"help": "Subtracted from the credit; critic is GAE with a learned value head."}
     )
-    clip_range: Positive = field(default=0.2, metadata={"help": "The probability ratio is clipped to 1 +- this."})
+    clip_range: Positive = field(default=0.2, metadata={"help": "PPO's clip range: ratios are clipped to 1 +- this."})

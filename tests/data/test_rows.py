@@ -82,7 +82,7 @@ def test_columns_missing_in_the_first_row_are_kept(tmp_path):
             '{"a": 1}\n{"a": null}\n{"a": "x"}\n',
             ["column 'a' has type number in line 1 but str in line 3"],
         ),
-        ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "half of a surrogate pair"]),
+        ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "unpaired surrogate"]),
         ("a.json", '[{"a": 1},\n {"a" 2}]', ["a.json:2:7 is not valid JSON"]),
         ("a.json", '[{"a": 1}, 2]', ["entry 2 is a JSON int"]),
         ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv:3 has 3 cells, the header has 2 (a, b)"]),

@@ -1,4 +1,4 @@
-"""Settings for distilling encoder-only students; the student itself is made by `build_student`."""
+"""Settings of the distillation of encoder-only students; the student itself is cut by `build_student`."""
 
 from __future__ import annotations
 
@@ -17,72 +17,72 @@ CACHE_ORDER = ("none", "logits", "cls", "hidden")
 
 @dataclass
 class TKDArguments(StudentArguments):
-    """Terms of the loss and their weights, construction of the tree, cache of the teacher's outputs."""
+    """Terms of the loss and their weights, the tree, and the cache of teacher outputs."""
 
     # Loss
     preset: Annotated[str, OneOf(PRESETS)] = field(
-        default="tkd", metadata={"help": "Row of the paper's Table 1: the terms of the loss (docs/tkd.md)."}
+        default="tkd", metadata={"help": "Row of the paper's Table 1: which terms are on (docs/tkd.md)."}
     )
     w_ce: NonNegative = field(
-        default=0.5, metadata={"help": "Weight of the cross-entropy with the labels (1 in preset ft)."}
+        default=0.5, metadata={"help": "Weight of cross-entropy with the labels (1 in preset ft)."}
     )
-    w_kd: NonNegative = field(default=0.5, metadata={"help": "Weight of the KD term on the teacher's logits."})
+    w_kd: NonNegative = field(default=0.5, metadata={"help": "Weight of the teacher's logits."})
     beta: NonNegative = field(default=100.0, metadata={"help": "Weight of the patient-KD term: [CLS] at every layer."})
-    gamma_s: NonNegative = field(default=100.0, metadata={"help": "Weight of the tree in the student's attention."})
-    gamma_t: NonNegative = field(default=100.0, metadata={"help": "Weight of the tree in the teacher's attention."})
-    gamma_r: NonNegative = field(default=100.0, metadata={"help": "Weight of as many random tokens."})
-    eta: NonNegative = field(default=100.0, metadata={"help": "Weight of all tokens."})
+    gamma_s: NonNegative = field(
+        default=100.0, metadata={"help": "Weight of the tree grown in the student's attention."}
+    )
+    gamma_t: NonNegative = field(
+        default=100.0, metadata={"help": "Weight of the tree grown in the teacher's attention."}
+    )
+    gamma_r: NonNegative = field(
+        default=100.0, metadata={"help": "Weight of the term over random tokens, as many as in the tree."}
+    )
+    eta: NonNegative = field(default=100.0, metadata={"help": "Weight of the term over all tokens."})
     auto_scale: bool = field(
         default=False,
-        metadata={
-            "help": "Instead of beta, gamma and eta: scale each of their terms to equal CE + KD at its first step."
-        },
+        metadata={"help": "Replaces beta, gamma, eta: at its first step, each such term equals CE + KD."},
     )
     # Logits
     temperature: Positive = field(default=5.0, metadata={"help": "Softmax temperature of the KD term."})
     logit_loss: Literal["kl", "mse"] = field(
-        default="kl",
-        metadata={"help": "KD term: KL divergence at the temperature, or mean squared error of the logits."},
+        default="kl", metadata={"help": "KD term: KL at the temperature, or squared error of the logits."}
     )
-    noise_probability: Fraction = field(
-        default=0.0, metadata={"help": "Share of rows whose teacher logits are perturbed with noise."}
-    )
+    noise_probability: Fraction = field(default=0.0, metadata={"help": "Share of rows whose teacher logits get noise."})
     noise_deviation: NonNegative = field(default=0.5, metadata={"help": "Relative standard deviation of that noise."})
     # Hidden states
     normalise: bool = field(
-        default=True,
-        metadata={"help": "Normalise hidden states before comparing them; false compares them as they are."},
+        default=True, metadata={"help": "Compare normalised states; false: the states themselves (un-normalised PKD)."}
     )
     distance_reduction: Literal["mean", "sum"] = field(
-        default="mean", metadata={"help": "Reduction of squared distances; sum needs much smaller weights."}
+        default="mean", metadata={"help": "Reduction of squared distances; sum needs far smaller weights."}
     )
     layer_map: list[int] | None = field(
-        default=None, metadata={"help": "The teacher's layer for each student layer; null: evenly spaced."}
+        default=None, metadata={"help": "The teacher's layer for each student layer; null spreads them evenly."}
     )
     patience_last_layer: bool = field(
-        default=True, metadata={"help": "Include the last layer in the patient-KD term (eq. 7); PKD's authors do not."}
+        default=True, metadata={"help": "Last layer in the patient-KD term too (eq. 7); PKD's authors leave it out."}
     )
     # Tree
-    tree_m: Count = field(default=2, metadata={"help": "Number of children of each node."})
+    tree_m: Count = field(default=2, metadata={"help": "Children of each node."})
     tree_variant: Literal["algorithm1", "abstract", "flow"] = field(
-        default="algorithm1", metadata={"help": "The three definitions of the tree in the paper (docs/tkd.md)."}
+        default="algorithm1", metadata={"help": "Three readings of the paper's tree (docs/tkd.md)."}
     )
-    tree_multiplicity: bool = field(default=False, metadata={"help": "Count a token once per parent."})
+    tree_multiplicity: bool = field(default=False, metadata={"help": "Count a token once for each parent."})
     tree_exclude: list[Annotated[str, OneOf(("self", "cls", "sep"))]] = field(
         default_factory=list, metadata={"help": "Tokens that are never chosen."}
     )
     tree_start_epoch: NonNegative = field(
-        default=0.0, metadata={"help": "Until this epoch only the CE, KD and patient-KD terms are used."}
+        default=0.0, metadata={"help": "For this many epochs, only CE, KD and patient-KD are on."}
     )
     # Teacher and texts
     teacher_cache: Literal["none", "logits", "cls", "hidden"] = field(
         default="none", metadata={"help": "Teacher outputs to precompute and cache per row."}
     )
     teacher_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of that cache, to share between runs; null: inside output_dir."}
+        default=None, metadata={"help": "Folder of the cache, which runs can share; null: inside output_dir."}
     )
     max_length: Annotated[int, Ge(3)] = field(
-        default=128, metadata={"help": "Texts are truncated to this many tokens, [CLS] and [SEP] included."}
+        default=128, metadata={"help": "Texts are cut to this many tokens, [CLS] and [SEP] included."}
     )
     learning_rate: NonNegative = field(default=2e-5, metadata={"help": "Peak learning rate."})
 
@@ -109,7 +109,7 @@ class TKDArguments(StudentArguments):
             bool(logits) or not self.auto_scale,
             "auto_scale",
             True,
-            "scales terms to CE and KD: w_ce or w_kd must not be 0",
+            "scales to CE and KD: w_ce or w_kd must not be 0",
         )
 
     def _check_cache(self) -> None:
@@ -121,8 +121,8 @@ class TKDArguments(StudentArguments):
             )
         if "td_teacher" in self.weights:
             raise ConfigError(
-                f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} builds a tree in the teacher's "
-                "attention, which cannot be cached. Set it to none, or choose a preset without a teacher tree."
+                f"teacher_cache = {self.teacher_cache!r}: preset {self.preset!r} grows a tree in the teacher's "
+                "attention, which is not cached. Set it to none, or choose a preset without a teacher tree."
             )
         if CACHE_ORDER.index(self.teacher_cache) < CACHE_ORDER.index(self.teacher_needs):
             raise ConfigError(
@@ -132,7 +132,7 @@ class TKDArguments(StudentArguments):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each active term: those of the preset with a weight above 0."""
+        """Weight of each term that is on: those of the preset with a weight above 0."""
         if self.preset == "ft":
             return {"ce": 1.0}
         given = {
@@ -148,7 +148,7 @@ class TKDArguments(StudentArguments):
 
     @property
     def teacher_needs(self) -> str:
-        """What the loss needs of the teacher at least: 'none', 'logits', 'cls' or 'hidden'."""
+        """The minimum needed from the teacher: 'none', 'logits', 'cls' or 'hidden'."""
         if any(name in TREE_TERMS for name in self.weights):
             return "hidden"
         return "cls" if "pt" in self.weights else "logits" if "kd" in self.weights else "none"
