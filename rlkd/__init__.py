@@ -27,7 +27,8 @@ _MODULES = {
         "RlkdError",
     ),
     "evaluation.evaluator": ("Evaluator",),
-    "evaluation.probing": ("linear_probe", "majority_baseline"),
+    "evaluation.probing": ("linear_probe", "majority_baseline", "ProbeScore", "Split"),
+    "evaluation.samples": ("Sample",),
     "evaluation.task_metrics": ("classification_metrics", "RowMean", "TASK_METRICS"),
     "inspection.build": ("reward_view",),
     "inspection.reward_view": ("RewardView",),
@@ -93,7 +94,7 @@ _MODULES = {
     "sampling.rollouts": ("greedy_answers", "sample_rollouts"),
     "settings.parsing": ("parse_config", "run_main"),
     "settings.trl_compat": ("ModelConfig",),
-    "templates.template": ("load_templates",),
+    "templates.template": ("load_templates", "Rendered", "Template"),
     "trainers.arguments": (
         "OnPolicyArguments",
         "PPOArguments",
@@ -134,8 +135,11 @@ if TYPE_CHECKING:
     from .errors import ModelError as ModelError
     from .errors import RlkdError as RlkdError
     from .evaluation.evaluator import Evaluator as Evaluator
+    from .evaluation.probing import ProbeScore as ProbeScore
+    from .evaluation.probing import Split as Split
     from .evaluation.probing import linear_probe as linear_probe
     from .evaluation.probing import majority_baseline as majority_baseline
+    from .evaluation.samples import Sample as Sample
     from .evaluation.task_metrics import TASK_METRICS as TASK_METRICS
     from .evaluation.task_metrics import RowMean as RowMean
     from .evaluation.task_metrics import classification_metrics as classification_metrics
@@ -232,6 +236,8 @@ if TYPE_CHECKING:
     from .settings.parsing import parse_config as parse_config
     from .settings.parsing import run_main as run_main
     from .settings.trl_compat import ModelConfig as ModelConfig
+    from .templates.template import Rendered as Rendered
+    from .templates.template import Template as Template
     from .templates.template import load_templates as load_templates
     from .trainers.arguments import OnPolicyArguments as OnPolicyArguments
     from .trainers.arguments import PPOArguments as PPOArguments

@@ -162,7 +162,7 @@ def test_trl_is_imported_in_one_module():
 
 
 def recipe_code() -> Iterator[tuple[Path, ast.Module]]:
-    """Every recipe, and every code cell of the notebooks."""
+    """Every recipe, every code cell of the notebooks, and the Python blocks of README and the documents."""
     for path in sorted((ROOT / "recipes").rglob("*.py")):
         yield path, parse(path)
     for path in sorted((ROOT / "recipes").rglob("*.ipynb")):
@@ -170,6 +170,9 @@ def recipe_code() -> Iterator[tuple[Path, ast.Module]]:
             if cell["cell_type"] == "code":
                 lines = [line for line in "".join(cell["source"]).splitlines() if not line.startswith(("%", "!"))]
                 yield path, ast.parse("\n".join(lines))
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            yield path, ast.parse(block)
 
 
 def test_recipes_use_public_names():

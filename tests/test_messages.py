@@ -21,8 +21,7 @@ PROGRAMMING = {
     "__init__.py": {"AttributeError"},
     "settings/parsing.py": {"TypeError"},
     "templates/allowed.py": {"TypeError"},  # becomes a DataError where the template is rendered
-    "data/files.py": {"JSONDecodeError"},  # becomes a DataError, like that of templates
-    "templates/meter.py": {"ValueError"},
+    "data/files.py": {"JSONDecodeError"},  # becomes a DataError, as in templates
     "templates/parsing.py": {"ConstructorError"},
     "labels/labelling.py": {"StoppedError"},  # caught where shards are written
     "trainers/distillation.py": {"ValueError"},

@@ -1,8 +1,7 @@
-"""The notebooks: stripped, with public names only, and each running from top to bottom."""
+"""The notebooks: stripped, and each running from top to bottom."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -14,17 +13,8 @@ from typing import Any
 
 import pytest
 
-import rlkd
-
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "recipes" / "notebooks").glob("*.ipynb"))
-# Modules that may be imported besides the package itself: the documentation mentions each.
-DOCUMENTED = {
-    "rlkd.records": "README.md",
-    "rlkd.objectives.rewards": "docs/method.md",
-    "rlkd.objectives.attention_tree": "docs/tkd.md",
-    "rlkd.objectives.encoder": "docs/tkd.md",
-}
 MACHINE = re.compile(r"(?<![\w.~-])/(?:work|root|home|Users|tmp)/|[A-Z]:\\")
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -73,28 +63,6 @@ def test_what_is_not_stripped_is_found(change):
     assert not problems(notebook)
     cell.update(change)
     assert problems(notebook)
-
-
-@each
-def test_notebooks_use_documented_names(path):
-    for node in (node for cell in code(path) for node in ast.walk(ast.parse(cell))):
-        if isinstance(node, ast.Import):
-            assert not [alias.name for alias in node.names if alias.name.split(".")[0] == "rlkd"], (
-                "import names from it"
-            )
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rlkd":
-            names = {alias.name for alias in node.names}
-            if node.module == "rlkd":
-                assert names <= set(rlkd.__all__)
-            else:
-                assert node.module in DOCUMENTED, f"{node.module} is not documented"
-                assert not [name for name in names if name.startswith("_")]
-
-
-@pytest.mark.parametrize("module", DOCUMENTED)
-def test_modules_that_notebooks_use_are_documented(module):
-    names = (module.replace(".", "/") + ".py", module.split(".")[-1] + ".py")
-    assert any(name in (ROOT / DOCUMENTED[module]).read_text(encoding="utf-8") for name in names)
 
 
 @each

@@ -1,1 +1,1 @@
-"""Rows in, and the examples that both models see."""
+"""Rows from files and the hub, and the examples that teacher and student read."""

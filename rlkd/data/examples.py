@@ -1,4 +1,4 @@
-"""Rows as the two models see them: the teacher under every template, the student bare."""
+"""Rows as the two models read them: the teacher under every template, the student without."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ NOT_APPLICABLE = "template does not apply"
 
 @dataclass(frozen=True)
 class RowRenderer:
-    """How a row becomes what the two models read: the one place where that is decided. Fields as in `Examples`.
+    """Turns a row into the inputs of teacher and student. Fields as in `Examples`.
 
-    with_choices: prompts carry the templates' answer choices, to be ranked. Raises ConfigError if a template has none.
+    with_choices: prompts have the templates' answer choices, for ranking. Raises ConfigError if a template has none, or
+    if the student's input is not given.
     """
 
     templates: tuple[Template, ...]
@@ -55,7 +56,7 @@ class RowRenderer:
             )
 
     def __call__(self, number: int, row: dict[str, Any]) -> PromptedRow:
-        """The row under every template. A template that fails on it is a prompt with status `failed`."""
+        """The row under every template. Where a template fails, the prompt has status `failed`."""
         name = str(number if self.id_column is None else row[self.id_column])
         try:
             student = self._student_input(row)
@@ -72,11 +73,11 @@ class RowRenderer:
 
     @property
     def template_names(self) -> list[str]:
-        """One name per prompt of a row; 'none' for the bare input."""
+        """One name per prompt of a row; 'none' without templates."""
         return [template.name for template in self.templates] or ["none"]
 
     def wanted_columns(self) -> dict[str, str]:
-        """Role -> column, of the columns named and those the templates read; a target's columns may be absent."""
+        """Role -> column, of the named columns and those that template inputs read; those of targets may be absent."""
         named = {
             "student_column": self.student_column,
             "reference_column": self.reference_column,
@@ -88,7 +89,7 @@ class RowRenderer:
         )
 
     def check(self, where: str, row: dict[str, Any]) -> str | None:
-        """The row's id (None: its number). Raises BadRowError if a column holds no text, or the id is missing."""
+        """The row's id (None: its number). Raises BadRowError if a value is not text, or the id is missing."""
         if self.student_column is not None:
             value = row.get(self.student_column)
             if value is not None and type(value) is not str:
@@ -126,10 +127,10 @@ class RowRenderer:
 
 
 class PromptedRows:
-    """A source under templates, in flat memory: what `rlkd generate-pseudolabels` labels.
+    """A source under templates, in constant memory: the input of `rlkd generate-pseudolabels`.
 
-    row_map: what to rename and renumber first. earlier: `scan` of an earlier run; no new pass over the source is made
-    if it is still the same.
+    row_map: renaming and relabelling, done first. earlier: the `scan` of an earlier run, which is not repeated if the
+    source has not changed.
     Raises: DataError for rows, columns and ids that cannot be used, before anything is rendered.
     """
 
@@ -153,7 +154,7 @@ class PromptedRows:
         check_columns(list(kinds), render.wanted_columns(), source)
         if render.templates and "answer_choices" in kinds:
             raise DataError(
-                f"'{source}': a column is named 'answer_choices', which is reserved for templates. Rename the column."
+                f"'{source}': a column is named 'answer_choices', a name reserved for templates. Rename the column."
             )
         column = render.student_column
         if column is not None and kinds[column] not in ("str", "null", "string", "large_string"):
@@ -161,12 +162,12 @@ class PromptedRows:
 
     @property
     def scan(self) -> dict[str, Any]:
-        """What reading the source once has found, JSON-able."""
+        """The result of the pass over the source, JSON-serialisable."""
         return {**self.found.to_json(), "roles": self._roles}
 
     @property
     def total(self) -> int | None:
-        """Number of input rows, if it is known."""
+        """Number of input rows, None if unknown."""
         return self.found.rows
 
     @property
@@ -175,7 +176,7 @@ class PromptedRows:
         return [(t.name, t.id, t.fingerprint) for t in self.render.templates] or [("none", "", "")]
 
     def identity(self) -> dict[str, Any]:
-        """All of the input that decides labels, but the templates."""
+        """All parts of the input that labels depend on, except the templates."""
         render = self.render
         student = f"{render.student_template.source}" if render.student_template else None
         columns = {"input": render.student_column, "reference": render.reference_column, "id": render.id_column}
@@ -203,12 +204,12 @@ class PromptedRows:
 
 
 class Examples(Sequence[Example]):
-    """Rows rendered on access. The teacher reads each input under all templates (bare if there are none).
+    """Rows rendered on access. The teacher reads each input under all templates (as it is if there are none).
 
-    Args: student_column, what the student reads, or student_template in its place; reference_column, a text or a list
-    of texts, for evaluation only; id_column, unique values (by default the row number); source names the rows in
-    errors; seed is that of the templates' `choice` filters.
-    A row that some template does not apply to, or without student input, is left out: `skipped` counts such rows per
+    Args: student_column, what the student reads, or student_template instead; reference_column, a text or a list of
+    texts, for evaluation only; id_column, unique values (by default the row number); source, the name of the rows in
+    errors; seed, of the templates' `choice` filters.
+    Rows without student input, or to which some template does not apply, are skipped; `skipped` counts them per
     template name. Raises: DataError for missing or mistyped columns, repeated ids, or if no row is left.
     """
 
@@ -232,12 +233,12 @@ class Examples(Sequence[Example]):
 
     @property
     def template_names(self) -> list[str]:
-        """One name per teacher input of an example; 'none' for the bare input."""
+        """One name per teacher input of an example; 'none' without templates."""
         return self.render.template_names
 
     @cached_property
     def fingerprint(self) -> str:
-        """The first 16 digits of the SHA-256 of the templates and of all columns that are read."""
+        """The first 16 hexadecimal digits of the SHA-256 of the templates and of all columns that are read."""
         render = self.render
         student = render.student_template.fingerprint if render.student_template else None
         read = [t.fingerprint for t in self.templates], student, render.student_column, render.id_column, render.seed
@@ -263,7 +264,7 @@ class Examples(Sequence[Example]):
         return Example(row.id, row.student_input, texts, row.references)
 
     def _check(self, source: str) -> None:
-        """The columns named by the caller and those the templates read; unique ids."""
+        """Raise DataError unless the named columns and those of the templates exist, and ids are unique."""
         render = self.render
         check_columns(self.rows, render.wanted_columns(), source)
         if render.student_column is not None:
@@ -274,11 +275,11 @@ class Examples(Sequence[Example]):
             name, count = Counter(map(str, self.rows[render.id_column])).most_common(1)[0]
             if count > 1:
                 raise DataError(
-                    f"'{source}': id_column '{render.id_column}' has '{name}' {count} times. Ids must be unique."
+                    f"'{source}': id_column '{render.id_column}' contains '{name}' {count} times. Ids must be unique."
                 )
 
     def _applicable(self, source: str) -> list[int]:
-        """Row numbers under which every template and the student have an input; counts the others."""
+        """Numbers of the rows for which every template and the student have an input; the others are counted."""
         kept = []
         for number, row in enumerate(self.rows):
             prompted = self.render(number, row)
@@ -301,7 +302,11 @@ class Examples(Sequence[Example]):
                     "Choose other templates or columns."
                 )
             logger.warning(
-                "%s: %d of %d rows skipped, no input (%s)", source, len(self.rows) - len(kept), len(self.rows), reasons
+                "%s: skipped %d of %d rows without input (%s)",
+                source,
+                len(self.rows) - len(kept),
+                len(self.rows),
+                reasons,
             )
         return kept
 
@@ -311,9 +316,9 @@ def supervised_pairs(
 ) -> datasets.Dataset:
     """Every row under every template, with its gold target: columns id, student_input (the prompt) and label.
 
-    For training a teacher. Pairs without input or target are left out, counted by reason in the log; so are rows
+    For training a teacher. Pairs without input or target are skipped and counted by reason in the log; so are rows
     without a gold answer (see Template.lacks_label), which would render as "None" or as the last choice.
-    Raises DataError for a column the rows lack, or if no pair is left.
+    Raises DataError for a column that the rows lack, or if no pair is left.
     """
     import datasets
 
@@ -337,14 +342,14 @@ def supervised_pairs(
             "Choose templates with a target after '|||'."
         )
     if len(pairs) < total:
-        logger.warning("%s: %d of %d pairs left out (%s)", source, skipped.total(), total, reasons)
+        logger.warning("%s: skipped %d of %d pairs (%s)", source, skipped.total(), total, reasons)
     return datasets.Dataset.from_list(pairs)
 
 
 def check_template_columns(
     rows: datasets.Dataset | list[str], templates: list[Template], source: str, *, target: bool
 ) -> None:
-    """Raise DataError unless the rows have every column the inputs (with `target`, the targets too) read."""
+    """Raise DataError unless the rows have every column that the inputs (with `target`, also the targets) read."""
     check_columns(rows, _wanted_columns(templates, target=target), source)
 
 

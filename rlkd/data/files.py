@@ -1,7 +1,7 @@
-"""Local files record by record in flat memory, each record with its place, for errors.
+"""Local files, read record by record in constant memory; every record has its place in the file, for errors.
 
-Read here rather than by `datasets.load_dataset`: its errors never name the file or the line, and it takes the columns
-of JSON lines from their first row only. A reader splits a file into records cheaply and parses only those asked for.
+They are not read by `datasets.load_dataset`, whose errors name neither file nor line, and which takes the columns of
+JSON lines from the first row only. A reader splits a file into records cheaply and parses only the ones asked for.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class BadRowError(DataError):
-    """A row that cannot be used; other rows are not affected."""
+    """A row that cannot be used, in a source whose other rows can."""
 
 
 class Reader(Protocol):
-    """Records of one source. A record is raw until parsed, so that skipping is cheap.
+    """Records of one source. A record is raw until it is parsed, so that skipping is cheap.
 
-    cells: its values are all text, and whole numbers are recognised in it.
+    cells: all its values are text, from which whole numbers are recognised.
     """
 
     cells: bool
 
     def records(self) -> Iterator[tuple[int, Any]]:
-        """(place, raw record): its first line, or its number in formats without lines."""
+        """(place, raw record): the line it starts in, or its number in sources without lines."""
         ...
 
     def parse(self, place: int, raw: Any) -> dict[str, Any]:
-        """The row of a record. Raises BadRowError naming the place."""
+        """The row of a record. Raises BadRowError with the place."""
         ...
 
     def where(self, place: int) -> str:
@@ -53,7 +53,7 @@ class Reader(Protocol):
 def open_local(path: Path, split: str, *, columns: Sequence[str] | None = None, quoted: bool = True) -> Reader:
     """The reader of a file or of a folder of parquet shards; columns and quoted as in `Cells`.
 
-    Raises DataError for unknown or empty files, and for columns or quoted with other than .csv and .tsv.
+    Raises DataError for unknown or empty files, and for columns or quoted with files other than .csv and .tsv.
     """
     if (columns is not None or not quoted) and (path.is_dir() or path.suffix.lower() not in (".csv", ".tsv")):
         raise DataError(f"{path}: only a .csv or .tsv file takes columns or quoted. Leave them out.")
@@ -119,7 +119,7 @@ class JsonLines:
 
 
 class JsonArray:
-    """One JSON array of objects, decoded entry by entry. What is not JSON cannot be skipped: its end is unknown."""
+    """One JSON array of objects, decoded entry by entry. Invalid JSON cannot be skipped: where it ends is unknown."""
 
     cells = False
 
@@ -131,7 +131,7 @@ class JsonArray:
 
     def records(self) -> Iterator[tuple[int, Any]]:
         decode = json.JSONDecoder().raw_decode
-        text, position, number, before = "", 0, 0, ""  # before: the dropped text's last line, after its line breaks
+        text, position, number, before = "", 0, 0, ""  # before: the last, unfinished line of the text already dropped
         lines, ended, wanted = 0, False, "["
         with self.path.open(encoding="utf-8-sig", newline="") as file:
             while True:
@@ -142,7 +142,7 @@ class JsonArray:
                     elif not wanted and (number or text[position : position + 1] != "]"):
                         row, end = decode(text, position)
                         if end == len(text) and not ended:
-                            raise json.JSONDecodeError("unfinished", text, end)  # a number may continue
+                            raise json.JSONDecodeError("unfinished", text, end)  # may continue in the next chunk
                         number, position, wanted = number + 1, end, ","
                         yield number, row
                     elif text[position : position + 1] == "]" and not SPACE.sub("", text[position + 1 :], count=1):
@@ -179,10 +179,10 @@ class JsonArray:
 
 
 class Cells:
-    """A CSV or TSV file; every value as text.
+    """A CSV or TSV file; every value is text.
 
-    columns names those of a file without a header line. Without `quoted` a quote is a character like any other, and a
-    line is a row. Raises DataError for columns that are not named once each.
+    columns: the column names of a file without a header line. quoted: if False, quotes are ordinary characters and
+    every line is a row. Raises DataError for repeated or empty column names.
     """
 
     cells = True
@@ -233,7 +233,7 @@ class Cells:
         return header
 
     def _lines(self, file: Any) -> Iterator[str]:
-        """Text of each line; a byte that is not UTF-8 becomes a surrogate, so that its own line can be named."""
+        """The text of each line; bytes that are not UTF-8 become surrogates, so that an error can name their line."""
         for number, line in enumerate(file):
             yield (line if number else line.removeprefix(BOM)).decode("utf-8", "surrogateescape")
 
@@ -291,7 +291,7 @@ class ParquetFiles:
 
 
 def same_schema(files: list[Path]) -> pa.Schema:
-    """The schema that all files share. Raises DataError naming the file that does not fit."""
+    """The schema that all files share. Raises DataError with the file that differs."""
     schemas = []
     for file in files:
         try:
@@ -300,7 +300,7 @@ def same_schema(files: list[Path]) -> pa.Schema:
             raise unreadable(file, error) from error
         if schemas[-1].names != schemas[0].names or schemas[-1].types != schemas[0].types:
             raise DataError(
-                f"{file} has different columns from {files[0].name}.\n  {file.name}: {_columns(schemas[-1])}\n"
+                f"{file} and {files[0].name} have different columns.\n  {file.name}: {_columns(schemas[-1])}\n"
                 f"  {files[0].name}: {_columns(schemas[0])}\n"
                 "Shards of one folder must have the same columns, in the same order."
             )
@@ -308,12 +308,12 @@ def same_schema(files: list[Path]) -> pa.Schema:
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
-    """The error of a parquet file that is damaged."""
+    """The error of a damaged parquet file."""
     return DataError(f"{path} is not a readable parquet file: {first_line(error)}. Write it again.")
 
 
 def allowed_sources() -> str:
-    """What a data set may be, in words."""
+    """The sources that a data set can come from, in words."""
     return f"a {', '.join(SUFFIXES)} file, a folder of parquet shards, or a hub data set (owner/name)"
 
 
@@ -326,7 +326,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
     """The parquet files of a folder; only those of `split` if they are named by split."""
     files = sorted(folder.glob("*.parquet"))
     if not files:
-        raise DataError(f"folder {folder} has no .parquet files. Name one file instead. Allowed: {allowed_sources()}.")
+        raise DataError(f"folder {folder} has no .parquet files. Name a file instead. Allowed: {allowed_sources()}.")
     names = {file: re.split(r"[-_.]", file.name)[0] for file in files}
     if split in names.values():
         return [file for file in files if names[file] == split]
@@ -340,7 +340,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
 
 
 def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
-    """JSON may escape an unpaired surrogate (\\ud800), which tokenizers and files cannot encode."""
+    """Raise BadRowError for an unpaired surrogate (\\ud800): JSON can escape it, but UTF-8 cannot encode it."""
     for name, value in row.items():
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()

@@ -1,4 +1,4 @@
-"""Classification data sets, single sentences and pairs: GLUE, TREC, SST-5 from the hub, or a table of your own."""
+"""Classification data sets of single texts and pairs: GLUE, TREC and SST-5 from the hub, or your own tables."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .rows import OnBadRow, check_columns, check_text_column, load_rows
 
 @dataclass(frozen=True)
 class TableLayout:
-    """The columns of a table of labelled texts.
+    """The columns and the format of a table of labelled texts.
 
     text     column of the first text; pair, of the second, None for single texts
-    label    column of the label; None if no row has one: a transfer set for the teacher's outputs
-    columns  names of the columns of a .csv or .tsv file without a header
-    quoted   False where quotes in a .csv or .tsv file are characters like any other
+    label    column of the label; None if there is none: a transfer set, for training on the teacher's outputs alone
+    columns  column names of a .csv or .tsv file without a header
+    quoted   False if quotes in a .csv or .tsv file are ordinary characters
     """
 
     text: str = "text"
@@ -35,13 +35,13 @@ DEFAULT_LAYOUT = TableLayout()
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Where a data set is, and how it is read and scored.
+    """A data set: where it is, how it is read and how it is scored.
 
     source, subset   repository on the hub, and its subset
     layout           columns on the hub; raw, those of the .tsv files as GLUE distributes them (all but the test files)
     labels           names, in the order of their indices
     metrics          names in `rlkd.evaluation.task_metrics.CLASSIFICATION_METRICS`
-    submissions      (test split, the GLUE server's file for it); submits_names, whether it wants labels by name
+    submissions      (test split, file name for the GLUE server); submits_names, whether the file has labels by name
     """
 
     source: str
@@ -131,11 +131,11 @@ def load_task(
     limit: int | None = None,
     on_bad_row: OnBadRow = "fail",
 ) -> list[dict[str, Any]]:
-    """Rows {text, text_pair, label} of a split of a data set; label is None where the set hides it.
+    """Rows {text, text_pair, label} of a split of a data set; label is None where the data set hides it.
 
-    They come from the hub, or from a local `file`: a .tsv of a GLUE task is read as GLUE distributes it (one of a
-    split named test* has no labels), any other file by the hub's columns. on_bad_row: `fail`, or `skip` those that
-    cannot be read (QQP's training file has some). Raises as `load_labelled` does.
+    They come from the hub, or from a local `file`: a .tsv file of a GLUE task is read in GLUE's own format (without
+    labels if the split is named test*), any other file with the columns of the hub. on_bad_row: `fail`, or `skip` rows
+    that cannot be read (QQP's training file has some). Raises as `load_labelled` does.
     """
     found = find_task(task)
     layout = found.layout
@@ -194,10 +194,10 @@ def load_labelled(
 
 
 def find_labels(values: Iterable[Any]) -> tuple[str, ...]:
-    """The label set of a column, for data that bring none: names sorted, or the numbers from 0 (or from the smallest,
+    """The label set of a column, for data without one: the names, sorted, or the numbers from 0 (or from the smallest,
     if that is larger) to the largest.
 
-    Take it from the training rows, so that a label that only occurs in held-out rows is detected.
+    Take it from the training rows, so that a label that only held-out rows have is detected.
     """
     seen = {value for value in values if not _hidden(value)}
     if seen and all(type(value) is int for value in seen):
@@ -206,7 +206,7 @@ def find_labels(values: Iterable[Any]) -> tuple[str, ...]:
 
 
 def label_indices(values: Iterable[Any], labels: Sequence[str], source: str) -> list[int | None]:
-    """The index of each value, a name of `labels` or (unless names are numbers) an index itself; None where hidden.
+    """The index of each value: a name of `labels` or, unless names are numbers, an index itself; None if hidden.
 
     Raises DataError for any other value.
     """
@@ -229,7 +229,7 @@ def label_indices(values: Iterable[Any], labels: Sequence[str], source: str) -> 
 
 
 def write_submission(folder: str | Path, task: TaskName, split: str, predictions: Sequence[int]) -> Path:
-    """Write the predicted labels (indices, in the split's order) as the GLUE server wants them; returns the file.
+    """Write predicted labels (indices, in the order of the split) in the GLUE server's format; returns the file.
 
     Raises ConfigError for an unknown task, and for a split that is not one of its test splits.
     """

@@ -1,4 +1,4 @@
-"""Data sets of the hub, whole or as a stream."""
+"""Data sets of the hub, loaded or streamed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..templates.aliases import hub_id
 from .files import allowed_sources, first_line
 
 
-def load_hub(source: str, split: str, subset: str | None, revision: str | None, *, streaming: bool) -> Any:
-    """A data set of the hub, by its id or its old name (see `aliases`). Raises DataError if it cannot be loaded."""
+def load_hub(source: str, split: str, subset: str | None, revision: str | None = None, *, streaming: bool) -> Any:
+    """A data set of the hub, by its id or former name (see `aliases`). Raises DataError if it cannot be loaded."""
     try:
         return datasets.load_dataset(hub_id(source), subset, split=split, revision=revision, streaming=streaming)
-    # The library, the hub client and the HTTP stack each have errors of their own; to the user all mean the same.
+    # The library, the hub client and the HTTP stack each have their own errors; to the user all mean the same.
     except Exception as error:
         home = f"'{source}'" if hub_id(source) == source else f"'{source}' ({hub_id(source)} on the hub)"
         wanted = home + (f", subset '{subset}'" if subset else "") + f", split '{split}'"
@@ -28,16 +28,16 @@ def load_hub(source: str, split: str, subset: str | None, revision: str | None, 
 
 
 class HubRows:
-    """Rows of a hub data set, streamed; from the local cache where the hub cannot be reached."""
+    """Rows of a hub data set, streamed; from the local cache if the hub cannot be reached."""
 
     cells = False
 
-    def __init__(self, source: str, split: str, subset: str | None, revision: str | None):
-        self.source, self.split, self.subset, self.revision = source, split, subset, revision
+    def __init__(self, source: str, split: str, subset: str | None):
+        self.source, self.split, self.subset = source, split, subset
         try:
-            self.rows = load_hub(source, split, subset, revision, streaming=True)
+            self.rows = load_hub(source, split, subset, streaming=True)
         except DataError:
-            self.rows = load_hub(source, split, subset, revision, streaming=False)
+            self.rows = load_hub(source, split, subset, streaming=False)
 
     def where(self, place: int) -> str:
         return f"'{self.source}', row {place}"
@@ -48,7 +48,7 @@ class HubRows:
             for row in self.rows:
                 number += 1
                 yield number, row
-        # As in `load_hub`: whatever a download raises.
+        # As in `load_hub`: a download raises errors of many kinds.
         except Exception as error:
             raise DataError(
                 f"{self.where(number + 1)} cannot be read: {type(error).__name__}: {first_line(error)}. "
@@ -59,25 +59,25 @@ class HubRows:
         return raw
 
     def columns(self) -> dict[str, str]:
-        """Column -> type, from the data set's card or else from its first row."""
+        """Column -> type, from the data set's card or from its first row."""
         if self.rows.features:
             return {name: str(getattr(kind, "dtype", kind)) for name, kind in self.rows.features.items()}
         first: dict[str, Any] = next(iter(self.rows), {})
         return {name: type(value).__name__ for name, value in first.items()}
 
     def count(self, limit: int | None) -> int | None:
-        """Number of rows as the hub states it; None if unknown, or if a limit makes it only a bound."""
+        """The number of rows according to the hub, at most `limit`; None if the hub does not give it."""
         known = (self.rows.info.splits or {}).get(self.split)
         if known is None or not known.num_examples:
             return None
         return min(known.num_examples, limit or known.num_examples)
 
     def identity(self) -> dict[str, Any]:
-        """Repository, subset, split and the commit that was read, where the hub gives it."""
+        """Repository, subset, split and the commit that is read, None if the hub cannot be reached."""
         from huggingface_hub import HfApi
 
         try:
-            commit = HfApi().dataset_info(hub_id(self.source), revision=self.revision).sha
-        except Exception:  # offline: the name is all there is
-            commit = self.revision
+            commit = HfApi().dataset_info(hub_id(self.source)).sha
+        except Exception:  # offline
+            commit = None
         return {"dataset": self.source, "subset": self.subset, "split": self.split, "commit": commit}

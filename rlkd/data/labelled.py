@@ -1,4 +1,4 @@
-"""Labelled sentences and pairs as token ids, for classifiers."""
+"""Labelled texts and pairs of texts as token ids, for classifiers."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ UNLABELLED = -100
 
 
 class EncodedTexts(Sequence[dict[str, Any]]):
-    """Rows {text, text_pair (or none), label (or none)} tokenised once, each with its index for the teacher's cache.
+    """Rows {text, text_pair (or None), label (or None)}, tokenised, each with its index for the teacher's cache.
 
-    Args: rows; tokenizer, fast; max_length, tokens to cut to; num_labels, to check labels against. A row without a
-    label trains on the teacher alone. Raises DataError for no rows, a text that is none, a label not in the label set,
-    or a pair task with a single sentence; ModelError for a tokenizer that cannot pad.
+    Args: rows; tokenizer, a fast one; max_length, tokens to cut texts to; num_labels, to check labels against. A row
+    without a label is trained on the teacher's outputs alone. Raises DataError if there are no rows, a text is missing
+    or not a string, a label is outside the set, or only some rows are pairs; ModelError if the tokenizer has no padding
+    token.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, num_labels: int):
         if not rows:
             raise DataError("no rows: at least one text is needed")
         if tokenizer.pad_token_id is None:
-            raise ModelError("the tokenizer has no padding token. Set its pad_token to one that the model knows.")
+            raise ModelError("the tokenizer has no padding token. Set its pad_token to one in the model's vocabulary.")
         self.pad_id = int(tokenizer.pad_token_id)
         first = [row.get("text") for row in rows]
         second = [row.get("text_pair") for row in rows]
         alone = [i for i, text in enumerate(second) if text is None]
         if alone and len(alone) < len(second):
             raise DataError(
-                f"rows {', '.join(map(str, alone[:5]))}: text_pair is missing, but other rows have it. A pair task "
-                "needs two sentences in every row."
+                f"rows {', '.join(map(str, alone[:5]))}: text_pair is missing, but other rows have one. A pair task "
+                "needs two texts in every row."
             )
         for i, pair in enumerate(zip(first, second, strict=True)):
             if not all(isinstance(text, str) for text in pair[: 1 if alone else 2]):
@@ -60,7 +61,7 @@ class EncodedTexts(Sequence[dict[str, Any]]):
         return [len(ids) for ids in self.ids["input_ids"]]
 
     def digest(self) -> str:
-        """SHA-256 of everything a model reads, labels left out."""
+        """SHA-256 of everything a model reads, without the labels."""
         digest = sha256()
         for name in self.names:
             for ids in self.ids[name]:
@@ -69,7 +70,7 @@ class EncodedTexts(Sequence[dict[str, Any]]):
 
     @property
     def fingerprint(self) -> str:
-        """The first 16 digits of the SHA-256 of everything that trains, labels included."""
+        """The first 16 hexadecimal digits of the SHA-256 of all training data, labels included."""
         return sha256(f"{self.digest()} {self.labels}".encode()).hexdigest()[:16]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class EncodedTexts(Sequence[dict[str, Any]]):
         return batch
 
     def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """All rows, the shortest first: the numbers of `size` rows, and what a model reads of them."""
+        """All rows, shortest first, in batches of `size`: the rows' numbers and the model's inputs."""
         lengths = self.lengths
         order = sorted(range(len(self)), key=lambda i: (lengths[i], i))
         for start in range(0, len(order), size):
@@ -93,12 +94,12 @@ class EncodedTexts(Sequence[dict[str, Any]]):
 
 
 def labelled_rows(rows: Sequence[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:
-    """The rows that have a label, where others cannot be used. Raises DataError if there is none."""
+    """The rows that have a label; the others are counted in a warning. Raises DataError if no row has one."""
     kept = [row for row in rows if row.get("label") is not None]
     if not kept:
         raise DataError(f"{role}: none of {len(rows)} rows has a label, and only labelled rows are used here")
     if len(kept) < len(rows):
-        logger.warning("%s: %d of %d rows have no label and are left out", role, len(rows) - len(kept), len(rows))
+        logger.warning("%s: skipping %d of %d rows, which have no label", role, len(rows) - len(kept), len(rows))
     return kept
 
 
@@ -107,12 +108,12 @@ def _label(index: int, label: Any, num_labels: int) -> int:
         return UNLABELLED
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_labels:
         raise DataError(
-            f"row {index}: label {label!r} is not in the label set: allowed are the whole numbers 0 to "
-            f"{num_labels - 1}, or none for a row that trains on the teacher alone"
+            f"row {index}: label {label!r} is outside the set: allowed are the whole numbers 0 to {num_labels - 1}, or "
+            "None for a row that is trained on the teacher's outputs alone"
         )
     return label
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the model itself reads."""
+    """The entries of a batch that the model reads."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

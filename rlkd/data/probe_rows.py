@@ -1,4 +1,4 @@
-"""Rows of a probing task: tables of your own, or one file in SentEval's format."""
+"""Rows of a probing task, from tables or from one file in SentEval's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .glue import DEFAULT_LAYOUT, TableLayout, find_labels, load_labelled
 from .rows import check_columns, check_limit, load_rows
 
 SPLITS = {"tr": "train", "va": "validation", "te": "test"}
-HELD_OUT = 0.1  # of the training rows, where there are no validation rows
+HELD_OUT = 0.1  # share of the training rows, if there are no validation rows
 Row = dict[str, Any]
 
 
@@ -30,14 +30,14 @@ class ProbeRows:
 
 
 def read_task_file(file: str, *, limit: int | None = None, seed: int = 0) -> ProbeRows:
-    """A file of lines `split<TAB>label<TAB>text` without header or quoting, split tr, va or te (SentEval's format).
+    """A file in SentEval's format: lines `split<TAB>label<TAB>text`, split tr, va or te, without header or quoting.
 
-    limit keeps the first rows of each split. Raises DataError, naming file and line of what cannot be used.
+    limit keeps the first rows of each split. Raises DataError with the file and line of the first bad row.
     """
     check_limit(limit)
     path = Path(file)
     if not path.is_file():
-        raise DataError(f"'{file}' is not a file. Give one of lines split<TAB>label<TAB>text, split tr, va or te.")
+        raise DataError(f"'{file}' is not a file. Give one with lines split<TAB>label<TAB>text, split tr, va or te.")
     reader = Cells(path, "\t", columns=("split", "label", "text"), quoted=False)
     rows: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for place, raw in reader.records():
@@ -65,9 +65,9 @@ def read_tables(
     limit: int | None = None,
     seed: int = 0,
 ) -> ProbeRows:
-    """Tables as `load_labelled` reads them. Without validation a tenth of the training rows is, drawn by `seed`.
+    """Tables as `load_labelled` reads them. Without validation rows, a tenth of the training rows, drawn with `seed`.
 
-    limit keeps the first rows of each. Raises DataError for what cannot be used.
+    limit keeps the first rows of each table. Raises DataError for rows and labels that cannot be used.
     """
     assert layout.label is not None
     values: list[Any] = []
@@ -96,8 +96,8 @@ def _checked(
         if row["label"] not in known:
             raise DataError(
                 f"{row['where']}: the label '{classes[row['label']]}' never occurs in the training rows (those have "
-                f"{', '.join(classes[i] for i in sorted(known)[:10])}), so a probe cannot predict it. Remove such "
-                "rows, or train on more."
+                f"{', '.join(classes[i] for i in sorted(known)[:10])}), so no probe can predict it. Remove such rows, "
+                "or train on more."
             )
     if not validation:
         order = np.random.default_rng(seed).permutation(len(train)).tolist()
@@ -106,7 +106,7 @@ def _checked(
         train = [row for i, row in enumerate(train) if i not in held_out]
     if len(_labels(train)) < 2:
         found = ", ".join(classes[i] for i in _labels(train)) or "none"
-        raise DataError(f"the training rows have fewer than 2 labels ({found}): there is nothing to classify.")
+        raise DataError(f"the training rows have fewer than 2 labels ({found}): a probe needs at least two.")
     return ProbeRows(classes, train, validation, test)
 
 

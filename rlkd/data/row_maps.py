@@ -1,4 +1,4 @@
-"""Rows renamed and renumbered to what templates expect: `--column-map` and `--label-map`."""
+"""Renaming of columns and relabelling, to what templates expect: `--column-map` and `--label-map`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUMBER = re.compile(r"-?\d+")
 
 @dataclass(frozen=True)
 class RowMap:
-    """What to change in each row: columns, old name -> new one, then labels, column (new name) -> old -> new value."""
+    """Changes of each row: columns, old name -> new name, then labels, column (new name) -> old value -> new value."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class RowMap:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A changed copy of a row; the row itself if there is nothing to change.
 
-        Missing labels (None, -1) stay unless the map names them.
+        Missing labels (None, -1) are kept unless the map has them.
 
         Raises: DataError for a column the row lacks, two columns of one name, or a label the map does not know.
         """
@@ -44,7 +44,7 @@ class RowMap:
         return changed
 
     def names(self, columns: Sequence[str]) -> list[str]:
-        """The names of columns after the change, in order. Raises DataError as the call does."""
+        """The column names after the change, in order. Raises DataError as the call does."""
         missing = [name for name in self.columns if name not in columns]
         if missing:
             raise DataError(
@@ -53,11 +53,11 @@ class RowMap:
             )
         names = [self.columns.get(name, name) for name in columns]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise DataError(f"column_map: two columns would be named '{twice[0]}'. Rename the other one too.")
+            raise DataError(f"column_map: two columns would have the name '{twice[0]}'. Rename the other one too.")
         return names
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON: keys are strings."""
+        """The JSON form, whose keys are strings."""
         return json.loads(
             json.dumps({"columns": dict(self.columns), "labels": {c: dict(v) for c, v in self.labels.items()}})
         )
@@ -76,17 +76,15 @@ def parse_row_map(column_map: Sequence[str] = (), label_map: Sequence[str] = ())
 
     column_map  `old=new[,old=new...]`, or JSON {"old": "new"}; repeatable
     label_map   `[column:]old=new[,old=new...]`, or JSON {"column": {"old": new}}; repeatable; by default the column is
-                `label`, after column_map. Whole numbers are numbers.
-    Raises: ConfigError that shows the form wanted.
+                `label`, after column_map. Whole numbers are read as numbers.
+    Raises: ConfigError that shows the expected form.
     """
     columns: dict[str, str] = {}
     for text in column_map:
         columns |= _mapping(text) if text.lstrip().startswith("{") else dict(_pairs(text, "--column-map", "old=new"))
     bad = [name for name, new in columns.items() if not isinstance(new, str) or not name or not new]
     if bad:
-        raise ConfigError(
-            f"--column-map: '{bad[0]}' maps to {columns[bad[0]]!r}; the new name of a column must be a string."
-        )
+        raise ConfigError(f"--column-map: '{bad[0]}' maps to {columns[bad[0]]!r}; a column's new name must be text.")
     labels: dict[str, dict[Any, Any]] = {}
     for text in label_map:
         if text.lstrip().startswith("{"):
@@ -122,7 +120,7 @@ def _pairs(text: str, flag: str, form: str) -> list[tuple[str, str]]:
         raise ConfigError(f"{flag} '{text}': write {form}[,old=new...], or JSON for names with '=' or ','.")
     names = [old.strip() for old, _ in pairs]
     if len(set(names)) < len(names):
-        raise ConfigError(f"{flag} '{text}': a name occurs twice on the left. Give each name once.")
+        raise ConfigError(f"{flag} '{text}': a name is given twice on the left. Give each once.")
     return [(old.strip(), new.strip()) for old, new in pairs]
 
 

@@ -1,5 +1,5 @@
 """Rows from the hub or from local files, checked before any model loads: as a table (`load_rows`), or as a stream in
-flat memory (`RowStream`). Both give the same rows.
+constant memory (`RowStream`). Both give the same rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .files import (
 )
 
 if TYPE_CHECKING:
-    # Imported where a data set is built: it takes most of a second, and reading local rows does not need it.
+    # Imported only where a data set is created: it takes most of a second, and reading local rows does not need it.
     import datasets
 
 logger = logging.getLogger(__name__)
@@ -58,12 +58,12 @@ def load_rows(
     """Rows of a local file, of a folder of parquet shards, or of a hub data set.
 
     Args: source, a path (.jsonl, .json, .csv, .tsv, .parquet, or a folder) or a hub id; split, a hub split, or the
-    shards `<split>*.parquet` of a folder whose shards are named by split (one file has one split, whatever its name);
-    subset and revision, of a hub data set only; limit keeps the first rows; columns, the names in a CSV or TSV file
-    without a header; quoted False where quotes in such a file mean nothing (GLUE); on_bad_row, as in `RowStream`.
-    In CSV and TSV a column of whole numbers only is read as integers, every other one as text.
-    Raises: DataError that names the file, the line where there is one, and the remedy; ConfigError for another
-    on_bad_row.
+    shards `<split>*.parquet` of a folder whose shards are named by split (a single file has one split, whatever this
+    says); subset and revision, of a hub data set; limit keeps the first rows; columns, the column names of a CSV or TSV
+    file without a header; quoted, False if quotes in such a file are ordinary characters (GLUE); on_bad_row, as in
+    `RowStream`.
+    In CSV and TSV files a column of whole numbers only is read as integers, all others as text.
+    Raises: DataError that names the file, the line if there is one, and the remedy; ConfigError for another on_bad_row.
     """
     check_choice("on_bad_row", on_bad_row, OnBadRow)
     check_limit(limit)
@@ -79,8 +79,10 @@ def load_rows(
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def local_path(source: str, *, split: str, subset: str | None, revision: str | None) -> Path | None:
-    """The path of a local source, None for a hub id. Raises DataError if it is neither, or for hub-only settings."""
+def local_path(
+    source: str, *, split: str = "train", subset: str | None = None, revision: str | None = None
+) -> Path | None:
+    """The path of a local source, None for a hub id. Raises DataError if it is neither, or local with hub settings."""
     path = Path(source).expanduser()
     if path.exists():
         if subset or revision or "[" in split:
@@ -106,12 +108,12 @@ def no_rows(source: str, split: str) -> DataError:
 
 
 def check_columns(rows: datasets.Dataset | list[str], wanted: dict[str, str], source: str) -> None:
-    """Raise DataError unless every column of `wanted` (role -> column) exists; the error lists wanted and found."""
+    """Raise DataError, listing missing and present columns, unless every column of `wanted` (role -> column) exists."""
     found = rows if isinstance(rows, list) else rows.column_names
     missing = [f"{role}: '{name}'.{nearest(name, found)}" for role, name in wanted.items() if name not in found]
     if missing:
         raise DataError(
-            f"'{source}' lacks {len(missing)} of the columns asked for.\n  missing  "
+            f"'{source}' lacks {len(missing)} of the requested columns.\n  missing  "
             + "\n           ".join(missing)
             + f"\n  found    {', '.join(found)}\nName one of the columns found, or rename the column in the data."
         )
@@ -129,15 +131,15 @@ def check_text_column(dataset: datasets.Dataset, column: str, source: str, *, li
 
 
 def not_text(place: str, column: str, found: Any, *, lists: bool) -> BadRowError:
-    """The error of a column, or of one row's cell, that must hold text."""
+    """The error of a column, or of one row's value, that must be text."""
     allowed = "text or lists of texts" if lists else "text"
     return BadRowError(
-        f"'{place}': column '{column}' holds {found}, not {allowed}. Convert it, or name another column."
+        f"'{place}': column '{column}' contains {found}, not {allowed}. Convert it, or name another column."
     )
 
 
 def read_parquet(files: list[Path]) -> datasets.Dataset:
-    """The rows of parquet files, in the order given. Raises DataError naming the file that does not fit."""
+    """The rows of parquet files, in the order given. Raises DataError with the file that is damaged or differs."""
     import datasets
 
     same_schema(files)
@@ -151,14 +153,14 @@ def read_parquet(files: list[Path]) -> datasets.Dataset:
 
 
 class Columns:
-    """Names and types of the columns, inferred row by row. CSV has text only: whole numbers are recognised in it."""
+    """Names and types of the columns, inferred row by row; in CSV, where all values are text, whole numbers too."""
 
     def __init__(self, kinds: dict[str, str] | None = None):
         self.kinds: dict[str, str] = dict(kinds or {})
         self._first: dict[str, int] = {}
 
     def add(self, place: int, row: dict[str, Any], reader: Reader) -> None:
-        """Learn from a row. Raises BadRowError if a value is of another type than those before it."""
+        """Take a row into account. Raises BadRowError if a value's type differs from that in earlier rows."""
         kinds, cells = self.kinds, reader.cells
         for name, value in row.items():
             kind = KINDS.get(type(value)) or type(value).__name__
@@ -177,7 +179,7 @@ class Columns:
                 )
 
     def complete(self, *, cells: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """A function that gives a row every column and one type of number per column, as a table would."""
+        """A function that completes a row as in a table: all columns, and one type of number per column."""
         width, empty = len(self.kinds), dict.fromkeys(self.kinds)
         kind, to = ("integer", int) if cells else ("number", float)
         numbers = [name for name, known in self.kinds.items() if known == kind]
@@ -199,8 +201,8 @@ def _shown(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a pass over a source found: rows that can be used, columns (name -> type), the places of bad rows, and
-    `identity`, which changes when the data do. rows is None where only reading tells (hub data).
+    """What a pass over a source found: identity, which changes with the data; columns, name -> type; rows, the number
+    of usable rows, None if unknown before reading (hub data); bad, the places of bad rows.
     """
 
     identity: dict[str, Any]
@@ -213,9 +215,9 @@ class Scan:
 
 
 class RowStream:
-    """Rows of a source in order, in flat memory; arguments as in `load_rows`.
+    """Rows of a source in order, in constant memory; arguments as in `load_rows`.
 
-    on_bad_row: `fail` at the first row that cannot be used, or `skip` such rows, counting them.
+    on_bad_row: `fail` at the first row that cannot be used, or `skip` such rows and count them.
     """
 
     def __init__(
@@ -224,24 +226,23 @@ class RowStream:
         *,
         split: str = "train",
         subset: str | None = None,
-        revision: str | None = None,
         limit: int | None = None,
         on_bad_row: OnBadRow = "fail",
     ):
         check_choice("on_bad_row", on_bad_row, OnBadRow)
         check_limit(limit)
         self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
-        self.path = local_path(source, split=split, subset=subset, revision=revision)
+        self.path = local_path(source, split=split, subset=subset)
         self.reader: Reader
         if self.path is None:
             from .hub import HubRows
 
-            self.reader = HubRows(source, split, subset, revision)
+            self.reader = HubRows(source, split, subset)
         else:
             self.reader = open_local(self.path, split)
 
     def identity(self) -> dict[str, Any]:
-        """Checksum of a local source (its name does not count), or repository and commit of hub data."""
+        """Checksum of a local source's contents, or repository and commit of hub data."""
         if self.path is None:
             return {**self.reader.identity(), "limit": self.limit}  # type: ignore[attr-defined]
         files = self.reader.files if isinstance(self.reader, ParquetFiles) else [self.path]
@@ -256,12 +257,12 @@ class RowStream:
         check: Callable[[str, dict[str, Any]], str | None] = lambda where, row: None,
         quarantine: Callable[[dict[str, Any]], None] = lambda bad: None,
     ) -> Scan:
-        """Read a local source once: every row parses, has the types of the rows before it and passes `check`, which
-        gets the row and its place in words, raises BadRowError and returns the row's id (None: its number), unique.
+        """Read a local source once: every row must parse, have the types of the rows before it and pass `check`.
 
-        quarantine gets {"place", "error", "record"} of each bad row if those are skipped.
-        Hub data are not read: columns only.
-        Raises: DataError for the first bad row (on_bad_row = fail), repeated ids, or if no row is left.
+        check is called with the row's place in words and the row; it raises BadRowError for a bad row and returns the
+        row's unique id (None: the row number). quarantine is called with {"place", "error", "record"} of each skipped
+        row. Of hub data only the columns are read.
+        Raises: DataError for the first bad row (on_bad_row = fail), for repeated ids, or if no row is left.
         """
         if self.path is None:
             return Scan(self.identity(), self.reader.columns(), self.reader.count(self.limit))  # type: ignore[attr-defined]
@@ -291,9 +292,9 @@ class RowStream:
         return scan
 
     def blocks(self, scan: Scan, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, list[dict]]]:
-        """(k, number of the first row, rows) of every wanted block k of `size` rows; others are skipped unparsed.
+        """(k, number of the first row, rows) of every wanted block k of `size` rows; the others are skipped unparsed.
 
-        Raises DataError if a row cannot be read any more.
+        Raises DataError if the source has changed since the scan.
         """
         bad, parse = frozenset(scan.bad), self.reader.parse
         complete = Columns(scan.columns).complete(cells=self.reader.cells) if self.path else lambda row: row
@@ -315,10 +316,10 @@ class RowStream:
         if block:
             yield k, k * size, block
         if self.path is not None and number != scan.rows:
-            raise DataError(f"'{self.source}' had {scan.rows} rows and now has {number}: it changed while being read.")
+            raise DataError(f"'{self.source}' had {scan.rows} rows and now has {number}: it changed during the run.")
 
     def _refuse_repeated(self, ids: array, scan: Scan, check: Callable[[str, dict[str, Any]], str | None]) -> None:
-        """Hashes take 8 bytes a row; only those that repeat are looked up again."""
+        """Raise DataError for repeated ids. Hashes take 8 bytes a row; only rows whose hash repeats are read again."""
         hashes = np.frombuffer(ids, dtype=np.int64).copy()
         hashes.sort()
         repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
@@ -331,7 +332,7 @@ class RowStream:
             where = self.reader.where(place)
             name = check(where, self.reader.parse(place, raw))
             if name in first:
-                raise DataError(f"{where}: the id '{name}' is also used by {first[name]}. Ids must be unique.")
+                raise DataError(f"{where}: the id '{name}' is also used in {first[name]}. Ids must be unique.")
             if name is not None and hash(name) in repeated:
                 first[name] = where
 
@@ -355,7 +356,7 @@ def _load_local(reader: Reader, on_bad_row: OnBadRow) -> datasets.Dataset:
         else:
             rows.append(row)
     if bad:
-        logger.warning("%d bad rows left out, the first: %s", len(bad), bad[0])
+        logger.warning("skipped %d bad rows; the first: %s", len(bad), bad[0])
     complete = columns.complete(cells=reader.cells)
     rows = [complete(row) for row in rows]
     arrays = {}

@@ -1,4 +1,4 @@
-"""A dev set split off the training rows, for data that bring none."""
+"""A dev set split off the training rows, for data sets that have none."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def split_off(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rest, part) of rows {text, text_pair, label}: `fraction` of every label, drawn with `seed`, order kept.
 
-    Rows of equal texts stay together, so that no dev text was trained on, whatever its case and spaces. A label with
-    two texts or more has at least one in each part; texts without a label stay in the rest.
+    Rows whose texts are equal up to case and spaces stay together, so that no dev text is trained on. A label with at
+    least two texts has at least one in each part; texts without a label stay in the rest.
     """
     same: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(rows):

@@ -14,7 +14,7 @@ from ..models.architectures import language_model
 from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
-from ..objectives.rewards import REWARDS
+from ..objectives.rewards import REWARDS, RewardName
 from ..records import Answers, Example
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers
@@ -30,7 +30,7 @@ def reward_view(
     *,
     student: Any = None,
     answers: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
-    value: str = "max",
+    value: RewardName = "max",
     template_names: Sequence[str] | None = None,
     max_new_tokens: int = 64,
 ) -> RewardView:

@@ -13,7 +13,7 @@ from ..evaluation.token_rewards import answers_as_rollouts, score_rollouts
 from ..labels.store import load_pseudolabels
 from ..models.teacher import Teacher
 from ..models.vocabulary import token_pieces
-from ..objectives.rewards import REWARDS
+from ..objectives.rewards import REWARDS, RewardName
 from ..records import Example
 from .build import BATCH_ROWS
 from .reward_view import RewardView
@@ -24,7 +24,7 @@ def from_labels(
     tokenizer: Any,
     *,
     teacher: Teacher | None = None,
-    value: str = "max",
+    value: RewardName = "max",
     limit: int | None = None,
 ) -> RewardView:
     """The first `limit` labels of a finished folder, with their references.

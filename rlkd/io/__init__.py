@@ -1,1 +1,1 @@
-"""Files and processes: durable writes, locks, signals, progress, Markdown cards, redaction of secrets."""
+"""Files and processes: durable writes, locks, signals, progress, Markdown of cards, redaction of secrets."""

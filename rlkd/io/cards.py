@@ -1,4 +1,4 @@
-"""Markdown that data cards and model cards share."""
+"""Markdown of data cards and model cards."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that cannot end a table cell, a line or open a tag."""
+    """Text that cannot end a table cell or a line, or open a tag."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")

@@ -1,4 +1,4 @@
-"""Files that a crash leaves complete or absent: written to a temporary name, flushed to disk, then renamed."""
+"""Durable writes, to a temporary name, flushed to disk, then renamed: after a crash a file is whole or absent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append `text` to `path`, created if missing. Raises RlkdError naming the file if the disk is full."""
+    """Append `text` to `path`, created if necessary. Raises RlkdError naming the file if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -38,7 +38,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder: without it a rename may be lost with the power."""
+    """Flush a folder's entries to disk: without it a rename may be lost in a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,7 +47,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def explained(error: OSError, path: Path, size: int) -> Exception:
-    """What to tell the user of a write of `size` bytes that failed."""
+    """The error to raise for a failed write of `size` bytes: an RlkdError if the disk is full, else `error` itself."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
     needed = max(size / 1e6, 0.01)

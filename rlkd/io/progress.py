@@ -13,15 +13,15 @@ LOG_SECONDS = 30.0
 
 
 class Pace:
-    """Counts finished units and reports them in one line; `due` when `LOG_SECONDS` have passed since the last line."""
+    """Counts finished units and logs them in one line; `due` when `LOG_SECONDS` have passed since the last line."""
 
     def __init__(self, what: str, unit: str, total: int | None, done: int = 0):
         self.what, self.unit, self.total, self.first, self.done = what, unit, total, done, done
         self.tokens = 0
-        self.started = self.said = time.monotonic()
+        self.started = self.logged = time.monotonic()
 
     def advance(self, new: int, tokens: int) -> None:
-        """new, units made; tokens, those they hold (0 if not counted)."""
+        """new, units finished; tokens in them (0 if not counted)."""
         self.done, self.tokens = self.done + new, self.tokens + tokens
 
     @property
@@ -34,21 +34,23 @@ class Pace:
         return f"{(self.done - self.first) / self.seconds:.1f} {self.unit}/s{tokens}"
 
     def due(self) -> bool:
-        return time.monotonic() - self.said >= LOG_SECONDS or self.done == self.total
+        return time.monotonic() - self.logged >= LOG_SECONDS or self.done == self.total
 
-    def say(self, more: str = "") -> None:
-        """Log the line, and count the seconds to the next."""
+    def log(self, more: str = "") -> None:
+        """Log the line, and restart the clock for the next one."""
         made = max(self.done - self.first, 1)
         left = f"  {(self.total - self.done) * self.seconds / made:.0f} s left" if self.total else ""
         logger.info("%s %d/%s  %s%s%s", self.what, self.done, self.total or "?", self.rate(), left, more)
-        self.said = time.monotonic()
+        self.logged = time.monotonic()
 
 
 @contextmanager
 def progress(
     total: int | None, done: int = 0, *, what: str = "labels", quiet: bool = False
 ) -> Iterator[Callable[[int, int], None]]:
-    """A function of (rows, tokens) made. total, None if unknown; done, rows finished by an earlier run."""
+    """A function to call with the rows and tokens finished since the last call. total, rows in all, None if unknown;
+    done, rows of an earlier run.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -62,6 +64,6 @@ def progress(
             pace.advance(new, tokens)
             bar.update(task, advance=new, rate=pace.rate())
             if bar.disable and not quiet and new and pace.due():
-                pace.say()
+                pace.log()
 
         yield advance

@@ -1,7 +1,7 @@
-"""Secrets are removed from everything that is written or shown: run.json, messages, the list of settings.
+"""Redaction of secrets in everything that is written or shown: run.json, error messages, the list of settings.
 
-A secret is known by its name (hub_token, WANDB_API_KEY), by its form (hf_..., a wandb key, a password in an address),
-or because an environment variable with such a name holds it.
+A secret is recognised by its name (hub_token, WANDB_API_KEY), by its form (hf_..., a wandb key, a password in a URL),
+or because it is the value of an environment variable with such a name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ REDACTED = "<redacted>"
 SECRET_WORDS = {
     "token", "key", "apikey", "secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials",
 }  # fmt: skip
-SHORTEST = 8  # shorter values of the environment are words that occur everywhere
+SHORTEST = 8  # shorter values of environment variables are ordinary words
 FORMS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"
     r"|\bwandb_v\d+_\w{16,}"
@@ -24,17 +24,17 @@ FORMS = re.compile(
     r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"
     r"|(?<=\bBearer )[\w.~+/-]{8,}=*"
 )
-WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # and a git commit
+WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # a git commit looks the same
 COMMIT_WORDS = {"revision", "revisions", "commit", "sha", "sha1"}
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting, flag or variable of that name holds a secret: hub_token and --api-key, not max_new_tokens."""
+    """Whether a setting, flag or variable of this name holds a secret: hub_token and --api-key, not max_new_tokens."""
     return bool(SECRET_WORDS & _words(name))
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """`value` (JSON-able, or a command line as a list) without its secrets; `name` is that of the setting it is."""
+    """`value` (JSON-serialisable, or a command line as a list) without secrets; `name` is the name of the setting."""
     if isinstance(value, dict):
         return {key: redacted(item, f"{name}.{key}") for key, item in value.items()}
     if value is not None and not isinstance(value, bool) and is_secret(name):
@@ -45,7 +45,7 @@ def redacted(value: Any, name: str = "") -> Any:
 
 
 def _redacted_list(items: list[Any], name: str) -> list[Any]:
-    """What follows `--name` is its value, as `--name value` or `--name=value`."""
+    """A list that may be a command line: a secret follows its flag as `--name value` or `--name=value`."""
     out, flag = [], name
     for item in items:
         if isinstance(item, str) and item.startswith("--"):

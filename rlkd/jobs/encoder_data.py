@@ -109,7 +109,7 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
     files = {"train_file": data.train_file, "dev_file": data.dev_file}
     sources = {role: source for role, source in files.items() if source is not None}
     for role, source in sources.items():
-        if local_path(source, split="train", subset=None, revision=None) is None:
+        if local_path(source) is None:
             raise DataError(f"{role} = '{source}': no such file. For a data set of the hub, set task.")
     labels = tuple(data.labels or ()) or teacher_labels or _labels_of_file(data)
     if teacher_labels:

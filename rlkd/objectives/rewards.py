@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from ..checks import OneOf, check_choice
 from ..records import TeacherSignal, given
 
 Gauge = Literal["log_prob", "centered_logit", "raw_logit"]
@@ -103,38 +104,48 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def induced_advantage(signal: TeacherSignal, value: str = "max") -> Tensor:
-    """A_V(s_t, a_t) = q(s_t, a_t) - V(s_t), [B, R], nats: the reward of that name, per token."""
+RewardName = Annotated[str, OneOf(REWARDS)]
+
+
+def induced_advantage(signal: TeacherSignal, value: RewardName = "max") -> Tensor:
+    """A_V(s_t, a_t) = q(s_t, a_t) - V(s_t), [B, R], nats: the reward of that name, per token.
+
+    Raises ConfigError for an unknown name.
+    """
+    check_choice("value", value, REWARDS)
     return REWARDS[value].per_token(signal)
 
 
 def gauge_shift(signal: TeacherSignal, gauge: Gauge = "log_prob") -> Tensor:
     """c(s_t) [B, R] that is subtracted from logits to enter the gauge: logsumexp, mean logit, or 0.
 
-    Raises ValueError for another gauge.
+    Raises ConfigError for another gauge.
     """
+    check_choice("gauge", gauge, Gauge)
     shifts = {"log_prob": signal.logsumexp, "centered_logit": signal.mean, "raw_logit": torch.zeros_like(signal.chosen)}
-    if gauge not in shifts:
-        raise ValueError(f"gauge = {gauge!r}: allowed are {', '.join(map(repr, shifts))}")
     return given(shifts[gauge])
 
 
-def teacher_value(signal: TeacherSignal, value: str = "max", gauge: Gauge = "log_prob") -> Tensor:
-    """V(s_t) [B, R] in the given gauge: the part of G_t that the teacher's own value removes as a baseline."""
+def teacher_value(signal: TeacherSignal, value: RewardName = "max", gauge: Gauge = "log_prob") -> Tensor:
+    """V(s_t) [B, R] in the given gauge: the part of G_t that the teacher's own value removes as a baseline.
+
+    Raises ConfigError for an unknown value or gauge.
+    """
+    check_choice("value", value, REWARDS)
     return REWARDS[value].state_value(signal) - gauge_shift(signal, gauge)
 
 
 def induced_reward(
-    signal: TeacherSignal, mask: Tensor, *, value: str = "max", gauge: Gauge = "log_prob", gamma: float = 1.0
+    signal: TeacherSignal, mask: Tensor, *, value: RewardName = "max", gauge: Gauge = "log_prob", gamma: float = 1.0
 ) -> Tensor:
     """The per-token reward itself, r_t = q(s_t, a_t) - gamma V(s_{t+1}), [B, R], 0 at padding.
 
     The last token keeps r = q: after end-of-sequence V(terminal) = 0; in a cut answer the bootstrap gamma V(s_{T+1})
     of the return cancels the same term of the reward. Either way sum_t gamma^t r_t = V(s_0) + sum_t gamma^t A_V.
-    For display and replication: training uses A_V.
+    For display and replication: training uses A_V. Raises ConfigError for an unknown value or gauge.
     """
-    q = (signal.chosen - gauge_shift(signal, gauge)) * mask
     v = teacher_value(signal, value, gauge) * mask
+    q = (signal.chosen - gauge_shift(signal, gauge)) * mask
     following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], dim=1)
     return (q - gamma * following) * mask
 

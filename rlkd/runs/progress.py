@@ -36,7 +36,7 @@ class TrainingProgress(ProgressCallback):
         elif self.pace is not None:
             self.pace.advance(state.global_step - self.pace.done, 0)
             if self.pace.due():
-                self.pace.say("".join(f"  {name} {value}" for name, value in self._shown().items()))
+                self.pace.log("".join(f"  {name} {value}" for name, value in self._shown().items()))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.newest |= {name: value for name, value in (logs or {}).items() if name in SHOWN}

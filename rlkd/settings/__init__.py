@@ -1,1 +1,1 @@
-"""Settings: their ranges and choices, YAML and flags, and everything that comes from TRL."""
+"""Settings from YAML files and flags, and everything that comes from TRL."""

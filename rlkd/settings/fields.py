@@ -1,4 +1,4 @@
-"""The fields of settings dataclasses: who declares them, and values as JSON has them."""
+"""Fields of settings dataclasses: which are rlkd's own, and their values in JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FOREIGN = {"transformers", "trl"}
 
 
 def plain(value: Any) -> Any:
-    """A setting as JSON has it."""
+    """The JSON value of a setting."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -25,14 +25,14 @@ def plain(value: Any) -> Any:
 
 
 def default_of(item: Field) -> Any:
-    """The default of a field as JSON has it; None for one that must be given."""
+    """The default of a field as a JSON value; None for a required field."""
     if item.default is not MISSING:
         return plain(item.default)
     return plain(item.default_factory()) if item.default_factory is not MISSING else None
 
 
 def own_names(kind: type) -> set[str]:
-    """The settings that rlkd, or a recipe, declares: those of transformers and TRL left out."""
+    """The settings that rlkd or a recipe declares, without those of transformers and TRL."""
     return {
         name for base in kind.__mro__ if base.__module__.split(".")[0] not in FOREIGN for name in get_annotations(base)
     }

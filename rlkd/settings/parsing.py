@@ -32,7 +32,10 @@ MOST_PROBLEMS = 20  # fits on one screen
 
 
 def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
-    """One instance per dataclass, filled from `argv` (the command line by default) and the file of its `--config`."""
+    """One instance per dataclass, filled from `argv` (by default the command line) and the file that `--config` names.
+
+    Raises ConfigError for everything that is not valid in either, all problems of the file at once.
+    """
     values, origins = _given(dataclass_types, argv)
     _refuse_missing(dataclass_types, values)
     return _build(dataclass_types, values, origins)
@@ -40,8 +43,8 @@ def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = Non
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting as a run would have it: value, resolved and without secrets; origin, `default`, file:line or flag;
-    own, False for one that transformers or TRL declares.
+    """One setting of a run: value, resolved and without secrets; origin, `default`, file:line or flag; allowed, in
+    words; section, its dataclass; own, False for settings of transformers or TRL.
     """
 
     name: str
@@ -55,7 +58,7 @@ class Setting:
 
 
 def describe_config(dataclass_types: tuple[type, ...], argv: list[str]) -> list[Setting]:
-    """Every setting that `parse_config` would fill, and where its value comes from. Raises ConfigError as it does."""
+    """Every setting that `parse_config` would fill, and where its value comes from. Raises ConfigError as that does."""
     values, origins = _given(dataclass_types, argv)
     _refuse_missing(dataclass_types, values)
     hints = _hints(dataclass_types)
@@ -77,7 +80,7 @@ def describe_config(dataclass_types: tuple[type, ...], argv: list[str]) -> list[
 
 
 def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings in file and flags, and where each was set."""
+    """The values that the file and the flags give, and the origin of each."""
     from .trl_compat import TrlParser  # loads torch, which `run_main` does not need
 
     hints = _hints(dataclass_types)
@@ -92,16 +95,14 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
 
     files = flags.pop("config") or []
     if len(files) > 1:
-        raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): give one file.")
+        raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): only one file is allowed.")
     values, origins = _read(Path(files[0]), hints) if files else ({}, {})
     values |= flags
     return values, origins | {name: f"--{name}" for name in flags}
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script, its log lines on stderr; an error the user can fix is printed without a traceback and sets the
-    exit code.
-    """
+    """Run a script with log lines on stderr. An RlkdError is printed without a traceback and sets the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rlkd").setLevel(logging.INFO)
     if not sys.stderr.isatty():
@@ -114,10 +115,10 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _no_bars() -> None:
-    """Turn off the bars of the libraries that load and save: in a log file they are carriage returns."""
+    """Turn off the progress bars of libraries that load and save: in a log file they are only carriage returns."""
     for library in ("HF_HUB", "HF_DATASETS"):
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    if "transformers" in sys.modules:  # it has read the variable already
+    if "transformers" in sys.modules:  # it has already read the variable
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
@@ -129,7 +130,7 @@ def _refuse(problems: list[str]) -> NoReturn:
 
 
 def _hints(dataclass_types: tuple[type, ...]) -> dict[str, Any]:
-    """The type of every setting, by name; one name may fill one dataclass only."""
+    """The type of every setting, by name; no two dataclasses may share a name."""
     owners: dict[str, str] = {}
     hints: dict[str, Any] = {}
     for kind in dataclass_types:
@@ -146,7 +147,7 @@ def _hints(dataclass_types: tuple[type, ...]) -> dict[str, Any]:
 
 
 def _complete_choices(parser: argparse.ArgumentParser, hints: dict[str, Any]) -> None:
-    """Give flags the choices that TRL's parser does not see: those of a `OneOf`, and `null` where it is allowed."""
+    """Give flags the choices that TRL's parser does not know: those of a `OneOf`, and `null` where it is allowed."""
     for action in parser._actions:
         hint = hints.get(action.dest)
         choices = tuple(choices_of(hint))
@@ -162,7 +163,7 @@ def _complete_choices(parser: argparse.ArgumentParser, hints: dict[str, Any]) ->
 
 
 def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the command line gives."""
+    """The settings given on the command line."""
     try:
         namespace, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -174,11 +175,10 @@ def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, An
         close = nearest(wrong[1], list(map(str, choices_of(hint)))) if wrong else ""
         raise ConfigError(f"{flag}: {said}{allowed}.{close} See --help.") from None
     if unknown:
-        unknown_flags = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
+        misspelt = [text.partition("=")[0] for text in unknown if re.match("-+[a-zA-Z]", text)]
         known = [f"--{name}" for name in (*hints, "config")]
         problems = [
-            f"{flag} is not a flag.{nearest('--' + flag.lstrip('-').replace('-', '_'), known)}"
-            for flag in unknown_flags
+            f"{flag} is not a flag.{nearest('--' + flag.lstrip('-').replace('-', '_'), known)}" for flag in misspelt
         ]
         stray = f"{unknown[0]!r} does not belong to a flag: settings are given as --name value."
         _refuse([*(problems or [stray]), "See --help."])
@@ -186,7 +186,7 @@ def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, An
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that notes keys given twice and, as YAML 1.2 does, reads 1e-5 as a number (YAML 1.1: as text)."""
+    """SafeLoader that records repeated keys and reads 1e-5 as a number, as YAML 1.2 does (YAML 1.1: as text)."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -205,7 +205,7 @@ _Loader.add_implicit_resolver(
 
 
 def _read(path: Path, hints: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The checked settings of a YAML file, and the place of each; every problem of the file is reported at once."""
+    """The checked settings of a YAML file and the line of each; all problems of the file are reported at once."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -227,7 +227,7 @@ def _check_file(path: Path, text: str, hints: dict[str, Any]) -> tuple[dict[str,
     if root is None:
         return {}, {}
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}:1: the file must be settings, one 'name: value' per line.")
+        raise ConfigError(f"{path}:1: the file must contain settings, one 'name: value' per line.")
     problems = [(key.start_mark.line + 1, f"key {key.value!r} is given twice.") for key in loader.repeated]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -250,7 +250,7 @@ def _check_file(path: Path, text: str, hints: dict[str, Any]) -> tuple[dict[str,
 
 
 def _source(text: str, node: yaml.Node) -> str:
-    """The value as written in the file, on one line."""
+    """The text of a node in the file, on one line."""
     return shorten(text[node.start_mark.index : node.end_mark.index], 80)
 
 
@@ -261,11 +261,11 @@ def _remedy(node: yaml.Node, hint: Any) -> str:
 
 
 def _value(loader: _Loader, node: yaml.Node, hint: Any) -> Any:
-    """The value of a node as `hint`; ValueError if it is of another type. Types pydantic does not know all pass."""
+    """The value of a node as the type `hint`; ValueError for another type. Types unknown to pydantic always pass."""
     value = loader.construct_object(node, deep=True)
     choices = {type(choice) for choice in choices_of(hint)}
     if isinstance(value, bool) and choices and bool not in {*choices, *members_of(hint)}:
-        value = node.value  # YAML 1.1 reads `no` as false; among choices it is a word
+        value = node.value  # YAML 1.1 reads `no` as false; as a choice it is a word
     try:  # strict JSON: 3 is a valid float; 3.7 is not an int, "3" not a number, 1 not a bool
         return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except PydanticUserError:
@@ -276,11 +276,11 @@ def _refuse_missing(kinds: tuple[type, ...], values: dict[str, Any]) -> None:
     required = [f.name for kind in kinds for f in fields(kind) if f.init and f.default is f.default_factory is MISSING]
     missing = [f"--{name}" for name in required if name not in values]
     if missing:
-        raise ConfigError(f"{', '.join(missing)}: no value. Give it as a flag or in the file of --config.")
+        raise ConfigError(f"{', '.join(missing)}: required. Give it as a flag or in the file of --config.")
 
 
 def _build(kinds: tuple[type, ...], values: dict[str, Any], origins: dict[str, str]) -> tuple[Any, ...]:
-    """The dataclasses; what a `__post_init__` refuses is reported with the settings involved and their places."""
+    """The dataclasses; an error of a `__post_init__` is reported with the settings involved and their origins."""
     instances, problems = [], []
     for kind in kinds:
         own = {field.name: values[field.name] for field in fields(kind) if field.name in values}

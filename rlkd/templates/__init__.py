@@ -1,1 +1,1 @@
-"""The promptsource engine: templates found, parsed, checked, and rendered within bounds."""
+"""Prompt templates in promptsource's format: finding, parsing, checking and rendering them in a sandbox."""

@@ -1,6 +1,6 @@
-"""Names of data sets, old and new, and official templates that are known to be wrong.
+"""Old and new names of data sets, and official templates with known problems.
 
-`datasets` 4 dropped bare names with loading scripts: what promptsource calls glue is nyu-mll/glue on the hub today.
+`datasets` 4 dropped loading scripts and with them bare names: what promptsource calls glue is nyu-mll/glue on the hub.
 """
 
 from __future__ import annotations
@@ -84,17 +84,17 @@ HUB_IDS = {
     "yelp_review_full": "Yelp/yelp_review_full",
 }
 OLD_NAMES = {hub: old for old, hub in HUB_IDS.items()}
-# Other hub ids of the same data.
+# Other copies of the same data.
 OLD_NAMES |= {"CogComp/trec": "trec", "Samsung/samsum": "samsum"}
 
 
 def hub_id(name: str) -> str:
-    """The current hub id of a data set: glue -> nyu-mll/glue; other names as they are."""
+    """The id of a data set on the hub today: glue -> nyu-mll/glue; other names are returned unchanged."""
     return HUB_IDS.get(name, name)
 
 
 def template_name(dataset: str) -> str:
-    """promptsource's name of `hub-owner/name[/subset]`: nyu-mll/glue/mrpc -> glue/mrpc; other names as they are."""
+    """promptsource's name of `hub-owner/name[/subset]`: nyu-mll/glue/mrpc -> glue/mrpc; others are unchanged."""
     owner, _, rest = dataset.partition("/")
     name, _, subset = rest.partition("/")
     old = OLD_NAMES.get(f"{owner}/{name}")
@@ -102,7 +102,7 @@ def template_name(dataset: str) -> str:
 
 
 def known_problem(template_id: str) -> str | None:
-    """What is wrong with an official template today, or None."""
+    """The known problem of an official template, or None."""
     return next((problem for ids, problem in KNOWN_PROBLEMS.items() if template_id.startswith(ids)), None)
 
 

@@ -1,4 +1,4 @@
-"""What templates may use in the sandbox: syntax, methods, filters and tests, and what each may cost."""
+"""What templates may use in the sandbox: syntax, methods, filters and tests, and the cost of each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ METHODS: dict[type, frozenset[str]] = {
 }
 HIDDEN = {kind: frozenset(dir(kind)) - methods for kind, methods in METHODS.items()}
 
-# Filters that look at no more than the ends or the items one by one; the others read the whole value.
+# Filters that read only the ends of a value, or its items one by one; the others read the whole value.
 _SHALLOW = _words(
     """batch choice count d default first items last length list map random reject rejectattr reverse select selectattr
     slice"""
@@ -59,12 +59,13 @@ TESTS = (_DEEP_TESTS | _NUMBER_TESTS) | _words(
 
 
 def remedy(kind: type) -> str:
-    """The attributes that may be read on a value of this type."""
+    """What a template may read of a value of this type, for errors."""
     methods = METHODS.get(kind)
     return f"Allowed are {', '.join(sorted(methods))}." if methods else "Write the template without it."
 
 
-# Sizes, beyond the value's own, that a call may reach: checked before it runs. Arguments are weighed by then.
+# The size, beyond that of the value, that the result of a call may reach: checked before the call, with its arguments
+# already counted.
 
 
 def _width(value: Any, width: Any = 80, *rest: Any) -> int:
@@ -111,7 +112,7 @@ def _number(value: Any) -> None:
         raise TypeError(f"a number is needed, found {type(value).__name__}")
 
 
-# A printf width or precision, wherever one may occur: after "%", a key's ")", or flags.
+# A printf width or precision: after "%", after a key's ")", or after flags.
 _PRINTF = re.compile(r"[%)][-#0 +]*(\d+|\*)?(?:\.(\d+|\*))?")
 
 
@@ -121,7 +122,7 @@ def _printf(meter: Meter, text: str, values: Any) -> None:
         raise SandboxError("takes the width of a format from a value, which is not allowed. Write the width.")
     if any(len(width) > 9 for width in widths):
         raise meter.limits.exceeded("value")
-    # Keys may be repeated, each time printing the whole value.
+    # Keys may be repeated, and each prints the whole value.
     repeats = text.count("%") if isinstance(values, dict) else 1
     meter.fits(len(text) + sum(map(int, widths)) + repeats * meter.weigh(values))
 
@@ -147,14 +148,14 @@ _METHOD_BOUNDS: dict[tuple[type, str], _Bound] = {
     (str, "zfill"): _width,
     (list, "extend"): lambda owner, items: len(items),
 }
-# These compare or print what the list holds, not only move it.
+# These compare the items of a list; the others only move them.
 _DEEP_METHODS = frozenset({"count", "index", "remove", "sort"})
 
 
 def before_method(
     meter: Meter, owner: Any, name: str, weight: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Count a method call, and refuse it if its result would be too large. `weight` is that of the arguments."""
+    """Count a method call, and refuse it if its result would be too large. `weight` is the size of the arguments."""
     kind = type(owner)
     size = len(owner)
     if kind is not str and name in _DEEP_METHODS:
@@ -167,7 +168,7 @@ def before_method(
 
 
 def before_operator(meter: Meter, operator: str, left: Any, right: Any) -> None:
-    """Refuse what would be too large; + at most doubles, and is counted after."""
+    """Refuse an operation whose result would be too large; + at most doubles the size and is counted afterwards."""
     if operator == "*":
         for many, times in ((left, right), (right, left)):
             if type(many) in (str, list, tuple) and type(times) in (int, bool):
@@ -181,7 +182,7 @@ def before_operator(meter: Meter, operator: str, left: Any, right: Any) -> None:
 
 
 def guarded_filters(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """The allowed ones of jinja's filters, each counted; they serve `map` and `select` as well."""
+    """The allowed filters of jinja, each counted, also when called by `map` and `select`."""
     return {name: _guarded_filter(name, filters[name]) for name in FILTERS}
 
 
@@ -195,7 +196,7 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             weight += sum(map(meter.weigh, args))
         if kwargs:
             weight += sum(map(meter.weigh, kwargs.values()))
-        cost = 1 + weight // 4  # arguments are read for every item
+        cost = 1 + weight // 4  # arguments are read again for every item
         if not shallow:
             if type(value) is not str:
                 value = meter.settled(value, cost)
@@ -213,7 +214,7 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def guarded_tests(tests: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """The allowed ones of jinja's tests; those that read the whole value are counted."""
+    """The allowed tests of jinja; those that read the whole value are counted."""
     return {name: _guarded_test(name, tests[name]) for name in TESTS}
 
 
@@ -224,7 +225,7 @@ def _guarded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
     @jinja2.pass_context
     def guarded(context: Any, value: Any, *args: Any) -> Any:
         if name in _NUMBER_TESTS:
-            _number(value)  # "%" formats a text
+            _number(value)  # on a string, "%" would format
         for item in (value, *args):
             context.meter.weigh(item)
         return function(value, *args)
@@ -233,7 +234,7 @@ def _guarded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _with_context(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter with jinja's context as its first argument, whichever part of that it wants."""
+    """The filter with jinja's context as its first argument, whichever part of the context it expects."""
     wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
     if wanted == "context":
         return function

@@ -1,4 +1,4 @@
-"""Which columns a template reads in its input and in its target, from the jinja tree alone."""
+"""The columns that a template reads in its input and in its target, from the jinja syntax tree."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jinja2 import meta, nodes
 
 from .sandbox import SEPARATOR
 
-# Methods by which a template changes a variable: their arguments flow into it.
+# Methods with which a template changes a variable: their arguments become part of its value.
 CHANGES = ("append", "extend", "insert", "update", "add")
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Names that only a row can supply (or `answer_choices`).
+    """Names that a row must supply (or `answer_choices`).
 
     input, target  read before and after the separator, conditions included
     shown          printed before the separator
@@ -44,7 +44,7 @@ def reads(tree: nodes.Template) -> Reads:
 
 @dataclass
 class _Walk:
-    """Follows the text in order; a branch of an `if` starts on the same side of the separator as the `if`."""
+    """Visits a template in text order; the branches of an `if` start on the side of the separator where the `if` is."""
 
     input: set[str] = field(default_factory=set)
     target: set[str] = field(default_factory=set)
@@ -53,7 +53,7 @@ class _Walk:
     flows: dict[str, set[str]] = field(default_factory=dict)  # variable -> the names its values come from
 
     def visit(self, node: nodes.Node, after: bool) -> bool:
-        """Note the names of a statement; returns whether the text that follows it is the target's."""
+        """Record the names of a statement; returns whether the text after it belongs to the target."""
         if isinstance(node, nodes.TemplateData):
             return after or SEPARATOR in node.data
         if isinstance(node, nodes.If):
@@ -101,7 +101,7 @@ class _Walk:
                 self.flows.setdefault(method.node.name, set()).update(_names(call.args) | {method.node.name})
 
     def sources(self, names: set[str]) -> set[str]:
-        """The names that values of `names` come from, through all variables."""
+        """The names from which the values of `names` come, through all variables."""
         found: set[str] = set()
         seen: set[str] = set()
         queue = list(names)

@@ -1,8 +1,7 @@
-"""promptsource's archive through the pip client, so that pip's mirrors, proxies and certificates apply."""
+"""Download of promptsource's archive through pip, so that pip's mirrors, proxies and certificates apply."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -10,13 +9,14 @@ import tempfile
 from pathlib import Path
 
 from ..errors import DataError
+from ..io.files import sha256 as digest_of
 from .sources import PROMPTSOURCE_SHA256, cached_archive
 
 PACKAGE = "promptsource"
 VERSION = "0.2.3"
 
-# pip asks a source archive's build backend for its name and version before it keeps the file. This one answers from
-# the requirement, so that no code of the archive runs and its build tools need not be there.
+# pip asks the build backend of a source archive for name and version before it keeps the file. This backend answers
+# from the requirement, so that no code of the archive runs and its build tools are not needed.
 _BACKEND = """
 import os
 def get_requires_for_build_wheel(config_settings=None):
@@ -36,19 +36,17 @@ class __legacy__:
 """
 
 
-def download(
-    *, target: Path | None = None, package: str = PACKAGE, version: str = VERSION, sha256: str = PROMPTSOURCE_SHA256
-) -> tuple[Path, bool]:
-    """Fetch the archive into the cache (or to `target`); (its path, whether it was fetched now).
+def download(*, package: str = PACKAGE, version: str = VERSION, sha256: str = PROMPTSOURCE_SHA256) -> tuple[Path, bool]:
+    """Fetch the archive into the cache; (its path, whether it was fetched now).
 
-    Raises: DataError with pip's own words if pip fails, or if the archive is not the expected one.
+    Raises: DataError with pip's message if pip fails, or if the archive is not the expected one.
     """
-    target = target or cached_archive()
-    if target.is_file() and _digest(target) == sha256:
+    target = cached_archive()
+    if target.is_file() and digest_of(target) == sha256:
         return target, False
     with tempfile.TemporaryDirectory() as scratch:
         file = _pip_download(Path(scratch), package, version, sha256)
-        if (found := _digest(file)) != sha256:
+        if (found := digest_of(file)) != sha256:
             raise DataError(f"{file.name} has sha256 {found}, expected {sha256}. Nothing was kept.")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +63,7 @@ def _pip_download(scratch: Path, package: str, version: str, sha256: str) -> Pat
     (backend / "setuptools").mkdir(parents=True)
     (backend / "setuptools" / "__init__.py").touch()
     (backend / "setuptools" / "build_meta.py").write_text(_BACKEND.format(name=package, version=version))
-    # With a hash, pip refuses another archive before it looks inside.
+    # With a hash, pip refuses any other archive before it looks inside.
     (scratch / "wanted.txt").write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
     options = ["--no-deps", "--no-binary", ":all:", "--ignore-requires-python", "--no-build-isolation"]
     options += ["--use-pep517", "--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(out)]
@@ -81,11 +79,7 @@ def _pip_download(scratch: Path, package: str, version: str, sha256: str) -> Pat
         said = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-8:])
         raise DataError(
             f"pip could not fetch {package}=={version}:\n  {said}\n"
-            "Check the network and pip's settings (pip config list), or fetch the source archive elsewhere and name it "
-            f"with --templates-dir {package}-{version}.tar.gz."
+            "Check the network and pip's settings (pip config list), or download the source archive elsewhere and give "
+            f"it with --templates-dir {package}-{version}.tar.gz."
         )
     return files[0]
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

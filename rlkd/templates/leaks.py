@@ -1,4 +1,4 @@
-"""Templates that print the answer in the question."""
+"""Templates whose input contains the answer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def leaks(templates: list[Template]) -> dict[str, frozenset[str]]:
-    """id -> gold columns that the input of this template prints; only templates that do.
+    """Id of each template whose input prints gold columns -> those columns.
 
-    A column is gold if more original-task templates of the file read it in their target alone than print it in their
-    input. A column that the answer choices are made of is not a leak in a template that prints the choices.
+    A column is gold if more original-task templates of the file read it only in their target than print it in their
+    input. A column from which the answer choices are made is not a leak in a template that prints the choices.
     """
     originals = [t for t in templates if t.original_task is not False]
     target_only = Counter(name for t in originals for name in t.gold_columns)

@@ -1,4 +1,4 @@
-"""Everything that is wrong, or looks wrong, with a templates file."""
+"""Problems, and probable problems, of a templates file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .template import Template, to_template
 
 
 def lint(file: TemplatesFile, columns: Iterable[str] | None = None) -> list[Problem]:
-    """The problems of a file by line; with the rows' `columns`, also those the templates miss or leave unused."""
+    """The problems of a file by line; with `columns`, those of the rows, also missing and unused columns."""
     parsed = parse(file.content)
     problems = list(parsed.problems)
     templates: dict[str, Template] = {}
@@ -49,17 +49,19 @@ def _one(template: Template, entry: Entry) -> Iterator[Problem]:
         yield Problem(
             entry.line_of("jinja"),
             "error",
-            f"{name}: the jinja reads answer_choices, which are not given.",
+            f"{name}: the jinja reads answer_choices, but there are none.",
         )
     if template.name != template.name.strip():
-        yield Problem(entry.line_of("name"), "warning", f"{name}: white space around the name.")
+        yield Problem(entry.line_of("name"), "warning", f"{name}: the name starts or ends with white space.")
     if template.answer_choices and not template.choice_columns:
         choices = [choice.strip() for choice in template.answer_choices.split("|||")]
         literal = "{" not in template.answer_choices
         if literal and "" in choices:
             yield Problem(entry.line_of("answer_choices"), "error", f"{name}: an answer choice is empty.")
         if literal and (twice := [c for c, count in Counter(choices).items() if count > 1]):
-            yield Problem(entry.line_of("answer_choices"), "warning", f"{name}: '{twice[0]}' occurs twice.")
+            yield Problem(
+                entry.line_of("answer_choices"), "warning", f"{name}: the answer choice '{twice[0]}' occurs twice."
+            )
     if any(line != line.rstrip() for line in template.source.strip().splitlines()):
         yield Problem(entry.line_of("jinja"), "note", f"{name}: white space at the end of a line reaches the model.")
     if problem := known_problem(template.id):

@@ -1,17 +1,18 @@
-"""What a template may spend: limits, and the meter that counts one rendering against them."""
+"""Limits of a template, and the meter that counts one rendering against them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from jinja2.runtime import LoopContext
 
+from ..checks import Count, Positive, check_settings
 from ..errors import DataError
 
-# Characters one step pays for: reading a value, and writing a template's own text in a loop.
+# Characters that cost one step: reading a value, and writing a template's own text in a loop.
 READ_PER_STEP = 256
 WRITTEN_PER_STEP = 32
 # An int of this many bits still prints within Python's limit of 4,300 digits.
@@ -23,38 +24,36 @@ CONTAINERS = frozenset({list, tuple, dict, range}) | VIEWS
 
 
 class SandboxError(DataError):
-    """A template does what the sandbox does not allow, or more than its limits allow."""
+    """A template does something that the sandbox does not allow, or exceeds a limit."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one template may cost. All but `seconds` and `memory_mb` hold in any process and depend on no clock.
+    """Limits of one template. All but `seconds` and `memory_mb` apply in any process and do not depend on time.
 
     source       characters of its jinja
     nesting      levels of its syntax, and of the lists and dicts it works on
     steps        loop iterations, items visited and characters read, over the whole rendering of a row
     value        characters of a text, items of a list
     output       characters of the rendered text
-    seconds      wall time of a row in a RenderWorker
+    seconds      wall-clock time of a row in a RenderWorker
     memory_mb    memory of a RenderWorker
-    Raises ValueError if one is not positive.
+    Raises ConfigError for limits that are not positive.
     """
 
-    source: int = 20_000
-    nesting: int = 60
-    steps: int = 1_000_000
-    value: int = 4_000_000
-    output: int = 4_000_000
-    seconds: float = 10.0
-    memory_mb: int = 2048
+    source: Count = 20_000
+    nesting: Count = 60
+    steps: Count = 1_000_000
+    value: Count = 4_000_000
+    output: Count = 4_000_000
+    seconds: Positive = 10.0
+    memory_mb: Count = 2048
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if not (number := getattr(self, field.name)) > 0:
-                raise ValueError(f"Limits.{field.name} is {number}; allowed is a positive number.")
+        check_settings(self)
 
     def exceeded(self, name: str) -> SandboxError:
-        """The error for one limit, by the name of its field."""
+        """The error for exceeding the limit `name`."""
         return SandboxError(
             f"exceeds the limit {name} = {getattr(self, name):,} "
             f"({_MEANING[name]}). Simplify the template, shorten the row's values, or raise Limits.{name}."
@@ -68,13 +67,13 @@ _MEANING = {
     "steps": "loop iterations and items visited",
     "value": "characters of a text, items of a list",
     "output": "characters of the rendered text",
-    "seconds": "wall time of a row",
+    "seconds": "wall-clock time of a row",
     "memory_mb": "memory of the rendering process",
 }
 
 
 class Meter:
-    """Counts down the steps and the output of one rendering. Its methods raise SandboxError."""
+    """Counts the steps and the output of one rendering. Its methods raise SandboxError at a limit."""
 
     __slots__ = ("limits", "output", "steps")
 
@@ -93,7 +92,7 @@ class Meter:
             raise self.limits.exceeded("output")
 
     def fits(self, size: int) -> None:
-        """Refuse a value before it is made."""
+        """Raise SandboxError for a value of this size before it is created."""
         if size > self.limits.value:
             raise self.limits.exceeded("value")
 
@@ -105,7 +104,7 @@ class Meter:
             yield item
 
     def settled(self, value: Any, cost: int = 1) -> Any:
-        """A lazy value as a list, counted; any other as it is."""
+        """A lazy value as a list, counted; any other value unchanged."""
         lazy = type(value) not in SCALARS and hasattr(type(value), "__next__") and type(value) is not LoopContext
         return list(self.loop(value, cost)) if lazy else value
 
@@ -127,9 +126,9 @@ class Meter:
         return value
 
     def weigh(self, value: Any) -> int:
-        """About the length of `str(value)`, and never far below it; reading that much is charged.
+        """Approximately the length of `str(value)`, never much less; reading that many characters is charged.
 
-        Lists may share items, so that a small one can have a text without end: this stops at the limit.
+        Lists may share items, so that even a small one can have an endless text: this stops at the limit.
         """
         kind = type(value)
         if kind is str:
@@ -153,7 +152,7 @@ class Meter:
         return total
 
     def _open(self, item: Any, below: list[Any]) -> int:
-        """The size of an item without what it holds, which is added to `below`."""
+        """The size of an item without its contents, which are added to `below`."""
         kind = type(item)
         if kind is str:
             return len(item) + 2
@@ -166,7 +165,7 @@ class Meter:
                 below.extend(item.values())
             return 2 + 2 * len(item)
         if isinstance(item, jinja2.Undefined):
-            return len(str(item))  # raises for a column that has no text
+            return len(str(item))  # raises for a column that cannot be read
         raise SandboxError(f"uses a {kind.__name__} as a value. Call it, loop over it or make it a list first.")
 
 

@@ -1,4 +1,4 @@
-"""Templates files in promptsource's YAML format, checked field by field; every problem has its line."""
+"""Templates files in promptsource's YAML format, checked field by field; every problem has a line number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import DataError
 
 BaseLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-# field -> its type; None is allowed but for the first two. `reference` and `task_template` are known and not used.
+# Field -> its type; all but the first two may be None. `reference` and `task_template` are known but not used.
 FIELDS: dict[str, type] = {"name": str, "jinja": str, "answer_choices": str, "metadata": dict, "id": str}
 METADATA: dict[str, type] = {"original_task": bool, "choices_in_prompt": bool, "metrics": list, "languages": list}
 REQUIRED = ("name", "jinja")
@@ -21,7 +21,7 @@ UNUSED = ("reference", "task_template")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file, and where; notes and warnings do not keep it from being read."""
+    """A problem of a file and its line. Only errors prevent the file from being read."""
 
     line: int
     level: str  # error, warning or note
@@ -29,7 +29,7 @@ class Problem:
 
 
 class Entry(dict[str, Any]):
-    """One template's fields, with the line of each."""
+    """One template's fields and the line of each."""
 
     line = 0
     lines: dict[str, int] = {}  # noqa: RUF012 - set per instance
@@ -40,11 +40,11 @@ class Entry(dict[str, Any]):
 
 @dataclass
 class Parsed:
-    """A templates file: its entries by id, in file order, those with errors left out, and all problems."""
+    """A templates file: its entries without errors by id, in file order, and all problems."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    dataset: str | None = None  # dataset[/subset] as in the file
+    dataset: str | None = None  # dataset[/subset] as given in the file
 
     @property
     def errors(self) -> list[Problem]:
@@ -52,7 +52,7 @@ class Parsed:
 
 
 class _Loader(BaseLoader):  # type: ignore[misc, valid-type]
-    """YAML without Python objects; promptsource's two tags become mappings that know their lines."""
+    """YAML without Python objects; promptsource's two tags become mappings with line numbers."""
 
 
 def _entry(loader: Any, node: yaml.Node) -> Entry:
@@ -69,7 +69,7 @@ for _tag in ("!Template", "!TemplateMetadata"):
 
 
 def parse(content: bytes) -> Parsed:
-    """The entries of a file and its problems. Raises nothing: an unreadable file is one problem."""
+    """The entries of a file and its problems. Does not raise: an unreadable file is one problem."""
     parsed = Parsed()
 
     def error(line: int, message: str) -> Parsed:
@@ -96,7 +96,7 @@ def parse(content: bytes) -> Parsed:
     parsed.dataset = _dataset(tree)
     keys = dict(_template_keys(root))
     for key, line, first in _repeated(root):
-        error(line, f"template {key}: this id is already used by the template in line {first}. Give it a unique id.")
+        error(line, f"template {key}: this id is already used in line {first}. Give it a unique id.")
     for key, entry in entries.items():
         found = list(_check(str(key), entry, keys.get(str(key), 1)))
         parsed.problems += found
@@ -106,7 +106,7 @@ def parse(content: bytes) -> Parsed:
 
 
 def parse_or_raise(content: bytes, place: str) -> Parsed:
-    """As `parse`. Raises: DataError with the first error, as file:line."""
+    """As `parse`. Raises: DataError with file and line of the first error."""
     parsed = parse(content)
     if parsed.errors:
         first = parsed.errors[0]
@@ -119,7 +119,7 @@ def parse_or_raise(content: bytes, place: str) -> Parsed:
 def _with_lines(entry: dict[str, Any], line: int) -> Entry:
     if isinstance(entry, Entry):
         return entry
-    plain = Entry(entry)  # a template without its tag
+    plain = Entry(entry)  # a template without a tag
     plain.line, plain.lines = line, {}
     return plain
 
@@ -128,7 +128,7 @@ def _dataset(tree: dict[str, Any]) -> str | None:
     dataset, subset = tree.get("dataset"), tree.get("subset")
     if not isinstance(dataset, str):
         return None
-    # snli and multi_nli have `subset: None`, a string.
+    # snli and multi_nli have `subset: None`, which is a string.
     return f"{dataset}/{subset}" if isinstance(subset, str) and subset != "None" else dataset
 
 
@@ -139,7 +139,7 @@ def _template_keys(root: yaml.MappingNode) -> Iterator[tuple[str, int]]:
 
 
 def _repeated(root: yaml.MappingNode) -> Iterator[tuple[str, int, int]]:
-    """Ids that occur twice, which YAML would silently drop: (id, line, first line)."""
+    """Repeated ids, which YAML would silently drop: (id, line, first line)."""
     seen: dict[str, int] = {}
     for key, line in _template_keys(root):
         if key in seen:
@@ -175,7 +175,7 @@ def _fields(entry: Entry, types: dict[str, type], place: str, unused: tuple[str,
             )
         elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
             yield Problem(
-                entry.line_of(name), "error", f"{place}: field '{name}' must be a list of texts, found {value!r}."
+                entry.line_of(name), "error", f"{place}: field '{name}' must be a list of strings, found {value!r}."
             )
     if unknown := sorted(str(name) for name in entry if name not in types and name not in unused):
         yield Problem(entry.line_of(unknown[0]), "note", f"{place}: ignored unknown fields {', '.join(unknown)}")

@@ -1,9 +1,9 @@
-"""The jinja of prompt templates: the features needed to write text, without access to Python and without endless loops.
+"""The jinja of prompt templates: enough to write text, but no access to Python and no endless execution.
 
-Templates are untrusted code. Three layers confine them: only listed syntax compiles; only listed filters, tests
-and methods run, on rows copied to plain JSON values; a meter bounds loops, values and output. What the meter cannot
-see, such as a fault in one C function, is bounded by the process: see `rlkd.templates.worker`. Text that renders is the
-text of jinja2's own environment, but for `tojson`, which gives a plain string, not one that escapes its neighbours.
+Templates are untrusted code. Three layers contain them: only listed syntax compiles; only listed filters, tests and
+methods run, on rows copied to plain JSON values; a meter limits loops, values and output. What the meter cannot see,
+such as a bug in a C function, is limited by a separate process: see `rlkd.templates.worker`. The rendered text is that
+of jinja2's own environment, except that `tojson` gives a plain string, not one that makes jinja escape its neighbours.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from . import allowed
 from .meter import DEFAULT_LIMITS, SCALARS, WRITTEN_PER_STEP, Limits, Meter, SandboxError
 
 SEPARATOR = "|||"
-# promptsource's own replacement for a separator inside a field, so that a row cannot inject a target of its own.
+# promptsource's own replacement for a separator inside a field, so that a row cannot inject its own target.
 PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 
 
 class RowRandom:
-    """A generator per (seed, template, row), made only if a filter draws from it."""
+    """A generator per (seed, template, row), created only if a filter draws from it."""
 
     def __init__(self, seed: int, template: str, row: Mapping[str, Any]):
         self._key = (seed, template, row)
@@ -51,8 +51,8 @@ class RowRandom:
 class SafeTemplate:
     """A compiled template.
 
-    Raises: SandboxError if the source is too long, too deep or uses what is not allowed; jinja2.TemplateSyntaxError
-    if it is not jinja.
+    Raises: SandboxError if the source is too long, too deeply nested or uses something that is not allowed;
+    jinja2.TemplateSyntaxError if it is not valid jinja.
     """
 
     def __init__(self, source: str, limits: Limits = DEFAULT_LIMITS):
@@ -64,14 +64,14 @@ class SafeTemplate:
             _check_depth(tree, self.limits)
             self.names = frozenset(name.name for name in tree.find_all(nodes.Name))
             self._root = ENVIRONMENT.from_string(_Rewriter().visit(tree)).root_render_func
-        # Python's parser has limits of its own for the code jinja writes: brackets, blocks within blocks, digits.
+        # Python's parser has its own limits for the code that jinja generates: brackets, nested blocks, digits.
         except (RecursionError, MemoryError, SyntaxError, ValueError) as error:
             raise SandboxError(
                 f"cannot be compiled: {error or type(error).__name__}. Simplify the template."
             ) from error
 
     def render(self, values: Mapping[str, Any], meter: Meter, random: RowRandom) -> str:
-        """The text for plain values (see `plain_row`). Raises SandboxError, and whatever its expressions raise."""
+        """The text for plain values (see `plain_row`). Raises SandboxError, and any exception of the expressions."""
         context = _Context(ENVIRONMENT, {**ENVIRONMENT.globals, **values}, None, {})
         context.meter, context.random = meter, random
         text = "".join(self._root(context))
@@ -85,9 +85,9 @@ def plain_row(
 ) -> dict[str, Any]:
     """The columns `names` of a row as plain JSON values, copied, so that a template may change them.
 
-    "|||" is hidden in every text; with `strict_compat` only in the columns that are texts themselves, as promptsource
-    does it. Dates, numbers and ids of the standard library become their text; a column of another type is an error if
-    the template reads it. Raises SandboxError for a text or a nesting beyond the limits.
+    "|||" is replaced in every string; with `strict_compat` only in the columns that are strings themselves, as in
+    promptsource. Dates, decimals and UUIDs become strings; a column of any other type is an error if the template reads
+    it. Raises SandboxError for strings or nesting beyond the limits.
     """
     found = {name: row[name] for name in names if name in row}
     return {
@@ -132,7 +132,7 @@ class _Context(Context):
 
 
 class _Sandbox(SandboxedEnvironment):
-    """Jinja's hooks for attributes, items, calls and operators, each an allow-list and a count."""
+    """Jinja's hooks for attributes, items, calls and operators: each has an allow-list and is counted."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
@@ -155,7 +155,7 @@ class _Sandbox(SandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         kind = type(argument)
-        if kind is tuple:  # its hash may take without end
+        if kind is tuple:  # hashing it may never end
             raise SandboxError("looks up a tuple, which is not allowed. Look up a text or a number.")
         if isinstance(obj, jinja2.Undefined):
             return obj[argument]
@@ -225,14 +225,14 @@ def _choice(context: Any, items: Any) -> Any:
 
 
 def _most_frequent(items: Iterable[Any] | None) -> list[Any] | None:
-    """All items of the highest count, in order of first appearance; None for nothing."""
+    """All items with the highest count, in order of first appearance; None for no items."""
     counts = Counter(items or ()).most_common()
     return [item for item, count in counts if count == counts[0][1]] or None
 
 
 @jinja2.pass_context
 def _written(context: Any, value: Any) -> Any:
-    """Called on every value a template prints."""
+    """Called on every value that a template prints."""
     if type(value) is str:
         context.meter.write(len(value))
     elif type(value) not in SCALARS:
@@ -240,7 +240,7 @@ def _written(context: Any, value: Any) -> Any:
     return value
 
 
-# Filters that only the rewriter writes: their names are not on the list of those a template may use.
+# Filters that only the rewriter inserts: their names are not on the list of those that a template may use.
 
 
 @jinja2.pass_context
@@ -267,7 +267,7 @@ def _joined(context: Any, values: tuple[Any, ...]) -> str:
 
 
 def _environment() -> _Sandbox:
-    # Jinja's optimizer would run constant expressions while it compiles, where no meter counts.
+    # Jinja's optimizer would evaluate constant expressions at compile time, where no meter counts.
     environment = _Sandbox(optimized=False, finalize=_written)
     ours = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
     environment.filters = allowed.guarded_filters(environment.filters | ours)
@@ -290,7 +290,7 @@ def _check_depth(tree: nodes.Node, limits: Limits) -> None:
 
 
 class _Rewriter(NodeTransformer):
-    """Refuses what is not on the lists, and routes what jinja compiles to bare Python through counting filters."""
+    """Refuses what is not on the lists, and passes what jinja compiles to plain Python through counting filters."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         if type(node) not in allowed.NODES:
@@ -310,7 +310,7 @@ def _count_loop(node: nodes.For) -> nodes.Node:
 
 def _weigh_operands(node: nodes.Compare) -> nodes.Node:
     sides = [node.expr, *(operand.expr for operand in node.ops)]
-    # Comparing with a constant ends soon, looking for one does not; two lists may share items without end.
+    # Comparing with a constant is cheap, searching for one is not; two lists may share items endlessly.
     if any(operand.op.endswith("in") for operand in node.ops) or not any(map(_constant, sides)):
         node.expr = _weigh(node.expr)
         for operand in node.ops:

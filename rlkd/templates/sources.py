@@ -1,6 +1,7 @@
-"""Where templates files are found: folders, archives read in place, an installed promptsource, the cache.
+"""Lookup of templates files: in folders, in archives, in an installed promptsource and in the cache.
 
-Nothing is unpacked and promptsource is never imported: it needs an old Python, and its files are plain data.
+Archives are read without unpacking, and promptsource is never imported: it needs an old Python, and its files are plain
+data.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import DataError, nearest
+from ..io.files import sha256
 from .aliases import template_name
 
 TEMPLATE_FILE = "templates.yaml"
@@ -33,7 +35,7 @@ MAX_ARCHIVE_BYTES = 2**28
 PROMPTSOURCE_ARCHIVE = "promptsource-0.2.3.tar.gz"
 PROMPTSOURCE_SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
 DOWNLOAD_HINT = "`rlkd prompts download` fetches promptsource's 2,085 templates over 180 data sets."
-# Next to the package in a checkout, inside it once installed (see pyproject.toml).
+# Next to the package in a checkout, inside it in an installation (see pyproject.toml).
 PACKAGE_PROMPTS = next(
     (p for p in (Path(__file__).resolve().parents[i] / "prompts" for i in (2, 1)) if p.is_dir()),
     Path("prompts").resolve(),
@@ -44,9 +46,9 @@ PACKAGE_PROMPTS = next(
 class TemplatesFile:
     """The bytes of one templates file and where they come from.
 
-    place   what errors call it: its path, or archive!member
-    sha256  of the file, or of the archive that holds it
-    source  what the lookup found it in: a folder, an archive or the file itself
+    place   its name in errors: its path, or archive!member
+    sha256  of the file, or of the archive that contains it
+    source  where the lookup found it: a folder, an archive or the file itself
     """
 
     place: str
@@ -56,7 +58,7 @@ class TemplatesFile:
 
     @cached_property
     def trusted(self) -> bool:
-        """Shipped with rlkd, or promptsource's own: trusted."""
+        """Whether it comes with rlkd or from promptsource itself; all other files are untrusted."""
         shipped = Path(self.place).resolve().is_relative_to(PACKAGE_PROMPTS)
         installed = installed_promptsource()
         return (
@@ -98,12 +100,12 @@ class Source:
         name, place = self.files[dataset], self.place(dataset)
         if place == name:
             return read_file(Path(name), source=str(self.path))
-        return TemplatesFile(place, _read_members(self.path, {name})[name], _digest(self.path), str(self.path))
+        return TemplatesFile(place, _read_members(self.path, {name})[name], sha256(self.path), str(self.path))
 
 
 def sources(path: Path | None = None) -> list[Source]:
-    """Where templates are looked up, first one first: `path` alone if given, else ./prompts, the prompts shipped with
-    rlkd, an installed promptsource, the downloaded archive; those of them that exist.
+    """The places where templates are looked up, in order: `path` alone if given, else ./prompts, the prompts shipped
+    with rlkd, an installed promptsource and the downloaded archive, as far as they exist.
 
     Raises: DataError if `path` is neither a folder, a YAML file nor an archive.
     """
@@ -120,9 +122,9 @@ def sources(path: Path | None = None) -> list[Source]:
 
 
 def find(dataset: str, places: list[Source]) -> TemplatesFile:
-    """The file of `dataset[/subset]`, by its old name or its hub id, from the first source that has it.
+    """The file of `dataset[/subset]`, by promptsource's name or the hub id, from the first source that has it.
 
-    Raises: DataError naming the sources, the nearest name, the subsets there are, and the remedy.
+    Raises: DataError with the sources, the nearest name, the available subsets and the remedy.
     """
     for name in dict.fromkeys([dataset, template_name(dataset)]):
         for source in places:
@@ -142,7 +144,7 @@ def find(dataset: str, places: list[Source]) -> TemplatesFile:
 
 
 def installed_promptsource() -> Path | None:
-    """The templates folder of an installed promptsource, found without importing it."""
+    """The templates folder of an installed promptsource, found without importing it; None if there is none."""
     spec = importlib.util.find_spec("promptsource")
     folders = [Path(place) / "templates" for place in (spec.submodule_search_locations or [] if spec else [])]
     return next((folder for folder in folders if folder.is_dir()), None)
@@ -161,7 +163,7 @@ def cached_archive() -> Path:
 
 
 def read_file(file: Path, *, source: str | None = None) -> TemplatesFile:
-    """One file. Raises DataError naming it."""
+    """One file. Raises DataError if it cannot be read."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -169,18 +171,14 @@ def read_file(file: Path, *, source: str | None = None) -> TemplatesFile:
     return TemplatesFile(str(file), content, hashlib.sha256(content).hexdigest(), source or str(file))
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _dataset_of(file: Path) -> str:
-    """`dataset[/subset]` from a file's own fields, else the name of its folder."""
+    """`dataset[/subset]` from the file's own fields, else the name of its folder."""
     from .parsing import parse
 
     try:
         own = parse(read_file(file).content).dataset
     except DataError:
-        own = None  # reported with its line when the file is read
+        own = None  # reported, with the line, when the file is read
     return own or file.resolve().parent.name
 
 
@@ -199,7 +197,7 @@ def _members(archive: Path) -> list[str]:
         total += size
         if total > MAX_ARCHIVE_BYTES:
             raise DataError(
-                f"{archive} unpacks to more than {MAX_ARCHIVE_BYTES >> 20} MiB, too much for an archive of templates."
+                f"{archive} unpacks to more than {MAX_ARCHIVE_BYTES >> 20} MiB: not an archive of templates."
             )
         safe = regular and not name.startswith("/") and ".." not in name.split("/") and "\\" not in name
         if safe and posixpath.basename(name) == TEMPLATE_FILE and size <= MAX_FILE_BYTES:
@@ -208,7 +206,7 @@ def _members(archive: Path) -> list[str]:
 
 
 def _entries(archive: Path) -> Iterator[tuple[str, int, bool]]:
-    """(name, size, whether it is a plain file) of all members."""
+    """(name, size, whether it is a regular file) of all members."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as file:
             for info in file.infolist():
@@ -222,7 +220,7 @@ def _entries(archive: Path) -> Iterator[tuple[str, int, bool]]:
 
 
 def _read_members(archive: Path, names: set[str]) -> dict[str, bytes]:
-    """The named members, which `_members` has found to be plain files of a modest size."""
+    """The named members, which `_members` has checked to be regular files of limited size."""
 
     def read() -> dict[str, bytes]:
         if archive.suffix == ".zip":

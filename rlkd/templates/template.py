@@ -1,7 +1,7 @@
-"""Prompt templates in promptsource's format: the same text, on today's Python, from data files alone.
+"""Prompt templates in promptsource's format: they give the same text, on today's Python, from data files alone.
 
-A template is jinja source whose output is split on "|||" into the input and the target. It runs in a sandbox that
-bounds what it may do (see `rlkd.templates.sandbox`).
+A template is jinja source whose output is split at "|||" into the input and the target. It runs in a sandbox that
+limits what it may do (see `rlkd.templates.sandbox`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ from .leaks import leaks
 from .meter import DEFAULT_LIMITS, Limits, Meter, SandboxError
 from .parsing import parse_or_raise
 from .sandbox import ENVIRONMENT, PIPE_PROTECTOR, SEPARATOR, RowRandom, SafeTemplate, plain_row
-from .sources import PACKAGE_PROMPTS, YAML_SUFFIXES, TemplatesFile, find, read_file, sources
-
-__all__ = ["PACKAGE_PROMPTS", "Rendered", "Template", "load_templates", "read_templates"]
+from .sources import YAML_SUFFIXES, TemplatesFile, find, read_file, sources
 
 logger = logging.getLogger(__name__)
 
-# T0's data were made by cutting every {{...}} to 2,048 characters; a textual change, as promptsource makes it.
+# T0's data were made with every {{...}} cut to 2,048 characters. As in promptsource, this changes the jinja source.
 T0_TRUNCATE = " | string | truncate(2048) }}"
 NOT_APPLICABLE = "not applicable"
 NO_TARGET = "no target"
@@ -47,7 +45,7 @@ class Rendered:
 
     input    what the model reads; empty if the template does not apply to the row
     target   the gold answer, or None
-    choices  the answers to choose from, or None if the answer is free
+    choices  the answers to choose from, or None for free-form answers
     reason   why there is no input or no target: not applicable, no target, several targets, label missing; else None
     """
 
@@ -59,20 +57,21 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Template:
-    """One prompt over the columns of a row.
+    """A prompt over the columns of a row.
 
-    name, id           what users call it, and its unique id
+    name, id           the name that users give, and the unique id
     source             jinja, input and target separated by "|||"
-    answer_choices     jinja, its output split on "|||"; None without fixed answers
-    original_task      True if the prompt asks for the task the data set was made for
+    answer_choices     jinja, whose output is split at "|||"; None without fixed answers
+    original_task      True if the prompt asks for the task that the data set was made for
     origin             the file it was read from, or archive!member
     sha256             of that file or archive
-    choices_in_prompt, metrics, languages  as in the file
-    truncation         none, or t0: each {{...}} of the source cut to 2,048 characters, as T0's training data were
-    strict_compat      hide "|||" only in the texts in which promptsource does: one in a list, or in an answer choice,
-                       splits the text, so that a row can inject its own target
-    trusted            False: it is rendered in another process (see `rlkd.templates.worker`)
-    limits             what it may cost
+    choices_in_prompt, metrics, languages  as given in the file
+    truncation         none, or t0: each {{...}} of the source is cut to 2,048 characters, as in T0's training data
+    strict_compat      escape "|||" only where promptsource does: one in a list or in an answer choice then splits the
+                       text, so that a row can inject its own target
+    trusted            False for templates that come neither with rlkd nor from promptsource: they are rendered in
+                       another process (see `rlkd.templates.worker`)
+    limits             of the sandbox
     """
 
     name: str
@@ -94,14 +93,14 @@ class Template:
         check_settings(self)
 
     def parts(self, row: Mapping[str, Any], *, seed: int = 0) -> list[str]:
-        """The rendered text split on "|||", each part stripped: what promptsource's `apply` returns.
+        """The rendered text, split at "|||", each part stripped: what promptsource's `apply` returns.
 
-        `choice` and `random` draw from a generator seeded by (seed, template id, row), so a row always renders alike.
-        Raises DataError if a filter or an expression fails on this row, SandboxError if it exceeds a limit.
+        `choice` and `random` draw from a generator seeded with (seed, template id, row), so a row always gives the same
+        text. Raises DataError if a filter or an expression fails on this row, SandboxError if it exceeds a limit.
         """
         if "answer_choices" in row:
             raise DataError(
-                f"{self}: a column is named 'answer_choices', the name of the template's own. Rename the column."
+                f"{self}: a column is named 'answer_choices', a name reserved for templates. Rename the column."
             )
         if not self.trusted:
             from .worker import untrusted_parts
@@ -121,7 +120,7 @@ class Template:
             raise self._refused(error) from error
         except MemoryError as error:
             raise self._refused(self.limits.exceeded("memory_mb")) from error
-        # Expressions run arbitrary operations on the row's values, so any exception can come out of them.
+        # Expressions run arbitrary operations on the row's values and can raise any exception.
         except Exception as error:
             raise DataError(
                 f"{self} cannot be rendered: {type(error).__name__}: {error}.\n  row: {str(dict(row))[:300]}\n"
@@ -132,8 +131,8 @@ class Template:
     def render(self, row: Mapping[str, Any], *, seed: int = 0) -> Rendered:
         """Input, target and answer choices of a row. Raises DataError as `parts` does.
 
-        There is no target if the template gives none, if it gives more than one part after the input (T0's training
-        left these out), or if the row lacks its gold label (see `lacks_label`).
+        The target is None if the template gives none, if it gives more than one part after the input (T0's training
+        data excluded these), or if the row has no gold label (see `lacks_label`).
         """
         first, *rest = self.parts(row, seed=seed)
         choices = self.choices(row, seed=seed)
@@ -142,7 +141,7 @@ class Template:
         if len(rest) > 1:
             return Rendered(first, None, choices, SEVERAL_TARGETS)
         if not rest or not rest[0]:
-            # An unlabeled row often gives an empty target; the reason is its missing label.
+            # An unlabeled row often renders to an empty target: the reason is the missing label.
             lacking = bool(rest) and self.lacks_label(row)
             return Rendered(first, None, choices, LABEL_MISSING if lacking else NO_TARGET)
         if self.lacks_label(row):
@@ -154,9 +153,9 @@ class Template:
         return None if self._choice_template is None else tuple(self._choice_template.parts(row, seed=seed))
 
     def lacks_label(self, row: Mapping[str, Any]) -> bool:
-        """Whether a column that only the target reads is absent, None, or -1 where a label counts answers.
+        """Whether a column that only the target reads is absent, None, or -1 where it is an index of the answers.
 
-        Such a row would render as "None" or, since -1 indexes from the end, with the last answer as gold.
+        Such a row would render as "None" or, since -1 indexes from the end, with the last answer as its target.
         """
         for name in self.gold_columns:
             value = row.get(name)
@@ -166,7 +165,7 @@ class Template:
         return False
 
     def columns(self, *, target: bool) -> set[str]:
-        """The columns the input reads, with `target` also those of the target; `x is defined` makes x optional."""
+        """The columns that the input reads, with `target` also those of the target; `x is defined` makes x optional."""
         return set(self._with_choices(self.reads.input | (self.reads.target if target else frozenset())))
 
     @cached_property
@@ -176,12 +175,12 @@ class Template:
 
     @property
     def shown_columns(self) -> frozenset[str]:
-        """The columns printed in the input; listing the answer choices shows none of them."""
+        """The columns printed in the input; printing the list of answer choices does not count."""
         return self.reads.shown - {"answer_choices"}
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all that decides the text of a row: id, jinja, answer_choices and the two options."""
+        """SHA-256 of everything that determines the text of a row: id, jinja, answer_choices and the two options."""
         key = [self.id, self.source, self.answer_choices, self.truncation, self.strict_compat]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
@@ -192,12 +191,12 @@ class Template:
 
     @cached_property
     def reads(self) -> Reads:
-        """The names it reads, by place; `answer_choices` among them."""
+        """The names that it reads, by place, `answer_choices` included."""
         return self._reads_of(self.source, "jinja")
 
     @cached_property
     def choice_columns(self) -> frozenset[str]:
-        """The columns the answer choices are made of."""
+        """The columns from which the answer choices are made."""
         if not self.answer_choices:
             return frozenset()
         found = self._reads_of(self.answer_choices, "answer_choices")
@@ -207,7 +206,7 @@ class Template:
         try:
             return template_columns.reads(ENVIRONMENT.parse(source))
         except jinja2.TemplateError:
-            self._compile(source, field)  # tells it better
+            self._compile(source, field)  # raises a better error
             raise
 
     def _with_choices(self, names: frozenset[str]) -> frozenset[str]:
@@ -236,11 +235,11 @@ class Template:
             raise DataError(f"{self}: its {field}{line} is not valid jinja: {error}. Fix the template.") from error
 
     def _refused(self, error: SandboxError, field: str = "") -> SandboxError:
-        """The same error, naming the template; once."""
+        """The same error with the template's name at its start, unless it is there already."""
         return error if str(error).startswith(str(self)) else SandboxError(f"{self}{field} {error}")
 
     def compile(self) -> Template:
-        """Compile now rather than at the first row. Raises DataError naming the template; returns itself."""
+        """Compile now instead of at the first row. Raises DataError with the template's name; returns self."""
         _ = self._compiled, self._choices
         return self
 
@@ -260,14 +259,14 @@ def load_templates(
 ) -> list[Template]:
     """Templates named by `spec`, compiled.
 
-    spec           `file.yaml`, `file.yaml:Name`, `dataset[/subset]` or `dataset[/subset]:Name`; an id serves as a
-                   name, and a hub id (nyu-mll/glue/mrpc) as a data set's old name (glue/mrpc)
-    folder         a folder, YAML file or archive where data sets are looked up in place of the usual places
-    all_templates  with a data set or file and no name: also templates that are not of the original task
-    gold_input     allow templates whose input prints gold columns (see `leaks`); else one that is named is refused,
-                   and those of a whole data set are left out with a warning
+    spec           `file.yaml`, `file.yaml:Name`, `dataset[/subset]` or `dataset[/subset]:Name`; a template's id can be
+                   given for its name, a hub id (nyu-mll/glue/mrpc) for promptsource's name of a data set (glue/mrpc)
+    folder         a folder, YAML file or archive to look data sets up in, instead of the default places
+    all_templates  for a data set or file without a name: also templates that are not of the original task
+    gold_input     allow templates whose input prints gold columns (see `leaks`); otherwise such a template is refused
+                   if it is named, and skipped with a warning if it is one of a data set
     truncation, strict_compat  see Template
-    Raises: DataError listing the files or names there are and the nearest one; ConfigError for an unknown truncation.
+    Raises: DataError with the available files or names and the nearest one; ConfigError for an unknown truncation.
     """
     check_choice("truncation", truncation, Truncation)
     file, name = locate(spec, folder)
@@ -284,15 +283,15 @@ def load_templates(
 
 
 def _whole(templates: list[Template], spec: str, all_templates: bool) -> list[Template]:
-    """All templates, or those of the original task; those of a file without that field are kept."""
+    """All templates, or those of the original task and those that do not say which task they are of."""
     kept = [t for t in templates if all_templates or t.original_task is not False]
     if not kept:
         raise DataError(
-            f"'{spec}': none of its {len(templates)} templates is for the original task. Name one "
-            f"({', '.join(t.name for t in templates)}), or ask for all with --all-templates."
+            f"'{spec}': none of its {len(templates)} templates asks for the original task. Name one "
+            f"({', '.join(t.name for t in templates)}), or allow all with --all-templates."
         )
     if len(kept) < len(templates):
-        logger.info("%s: %d of %d templates, those of the original task", spec, len(kept), len(templates))
+        logger.info("%s: using %d of %d templates, those of the original task", spec, len(kept), len(templates))
     return kept
 
 
@@ -301,16 +300,16 @@ def _without_leaks(chosen: list[Template], leaking: dict[str, frozenset[str]], *
     shown = "; ".join(f"{t.name}: {', '.join(sorted(leaking[t.id]))}" for t in chosen if t.id in leaking)
     if not kept:
         raise DataError(
-            f"{chosen[0] if named else chosen[0].origin}: the input shows gold columns ({shown}), so a model would "
-            "see the answer. Choose another template, or allow it with --gold-input."
+            f"{chosen[0] if named else chosen[0].origin}: the input shows gold columns ({shown}), so the model "
+            "would read the answer. Choose another template, or allow it with --gold-input."
         )
     if shown:
-        logger.warning("%s: left out templates whose input shows gold columns (%s)", kept[0].origin, shown)
+        logger.warning("%s: skipped templates whose input shows gold columns (%s)", kept[0].origin, shown)
     return kept
 
 
 def _by_name(templates: list[Template], name: str, file: TemplatesFile) -> Template:
-    """The one template of this name or id; outer white space, which some official names have, may be left out."""
+    """The one template of this name or id; leading and trailing white space, as in some official names, is optional."""
     for match in ((lambda t: name in (t.name, t.id)), (lambda t: name.strip() == t.name.strip())):
         chosen = [template for template in templates if match(template)]
         if len(chosen) == 1:
@@ -326,18 +325,13 @@ def _by_name(templates: list[Template], name: str, file: TemplatesFile) -> Templ
 
 
 def locate(spec: str, folder: Path | None = None) -> tuple[TemplatesFile, str | None]:
-    """The file and the template name of a spec. Raises DataError as `load_templates` does."""
+    """The file and the template name, if any, of a spec. Raises DataError as `load_templates` does."""
     for suffix in YAML_SUFFIXES:
         stem, found, rest = spec.partition(suffix)
         if found and (not rest or rest.startswith(":")):
             return read_file(Path(stem + suffix).expanduser()), rest[1:] or None
     dataset, _, name = spec.partition(":")
     return find(dataset, sources(folder)), name or None
-
-
-def read_templates(file: Path) -> list[Template]:
-    """All templates of a promptsource YAML file, in file order. Raises DataError naming file, line and field."""
-    return _templates(read_file(file))
 
 
 def _templates(file: TemplatesFile) -> list[Template]:

@@ -1,6 +1,6 @@
-"""Untrusted templates, rendered in a process that can be killed.
+"""Rendering of untrusted templates in a separate process.
 
-The sandbox bounds what it can count. A process bounds the rest: it has little memory, no secrets in its
+The sandbox limits what it can count. The process limits the rest: it has little memory and no secrets in its
 environment, and is killed when a row takes too long.
 """
 
@@ -34,18 +34,18 @@ logger = logging.getLogger(__name__)
 ROWS_PER_MESSAGE = 256
 # A new process imports jinja and yaml before it answers.
 START_SECONDS = 60.0
-# Answers go back this often.
+# Results are sent back this often.
 FLUSH_SECONDS = 0.05
 _LOCK = Lock()
 _ERRORS: dict[str, type[DataError]] = {"DataError": DataError, "SandboxError": SandboxError}
 
 
 class RenderWorker:
-    """Renders rows in a child process, which is killed at its limits and restarted for the next row.
+    """Renders rows in a child process, which is killed when it exceeds a limit and restarted for the next row.
 
-    `parts` is the `Template.parts` of many rows. A context manager: the child ends with it. The child starts with the
-    first rows, sees no environment variable but its import path, and answers in JSON, which is plain data in any case.
-    Needs POSIX.
+    `parts` is `Template.parts` for many rows. A context manager, whose exit ends the child. The child starts with the
+    first rows, inherits no environment variable but the import path, and answers in JSON, so that nothing it sends can
+    run code here. POSIX only.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS):
@@ -62,7 +62,7 @@ class RenderWorker:
         self.close()
 
     def close(self) -> None:
-        """Stop the child, if there is one; the next rows start another."""
+        """End the child, if there is one; the next rows start a new one."""
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
@@ -73,11 +73,11 @@ class RenderWorker:
     def parts(
         self, template: Template, rows: Iterable[Mapping[str, Any]], *, seed: int = 0
     ) -> Iterator[list[str] | DataError]:
-        """For each row what `template.parts(row, seed=seed)` returns, or the DataError it raises.
+        """For each row, what `template.parts(row, seed=seed)` returns or the DataError that it raises.
 
-        A row that takes longer than `limits.seconds`, or ends the child, gives a SandboxError; the others still render.
+        A row that takes longer than `limits.seconds`, or kills the child, gives a SandboxError; the others render.
         """
-        template = replace(template, trusted=True)  # there, without what was compiled here
+        template = replace(template, trusted=True)  # in the child; and without its compiled form
         remaining, size = iter(rows), ROWS_PER_MESSAGE
         while batch := list(islice(remaining, ROWS_PER_MESSAGE)):
             while batch:
@@ -86,7 +86,7 @@ class RenderWorker:
                 yield from results
                 if error is None:
                     continue
-                # Answers come in groups: rows are sent one by one to find which of them ends the child.
+                # Results come in groups: rows are sent one by one to find the one that killed the child.
                 if size == 1:
                     batch, size = batch[1:], ROWS_PER_MESSAGE
                     yield error
@@ -96,7 +96,7 @@ class RenderWorker:
     def _exchange(
         self, template: Template, rows: Sequence[Mapping[str, Any]], seed: int
     ) -> tuple[list[list[str] | DataError], SandboxError | None]:
-        """The results of rows, and why they are not all there."""
+        """The results of the rows and, if some are missing, the error of the next row."""
         results: list[list[str] | DataError] = []
         try:
             connection = self._started()
@@ -108,7 +108,7 @@ class RenderWorker:
                 results += map(_result, json.loads(connection.recv_bytes()))
         except (EOFError, OSError):
             self.close()
-            logger.warning("%s crashed the process that rendered it; starting a new one", template)
+            logger.warning("%s killed the process that rendered it; starting a new one", template)
             return results, SandboxError(f"{template} {self.limits.exceeded('memory_mb')}")
         return results, None
 
@@ -135,14 +135,14 @@ class RenderWorker:
 
 @cache
 def _shared(limits: Limits, process: int) -> RenderWorker:
-    """One worker for all rows rendered one at a time; a forked process starts its own."""
+    """The worker for rows that are rendered one at a time; a forked process gets its own."""
     worker = RenderWorker(limits)
     atexit.register(worker.close)
     return worker
 
 
 def untrusted_parts(template: Template, row: Mapping[str, Any], seed: int) -> list[str]:
-    """`template.parts(row, seed=seed)`, rendered by the worker that this process shares. Raises what it raises."""
+    """`template.parts(row, seed=seed)`, rendered by this process's shared worker. Raises the same errors."""
     with _LOCK:
         (result,) = _shared(template.limits, os.getpid()).parts(template, [row], seed=seed)
     if isinstance(result, DataError):
@@ -155,14 +155,14 @@ def _result(answer: dict[str, Any]) -> list[str] | DataError:
 
 
 def _serve(connection: Connection, memory_mb: int) -> None:
-    """The child: templates and rows in, one answer a row out, until the parent closes."""
+    """The child: receives templates and rows and sends one result per row, until the parent closes the connection."""
     _limit_memory(memory_mb)
     connection.send_bytes(b"ready")
     known: dict[Template, Template] = {}
     with suppress(EOFError, OSError):
         while True:
             template, rows, seed = connection.recv()
-            template = known.setdefault(template, template)  # the one that is compiled
+            template = known.setdefault(template, template)  # the one already compiled
             answers, sent = [], monotonic()
             for number, row in enumerate(rows, start=1):
                 answers.append(_answer(template, row, seed))

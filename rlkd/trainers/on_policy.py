@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -48,7 +48,8 @@ class OnPolicyTrainer(DistillationTrainer):
     """
 
     args: OnPolicyArguments
-    own_callbacks: tuple[Callable[[Any], TrainerCallback], ...] = ()  # each is made with the trainer
+    # Made of the trainer: callbacks that look at it before the first update.
+    start_checks: ClassVar[tuple[Callable[[Any], TrainerCallback], ...]] = ()
 
     def __init__(
         self,
@@ -88,9 +89,9 @@ class OnPolicyTrainer(DistillationTrainer):
                 f"{len(train_examples)}: lower per_device_train_batch_size, gradient_accumulation_steps or "
                 "minibatches_per_rollout, or raise rollouts_per_prompt"
             )
-        for callback in self.own_callbacks:
-            self.add_callback(callback(self))
         self.add_callback(_EpochOfStep())
+        for check in self.start_checks:
+            self.add_callback(check(self))
 
     # The loop
 

@@ -217,7 +217,7 @@ class PolicyGradientTrainer(OnPolicyTrainer):
     """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start."""
 
     args: RLArguments
-    own_callbacks = (StartCheck,)
+    start_checks = (StartCheck,)
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:

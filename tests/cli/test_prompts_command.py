@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from rlkd.cli.main import app, main
 from rlkd.errors import DataError
-from rlkd.templates.template import PACKAGE_PROMPTS
+from rlkd.templates.sources import PACKAGE_PROMPTS
 
 
 def invoke(*args):

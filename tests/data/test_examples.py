@@ -38,7 +38,7 @@ def test_examples_as_both_models_see_them():
 def test_skipped_rows_are_reported(caplog):
     with caplog.at_level(logging.WARNING):
         Examples(rows(), [EVEN], student_column="q", source="f.jsonl")
-    assert caplog.messages == ["f.jsonl: 2 of 4 rows skipped, no input (even: 1, student input: 1)"]
+    assert caplog.messages == ["f.jsonl: skipped 2 of 4 rows without input (even: 1, student input: 1)"]
 
 
 def test_no_template_own_template_ids_and_reference_lists():
@@ -69,11 +69,11 @@ def test_errors():
         Examples(rows(), [Template("t", "{{ question }}")], student_column="Q", source="f.jsonl")
     assert "'f.jsonl'" in str(error.value)
     assert "question in template 't': 'question'." in str(error.value)
-    with pytest.raises(DataError, match=r"column 'n' holds .*int64.*, not text"):
+    with pytest.raises(DataError, match=r"column 'n' contains .*int64.*, not text"):
         Examples(rows(), [], student_column="n")
     with pytest.raises(DataError, match="not text or lists of texts"):
         Examples(rows(), [], student_column="q", reference_column="n")
-    with pytest.raises(DataError, match=r"id_column 'i' has 'x' 3 times\. Ids must be unique"):
+    with pytest.raises(DataError, match=r"id_column 'i' contains 'x' 3 times\. Ids must be unique"):
         Examples(rows(i=["x", "x", "y", "x"]), [], student_column="q", id_column="i")
     with pytest.raises(DataError, match=r"none of the 4 rows has an input \(never: 3, student input: 1\)"):
         Examples(rows(), [Template("never", "{% if false %}x{% endif %}")], student_column="q")
@@ -89,7 +89,7 @@ def test_supervised_pairs(caplog):
         {"id": "3:ask", "student_input": "Ask s", "label": "D"},
         {"id": "3:even", "student_input": "Even s", "label": "D"},
     ]
-    assert caplog.messages == ["f: 3 of 8 pairs left out (not applicable: 1, no target: 2)"]
+    assert caplog.messages == ["f: skipped 3 of 8 pairs (not applicable: 1, no target: 2)"]
     gold = rows(a=["A", None, "C", "D"], n=[1, 0, -1, 0])
     labels = Template("t", "{{ q }}? ||| {{ answer_choices[n] }}", "no ||| yes")
     assert supervised_pairs(gold, [labels])["label"][:] == ["yes", "no", "no"]

@@ -42,7 +42,7 @@ def test_no_map_is_the_same_rows():
     ("columns", "labels", "row", "message"),
     [
         (["labl=x"], [], {"label": 1}, r"column_map: there is no column 'labl'.*Did you mean 'label'\? Write old=new"),
-        (["a=b"], [], {"a": 1, "b": 2}, "column_map: two columns would be named 'b'. Rename the other one too"),
+        (["a=b"], [], {"a": 1, "b": 2}, "column_map: two columns would have the name 'b'. Rename the other one too"),
         ([], ["y:0=1"], {"label": 1}, "label_map: there is no column 'y'. Found: label"),
         ([], ["0=1"], {"label": 2}, r"label_map: column 'label' has 2, which is not mapped. Mapped: 0. Add it: 2="),
         ([], ["0=1"], {"label": True}, "has True, which is not mapped"),
@@ -58,9 +58,9 @@ def test_rows_that_do_not_fit(columns, labels, row, message):
     [
         (["a"], [], r"--column-map 'a': write old=new\[,old=new"),
         (["a=b=c"], [], "--column-map 'a=b=c'"),
-        (["a=b,a=c"], [], "a name occurs twice on the left"),
+        (["a=b,a=c"], [], "a name is given twice on the left"),
         (["a="], [], "'a' maps to ''"),
-        (['{"a": 1}'], [], "'a' maps to 1; the new name of a column must be a string"),
+        (['{"a": 1}'], [], "'a' maps to 1; a column's new name must be text"),
         (["{a"], [], "'{a' is not valid JSON"),
         ([], ["0"], r"--label-map '0': write \[column:\]old=new"),
     ],

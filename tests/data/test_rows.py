@@ -82,7 +82,7 @@ def test_columns_missing_in_the_first_row_are_kept(tmp_path):
             '{"a": 1}\n{"a": null}\n{"a": "x"}\n',
             ["column 'a' has type number in line 1 but str in line 3"],
         ),
-        ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "surrogate"]),
+        ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "unpaired surrogate"]),
         ("a.json", '[{"a": 1},\n {"a" 2}]', ["a.json:2:7 is not valid JSON"]),
         ("a.json", '[{"a": 1}, 2]', ["entry 2 is a JSON int"]),
         ("a.csv", "a,b\n1,2\n1,2,3\n", ["a.csv:3 has 3 cells, the header has 2 (a, b)"]),
@@ -133,7 +133,7 @@ def test_columns_and_quotes_that_make_no_sense(tmp_path):
 def test_bad_rows_can_be_left_out_with_a_word(tmp_path, caplog):
     source = write(tmp_path / "a.tsv", "a\tb\n1\t2\nbroken\n3\t4\n")
     assert load_rows(source, on_bad_row="skip").to_list() == [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
-    assert "1 bad rows left out, the first: " in caplog.text
+    assert "skipped 1 bad rows; the first: " in caplog.text
     assert "a.tsv:3 has 1 cells" in caplog.text
     with pytest.raises(DataError, match="has no rows"):
         load_rows(write(tmp_path / "b.tsv", "a\tb\nbroken\n"), on_bad_row="skip")
@@ -179,7 +179,7 @@ def test_check_columns_names_the_nearest():
     with pytest.raises(DataError) as error:
         check_columns(rows, {"input_column": "sorce", "id_column": "id", "reference_column": "target"}, "x.jsonl")
     assert str(error.value) == (
-        "'x.jsonl' lacks 2 of the columns asked for.\n"
+        "'x.jsonl' lacks 2 of the requested columns.\n"
         "  missing  input_column: 'sorce'. Did you mean 'source'?\n"
         "           id_column: 'id'.\n"
         "  found    source, target\n"
@@ -192,7 +192,7 @@ def test_check_text_column():
     check_text_column(rows, "t", "x")
     check_text_column(rows, "l", "x", lists=True)
     for column, lists in (("l", False), ("n", False), ("n", True)):
-        with pytest.raises(DataError, match=f"column '{column}' holds .* not text"):
+        with pytest.raises(DataError, match=f"column '{column}' contains .* not text"):
             check_text_column(rows, column, "x", lists=lists)
 
 
@@ -225,7 +225,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path):
     stream = RowStream(str(file))
     scan = stream.scan()
     file.write_text('{"a": "x"}\n' * 2)
-    with pytest.raises(DataError, match=r"had 3 rows and now has 2: it changed while being read"):
+    with pytest.raises(DataError, match=r"had 3 rows and now has 2: it changed during the run"):
         list(stream.blocks(scan, 2, lambda k: True))
 
 

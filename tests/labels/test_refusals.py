@@ -47,12 +47,12 @@ def without_line(file: Path, number: int) -> None:
         (
             [{"text": "a", "id": "1"}, {"text": "b", "id": "1"}],
             {"id_column": "id"},
-            r"rows\.jsonl:2: the id '1' is also used by .*rows\.jsonl:1\. Ids must be unique",
+            r"rows\.jsonl:2: the id '1' is also used in .*rows\.jsonl:1\. Ids must be unique",
         ),
         (
             [{"text": "a", "answer_choices": "b", "n": 1}],
             {"templates": stub.TEMPLATES},
-            r"a column is named 'answer_choices', which is reserved for templates\. Rename the column",
+            r"a column is named 'answer_choices', a name reserved for templates\. Rename the column",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlkd.errors import ConfigError
 from rlkd.objectives.rewards import (
     average_templates,
     expected_advantage,
@@ -164,7 +165,7 @@ def test_gauges_are_log_softmax_centred_and_raw_logits():
 
 def test_an_unknown_gauge_is_refused():
     scores, *_ = random_scores(0)
-    with pytest.raises(ValueError, match="allowed are 'log_prob'"):
+    with pytest.raises(ConfigError, match="allowed are 'log_prob'"):
         gauge_shift(scores, "none")
 
 

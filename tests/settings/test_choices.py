@@ -112,6 +112,12 @@ def test_arguments_refuse_other_values(function, name):
     assert str(caught.value).startswith(f"{name} = {TYPO!r}: allowed are ")
 
 
+@pytest.mark.parametrize("name", ["lr_scheduler_type", "optim", "eval_strategy", "save_strategy", "log_level"])
+def test_fields_of_transformers_refuse_other_values(name, tmp_path):
+    with pytest.raises(ConfigError, match=rf"^{name} = 'typo!': allowed are '"):
+        rlkd.SupervisedArguments(output_dir=str(tmp_path), **{name: TYPO})
+
+
 def test_the_choices_are_found():
     names = {parameters.id for parameters in [*FIELDS, *ARGUMENTS]}
     assert names >= {"PPOArguments.kl_in", "TKDArguments.preset", "TKDArguments.tree_exclude", "Teacher.combination"}

@@ -1,8 +1,10 @@
 """Settings: what is accepted, and the exact sentence for everything that is not."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -206,7 +208,7 @@ def test_a_screen_of_problems_at_most(parse):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("- a", "r.yaml:1: the file must be settings, one 'name: value' per line."),
+        ("- a", "r.yaml:1: the file must contain settings, one 'name: value' per line."),
         ("group: [1", "r.yaml:1:10: not valid YAML: expected ',' or ']'"),
         ("group: 3\n\tcoef: 3", "r.yaml:2:1: not valid YAML: found character '\\t'"),
         ("group: !!python/object:os.system 3", "r.yaml:1:8: not valid YAML: could not determine a constructor"),
@@ -230,7 +232,8 @@ def test_missing_and_unreadable_files(parse, tmp_path):
         parse_config((Arguments,), ["--config", "."])
     with pytest.raises(ConfigError, match=r"^--config: expected one argument\. See --help\.$"):
         parse_config((Arguments,), ["--config"])
-    assert refusal(parse, "", "--config", "b.yaml") == "--config is given 2 times (r.yaml, b.yaml): give one file."
+    twice = refusal(parse, "", "--config", "b.yaml")
+    assert twice == "--config is given 2 times (r.yaml, b.yaml): only one file is allowed."
 
 
 @pytest.mark.parametrize(
@@ -258,7 +261,7 @@ def test_flags_refused(parse, flags, sentence, capsys):
 def test_required_settings_are_named_together(parse):
     kinds = (Teacher, Data)
     message = refusal(parse, "", kinds=kinds)
-    assert message == "--teacher, --dataset: no value. Give it as a flag or in the file of --config."
+    assert message == "--teacher, --dataset: required. Give it as a flag or in the file of --config."
     assert parse("dataset: x", "--teacher", "t", kinds=kinds)[1] == Data("x")
 
 
@@ -355,6 +358,16 @@ def test_choices_registered_by_name(parse, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse_config(kinds, ["--help"])
     assert "--reward {regret,mine}" in capsys.readouterr().out
+
+
+def test_the_example_in_the_documents():
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert (found["settings"].reward, found["settings"].order) == ("max", "shuffled")
+    with pytest.raises(ConfigError, match="order = 'x': allowed are 'given', 'shuffled'"):
+        found["MyArguments"](order="x")
 
 
 def test_values_out_of_range_are_named_together_wherever_they_come_from(parse):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rlkd.errors import DataError
-from rlkd.templates.sources import PROMPTSOURCE_SHA256, Source, TemplatesFile
-from rlkd.templates.template import PACKAGE_PROMPTS, Rendered, Template, load_templates, read_templates
+from rlkd.templates.sources import PACKAGE_PROMPTS, PROMPTSOURCE_SHA256, Source, TemplatesFile
+from rlkd.templates.template import Rendered, Template, load_templates
 
 YAML = """\
 dataset: toy
@@ -158,8 +158,8 @@ def file(tmp_path) -> Path:
     return path
 
 
-def test_read_templates(file):
-    good, bare = read_templates(file)
+def test_all_fields_of_a_template_are_read(file):
+    good, bare = load_templates(str(file), all_templates=True, gold_input=True)
     assert good == Template(
         "Good: or bad",
         'Is "{{ text }}" good? ||| {{ answer_choices[label] }}',

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkd.errors import DataError
+from rlkd.errors import ConfigError, DataError
 from rlkd.templates import sandbox
 from rlkd.templates.meter import Limits, Meter
 from rlkd.templates.sandbox import PIPE_PROTECTOR, SandboxError, plain_row
@@ -249,7 +249,7 @@ def test_errors_name_template_limit_and_remedy(limits, source, name):
 
 
 def test_limits_are_positive():
-    with pytest.raises(ValueError, match=r"Limits.steps is 0"):
+    with pytest.raises(ConfigError, match=r"^steps = 0: must be at least 1$"):
         Limits(steps=0)
 
 

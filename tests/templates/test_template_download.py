@@ -71,8 +71,9 @@ def test_a_package_that_is_not_there_and_a_cache_that_cannot_be_written(index, m
 
 @pytest.mark.net
 @pytest.mark.enable_socket
-def test_the_archive_of_promptsource_itself(tmp_path):
-    path, _ = download(target=tmp_path / "promptsource.tar.gz")
+def test_the_archive_of_promptsource_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLKD_CACHE", str(tmp_path))
+    path, _ = download()
     assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
 
 

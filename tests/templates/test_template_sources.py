@@ -173,9 +173,7 @@ def test_rows_of_an_old_name_come_from_its_new_home(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_rows("glue", subset="mrpc").to_list() == [{"a": 1}]
-    with pytest.raises(
-        DataError, match=r"'xsum' \(EdinburghNLP/xsum on the hub\), split 'train' is neither a local path"
-    ):
+    with pytest.raises(DataError, match=r"'xsum' \(EdinburghNLP/xsum on the hub\), split 'train' is neither"):
         load_rows("xsum")
     assert asked == [("nyu-mll/glue", "mrpc"), ("EdinburghNLP/xsum", None)]
 
@@ -196,7 +194,5 @@ def test_looking_at_templates_and_local_rows_imports_nothing_heavy(tmp_path):
 def test_an_archive_that_unpacks_to_too_much(home, monkeypatch):
     monkeypatch.setattr("rlkd.templates.sources.MAX_ARCHIVE_BYTES", 1 << 20)
     path = tar_of(home / "bomb.tar.gz", {"toy/templates.yaml": yaml_of("one"), "zeros": "0" * (1 << 20)})
-    with pytest.raises(
-        DataError, match=r"bomb\.tar\.gz unpacks to more than 1 MiB, too much for an archive of templates"
-    ):
+    with pytest.raises(DataError, match=r"bomb\.tar\.gz unpacks to more than 1 MiB: not an archive of templates"):
         load_templates("toy", folder=path)

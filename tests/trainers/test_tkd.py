@@ -380,7 +380,7 @@ def test_evaluation_is_accuracy_and_cross_entropy_of_the_student_alone(tmp_path,
     dev = rows(9, seed=2)
     dev[4]["label"] = None
     trainer = make(tmp_path, dev=dev, per_device_eval_batch_size=3)
-    assert "eval_rows: 1 of 9 rows have no label and are left out" in caplog.text
+    assert "eval_rows: skipping 1 of 9 rows, which have no label" in caplog.text
     monkeypatch.setattr(trainer.teacher, "forward", None)
     metrics = trainer.evaluate()
     batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(8)])
@@ -611,7 +611,7 @@ def test_models_that_do_not_fit(tmp_path):
         ({"text": None, "label": 1}, r"row 12: text and text_pair must be text, found \(None, None\)"),
         ({"txt": "a", "label": 1}, "row 12: text and text_pair must be text"),
         ({"text": 7, "label": 1}, r"row 12: .* found \(7, None\)"),
-        ({"text": "a b", "label": 1, "text_pair": "c"}, "text_pair is missing.*needs two sentences in every row"),
+        ({"text": "a b", "label": 1, "text_pair": "c"}, "text_pair is missing.*needs two texts in every row"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(tmp_path, row, message):

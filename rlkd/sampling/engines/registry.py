@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from ...errors import ConfigError, nearest
+from ...checks import check_choice
+from ...errors import ConfigError
 from .protocol import Decoding, Engine, EngineKind, EngineSettings
 
 if TYPE_CHECKING:
@@ -61,10 +62,7 @@ def choose_engine(settings: EngineSettings, model: ModelSource, decoding: Decodi
     Raises ConfigError if the engine is unknown, not installed, or cannot do the work.
     """
     wanted = settings.name
-    if wanted not in engine_names():
-        raise ConfigError(
-            f"engine = '{wanted}': allowed are {', '.join(engine_names())}.{nearest(wanted, list(engine_names()))}"
-        )
+    check_choice("engine", wanted, engine_names())
     refused: dict[str, str] = {}
     for name in ENGINES if wanted == AUTO else (wanted,):
         kind = _kind(name)
