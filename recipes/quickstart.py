@@ -238,10 +238,13 @@ def report(study: Study, plan: dict[str, int], split: str) -> None:
     spread = {title: spreads(runs) for title, runs in results.items()}
     record = {"split": split, "seeds": study.seeds, "plan": plan, "seeds_won_against_seqkd_as_long": won}
     write_json(study.out / "results.json", {**record, "spread": spread, "results": results})
-    print_table(results, f"{split} notes: mean and (lowest, highest) of {len(study.seeds)} seed(s)")
+    missing = sum(study.finished(cell) is None for cell in study.cells.values())
+    title = f"{split} notes: mean and (lowest, highest) of {len(study.seeds)} seed(s)"
+    print_table(results, f"{title}, {missing} results missing" if missing else title)
+    compared = len(study.results("seqkd-as-long"))
     for arm, count in won.items():
         print(
-            f"{arm} beats SeqKD trained as long on {count['accuracy']} of {len(study.seeds)} seeds in accuracy, "
+            f"{arm} beats SeqKD trained as long on {count['accuracy']} of {compared} seeds in accuracy, "
             f"{count['regret']} in regret"
         )
     print(f"run folder: {study.out}  (results.json, the teacher, every student and its metrics.jsonl)")

@@ -136,3 +136,9 @@ def test_the_report_compares_arms_seed_by_seed(quickstart, tmp_path, monkeypatch
     shown = capsys.readouterr().out
     assert "(40.0, 70.0)" in shown
     assert "PPO beats SeqKD trained as long on 1 of 3 seeds in accuracy, 1 in regret" in shown
+    assert "missing" not in shown
+    grid.cells["seed-2/ppo"].record_file.unlink()  # and with it what SeqKD as long is as long as
+    quickstart.report(grid, quickstart.QUICK, "test")
+    shown = capsys.readouterr().out
+    assert "of 3 seed(s), 2 results missing" in shown
+    assert "PPO beats SeqKD trained as long on 1 of 2 seeds in accuracy, 1 in regret" in shown
