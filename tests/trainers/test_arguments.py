@@ -1,11 +1,13 @@
 """Settings that cannot work are refused by name, before anything loads."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 from transformers import TrainingArguments
 
 from rlkd.errors import ConfigError
+from rlkd.objectives.rewards import REWARDS
 from rlkd.trainers.arguments import (
     DistillationArguments,
     PPOArguments,
@@ -95,3 +97,27 @@ def test_every_field_of_ours_says_what_it_is_and_repeats_none_of_transformers():
         assert set(kind.__annotations__) & theirs <= changed
         for field in dataclasses.fields(kind):
             assert field.name in theirs or field.metadata["help"].endswith((".", "nats"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"temperature": 2.0}, "temperature = 2.0: objective = 'sequence' does not take it: leave it out"),
+        ({"objective": "forward_kl", "beta": 0.3}, "beta = 0.3: objective = 'forward_kl' .*; it takes temperature"),
+        ({"objective": "jensen_shannon", "alpha": 0.3}, "alpha = 0.3: .*; it takes temperature, beta"),
+        ({"objective": "jensen_shannon", "beta": 1.0}, "beta = 1.0: must lie between 0 and 1"),
+        ({"objective": "skew_forward_kl", "alpha": 0.0}, "alpha = 0.0: must lie between 0 and 1"),
+    ],
+)
+def test_a_parameter_that_the_divergence_does_not_take_is_refused(tmp_path, settings, problem):
+    with pytest.raises(ConfigError, match=problem):
+        SupervisedArguments(output_dir=str(tmp_path), **settings)
+    SupervisedArguments(output_dir=str(tmp_path), objective="jensen_shannon", beta=0.3, temperature=2.0)
+    SupervisedArguments(output_dir=str(tmp_path), objective="skew_forward_kl", alpha=0.3)
+
+
+def test_a_reward_without_an_exact_expectation_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setitem(REWARDS, "sampled only", replace(REWARDS["max"], expected=None))
+    with pytest.raises(ConfigError, match="one_step = 'exact': reward_value sampled only has no exact expectation"):
+        ReinforceArguments(output_dir=str(tmp_path), reward_value="sampled only")
+    ReinforceArguments(output_dir=str(tmp_path), reward_value="sampled only", one_step="sampled")
