@@ -105,8 +105,8 @@ def test_every_field_of_ours_says_what_it_is_and_repeats_none_of_transformers():
         ({"temperature": 2.0}, "temperature = 2.0: objective = 'sequence' does not take it: leave it out"),
         ({"objective": "forward_kl", "beta": 0.3}, "beta = 0.3: objective = 'forward_kl' .*; it takes temperature"),
         ({"objective": "jensen_shannon", "alpha": 0.3}, "alpha = 0.3: .*; it takes temperature, beta"),
-        ({"objective": "jensen_shannon", "beta": 1.0}, "beta = 1.0: must lie between 0 and 1"),
-        ({"objective": "skew_forward_kl", "alpha": 0.0}, "alpha = 0.0: must lie between 0 and 1"),
+        ({"objective": "jensen_shannon", "beta": 1.0}, "beta = 1.0: must be between 0 and 1"),
+        ({"objective": "skew_forward_kl", "alpha": 0.0}, "alpha = 0.0: must be between 0 and 1"),
     ],
 )
 def test_a_parameter_that_the_divergence_does_not_take_is_refused(tmp_path, settings, problem):
