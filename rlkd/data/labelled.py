@@ -23,8 +23,8 @@ class EncodedTexts(Sequence[dict[str, Any]]):
 
     Args: rows; tokenizer, a fast one; max_length, tokens to cut texts to; num_labels, to check labels against. A row
     without a label is trained on the teacher's outputs alone. Raises DataError if there are no rows, a text is missing
-    or not a string, a label is outside the set, or only some rows are pairs; ModelError if the tokenizer has no padding
-    token.
+    or not a string, a label is not in the label set, or only some rows are pairs; ModelError if the tokenizer has no
+    padding token.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, num_labels: int):
@@ -108,8 +108,8 @@ def _label(index: int, label: Any, num_labels: int) -> int:
         return UNLABELLED
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_labels:
         raise DataError(
-            f"row {index}: label {label!r} is outside the set: allowed are the whole numbers 0 to {num_labels - 1}, or "
-            "None for a row that is trained on the teacher's outputs alone"
+            f"row {index}: label {label!r} is not in the label set: allowed are the whole numbers 0 to "
+            f"{num_labels - 1}, or None for a row that is trained on the teacher's outputs alone"
         )
     return label
 

@@ -287,7 +287,7 @@ def _whole(templates: list[Template], spec: str, all_templates: bool) -> list[Te
     kept = [t for t in templates if all_templates or t.original_task is not False]
     if not kept:
         raise DataError(
-            f"'{spec}': none of its {len(templates)} templates asks for the original task. Name one "
+            f"'{spec}': none of its {len(templates)} templates is for the original task. Name one "
             f"({', '.join(t.name for t in templates)}), or allow all with --all-templates."
         )
     if len(kept) < len(templates):
