@@ -21,7 +21,6 @@ from .divergences import forward_kl
 
 DistanceReduction = Literal["mean", "sum"]
 
-TERMS = ("ce", "kd", "pt", "td_student", "td_teacher", "td_random", "all")
 TREE_TERMS = ("td_student", "td_teacher", "td_random", "all")
 # The rows of the paper's Table 1: which terms are on.
 PRESETS: dict[str, tuple[str, ...]] = {
