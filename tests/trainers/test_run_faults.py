@@ -425,7 +425,7 @@ def test_one_of_two_ranks_killed(tmp_path):
     assert re.search(r"SIGKILL|exitcode *: -9", message)
     assert damage(folder / "checkpoint-2") is None
     # Fewer processes would be another run.
-    with pytest.raises(CheckpointError, match="is of 2 processes, this run has 1"):
+    with pytest.raises(CheckpointError, match="was written by 2 processes, this run has 1"):
         chaos.build("reinforce", folder).train(resume_from_checkpoint="auto")
     assert ended(launched(folder)) == 0
     models = [chaos.safetensors.torch.load_file(path / "model.safetensors") for path in (straight, folder)]
