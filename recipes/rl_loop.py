@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -22,10 +23,12 @@ from rlkd import (
     CreditInputs,
     Example,
     Examples,
+    OneOf,
     Policy,
     Reward,
     Teacher,
     TeacherSignal,
+    check_settings,
     kl_k3,
     language_model,
     load_model,
@@ -56,13 +59,16 @@ class LoopArguments:
     rollouts_per_prompt: int = field(default=4, metadata={"help": "Answers sampled for each of them."})
     max_input_tokens: int = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
     max_new_tokens: int = field(default=64, metadata={"help": "Answers are cut to this many tokens."})
-    reward: str = field(default="max", metadata={"help": "A name of REWARDS: max, lse or softmax."})
+    reward: Annotated[str, OneOf(REWARDS)] = field(default="max", metadata={"help": "What a token is worth."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.2, metadata={"help": "Credit horizon: 0 the next token only, 1 the whole answer."})
     kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL penalty to the initial student."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Constant learning rate of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     seed: int = field(default=42, metadata={"help": "Decides prompts and samples."})
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 def prompts_of(step: int, examples: Sequence[Example], args: LoopArguments) -> list[Example]:

@@ -77,6 +77,7 @@ _MODULES = {
         "token_scores",
     ),
     "records": (
+        "Answers",
         "Batched",
         "Distribution",
         "Example",
@@ -84,7 +85,6 @@ _MODULES = {
         "Prompt",
         "PromptedRow",
         "PseudoLabel",
-        "Answers",
         "select_rows",
         "TeacherSignal",
     ),

@@ -116,6 +116,19 @@ def test_accelerate_launch_runs_the_ppo_twin(tiny_run):
     assert (tiny_run / "runs" / "tiny" / "launched" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_the_flat_loop_runs_as_its_docstring_says(tiny_run):
+    command = (RECIPES / "rl_loop.py").read_text().split("python recipes/rl_loop.py", 1)[1].split('"""', 1)[0]
+    arguments = command.replace("\\\n", " ").split()
+    done = _python(tiny_run, "recipes/rl_loop.py", *arguments, "--steps", "2", "--max_new_tokens", "8")
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["1", "2"]
+    AutoModelForSeq2SeqLM.from_pretrained(tiny_run / "runs" / "tiny" / "rl_loop")
+    wrong = [sys.executable, "recipes/rl_loop.py", *arguments, "--reward", "maxx"]
+    refused = subprocess.run(wrong, cwd=tiny_run, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2
+    assert "allowed are 'max', 'lse', 'softmax'. Did you mean 'max'?" in refused.stderr
+
+
 def _bad_inputs(folder: Path) -> dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]]:
     """Flags, the exit code, and what the one screen must say."""
     tiny = folder / "runs" / "tiny"

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..models.heads import TokenFunction
 from ..objectives.policy import Reduction, token_statistics
-from ..records import Answers, Batched, Minibatch, TeacherSignal
+from ..records import Answers, Minibatch, TeacherSignal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence(Batched):
+class Evidence:
     """What is known about answers before the first update on them; None for what the objective does not read.
 
     signal           the teacher's
@@ -66,8 +66,8 @@ class Processes(Protocol):
 class Objective(ABC):
     """One way to learn from answers. Subclasses give `token_loss`; the defaults are those of plain imitation.
 
-    what, remedy     the settings that chose it, and what to change if the teacher cannot provide what it needs; for
-    errors needs            fields of the teacher's signal that it reads; empty if it needs no teacher
+    what, remedy     for errors: the settings that chose it, and what to change if the teacher lacks what it needs
+    needs            fields of the teacher's signal that it reads; empty if it needs no teacher
     reads            fields of `Evidence` beyond the signal that the trainer computes for `annotate`
     critic           whether the policy has a value head
     loss_reduction   how token losses are averaged

@@ -34,7 +34,6 @@ class Credit(Batched):
 
     advantages       credit of each sampled token after its baseline
     rewards          the terms whose discounted sum is the credit before its baseline
-    state_value      V(s_t) of the teacher in the raw-logit gauge, so that E_pi[A_V] = E_pi[q] - V
     returns          targets of the critic, and values, its predictions at rollout time; None without a critic
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
     scale            1 / (standard deviation the advantages were whitened with), else 1
@@ -43,7 +42,6 @@ class Credit(Batched):
 
     advantages: Tensor
     rewards: Tensor
-    state_value: Tensor
     returns: Tensor | None = None
     values: Tensor | None = None
     reference_logps: Tensor | None = None
@@ -105,7 +103,6 @@ class PolicyGradient(Objective):
         return Credit(
             advantages=credit * mask,
             rewards=reward * mask,
-            state_value=self.reward.state_value(signal),
             returns=returns,
             values=evidence.values,
             reference_logps=evidence.reference_logps,

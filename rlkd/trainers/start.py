@@ -40,7 +40,8 @@ class StartCheck(TrainerCallback):
             )
             if args.weak_start == "refuse":
                 raise ConfigError(f"{message} (weak_start: refuse)")
-            logger.warning(f"{message} (weak_start: ignore silences this)")
+            if state.is_world_process_zero:
+                logger.warning(f"{message} (weak_start: ignore silences this)")
             return
         start = self.measure()
         self.trainer.log(dict(start))

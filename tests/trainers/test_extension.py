@@ -10,7 +10,7 @@ import torch
 
 from rlkd.errors import ConfigError
 from rlkd.objectives.advantages import BASELINES, Baseline
-from rlkd.objectives.divergences import DIVERGENCES, Divergence, forward_kl
+from rlkd.objectives.divergences import DIVERGENCES, Divergence
 from rlkd.objectives.policy import token_statistics
 from rlkd.objectives.rewards import REWARDS, Reward
 from rlkd.records import Answers, TeacherSignal
@@ -239,7 +239,3 @@ def test_answers_may_come_from_labels_from_rollouts_or_from_a_mix(tmp_path, monk
     assert loss.item() == pytest.approx(want.item(), rel=1e-6)
     lines = trains(trainer, tmp_path / "mix")
     assert ["finish_rate" in line for line in lines] == [False, True]
-
-
-def test_forward_kl_is_what_the_registry_has():
-    assert DIVERGENCES["forward_kl"].function is forward_kl
