@@ -33,11 +33,12 @@ from ..sampling.engines.protocol import Decoding, Engine
 from ..sampling.schedule import Budget
 from .card import card
 from .folder import BAD_ROWS, changes, check_output, clear, refuse
+from .integrity import damage, total
 from .labelling import Labeller, PromptReader, StoppedError
-from .manifest import FORMAT, Manifest
+from .manifest import FORMAT, Manifest, partial_name, shard_name
 from .options import RunOptions
 from .sources import Source
-from .store import damage, partial_name, read_partial, shard_name, summarise, total, write_labels
+from .store import read_partial, summarise, write_labels
 
 logger = logging.getLogger(__name__)
 

@@ -126,9 +126,12 @@ def test_verify_sees_rows_that_are_not_those_of_the_shard(run):
     (out / "labels-00003.parquet").write_bytes((out / "labels-00002.parquet").read_bytes())
     del manifest.shards[5]
     manifest.rewrite()
+    log = out / "manifest.jsonl"
     assert verify(out) == [
+        f"{log} lacks the shards 5",
+        f"{log}: 'finished' differs from the sums of its shards (shards 13 against 12, inputs 100 against 92)",
         f"{out / 'labels-00003.parquet'} does not hold the labels of rows 24 .. 31",
-        f"{out / 'manifest.jsonl'} lacks the shards 5",
+        f"{out / 'labels-00005.parquet'} is in no log: remove it",
     ]
 
 
