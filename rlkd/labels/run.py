@@ -26,7 +26,7 @@ from ..io.cards import CARD
 from ..io.files import write_durably
 from ..io.lock import Stop
 from ..io.progress import progress
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import encode_texts, vocabulary_record
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.agreement import agreement
 from ..sampling.engines.protocol import Decoding, Engine
@@ -92,6 +92,7 @@ class Run:
             "format": FORMAT,
             "generation": _digest(json.dumps(settings, sort_keys=True)),
             "settings": settings,
+            "vocabulary": vocabulary_record(self.teacher.tokenizer),
             "rows_per_shard": max(options.shard_rows // self.labels_per_row, 1),
             "part": list(options.part) if options.part else None,
             "scan": self.source.scan,
@@ -130,6 +131,8 @@ class Run:
             ]
             if old["rows_per_shard"] != header["rows_per_shard"]:
                 refuse(self.out, layout + changed, "")
+            if other := changes(old.get("vocabulary") or header["vocabulary"], header["vocabulary"], "vocabulary."):
+                refuse(self.out, other + changed, "")
             if changed and not self.options.allow_config_change:
                 refuse(self.out, changed, "pass --allow-config-change to continue with the new ones, ")
             if not changed:

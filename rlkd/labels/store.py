@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from ..data.rows import read_parquet
 from ..errors import DataError
 from ..io.files import write_durably
+from ..io.provenance import attach
 from ..records import PseudoLabel
 from .integrity import damage as damage
 from .integrity import finished_manifest, shard_problem
@@ -122,9 +123,21 @@ def load_pseudolabels(path: str | Path, *, statuses: tuple[str, ...] | None = ("
             f"{folder} lacks the columns {', '.join(missing)}; found {', '.join(rows.column_names)}. "
             "Generate the labels again."
         )
-    if statuses is None:
-        return rows
-    return datasets.Dataset(rows.data.table.filter(pc.is_in(rows.data.table["status"], pa.array(list(statuses)))))
+    if statuses is not None:
+        rows = datasets.Dataset(rows.data.table.filter(pc.is_in(rows.data.table["status"], pa.array(list(statuses)))))
+    attach(rows, [_origin(folder, header) for header in manifest.headers])
+    return rows
+
+
+def _origin(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Where the labels of one generation come from, JSON-able."""
+    return {
+        "folder": str(folder),
+        "generation": header["generation"],
+        "dataset": (header.get("request") or {}).get("dataset"),
+        "vocabulary": header.get("vocabulary"),
+        "settings": header["settings"],
+    }
 
 
 def labels_finished(path: str | Path) -> bool:
