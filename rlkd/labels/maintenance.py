@@ -42,20 +42,20 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
-def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], dict[str, Any] | None]:
+def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], list[dict[str, Any] | None]]:
     """Move damaged shards aside (folder `damaged`) and take them, and damaged lines, out of the log.
 
-    Returns: what was dropped, or would be with dry_run, and the recorded request that regenerates it; None if the
-    labels were not made by the command line.
+    Returns: what was dropped, or would be with dry_run, and the recorded requests that regenerate it, one per log; None
+    for labels that the command line did not make.
     """
     dropped: list[str] = []
-    request = None
+    requests: list[dict[str, Any] | None] = []
     for manifest in manifests(folder):
         problems, lost = dict(_shard_problems(manifest)), list(log_problems(manifest))
         if not problems and not lost:
             continue
         dropped += [*problems.values(), *lost]
-        request = manifest.header["request"]
+        requests.append(manifest.header["request"])
         if dry_run:
             continue
         refuse_links(manifest.path, folder / DAMAGED)
@@ -66,7 +66,7 @@ def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], dict[str,
                     (folder / DAMAGED).mkdir(exist_ok=True)
                     os.replace(file, folder / DAMAGED / file.name)
             manifest.append("dropped", shards=list(problems))
-    return dropped, request
+    return dropped, requests
 
 
 def merge(out: Path, parts: list[Path]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ def valid_vocab(tokenizer: Any) -> int:
 
 
 def vocabulary_record(tokenizer: Any) -> dict[str, Any]:
-    """What token ids mean: {tokens, their number; eos, the id that ends an answer; sha256 of the tokens by id, cut to 16
-    digits}. Equal for the same vocabulary whatever class of tokenizer holds it.
+    """What token ids mean: {tokens, their number; eos, the id that ends an answer; sha256, a digest of all tokens}.
+    Equal for the same vocabulary whatever class of tokenizer holds it.
     """
     digest = sha256()
     for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):

@@ -259,7 +259,13 @@ def test_parts_verify_and_repair(folder, teacher, capsys):
     main_ok(["data", "repair", "parts", "--dry-run", "--json"])
     assert "labels-00002" in json.loads(capsys.readouterr().out)["dropped"][0]
     assert (folder / "parts" / "labels-00002.parquet").read_bytes() == b"damaged"
-    main_ok(["data", "repair", "parts", "--quiet"])
+    # The recorded command names a teacher and data: it is shown, and runs only when asked for.
+    status, message = failing(capsys, ["data", "repair", "parts"])
+    assert status == 3
+    assert f"rlkd generate-pseudolabels --teacher={teacher} --dataset=rows.jsonl" in message
+    assert "repeat with --run" in message
+    assert (folder / "parts" / "labels-00002.parquet").read_bytes() == b"damaged"
+    main_ok(["data", "repair", "parts", "--quiet", "--run"])
     assert capsys.readouterr().out == ""
     assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
     main_ok(["data", "verify", "parts"])

@@ -108,9 +108,9 @@ def test_verify_and_repair_name_what_is_wrong(run):
         load_pseudolabels(out)
     (problem,) = verify(out)
     assert problem == f"{shard} differs from its checksum"
-    assert repair(out, dry_run=True) == ([problem], None)
+    assert repair(out, dry_run=True) == ([problem], [None])
     assert shard.exists()
-    assert repair(out) == ([problem], None)
+    assert repair(out) == ([problem], [None])
     assert (out / "damaged" / shard.name).read_bytes() == other
     assert not shard.exists()
     stub.label(source, out)
