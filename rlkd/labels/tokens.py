@@ -9,10 +9,9 @@ from typing import Any
 
 from ..errors import DataError
 from ..io.provenance import origins
-from ..models.vocabulary import decode_texts, encode_texts, valid_vocab, vocabulary_record
+from ..models.vocabulary import NO_LIMIT, decode_texts, encode_texts, valid_vocab, vocabulary_record
 
 logger = logging.getLogger(__name__)
-NO_LIMIT = 2**30
 BATCH = 1000
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..errors import ModelError
 
+NO_LIMIT = 2**30  # tokens of a text that is not to be cut
+
 
 def valid_vocab(tokenizer: Any) -> int:
     """V, the number of ids that are tokens: one more than the largest, holes included, added tokens too.

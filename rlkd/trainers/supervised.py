@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation.evaluator import TaskMetric
-from ..labels.tokens import NO_LIMIT, own_generations
+from ..labels.tokens import own_generations
 from ..models.heads import TokenFunction
 from ..models.signals import SignalSource
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import NO_LIMIT, encode_texts
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.policy import token_statistics
 from ..records import Answers, Example, Minibatch, TeacherSignal

@@ -152,6 +152,17 @@ def test_lint(file, tmp_path, rows):
     assert (first["file"], first["line"], first["level"]) == (str(bad), 2, "error")
 
 
+def test_lint_for_a_tokenizer(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    file = tmp_path / "t.yaml"
+    file.write_text("templates:\n  1: !Template {name: a, jinja: '{{ t }} ||| x', answer_choices: '{ ||| <'}\n")
+    command = ["prompts", "lint", str(file)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    result = CliRunner().invoke(app, [*command, "--tokenizer", str(tmp_path / "teacher")])
+    assert result.exit_code == 3
+    assert "t.yaml:2: error: 'a': the tokenizer has no tokens for the answer choice '{'." in result.stdout
+
+
 def test_download_says_where_the_archive_is(monkeypatch, tmp_path):
     monkeypatch.setattr("rlkd.templates.download.download", lambda: (tmp_path / "a.tar.gz", False))
     assert invoke("download") == f"{tmp_path / 'a.tar.gz'} (already there)\n"

@@ -249,6 +249,22 @@ def test_ranking_keeps_the_choices_and_their_scores(whole, tmp_path):
         stub.label(source, tmp_path / "x", decoding=None, templates=stub.TEMPLATES[:1])
 
 
+def test_choices_that_the_tokenizer_cannot_tell_apart_fail_their_rows(whole, tmp_path):
+    source, _ = whole
+    choices = ("{ ||| <", "a ||| {% if n == 2 %}{% else %}b{% endif %}", "a ||| {{ 'ab'[n % 2] }}{{ ' ' * (n % 2) }}")
+    templates = [stub.Template(f"t{i}", "is {{ text }}", choice, id=f"t{i}") for i, choice in enumerate(choices)]
+    totals = stub.label(source, tmp_path, decoding=None, templates=templates)
+    assert totals["status"] == {"ok": 199, "skipped": 0, "failed": 101}
+    assert totals["reasons"] == {
+        "the tokenizer has no tokens for the answer choice '{'": 100, "an answer choice is empty": 1
+    }  # fmt: skip
+    rows = load_pseudolabels(tmp_path, statuses=None).to_list()
+    assert {(row["template"], row["row"]) for row in rows if row["status"] == "failed"} == {
+        *(("t0", i) for i in range(100)), ("t1", 2)
+    }  # fmt: skip
+    assert all(row["label"] is None and row["token_ids"] is None for row in rows if row["status"] == "failed")
+
+
 def test_bad_rows_are_counted_and_kept_aside(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_bytes(
