@@ -25,3 +25,39 @@ def origins(rows: Any) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             continue
     return found
+
+
+def described(rows: Any) -> list[dict[str, Any]]:
+    """Who made labels, and from what, for a run's record: {folder, teacher, revision, dtype, templates, strategy,
+    dataset, data, vocabulary, generation} for each generation. What their origins do not tell (labels that lost them)
+    is read from their columns; [] for other rows.
+    """
+    made = origins(rows)
+    if made:
+        return [_of_origin(origin) for origin in made]
+    names = ("model", "revision", "generation", "template")
+    if not set(names) <= set(getattr(rows, "column_names", None) or ()):
+        return []
+    templates: dict[tuple[Any, ...], dict[str, None]] = {}
+    for model, revision, generation, template in zip(*(rows[name] for name in names), strict=True):
+        templates.setdefault((model, revision, generation), {})[template] = None
+    return [
+        {"teacher": model, "revision": revision, "generation": generation, "templates": list(found)}
+        for (model, revision, generation), found in templates.items()
+    ]
+
+
+def _of_origin(origin: dict[str, Any]) -> dict[str, Any]:
+    settings = origin["settings"]
+    return {
+        "folder": origin["folder"],
+        "teacher": settings.get("teacher"),
+        "revision": settings.get("revision") or settings.get("teacher_weights"),
+        "dtype": settings.get("dtype"),
+        "templates": [template[0] for template in settings.get("templates", [])],
+        "strategy": settings.get("strategy"),
+        "dataset": origin["dataset"],
+        "data": settings.get("source"),
+        "vocabulary": origin["vocabulary"],
+        "generation": origin["generation"],
+    }

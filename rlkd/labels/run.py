@@ -80,7 +80,7 @@ class Run:
         options = self.options
         settings = {
             "source": self.source.identity(),
-            "templates": [[name, key, _digest(text)] for name, key, text in self.source.templates],
+            "templates": template_settings(self.source.templates),
             "engine": self.engine.name,
             **self.engine.identity(),
             "max_input_tokens": self.teacher.max_input_tokens,
@@ -276,6 +276,11 @@ def _frozen_heap() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def template_settings(templates: list[tuple[str, str, str]]) -> list[list[str]]:
+    """(name, id, fingerprint) of templates as the log has them."""
+    return [[name, key, _digest(text)] for name, key, text in templates]
 
 
 def packages() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation.evaluator import TaskMetric
+from ..io.provenance import described
+from ..labels.makers import announce
 from ..labels.tokens import own_generations
 from ..models.heads import TokenFunction
 from ..models.signals import SignalSource
@@ -144,6 +147,13 @@ class SupervisedTrainer(DistillationTrainer):
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         return self.labels(rows)
+
+    def begin_run(self, checkpoint: Path | None) -> None:
+        """As in `StudentTrainer`; says whose labels the student learns, and warns of those of another teacher."""
+        super().begin_run(checkpoint)
+        if self.is_world_process_zero():
+            model = None if self.teacher is None else self.teacher.model
+            announce(described(self.train_dataset), model)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""

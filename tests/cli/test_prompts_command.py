@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from rlkd.cli.main import app, main
 from rlkd.errors import DataError
 from rlkd.templates.sources import PACKAGE_PROMPTS
+from tiny import tiny_tokenizer
 
 
 def invoke(*args):
