@@ -23,6 +23,8 @@ from ...models.encoders.classifiers import (
     run_encoder,
     width_of,
 )
+from ...models.encoders.labels import check_same_labels, check_single_label
+from ...models.encoders.rehearsal import check_states
 from ...models.encoders.teacher_outputs import TeacherOutputs, cache_key, cached_outputs
 from ...models.vocabulary import check_vocabulary_fits, valid_vocab
 from ...objectives.attention_tree import AttentionRows, all_tokens, attention_tree, cls_token, random_tokens
@@ -30,9 +32,8 @@ from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy,
 from ...objectives.neighbours import logit_mse, noisy_logits
 from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
-from .arguments import TKDArguments
+from .arguments import STUDENT_TREE, TKDArguments
 
-STUDENT_TREE = {"td_student", "td_random"}
 SMALLEST_TERM = 1e-4  # auto_scale: bounds the weight of a term that is nearly 0
 Model = TypeVar("Model")
 Step = TypeVar("Step")
@@ -44,11 +45,8 @@ def check_distillation(
     """Check the combination of models and settings from configurations and tokenizers alone. Raises ConfigError or
     ModelError.
     """
-    if student_config.num_labels != teacher_config.num_labels:
-        raise ModelError(
-            f"the teacher has {teacher_config.num_labels} labels and the student {student_config.num_labels}: "
-            "fine-tune the teacher on this task first"
-        )
+    check_single_label(teacher_config, "teacher")
+    check_same_labels(student_config, teacher_config)
     check_length(args.max_length, student_config, "student")
     check_length(args.max_length, teacher_config, "teacher")
     terms = args.weights.keys() - {"ce", "kd"}
@@ -78,11 +76,8 @@ def check_distillation(
 
 
 def check_labels_and_vocabulary(model: Any, role: str, tokenizer: Any) -> None:
-    """Raises ModelError for a model with a single label, which cannot classify, or ids beyond its embeddings."""
-    if model.config.num_labels < 2:
-        raise ModelError(
-            f"the {role} has {model.config.num_labels} label: a classifier needs at least 2 (no regression)"
-        )
+    """Raises ModelError unless the model is a single-label classifier with embeddings for all of the tokenizer's ids."""
+    check_single_label(model.config, role)
     name = model.config.name_or_path or model.config.model_type
     check_vocabulary_fits(model.config, valid_vocab(tokenizer), role, name)
 
@@ -149,6 +144,8 @@ class TKDTrainer(StudentTrainer):
             self.layers = matched_layers(
                 student.config.num_hidden_layers, self.teacher.config.num_hidden_layers, args.layer_map
             )
+            check_states(self.teacher, "teacher")
+            check_states(student, "student")
         self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
         return EncoderStudent(
             student,
