@@ -191,7 +191,9 @@ def load_labelled(
         if empty:
             raise DataError(f"'{source}', rows {_first(empty)}: column '{column}' is empty. Fill or remove them.")
     no_labels: list[int | None] = [None] * len(rows)
-    indices = no_labels if layout.label is None else label_indices(label_values(rows, layout.label, source), labels, source)
+    indices = (
+        no_labels if layout.label is None else label_indices(label_values(rows, layout.label, source), labels, source)
+    )
     return [
         {"text": row[layout.text], "text_pair": row[layout.pair] if layout.pair else None, "label": label}
         for row, label in zip(rows, indices, strict=True)

@@ -22,7 +22,12 @@ OWN: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 10, "entity_emb_size": 8},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 2},
     "perceiver": {"d_latents": 16, "num_latents": 8, "d_model": 16},
-    "reformer": {"axial_pos_embds_dim": (8, 8), "axial_pos_shape": (8, 8), "attention_head_size": 8, "is_decoder": False},
+    "reformer": {
+        "axial_pos_embds_dim": (8, 8),
+        "axial_pos_shape": (8, 8),
+        "attention_head_size": 8,
+        "is_decoder": False,
+    },
     "squeezebert": {"embedding_size": 16},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "mobilebert": {"intra_bottleneck_size": 16, "embedding_size": 16},

@@ -18,6 +18,7 @@ from .attention import AttentionSource, recorded_attention
 from .labels import check_single_label, give_labels, label_names
 
 Init = Literal["mapped", "first", "pretrained", "random"]
+PER_LAYER = ("attention_window",)  # lists with a value for each layer, besides those called so (layer_types)
 PROJECTIONS_FILE = "projections.safetensors"
 # Families that number positions from pad_token_id + 1, so that as many of the embedding's rows are never used.
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "roberta-prelayernorm")
@@ -208,7 +209,7 @@ def _keep_layers(config: Any, kept: list[int]) -> None:
     """Reduce a configuration to these of its layers (from 1), with what it says of each of them (layer_types)."""
     before = config.num_hidden_layers
     for name, value in list(vars(config).items()):
-        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == before:
+        if ("layer" in name or name in PER_LAYER) and isinstance(value, (list, tuple)) and len(value) == before:
             setattr(config, name, [value[k - 1] for k in kept])
     config.num_hidden_layers = len(kept)
 
@@ -263,10 +264,11 @@ def _copy_layers(teacher: Any, student: Any, chosen: list[int]) -> None:
     own = student.state_dict()
     differing = [n for n in {**own, **weights} if n not in own or n not in weights or own[n].shape != weights[n].shape]
     if differing:
+        others = "first or random, or a layer_map that begins with 1" if chosen[0] > 1 else "random"
         raise ModelError(
             f"the layers of a '{teacher.config.model_type}' model are not alike: layers "
             f"{', '.join(map(str, chosen))} of the teacher do not make a student of {len(chosen)} ({differing[0]}). "
-            "Use init: first or random, or a layer_map that begins with 1."
+            f"Use init: {others}."
         )
     student.load_state_dict(weights)
 

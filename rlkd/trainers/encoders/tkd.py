@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -12,6 +13,7 @@ from transformers import EvalPrediction, set_seed
 
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError, ModelError
+from ...evaluation.classes import one_class_warning, only_class
 from ...evaluation.task_metrics import classification_metrics
 from ...models.encoders.attention import prepare_attention
 from ...models.encoders.classifiers import (
@@ -33,6 +35,8 @@ from ...objectives.neighbours import logit_mse, noisy_logits
 from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
 from .arguments import STUDENT_TREE, TKDArguments
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_TERM = 1e-4  # auto_scale: bounds the weight of a term that is nearly 0
 Model = TypeVar("Model")
@@ -128,6 +132,7 @@ class TKDTrainer(StudentTrainer):
             self.teacher_texts = EncodedTexts(train_rows, teacher_tokenizer, args.max_length, labels)
         self.teacher_cache: TeacherOutputs | None = None
         self.scales: dict[str, float] = {}  # of auto_scale, once known
+        self.one_class = False  # whether it was said that one label is predicted for every row
         super().__init__(
             args=args,
             train_dataset=train,
@@ -345,7 +350,16 @@ class TKDTrainer(StudentTrainer):
                 if label >= 0
             ]
             keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, evaluated)
+            self._warn_of_one_class([row["predicted"] for row in evaluated])
         return out
+
+    def _warn_of_one_class(self, predicted: list[int]) -> None:
+        """Once, after training began: such scores look like those of a model that has learned something."""
+        label = only_class(predicted)
+        if label is not None and self.state.global_step > 0 and not self.one_class:
+            self.one_class = True
+            name = self.trained.config.id2label[label]
+            logger.warning("step %d: %s", self.state.global_step, one_class_warning("it", name, len(predicted)))
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the projections are saved next to the student."""
