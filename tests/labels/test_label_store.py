@@ -153,6 +153,17 @@ def test_merged_parts_equal_one_process(whole, tmp_path, together):
     assert load_pseudolabels(out).to_list() == load_pseudolabels(reference).to_list()
 
 
+def test_more_machines_than_shards(whole, tmp_path):
+    """The parts without a shard finish with nothing, and merge as the others do."""
+    source, reference = whole
+    parts = [tmp_path / str(i) for i in range(40)]
+    rows = [stub.label(source, folder, part=(i, 40))["rows"] for i, folder in enumerate(parts)]
+    assert 0 in rows
+    out = tmp_path / "out"
+    merge(out, parts)
+    assert (out / "manifest.jsonl").read_bytes() == (reference / "manifest.jsonl").read_bytes()
+
+
 def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
     source, reference = whole
     zero, one, again, other = (tmp_path / name for name in ("zero", "one", "again", "other"))
