@@ -19,8 +19,8 @@ from ..errors import DataError
 from ..io.files import write_durably
 from ..io.provenance import attach
 from ..records import PseudoLabel
-from .integrity import damage as damage
 from .integrity import STATUSES, finished_manifest, shard_problem
+from .integrity import damage as damage
 from .manifest import MANIFEST, Manifest
 
 SCHEMA = pa.schema(
