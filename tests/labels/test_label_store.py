@@ -153,6 +153,15 @@ def test_merged_parts_equal_one_process(whole, tmp_path, together):
     assert load_pseudolabels(out).to_list() == load_pseudolabels(reference).to_list()
 
 
+def test_more_parts_than_shards(tmp_path):
+    source = stub.write_rows(tmp_path / "rows.jsonl", 8)
+    for i in range(3):
+        assert stub.label(source, tmp_path / str(i), part=(i, 3))["rows"] == (0 if i else 32)
+        assert verify(tmp_path / str(i)) == []
+    merge(tmp_path / "out", [tmp_path / str(i) for i in range(3)])
+    assert len(load_pseudolabels(tmp_path / "out", statuses=None)) == 32
+
+
 def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
     source, reference = whole
     zero, one, again, other = (tmp_path / name for name in ("zero", "one", "again", "other"))
