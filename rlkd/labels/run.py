@@ -33,7 +33,7 @@ from ..sampling.agreement import agreement
 from ..sampling.engines.protocol import Decoding, Engine
 from ..sampling.schedule import Budget
 from .card import card
-from .folder import BAD_ROWS, changes, check_output, clear, refuse
+from .folder import BAD_BATCH, BAD_ROWS, changes, check_output, clear, refuse
 from .integrity import damage, total
 from .labelling import Labeller, PromptReader, StoppedError
 from .manifest import FORMAT, Manifest, partial_name, shard_name
@@ -43,7 +43,6 @@ from .store import read_partial, summarise, write_labels
 
 logger = logging.getLogger(__name__)
 
-BAD_BATCH = "not_finite.jsonl"
 AGREEMENT_PROMPTS, AGREEMENT_TOKENS = 100, 32
 
 
