@@ -20,7 +20,7 @@ from ..errors import ConfigError, ModelError
 from ..io.files import write_durably
 from ..models.encoders.classifiers import Init, build_student, student_config
 from ..models.encoders.onnx_export import require_onnx
-from ..models.loading import load_config
+from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
 from ..trainers.encoders.arguments import TKDArguments
@@ -45,6 +45,11 @@ class EncoderTeacherArguments:
         default=3.0, metadata={"help": "Epochs of its fine-tuning; the best checkpoint on dev is kept."}
     )
     teacher_learning_rate: Positive = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
+
+    allow_bin: bool = field(
+        default=False,
+        metadata={"help": "Teacher and student_pretrained may be pickled .bin files (read with weights_only)."},
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -113,18 +118,23 @@ class EncoderSetup:
 
     def load_teacher(self, name: str) -> Any:
         """A sequence classifier in float32 with the labels of this task."""
-        return AutoModelForSequenceClassification.from_pretrained(
+        return load_pretrained(
+            AutoModelForSequenceClassification,
             name,
+            "teacher",
             config=copy.deepcopy(self.teacher_config),
             revision=self.teacher.teacher_revision if name == self.teacher.teacher else None,
+            allow_bin=self.teacher.allow_bin,
+            needs="all" if name == self.teacher_folder else "layers",  # a head of another task is replaced
             dtype=torch.float32,
-            ignore_mismatched_sizes=name != self.teacher_folder,  # a head of another task is replaced
         )
 
     def new_student(self, teacher: Any) -> Any:
         """The student before training, made from the fine-tuned teacher; the same one for the same seed."""
         set_seed(self.training.seed)
-        return build_student(teacher, **self.student.options(teacher.config, self.training.layer_map))
+        return build_student(
+            teacher, allow_bin=self.teacher.allow_bin, **self.student.options(teacher.config, self.training.layer_map)
+        )
 
     def trainer_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the `TKDTrainer` that distils."""
@@ -154,6 +164,7 @@ def prepare_encoders(
     config = load_config(teacher.teacher, "teacher", teacher.teacher_revision)
     teacher_tokenizer = load_tokenizer(teacher.teacher, "teacher", teacher.teacher_revision)
     _check_encoder(config, teacher_tokenizer, teacher)
+    check_saved_weights(teacher.teacher, "teacher", teacher.teacher_revision, allow_bin=teacher.allow_bin)
     names = tuple(config.id2label[i] for i in range(config.num_labels)) if teacher.teacher_finetuned else ()
     named = not all(name == f"LABEL_{i}" for i, name in enumerate(names))
     loaded = load_labelled_data(data, names if named else ())
@@ -167,6 +178,7 @@ def prepare_encoders(
     tokenizer = teacher_tokenizer
     if student.student_init == "pretrained" and student.student_pretrained is not None:
         tokenizer = load_tokenizer(student.student_pretrained, "student")
+        check_saved_weights(student.student_pretrained, "student", allow_bin=teacher.allow_bin)
     best = (training.metric_for_best_model or "loss").removeprefix("eval_")
     known = list(dict.fromkeys(["score", *loaded.metrics, "accuracy", "loss"]))
     check_choice("metric_for_best_model", best, known)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...checks import check_choice
 from ...errors import ConfigError, ModelError
 from ...objectives.attention_tree import AttentionRows, rows_of_map
-from ..loading import load_config
+from ..loading import load_config, load_pretrained
 from .attention import AttentionSource, recorded_attention
 
 Init = Literal["mapped", "first", "pretrained", "random"]
@@ -132,7 +132,10 @@ class EncoderStudent(nn.Module):
         """Load in place a saved student, and the projections if they are next to it."""
         from safetensors.torch import load_file
 
-        loaded = type(self.student).from_pretrained(folder, dtype=next(self.student.parameters()).dtype)
+        dtype = next(self.student.parameters()).dtype
+        loaded = load_pretrained(
+            type(self.student), str(folder), "student", config=copy.deepcopy(self.config), dtype=dtype
+        )
         self.student.load_state_dict(loaded.state_dict())
         path = Path(folder) / PROJECTIONS_FILE
         if self.projections and path.exists():
@@ -201,7 +204,7 @@ def student_config(
     return config
 
 
-def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: Any) -> Any:
+def build_student(teacher: Any, layers: int, init: Init = "mapped", *, allow_bin: bool = False, **options: Any) -> Any:
     """A student of `layers` layers in the family of a fine-tuned `teacher`, as a plain sequence classifier.
 
     mapped      embeddings, head and layers I(1) .. I(K) of the teacher (see `matched_layers`)
@@ -215,8 +218,14 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: A
     if init == "pretrained":
         from transformers import AutoModelForSequenceClassification
 
-        return AutoModelForSequenceClassification.from_pretrained(
-            options["pretrained"], config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        return load_pretrained(
+            AutoModelForSequenceClassification,
+            options["pretrained"],
+            "student",
+            config=config,
+            dtype=torch.float32,
+            allow_bin=allow_bin,
+            needs="first layers",
         )
     student = type(teacher)(config)
     if init != "random":
