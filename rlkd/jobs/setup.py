@@ -156,13 +156,13 @@ def prepare(
     check_resumed_settings(training, settings)
     check_pair(theirs, ours)
     if student.use_peft and ours.adapter:
-        check_same_settings(ours.adapter, get_peft_config(student))
+        check_same_settings(ours.adapter, _peft_config(student))
     train, evaluation, labels = load_data(data)
 
     model = ours.load()
     if student.use_peft and not ours.adapter:
         set_seed(training.seed)  # adapters start at random
-        model = add_adapter(model, get_peft_config(student))
+        model = add_adapter(model, _peft_config(student))
     if student.use_peft:
         model = without_dropout(model)
     frozen = Teacher(
@@ -199,6 +199,14 @@ def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
         allow_bin=teacher.allow_bin,
         keep_adapter=student.use_peft,
     )
+
+
+def _peft_config(student: ModelConfig) -> Any:
+    """PEFT's configuration. TRL turns a list of one module into a string, which PEFT would match as a whole path."""
+    config: Any = get_peft_config(student)
+    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        config.target_modules = {config.target_modules}
+    return config
 
 
 def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> ModelSpec:

@@ -141,11 +141,16 @@ def check_same_settings(adapter: Adapter, wanted: Any) -> None:
 
 
 def add_adapter(model: Any, config: Any) -> Any:
-    """The model with a new adapter. A base from the hub is recorded with its commit."""
+    """The model with a new adapter. A base from the hub is recorded with its commit. Raises ConfigError if PEFT cannot
+    make it.
+    """
     from peft import get_peft_model
 
     config.revision = getattr(model.config, "_commit_hash", None)
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"use_peft: PEFT cannot adapt this student: {' '.join(str(error).split())[:200]}") from error
 
 
 def without_dropout(model: Any) -> Any:
