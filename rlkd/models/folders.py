@@ -42,11 +42,13 @@ POINTER = b"version https://git-lfs"
 def check_place(name: str, role: str) -> Path | None:
     """The folder of a local model, None for a hub id. Raises ModelError for a file, or a path with nothing there."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):
+        if not os.access(name, os.R_OK | os.X_OK):
+            raise ModelError(f"{role} '{name}' cannot be read: you have no permission to list this folder.")
         return path
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(name) and not os.path.exists(name):
         raise ModelError(f"{role} '{name}' is a link to {os.readlink(path)}, which does not exist.")
-    if path.exists():
+    if os.path.exists(name):
         raise ModelError(f"{role} '{name}' is a file: give the folder of a saved transformers model.")
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(
@@ -106,7 +108,7 @@ def check_weights(folder: Path, role: str, name: str, *, allow_bin: bool = False
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds the files of a tokenizer."""
-    return any((folder / file).exists() for file in (*VOCABULARIES, "tokenizer_config.json"))
+    return any(os.path.lexists(folder / file) for file in (*VOCABULARIES, "tokenizer_config.json"))
 
 
 def check_tokenizer(folder: Path, role: str, name: str) -> None:
@@ -145,6 +147,12 @@ def explained(role: str, name: str, what: str) -> Iterator[None]:
         raise ModelError(
             f"{role} '{name}': {what} cannot be loaded ({type(error).__name__}: {reason[:200]}). {AGAIN}"
         ) from error
+
+
+def saved_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the weights in a local model's safetensors files, by name."""
+    tensors = (_header(path) for path in folder.glob("*.safetensors"))
+    return {name: entry["shape"] for held in tensors for name, entry in held.items()}
 
 
 def weights_files(folder: Path) -> dict[str, str]:

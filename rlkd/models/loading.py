@@ -19,7 +19,7 @@ from ..checks import check_choice
 from ..errors import ModelError
 from .adapters import Adapter, adapter_of, attach, check_adapter, merge
 from .architectures import architecture_of
-from .folders import AGAIN, CONFIG, GENERATION, check_json, check_place, check_weights, explained
+from .folders import AGAIN, CONFIG, GENERATION, check_json, check_place, check_weights, explained, saved_shapes
 from .spec import Quantization
 
 Needs = Literal["all", "layers", "first layers"]
@@ -56,7 +56,10 @@ def load_config(name: str, role: str, revision: str | None = None) -> Any:
             )
         check_json(folder, (CONFIG, GENERATION), role, name)
     with explained(role, name, CONFIG):
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if not all(isinstance(kind, str) for kind in config.architectures or ()):
+        raise ModelError(f"{role} '{name}': {CONFIG} has architectures that are no names of classes. {AGAIN}")
+    return config
 
 
 def check_saved_weights(name: str, role: str, revision: str | None = None, *, allow_bin: bool = False) -> None:
@@ -133,18 +136,21 @@ def load_pretrained(
     if adapter := adapter_of(name, role, revision):
         return _load_adapter(kind, adapter, config, keep_adapter, {**options, "allow_bin": allow_bin})
     check_saved_weights(name, role, revision, allow_bin=allow_bin)
+    asked = {
+        "config": config,
+        "revision": revision,
+        "trust_remote_code": False,
+        "use_safetensors": None if allow_bin else True,
+        "weights_only": True,
+        "ignore_mismatched_sizes": True,  # they are reported below
+        "output_loading_info": True,
+    }
     with explained(role, name, "the model"), _quiet():
-        model, loading = kind.from_pretrained(
-            name,
-            config=config,
-            revision=revision,
-            trust_remote_code=False,
-            use_safetensors=None if allow_bin else True,
-            weights_only=True,
-            ignore_mismatched_sizes=True,  # they are reported below
-            output_loading_info=True,
-            **options,
-        )
+        try:
+            model, loading = kind.from_pretrained(name, **asked, **options)
+        except Exception:
+            _check_complete(*_compared(kind, name, config), role, name, needs)
+            raise
     _check_complete(model, loading, role, name, needs)
     if needs != "first layers":
         _check_depth(model, loading["unexpected_keys"], role, name)
@@ -190,6 +196,19 @@ def _check_complete(model: Any, loading: dict[str, Any], role: str, name: str, n
         )
 
 
+def _compared(kind: Any, name: str, config: Any) -> tuple[Any, dict[str, Any]]:
+    """What a model that transformers failed to load would be, without memory, and the weights whose shapes differ."""
+    with torch.device("meta"):
+        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    saved, wanted = saved_shapes(Path(name)), model.state_dict()
+    wrong = [
+        (key, saved[key], wanted[key].shape)
+        for key in wanted.keys() & saved.keys()
+        if saved[key] != [*wanted[key].shape]
+    ]
+    return model, {"mismatched_keys": wrong, "missing_keys": []}
+
+
 def _in_head(model: Any, key: str) -> bool:
     """Whether a weight only reads what the layers give: a classifier's head or a pooler."""
     prefix = model.base_model_prefix
@@ -198,13 +217,19 @@ def _in_head(model: Any, key: str) -> bool:
 
 
 def _check_depth(model: Any, unexpected: Any, role: str, name: str) -> None:
-    """Raise ModelError if weights are left over that are layers of the architecture beyond the configuration's."""
+    """Raise ModelError if weights are left over that belong to layers beyond those of the configuration."""
+    sizes = {name: len(module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
 
-    def pattern(key: str) -> str:
-        return re.sub(r"\.\d+\.", ".N.", key)
+    def beyond(key: str) -> bool:
+        lists = [(key[: found.start()], int(found[1])) for found in re.finditer(r"\.(\d+)\.", key)]
+        # A checkpoint may have the prefix that the model lacks, or the other way round.
+        return any(
+            number >= size and (f".{name}".endswith(f".{known}") or f".{known}".endswith(f".{name}"))
+            for name, number in lists
+            for known, size in sizes.items()
+        )
 
-    known = {pattern(key) for key in model.state_dict() if pattern(key) != key}
-    if layers := sorted(key for key in unexpected if pattern(key) in known):
+    if layers := sorted(filter(beyond, unexpected)):
         raise ModelError(
             f"{role} '{name}': {CONFIG} has fewer layers than the weights, {len(layers)} of which would be left out, "
             f"first {layers[0]}. Restore the config.json of these weights."

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import ModelError
 from .adapters import adapter_of
-from .folders import check_place, check_tokenizer, explained, has_tokenizer
+from .folders import AGAIN, check_place, check_tokenizer, explained, has_tokenizer
 
 
 def valid_vocab(tokenizer: Any) -> int:
@@ -60,7 +60,10 @@ def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
     if folder is not None:
         check_tokenizer(folder, role, name)
     with explained(role, name, "its tokenizer"):
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise ModelError(f"{role} '{name}': its tokenizer has special tokens only, no vocabulary. {AGAIN}")
+    return tokenizer
 
 
 def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:
