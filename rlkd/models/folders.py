@@ -139,6 +139,8 @@ def explained(role: str, name: str, what: str) -> Iterator[None]:
                 f"{role} '{name}' comes with code of its own, which rlkd never runs. Choose a model whose "
                 "architecture is part of transformers."
             ) from error
+        if "use_safetensors=True" in reason:  # of a hub model without them
+            raise ModelError(f"{role} '{name}' {BIN.format(files='pytorch_model.bin')}") from error
         if not Path(name).is_dir() and isinstance(error, (OSError, ValueError)):
             raise ModelError(
                 f"{role} '{name}' is neither a local folder nor a model that could be fetched from the hub: "

@@ -7,6 +7,7 @@ The only module that calls transformers' `from_pretrained` for models and config
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,6 +146,8 @@ def load_pretrained(
         "ignore_mismatched_sizes": True,  # they are reported below
         "output_loading_info": True,
     }
+    # Else transformers asks a public service to convert a hub model that has pickles only.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     with explained(role, name, "the model"), _quiet():
         try:
             model, loading = kind.from_pretrained(name, **asked, **options)
