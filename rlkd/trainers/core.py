@@ -185,9 +185,13 @@ class StudentTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder
         folder.mkdir(parents=True, exist_ok=True)
-        save_student(self.trained.student, folder)
+        save_student(self.trained.student, folder, self.generation_config())
         self.tokenizer.save_pretrained(folder)
         self.write_card(folder)
+
+    def generation_config(self) -> Any:
+        """The GenerationConfig to save with the student; None for its own."""
+        return None
 
     def write_card(self, folder: Path) -> None:
         """README.md: the model card of the student as it is now."""
