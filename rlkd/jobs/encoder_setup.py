@@ -164,7 +164,6 @@ def prepare_encoders(
     config = load_config(teacher.teacher, "teacher", teacher.teacher_revision)
     teacher_tokenizer = load_tokenizer(teacher.teacher, "teacher", teacher.teacher_revision)
     _check_encoder(config, teacher_tokenizer, teacher)
-    check_saved_weights(teacher.teacher, "teacher", teacher.teacher_revision, allow_bin=teacher.allow_bin)
     names = tuple(config.id2label[i] for i in range(config.num_labels)) if teacher.teacher_finetuned else ()
     named = not all(name == f"LABEL_{i}" for i, name in enumerate(names))
     loaded = load_labelled_data(data, names if named else ())
@@ -178,12 +177,14 @@ def prepare_encoders(
     tokenizer = teacher_tokenizer
     if student.student_init == "pretrained" and student.student_pretrained is not None:
         tokenizer = load_tokenizer(student.student_pretrained, "student")
-        check_saved_weights(student.student_pretrained, "student", allow_bin=teacher.allow_bin)
     best = (training.metric_for_best_model or "loss").removeprefix("eval_")
     known = list(dict.fromkeys(["score", *loaded.metrics, "accuracy", "loss"]))
     check_choice("metric_for_best_model", best, known)
     own = student_config(config, **student.options(config, training.layer_map))
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
+    check_saved_weights(teacher.teacher, "teacher", teacher.teacher_revision, allow_bin=teacher.allow_bin)
+    if student.student_init == "pretrained":
+        check_saved_weights(str(student.student_pretrained), "student", allow_bin=teacher.allow_bin)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)
 
 
