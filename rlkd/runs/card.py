@@ -123,6 +123,7 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
         f"- student before training: {_named(models.get('student'), 'not recorded')}",
         f"- templates of the teacher's inputs: {templates}",
     ]
+    lines += [_labels(made) for d in (record.get("data") or {}).values() for made in d.get("labels") or []]
     if "reward_value" in settings:
         chosen = ", ".join(f"{name} {settings[name]}" for name in REWARD if name in settings)
         lines.append(f"- reward and credit: {cell(chosen)}")
@@ -166,6 +167,18 @@ def _use(auto: str, architecture: str, settings: dict[str, Any]) -> str:
 def _python(*lines: str | None) -> str:
     code = "\n".join(line.replace("```", "") for line in lines if line is not None)
     return f"```python\n{code}\n```"
+
+
+def _labels(made: dict[str, Any]) -> str:
+    """A line on the labels of one generation: whose answers they are, and to what."""
+    data = made.get("dataset") or (made.get("data") or {}).get("sha256")
+    parts = [
+        f"- labels: answers of {_named(made.get('teacher'), 'an unknown teacher')} ({made.get('revision')})",
+        f"templates {', '.join(cell(str(name)) for name in made.get('templates') or []) or 'not recorded'}",
+        f"strategy {made.get('strategy') or 'not recorded'}",
+        f"data {_named(data, 'not recorded')}",
+    ]
+    return "; ".join(parts)
 
 
 def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
