@@ -23,6 +23,7 @@ PROGRAMMING = {
     "templates/allowed.py": {"TypeError"},  # becomes a DataError where the template is rendered
     "data/files.py": {"JSONDecodeError"},  # becomes a DataError, as in templates
     "templates/parsing.py": {"ConstructorError"},
+    "models/folders.py": {"ValueError"},  # becomes a ModelError that names the file
     "labels/labelling.py": {"StoppedError"},  # caught where shards are written
     "trainers/distillation.py": {"ValueError"},
     "trainers/encoders/tkd.py": {"ValueError"},

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from ..io.redaction import redacted
 from ..models.digests import weights_digest
+from ..models.saving import save_student
 from ..runs.best import BestCheckpoint, check_best_metric
 from ..runs.card import write_card
 from ..runs.checkpoints import check_run_folder, read_state
@@ -186,9 +187,13 @@ class StudentTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.trained.student.save_pretrained(folder)
+        save_student(self.trained.student, folder, self.generation_config())
         self.tokenizer.save_pretrained(folder)
         self.write_card(folder)
+
+    def generation_config(self) -> Any:
+        """The GenerationConfig to save with the student; None for its own."""
+        return None
 
     def write_card(self, folder: Path) -> None:
         """README.md: the model card of the student as it is now."""
