@@ -159,6 +159,13 @@ class Template:
         """The answers to choose from for a row, or None. Raises DataError as `parts` does."""
         return None if self._choice_template is None else tuple(self._choice_template.parts(row, seed=seed))
 
+    @property
+    def fixed_choices(self) -> tuple[str, ...] | None:
+        """The answers to choose from if they are written without jinja, the same for every row; else None."""
+        if not self.answer_choices or any(mark in self.answer_choices for mark in ("{{", "{%", "{#")):
+            return None
+        return tuple(choice.strip() for choice in self.answer_choices.split(SEPARATOR))
+
     def lacks_label(self, row: Mapping[str, Any]) -> bool:
         """Whether a column that only the target reads is absent, None, or -1 where it is an index of the answers.
 
