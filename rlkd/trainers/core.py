@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from ..io import bounded_yaml
 from ..io.redaction import redacted
 from ..models.digests import weights_digest
 from ..models.saving import save_student
@@ -150,7 +150,7 @@ class StudentTrainer(ResumableTrainer):
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.optim == "adafactor" and args.optim_args:
             given = dict(pair.split("=", 1) for pair in args.optim_args.replace(" ", "").split(","))
-            kwargs |= {name: yaml.safe_load(value) for name, value in given.items()}
+            kwargs |= {name: bounded_yaml.load(value) for name, value in given.items()}
         return optimizer, kwargs
 
     # Guards: `finite` stops on non-finite numbers, `alarms` checks the logged numbers.
