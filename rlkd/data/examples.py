@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 from ..errors import ConfigError, DataError
 from ..records import Example, Prompt, PromptedRow
 from ..templates.template import Template
-from .files import BadRowError
+from .readers import BadRowError
 from .row_maps import RowMap
 from .rows import RowStream, Scan, check_columns, check_text_column, not_text
 
