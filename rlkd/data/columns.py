@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from .files import WHOLE_NUMBER
-from .readers import LARGEST_SIGNED, BadRowError, Reader
+from .readers import Reader
 from .tables import first_line
+from .values import LARGEST_SIGNED, BadRowError
 
 KINDS = {bool: "bool", int: "integer", float: "number", str: "str", list: "list", dict: "dict"}
 NUMBERS = {"integer", "number", "unsigned"}

@@ -11,9 +11,10 @@ import numpy as np
 
 from ..errors import DataError
 from .glue import DEFAULT_LAYOUT, TableLayout, find_labels, load_labelled
-from .readers import BadRowError, Cells
+from .readers import Cells
 from .rows import check_columns, check_limit, load_table
 from .text import TextFile, TextFormat
+from .values import BadRowError
 
 SPLITS = {"tr": "train", "va": "validation", "te": "test"}
 HELD_OUT = 0.1  # share of the training rows, if there are no validation rows

@@ -18,22 +18,15 @@ from typing import Any, Protocol
 
 from ..errors import DataError
 from .text import PLAIN, TextFile, TextFormat
+from .values import DECODER, BadRowError, Repeated, check_row, encodable
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")
 MOST_LINES = 10_000  # of one quoted cell; an open quote would swallow the rest of the file
-DEEPEST = 64
 FIX = "Fix or remove it."
 FILE = 1 << 40  # places in one file
-SMALLEST, LARGEST = -(2**63), 2**64 - 1
-LARGEST_SIGNED = 2**63 - 1
-DIGITS = len(str(LARGEST)) + 1
-
-
-class BadRowError(DataError):
-    """A row that cannot be used, in a source whose other rows can."""
 
 
 class Reader(Protocol):
@@ -62,62 +55,6 @@ class Reader(Protocol):
         ...
 
 
-class _Repeated(dict):
-    """A JSON object with a key given twice."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else _Repeated(found)
-
-
-def _integer(digits: str) -> int:
-    """The number; one of many digits as another that is too large as well. Python refuses to read more than 4,300."""
-    return int(digits) if len(digits) <= DIGITS else (SMALLEST - 1 if digits[0] == "-" else LARGEST + 1)
-
-
-# NaN is not JSON: Python's writers use it for a missing value, as pandas does.
-CONSTANTS = {"NaN": None, "Infinity": float("inf"), "-Infinity": float("-inf")}
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_constant=CONSTANTS.__getitem__)
-
-
-def check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The row. Raises BadRowError for a value that cannot be stored: an integer beyond 64 bits, half a surrogate pair
-    (JSON can escape one, UTF-8 cannot encode it), a repeated key, deep nesting.
-    """
-    if type(row) is _Repeated:
-        raise BadRowError(f"{where} gives a key twice. Remove or rename one of them.")
-    for name, value in row.items():
-        if problem := _problem(name, 0) or _problem(value, 0):
-            raise BadRowError(f"{where}: column '{_encodable(name)}' {problem}")
-    return row
-
-
-def _problem(value: Any, depth: int) -> str | None:
-    kind = type(value)
-    if kind is str:
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                return f"contains an unpaired surrogate ({value[error.start]!r}). Fix or remove it."
-    elif kind is int:
-        if not SMALLEST <= value <= (LARGEST_SIGNED if depth else LARGEST):
-            return "has a whole number of more than 64 bits. Write it as text."
-    elif isinstance(value, (list, tuple, dict)):
-        if depth == DEEPEST:
-            return f"is nested more than {DEEPEST} levels deep. Flatten or remove it."
-        if kind is _Repeated:
-            return "has an object that gives a key twice. Remove or rename one of them."
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        return next((problem for part in parts if (problem := _problem(part, depth + 1))), None)
-    return None
-
-
-def _encodable(text: Any) -> str:
-    return str(text).encode("utf-8", "backslashreplace").decode()
-
-
 class JsonRows:
     """What both kinds of JSON file share. only: the columns to read; None for all."""
 
@@ -134,12 +71,12 @@ class JsonRows:
         """The columns to read of a decoded object. Raises BadRowError if it is not one, or for values of these."""
         if not isinstance(value, dict):
             raise BadRowError(f"{self.where(place)} is a JSON {type(value).__name__}, not an object. {form}")
-        if self.only is None or type(value) is _Repeated:
+        if self.only is None or type(value) is Repeated:
             row = check_row(value, self.where(place))
         else:
             row = check_row({name: value[name] for name in value if name in self.only}, self.where(place))
         if not value.keys() <= self.names.keys():
-            self.names |= dict.fromkeys(map(_encodable, value))
+            self.names |= dict.fromkeys(map(encodable, value))
         return row
 
 
@@ -154,7 +91,7 @@ class JsonLines(JsonRows):
 
     def parse(self, place: int, raw: bytes) -> dict[str, Any]:
         try:
-            value = DECODER.decode(raw.decode())
+            value = DECODER.decode(raw.decode().rstrip())
         except json.JSONDecodeError as error:
             whole = " A .json file holds an array of objects, or one object a line." if self._is_json else ""
             raise BadRowError(

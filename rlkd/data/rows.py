@@ -23,9 +23,10 @@ from ..choices import OnBadRow
 from ..errors import DataError, nearest
 from .columns import UNREAD, Columns
 from .files import SUFFIXES, allowed_sources, is_pattern, open_local
-from .readers import FILE, BadRowError, Reader
+from .readers import FILE, Reader
 from .tables import TableFiles, as_dataset
 from .text import PLAIN, TextFormat, plain_suffix
+from .values import BadRowError
 
 if TYPE_CHECKING:
     # Imported only where a data set is created: it takes most of a second, and reading local rows does not need it.

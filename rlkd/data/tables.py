@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import DataError
-from .readers import BadRowError
 from .text import kind_of
+from .values import BadRowError
 
 if TYPE_CHECKING:
     import datasets

@@ -10,7 +10,7 @@ import io
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,6 +106,20 @@ class TextFormat:
 
 
 PLAIN = TextFormat()
+
+
+def text_format(settings: Mapping[str, Any], *, beside: str | None = None, path: str | None = None) -> TextFormat:
+    """The format that settings name: delimiter, encoding and columns, a list or a,b,c; those of another command may be
+    absent. Where a second file is read beside a first one, they count for it if it has the same extension.
+
+    Raises ConfigError as TextFormat does.
+    """
+    columns = settings.get("columns") or None
+    names = [name.strip() for name in columns.split(",")] if isinstance(columns, str) else columns
+    found = TextFormat(settings.get("delimiter"), settings.get("encoding"), names)
+    if beside is not None and path is not None and plain_suffix(Path(beside)) != plain_suffix(Path(path)):
+        return PLAIN
+    return found
 
 
 class TextFile:

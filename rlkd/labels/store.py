@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..data.flaws import FlawCounts
 from ..data.rows import read_parquet
 from ..errors import DataError
 from ..io.files import sha256, write_durably
@@ -122,6 +123,11 @@ def total(shards: list[dict[str, Any]]) -> dict[str, Any]:
         for name, by_status in shard["templates"].items():
             templates.setdefault(name, Counter()).update(by_status)
     sums |= {name: dict(counter) for name, counter in counts.items()}
+    flaws = FlawCounts()
+    for shard in shards:
+        flaws.merge(shard.get("flaws", {}))
+    if counted := flaws.to_json():
+        sums["flaws"] = counted
     return sums | {"templates": {name: dict(counter) for name, counter in templates.items()}}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -108,8 +109,7 @@ class Template:
             return untrusted_parts(self, row, seed)
         meter, random = Meter(self.limits), RowRandom(seed, self.id or self.name, row)
         try:
-            names = self._compiled.names | (self._choices.names if self._choices else frozenset())
-            values = plain_row(row, names, self.limits, strict_compat=self.strict_compat)
+            values = plain_row(row, self.names, self.limits, strict_compat=self.strict_compat)
             values["answer_choices"] = None
             if self._choices is not None:
                 choices = self._choices.render(values, meter, random).split(SEPARATOR)
@@ -123,8 +123,15 @@ class Template:
         # Expressions run arbitrary operations on the row's values and can raise any exception.
         except Exception as error:
             raise DataError(
-                f"{self} cannot be rendered: {type(error).__name__}: {error}.\n  row: {str(dict(row))[:300]}\n"
+                f"{self} cannot be rendered: {type(error).__name__}: {_encodable(error)}.\n  row: {_shown(row)}\n"
                 "Check that the row's values have the types the template expects."
+            ) from error
+        try:
+            rendered.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self} prints half a surrogate pair ({rendered[error.start]!r}), which is no text.\n"
+                f"  row: {_shown(row)}\nFix the template or the row."
             ) from error
         return [_unprotect(part).strip() for part in rendered.split(SEPARATOR)]
 
@@ -172,6 +179,16 @@ class Template:
     def gold_columns(self) -> frozenset[str]:
         """The columns that the target reads and the input does not."""
         return frozenset(self.columns(target=True) - self.columns(target=False))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All names that it may read from a row, in the input, in the target and in its choices."""
+        return self._compiled.names | (self._choices.names if self._choices else frozenset())
+
+    @property
+    def draws(self) -> bool:
+        """Whether it may draw at random, which depends on all columns of a row."""
+        return bool(re.search(r"\b(choice|random)\b", f"{self.source} {self.answer_choices}"))
 
     @property
     def shown_columns(self) -> frozenset[str]:
@@ -242,6 +259,18 @@ class Template:
         """Compile now instead of at the first row. Raises DataError with the template's name; returns self."""
         _ = self._compiled, self._choices
         return self
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """The beginning of a row, for an error."""
+    try:
+        return _encodable(dict(row))[:300]
+    except (ValueError, RecursionError):  # a number of thousands of digits, deep nesting
+        return "(too large to show)"
+
+
+def _encodable(value: object) -> str:
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _unprotect(text: str) -> str:
