@@ -61,3 +61,16 @@ def nearest(name: str, allowed: list[str]) -> str:
 
     close = get_close_matches(name, allowed, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def encodable(value: object) -> str:
+    """A value as text that UTF-8 can encode: half a surrogate pair is shown escaped."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def excerpt(value: object) -> str:
+    """The beginning of a value, for an error; a number of thousands of digits or a deep nesting cannot be shown."""
+    try:
+        return encodable(value)[:300]
+    except (ValueError, RecursionError):
+        return "(too large to show)"

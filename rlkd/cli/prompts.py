@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +46,7 @@ Truncate = Annotated[
     Truncation, typer.Option("--truncate", help="t0 cuts each {{...}} at 2,048 characters, as in T0's training data.")
 ]
 StrictCompat = Annotated[
-    bool, typer.Option("--strict-compat", help="Let '|||' inside lists of a row split the text, as promptsource does.")
+    bool, typer.Option("--strict-compat", help="Let '|||' of a row split the text where promptsource does.")
 ]
 ColumnMap = Annotated[
     list[str] | None, typer.Option("--column-map", help="Rename columns: old=new[,...] or JSON; repeatable.")
@@ -179,6 +181,9 @@ def lint(
     delimiter: Delimiter = None,
     encoding: Encoding = None,
     columns: Columns = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model (folder or hub id) whose tokenizer must tell the answer choices apart.")
+    ] = None,
     templates_dir: TemplatesDir = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; only set the exit code.")] = False,
@@ -191,9 +196,8 @@ def lint(
     found = None
     if dataset is not None:
         text_format = _format(delimiter, encoding, columns)
-        stream = _stream(dataset, split=split, subset=subset, text_format=text_format, only=())
-        found = list(stream.scan().columns)
-    problems = check(file, found)
+        found = list(_stream(dataset, split=split, subset=subset, text_format=text_format, only=()).scan().columns)
+    problems = check(file, found, None if tokenizer is None else _choice_problem_for(tokenizer))
     if as_json:
         typer.echo(json.dumps([asdict(p) | {"file": file.place} for p in problems], ensure_ascii=False))
     elif not quiet:
@@ -263,6 +267,13 @@ def _rows(stream: RowStream, first: int, count: int) -> list[tuple[int, dict[str
         last = "" if scan.rows is None else f" to {scan.rows - 1}"
         raise DataError(f"'{stream.source}' has no row {first}: rows are counted from 0{last}.")
     return numbered
+
+
+def _choice_problem_for(model: str) -> Callable[[tuple[str, ...]], str | None]:
+    from ..models.vocabulary import load_tokenizer
+    from ..sampling.ranking import choice_problem
+
+    return partial(choice_problem, load_tokenizer(model, "--tokenizer"))
 
 
 def _text(rendered: Rendered) -> str:

@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import DataError
+from ..errors import DataError, encodable
 from .text import PLAIN, TextFile, TextFormat
-from .values import DECODER, BadRowError, Repeated, check_row, encodable
+from .values import DECODER, BadRowError, Repeated, check_row
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, encodable
 
 DEEPEST = 64
 SMALLEST, LARGEST = -(2**63), 2**64 - 1
@@ -67,7 +67,3 @@ def _problem(value: Any, depth: int) -> str | None:
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         return next((problem for part in parts if (problem := _problem(part, depth + 1))), None)
     return None
-
-
-def encodable(text: Any) -> str:
-    return str(text).encode("utf-8", "backslashreplace").decode()

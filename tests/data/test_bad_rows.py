@@ -101,7 +101,7 @@ def test_a_repeated_id_is_a_bad_row(tmp_path):
 def test_half_a_surrogate_that_a_template_prints(trusted):
     template = Template("t", "{{ a }}{% if n == 2 %}{{ '\\ud83d' }}{% endif %}", trusted=trusted)
     assert template.parts({"a": "x", "n": 1}) == ["x"]
-    with pytest.raises(DataError, match=r"template 't' prints half a surrogate pair \('\\ud83d'\)"):
+    with pytest.raises(DataError, match=r"template 't' prints half a surrogate pair.*\n.*'n': 2"):
         template.parts({"a": "x", "n": 2})
     with pytest.raises(DataError, match="prints half a surrogate pair"):
         Template("t", "{{ a }}", trusted=trusted).parts({"a": "\ud800"})
