@@ -206,6 +206,7 @@ def test_check_text_column():
             b'{"a": 1}\n{"a": ' + b"[" * 200_000,
             r"deep\.jsonl:2 is nested too deeply\. Flatten or remove it",
         ),
+        ("deep.json", b'[{"a": 1}, {"a": ' + b"[" * 200_000, r"deep\.json, entry 2 is nested too deeply\. Flatten"),
         (
             "late.json",
             b'[{"a": "' + b"x" * 70_000 + b'\xff"}]',
