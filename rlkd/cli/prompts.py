@@ -16,7 +16,7 @@ from ..choices import Truncation
 from ..errors import DataError
 
 if TYPE_CHECKING:
-    from ..data.rows import RowStream
+    from ..data.rows import RowStream, Scan
     from ..data.text import TextFormat
     from ..templates.template import Rendered, Template
 
@@ -55,6 +55,7 @@ LabelMap = Annotated[
     list[str] | None, typer.Option("--label-map", help="Change labels: [column:]old=new[,...] or JSON; repeatable.")
 ]
 
+LINTED_ROWS = 1000
 Delimiter = Annotated[
     str | None,
     typer.Option(
@@ -147,6 +148,7 @@ def render(
 ) -> None:
     """Render rows of a data set with templates: input, target and answer choices."""
     from ..data.examples import check_template_columns
+    from ..data.rendering import columns_read
     from ..data.row_maps import parse_row_map
     from ..templates.template import load_templates
 
@@ -160,9 +162,13 @@ def render(
         strict_compat=strict_compat,
     )
     first, count = (0, limit) if row is None else (row, 1)
-    stream = _stream(dataset, split=split, subset=subset, text_format=_format(delimiter, encoding, columns))
-    numbered = [(n, row_map(r)) for n, r in _rows(stream, first, count)]
-    check_template_columns(list(numbered[0][1]), templates, dataset, target=False)
+    text_format = _format(delimiter, encoding, columns)
+    only = row_map.reads(columns_read(templates))
+    stream = _stream(dataset, split=split, subset=subset, text_format=text_format, only=only)
+    # A local file is read in full because a column has one type: 1 becomes 1.0 if 2.5 follows further down.
+    scan = stream.scan()
+    check_template_columns(row_map.names(list(scan.columns)), templates, dataset, target=False)
+    numbered = [(n, row_map(r)) for n, r in _rows(stream, scan, first, count)]
     rendered = [(n, t, t.render(r, seed=seed)) for n, r in numbered for t in templates]
     if as_json:
         records = [{"row": n, "template": t.name, "id": t.id} | asdict(result) for n, t, result in rendered]
@@ -193,11 +199,13 @@ def lint(
     from ..templates.template import locate
 
     file, _ = locate(spec, templates_dir)
-    found = None
+    found, rows = None, []
     if dataset is not None:
-        text_format = _format(delimiter, encoding, columns)
-        found = list(_stream(dataset, split=split, subset=subset, text_format=text_format, only=()).scan().columns)
-    problems = check(file, found, None if tokenizer is None else _choice_problem_for(tokenizer))
+        stream = _stream(dataset, split=split, subset=subset, text_format=_format(delimiter, encoding, columns))
+        scan = stream.scan()
+        found = list(scan.columns)
+        rows = next((rows for _, _, rows in stream.blocks(scan, LINTED_ROWS, lambda k: k == 0)), [])
+    problems = check(file, found, None if tokenizer is None else _choice_problem_for(tokenizer), rows)
     if as_json:
         typer.echo(json.dumps([asdict(p) | {"file": file.place} for p in problems], ensure_ascii=False))
     elif not quiet:
@@ -257,10 +265,8 @@ def _stream(dataset: str, **options: Any) -> RowStream:
     return RowStream(dataset, **options)
 
 
-def _rows(stream: RowStream, first: int, count: int) -> list[tuple[int, dict[str, Any]]]:
+def _rows(stream: RowStream, scan: Scan, first: int, count: int) -> list[tuple[int, dict[str, Any]]]:
     """(number, row) of `count` rows from `first` on. Raises DataError if `first` is beyond the last."""
-    # A local file is read in full because a column has one type: 1 becomes 1.0 if 2.5 follows further down.
-    scan = stream.scan()
     found = stream.blocks(scan, 1, range(first, first + count).__contains__)
     numbered = [(number, row) for _, number, (row,) in islice(found, count)]
     if not numbered:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..choices import OnBadRow
 from ..errors import ConfigError, DataError
 from ..records import Prompt, PromptedRow
+from ..templates.missing import missing_columns
 from ..templates.template import Template
-from .flaws import columns_of, missing_columns
+from .flaws import columns_of
 from .rows import not_text
 from .values import BadRowError
 
@@ -83,11 +84,8 @@ class RowRenderer:
     def reads(self) -> frozenset[str] | None:
         """All columns that may be read, whether or not they must exist; None: all that there are."""
         used = [*self.templates, *([self.student_template] if self.student_template else [])]
-        if any(template.draws for template in used):
-            return None
-        # A column with the name of the template's choices is refused.
-        names = frozenset({"answer_choices"}).union(*(template.names for template in used))
-        return names | set(self.wanted_columns().values())
+        names = columns_read(used)
+        return None if names is None else names | set(self.wanted_columns().values())
 
     def check(self, where: str, row: dict[str, Any]) -> str | None:
         """The row's id (None: its number). Raises BadRowError if a value is not text, or the id is missing."""
@@ -156,6 +154,15 @@ class RowRenderer:
         value = row[self.reference_column] if self.reference_column else None
         texts = value if isinstance(value, list) else [value]
         return tuple(text for text in texts if text)
+
+
+def columns_read(templates: Iterable[Template]) -> frozenset[str] | None:
+    """All columns that templates may read, whether or not they must exist; None: all that there are."""
+    used = list(templates)
+    if any(template.draws for template in used):
+        return None
+    # A column with the name of the template's choices is refused.
+    return frozenset({"answer_choices"}).union(*(template.names for template in used))
 
 
 def template_columns(templates: list[Template], *, target: bool) -> dict[str, str]:

@@ -116,6 +116,20 @@ def test_counts_add_up():
     ]
 
 
+def test_lint_counts_them_too(tmp_path, capsys):
+    (tmp_path / "t.yaml").write_text(
+        "dataset: x\ntemplates:\n  1: !Template\n    answer_choices: null\n    id: '1'\n"
+        "    jinja: '{{c}} of {{text}} {{ 1 // n }} ||| x'\n    metadata: {original_task: true}\n    name: t\n"
+    )
+    rows = [{"text": "a", "c": None, "n": n} for n in (1, 0, 1)] + [{"text": "a", "c": "d", "n": 1}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit) as end:
+        main(["prompts", "lint", f"{tmp_path}/t.yaml", "--dataset", f"{tmp_path}/rows.jsonl"])
+    assert end.value.code == 0
+    line = "warning: 't': the input prints a missing value of c as a word such as None in 2 of 4 rows."
+    assert line in capsys.readouterr().out
+
+
 def test_labelling_counts_warns_and_survives_a_restart(tmp_path):
     rows = [{"text": "a b", "c": None if i % 3 else "c"} for i in range(20)]
     source = tmp_path / "rows.jsonl"
