@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import DataError
 from ..records import Example, Prompt, PromptedRow
+from ..templates.missing import missing_columns
 from ..templates.template import Template
 from .flaws import STUDENT, FlawCounts
 from .rendering import RowRenderer, template_columns
@@ -257,10 +258,13 @@ def supervised_pairs(
     check_template_columns(rows, templates, source, target=True)
     pairs: list[dict[str, str]] = []
     skipped: Counter[str] = Counter()
+    flaws = FlawCounts()
     for number, row in enumerate(rows):
         for template in templates:
             rendered = template.render(row, seed=seed)
             if rendered.target is not None:
+                missing = missing_columns(template, row, rendered.input, lambda r, t=template: t.parts(r, seed=seed)[0])
+                flaws.add(template.name, Prompt(rendered.input, missing=missing))
                 pairs.append(
                     {"id": f"{number}:{template.name}", "student_input": rendered.input, "label": rendered.target}
                 )
@@ -273,6 +277,8 @@ def supervised_pairs(
             f"'{source}': none of {total} rendered rows has an input and a target ({reasons}). "
             "Choose templates with a target after '|||'."
         )
+    for line in flaws.lines():
+        logger.warning("%s: %s", source, line)
     if len(pairs) < total:
         logger.warning("%s: skipped %d of %d pairs (%s)", source, skipped.total(), total, reasons)
     return datasets.Dataset.from_list(pairs)

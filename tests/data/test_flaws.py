@@ -8,7 +8,7 @@ import pytest
 
 import stub
 from rlkd.cli.main import main
-from rlkd.data.examples import Examples
+from rlkd.data.examples import Examples, supervised_pairs
 from rlkd.data.flaws import FlawCounts
 from rlkd.data.rendering import RowRenderer
 from rlkd.jobs.setup import DataArguments, load_data
@@ -128,6 +128,12 @@ def test_lint_counts_them_too(tmp_path, capsys):
     assert end.value.code == 0
     line = "warning: 't': the input prints a missing value of c as a word such as None in 2 of 4 rows."
     assert line in capsys.readouterr().out
+
+
+def test_pairs_for_a_teacher_are_counted(caplog):
+    rows = datasets.Dataset.from_dict({"q": ["a", None], "y": ["b", "c"]})
+    supervised_pairs(rows, [Template("t", "{{ q }} ? ||| {{ y }}")])
+    assert caplog.messages == ["the rows: t: prompts print a missing value as a word such as None, by column: q 1"]
 
 
 def test_labelling_counts_warns_and_survives_a_restart(tmp_path):
