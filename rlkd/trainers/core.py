@@ -19,7 +19,7 @@ from ..io.redaction import redacted
 from ..models.digests import weights_digest
 from ..runs.best import BestCheckpoint, check_best_metric
 from ..runs.card import write_card
-from ..runs.checkpoints import read_state
+from ..runs.checkpoints import check_run_folder, read_state
 from ..runs.files import METRICS, RUN_FILE, append_lines
 from ..runs.finite import FiniteGuard
 from ..runs.guards import AlarmCallback
@@ -84,6 +84,8 @@ class StudentTrainer(ResumableTrainer):
     def begin_run(self, checkpoint: Path | None) -> None:
         """Write run.json; if the run continues from a checkpoint, first check that it is the same run."""
         super().begin_run(checkpoint)
+        named = [getattr(getattr(model, "config", None), "name_or_path", None) for model in self.models().values()]
+        check_run_folder(self.run_folder, named)
         sections = [*self.settings, self.args]
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
         models = {role: model for role, model in self.models().items() if model is not None}
