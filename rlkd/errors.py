@@ -69,7 +69,6 @@ def nearest(name: str, allowed: list[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-<<<<<<< HEAD
 class _Shown(Repr):
     """`reprlib` with room for a setting, which cuts before it prints."""
 
@@ -96,16 +95,8 @@ def listed(names: Collection[str], most: int = 20) -> str:
     """Names from outside, for an error message: `a, b and 3 more`."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(cut(name) for name in islice(names, most)) + more
-=======
+
+
 def encodable(value: object) -> str:
     """A value as text that UTF-8 can encode: half a surrogate pair is shown escaped."""
     return str(value).encode("utf-8", "backslashreplace").decode()
-
-
-def excerpt(value: object) -> str:
-    """The beginning of a value, for an error; a number of thousands of digits or a deep nesting cannot be shown."""
-    try:
-        return encodable(value)[:300]
-    except (ValueError, RecursionError):
-        return "(too large to show)"
->>>>>>> h-files

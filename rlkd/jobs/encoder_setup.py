@@ -22,8 +22,8 @@ from ..io.files import write_durably
 from ..models.encoders.classifiers import Init, build_student
 from ..models.encoders.labels import check_single_label, give_labels, label_names
 from ..models.encoders.onnx_export import require_onnx
-from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.encoders.rehearsal import is_encoder, rehearse
+from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
 from ..trainers.encoders.arguments import TKDArguments

@@ -20,11 +20,7 @@ import jinja2
 
 from ..checks import check_choice, check_settings
 from ..choices import Truncation
-<<<<<<< HEAD
-from ..errors import DataError, cut, listed, nearest, shown
-=======
-from ..errors import DataError, encodable, excerpt, nearest
->>>>>>> h-files
+from ..errors import DataError, cut, encodable, listed, nearest, shown
 from . import columns as template_columns
 from .aliases import known_problem
 from .columns import Reads
@@ -134,16 +130,12 @@ class Template:
         except Exception as error:
             said = cut(shown_bars(str(error), separator), 300)
             raise DataError(
-<<<<<<< HEAD
-                f"{self} cannot be rendered: {type(error).__name__}: {said}.\n  row: {shown(dict(row))}\n"
-=======
-                f"{self} cannot be rendered: {type(error).__name__}: {encodable(said)}.\n  row: {excerpt(dict(row))}\n"
->>>>>>> h-files
+                f"{self} cannot be rendered: {type(error).__name__}: {encodable(said)}.\n  row: {shown(dict(row))}\n"
                 "Check that the row's values have the types the template expects."
             ) from error
         if encodable(rendered) != rendered:
             raise DataError(
-                f"{self} prints half a surrogate pair, which is no text.\n  row: {excerpt(dict(row))}\n"
+                f"{self} prints half a surrogate pair, which is no text.\n  row: {shown(dict(row))}\n"
                 "Fix the template or the row."
             )
         return [shown_bars(part, separator).strip() for part in rendered.split(separator)]

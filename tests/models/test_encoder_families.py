@@ -6,9 +6,9 @@ import csv
 
 import pytest
 import torch
+from encoder_families import ENCODERS, tiny_config
 from transformers import AutoModelForSequenceClassification, GPT2Config, ModernBertConfig, PreTrainedConfig
 
-from encoder_families import ENCODERS, tiny_config
 from rlkd import (
     EncoderStudentArguments,
     EncoderTeacherArguments,
