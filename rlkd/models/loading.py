@@ -249,12 +249,11 @@ def _check_finite(model: Any, role: str, name: str) -> None:
 def _quiet() -> Iterator[None]:
     """Without transformers' table of missing and misfitting weights, which are checked here."""
     log = logging.getLogger("transformers.modeling_utils")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    before, log.disabled = log.disabled, True  # a level of its own makes transformers say more
     try:
         yield
     finally:
-        log.setLevel(level)
+        log.disabled = before
 
 
 def quantization_config(name: Quantization) -> Any:
