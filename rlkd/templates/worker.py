@@ -38,7 +38,7 @@ START_SECONDS = 60.0
 # Seconds that each row adds to the time of a job.
 SECONDS_PER_ROW = 0.1
 # Of processor time, beyond the time limit of a row: for a process whose parent is gone.
-GRACE_SECONDS = 5
+GRACE_SECONDS = 2
 OPEN_FILES = 32
 _LOCK = Lock()
 _ERRORS: dict[str, type[DataError]] = {"DataError": DataError, "SandboxError": SandboxError}
@@ -106,9 +106,7 @@ class RenderWorker:
             if len(rows) > 1:
                 yield from self._exchange(template, rows[:1], seed)
             else:
-                yield DataError(
-                    f"{template}: the row cannot be sent to the process that renders it: {cut(str(error))}."
-                )
+                yield DataError(f"{template}: the row cannot be sent to the rendering process: {cut(str(error))}.")
             return
         waiting = len(rows)
         try:
