@@ -215,7 +215,7 @@ def label_values(rows: datasets.Dataset, column: str, source: str) -> list[Any]:
                 "classification is supported: name a column with one label in each row."
             )
         if isinstance(value, float):
-            value = int(value) if math.isfinite(value) else None  # noqa: PLW2901
+            value = int(value) if math.isfinite(value) else None
         named = names is not None and isinstance(value, int) and 0 <= value < len(names)
         values.append(names[value] if named else value)
     return values

@@ -15,6 +15,7 @@ from typing import Any
 from ..checks import check_choice
 from ..errors import DataError
 from ..evaluation.samples import Sample, sample_from
+from ..io.files import write_text
 
 # The order in which the answers to one input are shown; other names come last.
 SOURCES = ("student", "student before", "student sampled", "rollout", "teacher greedy", "pseudo-label", "reference")
@@ -143,7 +144,7 @@ class RewardView:
         head = {"format": FORMAT, "value": self.value, "title": self.title}
         text = json.dumps({**head, "samples": samples})
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_text(Path(path), text + "\n")
         return text
 
     @classmethod
@@ -186,7 +187,7 @@ class RewardView:
         """Write one HTML file that needs no network and no server."""
         from .page import page_html
 
-        Path(path).write_text(page_html(self), encoding="utf-8")
+        write_text(Path(path), page_html(self))
 
     def show(self, console: Any = None) -> None:
         """Print to the terminal or to a rich Console."""

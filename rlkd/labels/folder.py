@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..io.cards import CARD
-from ..io.files import refuse_links
+from ..io.files import check_folder, refuse_links
 from .manifest import Manifest, manifest_name
 
 BAD_ROWS = "bad_rows.jsonl"
@@ -15,9 +15,11 @@ BAD_ROWS = "bad_rows.jsonl"
 
 def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = None) -> Manifest:
     """The log of an unfinished run in `out`; empty if there is none. Raises DataError if `out` is taken and must not be
-    overwritten: finished labels, a run with a different sharding, shards of unknown origin.
+    overwritten: finished labels, a run with a different sharding, shards of unknown origin. Raises ConfigError if it
+    cannot be written to.
     """
     name = manifest_name(part)
+    check_folder(out)
     refuse_links(out / name)
     if overwrite:
         return Manifest(out / name)

@@ -81,7 +81,6 @@ def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
         raise DataError(f"{', '.join(map(str, folders))}: no part of a job array (manifest-I-of-N.jsonl).")
     _check_parts(logs)
     shards = {k: (log, shard) for log in logs for k, shard in log.shards.items()}
-    out.mkdir(parents=True, exist_ok=True)
     with writer_lock(out / MANIFEST):
         merged = Manifest.read(out / MANIFEST)
         if merged.headers:

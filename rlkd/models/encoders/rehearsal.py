@@ -57,7 +57,7 @@ def rehearse(
             )
         with _naming(role, model.config):
             with _no_random_numbers():
-                model = _model(model.config)  # noqa: PLW2901
+                model = _model(model.config)
             _check_outputs(model, role, states)
             if role in trees:
                 prepare_attention(model, role)
