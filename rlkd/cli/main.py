@@ -65,9 +65,7 @@ def _root(
 def generate_pseudolabels(
     context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher: a local folder or a hub id.")],
-    dataset: Annotated[
-        str, typer.Option(help="A .jsonl/.json/.csv/.tsv/.parquet file, a folder of parquet, or a hub id.")
-    ],
+    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
     input_column: Annotated[str, typer.Option(help="Column with the raw input that the student reads.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     templates: Annotated[
@@ -85,6 +83,9 @@ def generate_pseudolabels(
     label_map: prompts.LabelMap = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")] = "train",
+    delimiter: prompts.Delimiter = None,
+    encoding: prompts.Encoding = None,
+    columns: prompts.Columns = None,
     limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
     reference_column: Annotated[
         str | None, typer.Option(help="Column with human answers, kept for evaluation.")
@@ -131,6 +132,16 @@ def generate_pseudolabels(
         OnBadRow,
         typer.Option(help="Input rows that cannot be used: stop, or skip them and list them in bad_rows.jsonl."),
     ] = "fail",
+    skip_missing: Annotated[
+        bool,
+        typer.Option("--skip-missing", help="Skip prompts that print a missing value (None), not only count them."),
+    ] = False,
+    skip_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unknown", help="Skip prompts with characters that the tokenizer does not know, not only count them."
+        ),
+    ] = False,
     on_long: Annotated[
         OnLong, typer.Option(help="Prompts longer than max-input-tokens: cut them, stop, or skip them.")
     ] = "truncate",

@@ -35,8 +35,8 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
     summary.json to output_dir. To be called in the main process only, after training.
 
     Returns: the summary. Scores are those of float32 models on dev rows, on which the checkpoint was selected;
-    `majority` has those of the commonest training label, predicted for every row, and `classes` those of each label. Times
-    are medians over interleaved passes, on dev sentences, without tokenization.
+    `majority` has those of the commonest training label, predicted for every row, and `classes` those of each label.
+    Times are medians over interleaved passes, on dev sentences, without tokenization.
     """
     training, data = setup.training, setup.data
     folders = {"teacher": setup.teacher_folder, "student": str(training.output_dir)}

@@ -193,7 +193,7 @@ def prepare_encoders(
         student.options(config, training.layer_map),
         states=training.teacher_needs in ("cls", "hidden"),
         trees=training.tree_roles,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=bool(training.gradient_checkpointing),
     )
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
     check_saved_weights(teacher.teacher, "teacher", teacher.teacher_revision, allow_bin=teacher.allow_bin)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import set_seed
 
 from ..checks import Count, Natural, check_settings
-from ..choices import Truncation
+from ..choices import OnBadRow, Truncation
 from ..data.examples import Examples
+from ..data.text import text_format
 from ..errors import ConfigError
 from ..evaluation.evaluator import TaskMetric
 from ..evaluation.task_metrics import TASK_METRICS
@@ -37,7 +38,11 @@ class DataArguments:
     """Unlabeled inputs for training, held-out inputs for evaluation, and how each model sees them."""
 
     dataset: str = field(
-        default="knkarthick/dialogsum", metadata={"help": "Hub id, or a local .jsonl / .csv / .tsv / .parquet file."}
+        default="knkarthick/dialogsum",
+        metadata={
+            "help": "Hub id, or local .jsonl, .json, .csv, .tsv, .parquet or .arrow files: one (text also .gz, .bz2, "
+            ".xz, .zst), a pattern such as data/*.jsonl, or a folder."
+        },
     )
     dataset_subset: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split of unlabeled inputs."})
@@ -46,6 +51,26 @@ class DataArguments:
         default=None, metadata={"help": "Held-out inputs; null takes eval_split of dataset."}
     )
     eval_split: str = field(default="validation", metadata={"help": "Split of held-out inputs."})
+    delimiter: str | None = field(
+        default=None, metadata={"help": "Delimiter of .csv and .tsv files, one character or tab; null: found in them."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of text files; null: UTF-8, or what a byte order mark says."}
+    )
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "Column names of .csv and .tsv files without a header."}
+    )
+    on_bad_row: OnBadRow = field(
+        default="fail", metadata={"help": "Rows that cannot be read or rendered: fail, or skip and count them."}
+    )
+    skip_missing: bool = field(
+        default=False,
+        metadata={"help": "Skip rows whose prompts print a missing value (None), which are otherwise only counted."},
+    )
+    skip_unknown: bool = field(
+        default=False,
+        metadata={"help": "Skip rows with characters that the tokenizer does not know; otherwise only counted."},
+    )
     input_column: str = field(default="dialogue", metadata={"help": "Column that the student reads."})
     reference_column: str | None = field(
         default="summary",
@@ -164,7 +189,7 @@ def prepare(
     check_pair(theirs, ours)
     if student.use_peft and ours.adapter:
         check_same_settings(ours.adapter, _peft_config(student))
-    train, evaluation, labels = load_data(data)
+    train, evaluation, labels = load_data(data, ours.tokenizer)
 
     model = ours.load()
     if student.use_peft and not ours.adapter:
@@ -227,14 +252,21 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
     )
 
 
-def load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
+def load_data(data: DataArguments, tokenizer: Any = None) -> tuple[Examples, Examples, Any]:
     """Training and evaluation examples and, if requested, pseudo-labels; every column is checked.
 
-    Raises DataError or ConfigError.
+    tokenizer: to count the characters that it does not know. Raises DataError or ConfigError.
     """
-    reading = Reading.of(vars(data))
+    reading = Reading.of(vars(data), tokenizer)
     train, evaluation = (
-        RowSource(source, "train" if Path(source).exists() else split, data.dataset_subset, limit)
+        RowSource(
+            source,
+            "train" if Path(source).exists() else split,
+            data.dataset_subset,
+            limit,
+            text_format(vars(data), beside=data.dataset, path=source),
+            data.on_bad_row,
+        )
         for source, split, limit in (
             (data.dataset, data.train_split, data.train_limit),
             (data.eval_dataset or data.dataset, data.eval_split, None),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ModelError
-from ...io.files import check_folder, make_folder
+from ...io.files import make_folder
+from ...io.folders import refuse_other_contents
 from ...tensors import length_mask
 from ..loading import load_config, load_pretrained
 from ..vocabulary import load_tokenizer
@@ -63,11 +64,11 @@ def export_onnx(
     Inputs input_ids, attention_mask (and token_type_ids) [batch, tokens], both of any size; output logits
     [batch, labels], in float32. The file is compared with PyTorch on ragged batches of random tokens, and kept only if
     no logit differs by more than `tolerance` (times the largest logit, if that is above 1).
-    Raises ConfigError without the extra; ModelError if the model is not a classifier, cannot be exported, or disagrees
-    with PyTorch.
+    Raises ConfigError without the extra, or if the folder holds something else; ModelError if the model is not a
+    classifier, cannot be exported, or disagrees with PyTorch.
     """
     require_onnx()
-    check_folder(Path(folder))
+    refuse_other_contents(Path(folder), "the folder", signs=(MODEL_FILE,))
     config, tokenizer = load_config(str(model), "model"), load_tokenizer(str(model), "model")
     classifier = _load(str(model), config, allow_bin)
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in tokenizer.model_input_names]
