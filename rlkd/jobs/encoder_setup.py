@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..checks import Positive, check_choice, check_settings
 from ..errors import ConfigError, ModelError
-from ..io.files import write_durably
+from ..io.files import write_text
 from ..models.encoders.classifiers import Init, build_student
 from ..models.encoders.labels import check_single_label, give_labels, label_names
 from ..models.encoders.onnx_export import require_onnx
@@ -287,5 +287,4 @@ def _digest(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_text(path, json.dumps(record, indent=2) + "\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, RlkdError
-from ..io.files import sha256, sync_folder, write_durably
+from ..io.files import explained, sha256, sync_folder, write_durably
 from ..io.folders import refuse_other_contents
 from .files import ALARMS_FILE, HELD_OUT, METRICS, RUN_FILE, SAMPLES, TOKEN_REWARDS
 from .record import check_settings
@@ -88,19 +88,26 @@ def commit(written: Path, final: Path) -> None:
     clear_unfinished(final.parent)
 
 
-def explained_save(error: Exception, final: Path, needed: int) -> Exception:
-    """The error to raise for a failed save: `error` itself unless the disk is full. Frees what was written.
+def explained_save(error: Exception, final: Path, needed: int, *, checkpoint: bool = True) -> Exception:
+    """The error to raise for a failed save to `final`: an RlkdError if the disk is full or refuses, else `error`. Frees
+    what was written.
 
-    needed: bytes of the tensors in a checkpoint.
+    needed: bytes of the tensors to save; checkpoint: they are those of a checkpoint, not of the student alone.
     """
-    run = final.parent
-    needed = max([needed, *(_size(path) for path in list(checkpoints(run).values())[:1])])
+    run = final.parent if checkpoint else final
+    if isinstance(error, RlkdError):
+        if not isinstance(error.__cause__, OSError):
+            return error
+        error = error.__cause__  # of one file of many
+    if not run.is_dir():
+        return RlkdError(f"{run} was removed while this run was writing to it. Restore it, or start anew.")
+    needed = needed if not checkpoint else max([needed, *(_size(path) for path in list(checkpoints(run).values())[:1])])
     room = shutil.disk_usage(run).free + _size(run / UNFINISHED)
     clear_unfinished(run)
     # safetensors and torch each have an error of their own for a full disk.
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not full and room > needed + SMALL_FILES:
-        return error
+        return explained(error, final, needed) if isinstance(error, OSError) else error
     return RlkdError(
         f"no space left for {final}: it needs about {needed / 1e6:.2f} MB, {room / 1e6:.2f} MB are free. "
         f"Earlier checkpoints are intact: free some space and repeat the command with {RESUME}."

@@ -19,7 +19,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import ConfigError
-from ..io.files import write_durably
+from ..io.files import write_text
 from ..io.provenance import described
 from ..io.redaction import redacted
 from ..settings.fields import default_of, own_names, plain
@@ -114,9 +114,8 @@ class RunRecord:
 
     def write(self, folder: Path) -> None:
         """Write run.json into `folder`, atomically and without secrets. Raises RlkdError if the disk is full."""
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(redacted(asdict(self)), indent=2, ensure_ascii=False)
-        write_durably(folder / RUN_FILE, (text + "\n").encode())
+        write_text(folder / RUN_FILE, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord | None:

@@ -112,6 +112,12 @@ def run_main(main: Callable[[], None]) -> None:
     except RlkdError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        # Of a library that reads or writes: a full disk, a folder that is gone, a network.
+        if isinstance(error, BrokenPipeError):
+            raise
+        print(f"error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _refuse(problems: list[str]) -> NoReturn:

@@ -20,7 +20,7 @@ from ..models.digests import weights_digest
 from ..models.saving import save_student
 from ..runs.best import BestCheckpoint, check_best_metric
 from ..runs.card import write_card
-from ..runs.checkpoints import check_run_folder, read_state
+from ..runs.checkpoints import check_run_folder, explained_save, read_state
 from ..runs.files import METRICS, RUN_FILE, append_lines
 from ..runs.finite import FiniteGuard
 from ..runs.guards import AlarmCallback
@@ -182,7 +182,14 @@ class StudentTrainer(ResumableTrainer):
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         held = (t for state in states for t in state.values() if isinstance(t, Tensor))
         self.finite.check_weights(chain(self.trained.state_dict().values(), held))
-        super().save_model(output_dir, _internal_call)
+        if _internal_call:  # part of a checkpoint, whose errors are explained where it is written
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir) if output_dir else self.run_folder
+        try:
+            super().save_model(output_dir, _internal_call)
+        except Exception as error:
+            raise explained_save(error, folder, self._bytes(student_only=True), checkpoint=False) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder
