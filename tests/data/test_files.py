@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlkd.data.glue import load_labelled
 from rlkd.data.rows import RowStream, load_rows
 from rlkd.data.text import TextFormat, text_format
 from rlkd.errors import ConfigError, DataError
@@ -279,6 +280,37 @@ def test_only_the_columns_that_are_read_must_be_readable(tmp_path):
     pq.write_table(twice, tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"b\.parquet has 2 columns named 'a'\. Rename one"):
         load_rows(str(tmp_path / "b.parquet"))
+
+
+def test_what_the_remedy_is(tmp_path):
+    frame = pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]})
+    for orient in ("columns", "index", "split"):
+        frame.to_json(tmp_path / "a.json", orient=orient)
+        with pytest.raises(DataError, match=r"a\.json is one object of lists or objects .*orient='records'"):
+            load_rows(str(tmp_path / "a.json"))
+    frame.to_json(tmp_path / "a.json", orient="records")
+    assert len(read(tmp_path / "a.json")) == 2
+    (tmp_path / "a.csv").write_text("hello,1\nbye,0\n")
+    with pytest.raises(
+        DataError, match=r"(?s)missing  text_column: 'text'.*If the file has no header, name its columns"
+    ):
+        load_labelled(str(tmp_path / "a.csv"))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"b\.jsonl' does not exist\. It is a link to a file that is not there"):
+        load_rows(str(tmp_path / "b.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.gz", "a.parquet"])
+def test_files_that_may_not_be_read(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"x")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    monkeypatch.setattr("gzip.open", refuse)
+    with pytest.raises(DataError, match=rf"{name} cannot be read: Permission denied"):
+        load_rows(str(tmp_path / name))
 
 
 def test_formats_that_do_not_fit_the_file(tmp_path):
