@@ -251,7 +251,7 @@ def test_the_table_of_a_summary(capsys):
         (
             [1, 0, 1],
             [0, 0, 1],
-            ("the teacher (m) is right for 66.7% of the dev rows, the commonest label alone for 66.7%",),
+            ("the teacher (m) is right for 66.7% of the dev rows, the commonest",),
         ),
     ],
 )

@@ -17,7 +17,8 @@ from ..models.spec import Dtype, Quantization
 from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
-from . import config, data, probe, prompts, report, rewards
+from . import config, data, models, probe, prompts, report, rewards
+from .models import AllowBin
 
 app = typer.Typer(
     name="rlkd",
@@ -33,6 +34,7 @@ app.add_typer(config.app, name="config")
 app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
+app.command("merge-adapter")(models.merge_adapter)
 app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
@@ -120,6 +122,7 @@ def generate_pseudolabels(
         Quantization,
         typer.Option(help="Quantize the teacher's linear layers (bitsandbytes): approximate; the error is measured."),
     ] = "none",
+    allow_bin: AllowBin = False,
     input_eos: Annotated[bool, typer.Option(help="End prompts with end-of-sequence. T0: --no-input-eos.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
@@ -169,11 +172,12 @@ def export_onnx(
             help="Largest allowed difference between ONNX and PyTorch logits; if exceeded, nothing is written."
         ),
     ] = 1e-4,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Export a classifier to ONNX (any batch size and length) and check it against PyTorch."""
     from ..models.encoders.onnx_export import export_onnx
 
-    agreement = export_onnx(model, out, tolerance=tolerance)
+    agreement = export_onnx(model, out, tolerance=tolerance, allow_bin=allow_bin)
     typer.echo(f"{out / 'model.onnx'}: {agreement}")
 
 

@@ -10,6 +10,7 @@ import typer
 from ..choices import Pool
 from ..errors import ConfigError
 from . import prompts
+from .models import AllowBin
 
 if TYPE_CHECKING:
     from ..data.glue import TableLayout
@@ -39,6 +40,7 @@ def probe(
     batch_size: Annotated[int, typer.Option(help="Rows per batch; does not change scores.", min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="Use the first N rows of each split.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed for drawing validation rows if none are given.")] = 0,
+    allow_bin: AllowBin = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Linear probes of frozen layers: logistic regression, compared with the most frequent label and the embeddings.
@@ -50,7 +52,7 @@ def probe(
     rows = _read(train, test, validation, task_file, layout, limit, seed)
     from ..jobs.probe import ProbeSettings, probe_models  # loads torch: the rows are known to be good by now
 
-    report = probe_models(models, rows, ProbeSettings(pool, numbers, max_length, batch_size))
+    report = probe_models(models, rows, ProbeSettings(pool, numbers, max_length, batch_size, allow_bin))
     typer.echo(json.dumps(report, ensure_ascii=False)) if as_json else _print_table(report)
 
 

@@ -11,6 +11,7 @@ from ..errors import ConfigError, DataError
 from ..inspection.reward_view import RANKINGS, RewardView
 from ..models.spec import Dtype
 from . import prompts
+from .models import AllowBin
 
 if TYPE_CHECKING:
     By = str
@@ -69,6 +70,7 @@ def inspect_rewards(
         bool, typer.Option(help="End the teacher's prompts with end-of-sequence. T0: --no-input-eos.")
     ] = True,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
+    allow_bin: AllowBin = False,
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
     all_templates: prompts.AllTemplates = False,
     gold_input: prompts.GoldInput = False,

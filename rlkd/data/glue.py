@@ -201,10 +201,9 @@ def load_labelled(
         empty = [i for i, text in enumerate(rows[column]) if text is None]
         if empty:
             raise DataError(f"'{source}', rows {_first(empty)}: column '{column}' is empty. Fill or remove them.")
-    no_labels: list[int | None] = [None] * len(rows)
-    indices = (
-        no_labels if layout.label is None else label_indices(label_values(rows, layout.label, source), labels, source)
-    )
+    indices: list[int | None] = [None] * len(rows)
+    if layout.label is not None:
+        indices = label_indices(label_values(rows, layout.label, source), labels, source)
     return [
         {"text": row[layout.text], "text_pair": row[layout.pair] if layout.pair else None, "label": label}
         for row, label in zip(rows, indices, strict=True)
@@ -216,7 +215,7 @@ def label_values(rows: datasets.Dataset, column: str, source: str) -> list[Any]:
 
     Raises DataError for a list of labels or a fraction: rows of a multi-label or a regression task.
     """
-    names = getattr(rows.features[column], "names", None)
+    names: list[str] = getattr(rows.features[column], "names", None) or []
     values = []
     for i, value in enumerate(rows[column]):
         if isinstance(value, (list, dict)) or (isinstance(value, float) and math.isfinite(value) and value % 1):
@@ -227,7 +226,7 @@ def label_values(rows: datasets.Dataset, column: str, source: str) -> list[Any]:
             )
         if isinstance(value, float):
             value = int(value) if math.isfinite(value) else None
-        named = names is not None and isinstance(value, int) and 0 <= value < len(names)
+        named = isinstance(value, int) and 0 <= value < len(names)
         values.append(names[value] if named else value)
     return values
 

@@ -17,7 +17,8 @@ from .tables import first_line
 def load_hub(source: str, split: str, subset: str | None, revision: str | None = None, *, streaming: bool) -> Any:
     """A data set of the hub, by its id or former name (see `aliases`). Raises DataError if it cannot be loaded."""
     try:
-        return datasets.load_dataset(hub_id(source), subset, split=split, revision=revision, streaming=streaming)
+        how: dict[str, Any] = {"revision": revision, "streaming": streaming, "trust_remote_code": False}
+        return datasets.load_dataset(hub_id(source), subset, split=split, **how)
     # The library, the hub client and the HTTP stack each have their own errors; to the user all mean the same.
     except Exception as error:
         home = f"'{source}'" if hub_id(source) == source else f"'{source}' ({hub_id(source)} on the hub)"

@@ -30,7 +30,8 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     """
     check_choice("reward_value", request["reward_value"], REWARDS)
     teacher = teacher_spec(request)
-    students = {role: ModelSpec(request[role], role, device=teacher.model.device) for role in STUDENTS if request[role]}
+    how: dict[str, Any] = {"device": teacher.model.device, "allow_bin": teacher.model.allow_bin}
+    students = {role: ModelSpec(request[role], role, **how) for role in STUDENTS if request[role]}
     for spec in students.values():
         check_pair(teacher.model, spec)
     names, examples = _examples(request, teacher.tokenizer)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from transformers import set_seed
+
 from ..checks import Count, Natural, check_settings
 from ..choices import OnBadRow, Truncation
 from ..data.examples import Examples
@@ -16,6 +18,7 @@ from ..evaluation.evaluator import TaskMetric
 from ..evaluation.task_metrics import TASK_METRICS
 from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
+from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.spec import Dtype, ModelSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
@@ -136,6 +139,11 @@ class TeacherArguments:
         default=512, metadata={"help": "Size of the cache of the teacher's prompt states, in MB."}
     )
 
+    allow_bin: bool = field(
+        default=False,
+        metadata={"help": "Teacher and student may be pickled .bin files (read with weights_only)."},
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
 
@@ -174,21 +182,21 @@ def prepare(
     settings = (data, teacher, student)
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
+    ours, theirs = _student_spec(student, teacher), _teacher_spec(teacher, training)
     if student.use_peft:
-        config = ModelSpec(student.model_name_or_path, "student", revision=student.model_revision).config
-        student.lora_task_type = architecture_of(config, "student", student.model_name_or_path).lora_task_type
+        student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
-    ours, theirs = _student_spec(student), _teacher_spec(teacher, training)
     check_pair(theirs, ours)
+    if student.use_peft and ours.adapter:
+        check_same_settings(ours.adapter, _peft_config(student))
     train, evaluation, labels = load_data(data, ours.tokenizer)
 
     model = ours.load()
-    if student.use_peft:
-        from peft import get_peft_model
-        from transformers import set_seed
-
+    if student.use_peft and not ours.adapter:
         set_seed(training.seed)  # adapters start at random
-        model = get_peft_model(model, get_peft_config(student))  # type: ignore[arg-type]
+        model = add_adapter(model, _peft_config(student))
+    if student.use_peft:
+        model = without_dropout(model)
     frozen = Teacher(
         theirs.language_model(),
         ours.tokenizer,
@@ -209,8 +217,10 @@ def prepare(
     )
 
 
-def _student_spec(student: ModelConfig) -> ModelSpec:
-    """The student of TRL's settings. It stays where it loads: the trainer places it."""
+def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
+    """The student of TRL's settings. It stays where it loads: the trainer places it. With use_peft an adapter is
+    trained further, otherwise merged.
+    """
     return ModelSpec(
         str(student.model_name_or_path),
         "student",
@@ -218,7 +228,17 @@ def _student_spec(student: ModelConfig) -> ModelSpec:
         dtype=student.dtype if student.dtype not in (None, "auto") else "float32",
         attention=student.attn_implementation,
         quantization=get_quantization_config(student),
+        allow_bin=teacher.allow_bin,
+        keep_adapter=student.use_peft,
     )
+
+
+def _peft_config(student: ModelConfig) -> Any:
+    """PEFT's configuration. TRL turns a list of one module into a string, which PEFT would match as a whole path."""
+    config: Any = get_peft_config(student)
+    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        config.target_modules = {config.target_modules}
+    return config
 
 
 def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> ModelSpec:
@@ -228,6 +248,7 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
         revision=teacher.teacher_revision,
         dtype=teacher.teacher_dtype,
         device=str(training.device),
+        allow_bin=teacher.allow_bin,
     )
 
 

@@ -159,6 +159,7 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         dtype=settings["teacher_dtype"],
         quantization=quantization_config(settings.get("teacher_quantization", "none")),
         device=default_device(),
+        allow_bin=bool(settings.get("allow_bin")),
     )
     model.check()
     return TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])

@@ -6,6 +6,8 @@ from hashlib import sha256
 from typing import Any
 
 from ..errors import ModelError
+from .adapters import adapter_of
+from .folders import AGAIN, check_place, check_tokenizer, explained, has_tokenizer
 
 NO_LIMIT = 2**30  # tokens of a text that is not to be cut
 
@@ -60,13 +62,21 @@ def check_vocabulary_fits(config: Any, valid_vocab: int, role: str, name: str) -
 
 
 def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
-    """The fast tokenizer saved with a model. Raises ModelError if there is none."""
+    """The fast tokenizer saved with a model; an adapter without one has its base's. Raises ModelError if there is none,
+    or if its files are damaged.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{role} '{name}' has no loadable tokenizer: {str(error).splitlines()[0]}") from error
+    folder, adapter = check_place(name, role), adapter_of(name, role, revision)
+    if adapter is not None and (folder is None or not has_tokenizer(folder)):
+        return load_tokenizer(adapter.base, adapter.base_role, adapter.base_revision)
+    if folder is not None:
+        check_tokenizer(folder, role, name)
+    with explained(role, name, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise ModelError(f"{role} '{name}': its tokenizer has special tokens only, no vocabulary. {AGAIN}")
+    return tokenizer
 
 
 def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, listed, shown
 from .aliases import known_problem
 from .leaks import leaks
 from .missing import missing_columns
@@ -45,10 +45,10 @@ def lint(
         if choices and "" not in choices and choice_problem and (problem := choice_problem(choices)):
             problems.append(Problem(entry.line_of("answer_choices"), "error", f"'{template.name}': {problem}."))
     problems += _names(templates, parsed.entries)
-    for key, shown in leaks(list(templates.values())).items():
+    for key, printed in leaks(list(templates.values())).items():
         template, entry = templates[key], parsed.entries[key]
         level = "warning" if template.original_task is False else "error"
-        names = ", ".join(sorted(shown))
+        names = listed(sorted(printed))
         problems.append(
             Problem(entry.line_of("jinja"), level, f"'{template.name}': the input shows the gold columns {names}.")
         )
@@ -74,7 +74,7 @@ def _one(template: Template, entry: Entry) -> Iterator[Problem]:
             yield Problem(entry.line_of("answer_choices"), "error", f"{name}: an answer choice is empty.")
         if twice := [c for c, count in Counter(choices).items() if count > 1]:
             yield Problem(
-                entry.line_of("answer_choices"), "warning", f"{name}: the answer choice '{twice[0]}' occurs twice."
+                entry.line_of("answer_choices"), "warning", f"{name}: the answer choice {shown(twice[0])} occurs twice."
             )
     if any(line != line.rstrip() for line in template.source.strip().splitlines()):
         yield Problem(entry.line_of("jinja"), "note", f"{name}: white space at the end of a line reaches the model.")
@@ -114,8 +114,8 @@ def _columns(templates: dict[str, Template], entries: dict[str, Entry], found: I
     columns = set(found)
     for key, template in templates.items():
         if missing := template.columns(target=True) - columns:
-            names = ", ".join(sorted(missing))
+            names = listed(sorted(missing))
             yield Problem(entries[key].line_of("jinja"), "error", f"'{template.name}': the rows lack {names}.")
     used = {name for template in templates.values() for name in template.columns(target=True)}
     if unused := columns - used:
-        yield Problem(1, "note", f"no template reads the columns {', '.join(sorted(unused))}.")
+        yield Problem(1, "note", f"no template reads the columns {listed(sorted(unused))}.")
