@@ -104,8 +104,9 @@ class JsonLines(JsonRows):
             raise BadRowError(f"{self.where(place)} is nested too deeply. Flatten or remove it.") from error
         if place == 1 and self._is_json and self._is_table(value):
             raise BadRowError(
-                f"{self.path} is one object of lists or objects ({encodable(', '.join(value))[:80]}): a table by "
-                "columns, or rows inside another object. Save the rows as an array of objects (pandas: orient='records')."
+                f"{self.path} is one object of lists or objects ({encodable(', '.join(value))[:80]}): "
+                "a table by columns, or rows inside another object. Save the rows as an array of objects (pandas: "
+                "orient='records')."
             )
         return self.row(place, value, "Each line must be one {...}.")
 

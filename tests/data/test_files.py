@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlkd.data.files import splits_of
 from rlkd.data.glue import load_labelled
 from rlkd.data.rows import RowStream, load_rows
 from rlkd.data.text import TextFormat, text_format
@@ -188,6 +189,21 @@ def test_folders(tmp_path, files, rows):
     assert read(put(tmp_path, files)) == rows
 
 
+def test_the_splits_of_a_folder(tmp_path):
+    line = '{"a": 1}\n'
+    cases = {
+        ("train-0.jsonl", "test.jsonl", "other.jsonl"): {"train", "test"},
+        ("train/x.jsonl", "validation/x.jsonl"): {"train", "validation"},
+        ("a.jsonl", "train/x.jsonl"): set(),
+        ("y=1/x.jsonl",): set(),
+    }
+    for i, (files, splits) in enumerate(cases.items()):
+        assert splits_of(put(tmp_path / str(i), dict.fromkeys(files, line))) == splits
+    assert splits_of(tmp_path / "0" / "test.jsonl") == set()
+    with pytest.raises(DataError, match=r"no shards of split 'dev'\. Splits found: train, validation\."):
+        load_rows(str(tmp_path / "1"), split="dev")
+
+
 def test_patterns_and_folders_that_cannot_be_read(tmp_path):
     put(tmp_path, {"a.jsonl": '{"a": 1}\n', "b.jsonl": '{"a": 2}\n', "c.csv": "a\n3\n"})
     assert read(tmp_path / "*.jsonl") == [{"a": 1}, {"a": 2}]
@@ -216,7 +232,9 @@ def test_data_sets_saved_to_disk(tmp_path):
     assert read(tmp_path / "one", only={"n"}) == [{"n": 0}, {"n": 1}]
     datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "dict")
     assert read(tmp_path / "dict", split="test") == [{"a": "y", "n": 1}]
-    with pytest.raises(DataError, match=r"has the splits test, train, not 'tests'\. Did you mean 'test'"):
+    with pytest.raises(
+        DataError, match=r"no shards of split 'tests'\. Splits found: test, train\. Did you mean 'test'"
+    ):
         load_rows(str(tmp_path / "dict"), split="tests")
     (tmp_path / "one" / "dataset_info.json").unlink()
     with pytest.raises(DataError, match=r"cannot be read as saved by datasets: .*Save it again"):
