@@ -97,6 +97,13 @@ class TeacherArguments:
     teacher_append_eos: bool = field(
         default=True, metadata={"help": "End the teacher's inputs with end-of-sequence: T5 and Flan-T5 yes, T0 no."}
     )
+    src_lang: str | None = field(
+        default=None,
+        metadata={"help": "Language of inputs, for both models, as a translation model's tokenizer writes it: en_XX."},
+    )
+    tgt_lang: str | None = field(
+        default=None, metadata={"help": "Language of answers, likewise (mBART, M2M100, NLLB)."}
+    )
     template_combination: TemplateCombination = field(
         default="average", metadata={"help": "Several templates: average their rewards, or pool their log-probs."}
     )
@@ -146,7 +153,10 @@ def prepare(
         config = ModelSpec(student.model_name_or_path, "student", revision=student.model_revision).config
         student.lora_task_type = architecture_of(config, "student", student.model_name_or_path).lora_task_type
     check_resumed_settings(training, settings)
-    ours, theirs = _student_spec(student), _teacher_spec(teacher, training)
+    ours, theirs = (
+        replace(spec, src_lang=teacher.src_lang, tgt_lang=teacher.tgt_lang)
+        for spec in (_student_spec(student), _teacher_spec(teacher, training))
+    )
     check_pair(theirs, ours)
     train, evaluation, labels = load_data(data)
 

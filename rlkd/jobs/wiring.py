@@ -129,6 +129,8 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         dtype=settings["teacher_dtype"],
         quantization=quantization_config(settings.get("teacher_quantization", "none")),
         device=default_device(),
+        src_lang=settings.get("src_lang"),
+        tgt_lang=settings.get("tgt_lang"),
     )
     model.check()
     return TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])

@@ -26,6 +26,7 @@ from ..io.cards import CARD
 from ..io.files import write_durably
 from ..io.lock import Stop
 from ..io.progress import progress
+from ..models.languages import languages_of
 from ..models.vocabulary import encode_texts
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.agreement import agreement
@@ -84,6 +85,7 @@ class Run:
             **self.engine.identity(),
             "max_input_tokens": self.teacher.max_input_tokens,
             "append_eos": self.teacher.append_eos,
+            **languages_of(self.teacher.tokenizer),
             "on_long": options.on_long,
             **self._decoding_settings(),
         }

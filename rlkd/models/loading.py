@@ -10,6 +10,7 @@ import torch
 from ..checks import check_choice
 from ..errors import ModelError
 from .architectures import architecture_of
+from .generation import load_generation_config
 from .spec import Quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,6 +86,7 @@ def load_model(
             f"Point it at a complete {config.model_type} checkpoint, head included."
         )
     protect_untied_head(model)
+    model.generation_config = load_generation_config(name, role, revision)
     return model
 
 

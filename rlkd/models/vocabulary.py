@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ModelError
+from .generation import AnswerRules
+from .languages import has_languages
 
 
 def valid_vocab(tokenizer: Any) -> int:
@@ -47,13 +49,14 @@ def check_vocabulary_fits(config: Any, valid_vocab: int, role: str, name: str) -
 
 
 def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
-    """The fast tokenizer saved with a model. Raises ModelError if there is none."""
+    """The tokenizer saved with a model, fast if it has such a form. Raises ModelError if there is none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{role} '{name}' has no loadable tokenizer: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"{role} '{name}' has no loadable tokenizer: {reason}") from error
 
 
 def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:
@@ -72,8 +75,26 @@ def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eo
     return [row or [tokenizer.eos_token_id] for row in rows]
 
 
+def encode_answers(tokenizer: Any, texts: list[str], max_tokens: int, rules: AnswerRules) -> list[list[int]]:
+    """Token ids of each text as a model with these rules writes it, cut to `max_tokens` (end-of-sequence kept)."""
+    rows = tokenizer(
+        # Marian has a vocabulary for each side; translation models mark the language.
+        text_target=texts,
+        truncation=True,
+        max_length=max_tokens,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+    end = tokenizer.eos_token_id
+    if has_languages(tokenizer):  # the first mBART writes the language after the end, for the decoder to start with
+        rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    return [rules.complete(row or [end], max_tokens) for row in rows]
+
+
 def decode_texts(tokenizer: Any, rows: list[list[int]]) -> list[str]:
     """The text of each row of token ids, special tokens left out, spaces as they are."""
+    if not tokenizer.is_fast:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     # What tokenizer.decode calls for each row, at a fifth of the time.
     return tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
 
@@ -83,7 +104,20 @@ def token_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
     A character that is spread over several byte tokens comes with the last of them; the others are empty.
     """
+    if not tokenizer.is_fast:
+        return _slow_pieces(tokenizer, ids)
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+
+
+def _slow_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """As `token_pieces`, for a tokenizer written in Python: what each token adds to the text of those before it."""
+    pieces, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        whole = text.startswith(shown) and not text.endswith("\ufffd")  # no half of a character
+        pieces.append(text[len(shown) :] if whole or end == len(ids) else "")
+        shown += pieces[-1]
+    return pieces

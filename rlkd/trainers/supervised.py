@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..evaluation.evaluator import TaskMetric
+from ..models.generation import NO_RULES, AnswerRules, rules_of
 from ..models.heads import TokenFunction
 from ..models.signals import SignalSource
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import encode_answers, encode_texts
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.policy import token_statistics
 from ..records import Answers, Example, Minibatch, TeacherSignal
@@ -65,18 +66,20 @@ class PseudoLabelCollator:
     """Rows with `student_input` and `label` (and the exact `token_ids`, if recorded) to padded tensors.
 
     Returns input_ids, input_mask [B, P], answer_ids, answer_mask [B, R], and `examples` with the rows' names and, for
-    divergences, what the teacher reads; labels end with end-of-sequence unless they were cut.
+    divergences, what the teacher reads; labels begin as the student's `rules` force it, and end with end-of-sequence
+    unless they were cut.
     """
 
-    def __init__(self, tokenizer: Any, max_input_tokens: int, max_new_tokens: int):
+    def __init__(self, tokenizer: Any, max_input_tokens: int, max_new_tokens: int, rules: AnswerRules = NO_RULES):
         self.tokenizer, self.max_input_tokens, self.max_new_tokens = tokenizer, max_input_tokens, max_new_tokens
+        self.rules = rules
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         prompts = encode_texts(self.tokenizer, [row["student_input"] for row in rows], self.max_input_tokens)
         if "token_ids" in rows[0]:
-            answers = [row["token_ids"][: self.max_new_tokens] for row in rows]
+            answers = [self.rules.complete(self._written(row), self.max_new_tokens) for row in rows]
         else:
-            answers = encode_texts(self.tokenizer, [row["label"] for row in rows], self.max_new_tokens)
+            answers = encode_answers(self.tokenizer, [row["label"] for row in rows], self.max_new_tokens, self.rules)
         pad = self.tokenizer.pad_token_id
         batch: dict[str, Any] = {}
         for name, ids in (("input", prompts), ("answer", answers)):
@@ -84,6 +87,13 @@ class PseudoLabelCollator:
             batch[f"{name}_mask"] = length_mask([len(i) for i in ids])
         batch["examples"] = [_example(row, f"{i} of this batch") for i, row in enumerate(rows)]
         return batch
+
+    def _written(self, row: dict[str, Any]) -> list[int]:
+        """A label's tokens, cut. An end that decoding wrote because the answer was cut there is not the teacher's."""
+        ids = row["token_ids"]
+        if row.get("finish_reason") == "length" and ids and ids[-1] in self.rules.eos_ids:
+            ids = ids[:-1]
+        return ids[: self.max_new_tokens]
 
 
 def _example(row: dict[str, Any], name: str) -> Example:
@@ -113,7 +123,6 @@ class SupervisedTrainer(DistillationTrainer):
         task_metric: TaskMetric | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens)
         super().__init__(
             student,
             args,
@@ -124,6 +133,8 @@ class SupervisedTrainer(DistillationTrainer):
             task_metric=task_metric,
             callbacks=callbacks,
         )
+        rules = rules_of(self.policy.lm)
+        self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens, rules)
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         return self.labels(rows)
