@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from .adapters import adapter_of
+from .folders import GENERATION, check_json, check_place, explained
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
@@ -280,23 +282,23 @@ def load_generation_config(name: str, role: str, revision: str | None = None) ->
     """The transformers.GenerationConfig of a folder or hub id, before weights load.
 
     Checkpoints without generation_config.json keep its fields in config.json, where transformers 5 overlooks them.
-    Raises ModelError if generation_config.json cannot be read.
+    An adapter without one has its base's. Raises ModelError if it cannot be read.
     """
     from transformers import GenerationConfig, PreTrainedConfig
 
-    folder = Path(name)
-    try:
-        if folder.is_dir() and not (folder / "generation_config.json").exists():
-            raise FileNotFoundError
-        generation = GenerationConfig.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError, TypeError) as error:
-        if (folder / "generation_config.json").exists():
-            raise ModelError(
-                f"{role} '{name}': generation_config.json cannot be read ({str(error).splitlines()[0]}). Correct it."
-            ) from error
-        fields, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-        generation = GenerationConfig.from_model_config(fields)
-    return generation
+    folder = check_place(name, role)
+    adapter = adapter_of(name, role, revision)
+    if folder is not None and (folder / GENERATION).exists():
+        check_json(folder, (GENERATION,), role, name)
+        with explained(role, name, GENERATION):
+            return GenerationConfig.from_pretrained(name)
+    if adapter is not None:
+        return load_generation_config(adapter.base, adapter.base_role, adapter.base_revision)
+    if folder is None:
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(name, revision=revision or "main")
+    fields, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    return GenerationConfig.from_model_config(fields)
 
 
 def check_same_format(teacher: AnswerRules, student: AnswerRules, names: tuple[str, str]) -> None:

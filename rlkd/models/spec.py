@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from .adapters import Adapter
     from .generation import AnswerRules
     from .language_model import LanguageModel
     from .teacher import Teacher
@@ -62,6 +63,8 @@ class ModelSpec:
     quantization  bitsandbytes' settings (`models.loading.quantization_config`), or None
     attention     transformers' name of the attention implementation; None: its default
     device        where the weights go; None: where they load. bitsandbytes places quantized weights itself
+    allow_bin     load pickled weights (.bin) where there are no safetensors
+    keep_adapter  an adapter is trained further, not merged into its base
     src_lang, tgt_lang    languages of prompts and answers, for models that translate; None: the checkpoint's
     """
 
@@ -72,17 +75,29 @@ class ModelSpec:
     quantization: Any = None
     attention: str | None = None
     device: str | None = None
+    allow_bin: bool = False
+    keep_adapter: bool = False
     src_lang: str | None = None
     tgt_lang: str | None = None
 
     @cached_property
     def config(self) -> Any:
-        """The configuration. Raises ModelError if there is none, or if such a model cannot take the role."""
-        from .loading import check_config, load_config, resolve_dtype
+        """The configuration. Raises ModelError if there is none, if such a model cannot take the role, or if its files
+        are damaged.
+        """
+        from .loading import check_config, check_saved_weights, load_config, resolve_dtype
 
         config = load_config(self.name, self.role, self.revision)
         check_config(config, self.role, self.name, resolve_dtype(self.dtype, f"{self.role}_dtype"))
+        check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
         return config
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The adapter that it is, None for a whole model. Raises ModelError if its base is gone or has changed."""
+        from .adapters import adapter_of
+
+        return adapter_of(self.name, self.role, self.revision)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -123,7 +138,7 @@ class ModelSpec:
 
     @property
     def adapted(self) -> bool:
-        return False
+        return self.adapter is not None and (self.keep_adapter or self.quantized)
 
     def load(self, device: str | None = None) -> Any:
         """The transformers model. Raises ModelError if the checkpoint lacks weights, and as `config` does."""
@@ -136,6 +151,8 @@ class ModelSpec:
             revision=self.revision,
             attention=self.attention,
             quantization=self.quantization,
+            allow_bin=self.allow_bin,
+            keep_adapter=self.keep_adapter,
         )
         if self.tgt_lang is not None:  # a saved student keeps it
             model.generation_config.forced_bos_token_id = self.rules.first

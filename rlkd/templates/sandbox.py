@@ -8,17 +8,11 @@ of jinja2's own environment, except that `tojson` gives a plain string, not one 
 
 from __future__ import annotations
 
-import json
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import date, time, timedelta
-from decimal import Decimal
-from functools import cached_property
-from random import Random
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
-from uuid import UUID
 
 import jinja2
 from jinja2 import nodes
@@ -27,25 +21,10 @@ from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from ..errors import nearest
+from ..errors import cut, nearest
 from . import allowed
 from .meter import DEFAULT_LIMITS, SCALARS, WRITTEN_PER_STEP, Limits, Meter, SandboxError
-
-SEPARATOR = "|||"
-# promptsource's own replacement for a separator inside a field, so that a row cannot inject its own target.
-PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
-
-
-class RowRandom:
-    """A generator per (seed, template, row), created only if a filter draws from it."""
-
-    def __init__(self, seed: int, template: str, row: Mapping[str, Any]):
-        self._key = (seed, template, row)
-
-    @cached_property
-    def generator(self) -> Random:
-        seed, template, row = self._key
-        return Random(json.dumps([seed, template, dict(row)], sort_keys=True, default=str))
+from .rows import SEPARATOR, RowRandom
 
 
 class SafeTemplate:
@@ -70,65 +49,23 @@ class SafeTemplate:
                 f"cannot be compiled: {error or type(error).__name__}. Simplify the template."
             ) from error
 
-    def render(self, values: Mapping[str, Any], meter: Meter, random: RowRandom) -> str:
-        """The text for plain values (see `plain_row`). Raises SandboxError, and any exception of the expressions."""
+    def render(self, values: Mapping[str, Any], meter: Meter, random: RowRandom, separator: str) -> str:
+        """The text for plain values (see `plain_row`), with `separator` for every "|||" of the template itself.
+
+        Raises SandboxError, and any exception of the expressions.
+        """
         context = _Context(ENVIRONMENT, {**ENVIRONMENT.globals, **values}, None, {})
-        context.meter, context.random = meter, random
+        context.meter, context.random, context.separator = meter, random, separator
         text = "".join(self._root(context))
         if len(text) > self.limits.output:
             raise self.limits.exceeded("output")
         return text
 
 
-def plain_row(
-    row: Mapping[str, Any], names: Iterable[str], limits: Limits, *, strict_compat: bool = False
-) -> dict[str, Any]:
-    """The columns `names` of a row as plain JSON values, copied, so that a template may change them.
-
-    "|||" is replaced in every string; with `strict_compat` only in the columns that are strings themselves, as in
-    promptsource. Dates, decimals and UUIDs become strings; a column of any other type is an error if the template reads
-    it. Raises SandboxError for strings or nesting beyond the limits.
-    """
-    found = {name: row[name] for name in names if name in row}
-    return {
-        name: _plain(value, limits, not strict_compat or isinstance(value, str), 0) for name, value in found.items()
-    }
-
-
-def _plain(value: Any, limits: Limits, protect: bool, depth: int) -> Any:
-    if isinstance(value, str):
-        if len(value) > limits.value:
-            raise limits.exceeded("value")
-        value = str.__str__(value)
-        return value.replace(SEPARATOR, PIPE_PROTECTOR) if protect else value
-    if type(value) in SCALARS:
-        return value
-    if depth > limits.nesting:
-        raise limits.exceeded("nesting")
-    if isinstance(value, Mapping):
-        return {
-            _plain(key if type(key) in SCALARS else str(key), limits, protect, depth): _plain(
-                item, limits, protect, depth + 1
-            )
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, limits, protect, depth + 1) for item in value]
-    for kind in (bool, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, (date, time, timedelta, Decimal, UUID)):
-        return _plain(str(value), limits, protect, depth)
-    if hasattr(value, "tolist"):  # arrays and tensors
-        return _plain(value.tolist(), limits, protect, depth + 1)
-    return jinja2.StrictUndefined(
-        f"the row holds a {type(value).__name__}; templates read text, numbers, lists and dicts. Convert the column."
-    )
-
-
 class _Context(Context):
     meter: Meter
     random: RowRandom
+    separator: str
 
 
 class _Sandbox(SandboxedEnvironment):
@@ -151,7 +88,9 @@ class _Sandbox(SandboxedEnvironment):
                 return getattr(obj, attribute)
             except AttributeError:
                 return self.undefined(obj=obj, name=attribute)
-        raise SandboxError(f"reads '{attribute}' of a {kind.__name__}, which is not allowed. {allowed.remedy(kind)}")
+        raise SandboxError(
+            f"reads '{cut(attribute)}' of a {kind.__name__}, which is not allowed. {allowed.remedy(kind)}"
+        )
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         kind = type(argument)
@@ -249,6 +188,11 @@ def _loop(context: Any, items: Any, cost: int) -> Iterator[Any]:
 
 
 @jinja2.pass_context
+def _separator(context: Any, _: Any) -> str:
+    return context.separator
+
+
+@jinja2.pass_context
 def _weighed(context: Any, value: Any) -> Any:
     if type(value) not in SCALARS or type(value) is str:
         context.meter.weigh(value)
@@ -272,6 +216,7 @@ def _environment() -> _Sandbox:
     ours = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
     environment.filters = allowed.guarded_filters(environment.filters | ours)
     environment.filters |= {"_loop": _loop, "_weighed": _weighed, "_sliced": _sliced, "_joined": _joined}
+    environment.filters |= {"_separator": _separator}
     environment.tests = allowed.guarded_tests(environment.tests)  # type: ignore
     environment.globals = dict(_FUNCTIONS)
     return environment
@@ -297,6 +242,24 @@ class _Rewriter(NodeTransformer):
             raise _refused("the syntax", type(node).__name__, [])
         self.generic_visit(node)
         return _REWRITES.get(type(node), lambda node: node)(node)
+
+
+def _split_data(node: nodes.TemplateData) -> list[nodes.Node]:
+    """A template's own text, with the rendering's separator for each of its "|||"."""
+    pieces: list[nodes.Node] = []
+    for piece in node.data.split(SEPARATOR):
+        pieces += [_filter("_separator", nodes.Const(None)), nodes.TemplateData(piece)]
+    return pieces[1:]
+
+
+def _split_constant(node: nodes.Const) -> nodes.Node:
+    """The same in an expression, such as `join("|||")`."""
+    if not isinstance(node.value, str) or SEPARATOR not in node.value:
+        return node
+    pieces: list[nodes.Expr] = []
+    for piece in node.value.split(SEPARATOR):
+        pieces += [_filter("_separator", nodes.Const(None)), nodes.Const(piece)]
+    return _filter("_joined", nodes.Tuple(pieces[1:], "load"))
 
 
 def _count_loop(node: nodes.For) -> nodes.Node:
@@ -339,7 +302,9 @@ def _check_call(node: nodes.Call | nodes.Filter | nodes.Test) -> nodes.Node:
     return node
 
 
-_REWRITES: dict[type[nodes.Node], Callable[[Any], nodes.Node]] = {
+_REWRITES: dict[type[nodes.Node], Callable[[Any], nodes.Node | list[nodes.Node]]] = {
+    nodes.TemplateData: _split_data,
+    nodes.Const: _split_constant,
     nodes.For: _count_loop,
     nodes.Compare: _weigh_operands,
     nodes.Pair: _weigh_key,
@@ -353,7 +318,7 @@ _REWRITES: dict[type[nodes.Node], Callable[[Any], nodes.Node]] = {
 
 def _refused(what: str, name: str, names: list[str]) -> SandboxError:
     choice = f"Allowed: {', '.join(names)}.{nearest(name, names)}" if names else "Write the template without it."
-    return SandboxError(f"uses {what} '{name}', which is not allowed in templates. {choice}")
+    return SandboxError(f"uses {what} '{cut(name)}', which is not allowed in templates. {choice}")
 
 
 def _filter(name: str, node: Any, *args: nodes.Expr) -> nodes.Filter:

@@ -21,12 +21,13 @@ from ..evaluation.samples import Sample
 from ..io.progress import progress
 from ..models.architectures import language_model
 from ..models.policy import Policy
+from ..models.saving import evaluated_generation
 from ..models.signals import SignalSource, check_signal
 from ..models.teacher import Teacher
 from ..objectives.policy import reduce_tokens
 from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
-from ..runs.sample_tables import TEXTS, SampleTables
+from ..runs.sample_tables import SampleTables, print_samples
 from .arguments import DistillationArguments
 from .core import StudentTrainer
 from .objective import Evidence, Objective, StudentTokens
@@ -152,7 +153,7 @@ class DistillationTrainer(StudentTrainer):
         append_lines(self.run_folder / SAMPLES, [{"step": self.state.global_step, **row} for row in rows])
         self._save_token_rewards(rows)
         if not self.args.disable_tqdm:
-            _print_samples(self.state.global_step, rows)
+            print_samples(self.state.global_step, rows)
         self.sample_tables.log(self.state.global_step, rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -246,6 +247,10 @@ class DistillationTrainer(StudentTrainer):
         """The rows [B, ...] of every process, padded with 0 to the longest answer."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
 
+    def generation_config(self) -> Any:
+        """As in `StudentTrainer`: plain `generate()` of the saved student gives the answers that are evaluated here."""
+        return evaluated_generation(self.policy.lm, self.args.max_new_tokens)
+
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the critic goes next to the student, the objective's state into the extras."""
         self.policy.save_value_head(folder)
@@ -254,15 +259,3 @@ class DistillationTrainer(StudentTrainer):
     def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
         super().load_extras(extras, folder)
         self.objective.load_state(extras)
-
-
-def _print_samples(step: int, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"samples at step {step}", show_lines=True)
-    for column in TEXTS:
-        table.add_column(column, overflow="fold", justify="right" if "regret" in column else "left")
-    for row in rows:
-        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in TEXTS))
-    Console(stderr=True).print(table)

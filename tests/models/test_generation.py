@@ -261,7 +261,7 @@ def test_ids_that_are_no_tokens_are_refused(tmp_path, field, value):
 def test_a_broken_generation_config_is_named(tmp_path):
     spec = saved(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read"):
+    with pytest.raises(ModelError, match=r"generation_config\.json is cut off or no JSON"):
         spec.check()
 
 
@@ -277,7 +277,7 @@ def test_a_pair_must_begin_and_end_answers_alike(tmp_path):
 
 def test_labels_begin_with_the_forced_token_and_end_as_the_teacher_did():
     rules = AnswerRules(eos_ids=(EOS,), first=PAD)
-    collate = PseudoLabelCollator(tiny_tokenizer(), 20, 4, rules)
+    collate = PseudoLabelCollator(tiny_tokenizer(), 20, 4, rules=rules)
     text = collate([{"student_input": "a", "label": "a b"}])
     assert text["answer_ids"].tolist() == [[PAD, 3, 4, EOS]]
     assert text["answer_mask"].all()
