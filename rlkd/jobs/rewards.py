@@ -30,7 +30,8 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     """
     check_choice("reward_value", request["reward_value"], REWARDS)
     teacher = teacher_spec(request)
-    how: dict[str, Any] = {"device": teacher.model.device, "allow_bin": teacher.model.allow_bin}
+    shared = ("device", "allow_bin", "src_lang", "tgt_lang")
+    how: dict[str, Any] = {name: getattr(teacher.model, name) for name in shared}
     students = {role: ModelSpec(request[role], role, **how) for role in STUDENTS if request[role]}
     for spec in students.values():
         check_pair(teacher.model, spec)
@@ -56,6 +57,7 @@ def view_of_labels(request: dict[str, Any]) -> RewardView:
     check_choice("reward_value", request["reward_value"], REWARDS)
     settings = finished_manifest(request["labels"]).header["settings"]
     reading = {"max_input_tokens": settings["max_input_tokens"], "input_eos": settings["append_eos"]}
+    reading |= {name: settings.get(name) for name in ("src_lang", "tgt_lang")}
     teacher = teacher_spec({**request, **reading, "teacher": request["teacher"] or settings["teacher"]})
     return from_labels(
         request["labels"],

@@ -28,6 +28,7 @@ from ..io.files import write_durably
 from ..io.lock import Stop
 from ..io.progress import progress
 from ..io.redaction import redacted
+from ..models.languages import languages_of
 from ..models.vocabulary import encode_texts, vocabulary_record
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.agreement import agreement
@@ -87,6 +88,7 @@ class Run:
                 **self.engine.identity(),
                 "max_input_tokens": self.teacher.max_input_tokens,
                 "append_eos": self.teacher.append_eos,
+                **languages_of(self.teacher.tokenizer),
                 "on_long": options.on_long,
                 **self._decoding_settings(),
             }

@@ -21,6 +21,7 @@ from ..errors import ModelError
 from .adapters import Adapter, adapter_of, attach, check_adapter, merge
 from .architectures import architecture_of
 from .folders import AGAIN, CONFIG, GENERATION, check_json, check_place, check_weights, explained, saved_shapes
+from .generation import load_generation_config
 from .spec import Quantization
 
 Needs = Literal["all", "layers", "first layers"]
@@ -159,6 +160,8 @@ def load_pretrained(
         _check_depth(model, loading["unexpected_keys"], role, name)
     _check_finite(model, role, name)
     protect_untied_head(model)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config = load_generation_config(name, role, revision)
     return model
 
 

@@ -21,6 +21,7 @@ from ..errors import DivergenceError, ModelError
 from ..objectives.rewards import average_templates, token_scores
 from ..records import TeacherSignal, given
 from ..tensors import unpack
+from .generation import AnswerRules, rules_of
 from .heads import HeadOverStates
 from .language_model import LanguageModel
 from .signals import SIGNAL
@@ -89,6 +90,11 @@ class Teacher:
         self.cache = PromptCache(self.cache_bytes)
 
     @property
+    def rules(self) -> AnswerRules:
+        """What its checkpoint says of answers."""
+        return rules_of(self.lm)
+
+    @property
     def model(self) -> Any:
         """The transformers model."""
         return self.lm.model
@@ -137,7 +143,10 @@ class Teacher:
             return combined
         # The head is linear: the mean of its inputs gives the mean of the logits.
         mixed: Any = sum(per_template) / len(per_template) if len(per_template) > 1 else per_template[0]
-        return replace(combined, distribution=HeadOverStates(unpack(mixed, answer_mask), self.lm.head()))
+        head = self.lm.head()
+        limits = head.rules.limits(answer_ids, answer_mask)
+        given_limits = None if limits is None else unpack(limits, answer_mask)
+        return replace(combined, distribution=HeadOverStates(unpack(mixed, answer_mask), head, given_limits))
 
     @torch.no_grad()
     def alternatives(self, distribution: HeadOverStates, answer_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -151,7 +160,8 @@ class Teacher:
             values, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
             return (*ids.unbind(-1), *values.unbind(-1))
 
-        outputs = distribution.head.map(best, distribution.states[answer_mask])
+        limits = None if distribution.limits is None else distribution.limits[answer_mask]
+        outputs = distribution.head.map(best, distribution.states[answer_mask], limits=limits)
         columns = [unpack(column, answer_mask) for column in outputs]
         half = len(columns) // 2
         return torch.stack(columns[:half], -1), torch.stack(columns[half:], -1)
@@ -185,7 +195,8 @@ class Teacher:
             ) from error
 
     def _signal(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor) -> TeacherSignal:
-        values = self.lm.head().map(token_scores, hidden, answer_ids[mask])
+        head = self.lm.head()
+        values = head.map(token_scores, hidden, answer_ids[mask], limits=head.rules.limits(answer_ids, mask))
         chosen, largest, logsumexp, mean, entropy = (unpack(value, mask) for value in values)
         return TeacherSignal(chosen=chosen, max=largest, logsumexp=logsumexp, mean=mean, entropy=entropy)
 

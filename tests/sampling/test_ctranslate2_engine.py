@@ -271,3 +271,13 @@ def test_weights_that_are_not_finite_show_in_the_log_probs():
     except RlkdError:
         return
     assert not any(math.isfinite(sum(row[0].logps)) for row in answers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_special_tokens_alone_are_answered(kind):
+    lm = model_of(kind)
+    prompts = [[EOS], [EOS, EOS], [9, EOS], [lm.start_id, EOS]]  # [EOS] is that of an empty text
+    prompts = prompts[: None if lm.start_id != lm.pad_id else 3]
+    answers = engine_of(lm).answer(prompts, [[0]] * len(prompts), GREEDY)
+    expected = TorchEngine(lm).answer(prompts, [[0]] * len(prompts), GREEDY)
+    assert [row[0].ids for row in answers] == [row[0].ids for row in expected]
