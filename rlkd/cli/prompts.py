@@ -44,7 +44,7 @@ Truncate = Annotated[
     Truncation, typer.Option("--truncate", help="t0 cuts each {{...}} at 2,048 characters, as in T0's training data.")
 ]
 StrictCompat = Annotated[
-    bool, typer.Option("--strict-compat", help="Let '|||' inside lists of a row split the text, as promptsource does.")
+    bool, typer.Option("--strict-compat", help="Let '|||' of a row split the text where promptsource does.")
 ]
 ColumnMap = Annotated[
     list[str] | None, typer.Option("--column-map", help="Rename columns: old=new[,...] or JSON; repeatable.")

@@ -68,7 +68,7 @@ class DataArguments:
         default="none", metadata={"help": "t0 cuts each {{...}} at 2,048 characters, as in T0's training data."}
     )
     strict_compat: bool = field(
-        default=False, metadata={"help": "Let '|||' inside lists of a row split the text, as promptsource does."}
+        default=False, metadata={"help": "Let '|||' of a row split the text where promptsource does."}
     )
     column_map: list[str] = field(
         default_factory=list, metadata={"help": "Columns to rename before anything reads them: old=new[,...], or JSON."}

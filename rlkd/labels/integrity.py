@@ -18,8 +18,8 @@ from ..errors import DataError
 from ..io.files import sha256
 from .manifest import MANIFEST, Manifest
 
-SHOWN = 10
 STATUSES = ("ok", "skipped", "failed")
+SHOWN = 10
 
 
 def finished_manifest(folder: Path) -> Manifest:
@@ -76,7 +76,7 @@ def total(shards: list[dict[str, Any]]) -> dict[str, Any]:
     """The sums of what `summarise` counted in each shard."""
     sums: dict[str, Any] = {"shards": len(shards), "inputs": 0, "rows": 0, "truncated": 0, "tokens": 0}
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "finish", "reasons")}
-    counts["status"].update(dict.fromkeys(STATUSES, 0))
+    counts["status"].update(dict.fromkeys(STATUSES, 0))  # a part of a job array may have no shard
     templates: dict[str, Counter[str]] = {}
     for shard in shards:
         for name in ("inputs", "rows", "truncated", "tokens"):

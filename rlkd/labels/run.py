@@ -26,6 +26,7 @@ from ..io.cards import CARD
 from ..io.files import write_durably
 from ..io.lock import Stop
 from ..io.progress import progress
+from ..io.redaction import redacted
 from ..models.vocabulary import encode_texts, vocabulary_record
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.agreement import agreement
@@ -77,16 +78,18 @@ class Run:
     def header(self) -> dict[str, Any]:
         """First line of the log."""
         options = self.options
-        settings = {
-            "source": self.source.identity(),
-            "templates": template_settings(self.source.templates),
-            "engine": self.engine.name,
-            **self.engine.identity(),
-            "max_input_tokens": self.teacher.max_input_tokens,
-            "append_eos": self.teacher.append_eos,
-            "on_long": options.on_long,
-            **self._decoding_settings(),
-        }
+        settings = redacted(
+            {
+                "source": self.source.identity(),
+                "templates": template_settings(self.source.templates),
+                "engine": self.engine.name,
+                **self.engine.identity(),
+                "max_input_tokens": self.teacher.max_input_tokens,
+                "append_eos": self.teacher.append_eos,
+                "on_long": options.on_long,
+                **self._decoding_settings(),
+            }
+        )
         return {
             "format": FORMAT,
             "generation": _digest(json.dumps(settings, sort_keys=True)),
@@ -96,7 +99,7 @@ class Run:
             "part": list(options.part) if options.part else None,
             "scan": self.source.scan,
             "packages": packages(),
-            "request": options.request,
+            "request": redacted(options.request),
         }
 
     def _decoding_settings(self) -> dict[str, Any]:
@@ -186,7 +189,7 @@ class Run:
     def _make(self, manifest: Manifest, before: int) -> None:
         """Compute and commit the shards that are not in the log."""
         i, n = self.options.part or (0, 1)
-        identity = self.engine.identity()
+        identity = redacted(self.engine.identity())
         made = (str(identity.get("teacher")), identity.get("revision") or identity.get("teacher_weights"))
         size, expected = self.header["rows_per_shard"], self._expected()
         with Stop() as stop, progress(expected, before, quiet=self.options.quiet) as advance, _frozen_heap():

@@ -153,13 +153,31 @@ def test_merged_parts_equal_one_process(whole, tmp_path, together):
     assert load_pseudolabels(out).to_list() == load_pseudolabels(reference).to_list()
 
 
-def test_more_parts_than_shards(tmp_path):
-    source = stub.write_rows(tmp_path / "rows.jsonl", 8)
-    for i in range(3):
-        assert stub.label(source, tmp_path / str(i), part=(i, 3))["rows"] == (0 if i else 32)
-        assert verify(tmp_path / str(i)) == []
-    merge(tmp_path / "out", [tmp_path / str(i) for i in range(3)])
-    assert len(load_pseudolabels(tmp_path / "out", statuses=None)) == 32
+def test_no_secret_is_recorded_and_another_password_is_no_other_run(tmp_path):
+    class Remote(stub.StubEngine):
+        def identity(self):
+            return super().identity() | {"teacher": f"https://me:{self.weights}@host/t", "teacher_weights": "w"}
+
+    source, out = stub.write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    request = {"teacher": "https://me:CANARY@host/t", "hub_token": "CANARY-2"}
+    stub.label(source, out, Remote(weights="CANARY3"), request=request)
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text("".join(lines[:-1]))  # not finished
+    stub.label(source, out, Remote(weights="CANARY4"), request=request)
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert len(files) > 3
+    assert [file.name for file in files if b"CANARY" in file.read_bytes()] == []
+
+
+def test_more_machines_than_shards(whole, tmp_path):
+    """The parts without a shard finish with nothing, and merge as the others do."""
+    source, reference = whole
+    parts = [tmp_path / str(i) for i in range(40)]
+    rows = [stub.label(source, folder, part=(i, 40))["rows"] for i, folder in enumerate(parts)]
+    assert 0 in rows
+    out = tmp_path / "out"
+    merge(out, parts)
+    assert (out / "manifest.jsonl").read_bytes() == (reference / "manifest.jsonl").read_bytes()
 
 
 def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
