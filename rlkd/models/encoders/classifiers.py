@@ -201,7 +201,7 @@ def student_config(
     _keep_layers(config, chosen if init == "mapped" else list(range(1, layers + 1)))
     for name, value in narrower.items():
         setattr(config, name, value)
-    if config.hidden_size % config.num_attention_heads:
+    if (heads := getattr(config, "num_attention_heads", None)) and config.hidden_size % heads:
         raise ConfigError(
             f"attention_heads = {config.num_attention_heads}: must divide hidden_size = {config.hidden_size}"
         )

@@ -149,14 +149,13 @@ class TKDTrainer(StudentTrainer):
             self.layers = matched_layers(
                 student.config.num_hidden_layers, self.teacher.config.num_hidden_layers, args.layer_map
             )
+        self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
+        attention = prepare_attention(student, "student") if terms & STUDENT_TREE else None
+        if compared:
             check_states(self.teacher, "teacher")
             check_states(student, "student")
-        self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
-        return EncoderStudent(
-            student,
-            teacher_width=width_of(self.teacher.config) if compared else None,
-            attention=prepare_attention(student, "student") if terms & STUDENT_TREE else None,
-        )
+        width = width_of(self.teacher.config) if compared else None
+        return EncoderStudent(student, teacher_width=width, attention=attention)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, after computing the teacher's outputs if they are cached."""
