@@ -214,7 +214,7 @@ def rewind(run: Path, checkpoint: Path | None) -> None:
     elif checkpoint.resolve().parent == run.resolve():
         sizes = read_state(checkpoint)["logs"]
         for name in LOGS:
-            _cut(run / name, sizes.get(name, 0))
+            _cut(run / name, sizes.get(name))
 
 
 def _set_aside(path: Path) -> None:
@@ -226,8 +226,10 @@ def _set_aside(path: Path) -> None:
     logger.warning(f"moved {path} to {target}: the run continues from an earlier checkpoint")
 
 
-def _cut(path: Path, size: int) -> None:
-    if path.exists() and path.stat().st_size > size:
+def _cut(path: Path, size: int | None) -> None:
+    if size is None:  # a log begun after the checkpoint: that it is there decides what its first lines are
+        path.unlink(missing_ok=True)
+    elif path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
 
 

@@ -265,7 +265,7 @@ def test_lines_logged_after_the_checkpoint_occur_once(tmp_path, whole):
     (folder / "other.jsonl").write_text("not ours\n")
     goes_on(folder, whole)
     assert not any("late" in row for row in logged(folder))
-    assert [(folder / name).read_bytes() for name in LOGS[1:]] == [b""] * (len(LOGS) - 1)
+    assert not any((folder / name).exists() for name in LOGS[1:])
     assert (folder / "other.jsonl").read_text() == "not ours\n"
 
 
