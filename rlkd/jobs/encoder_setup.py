@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from ..checks import Positive, check_choice, check_settings
 from ..errors import ConfigError, ModelError
 from ..io.files import write_durably
+from ..models.digests import tokenizer_digest, weights_digest
 from ..models.encoders.classifiers import Init, build_student, student_config
 from ..models.encoders.onnx_export import require_onnx
 from ..models.loading import load_config
@@ -205,9 +206,10 @@ def _fine_tune(setup: EncoderSetup) -> None:
     folder, training = Path(setup.teacher_folder), setup.training
     path, wanted = folder / TEACHER_RECORD, _fine_tuning_settings(setup)
     record = json.loads(path.read_text()) if path.exists() else {"settings": wanted}
-    changed = [name for name in wanted if record["settings"].get(name) != wanted[name]]
+    begun = record["settings"]
+    changed = [name for name in wanted if name in begun and begun[name] != wanted[name]]
     if changed:
-        before = ", ".join(f"{name} {record['settings'].get(name)} (now {wanted[name]})" for name in changed)
+        before = ", ".join(f"{name} {begun[name]} (now {wanted[name]})" for name in changed)
         raise ConfigError(f"{folder} was fine-tuned with {before}. Give another output_dir, or remove that folder.")
     if record.get("finished"):
         return
@@ -227,7 +229,9 @@ def _fine_tune(setup: EncoderSetup) -> None:
     set_seed(training.seed)
     inputs = setup.trainer_inputs() | {"tokenizer": setup.teacher_tokenizer, "teacher_tokenizer": None}
     inputs["train_rows"] = [row for row in setup.data.train if row["label"] is not None]
-    trainer = TKDTrainer(setup.load_teacher(setup.teacher.teacher), args, **inputs)
+    model = setup.load_teacher(setup.teacher.teacher)
+    _check_same_weights(record, model, setup)
+    trainer = TKDTrainer(model, args, **inputs)
     if trainer.is_world_process_zero():
         print(f"fine-tuning the teacher in {folder}")
         _write(path, record)
@@ -235,6 +239,16 @@ def _fine_tune(setup: EncoderSetup) -> None:
     if trainer.is_world_process_zero():
         _write(path, {**record, "finished": True})
     trainer.accelerator.wait_for_everyone()
+
+
+def _check_same_weights(record: dict[str, Any], model: Any, setup: EncoderSetup) -> None:
+    """Note the weights that the fine-tuning begins with. Raises ConfigError if it began with others."""
+    weights = weights_digest(model)
+    if record.setdefault("weights", weights) != weights:
+        raise ConfigError(
+            f"the weights of {setup.teacher.teacher} have changed since its fine-tuning in {setup.teacher_folder} "
+            "began. Restore them, give another output_dir, or remove that folder."
+        )
 
 
 def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
@@ -249,6 +263,7 @@ def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
         "seed": training.seed,
         "labels": list(setup.data.labels),
         "data": _digest([*setup.data.train, *setup.data.first_dev]),
+        "tokenizer": tokenizer_digest(setup.teacher_tokenizer),
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, RlkdError
-from ...models.digests import weights_digest
+from ...models.digests import configuration_digest, weights_digest
 from ...models.language_model import LanguageModel
 from ...models.spec import LoadedModel, ModelSource
 from .protocol import Answer, Decoding, EngineSettings
@@ -56,6 +56,7 @@ class CTranslate2Engine:
         self._identity = {
             "teacher": lm.model.name_or_path,
             "teacher_weights": weights_digest(lm.model),
+            "teacher_configuration": configuration_digest(lm.model),
             "dtype": compute_type,
             "ctranslate2": ctranslate2.__version__,
         }
