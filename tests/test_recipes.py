@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -114,6 +115,16 @@ def test_accelerate_launch_runs_the_ppo_twin(tiny_run):
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "recipes/ppo_t0_to_t5.py"]
     _python(tiny_run, *launch, "--config", "recipes/ppo_t0_to_t5.tiny.yaml", "--output_dir", "runs/tiny/launched")
     assert (tiny_run / "runs" / "tiny" / "launched" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_says_only_its_own_lines(tiny_run):
+    """In a log file: no other library's lines, no box drawing, no carriage returns, no long numbers."""
+    command = ["recipes/seqkd_t0_to_t5.py", "--config", "recipes/seqkd_t0_to_t5.tiny.yaml", "--use_cpu", "false"]
+    done = _python(tiny_run, *command, "--output_dir", "runs/tiny/quiet")
+    noise = "gemm_4bit|WANDB|Warning|pin_memory|[\u2500-\u257f]|\r|\\d\\.\\d{6}"
+    assert not re.findall(noise, done.stdout + done.stderr)
+    assert "samples at step 2\n" in done.stderr
 
 
 @pytest.mark.slow

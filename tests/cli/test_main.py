@@ -41,6 +41,27 @@ def run(*args, **options):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
 
 
+def test_usage_errors_keep_secrets_and_exit_codes(folder, capsys):
+    for command, said in (
+        (["data", "verify", "https://me:hunter22@host/x"], "https:/<redacted>@host/x"),
+        (["--hf_" + "Ab3" * 11], "No such option: --<redacted>"),
+        (["nope"], "No such command 'nope'"),
+        (["data", "verify"], "Missing argument"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == (3 if "https" in said else 2)
+        assert said in capsys.readouterr().err
+
+
+def test_json_on_stdout_is_json_whatever_the_environment(folder, teacher):
+    """transformers prints a line on stdout when it is imported under WANDB_MODE=offline."""
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    code = "from rlkd.settings.parsing import run_main\nrun_main(lambda: __import__('transformers.integrations'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_end_to_end(folder, teacher):
     more = ["--templates", "quora_para", "--templates", "asset:Complex and simple", "--reference-column", "target"]
     more += ["--strategy", "sample", "--labels-per-input", "2", "--seed", "3", "--no-input-eos"]
