@@ -24,6 +24,9 @@ from ..models.encoders.onnx_export import require_onnx
 from ..models.loading import load_config
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
+from ..runs.record import FREE, LENGTH, settings_of
+from ..settings.fields import own_names
+from ..trainers.arguments import StudentArguments
 from ..trainers.encoders.arguments import TKDArguments
 from ..trainers.encoders.tkd import TKDTrainer, check_distillation
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
@@ -206,11 +209,13 @@ def _fine_tune(setup: EncoderSetup) -> None:
     folder, training = Path(setup.teacher_folder), setup.training
     path, wanted = folder / TEACHER_RECORD, _fine_tuning_settings(setup)
     record = json.loads(path.read_text()) if path.exists() else {"settings": wanted}
-    begun = record["settings"]
-    changed = [name for name in wanted if name in begun and begun[name] != wanted[name]]
+    changed = _changes(record["settings"], {name: wanted[name] for name in wanted if name in record["settings"]})
+    if not record.get("finished"):  # a finished one stays when only the student's training changes
+        changed += _changes(record.setdefault("training", now := _other_settings(training)), now)
     if changed:
-        before = ", ".join(f"{name} {begun[name]} (now {wanted[name]})" for name in changed)
-        raise ConfigError(f"{folder} was fine-tuned with {before}. Give another output_dir, or remove that folder.")
+        raise ConfigError(
+            f"{folder} was fine-tuned with {', '.join(changed)}. Give another output_dir, or remove that folder."
+        )
     if record.get("finished"):
         return
     args = replace(
@@ -261,10 +266,24 @@ def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
         "teacher_learning_rate": teacher.teacher_learning_rate,
         "max_length": training.max_length,
         "seed": training.seed,
+        "mixed_precision": training.mixed_precision,
         "labels": list(setup.data.labels),
         "data": _digest([*setup.data.train, *setup.data.first_dev]),
         "tokenizer": tokenizer_digest(setup.teacher_tokenizer),
     }
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} {then.get(name)} (now {now.get(name)})" for name in {**then, **now} if then.get(name) != now.get(name)
+    ]
+
+
+def _other_settings(training: TKDArguments) -> dict[str, Any]:
+    """The settings of a training run that fine-tuning shares with distillation; those of the loss are not its own."""
+    own = own_names(TKDArguments) - own_names(StudentArguments)
+    given = settings_of([training]).items()
+    return {name: value for name, value in given if name not in FREE | LENGTH | own}
 
 
 def _digest(rows: Sequence[dict[str, Any]]) -> str:

@@ -86,6 +86,8 @@ class RunRecord:
     data            role -> {source, rows, fingerprint}; templates, [{name, id, fingerprint}]
     models          teacher and student: name or folder; revisions, the commit or a digest of the weights
     inputs          digests of all weights, configurations and tokenizers before training, by name
+    environment     what accelerate's configuration and variables make the run do: precision, compiler, device ...
+    machine         what decides the last bits: GPU, or the processor's instructions and threads
     processes       how many train together
     """
 
@@ -96,6 +98,8 @@ class RunRecord:
     models: dict[str, str | None]
     revisions: dict[str, str | None]
     inputs: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
     processes: int = 1
     rlkd: str = __version__
     command: list[str] = field(default_factory=lambda: list(sys.argv))
@@ -133,11 +137,12 @@ class RunRecord:
         again = {"time": self.started, "checkpoint": str(checkpoint), "command": self.command, "changed": changed}
         self.started, self.resumed = before.started, [*before.resumed, again | {"versions": versions}]
         unknown = [name for name in self.inputs if name not in before.inputs]
+        unknown += ["environment"] if self.environment and not before.environment else []
         if unknown:
             logger.warning("%s does not record %s: not compared", checkpoint / RUN_FILE, ", ".join(unknown))
         if versions:
             logger.warning(
-                "%s was written with other versions: %s. The run goes on, but not bit for bit as it would have",
+                "%s was written by other versions or another machine: %s. It goes on, but not bit for bit",
                 checkpoint,
                 ", ".join(versions),
             )
@@ -147,10 +152,13 @@ class RunRecord:
         pairs["templates"] = _shown_templates(before), _shown_templates(self)
         pairs["models"] = ", ".join(sorted(before.models)), ", ".join(sorted(self.models))
         pairs |= {name: (then, self.inputs[name]) for name, then in before.inputs.items() if name in self.inputs}
+        if before.environment:
+            for name in {**before.environment, **self.environment}:
+                pairs[f"environment.{name}"] = before.environment.get(name, "none"), self.environment.get(name, "none")
         return [f"  {name}: {then} -> {new}" for name, (then, new) in pairs.items() if then != new]
 
     def _changed_versions(self, before: RunRecord) -> list[str]:
-        then, now = ({**record.versions, "rlkd": record.rlkd} for record in (before, self))
+        then, now = ({**record.versions, "rlkd": record.rlkd, **record.machine} for record in (before, self))
         if before.rlkd == self.rlkd:  # one version stands for many states of the code
             then["rlkd's code"], now["rlkd's code"] = before.code, self.code
         if before.git and self.git:

@@ -26,6 +26,7 @@ from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
 from .arguments import StudentArguments
+from .environment import describe_environment, describe_machine, warn_of_ignored
 from .inputs import describe_inputs, weights_of
 
 
@@ -101,12 +102,15 @@ class StudentTrainer(ResumableTrainer):
                 for role, model in models.items()
             },
             inputs=self.inputs,
+            environment=describe_environment(self.accelerator),
+            machine=describe_machine(self.accelerator.device),
             processes=self.accelerator.num_processes,
         )
         if checkpoint is not None:
             record.resume(checkpoint, sections, allow_change=self.args.allow_config_change)
         self.run_record = record
         if self.is_world_process_zero():
+            warn_of_ignored(self.args)
             record.write(self.run_folder)
 
     def models(self) -> dict[str, Any]:

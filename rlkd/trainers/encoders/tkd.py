@@ -30,6 +30,7 @@ from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy,
 from ...objectives.neighbours import logit_mse, noisy_logits
 from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
+from ..environment import describe_environment, describe_machine
 from .arguments import TKDArguments
 
 STUDENT_TREE = {"td_student", "td_random"}
@@ -302,8 +303,11 @@ class TKDTrainer(StudentTrainer):
             self.teacher_texts.digest(),
             self.args.max_length,
             layers=self.layers if with_states else [],
-            bf16=self.args.bf16,
-            fp16=self.args.fp16,
+            # They decide the last bits, and folders of outputs may be shared.
+            batch_rows=self.args.per_device_eval_batch_size,
+            torch=torch.__version__,
+            environment=describe_environment(self.accelerator),
+            machine=describe_machine(self.accelerator.device),
         )
         root = Path(self.args.teacher_cache_dir or self.run_folder / "teacher_cache")
         with self.args.main_process_first(desc="teacher outputs"):
