@@ -15,7 +15,7 @@ from ..metrics import held_out
 from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
-from .environment import check_half_precision, check_launch
+from .environment import check_half_precision, check_launch, use_one_gpu
 
 # Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
 IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
@@ -61,6 +61,7 @@ class StudentArguments(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not held_out(self.metric_for_best_model).lower_is_better
         super().__post_init__()
+        use_one_gpu(self)
         patience = self.early_stopping_patience
         if patience is not None:
             _require(

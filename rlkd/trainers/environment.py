@@ -63,6 +63,16 @@ def check_half_precision(precision: str, *, setting: bool) -> None:
         raise ConfigError(f"{origin}: float16 overflows to inf in T5 models. Use bf16: true (GPU) or neither.")
 
 
+def use_one_gpu(args: Any) -> None:
+    """One process trains on one GPU: transformers would run it on all that it sees, with batches larger by as many."""
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs are visible, and this process uses the first. For all of them: accelerate launch "
+            f"--multi_gpu --num_processes {args.n_gpu}; CUDA_VISIBLE_DEVICES chooses one."
+        )
+        args._n_gpu = 1
+
+
 def warn_of_ignored(args: Any) -> None:
     """Log the settings of accelerate that transformers' Trainer does not read."""
     value = os.environ.get(ACCUMULATION)

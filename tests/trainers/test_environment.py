@@ -3,6 +3,7 @@ compared.
 """
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -11,7 +12,7 @@ from test_tkd import make as make_tkd
 from rlkd import TKDArguments
 from rlkd.errors import ConfigError
 from rlkd.runs.record import RunRecord
-from rlkd.trainers.environment import ACCUMULATION, COMPILER, MIXED_PRECISION, VARIABLES
+from rlkd.trainers.environment import ACCUMULATION, COMPILER, MIXED_PRECISION, VARIABLES, use_one_gpu
 from tiny_runs import ARGUMENTS, differ, make, weights
 
 KINDS = list(ARGUMENTS)
@@ -111,3 +112,13 @@ def test_accumulation_of_accelerates_configuration_is_said_to_be_ignored(tmp_pat
     with caplog.at_level(logging.WARNING, logger="rlkd"):
         run("supervised", tmp_path).train()
     assert "gradient_accumulation_steps 4 of accelerate's configuration is not used" in caplog.text
+
+
+def test_one_process_uses_one_of_several_gpus(caplog):
+    """transformers would wrap the student in DataParallel and multiply the batch."""
+
+    args = SimpleNamespace(n_gpu=4)
+    with caplog.at_level(logging.WARNING, logger="rlkd"):
+        use_one_gpu(args)
+    assert args._n_gpu == 1
+    assert "4 GPUs are visible, and this process uses the first" in caplog.text
