@@ -230,8 +230,10 @@ def test_worked_labelling_recipes(tiny_run, script, data, row, columns):
     folder = tiny_run / "data" / data
     folder.mkdir(parents=True)
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    words = [*tiny_tokenizer().get_vocab(), "World", "Sports", "Business", "Sci/Tech"]  # else none could be ranked
+    teacher = save_pretrained(tiny_run / "runs" / "tiny" / script, tiny_t5(vocab=len(words)), tiny_tokenizer(words))
     environment = {
-        "TEACHER": "runs/tiny/teacher", "DATA": "data", "OUT": f"runs/{script}", "LIMIT": "3",
+        "TEACHER": teacher, "DATA": "data", "OUT": f"runs/{script}", "LIMIT": "3",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     command = ["bash", f"recipes/pseudolabels/{script}.sh", "--quiet"]

@@ -32,6 +32,7 @@ HARMLESS = re.compile(
     r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|start|end|image|video|audio|language|special|added|first|last|next|per|"
     r"each|best|one)_token$|(?:^|_)(?:sort|label|dict|state|group)_key$"
 )
+FOLDERS = {"PWD", "OLDPWD"}  # set by every shell
 SHORTEST = 8  # shorter values of environment variables are ordinary words
 FORMS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}"
@@ -148,7 +149,8 @@ def _redacted_pair(found: re.Match[str]) -> str:
 
 
 def _from_environment() -> list[str]:
-    values = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST}
+    named = {name: value for name, value in os.environ.items() if name not in FOLDERS and is_secret(name)}
+    values = {value for value in named.values() if len(value) >= SHORTEST}
     return sorted(values, key=len, reverse=True)
 
 

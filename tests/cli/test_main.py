@@ -253,6 +253,20 @@ def test_score_compares_labels_with_references_by_template(folder, teacher, caps
     assert "allowed are rouge, bleu, exact_match. Did you mean 'rouge'?" in capsys.readouterr().err
 
 
+def test_a_template_whose_choices_are_one_to_the_tokenizer_is_refused_at_once(folder, teacher, capsys, monkeypatch):
+    def weights(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("rlkd.models.loading.load_model", weights)
+    text = "templates:\n  1: !Template {name: is, jinja: '{{ source }} ||| x', answer_choices: '{ ||| <'}\n"
+    (folder / "t.yaml").write_text(text)
+    status, message = failing(capsys, arguments(teacher, "--strategy", "rank", "--templates", "t.yaml"))
+    assert status == 2
+    assert "strategy = 'rank': template 'is'" in message
+    assert "the tokenizer has no tokens for the answer choice '{', so no answer can be chosen" in message
+    assert not (folder / "labels").exists()
+
+
 def test_parts_verify_and_repair(folder, teacher, capsys):
     (folder / "rows.jsonl").write_text("".join(json.dumps({"source": f"a {i}"}) + "\n" for i in range(9)))
     main_ok(arguments(teacher, "--shard-rows", "2", "--quiet"))
@@ -280,7 +294,13 @@ def test_parts_verify_and_repair(folder, teacher, capsys):
     main_ok(["data", "repair", "parts", "--dry-run", "--json"])
     assert "labels-00002" in json.loads(capsys.readouterr().out)["dropped"][0]
     assert (folder / "parts" / "labels-00002.parquet").read_bytes() == b"damaged"
-    main_ok(["data", "repair", "parts", "--quiet"])
+    # The recorded command names a teacher and data: it is shown, and runs only when asked for.
+    status, message = failing(capsys, ["data", "repair", "parts"])
+    assert status == 3
+    assert f"rlkd generate-pseudolabels --teacher={teacher} --dataset=rows.jsonl" in message
+    assert "repeat with --run" in message
+    assert (folder / "parts" / "labels-00002.parquet").read_bytes() == b"damaged"
+    main_ok(["data", "repair", "parts", "--quiet", "--run"])
     assert capsys.readouterr().out == ""
     assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
     main_ok(["data", "verify", "parts"])

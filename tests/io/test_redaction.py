@@ -119,7 +119,10 @@ def test_values_of_the_environment(monkeypatch):
     monkeypatch.setenv("MY_SERVICE_TOKEN", CANARY)
     monkeypatch.setenv("OTHER_KEY", "short")
     monkeypatch.setenv("PLAIN", "visible-value")
+    monkeypatch.setenv("PWD", "/home/me/project")  # a shell's working directory, no password
+    monkeypatch.setenv("MYSQL_PWD", "hunter22hunter")
     assert redacted(f"x{CANARY}y short visible-value") == f"x{REDACTED}y short visible-value"
+    assert redacted("/home/me/project/a.csv hunter22hunter") == f"/home/me/project/a.csv {REDACTED}"
 
 
 def test_other_values_are_as_they_were():
