@@ -1,7 +1,8 @@
-"""Versions of the packages that decide results, the code of rlkd included, and what differs between two runs."""
+"""What decides the last bits of results besides settings: versions, the code of rlkd, variables and the machine."""
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from functools import cache
@@ -11,6 +12,19 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
+# They change the arithmetic of libraries, and nothing else shows that they are set.
+VARIABLES = (
+    "ACCELERATE_DYNAMO_MODE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "MKL_CBWR",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_CUDNN_V8_API_DISABLED",
+    "XLA_DOWNCAST_BF16",
+    "XLA_USE_BF16",
+)
 
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str | None]:
@@ -32,6 +46,20 @@ def code_digest() -> str:
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\n" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def variables() -> dict[str, str]:
+    """Those of `VARIABLES` that are set."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def describe_machine(device: str) -> dict[str, str]:
+    """The GPU, or the processor's instructions and the threads; `device` as torch names it."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return {"gpu": torch.cuda.get_device_name(device)}
+    return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
 
 
 def changed_versions(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..io.redaction import redacted
+from ..io.versions import describe_machine
 from ..runs.best import BestCheckpoint, check_best_metric
 from ..runs.card import write_card
 from ..runs.checkpoints import read_state
@@ -26,7 +27,7 @@ from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
 from .arguments import StudentArguments
-from .environment import describe_environment, describe_machine, warn_of_ignored
+from .environment import describe_environment, warn_of_ignored
 from .inputs import describe_inputs, weights_of
 
 
@@ -103,7 +104,7 @@ class StudentTrainer(ResumableTrainer):
             },
             inputs=self.inputs,
             environment=describe_environment(self.accelerator),
-            machine=describe_machine(self.accelerator.device),
+            machine=describe_machine(str(self.accelerator.device)),
             processes=self.accelerator.num_processes,
         )
         if checkpoint is not None:

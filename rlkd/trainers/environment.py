@@ -1,4 +1,4 @@
-"""What reaches a run from outside its settings: accelerate's configuration, variables of libraries, the machine."""
+"""What reaches a run from outside its settings: accelerate's configuration and variables of libraries."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DynamoBackend, PrecisionType
 
 from ..errors import ConfigError
+from ..io.versions import variables
 
 logger = logging.getLogger(__name__)
 
@@ -21,19 +22,6 @@ SHARDING = {
     "DeepSpeed": ("deepspeed", "ACCELERATE_USE_DEEPSPEED"),
     "Megatron-LM": (None, "ACCELERATE_USE_MEGATRON_LM"),
 }
-# They change the arithmetic of libraries, and nothing else shows that they are set.
-VARIABLES = (
-    "ACCELERATE_DYNAMO_MODE",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "MKL_CBWR",
-    "NVIDIA_TF32_OVERRIDE",
-    "ONEDNN_DEFAULT_FPMATH_MODE",
-    "ONEDNN_MAX_CPU_ISA",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "TORCH_CUDNN_V8_API_DISABLED",
-    "XLA_DOWNCAST_BF16",
-    "XLA_USE_BF16",
-)
 
 
 def check_launch(args: Any) -> None:
@@ -91,11 +79,4 @@ def describe_environment(accelerator: Any) -> dict[str, str]:
         "device": accelerator.device.type,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
-    return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
-
-
-def describe_machine(device: torch.device) -> dict[str, str]:
-    """What decides the last bits of results: the accelerator, or the processor's instructions and the threads."""
-    if device.type == "cuda":
-        return {"gpu": torch.cuda.get_device_name(device)}
-    return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
+    return found | variables()

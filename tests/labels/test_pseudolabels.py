@@ -160,7 +160,8 @@ def test_generation_defaults_of_the_checkpoint_do_not_leak_into_beam_search(tmp_
     biased = tiny_teacher("bart", seed=2)
     biased.lm.model.generation_config.update(forced_bos_token_id=7, no_repeat_ngram_size=1, length_penalty=5.0)
     generate(tmp_path / "biased", biased, strategy="beam")
-    assert load_pseudolabels(tmp_path / "biased").to_list() == load_pseudolabels(tmp_path / "plain").to_list()
+    one, other = (load_pseudolabels(tmp_path / name).remove_columns("generation") for name in ("biased", "plain"))
+    assert one.to_list() == other.to_list()
     assert biased.lm.model.generation_config.forced_bos_token_id == 7
 
 

@@ -11,8 +11,9 @@ from test_tkd import make as make_tkd
 
 from rlkd import TKDArguments
 from rlkd.errors import ConfigError
+from rlkd.io.versions import VARIABLES
 from rlkd.runs.record import RunRecord
-from rlkd.trainers.environment import ACCUMULATION, COMPILER, MIXED_PRECISION, VARIABLES, use_one_gpu
+from rlkd.trainers.environment import ACCUMULATION, COMPILER, MIXED_PRECISION, use_one_gpu
 from tiny_runs import ARGUMENTS, differ, make, weights
 
 KINDS = list(ARGUMENTS)
