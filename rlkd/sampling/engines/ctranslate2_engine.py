@@ -21,6 +21,7 @@ import torch
 
 from ...errors import ConfigError, RlkdError
 from ...models.digests import configuration_digest, weights_digest
+from ...models.encoder_decoder import T5_FAMILY
 from ...models.language_model import LanguageModel
 from ...models.spec import LoadedModel, ModelSource
 from .protocol import Answer, Decoding, EngineSettings
@@ -163,6 +164,8 @@ def _objection(model: ModelSource, compute_type: str, device: torch.device) -> s
         return f"it cannot use this {device.type}."
     if compute_type not in supported:
         return f"it does not compute in {compute_type} on this {device.type}, only {', '.join(supported)}."
+    if compute_type == "float16" and kind in T5_FAMILY:
+        return "float16 overflows to inf in T5 models, and greedy decoding does not notice: use bfloat16 or float32."
     return None
 
 
