@@ -7,14 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from transformers import set_seed
+
 from ..checks import Count, Natural, check_settings
-from ..choices import Truncation
+from ..choices import OnBadRow, Truncation
 from ..data.examples import Examples
+from ..data.text import text_format
 from ..errors import ConfigError
 from ..evaluation.evaluator import TaskMetric
 from ..evaluation.task_metrics import TASK_METRICS
 from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
+from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.spec import Dtype, ModelSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
@@ -34,7 +38,11 @@ class DataArguments:
     """Unlabeled inputs for training, held-out inputs for evaluation, and how each model sees them."""
 
     dataset: str = field(
-        default="knkarthick/dialogsum", metadata={"help": "Hub id, or a local .jsonl / .csv / .tsv / .parquet file."}
+        default="knkarthick/dialogsum",
+        metadata={
+            "help": "Hub id, or local .jsonl, .json, .csv, .tsv, .parquet or .arrow files: one (text also .gz, .bz2, "
+            ".xz, .zst), a pattern such as data/*.jsonl, or a folder."
+        },
     )
     dataset_subset: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split of unlabeled inputs."})
@@ -43,6 +51,26 @@ class DataArguments:
         default=None, metadata={"help": "Held-out inputs; null takes eval_split of dataset."}
     )
     eval_split: str = field(default="validation", metadata={"help": "Split of held-out inputs."})
+    delimiter: str | None = field(
+        default=None, metadata={"help": "Delimiter of .csv and .tsv files, one character or tab; null: found in them."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of text files; null: UTF-8, or what a byte order mark says."}
+    )
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "Column names of .csv and .tsv files without a header."}
+    )
+    on_bad_row: OnBadRow = field(
+        default="fail", metadata={"help": "Rows that cannot be read or rendered: fail, or skip and count them."}
+    )
+    skip_missing: bool = field(
+        default=False,
+        metadata={"help": "Skip rows whose prompts print a missing value (None), which are otherwise only counted."},
+    )
+    skip_unknown: bool = field(
+        default=False,
+        metadata={"help": "Skip rows with characters that the tokenizer does not know; otherwise only counted."},
+    )
     input_column: str = field(default="dialogue", metadata={"help": "Column that the student reads."})
     reference_column: str | None = field(
         default="summary",
@@ -111,6 +139,11 @@ class TeacherArguments:
         default=512, metadata={"help": "Size of the cache of the teacher's prompt states, in MB."}
     )
 
+    allow_bin: bool = field(
+        default=False,
+        metadata={"help": "Teacher and student may be pickled .bin files (read with weights_only)."},
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
 
@@ -149,21 +182,21 @@ def prepare(
     settings = (data, teacher, student)
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
+    ours, theirs = _student_spec(student, teacher), _teacher_spec(teacher, training)
     if student.use_peft:
-        config = ModelSpec(student.model_name_or_path, "student", revision=student.model_revision).config
-        student.lora_task_type = architecture_of(config, "student", student.model_name_or_path).lora_task_type
+        student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
-    ours, theirs = _student_spec(student), _teacher_spec(teacher, training)
     check_pair(theirs, ours)
-    train, evaluation, labels = load_data(data)
+    if student.use_peft and ours.adapter:
+        check_same_settings(ours.adapter, _peft_config(student))
+    train, evaluation, labels = load_data(data, ours.tokenizer)
 
     model = ours.load()
-    if student.use_peft:
-        from peft import get_peft_model
-        from transformers import set_seed
-
+    if student.use_peft and not ours.adapter:
         set_seed(training.seed)  # adapters start at random
-        model = get_peft_model(model, get_peft_config(student))  # type: ignore[arg-type]
+        model = add_adapter(model, _peft_config(student))
+    if student.use_peft:
+        model = without_dropout(model)
     frozen = Teacher(
         theirs.language_model(),
         ours.tokenizer,
@@ -184,8 +217,10 @@ def prepare(
     )
 
 
-def _student_spec(student: ModelConfig) -> ModelSpec:
-    """The student of TRL's settings. It stays where it loads: the trainer places it."""
+def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
+    """The student of TRL's settings. It stays where it loads: the trainer places it. With use_peft an adapter is
+    trained further, otherwise merged.
+    """
     return ModelSpec(
         str(student.model_name_or_path),
         "student",
@@ -193,7 +228,17 @@ def _student_spec(student: ModelConfig) -> ModelSpec:
         dtype=student.dtype if student.dtype not in (None, "auto") else "float32",
         attention=student.attn_implementation,
         quantization=get_quantization_config(student),
+        allow_bin=teacher.allow_bin,
+        keep_adapter=student.use_peft,
     )
+
+
+def _peft_config(student: ModelConfig) -> Any:
+    """PEFT's configuration. TRL turns a list of one module into a string, which PEFT would match as a whole path."""
+    config: Any = get_peft_config(student)
+    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        config.target_modules = {config.target_modules}
+    return config
 
 
 def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> ModelSpec:
@@ -203,17 +248,25 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
         revision=teacher.teacher_revision,
         dtype=teacher.teacher_dtype,
         device=str(training.device),
+        allow_bin=teacher.allow_bin,
     )
 
 
-def load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
+def load_data(data: DataArguments, tokenizer: Any = None) -> tuple[Examples, Examples, Any]:
     """Training and evaluation examples and, if requested, pseudo-labels; every column is checked.
 
-    Raises DataError or ConfigError.
+    tokenizer: to count the characters that it does not know. Raises DataError or ConfigError.
     """
-    reading = Reading.of(vars(data))
+    reading = Reading.of(vars(data), tokenizer)
     train, evaluation = (
-        RowSource(source, "train" if Path(source).exists() else split, data.dataset_subset, limit)
+        RowSource(
+            source,
+            "train" if Path(source).exists() else split,
+            data.dataset_subset,
+            limit,
+            text_format(vars(data), beside=data.dataset, path=source),
+            data.on_bad_row,
+        )
         for source, split, limit in (
             (data.dataset, data.train_split, data.train_limit),
             (data.eval_dataset or data.dataset, data.eval_split, None),

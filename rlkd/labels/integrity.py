@@ -14,10 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.files import first_line
+from ..data.flaws import FlawCounts
 from ..errors import DataError
 from ..io.files import sha256
 from .manifest import MANIFEST, Manifest
 
+STATUSES = ("ok", "skipped", "failed")
 SHOWN = 10
 
 
@@ -75,6 +77,7 @@ def total(shards: list[dict[str, Any]]) -> dict[str, Any]:
     """The sums of what `summarise` counted in each shard."""
     sums: dict[str, Any] = {"shards": len(shards), "inputs": 0, "rows": 0, "truncated": 0, "tokens": 0}
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "finish", "reasons")}
+    counts["status"].update(dict.fromkeys(STATUSES, 0))  # a part of a job array may have no shard
     templates: dict[str, Counter[str]] = {}
     for shard in shards:
         for name in ("inputs", "rows", "truncated", "tokens"):
@@ -84,6 +87,11 @@ def total(shards: list[dict[str, Any]]) -> dict[str, Any]:
         for name, by_status in shard["templates"].items():
             templates.setdefault(name, Counter()).update(by_status)
     sums |= {name: dict(counter) for name, counter in counts.items()}
+    flaws = FlawCounts()
+    for shard in shards:
+        flaws.merge(shard.get("flaws", {}))
+    if counted := flaws.to_json():
+        sums["flaws"] = counted
     return sums | {"templates": {name: dict(counter) for name, counter in templates.items()}}
 
 

@@ -19,8 +19,8 @@ from ..errors import DataError
 from ..io.files import write_durably
 from ..io.provenance import attach
 from ..records import PseudoLabel
+from .integrity import STATUSES, finished_manifest, shard_problem
 from .integrity import damage as damage
-from .integrity import finished_manifest, shard_problem
 from .manifest import MANIFEST, Manifest
 
 SCHEMA = pa.schema(
@@ -50,7 +50,6 @@ SCHEMA = pa.schema(
     }
 )
 TOP_K = pa.schema({"top_ids": pa.list_(pa.list_(pa.int32())), "top_logps": pa.list_(pa.list_(pa.float32()))})
-STATUSES = ("ok", "skipped", "failed")
 MOST_REASONS = 20
 LONGEST_REASON = 200
 

@@ -235,6 +235,11 @@ def test_the_recorded_command_is_shown_and_runs_only_when_asked(made, tmp_path, 
         ({"overwrite": True}, 3, "the recorded command has an unknown option 'overwrite'"),
         ({"limit": "many"}, 2, "Invalid value for '--limit'"),
         ({"teacher": None}, 2, "Missing option '--teacher'"),
+        (
+            {"dataset": "https://<redacted>@h/x"},
+            3,
+            "--dataset=https://<redacted>@h/x held a secret, which is not recorded",
+        ),
     ],
 )
 def test_recorded_commands_that_no_one_typed(made, tmp_path, capsys, changes, code, message):

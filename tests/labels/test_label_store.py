@@ -154,6 +154,33 @@ def test_merged_parts_equal_one_process(whole, tmp_path, together):
     assert load_pseudolabels(out).to_list() == load_pseudolabels(reference).to_list()
 
 
+def test_no_secret_is_recorded_and_another_password_is_no_other_run(tmp_path):
+    class Remote(stub.StubEngine):
+        def identity(self):
+            return super().identity() | {"teacher": f"https://me:{self.weights}@host/t", "teacher_weights": "w"}
+
+    source, out = stub.write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    request = {"teacher": "https://me:CANARY@host/t", "hub_token": "CANARY-2"}
+    stub.label(source, out, Remote(weights="CANARY3"), request=request)
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text("".join(lines[:-1]))  # not finished
+    stub.label(source, out, Remote(weights="CANARY4"), request=request)
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert len(files) > 3
+    assert [file.name for file in files if b"CANARY" in file.read_bytes()] == []
+
+
+def test_more_machines_than_shards(whole, tmp_path):
+    """The parts without a shard finish with nothing, and merge as the others do."""
+    source, reference = whole
+    parts = [tmp_path / str(i) for i in range(40)]
+    rows = [stub.label(source, folder, part=(i, 40))["rows"] for i, folder in enumerate(parts)]
+    assert 0 in rows
+    out = tmp_path / "out"
+    merge(out, parts)
+    assert (out / "manifest.jsonl").read_bytes() == (reference / "manifest.jsonl").read_bytes()
+
+
 def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
     source, reference = whole
     zero, one, again, other = (tmp_path / name for name in ("zero", "one", "again", "other"))
@@ -316,7 +343,7 @@ def test_bad_rows_are_counted_and_kept_aside(tmp_path):
     assert [(entry["place"], entry["record"].strip()) for entry in bad] == [
         (2, '{"text":'), (3, '{"text": 5, "n": 1}'), (4, '{"text": "b", "n": "x"}')
     ]  # fmt: skip
-    assert "column 'n' has type number in line 1 but str in line 4" in bad[2]["error"]
+    assert "rows.jsonl:4: column 'n' has text here but a number in " in bad[2]["error"]
 
 
 def test_top_k_columns_are_there_only_if_asked_for(tmp_path, whole):
