@@ -108,7 +108,7 @@ class EncoderDecoder:
         for rows in batches_by_length([len(p) for p in prompts], batch_tokens, padding_allowed(self.device)):
             ids, mask = pad_rows([prompts[i] for i in rows], self.pad_id, self.device)
             for i, state, n in zip(rows, self.encode(ids, mask), mask.sum(1).tolist(), strict=True):
-                states[i] = state[:n]  # without padding, so that a state does not depend on its batch
+                states[i] = state[:n]
         return states  # type: ignore[return-value]
 
     def hidden(self, states: Tensor, mask: Tensor, answer_ids: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The frozen teacher: it generates labels and scores the students' answers.
 
-Scoring is one teacher-forced forward per answer. The states of prompts are cached, rows are batched by length, only
+Scoring is one teacher-forced forward per answer. The states of prompts are cached, answers are batched by length, only
 valid tokens reach the head, and the head runs in chunks: logits [B, R, V] never exist.
 """
 
@@ -52,7 +52,7 @@ class PromptCache:
         size = state.numel() * state.element_size()
         if size > self.max_bytes or key in self._states:
             return
-        # A row sliced from a padded batch would keep the whole batch alive.
+        # A slice of a larger tensor would keep all of it alive.
         self._states[key] = state.clone()
         self.bytes += size
         while self.bytes > self.max_bytes:
@@ -100,18 +100,24 @@ class Teacher:
         return self.lm.model
 
     def prompt_states(self, texts: list[str]) -> list[Tensor]:
-        """The state of each text as a prompt; only those that are not in the cache are computed."""
+        """The state of each text as a prompt; only those that are not in the cache are computed.
+
+        Each is computed alone. In a batch its last bits would depend on the other prompts and their padding, so on
+        what the cache held: a resumed run, whose cache is empty, would not be the run that it continues.
+        """
         keys = [
             tuple(ids) for ids in encode_texts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.append_eos)
         ]
-        states = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
-        missing = [key for key, state in states.items() if state is None]
-        with torch.no_grad():
-            made = self._in_memory(lambda tokens: self.lm.prompt_states([list(k) for k in missing], tokens))
-            for key, state in zip(missing, made, strict=True):
-                states[key] = state
-                self.cache.put(key, state)
-        return [states[key] for key in keys]  # type: ignore[misc]
+        states = {key: self._prompt_state(key) for key in dict.fromkeys(keys)}
+        return [states[key] for key in keys]
+
+    @torch.no_grad()
+    def _prompt_state(self, prompt: tuple[int, ...]) -> Tensor:
+        state = self.cache.get(prompt)
+        if state is None:
+            (state,) = self._in_memory(lambda tokens: self.lm.prompt_states([list(prompt)], tokens))
+            self.cache.put(prompt, state)
+        return state
 
     @torch.no_grad()
     def score(

@@ -1,7 +1,8 @@
 """Checkpoints on disk: complete or absent, and checked before they are used.
 
 A checkpoint is written in `_unfinished/`, flushed to disk, given a manifest with the size and the sha256 of each of its
-files, and only then renamed to `checkpoint-N`. What a killed save leaves in `_unfinished/` is removed by the next one.
+files, and only then renamed to `checkpoint-N`. What a killed save leaves in `_unfinished/` is put in place at the next
+start if it is whole and its place is empty; the rest is removed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE_FILE = "rlkd_state.json"
 UNFINISHED = "_unfinished"
+REPLACED = ".replaced"
 SET_ASIDE = "set_aside"
 # The logs of a run; a resumed run removes the lines after its checkpoint.
 LOGS = (METRICS, SAMPLES, TOKEN_REWARDS, ALARMS_FILE)
@@ -69,6 +71,18 @@ def clear_unfinished(run: Path) -> None:
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 
+def put_back(run: Path) -> None:
+    """Put whole checkpoints in `_unfinished/` in their places if these are empty: a save was killed before its rename.
+    The new one of a step comes before the one that it was to replace.
+    """
+    for path in sorted((run / UNFINISHED).glob("checkpoint-*")):
+        final = run / path.name.removesuffix(REPLACED)
+        if not final.exists() and damage(path) is None:
+            os.rename(path, final)
+            sync_folder(run)
+            logger.warning(f"{final} is back: it was whole when the process that saved it was killed")
+
+
 def commit(written: Path, final: Path) -> None:
     """Make the files in `written` the checkpoint `final`, in one step that a crash leaves done or not done."""
     files = sorted(path for path in written.rglob("*") if path.is_file())
@@ -82,7 +96,7 @@ def commit(written: Path, final: Path) -> None:
     }
     write_durably(written / MANIFEST, json.dumps({"files": entries}, indent=2).encode())
     if final.exists():  # of the same step and run: an epoch may end where a save was due
-        os.rename(final, written.with_name("replaced"))
+        os.rename(final, written.with_name(final.name + REPLACED))
     os.rename(written, final)
     sync_folder(final.parent)
     clear_unfinished(final.parent)
@@ -167,6 +181,7 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
     an earlier one.
     """
     check_run_folder(run)
+    put_back(run)
     own = checkpoints(run)
     if wanted is None:
         if own:
@@ -246,7 +261,7 @@ def rewind(run: Path, checkpoint: Path | None) -> None:
     elif checkpoint.resolve().parent == run.resolve():
         sizes = read_state(checkpoint)["logs"]
         for name in LOGS:
-            _cut(run / name, sizes.get(name, 0))
+            _cut(run / name, sizes.get(name))
 
 
 def _set_aside(path: Path) -> None:
@@ -258,8 +273,10 @@ def _set_aside(path: Path) -> None:
     logger.warning(f"moved {path} to {target}: the run continues from an earlier checkpoint")
 
 
-def _cut(path: Path, size: int) -> None:
-    if path.exists() and path.stat().st_size > size:
+def _cut(path: Path, size: int | None) -> None:
+    if size is None:  # a log begun after the checkpoint: that it is there decides what its first lines are
+        path.unlink(missing_ok=True)
+    elif path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
 
 

@@ -161,7 +161,8 @@ def test_how_the_checkpoint_searches_does_not_leak_into_beam_search(tmp_path):
     biased = tiny_teacher("bart", seed=2)
     biased.lm.model.generation_config.update(num_beams=7, max_length=3, num_return_sequences=2, do_sample=True)
     generate(tmp_path / "biased", biased, strategy="beam")
-    assert load_pseudolabels(tmp_path / "biased").to_list() == load_pseudolabels(tmp_path / "plain").to_list()
+    one, other = (load_pseudolabels(tmp_path / name).remove_columns("generation") for name in ("biased", "plain"))
+    assert one.to_list() == other.to_list()
     assert biased.lm.model.generation_config.num_beams == 7
 
 

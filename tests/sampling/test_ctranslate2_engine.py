@@ -14,7 +14,7 @@ pytest.importorskip("ctranslate2")
 from rlkd.errors import ConfigError, RlkdError
 from rlkd.models import loading
 from rlkd.models.encoder_decoder import EncoderDecoder
-from rlkd.models.spec import ModelSpec
+from rlkd.models.spec import LoadedModel, ModelSpec
 from rlkd.sampling.engines.ctranslate2_engine import CTranslate2Engine, convert
 from rlkd.sampling.engines.protocol import Decoding, EngineSettings
 from rlkd.sampling.engines.torch_engine import TorchEngine
@@ -239,6 +239,15 @@ def test_a_conversion_overtaken_by_another_process_uses_its_folder(cache, monkey
 
 
 # -- what it refuses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("t5", True), ("t5-untied", True), ("bart", False)])
+def test_float16_is_refused_for_t5_as_teacher_dtype_is(monkeypatch, kind, refused):
+    """A GPU computes in it."""
+    monkeypatch.setattr("rlkd.sampling.engines.ctranslate2_engine._supported", lambda device: ("float16", "float32"))
+    model = LoadedModel(EncoderDecoder(tiny_model(kind), VALID))
+    said = CTranslate2Engine.objection(model, None, EngineSettings(compute_type="float16"))
+    assert ("float16 overflows to inf in T5 models" in (said or "")) is refused
 
 
 def test_samples_and_top_k_are_refused_naming_torch():

@@ -21,7 +21,8 @@ import torch
 
 from ...errors import ConfigError, RlkdError
 from ...io.files import sha256
-from ...models.digests import weights_digest
+from ...models.digests import configuration_digest, weights_digest
+from ...models.encoder_decoder import T5_FAMILY
 from ...models.generation import FORBIDDEN, NO_RULES, AnswerRules, rules_of
 from ...models.language_model import LanguageModel
 from ...models.spec import LoadedModel, ModelSource
@@ -59,6 +60,7 @@ class CTranslate2Engine:
         self._identity = {
             "teacher": lm.model.name_or_path,
             "teacher_weights": weights_digest(lm.model),
+            "teacher_configuration": configuration_digest(lm.model),
             "dtype": compute_type,
             "ctranslate2": ctranslate2.__version__,
             **self._rules.identity(),
@@ -184,6 +186,8 @@ def _objection(model: ModelSource, compute_type: str, device: torch.device) -> s
         return f"it cannot use this {device.type}."
     if compute_type not in supported:
         return f"it does not compute in {compute_type} on this {device.type}, only {', '.join(supported)}."
+    if compute_type == "float16" and kind in T5_FAMILY:
+        return "float16 overflows to inf in T5 models, and greedy decoding does not notice: use bfloat16 or float32."
     return None
 
 

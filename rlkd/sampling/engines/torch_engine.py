@@ -48,11 +48,16 @@ class TorchEngine:
         return cls(model.language_model(), settings.batch_tokens)
 
     def identity(self) -> dict[str, Any]:
-        from ...models.digests import weights_digest
+        from ...models.digests import configuration_digest, weights_digest
 
         model = self.lm.model
-        what = {"teacher": model.name_or_path, "teacher_weights": weights_digest(model), "dtype": str(model.dtype)}
-        return what | rules_of(self.lm).identity()
+        return {
+            "teacher": model.name_or_path,
+            "teacher_weights": weights_digest(model),
+            "teacher_configuration": configuration_digest(model),
+            "dtype": str(model.dtype),
+            **rules_of(self.lm).identity(),
+        }
 
     @torch.no_grad()
     def answer(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
