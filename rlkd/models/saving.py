@@ -37,7 +37,7 @@ def save_student(model: Any, folder: str | Path, generation: Any = None) -> None
     try:
         model.save_pretrained(folder)
         if base is not model:
-            (config,) = model.peft_config.values()
+            config = next(iter(model.peft_config.values()))
             if base.can_generate():
                 base.generation_config.save_pretrained(folder)
             record_base(Path(folder), str(config.base_model_name_or_path))

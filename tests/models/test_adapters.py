@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rlkd.cli.main import app
 from rlkd.errors import ConfigError, ModelError
-from rlkd.models.adapters import adapter_of
+from rlkd.models.adapters import adapter_of, add_adapter, check_same_settings
 from rlkd.models.loading import load_model
 from rlkd.models.saving import merge_adapter, save_student
 from rlkd.models.spec import ModelSpec
@@ -219,3 +219,34 @@ def test_pickled_adapters_load_on_request(base, adapter):
     expected = logits(by_peft(base, adapter))
     pickled(base, adapter)
     torch.testing.assert_close(logits(ModelSpec(adapter, "student", allow_bin=True).load()), expected)
+
+
+def test_an_adapter_is_trained_further_with_its_own_settings_only(adapter):
+    known = adapter_of(adapter, "student")
+    check_same_settings(known, LoraConfig(r=2, target_modules={"v", "q"}))
+    check_same_settings(known, LoraConfig(r=2))
+    with pytest.raises(ConfigError, match=r"settings differ: r 8 \(the adapter has 2\), lora_alpha 9 \(the adapter"):
+        check_same_settings(known, LoraConfig(lora_alpha=9))
+
+
+def test_modules_that_the_student_lacks():
+    with pytest.raises(ConfigError, match="use_peft: PEFT cannot adapt this student: Target modules"):
+        add_adapter(tiny_t5(), LoraConfig(target_modules=["nothing", "such"]))
+
+
+def test_a_hub_adapter_is_found_by_its_configuration(monkeypatch, base, adapter):
+    """No `config.json` on the hub, but an `adapter_config.json`: the base model is what it names."""
+    path = f"{adapter}/adapter_config.json"
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", lambda name, revision: path)
+    found = adapter_of("someone/adapter", "teacher", "v1")
+    assert (found.base, found.revision, found.base_role) == (base, "v1", "teacher 'someone/adapter': its base model")
+    assert ModelSpec("someone/adapter", "teacher", "v1").tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_pickles_of_the_hub_are_named(monkeypatch, base):
+    def load(*_, use_safetensors, **__):
+        raise OSError("no file named model.safetensors. Please do not set `use_safetensors=True`.")
+
+    monkeypatch.setattr("transformers.AutoModelForSeq2SeqLM.from_pretrained", load)
+    with pytest.raises(ModelError, match=r"holds its weights only as pickles .*--allow-bin"):
+        ModelSpec(base, "teacher").load()
