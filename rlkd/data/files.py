@@ -322,6 +322,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
 
 
+def splits_of(path: Path) -> set[str]:
+    """The splits that the shards of a local folder are named by; none of a file."""
+    return {re.split(r"[-_.]", file.name)[0] for file in path.glob("*.parquet")} & set(SPLITS)
+
+
 def _shards(folder: Path, split: str) -> list[Path]:
     """The parquet files of a folder; only those of `split` if they are named by split."""
     files = sorted(folder.glob("*.parquet"))
@@ -330,8 +335,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
     names = {file: re.split(r"[-_.]", file.name)[0] for file in files}
     if split in names.values():
         return [file for file in files if names[file] == split]
-    present = sorted({name for name in names.values() if name in SPLITS})
-    if present:
+    if present := sorted(splits_of(folder)):
         raise DataError(
             f"folder {folder} has no shards of split '{split}'. "
             f"Splits found: {', '.join(present)}.{nearest(split, present)}"

@@ -157,6 +157,8 @@ def prepare_encoders(
     names = tuple(config.id2label[i] for i in range(config.num_labels)) if teacher.teacher_finetuned else ()
     named = not all(name == f"LABEL_{i}" for i, name in enumerate(names))
     loaded = load_labelled_data(data, names if named else ())
+    if training.process_index == 0:
+        print(f"held out: {loaded.note}")
     if teacher.teacher_finetuned and config.num_labels != len(loaded.labels):
         raise ModelError(
             f"teacher '{teacher.teacher}' has {config.num_labels} labels, and {loaded.name} has {len(loaded.labels)} "

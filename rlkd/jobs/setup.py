@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checks import Count, Natural, check_settings
+from ..checks import Count, Natural, Share, check_settings
 from ..choices import Truncation
 from ..data.examples import Examples
-from ..errors import ConfigError
+from ..data.files import splits_of
+from ..data.splits import held_out_inputs, inputs_of
+from ..errors import ConfigError, DataError
 from ..evaluation.evaluator import TaskMetric
 from ..evaluation.task_metrics import TASK_METRICS
 from ..labels.store import load_pseudolabels
@@ -26,26 +28,30 @@ from .wiring import Reading, RowSource
 class DataArguments:
     """Unlabeled inputs for training, held-out inputs for evaluation, and how each model sees them."""
 
-    dataset: str = field(
-        default="knkarthick/dialogsum", metadata={"help": "Hub id, or a local .jsonl / .csv / .tsv / .parquet file."}
-    )
+    dataset: str = field(metadata={"help": "Hub id, or a local .jsonl / .csv / .tsv / .parquet file."})
+    input_column: str = field(metadata={"help": "Column that the student reads."})
     dataset_subset: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split of unlabeled inputs."})
     train_limit: Count | None = field(default=None, metadata={"help": "Use only the first N inputs."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out inputs; null takes eval_split of dataset."}
+        default=None,
+        metadata={
+            "help": "Held-out inputs; null takes eval_split of dataset or, if it has no splits, eval_fraction of it."
+        },
     )
     eval_split: str = field(default="validation", metadata={"help": "Split of held-out inputs."})
-    input_column: str = field(default="dialogue", metadata={"help": "Column that the student reads."})
+    eval_fraction: Share = field(
+        default=0.1, metadata={"help": "Share of the inputs that is held out of a dataset without splits."}
+    )
     reference_column: str | None = field(
-        default="summary",
+        default=None,
         metadata={"help": "Column with human answers, used only by the task metric; null if there are none."},
     )
     templates: list[str] = field(
-        default_factory=lambda: ["dialogsum"],
+        default_factory=list,
         metadata={
             "help": "The teacher's prompt templates: dataset[:Template name] or file.yaml[:Template name]; several "
-            "are combined."
+            "are combined. None: the teacher reads what the student reads."
         },
     )
     templates_dir: str | None = field(
@@ -148,7 +154,9 @@ def prepare(
     check_resumed_settings(training, settings)
     ours, theirs = _student_spec(student), _teacher_spec(teacher, training)
     check_pair(theirs, ours)
-    train, evaluation, labels = load_data(data)
+    train, evaluation, labels, note = load_data(data)
+    if training.process_index == 0:
+        print(note)
 
     model = ours.load()
     if student.use_peft:
@@ -199,19 +207,45 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
     )
 
 
-def load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
-    """Training and evaluation examples and, if requested, pseudo-labels; every column is checked.
+def load_data(data: DataArguments) -> tuple[Examples, Examples, Any, str]:
+    """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; every column
+    is checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
     Raises DataError or ConfigError.
     """
     reading = Reading.of(vars(data))
-    train, evaluation = (
-        RowSource(source, "train" if Path(source).exists() else split, data.dataset_subset, limit)
-        for source, split, limit in (
-            (data.dataset, data.train_split, data.train_limit),
-            (data.eval_dataset or data.dataset, data.eval_split, None),
-        )
-    )
+    source = RowSource(data.dataset, _split(data.dataset, data.train_split), data.dataset_subset, data.train_limit)
     # Training never looks at references.
-    examples = replace(reading, reference_column=None).examples(train), reading.examples(evaluation)
-    return *examples, None if data.pseudo_labels is None else load_pseudolabels(data.pseudo_labels)
+    train = replace(reading, reference_column=None).examples(source)
+    labels = None if data.pseudo_labels is None else load_pseudolabels(data.pseudo_labels)
+    held_out = _held_out_source(data)
+    if held_out != replace(source, limit=None):
+        evaluation = reading.examples(held_out)
+        return train, evaluation, labels, f"held out: {len(evaluation)} inputs of {held_out.dataset} ({held_out.split})"
+    chosen = held_out_inputs(train.inputs(), data.eval_fraction, data.dataset)
+    (train, _), (_, evaluation) = train.split(chosen), reading.examples(source).split(chosen)
+    note = (
+        f"held out: {len(evaluation)} of {len(train) + len(evaluation)} inputs of {data.dataset}, split off "
+        f"(eval_fraction {data.eval_fraction:g}; equal inputs stay together; eval_dataset names held-out rows of your own)"
+    )
+    if labels is not None:
+        kept = [i for i, texts in enumerate(inputs_of(labels)) if texts not in chosen]
+        note += f"; {len(labels) - len(kept)} of {len(labels)} labels are of held-out inputs and are left out"
+        if not kept:
+            raise DataError(f"{data.pseudo_labels} has labels of held-out inputs only: set eval_dataset.")
+        labels = labels.select(kept)
+    return train, evaluation, labels, note
+
+
+def _held_out_source(data: DataArguments) -> RowSource:
+    """Where held-out rows come from; that of the training rows if they are to be split off."""
+    if data.eval_dataset is not None:
+        subset = None if Path(data.eval_dataset).exists() else data.dataset_subset
+        return RowSource(data.eval_dataset, _split(data.eval_dataset, data.eval_split), subset)
+    return RowSource(data.dataset, _split(data.dataset, data.eval_split), data.dataset_subset)
+
+
+def _split(dataset: str, split: str) -> str:
+    """The split to read; a local source whose shards are not named by split has one."""
+    path = Path(dataset)
+    return "train" if path.exists() and split not in splits_of(path) else split

@@ -139,6 +139,9 @@ def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
         "language is claimed.",
         "- It inherits the errors and biases of its teacher or labels.",
     ]
+    held_out = (record.get("data") or {}).get("eval", {})
+    if shared := held_out.get("also_in_training"):
+        lines.insert(1, f"- {shared} of {held_out.get('rows', '?')} held-out inputs are also training inputs.")
     if "max_new_tokens" in settings:
         lines.append(
             f"- In training, inputs were cut to {settings.get('max_input_tokens')} tokens and answers to "

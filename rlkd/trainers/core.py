@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import yaml
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from ..data.splits import shared_inputs
 from ..io.redaction import redacted
 from ..models.digests import weights_digest
 from ..runs.best import BestCheckpoint, check_best_metric
@@ -27,6 +29,8 @@ from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
 from .arguments import StudentArguments
+
+logger = logging.getLogger(__name__)
 
 
 class JsonlCallback(TrainerCallback):
@@ -86,11 +90,14 @@ class StudentTrainer(ResumableTrainer):
         super().begin_run(checkpoint)
         sections = [*self.settings, self.args]
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
+        described = {role: describe_data(rows) for role, rows in data.items() if rows is not None}
+        if shared := self.shared_inputs():
+            described["eval"]["also_in_training"] = shared
         models = {role: model for role, model in self.models().items() if model is not None}
         record = RunRecord(
             trainer=type(self).__name__,
             settings=settings_of(sections),
-            data={role: describe_data(rows) for role, rows in data.items() if rows is not None},
+            data=described,
             templates=describe_templates(*data.values()),
             models={role: getattr(model.config, "name_or_path", None) or None for role, model in models.items()},
             revisions={
@@ -104,6 +111,18 @@ class StudentTrainer(ResumableTrainer):
         self.run_record = record
         if self.is_world_process_zero():
             record.write(self.run_folder)
+
+    def shared_inputs(self) -> int:
+        """The number of held-out inputs that are training inputs, too, said in a warning."""
+        held_out: Any = self.eval_dataset
+        shared = [] if held_out is None else shared_inputs(self.train_dataset, held_out)
+        if shared and self.is_world_process_zero():
+            logger.warning(
+                f"{len(shared)} of {len(held_out)} held-out inputs are also training inputs (the first is held-out row "
+                f"{shared[0]}): scores, alarms and early stopping are not about new inputs. Remove them from one of "
+                "the two, or name no held-out data to have a share of the inputs split off."
+            )
+        return len(shared)
 
     def models(self) -> dict[str, Any]:
         """Role -> plain model, None for a role without a model."""
