@@ -226,7 +226,7 @@ def load_data(data: DataArguments) -> tuple[Examples, Examples, Any, str]:
     (train, _), (_, evaluation) = train.split(chosen), reading.examples(source).split(chosen)
     note = (
         f"held out: {len(evaluation)} of {len(train) + len(evaluation)} inputs of {data.dataset}, split off "
-        f"(eval_fraction {data.eval_fraction:g}; equal inputs stay together; eval_dataset names held-out rows of your own)"
+        f"(eval_fraction {data.eval_fraction:g}; equal inputs stay together; eval_dataset names rows of your own)"
     )
     if labels is not None:
         kept = [i for i, texts in enumerate(inputs_of(labels)) if texts not in chosen]

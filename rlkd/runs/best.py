@@ -6,15 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import ConfigError, nearest
 
 
 class BestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint of a folder resumed under another path, where transformers forgets and deletes it."""
+    """When a run resumes: finds the best checkpoint of a folder under another path, where transformers forgets and
+    deletes it, and counts on towards the patience, which may be another one now and may be spent.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and args.early_stopping_patience is not None:
+                callback.early_stopping_patience = args.early_stopping_patience  # that of the checkpoint was restored
+                control.should_training_stop = callback.early_stopping_patience_counter >= args.early_stopping_patience
         folder = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and folder.is_dir():
             state.best_model_checkpoint = str(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..io.cards import CARD, cell, front_matter, table
-from ..metrics import held_out, metric
+from ..metrics import held_out, in_order, metric
 
 REWARD = (
     "reward_value", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
@@ -51,8 +51,8 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
     auto, task = HEAD[next((part for part in HEAD if part in architecture), "Seq2SeqLM")]
     seed = settings.get("seed", 42)
     numbers = {
-        name.removeprefix("eval_"): value
-        for name, value in scores.items()
+        name.removeprefix("eval_"): scores[name]
+        for name in in_order(scores)  # a resumed run reads its log back sorted
         if name.startswith("eval_") and not metric(name).is_timing
     }
     sections = [

@@ -29,6 +29,7 @@ from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
 from .arguments import StudentArguments
+from .last import LastEvaluation
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,14 @@ class StudentTrainer(ResumableTrainer):
         self._recorded: dict[str, list[Tensor]] = {}
         self.run_record: RunRecord | None = None
         self._cpu_started = time.process_time()
-        self.finite, self.alarms = FiniteGuard(self), AlarmCallback(self)
-        own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint()]
+        self.finite, self.alarms, self.last = FiniteGuard(self), AlarmCallback(self), LastEvaluation(self)
+        own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint(self)]
         patience = options["args"].early_stopping_patience
         stopping = [EarlyStoppingCallback(patience)] if patience else []
         super().__init__(model=self.trained, callbacks=[*own, *stopping, *(callbacks or [])], **options)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingProgress())
+        self.callback_handler.callbacks.insert(0, self.last)  # trackers close their runs when training ends
         check_best_metric(self.args, self.held_out_names)
 
     def run(self, settings: Sequence[Any] = ()) -> None:
@@ -76,11 +78,12 @@ class StudentTrainer(ResumableTrainer):
         settings: the other dataclasses the run was made from, for run.json and for comparing when it is resumed.
         """
         self.settings = settings
+        self.last.wanted = self.eval_dataset is not None
         with self.writing():
             self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-            metrics = self.evaluate() if self.eval_dataset is not None else {}
             self.save_model()
         if self.is_world_process_zero():
+            metrics = {name: value for name, value in self.last.metrics.items() if name.startswith("eval_")}
             shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items())
             what = "model" if self.teacher is None else "student"
             print(f"held-out: {shown or 'no rows'}\n{what} and metrics.jsonl saved in {self.run_folder}")
@@ -108,6 +111,7 @@ class StudentTrainer(ResumableTrainer):
         )
         if checkpoint is not None:
             record.resume(checkpoint, sections, allow_change=self.args.allow_config_change)
+            self.last.distrust_if(bool(record.resumed and record.resumed[-1]["changed"]), checkpoint)
         self.run_record = record
         if self.is_world_process_zero():
             record.write(self.run_folder)
@@ -123,6 +127,16 @@ class StudentTrainer(ResumableTrainer):
                 "the two, or name no held-out data to have a share of the inputs split off."
             )
         return len(shared)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # `eval_on_start`: a resumed run has been evaluated at its start.
+        if kwargs.get("skip_scheduler") and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(*args, **kwargs)
+
+    def refresh_held_out(self) -> None:
+        """Write the held-out rows of the student as it is now to held_out.jsonl; nothing is logged."""
+        raise NotImplementedError
 
     def models(self) -> dict[str, Any]:
         """Role -> plain model, None for a role without a model."""
@@ -210,12 +224,11 @@ class StudentTrainer(ResumableTrainer):
     def write_card(self, folder: Path) -> None:
         """README.md: the model card of the student as it is now."""
         record = asdict(self.run_record) if self.run_record else {"trainer": type(self).__name__}
-        evaluations = [line for line in self.state.log_history if any(name.startswith("eval_") for name in line)]
         write_card(
             folder,
             redacted(record),
             architecture=type(self.trained.student).__name__,
-            scores=evaluations[-1] if evaluations else {},
+            scores=self.last.newest(),
             rows=self.held_out_rows,
             step=self.state.global_step,
         )
@@ -243,3 +256,4 @@ class StudentTrainer(ResumableTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.trained.load(self.state.best_model_checkpoint)
+        self.last.best_step = self.state.best_global_step

@@ -118,10 +118,18 @@ class DistillationTrainer(StudentTrainer):
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         self.log(metrics)
         if self.is_world_process_zero():
-            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, rows)
+            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)
             self._save_samples(rows[: self.args.sample_table_rows])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def refresh_held_out(self) -> None:
+        """As in `StudentTrainer`."""
+        assert self.evaluator is not None
+        rows = self.evaluate_policy(self.args.eval_limit)
+        self.evaluator.summarise(rows)
+        if self.is_world_process_zero():
+            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)
 
     def held_out_names(self) -> list[str] | None:
         """As in `StudentTrainer`."""

@@ -180,7 +180,7 @@ def test_a_file_without_held_out_rows_gives_a_share_of_its_inputs(tmp_path):
     assert len(plain(load(words(50, 1))[1]) & plain(held_out)) == 5
     assert len(load(rows, eval_fraction=0.5)[1]) == 75
     for few in ([rows[0]] * 9, words(1)):
-        with pytest.raises(DataError, match="has fewer than two different inputs: .* Set eval_dataset"):
+        with pytest.raises(DataError, match=r"has fewer than two different inputs: .* Set eval_dataset"):
             load(few)
     assert [len(part) for part in load(words(2, 1))[:2]] == [1, 1]
 

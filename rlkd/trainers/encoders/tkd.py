@@ -347,8 +347,12 @@ class TKDTrainer(StudentTrainer):
                 for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
                 if label >= 0
             ]
-            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, evaluated)
+            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, evaluated)
         return out
+
+    def refresh_held_out(self) -> None:
+        """As in `StudentTrainer`."""
+        self.evaluation_loop(self.get_eval_dataloader(), description="held-out rows")
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the projections are saved next to the student."""
