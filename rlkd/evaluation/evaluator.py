@@ -18,7 +18,7 @@ from ..objectives.rewards import induced_advantage
 from ..records import Answers, Example, given
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers, sample_rollouts
-from .task_metrics import RowMean
+from .task_metrics import RowMean, try_metric
 
 # The numbers of every row, for the greedy and the sampled answer; `rlkd.metrics` defines them.
 PER_ANSWER = ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
@@ -43,6 +43,13 @@ class Evaluator:
     batch_rows: int = 64
     seed: int = 0
     _teacher_answers: dict[str, list[int]] = field(default_factory=dict, init=False)
+    _task_names: list[str] = field(default_factory=list, init=False)
+
+    def check(self, limit: int | None) -> None:
+        """Try the task metric on the first `limit` rows, before anything is decoded. Raises as `try_metric`."""
+        if self.task_metric is not None:
+            rows = range(len(self.examples) if limit is None else min(limit, len(self.examples)))
+            self._task_names = try_metric(self.task_metric, [self.examples[i] for i in rows])
 
     def rows(
         self,
@@ -123,15 +130,9 @@ class Evaluator:
                 self._teacher_answers[example.id] = ids[mask].tolist()
         return [self._teacher_answers[e.id] for e in examples]
 
-    def names(self) -> list[str] | None:
-        """The names that `summarise` gives; None if the task metric fails on a single dummy answer."""
-        task: dict[str, float] = {}
-        if self.task_metric is not None:
-            try:
-                task = self.task_metric([self.examples[0].student_input], [self.examples[0]])
-            except Exception:  # a user's function may raise anything
-                return None
-        return [*MEANS, *(prefix + name for prefix in ("", "sample_") for name in task)]
+    def names(self) -> list[str]:
+        """The names that `summarise` gives, once the metric was tried (`check`)."""
+        return [*MEANS, *(prefix + name for prefix in ("", "sample_") for name in self._task_names)]
 
     def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Means over rows, and the task metric of greedy and sampled answers, by the names of `rlkd.metrics`.

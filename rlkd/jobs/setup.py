@@ -13,7 +13,7 @@ from ..data.files import splits_of
 from ..data.splits import held_out_inputs, inputs_of
 from ..errors import ConfigError, DataError
 from ..evaluation.evaluator import TaskMetric
-from ..evaluation.task_metrics import TASK_METRICS
+from ..evaluation.task_metrics import TASK_METRICS, references_of
 from ..labels.store import load_pseudolabels
 from ..models.architectures import architecture_of
 from ..models.spec import Dtype, ModelSpec, check_pair
@@ -87,6 +87,11 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.task_metric != "none" and self.reference_column is None:
+            raise ConfigError(
+                f"task_metric = {self.task_metric!r}: needs reference_column, the column with the answers to compare "
+                "with. Name it, or set task_metric to none."
+            )
 
 
 @dataclass
@@ -155,6 +160,9 @@ def prepare(
     ours, theirs = _student_spec(student), _teacher_spec(teacher, training)
     check_pair(theirs, ours)
     train, evaluation, labels, note = load_data(data)
+    if data.task_metric != "none":
+        rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
+        references_of(evaluation[:rows])
     if training.process_index == 0:
         print(note)
 

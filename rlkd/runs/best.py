@@ -31,10 +31,9 @@ class BestCheckpoint(TrainerCallback):
 
 def check_best_metric(args: TrainingArguments, held_out_names: Callable[[], list[str] | None]) -> None:
     """Raise ConfigError if evaluations will not yield `metric_for_best_model`."""
-    metric = args.metric_for_best_model
+    metric, names = args.metric_for_best_model, held_out_names()
     if metric is None or args.eval_strategy == "no":
         return
-    names = held_out_names()
     bare = metric.removeprefix("eval_")
     if names is None or bare in names:
         return
@@ -42,3 +41,14 @@ def check_best_metric(args: TrainingArguments, held_out_names: Callable[[], list
         f"metric_for_best_model = {metric!r}: no evaluation yields it. Allowed are {', '.join(names)}."
         + nearest(bare, names)
     )
+
+
+def check_held_out(args: TrainingArguments, held_out: Any) -> None:
+    """Raise ConfigError if evaluations are asked for and there is nothing to evaluate."""
+    for name, off in (("eval_strategy", "no"), ("eval_on_start", False)):
+        value = getattr(args, name)
+        if held_out is None and value != off:
+            raise ConfigError(
+                f"{name} = {getattr(value, 'value', value)!r}: there are no held-out rows. Give some (eval_examples, "
+                f"eval_rows), or set {name} to {str(off).lower()}."
+            )

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from ..data.splits import shared_inputs
 from ..io.redaction import redacted
 from ..models.digests import weights_digest
-from ..runs.best import BestCheckpoint, check_best_metric
+from ..runs.best import BestCheckpoint, check_best_metric, check_held_out
 from ..runs.card import write_card
 from ..runs.checkpoints import read_state
 from ..runs.files import METRICS, RUN_FILE, append_lines
@@ -64,6 +64,7 @@ class StudentTrainer(ResumableTrainer):
         self._cpu_started = time.process_time()
         self.finite, self.alarms, self.last = FiniteGuard(self), AlarmCallback(self), LastEvaluation(self)
         own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint(self)]
+        check_held_out(options["args"], options.get("eval_dataset"))
         patience = options["args"].early_stopping_patience
         stopping = [EarlyStoppingCallback(patience)] if patience else []
         super().__init__(model=self.trained, callbacks=[*own, *stopping, *(callbacks or [])], **options)

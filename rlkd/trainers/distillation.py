@@ -63,7 +63,8 @@ class DistillationTrainer(StudentTrainer):
         self.policy = Policy(language_model(student, tokenizer), critic=self.objective.critic)
         self.reference: Policy | None = None
         self.evaluator: Evaluator | None = None
-        if teacher is not None and eval_examples is not None and len(eval_examples):
+        eval_examples = eval_examples if eval_examples is not None and len(eval_examples) else None
+        if eval_examples is not None:
             if not isinstance(teacher, Teacher):
                 raise ConfigError("the teacher answers eval_examples, too: give a local Teacher, or no eval_examples.")
             self.evaluator = Evaluator(
@@ -76,6 +77,7 @@ class DistillationTrainer(StudentTrainer):
                 batch_rows=args.per_device_eval_batch_size,
                 seed=args.data_seed or args.seed,
             )
+            self.evaluator.check(args.eval_limit)
         self.trained = self.policy
         self.sample_tables = SampleTables(args.report_to or ())
         self.tokens_since_log, self.last_log = 0, time.perf_counter()

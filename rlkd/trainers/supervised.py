@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..errors import DataError
 from ..evaluation.evaluator import TaskMetric
 from ..models.heads import TokenFunction
 from ..models.signals import SignalSource
@@ -91,6 +92,21 @@ def _example(row: dict[str, Any], name: str) -> Example:
     return Example(str(row.get("id", name)), row["student_input"], prompts)
 
 
+def check_label_rows(rows: Any) -> None:
+    """Raise DataError unless every row has a text as student_input and as label."""
+    names = getattr(rows, "column_names", None)
+    for name in ("student_input", "label"):
+        if names is not None and name not in names:
+            raise DataError(f"train_dataset has no column '{name}'. Found: {', '.join(names)}.")
+        values = rows[name] if names is not None else (row.get(name) for row in rows)
+        wrong = [(i, value) for i, value in enumerate(values) if not isinstance(value, str)]
+        if wrong:
+            raise DataError(
+                f"train_dataset: '{name}' is not text in {len(wrong)} rows (first: row {wrong[0][0]}, "
+                f"{wrong[0][1]!r:.40}). Convert or remove them."
+            )
+
+
 class SupervisedTrainer(DistillationTrainer):
     """Cross-entropy on the labels, or a divergence to the teacher at every label prefix (`objective`).
 
@@ -113,6 +129,7 @@ class SupervisedTrainer(DistillationTrainer):
         task_metric: TaskMetric | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        check_label_rows(train_dataset)
         self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens)
         super().__init__(
             student,

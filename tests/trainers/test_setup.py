@@ -14,9 +14,12 @@ from test_tkd import rows as labelled_rows
 import tiny_runs
 from rlkd import DataArguments, Example, PPOArguments, TeacherArguments, generate_pseudolabels, prepare
 from rlkd.errors import ConfigError, DataError
+from rlkd.evaluation.task_metrics import classification_metrics, exact_match
 from rlkd.jobs.setup import load_data
 from rlkd.sampling.engines.protocol import Decoding
 from rlkd.settings.trl_compat import ModelConfig
+from rlkd.trainers.arguments import SupervisedArguments
+from rlkd.trainers.supervised import SupervisedTrainer
 from tiny import VALID, save_pair, tiny_t5, tiny_teacher
 
 TEMPLATES = """dataset: mine
@@ -250,3 +253,91 @@ def test_inputs_on_both_sides_are_counted(tmp_path, caplog, monkeypatch, kind):
     assert json.loads((tmp_path / "run.json").read_text())["data"]["eval"]["also_in_training"] == 1
     trainer.save_model()
     assert "- 1 of 5 held-out inputs are also training inputs." in (tmp_path / "README.md").read_text()
+
+
+# Metrics that cannot work are noticed before weights load
+
+
+def test_a_metric_without_references(tmp_path, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    with pytest.raises(ConfigError, match=r"task_metric = 'rouge': needs reference_column"):
+        DataArguments("x", "note", task_metric="rouge")
+    teacher, student = save_pair(tmp_path / "models")
+    monkeypatch.setattr("rlkd.models.loading.load_model", loaded)
+    monkeypatch.setattr("rlkd.models.spec.ModelSpec.load", loaded)
+
+    def prepared(rows, **options):
+        data = DataArguments(
+            write(tmp_path / "train.jsonl", words(9)), "note", eval_dataset=write(tmp_path / "dev.jsonl", rows),
+            reference_column="gold", task_metric="rouge",
+        )  # fmt: skip
+        training = PPOArguments(str(tmp_path / "run"), use_cpu=True, **options)
+        return prepare(data, TeacherArguments(teacher, teacher_dtype="float32"), ModelConfig(student), training)
+
+    new = [{"note": f"other {i}", "gold": gold} for i, gold in enumerate(["a", None, "", "  ", "b"])]
+    with pytest.raises(DataError, match=r"3 of 5 evaluation rows have no reference \(first: 1\)"):
+        prepared(new)
+    with pytest.raises(DataError, match=r"1 of 2 evaluation rows have no reference"):
+        prepared(new, eval_limit=2)
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        prepared(new, eval_limit=1)
+    several = [{"note": f"other {i}", "gold": gold} for i, gold in enumerate([["a", ""], ["b"], [" "], []])]
+    with pytest.raises(DataError, match=r"2 of 4 evaluation rows have no reference \(first: 2\)"):
+        prepared(several)
+    with pytest.raises(DataError, match=r"column 'gold' contains .*int64.*, not text"):
+        prepared([{"note": "other", "gold": 3}])
+
+
+@pytest.mark.parametrize("kind", ["reinforce", "supervised"])
+def test_trainers_refuse_what_the_first_evaluation_would_meet(tmp_path, kind):
+    without = [replace(example, references=()) for example in tiny_runs.examples(3)]
+    with pytest.raises(DataError, match="3 of 3 evaluation rows have no reference"):
+        tiny_runs.make(kind, tmp_path, eval_examples=without, task_metric=exact_match)
+    with pytest.raises(ConfigError, match="task_metric fails on 3 answers"):
+        tiny_runs.make(kind, tmp_path, eval_examples=without, task_metric=lambda texts, rows: rows[0].references[0])
+    for nothing in (None, []):
+        with pytest.raises(ConfigError, match=r"^eval_strategy = 'steps': there are no held-out rows"):
+            tiny_runs.make(kind, tmp_path, eval_examples=nothing, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ConfigError, match=r"^eval_on_start = True: .* set eval_on_start to false"):
+        tiny_runs.make(kind, tmp_path, eval_on_start=True)
+
+
+def test_a_student_of_labels_alone_is_not_evaluated(tmp_path):
+    args = SupervisedArguments(str(tmp_path), use_cpu=True)
+    inputs = {"tokenizer": tiny_runs.tiny_tokenizer(tiny_runs.WORDS), "train_dataset": tiny_runs.labels()}
+    with pytest.raises(ConfigError, match="the teacher answers eval_examples, too"):
+        SupervisedTrainer(tiny_runs.student(), args, **inputs, eval_examples=tiny_runs.examples(3))
+
+
+@pytest.mark.parametrize("table", [list, datasets.Dataset.from_list])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"student_input": "a", "label": "b"}, {"student_input": "a", "label": None}],
+            "'label' is not text in 1 rows .*row 1, None",
+        ),
+        ([{"student_input": "a", "label": 3}] * 2, "'label' is not text in 2 rows .*row 0, 3"),
+        ([{"student_input": None, "label": "b"}], "'student_input' is not text in 1 rows"),
+        ([{"student_input": "a", "target": "b"}], "no column 'label'|'label' is not text in 1 rows"),
+    ],
+)  # fmt: skip
+def test_labels_are_text(tmp_path, rows, message, table):
+    with pytest.raises(DataError, match=message):
+        tiny_runs.make("supervised", tmp_path, data=table(rows))
+
+
+def test_classifier_metrics_that_cannot_work(tmp_path, caplog):
+    one_label = [row for row in labelled_rows(30) if row["label"] == 0]
+    with caplog.at_level(logging.WARNING):
+        make_tkd(tmp_path, preset="kd", dev=one_label, metrics=classification_metrics(["accuracy", "f1", "matthews"]))
+    assert "f1, matthews: 0 for the right answers themselves" in caplog.text
+    caplog.clear()
+    make_tkd(
+        tmp_path, preset="kd", dev=labelled_rows(30), metrics=classification_metrics(["accuracy", "f1", "matthews"])
+    )
+    assert "right answers" not in caplog.text
+    with pytest.raises(ConfigError, match=r"compute_metrics fails on 30 right predictions \(ZeroDivisionError"):
+        make_tkd(tmp_path, preset="kd", dev=labelled_rows(30), metrics=lambda _: 1 / 0)

@@ -32,7 +32,9 @@ def rows(n=12, seed=0, pairs=False):
     return [row | {"text_pair": "x y z"} for row in made] if pairs else made
 
 
-def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=None, other=None, **settings):
+def make(
+    folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=None, other=None, metrics=None, **settings
+):
     teacher = tiny_classifier(teacher) if isinstance(teacher, str) else teacher
     args = TKDArguments(
         output_dir=str(folder),
@@ -57,6 +59,7 @@ def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=
         train_rows=rows() if train is None else train,
         eval_rows=dev,
         teacher_tokenizer=other,
+        compute_metrics=metrics,
     )
 
 

@@ -12,7 +12,7 @@ from transformers import EvalPrediction, set_seed
 
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError, ModelError
-from ...evaluation.task_metrics import classification_metrics
+from ...evaluation.task_metrics import classification_metrics, warn_of_useless
 from ...models.encoders.attention import prepare_attention
 from ...models.encoders.classifiers import (
     EncoderOutputs,
@@ -314,12 +314,23 @@ class TKDTrainer(StudentTrainer):
     # Evaluation and saving
 
     def held_out_names(self) -> list[str] | None:
-        """As in `StudentTrainer`: cross-entropy, and the names that `compute_metrics` returns for two dummy rows."""
-        try:
-            made_up = EvalPrediction(torch.eye(2, self.trained.config.num_labels).numpy(), torch.tensor([0, 1]).numpy())
-            return ["loss", *(self.compute_metrics or classification_metrics([]))(made_up)]
-        except Exception:  # a user's function may raise anything
+        """As in `StudentTrainer`: cross-entropy, and the names that `compute_metrics` returns for the right answers.
+
+        Raises ConfigError if it fails on them.
+        """
+        if self.eval_dataset is None:
             return None
+        labels = torch.tensor(self.eval_dataset.labels)  # type: ignore[union-attr]
+        right = torch.nn.functional.one_hot(labels.clamp(min=0), self.trained.config.num_labels).float()
+        try:
+            scores = dict(self.compute_metrics(EvalPrediction(right.numpy(), labels.numpy())))  # type: ignore[misc]
+        except Exception as error:  # a user's function may raise anything
+            raise ConfigError(
+                f"compute_metrics fails on {len(labels)} right predictions ({type(error).__name__}: {error}): it must "
+                "take an EvalPrediction (logits, labels) and return a dictionary of numbers"
+            ) from error
+        warn_of_useless(scores, "F1 needs rows of label 1, the Matthews correlation rows of two labels")
+        return ["loss", *scores]
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
