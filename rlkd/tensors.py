@@ -26,21 +26,21 @@ def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
     )
 
 
-def moments_to_mean_std(moments: Tensor, eps: float = 1e-8) -> tuple[float, float]:
-    """Population mean and standard deviation (at least `eps`) from `masked_moments`."""
+def moments_to_mean_std(moments: Tensor) -> tuple[float, float]:
+    """Population mean and standard deviation from `masked_moments`."""
     count, total, squares = moments.tolist()
     mean = total / max(count, 1.0)
     variance = squares / max(count, 1.0) - mean * mean
-    return mean, max(variance, eps * eps) ** 0.5
+    return mean, max(variance, 0.0) ** 0.5
 
 
 def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
-    """`(x - mean) / std` over True positions of `mask`, 0 elsewhere.
+    """`(x - mean) / std` over True positions of `mask`, 0 elsewhere and if `x` does not vary.
 
     `moments` are those of the global batch when several processes share it (see `masked_moments`).
     """
     mean, std = moments_to_mean_std(masked_moments(x, mask) if moments is None else moments)
-    return (x - mean) / std * mask
+    return (x - mean) / std * mask if std > 0 else torch.zeros_like(x)
 
 
 def pad_stack(rows: list[Tensor], value: float | int = 0) -> Tensor:

@@ -113,12 +113,13 @@ def importance_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, kin
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the valid tokens of [B, R]; 0 if returns do not vary. Scalar."""
-    error = (returns - values)[mask]
-    variance = returns[mask].var(unbiased=False)
-    return torch.where(
-        variance > 1e-12, 1 - error.var(unbiased=False) / variance.clamp(min=1e-12), torch.zeros_like(variance)
-    )
+    """1 - Var(returns - values) / Var(returns) over the valid tokens of [B, R]; 0 if returns do not vary by more than
+    rounding (a thousandth of a nat, or a millionth of their size). Scalar.
+    """
+    known = returns[mask].double()
+    variance, error = known.var(unbiased=False), (known - values[mask].double()).var(unbiased=False)
+    varies = variance > torch.maximum(variance.new_tensor(1e-6), 1e-12 * known.square().mean())
+    return torch.where(varies, 1 - error / torch.where(varies, variance, 1.0), 0.0).to(returns.dtype)
 
 
 def regret_per_sequence(advantage_max: Tensor, mask: Tensor) -> Tensor:

@@ -142,13 +142,15 @@ def distance(history: History) -> Reading | None:
 
 
 def _over_usual(history: History, name: str, what: str) -> Reading | None:
-    """Median of the last lines over the median of those before, so that a single spike does not count."""
+    """Median of the last lines over the median of those before, so that a single spike does not count; a hundredth of
+    the first reading, added to both, damps the ratio of small ones.
+    """
     values = list(history.values.get(name, ()))
     before = values[:-WINDOW]
     if len(before) < USUAL or median(before) <= 0:
         return None
-    now, usual = median(values[-WINDOW:]), median(before)
-    return Reading(now / usual, f"{what} is {now:.3g}, usually {usual:.3g}")
+    now, usual, slack = median(values[-WINDOW:]), median(before), history.first[name] / 100
+    return Reading((now + slack) / (usual + slack), f"{what} is {now:.3g}, usually {usual:.3g}")
 
 
 def value_loss(history: History) -> Reading | None:

@@ -33,7 +33,7 @@ from ..core import StudentTrainer
 from .arguments import TKDArguments
 
 STUDENT_TREE = {"td_student", "td_random"}
-SMALLEST_TERM = 1e-4  # auto_scale: bounds the weight of a term that is nearly 0
+SMALLEST_TERM = 1e-4  # auto_scale: a smaller term joins later; its inverse would be a weight without meaning
 Model = TypeVar("Model")
 Step = TypeVar("Step")
 
@@ -255,7 +255,8 @@ class TKDTrainer(StudentTrainer):
             first = torch.stack([base, *(terms[name].detach() for name in new)]).float()
             reference, *values = self.accelerator.reduce(first, reduction="mean").tolist()
             if reference > 0:  # not in a batch without labels, if CE is alone
-                self.scales |= {name: reference / max(v, SMALLEST_TERM) for name, v in zip(new, values, strict=True)}
+                measured = {name: v for name, v in zip(new, values, strict=True) if v >= SMALLEST_TERM}
+                self.scales |= {name: reference / v for name, v in measured.items()}
         # 0 until there is something to scale to.
         return {name: weights[name] if name in ("ce", "kd") else self.scales.get(name, 0.0) for name in terms}
 
