@@ -18,7 +18,7 @@ from ..objectives.rewards import induced_advantage
 from ..records import Answers, Example, given
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers, sample_rollouts
-from .task_metrics import RowMean, try_metric
+from .task_metrics import RowMean, RowScore, try_metric
 
 # The numbers of every row, for the greedy and the sampled answer; `rlkd.metrics` defines them.
 PER_ANSWER = ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
@@ -44,6 +44,8 @@ class Evaluator:
     seed: int = 0
     _teacher_answers: dict[str, list[int]] = field(default_factory=dict, init=False)
     _task_names: list[str] = field(default_factory=list, init=False)
+    # Of the newest evaluation: score -> one value per row, to compare evaluations with (`rlkd.runs.paired`).
+    per_row: dict[str, list[float]] = field(default_factory=dict, init=False)
 
     def check(self, limit: int | None) -> None:
         """Try the task metric on the first `limit` rows, before anything is decoded. Raises as `try_metric`."""
@@ -140,12 +142,15 @@ class Evaluator:
         Each row also gets its own task score if the metric has one per row (a `RowMean`).
         """
         metrics = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in MEANS}
+        self.per_row = {name: [row[name] for row in rows] for name in ("regret", "sample_regret")}
         if self.task_metric is not None and rows:
             examples = [self.examples[row["index"]] for row in rows]
             for prefix in ("", "sample_"):
                 scores = self.task_metric([row[prefix + "student"] for row in rows], examples)
                 metrics.update({prefix + name: float(value) for name, value in scores.items()})
                 for name, value in scores.items():
+                    if isinstance(value, RowScore):
+                        self.per_row[prefix + name] = list(value.rows)
                     if isinstance(value, RowMean):
                         for row, score in zip(rows, value.rows, strict=True):
                             row[prefix + name] = float(score)

@@ -16,10 +16,14 @@ from ..records import Example
 logger = logging.getLogger(__name__)
 
 
-class RowMean(float):
-    """The mean of one score per row (0 without rows) that keeps the scores, for intervals and paired comparisons."""
+class RowScore(float):
+    """A score with one value per row, by which evaluations of the same rows are compared."""
 
     rows: tuple[float, ...]
+
+
+class RowMean(RowScore):
+    """The mean of one score per row (0 without rows) that keeps the scores, for intervals and paired comparisons."""
 
     def __new__(cls, rows: Sequence[float]) -> RowMean:
         """rows: one score per row, in the rows' order."""
@@ -53,14 +57,19 @@ def rouge(predictions: list[str], examples: list[Example]) -> dict[str, float]:
 
 
 def bleu(predictions: list[str], examples: list[Example]) -> dict[str, float]:
-    """Corpus BLEU with up to as many references as each row has (sacrebleu, 13a)."""
+    """Corpus BLEU with up to as many references as each row has (sacrebleu, 13a); the rows have their own BLEU."""
     from sacrebleu.metrics import BLEU
 
     references = references_of(examples)
     width = max(len(r) for r in references)
     # sacrebleu expects None where a row has fewer references than others.
     columns: list[Any] = [[r[i] if i < len(r) else None for r in references] for i in range(width)]
-    return {"bleu": BLEU().corpus_score(predictions, columns).score}
+    score = RowScore(BLEU().corpus_score(predictions, columns).score)
+    sentence = BLEU(effective_order=True)
+    score.rows = tuple(
+        sentence.sentence_score(text, list(of_row)).score for text, of_row in zip(predictions, references, strict=True)
+    )
+    return {"bleu": score}
 
 
 def exact_match(predictions: list[str], examples: list[Example]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from ..checks import check_choice
 from ..errors import ModelError
+from ..tensors import where_not_finite
 from .architectures import architecture_of
 from .spec import Quantization
 
@@ -85,7 +87,17 @@ def load_model(
             f"Point it at a complete {config.model_type} checkpoint, head included."
         )
     protect_untied_head(model)
+    check_finite(model, role, name)
     return model
+
+
+def check_finite(model: Any, role: str, name: str) -> None:
+    """Raise ModelError naming the first weight that is NaN or infinite, whether or not it is ever used."""
+    if found := where_not_finite(chain(model.named_parameters(), model.named_buffers())):
+        raise ModelError(
+            f"{role} '{name}' has weights that are not finite: {found}. The checkpoint is damaged, or its training "
+            "diverged: use another one."
+        )
 
 
 def quantization_config(name: Quantization) -> Any:

@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from ..data.splits import shared_inputs
 from ..io.redaction import redacted
 from ..models.digests import weights_digest
+from ..models.loading import check_finite
 from ..runs.best import BestCheckpoint, check_best_metric, check_held_out
 from ..runs.card import write_card
 from ..runs.checkpoints import read_state
@@ -61,6 +62,8 @@ class StudentTrainer(ResumableTrainer):
     def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **options: Any):
         self._recorded: dict[str, list[Tensor]] = {}
         self.run_record: RunRecord | None = None
+        # Of an evaluation that is about to be logged: score -> one value per row, in the direction of the score.
+        self.per_row: dict[str, list[float]] = {}
         self._cpu_started = time.process_time()
         self.finite, self.alarms, self.last = FiniteGuard(self), AlarmCallback(self), LastEvaluation(self)
         own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint(self)]
@@ -98,6 +101,8 @@ class StudentTrainer(ResumableTrainer):
         if shared := self.shared_inputs():
             described["eval"]["also_in_training"] = shared
         models = {role: model for role, model in self.models().items() if model is not None}
+        for role, model in models.items():
+            check_finite(model, role, str(getattr(model.config, "name_or_path", None) or "in memory"))
         record = RunRecord(
             trainer=type(self).__name__,
             settings=settings_of(sections),
@@ -170,6 +175,9 @@ class StudentTrainer(ResumableTrainer):
             self._recorded.clear()
         if "train_runtime" in logs:
             logs["train_cpu_seconds"] = time.process_time() - self._cpu_started
+        if self.per_row:
+            self.alarms.compare(logs, self.per_row)
+            self.per_row = {}
         self.alarms.observe(logs)
         super().log(logs, start_time)
 
@@ -247,12 +255,15 @@ class StudentTrainer(ResumableTrainer):
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `ResumableTrainer`; run.json is saved next to the student."""
         shutil.copy(self.run_folder / RUN_FILE, folder)
-        return super().save_extras(folder)
+        return {**super().save_extras(folder), "best_rows": self.alarms.best_rows.state()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.trained.load(folder)
-        self.load_extras(read_state(folder), folder)
+        extras = read_state(folder)
+        if "best_rows" in extras:
+            self.alarms.best_rows.load_state(extras["best_rows"])
+        self.load_extras(extras, folder)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

@@ -118,6 +118,8 @@ class DistillationTrainer(StudentTrainer):
         rows = self.evaluate_policy(self.args.eval_limit)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator.summarise(rows).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
+        if metric_key_prefix == "eval":
+            self.per_row = self.evaluator.per_row
         self.log(metrics)
         if self.is_world_process_zero():
             keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)

@@ -13,6 +13,7 @@ from transformers import EvalPrediction, set_seed
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError, ModelError
 from ...evaluation.task_metrics import classification_metrics, warn_of_useless
+from ...metrics import metric
 from ...models.encoders.attention import prepare_attention
 from ...models.encoders.classifiers import (
     EncoderOutputs,
@@ -349,22 +350,25 @@ class TKDTrainer(StudentTrainer):
         rows: Any = self.eval_dataset
         logits, labels = cast(Any, out.predictions), cast(Any, out.label_ids)
         # Rows sorted by length come in another order and cannot be matched to their ids.
-        known = (
-            options.get("metric_key_prefix", "eval") == "eval" and labels is not None and labels.tolist() == rows.labels
-        )
-        if known and self.is_world_process_zero():
-            predicted = logits.argmax(-1).tolist()
-            evaluated = [
-                {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
-                for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
-                if label >= 0
-            ]
+        if options.get("metric_key_prefix", "eval") != "eval" or labels is None or labels.tolist() != rows.labels:
+            return out
+        predicted = logits.argmax(-1).tolist()
+        evaluated = [
+            {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
+            for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
+            if label >= 0
+        ]
+        if self.is_world_process_zero():
             keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, evaluated)
+        # Scores without a value per row (F1, ...) are compared by whether each row was right.
+        right, names = [row["accuracy"] for row in evaluated], [name for name in out.metrics or () if metric(name).task]
+        self.per_row = {name.removeprefix("eval_"): right for name in names}
         return out
 
     def refresh_held_out(self) -> None:
         """As in `StudentTrainer`."""
         self.evaluation_loop(self.get_eval_dataloader(), description="held-out rows")
+        self.per_row = {}
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the projections are saved next to the student."""
