@@ -5,9 +5,13 @@ log-probs.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# bitsandbytes on a CPU warns of an optional kernel whenever it is imported.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Public names by the module they live in. They are imported on first use, so that `import rlkd` costs nothing; type
 # checkers and editors read the imports below, which a test holds equal to this table.

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, T5Config, pipeline
 
 from rlkd import EncoderStudentArguments, EncoderTeacherArguments, LabelledDataArguments, TKDArguments, parse_config
 from rlkd.data import glue
+from rlkd.evaluation.classes import class_scores
 from rlkd.jobs import encoder_data
 from rlkd.jobs.encoder_report import show_summary
 from rlkd.models.encoders.classifiers import matched_layers
@@ -199,28 +200,99 @@ def test_a_killed_recipe_continues(user, monkeypatch):
     assert exit_info.value.code == 2
 
 
-def test_the_table_of_a_summary(capsys):
-    facts = {"folder": "a", "layers": 4, "parameters": 2_000, "megabytes": 8.0, "ms_per_sentence": {"batch_1": 2.0}}
-    summary = {
+def summary_of(teacher: list[int], student: list[int], true: list[int], *, majority: int = 0) -> dict:
+    """A summary.json of two models with these predictions on the split m, and better ones on mm."""
+
+    def facts(folder, layers, ms, predicted):
+        scores = {name: float(sum(map(int.__eq__, predicted, true)) / len(true)) for name in ("score", "accuracy")}
+        classes = [vars(one) for one in class_scores(predicted, true, ("no", "yes"))]
+        return {
+            "folder": folder, "layers": layers, "parameters": 2_000, "megabytes": 8.0, "ms_per_sentence": ms,
+            "scores": {"m": scores, "mm": {"score": 0.5, "f1": 0.25, "accuracy": 0.75}},
+            "classes": {"m": classes, "mm": [vars(c) for c in class_scores([0, 1], [1, 1], ("no", "yes"))]},
+        }  # fmt: skip
+
+    share = true.count(majority) / len(true)
+    return {
         "preset": "tkd", "data": {"name": "mnli"}, "dev_rows": "the task's own split",
         "timing": {"device": "cpu", "threads": 3, "sentences": 32, "passes": 5},
-        "teacher": facts | {
-            "scores": {"m": {"score": 0.8, "accuracy": 0.8}, "mm": {"score": 0.5, "f1": 0.6, "a": 0.4}},
-        },
-        "student": facts | {
-            "folder": "b", "layers": 1, "ms_per_sentence": {"batch_1": 0.5},
-            "scores": {"m": {"score": 0.4, "accuracy": 0.4}, "mm": {"score": 0.25, "f1": 0.3, "a": 0.2}},
-        },
+        "majority": {"label": "no", "scores": {"m": {"score": share, "accuracy": share},
+                                               "mm": {"score": 0.1, "f1": 0.2, "accuracy": 0.3}}},
+        "teacher": facts("a", 4, {"batch_1": 2.0}, teacher), "student": facts("b", 1, {"batch_1": 0.5}, student),
         "onnx": {"folder": "b/onnx", "largest_difference": 1e-6, "same_label": 1.0, "rows": 12},
     }  # fmt: skip
+
+
+def shown(summary, capsys):
+    """The screen, and the cells of its tables by the first."""
     show_summary(summary)
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    table = {line[0]: line[1:] for line in lines if line}
-    assert table["m accuracy"] == ["0.8000", "0.4000", "0.500"]
-    assert table["mm score"] == ["0.5000", "0.2500", "0.500"]
+    screen = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in screen.splitlines()]
+    return screen, {line[0]: line[1:] for line in reversed(lines) if line}
+
+
+def test_the_table_of_a_summary(capsys):
+    screen, table = shown(summary_of([0, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]), capsys)
+    assert table["m accuracy"] == ["0.2000", "1.0000", "0.8000", "0.800"]
+    assert table["mm score"] == ["0.1000", "0.5000", "0.5000", "1.000"]
     assert "m score" not in table
-    assert table["layers"] == ["4", "1", "0.250"]
-    assert table["ms a sentence, batch 1"] == ["2.000", "0.500", "0.250"]
+    assert table["layers"] == ["", "4", "1", "0.250"]
+    assert table["ms a sentence, batch 1"] == ["", "2.000", "0.500", "0.250"]
+    assert "WARNING" not in screen
+    # Rows; predicted, recall and F1 of the teacher, then of the student, whose precision is 1/2.
+    assert table["no"] == ["1", "1", "1.000", "1.000", "2", "1.000", "0.667"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "warned"),
+    [
+        ([0, 0, 0], [0, 0, 0], ("the teacher (m) predicts 'no' for all 3", "the student (m) predicts 'no' for all 3")),
+        ([0, 0, 1], [1, 1, 1], ("the student (m) predicts 'yes' for all 3",)),
+        (
+            [1, 0, 1],
+            [0, 0, 1],
+            ("the teacher (m) is right for 66.7% of the dev rows, the commonest label alone for 66.7%",),
+        ),
+    ],
+)
+def test_models_no_better_than_a_constant_are_not_praised(teacher, student, warned, capsys):
+    screen, table = shown(summary_of(teacher, student, [0, 0, 1]), capsys)
+    assert table["m accuracy"][-1] == "-"
+    assert screen.count("WARNING") == len(warned)
+    assert all(words in screen for words in warned)
+
+
+@pytest.mark.slow
+def test_two_untrained_models_in_the_recipe(user, monkeypatch, capsys):
+    """Learning rates of nearly 0: whatever both predict, the table holds the majority's line against it."""
+    out = user / "runs" / "untrained"
+    recipe(user, monkeypatch, "--output_dir", str(out), "--teacher_learning_rate", "1e-12", "--learning_rate", "1e-12",
+           "--teacher_epochs", "1", "--num_train_epochs", "1", "--preset", "kd")  # fmt: skip
+    screen, summary = capsys.readouterr().out, json.loads((out / "summary.json").read_text())
+    rows = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["step"] == max(r["step"] for r in rows)]
+    constant = max([r["label"] for r in last].count(k) for k in range(3)) / len(last)
+    assert summary["majority"]["scores"]["dev"]["accuracy"] == pytest.approx(constant)
+    for role in ("teacher", "student"):
+        assert sum(one["rows"] for one in summary[role]["classes"]["dev"]) == len(last)
+        if summary[role]["scores"]["dev"]["accuracy"] <= constant:
+            assert f"WARNING: the {role}" in screen
+
+
+def test_the_trainer_says_once_that_it_predicts_one_class(tmp_path, caplog):
+    model = tiny_classifier()
+    with torch.no_grad():
+        model.classifier.bias[1] += 1e3
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate("abcdef")]
+    args = TKDArguments(
+        str(tmp_path), preset="ft", max_length=16, learning_rate=1e-9, eval_strategy="steps", eval_steps=1, max_steps=3,
+        eval_on_start=True, use_cpu=True, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = TKDTrainer(model, args, tokenizer=classifier_tokenizer(), train_rows=rows, eval_rows=rows)
+    with caplog.at_level("WARNING", "rlkd"):
+        trainer.train()
+    assert caplog.text.count("step 1: it predicts 'LABEL_1' for all 6 held-out rows") == 1
+    assert caplog.text.count("tells no classes apart") == 1
 
 
 def test_tasks_of_the_hub_keep_their_splits_metrics_and_labels(monkeypatch):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..choices import OnBadRow
+from ..io.redaction import redacted
 from ..labels.options import OnLong
 from ..models.spec import Dtype, Quantization
 from ..sampling.engines.protocol import Strategy
@@ -33,6 +36,7 @@ app.command("compare")(report.compare)
 app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
+UsageError: Any = typer.BadParameter.__base__  # of the click that this version of typer uses
 LabelStrategy = Literal[Strategy, "rank"]
 if TYPE_CHECKING:
     EngineName = str
@@ -164,4 +168,19 @@ def export_onnx(
 
 def main(argv: list[str] | None = None) -> None:
     """Run `rlkd`; an error that the user can fix is one message on stderr and its exit code, without a traceback."""
-    run_main(lambda: app(args=argv, prog_name="rlkd"))
+    run_main(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> None:
+    """The command. Its usage errors repeat what was typed, and are redacted."""
+    try:
+        code = app(args=argv, prog_name="rlkd", standalone_mode=False)
+    except UsageError as error:
+        shown = StringIO()
+        error.show(shown)
+        print(redacted(shown.getvalue()), end="", file=sys.stderr)
+        code = error.exit_code
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        code = 1
+    raise SystemExit(code or 0)

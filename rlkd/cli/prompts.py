@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +44,7 @@ Truncate = Annotated[
     Truncation, typer.Option("--truncate", help="t0 cuts each {{...}} at 2,048 characters, as in T0's training data.")
 ]
 StrictCompat = Annotated[
-    bool, typer.Option("--strict-compat", help="Let '|||' inside lists of a row split the text, as promptsource does.")
+    bool, typer.Option("--strict-compat", help="Let '|||' of a row split the text where promptsource does.")
 ]
 ColumnMap = Annotated[
     list[str] | None, typer.Option("--column-map", help="Rename columns: old=new[,...] or JSON; repeatable.")
@@ -152,6 +154,9 @@ def lint(
     dataset: Annotated[str | None, typer.Option(help="Data set whose columns the templates must fit.")] = None,
     subset: Subset = None,
     split: Split = "train",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model (folder or hub id) whose tokenizer must tell the answer choices apart.")
+    ] = None,
     templates_dir: TemplatesDir = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; only set the exit code.")] = False,
@@ -161,7 +166,8 @@ def lint(
     from ..templates.template import locate
 
     file, _ = locate(spec, templates_dir)
-    problems = check(file, None if dataset is None else _columns_of(dataset, subset, split))
+    columns = None if dataset is None else _columns_of(dataset, subset, split)
+    problems = check(file, columns, None if tokenizer is None else _choice_problem_for(tokenizer))
     if as_json:
         typer.echo(json.dumps([asdict(p) | {"file": file.place} for p in problems], ensure_ascii=False))
     elif not quiet:
@@ -228,6 +234,13 @@ def _columns_of(dataset: str, subset: str | None, split: str) -> list[str]:
     from ..data.rows import RowStream
 
     return list(RowStream(dataset, split=split, subset=subset).scan().columns)
+
+
+def _choice_problem_for(model: str) -> Callable[[tuple[str, ...]], str | None]:
+    from ..models.vocabulary import load_tokenizer
+    from ..sampling.ranking import choice_problem
+
+    return partial(choice_problem, load_tokenizer(model, "--tokenizer"))
 
 
 def _text(rendered: Rendered) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..checks import OneOf, check_choice
 from ..errors import ConfigError, DataError
 from .rows import OnBadRow, check_columns, check_text_column, load_rows
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -186,11 +190,35 @@ def load_labelled(
         empty = [i for i, text in enumerate(rows[column]) if text is None]
         if empty:
             raise DataError(f"'{source}', rows {_first(empty)}: column '{column}' is empty. Fill or remove them.")
-    indices = [None] * len(rows) if layout.label is None else label_indices(rows[layout.label], labels, source)
+    no_labels: list[int | None] = [None] * len(rows)
+    indices = (
+        no_labels if layout.label is None else label_indices(label_values(rows, layout.label, source), labels, source)
+    )
     return [
         {"text": row[layout.text], "text_pair": row[layout.pair] if layout.pair else None, "label": label}
         for row, label in zip(rows, indices, strict=True)
     ]
+
+
+def label_values(rows: datasets.Dataset, column: str, source: str) -> list[Any]:
+    """The values of a label column: names where the data set names its classes, whole numbers as integers.
+
+    Raises DataError for a list of labels or a fraction: rows of a multi-label or a regression task.
+    """
+    names = getattr(rows.features[column], "names", None)
+    values = []
+    for i, value in enumerate(rows[column]):
+        if isinstance(value, (list, dict)) or (isinstance(value, float) and math.isfinite(value) and value % 1):
+            kind = "a number for regression" if isinstance(value, float) else "not one label"
+            raise DataError(
+                f"'{source}', row {i}: column '{column}' contains {str(value)[:60]}, {kind}. Only single-label "
+                "classification is supported: name a column with one label in each row."
+            )
+        if isinstance(value, float):
+            value = int(value) if math.isfinite(value) else None
+        named = names is not None and isinstance(value, int) and 0 <= value < len(names)
+        values.append(names[value] if named else value)
+    return values
 
 
 def find_labels(values: Iterable[Any]) -> tuple[str, ...]:

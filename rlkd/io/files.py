@@ -8,14 +8,16 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import RlkdError
+from ..errors import DataError, RlkdError
 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Replace `path` by `content`. Raises RlkdError naming the file and the MB needed if the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        # A folder of someone else may hold a link of that name, which must not be followed.
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -55,6 +57,16 @@ def explained(error: OSError, path: Path, size: int) -> Exception:
         f"no space left for {path}: it needs {needed:.2f} MB. What was committed before is intact: free some space "
         "and repeat the command."
     )
+
+
+def refuse_links(*paths: Path) -> None:
+    """Raise DataError if a path is a symbolic link: what is written there would change a file elsewhere."""
+    for path in paths:
+        if path.is_symlink():
+            raise DataError(
+                f"{path} is a link to {os.readlink(path)}, and a change would reach that. Copy the folder first, with "
+                "the files that its links name (cp -rL)."
+            )
 
 
 def sha256(path: Path) -> str:

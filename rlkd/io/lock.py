@@ -33,6 +33,9 @@ def writer_lock(path: Path) -> Iterator[Path]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, owner = (path.with_name(f".{path.name}.{kind}") for kind in ("lock", "owner"))
+    for link in (lock, owner):
+        if link.is_symlink():  # in a folder of someone else; writing would reach the file that it names
+            link.unlink()
     held_lock = FileLock(lock, timeout=0)
     try:
         held_lock.acquire()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..checks import OneOf, Share, check_settings
-from ..data.glue import TASKS, TableLayout, find_labels, find_task, load_labelled, load_task
+from ..data.glue import TASKS, TableLayout, find_labels, find_task, label_values, load_labelled, load_task
 from ..data.rows import check_columns, load_rows, local_path
 from ..data.splits import split_off
 from ..errors import ConfigError, DataError, nearest
 from ..evaluation.task_metrics import CLASSIFICATION_METRICS, classification_metrics
+
+logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 # A file that has both of these columns contains pairs.
@@ -128,6 +131,8 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
             whose = "the teacher's" if teacher_labels else f"those of '{data.train_file}'"
             raise DataError(f"{error} (The labels are {whose}; set labels to name others.)") from None
         _check_texts(loaded[role], data, source)
+    if teacher_labels and not data.labels:
+        _warn_of_numbers(data, teacher_labels)
     train = loaded["train_file"]
     _check_labels(train, labels, sources["train_file"])
     if "dev_file" in loaded:
@@ -151,7 +156,7 @@ def _labels_of_file(data: LabelledDataArguments) -> tuple[str, ...]:
     assert data.train_file is not None
     rows = load_rows(data.train_file, limit=data.train_limit)
     check_columns(rows, {"label_column": data.label_column, "text_column": data.text_column}, data.train_file)
-    values = rows[data.label_column]
+    values = label_values(rows, data.label_column, data.train_file)
     labels = find_labels(values)
     if len(labels) * 2 > max(len(rows), 4):
         raise DataError(
@@ -159,6 +164,18 @@ def _labels_of_file(data: LabelledDataArguments) -> tuple[str, ...]:
             f"'{labels[0][:40]}'. Is it the label? Name another label_column, or give labels."
         )
     return labels
+
+
+def _warn_of_numbers(data: LabelledDataArguments, labels: tuple[str, ...]) -> None:
+    """Which label a number stands for is the teacher's order, unless the file names its labels."""
+    assert data.train_file is not None
+    rows = load_rows(data.train_file, limit=data.train_limit)
+    numbers = any(isinstance(value, int) for value in label_values(rows, data.label_column, data.train_file))
+    if numbers and not all(name.isdigit() for name in labels):
+        logger.warning(
+            "'%s' numbers its labels: they are taken for the fine-tuned teacher's, %s. If they mean others, write the "
+            "names into the column.", data.train_file, ", ".join(f"{i} = {name}" for i, name in enumerate(labels)),
+        )  # fmt: skip
 
 
 def _check_pairs(data: LabelledDataArguments, role: str, source: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -18,14 +19,18 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from ..checks import Positive, check_choice, check_settings
 from ..errors import ConfigError, ModelError
 from ..io.files import write_durably
-from ..models.encoders.classifiers import Init, build_student, student_config
+from ..models.encoders.classifiers import Init, build_student
+from ..models.encoders.labels import check_single_label, give_labels, label_names
 from ..models.encoders.onnx_export import require_onnx
+from ..models.encoders.rehearsal import is_encoder, rehearse
 from ..models.loading import load_config
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
 from ..trainers.encoders.arguments import TKDArguments
 from ..trainers.encoders.tkd import TKDTrainer, check_distillation
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
+
+logger = logging.getLogger(__name__)
 
 TEACHER_RECORD = "fine_tuning.json"
 
@@ -154,9 +159,8 @@ def prepare_encoders(
     config = load_config(teacher.teacher, "teacher", teacher.teacher_revision)
     teacher_tokenizer = load_tokenizer(teacher.teacher, "teacher", teacher.teacher_revision)
     _check_encoder(config, teacher_tokenizer, teacher)
-    names = tuple(config.id2label[i] for i in range(config.num_labels)) if teacher.teacher_finetuned else ()
-    named = not all(name == f"LABEL_{i}" for i, name in enumerate(names))
-    loaded = load_labelled_data(data, names if named else ())
+    names = label_names(config) if teacher.teacher_finetuned else ()
+    loaded = load_labelled_data(data, names)
     if training.process_index == 0:
         print(f"held out: {loaded.note}")
     if teacher.teacher_finetuned and config.num_labels != len(loaded.labels):
@@ -164,22 +168,33 @@ def prepare_encoders(
             f"teacher '{teacher.teacher}' has {config.num_labels} labels, and {loaded.name} has {len(loaded.labels)} "
             f"({', '.join(loaded.labels)}). It was fine-tuned on another task."
         )
-    config.id2label = dict(enumerate(loaded.labels))
-    config.label2id = {name: i for i, name in enumerate(loaded.labels)}
+    if teacher.teacher_finetuned and not names:
+        logger.warning(
+            "teacher '%s' does not name its labels: its outputs are taken for %s, in this order. If it was fine-tuned "
+            "with another order, set labels.", teacher.teacher, ", ".join(loaded.labels),
+        )  # fmt: skip
+    give_labels(config, loaded.labels)
     tokenizer = teacher_tokenizer
     if student.student_init == "pretrained" and student.student_pretrained is not None:
         tokenizer = load_tokenizer(student.student_pretrained, "student")
     best = (training.metric_for_best_model or "loss").removeprefix("eval_")
     known = list(dict.fromkeys(["score", *loaded.metrics, "accuracy", "loss"]))
     check_choice("metric_for_best_model", best, known)
-    own = student_config(config, **student.options(config, training.layer_map))
+    own = rehearse(
+        config,
+        student.options(config, training.layer_map),
+        states=training.teacher_needs in ("cls", "hidden"),
+        trees=training.tree_roles,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)
 
 
 def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments) -> None:
     name = teacher.teacher
-    if getattr(config, "is_encoder_decoder", False) or tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
+    begins = tokenizer.cls_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.cls_token_id]
+    if not is_encoder(config) or not begins or tokenizer.pad_token_id is None:
         raise ModelError(
             f"teacher '{name}' is a '{config.model_type}' model, not an encoder whose texts begin with a [CLS] token. "
             "Choose one of the BERT family."
@@ -190,6 +205,8 @@ def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments
             f"teacher '{name}' is a {', '.join(kinds) or 'model without a head'}, not a fine-tuned classifier. "
             "Leave teacher_finetuned out: the recipe fine-tunes it."
         )
+    if teacher.teacher_finetuned:
+        check_single_label(config, "teacher", name)
 
 
 def fine_tuned_teacher(setup: EncoderSetup) -> Any:

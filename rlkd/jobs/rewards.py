@@ -55,7 +55,7 @@ def view_of_labels(request: dict[str, Any]) -> RewardView:
     return from_labels(
         request["labels"],
         teacher.tokenizer,
-        teacher=teacher.load() if request["teacher"] else None,
+        teacher=teacher if request["teacher"] else None,
         value=request["reward_value"],
         limit=request["limit"],
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..checks import Count, Natural, Share, check_settings
 from ..choices import Truncation
@@ -14,6 +15,7 @@ from ..data.splits import held_out_inputs, inputs_of
 from ..errors import ConfigError, DataError
 from ..evaluation.evaluator import TaskMetric
 from ..evaluation.task_metrics import TASK_METRICS, references_of
+from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
 from ..models.architectures import architecture_of
 from ..models.spec import Dtype, ModelSpec, check_pair
@@ -22,6 +24,11 @@ from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.arguments import DistillationArguments
 from .wiring import Reading, RowSource
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,7 +74,7 @@ class DataArguments:
         default="none", metadata={"help": "t0 cuts each {{...}} at 2,048 characters, as in T0's training data."}
     )
     strict_compat: bool = field(
-        default=False, metadata={"help": "Let '|||' inside lists of a row split the text, as promptsource does."}
+        default=False, metadata={"help": "Let '|||' of a row split the text where promptsource does."}
     )
     column_map: list[str] = field(
         default_factory=list, metadata={"help": "Columns to rename before anything reads them: old=new[,...], or JSON."}
@@ -225,7 +232,7 @@ def load_data(data: DataArguments) -> tuple[Examples, Examples, Any, str]:
     source = RowSource(data.dataset, _split(data.dataset, data.train_split), data.dataset_subset, data.train_limit)
     # Training never looks at references.
     train = replace(reading, reference_column=None).examples(source)
-    labels = None if data.pseudo_labels is None else load_pseudolabels(data.pseudo_labels)
+    labels = None if data.pseudo_labels is None else _labels(data, reading, source)
     held_out = _held_out_source(data)
     if held_out != replace(source, limit=None):
         evaluation = reading.examples(held_out)
@@ -257,3 +264,20 @@ def _split(dataset: str, split: str) -> str:
     """The split to read; a local source whose shards are not named by split has one."""
     path = Path(dataset)
     return "train" if path.exists() and split not in splits_of(path) else split
+
+
+def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets.Dataset:
+    """The labels to learn; warns where they were made otherwise than the settings say."""
+    labels = load_pseudolabels(str(data.pseudo_labels))
+    student = reading.student_template
+    settings = {"input": reading.input_column, "row_map": reading.row_map.to_json(),
+                "student_template": student.source if student else None}  # fmt: skip
+    if Path(data.dataset).exists():
+        settings |= {"sha256": train.stream("skip").identity()["sha256"]}
+    found = differences(labels, dataset=data.dataset, templates=reading.templates, settings=settings)
+    if found:
+        logger.warning(
+            "%s: the labels were made otherwise than this run's settings say; they count for training, the settings "
+            "for evaluation:\n%s", data.pseudo_labels, "\n".join(found)
+        )  # fmt: skip
+    return labels

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..io.cards import CARD
+from ..io.files import refuse_links
 from .manifest import Manifest, manifest_name
 
 BAD_ROWS = "bad_rows.jsonl"
@@ -17,6 +18,7 @@ def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = N
     overwritten: finished labels, a run with a different sharding, shards of unknown origin.
     """
     name = manifest_name(part)
+    refuse_links(out / name)
     if overwrite:
         return Manifest(out / name)
     manifest = Manifest.read(out / name)
@@ -44,7 +46,8 @@ def clear(out: Path, part: tuple[int, int] | None) -> None:
         files = [file for pattern in patterns for file in out.glob(pattern)]
     else:
         shards = [*out.glob("labels-*.parquet"), *out.glob("partial-*.parquet")]
-        own = [file for file in shards if int(file.stem.split("-")[1]) % part[1] == part[0]]
+        numbers = {file: file.stem.split("-")[1] for file in shards}
+        own = [file for file, k in numbers.items() if k.isdecimal() and int(k) % part[1] == part[0]]
         files = [out / manifest_name(None), out / manifest_name(part), *own]
     for file in files:
         file.unlink(missing_ok=True)

@@ -9,15 +9,13 @@ from typing import Any, Protocol
 
 from ..checks import check_settings
 from ..errors import DataError, DivergenceError
-from ..models.vocabulary import decode_texts, encode_texts
+from ..models.vocabulary import NO_LIMIT, decode_texts, encode_texts
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.decode import row_seed
 from ..sampling.engines.protocol import Answer, Decoding, Engine
-from ..sampling.ranking import rank
+from ..sampling.ranking import choice_problem, rank
 from ..sampling.schedule import Budget, in_batches
 from .options import OnLong
-
-NO_LIMIT = 2**30
 
 
 class PromptReader(Protocol):
@@ -125,9 +123,21 @@ class Labeller:
                 slots, encode_texts(tokenizer, [s.text for s in slots], NO_LIMIT, append_eos=eos), strict=True
             ):
                 slot.ids, slot.truncated = ids, len(ids) > limit
+        if self.decoding is None:
+            slots = self._rankable(slots, labels)
         if long := [slot for slot in slots if slot.truncated]:
             slots = self._shorten(slots, long, labels)
         return slots
+
+    def _rankable(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+        """The prompts whose answer choices have different tokens; the others fail."""
+        found = {
+            choices: choice_problem(self.teacher.tokenizer, choices) for choices in {s.choices or () for s in slots}
+        }
+        for slot in slots:
+            if problem := found[slot.choices or ()]:
+                self._blank(slot.position, slot.row, slot.template, slot.text, "failed", problem, labels)
+        return [slot for slot in slots if not found[slot.choices or ()]]
 
     def _shorten(self, slots: list[_Slot], long: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
         """Apply on_long to the prompts that are longer than max_input_tokens."""

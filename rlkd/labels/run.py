@@ -26,18 +26,20 @@ from ..io.cards import CARD
 from ..io.files import write_durably
 from ..io.lock import Stop
 from ..io.progress import progress
-from ..models.vocabulary import encode_texts
+from ..io.redaction import redacted
+from ..models.vocabulary import encode_texts, vocabulary_record
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.agreement import agreement
 from ..sampling.engines.protocol import Decoding, Engine
 from ..sampling.schedule import Budget
 from .card import card
 from .folder import BAD_ROWS, changes, check_output, clear, refuse
+from .integrity import damage, total
 from .labelling import Labeller, PromptReader, StoppedError
-from .manifest import FORMAT, Manifest
+from .manifest import FORMAT, Manifest, partial_name, shard_name
 from .options import RunOptions
 from .sources import Source
-from .store import damage, partial_name, read_partial, shard_name, summarise, total, write_labels
+from .store import read_partial, summarise, write_labels
 
 logger = logging.getLogger(__name__)
 
@@ -77,25 +79,28 @@ class Run:
     def header(self) -> dict[str, Any]:
         """First line of the log."""
         options = self.options
-        settings = {
-            "source": self.source.identity(),
-            "templates": [[name, key, _digest(text)] for name, key, text in self.source.templates],
-            "engine": self.engine.name,
-            **self.engine.identity(),
-            "max_input_tokens": self.teacher.max_input_tokens,
-            "append_eos": self.teacher.append_eos,
-            "on_long": options.on_long,
-            **self._decoding_settings(),
-        }
+        settings = redacted(
+            {
+                "source": self.source.identity(),
+                "templates": template_settings(self.source.templates),
+                "engine": self.engine.name,
+                **self.engine.identity(),
+                "max_input_tokens": self.teacher.max_input_tokens,
+                "append_eos": self.teacher.append_eos,
+                "on_long": options.on_long,
+                **self._decoding_settings(),
+            }
+        )
         return {
             "format": FORMAT,
             "generation": _digest(json.dumps(settings, sort_keys=True)),
             "settings": settings,
+            "vocabulary": vocabulary_record(self.teacher.tokenizer),
             "rows_per_shard": max(options.shard_rows // self.labels_per_row, 1),
             "part": list(options.part) if options.part else None,
             "scan": self.source.scan,
             "packages": packages(),
-            "request": options.request,
+            "request": redacted(options.request),
         }
 
     def _decoding_settings(self) -> dict[str, Any]:
@@ -129,6 +134,8 @@ class Run:
             ]
             if old["rows_per_shard"] != header["rows_per_shard"]:
                 refuse(self.out, layout + changed, "")
+            if other := changes(old.get("vocabulary") or header["vocabulary"], header["vocabulary"], "vocabulary."):
+                refuse(self.out, other + changed, "")
             if changed and not self.options.allow_config_change:
                 refuse(self.out, changed, "pass --allow-config-change to continue with the new ones, ")
             if not changed:
@@ -183,7 +190,7 @@ class Run:
     def _make(self, manifest: Manifest, before: int) -> None:
         """Compute and commit the shards that are not in the log."""
         i, n = self.options.part or (0, 1)
-        identity = self.engine.identity()
+        identity = redacted(self.engine.identity())
         made = (str(identity.get("teacher")), identity.get("revision") or identity.get("teacher_weights"))
         size, expected = self.header["rows_per_shard"], self._expected()
         with Stop() as stop, progress(expected, before, quiet=self.options.quiet) as advance, _frozen_heap():
@@ -272,6 +279,11 @@ def _frozen_heap() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def template_settings(templates: list[tuple[str, str, str]]) -> list[list[str]]:
+    """(name, id, fingerprint) of templates as the log has them."""
+    return [[name, key, _digest(text)] for name, key, text in templates]
 
 
 def packages() -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any
 
 from ..errors import ModelError
+
+NO_LIMIT = 2**30  # tokens of a text that is not to be cut
 
 
 def valid_vocab(tokenizer: Any) -> int:
@@ -13,6 +16,16 @@ def valid_vocab(tokenizer: Any) -> int:
     `len(tokenizer)` counts tokens instead, and is too small where ids have holes.
     """
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def vocabulary_record(tokenizer: Any) -> dict[str, Any]:
+    """What token ids mean: {tokens, their number; eos, the id that ends an answer; sha256, a digest of all tokens}.
+    Equal for the same vocabulary whatever class of tokenizer holds it.
+    """
+    digest = sha256()
+    for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{i} {token}\n".encode(errors="surrogatepass"))
+    return {"tokens": len(tokenizer.get_vocab()), "eos": tokenizer.eos_token_id, "sha256": digest.hexdigest()[:16]}
 
 
 def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher: str, student: str) -> int:

@@ -122,6 +122,7 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
         f"- student before training: {_named(models.get('student'), 'not recorded')}",
         f"- templates of the teacher's inputs: {templates}",
     ]
+    lines += [_labels(made) for d in (record.get("data") or {}).values() for made in d.get("labels") or []]
     if "reward_value" in settings:
         chosen = ", ".join(f"{name} {settings[name]}" for name in REWARD if name in settings)
         lines.append(f"- reward and credit: {cell(chosen)}")
@@ -129,6 +130,18 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
         lines.append(f"- loss: preset {cell(str(settings['preset']))}")
     shown = table(("data", "source", "rows", "fingerprint"), data) if data else "The data are not recorded."
     return "\n".join(lines) + f"\n\n{shown}"
+
+
+def _labels(made: dict[str, Any]) -> str:
+    """A line on the labels of one generation: whose answers they are, and to what."""
+    data = made.get("dataset") or (made.get("data") or {}).get("sha256")
+    parts = [
+        f"- labels: answers of {_named(made.get('teacher'), 'an unknown teacher')} ({made.get('revision')})",
+        f"templates {', '.join(cell(str(name)) for name in made.get('templates') or []) or 'not recorded'}",
+        f"strategy {made.get('strategy') or 'not recorded'}",
+        f"data {_named(data, 'not recorded')}",
+    ]
+    return "; ".join(parts)
 
 
 def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from .. import __version__
 from ..errors import ConfigError
 from ..io.files import write_durably
+from ..io.provenance import described
 from ..io.redaction import redacted
 from ..settings.fields import default_of, own_names, plain
 from .files import RUN_FILE
@@ -89,7 +90,8 @@ class RunRecord:
     started         ISO time of the first start; resumed, one entry per later start: time, checkpoint, command, changed
     settings        every setting of ours, and those of transformers and TRL that differ from their defaults
     git             {commit, dirty} of the working directory, None outside a repository
-    data            role -> {source, rows, fingerprint}; templates, [{name, id, fingerprint}]
+    data            role -> {source, rows, fingerprint}, of labels also their makers
+    templates       [{name, id, fingerprint}]
     models          teacher and student: name or folder; revisions, the commit or a digest of the weights
     processes       how many train together
     """
@@ -199,8 +201,14 @@ def fingerprint(rows: Any) -> str:
 
 
 def describe_data(rows: Any) -> dict[str, Any]:
-    """{source, rows, fingerprint} of training or evaluation data; source is None for rows made in memory."""
-    return {"source": getattr(rows, "source", None), "rows": len(rows), "fingerprint": fingerprint(rows)}
+    """{source, rows, fingerprint} of training or evaluation data; source is None for rows made in memory. Labels also
+    have {labels}: who made them, and from what (`io.provenance.described`).
+    """
+    labels = described(rows)
+    folders = ", ".join(dict.fromkeys(made["folder"] for made in labels if "folder" in made))
+    source = getattr(rows, "source", None) or folders or None
+    data = {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows)}
+    return data | ({"labels": labels} if labels else {})
 
 
 def describe_templates(*data: Any) -> list[dict[str, str]]:

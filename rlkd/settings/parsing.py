@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -25,7 +23,8 @@ from pydantic.errors import PydanticUserError
 
 from ..checks import choices_of, field_types, in_words, members_of
 from ..errors import ConfigError, RlkdError, nearest
-from ..io.redaction import redacted
+from ..io.outputs import prepare_outputs
+from ..io.redaction import redact_command_line, redacted
 from .fields import default_of, own_names, plain
 
 MOST_PROBLEMS = 20  # fits on one screen
@@ -38,7 +37,10 @@ def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = Non
     """
     values, origins = _given(dataclass_types, argv)
     _refuse_missing(dataclass_types, values)
-    return _build(dataclass_types, values, origins)
+    built = _build(dataclass_types, values, origins)
+    if argv is None:
+        redact_command_line()
+    return built
 
 
 @dataclass(frozen=True)
@@ -103,25 +105,12 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script with log lines on stderr. An RlkdError is printed without a traceback and sets the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("rlkd").setLevel(logging.INFO)
-    if not sys.stderr.isatty():
-        _no_bars()
+    prepare_outputs()
     try:
         main()
     except RlkdError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-
-
-def _no_bars() -> None:
-    """Turn off the progress bars of libraries that load and save: in a log file they are only carriage returns."""
-    for library in ("HF_HUB", "HF_DATASETS"):
-        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    if "transformers" in sys.modules:  # it has already read the variable
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
 
 
 def _refuse(problems: list[str]) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import DataError
 from .aliases import known_problem
@@ -13,8 +13,15 @@ from .sources import TemplatesFile
 from .template import Template, to_template
 
 
-def lint(file: TemplatesFile, columns: Iterable[str] | None = None) -> list[Problem]:
-    """The problems of a file by line; with `columns`, those of the rows, also missing and unused columns."""
+def lint(
+    file: TemplatesFile,
+    columns: Iterable[str] | None = None,
+    choice_problem: Callable[[tuple[str, ...]], str | None] | None = None,
+) -> list[Problem]:
+    """The problems of a file by line; with `columns`, those of the rows, also missing and unused columns.
+
+    choice_problem: why a teacher's tokenizer cannot tell answer choices apart, None if it can.
+    """
     parsed = parse(file.content)
     problems = list(parsed.problems)
     templates: dict[str, Template] = {}
@@ -28,6 +35,9 @@ def lint(file: TemplatesFile, columns: Iterable[str] | None = None) -> list[Prob
             continue
         templates[key] = template
         problems += _one(template, entry)
+        choices = template.fixed_choices
+        if choices and "" not in choices and choice_problem and (problem := choice_problem(choices)):
+            problems.append(Problem(entry.line_of("answer_choices"), "error", f"'{template.name}': {problem}."))
     problems += _names(templates, parsed.entries)
     for key, shown in leaks(list(templates.values())).items():
         template, entry = templates[key], parsed.entries[key]
@@ -53,12 +63,10 @@ def _one(template: Template, entry: Entry) -> Iterator[Problem]:
         )
     if template.name != template.name.strip():
         yield Problem(entry.line_of("name"), "warning", f"{name}: the name starts or ends with white space.")
-    if template.answer_choices and not template.choice_columns:
-        choices = [choice.strip() for choice in template.answer_choices.split("|||")]
-        literal = "{" not in template.answer_choices
-        if literal and "" in choices:
+    if choices := template.fixed_choices:
+        if "" in choices:
             yield Problem(entry.line_of("answer_choices"), "error", f"{name}: an answer choice is empty.")
-        if literal and (twice := [c for c, count in Counter(choices).items() if count > 1]):
+        if twice := [c for c, count in Counter(choices).items() if count > 1]:
             yield Problem(
                 entry.line_of("answer_choices"), "warning", f"{name}: the answer choice '{twice[0]}' occurs twice."
             )

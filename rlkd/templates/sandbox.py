@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
 from functools import cached_property
-from random import Random
+from random import Random, SystemRandom
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 from uuid import UUID
@@ -32,8 +32,11 @@ from . import allowed
 from .meter import DEFAULT_LIMITS, SCALARS, WRITTEN_PER_STEP, Limits, Meter, SandboxError
 
 SEPARATOR = "|||"
-# promptsource's own replacement for a separator inside a field, so that a row cannot inject its own target.
+# promptsource's replacement for a separator inside a text of the row, which templates of multi_news look for.
 PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
+# Sutton SignWriting: printable symbols without case, which texts hardly ever contain.
+_RARE = tuple(map(chr, range(0x1D800, 0x1DA00)))
+_DRAW = SystemRandom()
 
 
 class RowRandom:
@@ -70,65 +73,99 @@ class SafeTemplate:
                 f"cannot be compiled: {error or type(error).__name__}. Simplify the template."
             ) from error
 
-    def render(self, values: Mapping[str, Any], meter: Meter, random: RowRandom) -> str:
-        """The text for plain values (see `plain_row`). Raises SandboxError, and any exception of the expressions."""
+    def render(self, values: Mapping[str, Any], meter: Meter, random: RowRandom, separator: str) -> str:
+        """The text for plain values (see `plain_row`), with `separator` for every "|||" of the template itself.
+
+        Raises SandboxError, and any exception of the expressions.
+        """
         context = _Context(ENVIRONMENT, {**ENVIRONMENT.globals, **values}, None, {})
-        context.meter, context.random = meter, random
+        context.meter, context.random, context.separator = meter, random, separator
         text = "".join(self._root(context))
         if len(text) > self.limits.output:
             raise self.limits.exceeded("output")
         return text
 
 
-def plain_row(
-    row: Mapping[str, Any], names: Iterable[str], limits: Limits, *, strict_compat: bool = False
-) -> dict[str, Any]:
+def plain_row(row: Mapping[str, Any], names: Iterable[str], limits: Limits, *, protect: bool = False) -> dict[str, Any]:
     """The columns `names` of a row as plain JSON values, copied, so that a template may change them.
 
-    "|||" is replaced in every string; with `strict_compat` only in the columns that are strings themselves, as in
-    promptsource. Dates, decimals and UUIDs become strings; a column of any other type is an error if the template reads
-    it. Raises SandboxError for strings or nesting beyond the limits.
+    protect: replace "|||" by PIPE_PROTECTOR in the columns that are strings themselves, as promptsource does.
+    Dates, decimals and UUIDs become strings; a column of any other type is an error if the template reads it. Raises SandboxError for strings or nesting beyond the limits.
     """
     found = {name: row[name] for name in names if name in row}
     return {
-        name: _plain(value, limits, not strict_compat or isinstance(value, str), 0) for name, value in found.items()
+        name: _plain(value.replace(SEPARATOR, PIPE_PROTECTOR) if protect and isinstance(value, str) else value, limits)
+        for name, value in found.items()
     }
 
 
-def _plain(value: Any, limits: Limits, protect: bool, depth: int) -> Any:
+def _plain(value: Any, limits: Limits, depth: int = 0) -> Any:
     if isinstance(value, str):
         if len(value) > limits.value:
             raise limits.exceeded("value")
-        value = str.__str__(value)
-        return value.replace(SEPARATOR, PIPE_PROTECTOR) if protect else value
+        return str.__str__(value)
     if type(value) in SCALARS:
         return value
     if depth > limits.nesting:
         raise limits.exceeded("nesting")
     if isinstance(value, Mapping):
         return {
-            _plain(key if type(key) in SCALARS else str(key), limits, protect, depth): _plain(
-                item, limits, protect, depth + 1
-            )
+            _plain(key if type(key) in SCALARS else str(key), limits, depth): _plain(item, limits, depth + 1)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [_plain(item, limits, protect, depth + 1) for item in value]
+        return [_plain(item, limits, depth + 1) for item in value]
     for kind in (bool, int, float):
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, (date, time, timedelta, Decimal, UUID)):
-        return _plain(str(value), limits, protect, depth)
+        return _plain(str(value), limits, depth)
     if hasattr(value, "tolist"):  # arrays and tensors
-        return _plain(value.tolist(), limits, protect, depth + 1)
+        return _plain(value.tolist(), limits, depth + 1)
     return jinja2.StrictUndefined(
         f"the row holds a {type(value).__name__}; templates read text, numbers, lists and dicts. Convert the column."
     )
 
 
+def own_separator(values: Mapping[str, Any]) -> str:
+    """Three random characters, none of which is in the values, to stand for a template's own "|||" in a rendering.
+
+    So a row cannot split the text, from whatever pieces it builds a separator. Raises SandboxError for a row that
+    holds all the characters that there are to draw from.
+    """
+    drawn = _DRAW.sample(_RARE, 3)
+    if any(character in text for text in _texts(values) for character in drawn):
+        held = set().union(*_texts(values))
+        free = [character for character in _RARE if character not in held]
+        if len(free) < 3:
+            raise SandboxError("cannot tell its '|||' from the row, which holds all of Sutton SignWriting.")
+        drawn = _DRAW.sample(free, 3)
+    return "".join(drawn)
+
+
+def shown_bars(text: str, separator: str) -> str:
+    """The text with "|" for the characters of an own separator that a template has cut, and "|||" for the row's."""
+    for character in separator:
+        text = text.replace(character, "|")
+    return text.replace(PIPE_PROTECTOR, SEPARATOR)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings of plain values, those of keys included."""
+    if type(value) is str:
+        yield value
+    elif type(value) is dict:
+        for pair in value.items():
+            yield from _texts(pair)
+    elif type(value) in (list, tuple):
+        for item in value:
+            yield from _texts(item)
+
+
 class _Context(Context):
     meter: Meter
     random: RowRandom
+    separator: str
 
 
 class _Sandbox(SandboxedEnvironment):
@@ -249,6 +286,11 @@ def _loop(context: Any, items: Any, cost: int) -> Iterator[Any]:
 
 
 @jinja2.pass_context
+def _separator(context: Any, _: Any) -> str:
+    return context.separator
+
+
+@jinja2.pass_context
 def _weighed(context: Any, value: Any) -> Any:
     if type(value) not in SCALARS or type(value) is str:
         context.meter.weigh(value)
@@ -272,6 +314,7 @@ def _environment() -> _Sandbox:
     ours = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
     environment.filters = allowed.guarded_filters(environment.filters | ours)
     environment.filters |= {"_loop": _loop, "_weighed": _weighed, "_sliced": _sliced, "_joined": _joined}
+    environment.filters |= {"_separator": _separator}
     environment.tests = allowed.guarded_tests(environment.tests)  # type: ignore
     environment.globals = dict(_FUNCTIONS)
     return environment
@@ -297,6 +340,24 @@ class _Rewriter(NodeTransformer):
             raise _refused("the syntax", type(node).__name__, [])
         self.generic_visit(node)
         return _REWRITES.get(type(node), lambda node: node)(node)
+
+
+def _split_data(node: nodes.TemplateData) -> list[nodes.Node]:
+    """A template's own text, with the rendering's separator for each of its "|||"."""
+    pieces: list[nodes.Node] = []
+    for piece in node.data.split(SEPARATOR):
+        pieces += [_filter("_separator", nodes.Const(None)), nodes.TemplateData(piece)]
+    return pieces[1:]
+
+
+def _split_constant(node: nodes.Const) -> nodes.Node:
+    """The same in an expression, such as `join("|||")`."""
+    if not isinstance(node.value, str) or SEPARATOR not in node.value:
+        return node
+    pieces: list[nodes.Expr] = []
+    for piece in node.value.split(SEPARATOR):
+        pieces += [_filter("_separator", nodes.Const(None)), nodes.Const(piece)]
+    return _filter("_joined", nodes.Tuple(pieces[1:], "load"))
 
 
 def _count_loop(node: nodes.For) -> nodes.Node:
@@ -339,7 +400,9 @@ def _check_call(node: nodes.Call | nodes.Filter | nodes.Test) -> nodes.Node:
     return node
 
 
-_REWRITES: dict[type[nodes.Node], Callable[[Any], nodes.Node]] = {
+_REWRITES: dict[type[nodes.Node], Callable[[Any], nodes.Node | list[nodes.Node]]] = {
+    nodes.TemplateData: _split_data,
+    nodes.Const: _split_constant,
     nodes.For: _count_loop,
     nodes.Compare: _weigh_operands,
     nodes.Pair: _weigh_key,

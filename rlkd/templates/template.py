@@ -26,7 +26,16 @@ from .columns import Reads
 from .leaks import leaks
 from .meter import DEFAULT_LIMITS, Limits, Meter, SandboxError
 from .parsing import parse_or_raise
-from .sandbox import ENVIRONMENT, PIPE_PROTECTOR, SEPARATOR, RowRandom, SafeTemplate, plain_row
+from .sandbox import (
+    ENVIRONMENT,
+    PIPE_PROTECTOR,
+    SEPARATOR,
+    RowRandom,
+    SafeTemplate,
+    own_separator,
+    plain_row,
+    shown_bars,
+)
 from .sources import YAML_SUFFIXES, TemplatesFile, find, read_file, sources
 
 logger = logging.getLogger(__name__)
@@ -67,8 +76,8 @@ class Template:
     sha256             of that file or archive
     choices_in_prompt, metrics, languages  as given in the file
     truncation         none, or t0: each {{...}} of the source is cut to 2,048 characters, as in T0's training data
-    strict_compat      escape "|||" only where promptsource does: one in a list or in an answer choice then splits the
-                       text, so that a row can inject its own target
+    strict_compat      split the text wherever promptsource does: also at a "|||" in a list or an answer choice of the
+                       row, or built from its pieces, so that a row can inject its own target
     trusted            False for templates that come neither with rlkd nor from promptsource: they are rendered in
                        another process (see `rlkd.templates.worker`)
     limits             of the sandbox
@@ -107,26 +116,31 @@ class Template:
 
             return untrusted_parts(self, row, seed)
         meter, random = Meter(self.limits), RowRandom(seed, self.id or self.name, row)
+        separator = SEPARATOR
         try:
             names = self._compiled.names | (self._choices.names if self._choices else frozenset())
-            values = plain_row(row, names, self.limits, strict_compat=self.strict_compat)
+            protect = self.strict_compat or PIPE_PROTECTOR in self.source
+            values = plain_row(row, names, self.limits, protect=protect)
+            if not self.strict_compat:
+                separator = own_separator(values)
             values["answer_choices"] = None
             if self._choices is not None:
-                choices = self._choices.render(values, meter, random).split(SEPARATOR)
-                shown = map(_unprotect, choices) if self.strict_compat else choices
+                choices = self._choices.render(values, meter, random, separator).split(separator)
+                shown = (shown_bars(choice, separator) for choice in choices) if self.strict_compat else choices
                 values["answer_choices"] = [choice.strip() for choice in shown]
-            rendered = self._compiled.render(values, meter, random)
+            rendered = self._compiled.render(values, meter, random, separator)
         except SandboxError as error:
             raise self._refused(error) from error
         except MemoryError as error:
             raise self._refused(self.limits.exceeded("memory_mb")) from error
         # Expressions run arbitrary operations on the row's values and can raise any exception.
         except Exception as error:
+            said = shown_bars(str(error), separator)
             raise DataError(
-                f"{self} cannot be rendered: {type(error).__name__}: {error}.\n  row: {str(dict(row))[:300]}\n"
+                f"{self} cannot be rendered: {type(error).__name__}: {said}.\n  row: {str(dict(row))[:300]}\n"
                 "Check that the row's values have the types the template expects."
             ) from error
-        return [_unprotect(part).strip() for part in rendered.split(SEPARATOR)]
+        return [shown_bars(part, separator).strip() for part in rendered.split(separator)]
 
     def render(self, row: Mapping[str, Any], *, seed: int = 0) -> Rendered:
         """Input, target and answer choices of a row. Raises DataError as `parts` does.
@@ -151,6 +165,13 @@ class Template:
     def choices(self, row: Mapping[str, Any], *, seed: int = 0) -> tuple[str, ...] | None:
         """The answers to choose from for a row, or None. Raises DataError as `parts` does."""
         return None if self._choice_template is None else tuple(self._choice_template.parts(row, seed=seed))
+
+    @property
+    def fixed_choices(self) -> tuple[str, ...] | None:
+        """The answers to choose from if they are written without jinja, the same for every row; else None."""
+        if not self.answer_choices or any(mark in self.answer_choices for mark in ("{{", "{%", "{#")):
+            return None
+        return tuple(choice.strip() for choice in self.answer_choices.split(SEPARATOR))
 
     def lacks_label(self, row: Mapping[str, Any]) -> bool:
         """Whether a column that only the target reads is absent, None, or -1 where it is an index of the answers.
@@ -242,10 +263,6 @@ class Template:
         """Compile now instead of at the first row. Raises DataError with the template's name; returns self."""
         _ = self._compiled, self._choices
         return self
-
-
-def _unprotect(text: str) -> str:
-    return text.replace(PIPE_PROTECTOR, SEPARATOR)
 
 
 def load_templates(

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive, check_settings
 from ..errors import ConfigError
+from ..io.redaction import redacted
 from ..metrics import held_out
 from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
@@ -48,8 +49,13 @@ class StudentArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Always off: a NaN loss must not be hidden."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: the collators use all columns."})
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in TrainingArguments, without secrets: trackers get it."""
+        return redacted(super().to_dict())
+
     def __post_init__(self) -> None:
         check_settings(self)
+        self.run_name = redacted(self.run_name)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not held_out(self.metric_for_best_model).lower_is_better
         super().__post_init__()

@@ -26,7 +26,7 @@ from ..models.teacher import Teacher
 from ..objectives.policy import reduce_tokens
 from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
-from ..runs.sample_tables import TEXTS, SampleTables
+from ..runs.sample_tables import SampleTables, print_samples
 from .arguments import DistillationArguments
 from .core import StudentTrainer
 from .objective import Evidence, Objective, StudentTokens
@@ -164,7 +164,7 @@ class DistillationTrainer(StudentTrainer):
         append_lines(self.run_folder / SAMPLES, [{"step": self.state.global_step, **row} for row in rows])
         self._save_token_rewards(rows)
         if not self.args.disable_tqdm:
-            _print_samples(self.state.global_step, rows)
+            print_samples(self.state.global_step, rows)
         self.sample_tables.log(self.state.global_step, rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -266,15 +266,3 @@ class DistillationTrainer(StudentTrainer):
     def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
         super().load_extras(extras, folder)
         self.objective.load_state(extras)
-
-
-def _print_samples(step: int, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"samples at step {step}", show_lines=True)
-    for column in TEXTS:
-        table.add_column(column, overflow="fold", justify="right" if "regret" in column else "left")
-    for row in rows:
-        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in TEXTS))
-    Console(stderr=True).print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from transformers import TrainerCallback
 
 from ..errors import DataError
 from ..evaluation.evaluator import TaskMetric
+from ..io.provenance import described
+from ..labels.makers import announce
+from ..labels.tokens import own_generations
 from ..models.heads import TokenFunction
 from ..models.signals import SignalSource
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import NO_LIMIT, encode_texts
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.policy import token_statistics
 from ..records import Answers, Example, Minibatch, TeacherSignal
@@ -65,19 +69,21 @@ def imitation(args: SupervisedArguments) -> Objective:
 class PseudoLabelCollator:
     """Rows with `student_input` and `label` (and the exact `token_ids`, if recorded) to padded tensors.
 
+    own: the generations of labels whose token ids are the tokenizer's (`own_generations`); None for all. Other labels
+    are encoded from their text.
     Returns input_ids, input_mask [B, P], answer_ids, answer_mask [B, R], and `examples` with the rows' names and, for
     divergences, what the teacher reads; labels end with end-of-sequence unless they were cut.
     """
 
-    def __init__(self, tokenizer: Any, max_input_tokens: int, max_new_tokens: int):
+    def __init__(
+        self, tokenizer: Any, max_input_tokens: int, max_new_tokens: int, own: frozenset[str | None] | None = None
+    ):
         self.tokenizer, self.max_input_tokens, self.max_new_tokens = tokenizer, max_input_tokens, max_new_tokens
+        self.own = own
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         prompts = encode_texts(self.tokenizer, [row["student_input"] for row in rows], self.max_input_tokens)
-        if "token_ids" in rows[0]:
-            answers = [row["token_ids"][: self.max_new_tokens] for row in rows]
-        else:
-            answers = encode_texts(self.tokenizer, [row["label"] for row in rows], self.max_new_tokens)
+        answers = [ids[: self.max_new_tokens] for ids in self._answers(rows)]
         pad = self.tokenizer.pad_token_id
         batch: dict[str, Any] = {}
         for name, ids in (("input", prompts), ("answer", answers)):
@@ -85,6 +91,19 @@ class PseudoLabelCollator:
             batch[f"{name}_mask"] = length_mask([len(i) for i in ids])
         batch["examples"] = [_example(row, f"{i} of this batch") for i, row in enumerate(rows)]
         return batch
+
+    def _answers(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """The recorded tokens, or those of the texts: without end-of-sequence where the teacher was cut short."""
+        if all(map(self._is_own, rows)):
+            return [row["token_ids"] for row in rows]
+        encoded = encode_texts(self.tokenizer, [row["label"] for row in rows], NO_LIMIT)
+        for row, ids in zip(rows, encoded, strict=True):
+            if row.get("finish_reason") == "length" and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                ids.pop()
+        return [row["token_ids"] if self._is_own(row) else ids for row, ids in zip(rows, encoded, strict=True)]
+
+    def _is_own(self, row: dict[str, Any]) -> bool:
+        return "token_ids" in row and (self.own is None or row.get("generation") in self.own)
 
 
 def _example(row: dict[str, Any], name: str) -> Example:
@@ -130,7 +149,8 @@ class SupervisedTrainer(DistillationTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         check_label_rows(train_dataset)
-        self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens)
+        own = own_generations(train_dataset, tokenizer)
+        self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens, own)
         super().__init__(
             student,
             args,
@@ -144,6 +164,13 @@ class SupervisedTrainer(DistillationTrainer):
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         return self.labels(rows)
+
+    def begin_run(self, checkpoint: Path | None) -> None:
+        """As in `StudentTrainer`; says whose labels the student learns, and warns of those of another teacher."""
+        super().begin_run(checkpoint)
+        if self.is_world_process_zero():
+            model = None if self.teacher is None else self.teacher.model
+            announce(described(self.train_dataset), model)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""

@@ -108,9 +108,9 @@ def test_verify_and_repair_name_what_is_wrong(run):
         load_pseudolabels(out)
     (problem,) = verify(out)
     assert problem == f"{shard} differs from its checksum"
-    assert repair(out, dry_run=True) == ([problem], None)
+    assert repair(out, dry_run=True) == ([problem], [None])
     assert shard.exists()
-    assert repair(out) == ([problem], None)
+    assert repair(out) == ([problem], [None])
     assert (out / "damaged" / shard.name).read_bytes() == other
     assert not shard.exists()
     stub.label(source, out)
@@ -126,9 +126,12 @@ def test_verify_sees_rows_that_are_not_those_of_the_shard(run):
     (out / "labels-00003.parquet").write_bytes((out / "labels-00002.parquet").read_bytes())
     del manifest.shards[5]
     manifest.rewrite()
+    log = out / "manifest.jsonl"
     assert verify(out) == [
+        f"{log} lacks the shards 5",
+        f"{log}: 'finished' differs from the sums of its shards (shards 13 against 12, inputs 100 against 92)",
         f"{out / 'labels-00003.parquet'} does not hold the labels of rows 24 .. 31",
-        f"{out / 'manifest.jsonl'} lacks the shards 5",
+        f"{out / 'labels-00005.parquet'} is in no log: remove it",
     ]
 
 
@@ -148,6 +151,33 @@ def test_merged_parts_equal_one_process(whole, tmp_path, together):
         assert (out / name).read_bytes() == (reference / name).read_bytes(), name
     assert not list(out.glob("manifest-*"))
     assert load_pseudolabels(out).to_list() == load_pseudolabels(reference).to_list()
+
+
+def test_no_secret_is_recorded_and_another_password_is_no_other_run(tmp_path):
+    class Remote(stub.StubEngine):
+        def identity(self):
+            return super().identity() | {"teacher": f"https://me:{self.weights}@host/t", "teacher_weights": "w"}
+
+    source, out = stub.write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    request = {"teacher": "https://me:CANARY@host/t", "hub_token": "CANARY-2"}
+    stub.label(source, out, Remote(weights="CANARY3"), request=request)
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text("".join(lines[:-1]))  # not finished
+    stub.label(source, out, Remote(weights="CANARY4"), request=request)
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert len(files) > 3
+    assert [file.name for file in files if b"CANARY" in file.read_bytes()] == []
+
+
+def test_more_machines_than_shards(whole, tmp_path):
+    """The parts without a shard finish with nothing, and merge as the others do."""
+    source, reference = whole
+    parts = [tmp_path / str(i) for i in range(40)]
+    rows = [stub.label(source, folder, part=(i, 40))["rows"] for i, folder in enumerate(parts)]
+    assert 0 in rows
+    out = tmp_path / "out"
+    merge(out, parts)
+    assert (out / "manifest.jsonl").read_bytes() == (reference / "manifest.jsonl").read_bytes()
 
 
 def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
@@ -244,6 +274,22 @@ def test_ranking_keeps_the_choices_and_their_scores(whole, tmp_path):
         assert (row["finish_reason"], row["sum_logprob"]) == ("ranked", pytest.approx(max(sums)))
     with pytest.raises(ConfigError, match="template 'some' has no answer choices to rank"):
         stub.label(source, tmp_path / "x", decoding=None, templates=stub.TEMPLATES[:1])
+
+
+def test_choices_that_the_tokenizer_cannot_tell_apart_fail_their_rows(whole, tmp_path):
+    source, _ = whole
+    choices = ("{ ||| <", "a ||| {% if n == 2 %}{% else %}b{% endif %}", "a ||| {{ 'ab'[n % 2] }}{{ ' ' * (n % 2) }}")
+    templates = [stub.Template(f"t{i}", "is {{ text }}", choice, id=f"t{i}") for i, choice in enumerate(choices)]
+    totals = stub.label(source, tmp_path, decoding=None, templates=templates)
+    assert totals["status"] == {"ok": 199, "skipped": 0, "failed": 101}
+    assert totals["reasons"] == {
+        "the tokenizer has no tokens for the answer choice '{'": 100, "an answer choice is empty": 1
+    }  # fmt: skip
+    rows = load_pseudolabels(tmp_path, statuses=None).to_list()
+    assert {(row["template"], row["row"]) for row in rows if row["status"] == "failed"} == {
+        *(("t0", i) for i in range(100)), ("t1", 2)
+    }  # fmt: skip
+    assert all(row["label"] is None and row["token_ids"] is None for row in rows if row["status"] == "failed")
 
 
 def test_bad_rows_are_counted_and_kept_aside(tmp_path):

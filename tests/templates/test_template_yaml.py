@@ -137,6 +137,24 @@ def test_lint_against_rows(file):
     assert (7, "error", "'one': the rows lack label.") in found
 
 
+def test_lint_for_a_tokenizer(file):
+    """Fixed choices are compared as the teacher reads them, once; those that depend on the row are not known."""
+    from functools import partial
+
+    from rlkd.sampling.ranking import choice_problem
+    from tiny import tiny_tokenizer
+
+    def found(choices):
+        file.write_text(GOOD.replace("no ||| yes\n    id", f"{choices}\n    id", 1))
+        problems = lint(read_file(file), None, partial(choice_problem, tiny_tokenizer()))
+        return [(p.line, p.level, p.message) for p in problems if p.line == 5]
+
+    assert found("'{ ||| <'") == [(5, "error", "'one': the tokenizer has no tokens for the answer choice '{'.")]
+    assert found("a {  ||| a <") == [(5, "error", "'one': the answer choices 'a {' and 'a <' have the same tokens.")]
+    assert found("a |||") == [(5, "error", "'one': an answer choice is empty.")]
+    assert found("a ||| b") == found("'{{ text }} ||| <'") == []
+
+
 def test_official_problems_are_logged(file, caplog):
     text = GOOD.replace("id-one", "b808b05e-0d2a-459e-b345-2d83cdb20216")
     assert any("asks about the gold answer in every row" in message for _, _, message in problems(file, text))

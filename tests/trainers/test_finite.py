@@ -289,8 +289,6 @@ def test_a_checkpoint_that_is_not_finite_is_refused_when_it_is_loaded(tmp_path):
         model.encoder.block[0].layer[0].SelfAttention.q.weight[3, 0] = INF
         model.shared.weight[-1] = NAN
     save_pretrained(tmp_path, model)
-    message = (
-        r"^student '.*' has weights that are not finite: shared.weight \(16 of .*, the first in row 37\) and 1 other"
-    )
+    message = r"^student '.*' has weights that are not finite: shared.weight \(16 of .*, .* row 37\) and 1 other"
     with pytest.raises(ModelError, match=message):
         load_model(str(tmp_path), "student")

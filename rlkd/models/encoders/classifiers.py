@@ -15,8 +15,10 @@ from ...errors import ConfigError, ModelError
 from ...objectives.attention_tree import AttentionRows, rows_of_map
 from ..loading import load_config
 from .attention import AttentionSource, recorded_attention
+from .labels import check_single_label, give_labels, label_names
 
 Init = Literal["mapped", "first", "pretrained", "random"]
+PER_LAYER = ("attention_window",)  # lists with a value for each layer, besides those called so (layer_types)
 PROJECTIONS_FILE = "projections.safetensors"
 # Families that number positions from pad_token_id + 1, so that as many of the embedding's rows are never used.
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "roberta-prelayernorm")
@@ -139,18 +141,19 @@ class EncoderStudent(nn.Module):
             self.projections.load_state_dict(load_file(path))
 
 
-def layer_list(model: Any) -> str:
-    """Dotted name of the list that holds the layers of `model`. Raises ModelError if there is not exactly one."""
-    size = model.config.num_hidden_layers
-    found = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == size
-    ]
-    if len(found) != 1:
-        raise ModelError(
-            f"teacher: cannot find the layer list of a '{model.config.model_type}' model ({len(found)} lists of "
-            f"{size}): use init: random or pretrained."
-        )
-    return found[0]
+def layer_lists(teacher: Any, student: Any) -> list[str]:
+    """Dotted names of the lists of layers: those as long as the teacher is deep, which the student has in its own
+    length. Several where a family keeps the parts of its layers apart (XLM), none where all layers share weights
+    (ALBERT).
+    """
+    deep, shallow = teacher.config.num_hidden_layers, student.config.num_hidden_layers
+    own = {name: len(module) for name, module in student.named_modules() if isinstance(module, nn.ModuleList)}
+    found: list[str] = []
+    for name, module in teacher.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == deep and own.get(name) == shallow and not inside:
+            found.append(name)
+    return found
 
 
 def student_config(
@@ -179,7 +182,8 @@ def student_config(
     }
     if narrower and init != "random":
         raise ConfigError(f"init = {init!r} copies weights and needs equal widths, not {narrower}: use init: random")
-    matched_layers(layers, teacher_config.num_hidden_layers, layer_map)
+    check_single_label(teacher_config, "teacher")
+    chosen = matched_layers(layers, teacher_config.num_hidden_layers, layer_map)
     if init == "pretrained":
         if pretrained is None:
             raise ConfigError("init = 'pretrained': name the model in pretrained (hub id or folder)")
@@ -188,10 +192,10 @@ def student_config(
             raise ConfigError(
                 f"a student of {layers} layers: the model '{pretrained}' has only {config.num_hidden_layers}"
             )
-        config.id2label, config.label2id = teacher_config.id2label, teacher_config.label2id
     else:
         config = copy.deepcopy(teacher_config)
-    config.num_hidden_layers = layers
+    give_labels(config, [str(teacher_config.id2label[i]) for i in range(teacher_config.num_labels)])
+    _keep_layers(config, chosen if init == "mapped" else list(range(1, layers + 1)))
     for name, value in narrower.items():
         setattr(config, name, value)
     if config.hidden_size % config.num_attention_heads:
@@ -201,23 +205,29 @@ def student_config(
     return config
 
 
+def _keep_layers(config: Any, kept: list[int]) -> None:
+    """Reduce a configuration to these of its layers (from 1), with what it says of each of them (layer_types)."""
+    before = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if ("layer" in name or name in PER_LAYER) and isinstance(value, (list, tuple)) and len(value) == before:
+            setattr(config, name, [value[k - 1] for k in kept])
+    config.num_hidden_layers = len(kept)
+
+
 def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: Any) -> Any:
     """A student of `layers` layers in the family of a fine-tuned `teacher`, as a plain sequence classifier.
 
     mapped      embeddings, head and layers I(1) .. I(K) of the teacher (see `matched_layers`)
     first       embeddings, head and layers 1 .. K of the teacher
-    pretrained  the first K layers of the model `pretrained` names (hub id or folder), with a fresh head
+    pretrained  the first K layers of the model `pretrained` names (hub id or folder); its head is kept if it has the
+                teacher's label names in the same order, and is fresh otherwise
     random      fresh weights
     options: as in `student_config`; hidden_size, attention_heads and intermediate_size make a narrower student, init
-    random only. Raises ConfigError.
+    random only. Raises ConfigError, or ModelError where layers cannot take one another's place.
     """
     config = student_config(teacher.config, layers, init, **options)
     if init == "pretrained":
-        from transformers import AutoModelForSequenceClassification
-
-        return AutoModelForSequenceClassification.from_pretrained(
-            options["pretrained"], config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-        )
+        return _pretrained_student(options["pretrained"], config)
     student = type(teacher)(config)
     if init != "random":
         M = teacher.config.num_hidden_layers
@@ -226,16 +236,40 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: A
     return student
 
 
+def _pretrained_student(name: str, config: Any) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    given = label_names(load_config(name, "student"))
+    student = AutoModelForSequenceClassification.from_pretrained(
+        name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
+    if not given or given != label_names(config):  # its outputs may stand for other labels
+        fresh = type(student)(config).state_dict()
+        prefix = f"{student.base_model_prefix}."
+        student.load_state_dict({n: fresh[n] for n in fresh if not n.startswith(prefix)}, strict=False)
+    return student
+
+
 def _copy_layers(teacher: Any, student: Any, chosen: list[int]) -> None:
-    prefix = re.escape(layer_list(teacher))
+    """Load the teacher's layers `chosen` (from 1) and everything outside its layers into the student."""
+    lists = "|".join(re.escape(name) for name in layer_lists(teacher, student)) or "(?!)"
     place = {source - 1: k for k, source in enumerate(chosen)}
     weights = {}
     for name, tensor in teacher.state_dict().items():
-        inside = re.match(rf"({prefix}\.)(\d+)(\..*)", name)
+        inside = re.match(rf"((?:{lists})\.)(\d+)(\..*)", name)
         if inside is None:
             weights[name] = tensor
         elif int(inside[2]) in place:
             weights[f"{inside[1]}{place[int(inside[2])]}{inside[3]}"] = tensor
+    own = student.state_dict()
+    differing = [n for n in {**own, **weights} if n not in own or n not in weights or own[n].shape != weights[n].shape]
+    if differing:
+        others = "first or random, or a layer_map that begins with 1" if chosen[0] > 1 else "random"
+        raise ModelError(
+            f"the layers of a '{teacher.config.model_type}' model are not alike: layers "
+            f"{', '.join(map(str, chosen))} of the teacher do not make a student of {len(chosen)} ({differing[0]}). "
+            f"Use init: {others}."
+        )
     student.load_state_dict(weights)
 
 

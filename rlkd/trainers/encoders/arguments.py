@@ -12,6 +12,7 @@ from ...errors import ConfigError
 from ...objectives.encoder import PRESETS, TREE_TERMS
 from ..arguments import StudentArguments, _require
 
+STUDENT_TREE = {"td_student", "td_random"}
 CACHE_ORDER = ("none", "logits", "cls", "hidden")
 
 
@@ -152,3 +153,9 @@ class TKDArguments(StudentArguments):
         if any(name in TREE_TERMS for name in self.weights):
             return "hidden"
         return "cls" if "pt" in self.weights else "logits" if "kd" in self.weights else "none"
+
+    @property
+    def tree_roles(self) -> tuple[str, ...]:
+        """Whose attention the terms read: the student's, the teacher's, both or neither."""
+        student = bool(self.weights.keys() & STUDENT_TREE)
+        return ("student",) * student + ("teacher",) * ("td_teacher" in self.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -12,6 +13,7 @@ from transformers import EvalPrediction, set_seed
 
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError, ModelError
+from ...evaluation.classes import classified_rows, one_class_warning, only_class
 from ...evaluation.task_metrics import classification_metrics, warn_of_useless
 from ...metrics import metric
 from ...models.encoders.attention import prepare_attention
@@ -24,6 +26,8 @@ from ...models.encoders.classifiers import (
     run_encoder,
     width_of,
 )
+from ...models.encoders.labels import check_same_labels, check_single_label
+from ...models.encoders.rehearsal import check_states
 from ...models.encoders.teacher_outputs import TeacherOutputs, cache_key, cached_outputs
 from ...models.vocabulary import check_vocabulary_fits, valid_vocab
 from ...objectives.attention_tree import AttentionRows, all_tokens, attention_tree, cls_token, random_tokens
@@ -31,9 +35,10 @@ from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy,
 from ...objectives.neighbours import logit_mse, noisy_logits
 from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
-from .arguments import TKDArguments
+from .arguments import STUDENT_TREE, TKDArguments
 
-STUDENT_TREE = {"td_student", "td_random"}
+logger = logging.getLogger(__name__)
+
 SMALLEST_TERM = 1e-4  # auto_scale: a smaller term joins later; its inverse would be a weight without meaning
 Model = TypeVar("Model")
 Step = TypeVar("Step")
@@ -45,11 +50,8 @@ def check_distillation(
     """Check the combination of models and settings from configurations and tokenizers alone. Raises ConfigError or
     ModelError.
     """
-    if student_config.num_labels != teacher_config.num_labels:
-        raise ModelError(
-            f"the teacher has {teacher_config.num_labels} labels and the student {student_config.num_labels}: "
-            "fine-tune the teacher on this task first"
-        )
+    check_single_label(teacher_config, "teacher")
+    check_same_labels(student_config, teacher_config)
     check_length(args.max_length, student_config, "student")
     check_length(args.max_length, teacher_config, "teacher")
     terms = args.weights.keys() - {"ce", "kd"}
@@ -79,11 +81,8 @@ def check_distillation(
 
 
 def check_labels_and_vocabulary(model: Any, role: str, tokenizer: Any) -> None:
-    """Raises ModelError for a model with a single label, which cannot classify, or ids beyond its embeddings."""
-    if model.config.num_labels < 2:
-        raise ModelError(
-            f"the {role} has {model.config.num_labels} label: a classifier needs at least 2 (no regression)"
-        )
+    """Raises ModelError unless the model is a single-label classifier with an embedding for every id."""
+    check_single_label(model.config, role)
     name = model.config.name_or_path or model.config.model_type
     check_vocabulary_fits(model.config, valid_vocab(tokenizer), role, name)
 
@@ -134,6 +133,7 @@ class TKDTrainer(StudentTrainer):
             self.teacher_texts = EncodedTexts(train_rows, teacher_tokenizer, args.max_length, labels)
         self.teacher_cache: TeacherOutputs | None = None
         self.scales: dict[str, float] = {}  # of auto_scale, once known
+        self.one_class = False  # whether it was said that one label is predicted for every row
         super().__init__(
             args=args,
             train_dataset=train,
@@ -150,6 +150,8 @@ class TKDTrainer(StudentTrainer):
             self.layers = matched_layers(
                 student.config.num_hidden_layers, self.teacher.config.num_hidden_layers, args.layer_map
             )
+            check_states(self.teacher, "teacher")
+            check_states(student, "student")
         self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
         return EncoderStudent(
             student,
@@ -316,10 +318,7 @@ class TKDTrainer(StudentTrainer):
     # Evaluation and saving
 
     def held_out_names(self) -> list[str] | None:
-        """As in `StudentTrainer`: cross-entropy, and the names that `compute_metrics` returns for the right answers.
-
-        Raises ConfigError if it fails on them.
-        """
+        """As in `StudentTrainer`; `compute_metrics` is tried on right answers. Raises ConfigError if it fails."""
         if self.eval_dataset is None:
             return None
         labels = torch.tensor(self.eval_dataset.labels)  # type: ignore[union-attr]
@@ -327,9 +326,10 @@ class TKDTrainer(StudentTrainer):
         try:
             scores = dict(self.compute_metrics(EvalPrediction(right.numpy(), labels.numpy())))  # type: ignore[misc]
         except Exception as error:  # a user's function may raise anything
+            why = f"{type(error).__name__}: {error}"
             raise ConfigError(
-                f"compute_metrics fails on {len(labels)} right predictions ({type(error).__name__}: {error}): it must "
-                "take an EvalPrediction (logits, labels) and return a dictionary of numbers"
+                f"compute_metrics fails on {len(labels)} right predictions ({why}): it must take an EvalPrediction "
+                "(logits, labels) and return a dictionary of numbers"
             ) from error
         warn_of_useless(scores, "F1 needs rows of label 1, the Matthews correlation rows of two labels")
         return ["loss", *scores]
@@ -352,23 +352,26 @@ class TKDTrainer(StudentTrainer):
         # Rows sorted by length come in another order and cannot be matched to their ids.
         if options.get("metric_key_prefix", "eval") != "eval" or labels is None or labels.tolist() != rows.labels:
             return out
-        predicted = logits.argmax(-1).tolist()
-        evaluated = [
-            {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
-            for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
-            if label >= 0
-        ]
+        evaluated = classified_rows(logits.argmax(-1).tolist(), rows.labels)
         if self.is_world_process_zero():
             keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, evaluated)
-        # Scores without a value per row (F1, ...) are compared by whether each row was right.
-        right, names = [row["accuracy"] for row in evaluated], [name for name in out.metrics or () if metric(name).task]
-        self.per_row = {name.removeprefix("eval_"): right for name in names}
+            self._warn_of_one_class([row["predicted"] for row in evaluated])
+        right = [row["accuracy"] for row in evaluated]  # scores without a value per row (F1, ...) are compared by these
+        self.per_row = {name.removeprefix("eval_"): right for name in out.metrics or () if metric(name).task}
         return out
 
     def refresh_held_out(self) -> None:
         """As in `StudentTrainer`."""
         self.evaluation_loop(self.get_eval_dataloader(), description="held-out rows")
         self.per_row = {}
+
+    def _warn_of_one_class(self, predicted: list[int]) -> None:
+        """Once, after training began: such scores look like those of a model that has learned something."""
+        label = only_class(predicted)
+        if label is not None and self.state.global_step > 0 and not self.one_class:
+            self.one_class = True
+            name = self.trained.config.id2label[label]
+            logger.warning("step %d: %s", self.state.global_step, one_class_warning("it", name, len(predicted)))
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the projections are saved next to the student."""
