@@ -171,7 +171,7 @@ def prepare(
         rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
         references_of(evaluation[:rows])
     if training.process_index == 0:
-        print(note)
+        print(note if data.templates else f"{note}\nno templates: the teacher reads what the student reads")
 
     model = ours.load()
     if student.use_peft:

@@ -29,6 +29,7 @@ from ..runs.guards import AlarmCallback
 from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
+from .announce import Announcement
 from .arguments import StudentArguments
 from .last import LastEvaluation
 
@@ -66,7 +67,8 @@ class StudentTrainer(ResumableTrainer):
         self.per_row: dict[str, list[float]] = {}
         self._cpu_started = time.process_time()
         self.finite, self.alarms, self.last = FiniteGuard(self), AlarmCallback(self), LastEvaluation(self)
-        own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint(self)]
+        self.announcement = Announcement(self)
+        own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint(self), self.announcement]
         check_held_out(options["args"], options.get("eval_dataset"))
         patience = options["args"].early_stopping_patience
         stopping = [EarlyStoppingCallback(patience)] if patience else []
@@ -95,6 +97,7 @@ class StudentTrainer(ResumableTrainer):
     def begin_run(self, checkpoint: Path | None) -> None:
         """Write run.json; if the run continues from a checkpoint, first check that it is the same run."""
         super().begin_run(checkpoint)
+        self.announcement.checkpoint = checkpoint
         sections = [*self.settings, self.args]
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
         described = {role: describe_data(rows) for role, rows in data.items() if rows is not None}
@@ -143,6 +146,15 @@ class StudentTrainer(ResumableTrainer):
     def refresh_held_out(self) -> None:
         """Write the held-out rows of the student as it is now to held_out.jsonl; nothing is logged."""
         raise NotImplementedError
+
+    def describe_run(self, steps: int, epochs: float) -> str:
+        """One line: what an update is, and how much a run of so many updates and epochs sees."""
+        rows, args = len(self.train_dataset), self.args  # type: ignore[arg-type]
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return (
+            f"an update is on {batch} rows; this run of {steps} updates sees {round(epochs * rows)} rows, "
+            f"{epochs:.3g} epochs of {rows}"
+        )
 
     def models(self) -> dict[str, Any]:
         """Role -> plain model, None for a role without a model."""
