@@ -2,8 +2,8 @@
 
 With the teacher's own V as critic the temporal-difference error is delta_t = A_V(s_t, a_t), so GAE
 (Schulman et al. 2016, arXiv 1506.02438, eq. 16) is a discounted sum of A_V itself. lambda is the credit horizon:
-0 is the immediate regret alone (safe, biased), 1 the full return (unbiased, but learns the early end-of-sequence
-shortcut from a weak start).
+0 is the immediate regret alone (biased: what follows is free), 1 the full return (unbiased, but learns the early
+end-of-sequence shortcut from a weak start).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from .paired import KEY, Pair
 KEPT = 200  # readings of each number that are remembered
 WINDOW = 3  # log lines that are averaged: one noisy line is not an alarm
 SETTING = re.compile(r"\b(?:lam|\w+_\w+)\b")  # a name in an advice
+CHOOSING_LAM = "in small steps (docs/method.md, Choosing lam)"
 USUAL = 5  # readings before a usual value is known
 
 
@@ -269,7 +270,7 @@ ALARMS = {
         Alarm(
             name="length_collapse",
             meaning="Answers have become much shorter: the student may be exploiting the end-of-sequence shortcut.",
-            advice=("warm up longer before RL", "lower lam", "raise kl_coef"),
+            advice=("warm up longer before RL", f"lower lam {CHOOSING_LAM}", "raise kl_coef"),
             reads=("length", "eval_length"),
             measure=shortest,
             threshold=0.7,
@@ -278,7 +279,7 @@ ALARMS = {
         Alarm(
             name="run_on",
             meaning="Answers have become much longer: a short credit horizon makes continuing look free.",
-            advice=("raise lam (a short horizon ignores what follows)", "raise kl_coef", "lower learning_rate"),
+            advice=("warm up longer before RL", f"raise lam {CHOOSING_LAM}", "raise kl_coef"),
             reads=("length", "eval_length"),
             measure=longest,
             threshold=1.2,
@@ -286,7 +287,12 @@ ALARMS = {
         Alarm(
             name="finish_rate_drop",
             meaning="Fewer answers end before max_new_tokens than at the start.",
-            advice=("raise lam", "raise kl_coef", "raise max_new_tokens if the answers are right but long"),
+            advice=(
+                "warm up longer before RL",
+                f"raise lam {CHOOSING_LAM}",
+                "raise kl_coef",
+                "raise max_new_tokens if the answers are right but long",
+            ),
             reads=("finish_rate", "eval_finish_rate"),
             measure=unfinished,
             threshold=0.1,

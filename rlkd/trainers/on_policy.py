@@ -107,8 +107,8 @@ class OnPolicyTrainer(DistillationTrainer):
         prompts = -(-steps // updates) * self.prompts_per_rollout
         return (
             f"a rollout batch is {answers} answers to {self.prompts_per_rollout} prompts, for {updates} "
-            f"update{'s' if updates > 1 else ''}; this run of {steps} updates sees {prompts} prompts, {epochs:.3g} epochs "
-            f"of {len(self.train_examples)}"
+            f"update{'s' if updates > 1 else ''}; this run of {steps} updates sees {prompts} prompts, {epochs:.3g} "
+            f"epochs of {len(self.train_examples)}"
         )
 
     def experience(self) -> Iterator[dict[str, Minibatch]]:

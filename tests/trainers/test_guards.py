@@ -20,6 +20,7 @@ from rlkd.runs.alarms import ALARMS, SETTING, Alarm, History, Reading
 from rlkd.runs.files import ALARMS_FILE
 from rlkd.runs.guards import CALM, Watch
 from rlkd.runs.paired import KEY, BestRows
+from rlkd.trainers.arguments import ReinforceArguments
 from tiny_runs import examples, logged, make, tiny_teacher
 
 DOCS = Path(__file__).parents[2] / "docs" / "guards.md"
@@ -500,3 +501,24 @@ def test_an_alarm_is_one_entry(tmp_path, monkeypatch):
     assert (line["step"], line["value"], line["threshold"]) == (1, 1e-2, 0.0)
     assert line["message"] == "mine: the learning rate is positive. It learns. Stop."
     assert [row["alarms"] for row in logged(tmp_path) if "loss" in row] == [1, 1]
+
+
+def test_advice_on_lam_is_one_procedure():
+    """Warm up, start with the default, then one direction in small steps: docs, start warning and alarms agree."""
+    root = DOCS.parents[1]
+    section = (root / "docs" / "method.md").read_text(encoding="utf-8").split("## Choosing `lam`")[1].split("\n## ")[0]
+    default = ReinforceArguments.__dataclass_fields__["lam"].default
+    assert f"`lam` {default}" in section
+    assert "Provisional" in section
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if line.startswith("| `lam` |")]
+    assert f"| `lam` | {default} |" in row
+    assert "(docs/method.md#choosing-lam) (provisional)" in row
+    for name, direction in (("run_on", "raise"), ("finish_rate_drop", "raise"), ("length_collapse", "lower")):
+        first, second, *_ = ALARMS[name].advice
+        assert first.startswith("warm up longer")
+        assert second == f"{direction} lam in small steps (docs/method.md, Choosing lam)"
+        assert re.search(rf"`{name}`[^;:]*: {direction} it", section)
+    start = (root / "rlkd" / "trainers" / "start.py").read_text(encoding="utf-8")
+    assert "docs/method.md, Choosing lam" in start
+    assert "towards 0" not in start + readme

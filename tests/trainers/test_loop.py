@@ -299,7 +299,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     [
         (
             "reinforce", {"max_steps": 6},
-            "a rollout batch is 8 answers to 4 prompts, for 1 update; this run of 6 updates sees 24 prompts, 3 epochs of 8",
+            "a rollout batch is 8 answers to 4 prompts, for 1 update; this run of 6 updates sees 24 prompts, 3 epochs "
+            "of 8",
         ),
         (
             "ppo", {"num_train_epochs": 3, "max_steps": -1},
