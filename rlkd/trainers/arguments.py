@@ -196,9 +196,7 @@ class RLArguments(OnPolicyArguments):
     gamma: Fraction = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
     lam: Fraction = field(
         default=0.2,
-        metadata={
-            "help": "Credit horizon: 0 a token's own regret .. 1 the full return (docs/method.md, Choosing lam)."
-        },
+        metadata={"help": "Credit horizon: 0 own regret only .. 1 full return (docs/method.md, Choosing lam)."},
     )
     k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
     one_step: Literal["exact", "sampled"] = field(

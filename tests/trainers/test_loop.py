@@ -304,8 +304,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         ),
         (
             "ppo", {"num_train_epochs": 3, "max_steps": -1},
-            "a rollout batch is 16 answers to 8 prompts, for 4 updates; this run of 12 updates sees 24 prompts, 3 epochs "
-            "of 8",
+            "a rollout batch is 16 answers to 8 prompts, for 4 updates; this run of 12 updates sees 24 prompts, 3 "
+            "epochs of 8",
         ),
         (
             "supervised", {"max_steps": 6, "n": 16, "gradient_accumulation_steps": 2},
