@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-def where_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The first of the named tensors with NaN or infinity, how many, and in which row; None if all are finite."""
+def where_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The name of the first tensor with NaN or infinity, and where: how many, in which row; None if all are finite."""
     checked = [(name, t) for name, t in tensors if t.dtype in (torch.float16, torch.bfloat16, torch.float32)]
     bad = [name for name, t in checked if not t.isfinite().all()]
     if not bad:
@@ -22,8 +22,8 @@ def where_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     tensor = dict(checked)[bad[0]]
     wrong = ~tensor.isfinite()
     row = int(wrong.reshape(len(wrong), -1).any(1).nonzero()[0]) if tensor.dim() else 0
-    more = f" and {len(bad) - 1} other tensors" if len(bad) > 1 else ""
-    return f"{bad[0]} ({int(wrong.sum())} of {tensor.numel()} values, the first in row {row}){more}"
+    more = f", and {len(bad) - 1} other tensors" if len(bad) > 1 else ""
+    return bad[0], f"{int(wrong.sum())} of {tensor.numel()}, the first in row {row}{more}"
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

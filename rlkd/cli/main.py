@@ -18,7 +18,8 @@ from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
 from ..settings.paths import refuse_missing_paths
-from . import config, data, probe, prompts, report, rewards
+from . import config, data, models, probe, prompts, report, rewards
+from .models import AllowBin
 
 app = typer.Typer(
     name="rlkd",
@@ -34,6 +35,7 @@ app.add_typer(config.app, name="config")
 app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
+app.command("merge-adapter")(models.merge_adapter)
 app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
@@ -64,9 +66,7 @@ def _root(
 def generate_pseudolabels(
     context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher: a local folder or a hub id.")],
-    dataset: Annotated[
-        str, typer.Option(help="A .jsonl/.json/.csv/.tsv/.parquet file, a folder of parquet, or a hub id.")
-    ],
+    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
     input_column: Annotated[str, typer.Option(help="Column with the raw input that the student reads.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     templates: Annotated[
@@ -84,6 +84,9 @@ def generate_pseudolabels(
     label_map: prompts.LabelMap = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")] = "train",
+    delimiter: prompts.Delimiter = None,
+    encoding: prompts.Encoding = None,
+    columns: prompts.Columns = None,
     limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
     reference_column: Annotated[
         str | None, typer.Option(help="Column with human answers, kept for evaluation.")
@@ -120,6 +123,7 @@ def generate_pseudolabels(
         Quantization,
         typer.Option(help="Quantize the teacher's linear layers (bitsandbytes): approximate; the error is measured."),
     ] = "none",
+    allow_bin: AllowBin = False,
     input_eos: Annotated[bool, typer.Option(help="End prompts with end-of-sequence. T0: --no-input-eos.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
@@ -129,6 +133,16 @@ def generate_pseudolabels(
         OnBadRow,
         typer.Option(help="Input rows that cannot be used: stop, or skip them and list them in bad_rows.jsonl."),
     ] = "fail",
+    skip_missing: Annotated[
+        bool,
+        typer.Option("--skip-missing", help="Skip prompts that print a missing value (None), not only count them."),
+    ] = False,
+    skip_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unknown", help="Skip prompts with characters that the tokenizer does not know, not only count them."
+        ),
+    ] = False,
     on_long: Annotated[
         OnLong, typer.Option(help="Prompts longer than max-input-tokens: cut them, stop, or skip them.")
     ] = "truncate",
@@ -159,11 +173,12 @@ def export_onnx(
             help="Largest allowed difference between ONNX and PyTorch logits; if exceeded, nothing is written."
         ),
     ] = 1e-4,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Export a classifier to ONNX (any batch size and length) and check it against PyTorch."""
     from ..models.encoders.onnx_export import export_onnx
 
-    agreement = export_onnx(model, out, tolerance=tolerance)
+    agreement = export_onnx(model, out, tolerance=tolerance, allow_bin=allow_bin)
     typer.echo(f"{out / 'model.onnx'}: {agreement}")
 
 

@@ -11,6 +11,7 @@ from ..errors import ConfigError, DataError
 from ..inspection.reward_view import RANKINGS, RewardView
 from ..models.spec import Dtype
 from . import prompts
+from .models import AllowBin
 
 if TYPE_CHECKING:
     By = str
@@ -69,6 +70,7 @@ def inspect_rewards(
         bool, typer.Option(help="End the teacher's prompts with end-of-sequence. T0: --no-input-eos.")
     ] = True,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
+    allow_bin: AllowBin = False,
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
     all_templates: prompts.AllTemplates = False,
     gold_input: prompts.GoldInput = False,
@@ -77,7 +79,10 @@ def inspect_rewards(
     column_map: prompts.ColumnMap = None,
     label_map: prompts.LabelMap = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    split: prompts.Split = "train",
+    delimiter: prompts.Delimiter = None,
+    encoding: prompts.Encoding = None,
+    columns: prompts.Columns = None,
     reference_column: Annotated[str | None, typer.Option(help="Column with human answers, to show as well.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of templates with random choices.")] = 0,

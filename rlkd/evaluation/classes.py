@@ -69,6 +69,6 @@ def only_class(predicted: Sequence[int]) -> int | None:
 def one_class_warning(who: str, label: str, rows: int) -> str:
     """What to say of a classifier that predicts one label for every row."""
     return (
-        f"{who} predicts '{label}' for all {rows} held-out rows: it tells no classes apart, and its scores are those of "
-        "a constant. Train longer or with another learning rate, and check the labels."
+        f"{who} predicts '{label}' for all {rows} held-out rows: it tells no classes apart, and its scores are those "
+        "of a constant. Train longer or with another learning rate, and check the labels."
     )

@@ -15,6 +15,7 @@ from typing import Any
 from ..checks import check_choice
 from ..errors import DataError
 from ..evaluation.samples import Sample, sample_from
+from ..io.folders import write_page
 
 # The order in which the answers to one input are shown; other names come last.
 SOURCES = ("student", "student before", "student sampled", "rollout", "teacher greedy", "pseudo-label", "reference")
@@ -183,10 +184,10 @@ class RewardView:
         return notebook_html(self)
 
     def to_html(self, path: str | Path) -> None:
-        """Write one HTML file that needs no network and no server."""
+        """Write one HTML file that needs no network and no server. Raises ConfigError as `write_page` does."""
         from .page import page_html
 
-        Path(path).write_text(page_html(self), encoding="utf-8")
+        write_page(Path(path), page_html(self))
 
     def show(self, console: Any = None) -> None:
         """Print to the terminal or to a rich Console."""

@@ -23,7 +23,7 @@ from ..models.encoders.classifiers import Init, build_student
 from ..models.encoders.labels import check_single_label, give_labels, label_names
 from ..models.encoders.onnx_export import require_onnx
 from ..models.encoders.rehearsal import is_encoder, rehearse
-from ..models.loading import load_config
+from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
 from ..trainers.encoders.arguments import TKDArguments
@@ -50,6 +50,11 @@ class EncoderTeacherArguments:
         default=3.0, metadata={"help": "Epochs of its fine-tuning; the best checkpoint on dev is kept."}
     )
     teacher_learning_rate: Positive = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
+
+    allow_bin: bool = field(
+        default=False,
+        metadata={"help": "Teacher and student_pretrained may be pickled .bin files (read with weights_only)."},
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -118,18 +123,23 @@ class EncoderSetup:
 
     def load_teacher(self, name: str) -> Any:
         """A sequence classifier in float32 with the labels of this task."""
-        return AutoModelForSequenceClassification.from_pretrained(
+        return load_pretrained(
+            AutoModelForSequenceClassification,
             name,
+            "teacher",
             config=copy.deepcopy(self.teacher_config),
             revision=self.teacher.teacher_revision if name == self.teacher.teacher else None,
+            allow_bin=self.teacher.allow_bin,
+            needs="all" if name == self.teacher_folder else "layers",  # a head of another task is replaced
             dtype=torch.float32,
-            ignore_mismatched_sizes=name != self.teacher_folder,  # a head of another task is replaced
         )
 
     def new_student(self, teacher: Any) -> Any:
         """The student before training, made from the fine-tuned teacher; the same one for the same seed."""
         set_seed(self.training.seed)
-        return build_student(teacher, **self.student.options(teacher.config, self.training.layer_map))
+        return build_student(
+            teacher, allow_bin=self.teacher.allow_bin, **self.student.options(teacher.config, self.training.layer_map)
+        )
 
     def trainer_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the `TKDTrainer` that distils."""
@@ -185,9 +195,12 @@ def prepare_encoders(
         student.options(config, training.layer_map),
         states=training.teacher_needs in ("cls", "hidden"),
         trees=training.tree_roles,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=bool(training.gradient_checkpointing),
     )
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
+    check_saved_weights(teacher.teacher, "teacher", teacher.teacher_revision, allow_bin=teacher.allow_bin)
+    if student.student_init == "pretrained":
+        check_saved_weights(str(student.student_pretrained), "student", allow_bin=teacher.allow_bin)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ..checks import check_choice
+from ..data.flaws import FlawCounts
 from ..errors import DataError
 from ..inspection.build import reward_view
 from ..inspection.labels import from_labels
@@ -14,6 +16,8 @@ from ..models.spec import ModelSpec, check_pair
 from ..objectives.rewards import REWARDS
 from ..records import Example
 from .wiring import Reading, row_source, teacher_spec
+
+logger = logging.getLogger(__name__)
 
 STUDENTS = ("student", "student_before")
 
@@ -26,10 +30,11 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     """
     check_choice("reward_value", request["reward_value"], REWARDS)
     teacher = teacher_spec(request)
-    students = {role: ModelSpec(request[role], role, device=teacher.model.device) for role in STUDENTS if request[role]}
+    how: dict[str, Any] = {"device": teacher.model.device, "allow_bin": teacher.model.allow_bin}
+    students = {role: ModelSpec(request[role], role, **how) for role in STUDENTS if request[role]}
     for spec in students.values():
         check_pair(teacher.model, spec)
-    names, examples = _examples(request)
+    names, examples = _examples(request, teacher.tokenizer)
     loaded = teacher.load()
     return reward_view(
         loaded,
@@ -61,10 +66,14 @@ def view_of_labels(request: dict[str, Any]) -> RewardView:
     )
 
 
-def _examples(request: dict[str, Any]) -> tuple[list[str], list[Example]]:
-    """Names of the templates, and the inputs that all of them apply to."""
-    source = Reading.of(request).prompted_rows(row_source(request))
+def _examples(request: dict[str, Any], tokenizer: Any) -> tuple[list[str], list[Example]]:
+    """Names of the templates, and the inputs that all of them apply to; what is wrong with these is logged."""
+    source = Reading.of(request, tokenizer).prompted_rows(row_source(request))
     rows = [row for _, block in source.blocks(request["limit"], lambda k: k == 0) for row in block]
+    flaws = FlawCounts()
+    flaws.add_rows(rows, source.render.template_names)
+    for line in flaws.lines():
+        logger.warning("%s", line)
     if failed := [prompt.error for row in rows for prompt in row.prompts if prompt.status == "failed"]:
         raise DataError(str(failed[0]))
     examples = [

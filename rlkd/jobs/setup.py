@@ -7,16 +7,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from transformers import set_seed
+
 from ..checks import Count, Natural, Share, check_settings
-from ..choices import Truncation
+from ..choices import OnBadRow, Truncation
 from ..data.examples import Examples
-from ..data.files import splits_of
+from ..data.files import is_pattern, splits_of
 from ..data.splits import held_out_inputs, inputs_of
+from ..data.text import text_format
 from ..errors import ConfigError, DataError
 from ..evaluation.evaluator import TaskMetric
 from ..evaluation.task_metrics import TASK_METRICS, references_of
 from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
+from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.spec import Dtype, ModelSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
@@ -35,7 +39,12 @@ logger = logging.getLogger(__name__)
 class DataArguments:
     """Unlabeled inputs for training, held-out inputs for evaluation, and how each model sees them."""
 
-    dataset: str = field(metadata={"help": "Hub id, or a local .jsonl / .csv / .tsv / .parquet file."})
+    dataset: str = field(
+        metadata={
+            "help": "Hub id, or local .jsonl, .json, .csv, .tsv, .parquet or .arrow files: one (text also .gz, .bz2, "
+            ".xz, .zst), a pattern such as data/*.jsonl, or a folder."
+        },
+    )
     input_column: str = field(metadata={"help": "Column that the student reads."})
     dataset_subset: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split of unlabeled inputs."})
@@ -49,6 +58,26 @@ class DataArguments:
     eval_split: str = field(default="validation", metadata={"help": "Split of held-out inputs."})
     eval_fraction: Share = field(
         default=0.1, metadata={"help": "Share of the inputs that is held out of a dataset without splits."}
+    )
+    delimiter: str | None = field(
+        default=None, metadata={"help": "Delimiter of .csv and .tsv files, one character or tab; null: found in them."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of text files; null: UTF-8, or what a byte order mark says."}
+    )
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "Column names of .csv and .tsv files without a header."}
+    )
+    on_bad_row: OnBadRow = field(
+        default="fail", metadata={"help": "Rows that cannot be read or rendered: fail, or skip and count them."}
+    )
+    skip_missing: bool = field(
+        default=False,
+        metadata={"help": "Skip rows whose prompts print a missing value (None), which are otherwise only counted."},
+    )
+    skip_unknown: bool = field(
+        default=False,
+        metadata={"help": "Skip rows with characters that the tokenizer does not know; otherwise only counted."},
     )
     reference_column: str | None = field(
         default=None,
@@ -122,6 +151,11 @@ class TeacherArguments:
         default=512, metadata={"help": "Size of the cache of the teacher's prompt states, in MB."}
     )
 
+    allow_bin: bool = field(
+        default=False,
+        metadata={"help": "Teacher and student may be pickled .bin files (read with weights_only)."},
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)
 
@@ -160,13 +194,14 @@ def prepare(
     settings = (data, teacher, student)
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
+    ours, theirs = _student_spec(student, teacher), _teacher_spec(teacher, training)
     if student.use_peft:
-        config = ModelSpec(student.model_name_or_path, "student", revision=student.model_revision).config
-        student.lora_task_type = architecture_of(config, "student", student.model_name_or_path).lora_task_type
+        student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
-    ours, theirs = _student_spec(student), _teacher_spec(teacher, training)
     check_pair(theirs, ours)
-    train, evaluation, labels, note = load_data(data)
+    if student.use_peft and ours.adapter:
+        check_same_settings(ours.adapter, _peft_config(student))
+    train, evaluation, labels, note = load_data(data, ours.tokenizer)
     if data.task_metric != "none":
         rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
         references_of(evaluation[:rows])
@@ -174,12 +209,11 @@ def prepare(
         print(note if data.templates else f"{note}\nno templates: the teacher reads what the student reads")
 
     model = ours.load()
-    if student.use_peft:
-        from peft import get_peft_model
-        from transformers import set_seed
-
+    if student.use_peft and not ours.adapter:
         set_seed(training.seed)  # adapters start at random
-        model = get_peft_model(model, get_peft_config(student))  # type: ignore[arg-type]
+        model = add_adapter(model, _peft_config(student))
+    if student.use_peft:
+        model = without_dropout(model)
     frozen = Teacher(
         theirs.language_model(),
         ours.tokenizer,
@@ -200,8 +234,10 @@ def prepare(
     )
 
 
-def _student_spec(student: ModelConfig) -> ModelSpec:
-    """The student of TRL's settings. It stays where it loads: the trainer places it."""
+def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
+    """The student of TRL's settings. It stays where it loads: the trainer places it. With use_peft an adapter is
+    trained further, otherwise merged.
+    """
     return ModelSpec(
         str(student.model_name_or_path),
         "student",
@@ -209,7 +245,17 @@ def _student_spec(student: ModelConfig) -> ModelSpec:
         dtype=student.dtype if student.dtype not in (None, "auto") else "float32",
         attention=student.attn_implementation,
         quantization=get_quantization_config(student),
+        allow_bin=teacher.allow_bin,
+        keep_adapter=student.use_peft,
     )
+
+
+def _peft_config(student: ModelConfig) -> Any:
+    """PEFT's configuration. TRL turns a list of one module into a string, which PEFT would match as a whole path."""
+    config: Any = get_peft_config(student)
+    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        config.target_modules = {config.target_modules}
+    return config
 
 
 def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> ModelSpec:
@@ -219,26 +265,27 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
         revision=teacher.teacher_revision,
         dtype=teacher.teacher_dtype,
         device=str(training.device),
+        allow_bin=teacher.allow_bin,
     )
 
 
-def load_data(data: DataArguments) -> tuple[Examples, Examples, Any, str]:
+def load_data(data: DataArguments, tokenizer: Any = None) -> tuple[Examples, Examples, Any, str]:
     """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; every column
     is checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
-    Raises DataError or ConfigError.
+    tokenizer: to count the characters that it does not know. Raises DataError or ConfigError.
     """
-    reading = Reading.of(vars(data))
-    source = RowSource(data.dataset, _split(data.dataset, data.train_split), data.dataset_subset, data.train_limit)
-    # Training never looks at references.
-    train = replace(reading, reference_column=None).examples(source)
+    reading = Reading.of(vars(data), tokenizer)
+    source = _source(data, data.dataset, data.train_split, data.train_limit)
     labels = None if data.pseudo_labels is None else _labels(data, reading, source)
-    held_out = _held_out_source(data)
+    held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)
     if held_out != replace(source, limit=None):
-        evaluation = reading.examples(held_out)
+        # Training never looks at references.
+        train, evaluation = replace(reading, reference_column=None).examples(source), reading.examples(held_out)
         return train, evaluation, labels, f"held out: {len(evaluation)} inputs of {held_out.dataset} ({held_out.split})"
-    chosen = held_out_inputs(train.inputs(), data.eval_fraction, data.dataset)
-    (train, _), (_, evaluation) = train.split(chosen), reading.examples(source).split(chosen)
+    whole = reading.examples(source)
+    chosen = held_out_inputs(whole.inputs(), data.eval_fraction, data.dataset)
+    train, evaluation = whole.split(chosen)
     note = (
         f"held out: {len(evaluation)} of {len(train) + len(evaluation)} inputs of {data.dataset}, split off "
         f"(eval_fraction {data.eval_fraction:g}; equal inputs stay together; eval_dataset names rows of your own)"
@@ -252,18 +299,18 @@ def load_data(data: DataArguments) -> tuple[Examples, Examples, Any, str]:
     return train, evaluation, labels, note
 
 
-def _held_out_source(data: DataArguments) -> RowSource:
-    """Where held-out rows come from; that of the training rows if they are to be split off."""
-    if data.eval_dataset is not None:
-        subset = None if Path(data.eval_dataset).exists() else data.dataset_subset
-        return RowSource(data.eval_dataset, _split(data.eval_dataset, data.eval_split), subset)
-    return RowSource(data.dataset, _split(data.dataset, data.eval_split), data.dataset_subset)
-
-
-def _split(dataset: str, split: str) -> str:
-    """The split to read; a local source whose shards are not named by split has one."""
-    path = Path(dataset)
-    return "train" if path.exists() and split not in splits_of(path) else split
+def _source(data: DataArguments, dataset: str, split: str, limit: int | None) -> RowSource:
+    """The rows of a split; a local source whose files are not named by split has one."""
+    path = Path(dataset).expanduser()
+    local = path.exists() or is_pattern(dataset)
+    return RowSource(
+        dataset,
+        "train" if local and split not in splits_of(path) else split,
+        None if local and dataset != data.dataset else data.dataset_subset,
+        limit,
+        text_format(vars(data), beside=data.dataset, path=dataset),
+        data.on_bad_row,
+    )
 
 
 def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets.Dataset:

@@ -15,9 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError, DataError
+from ..io import bounded_yaml
 from ..io.files import sha256, write_durably
 
 Result = dict[str, Any]
@@ -208,8 +207,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_plan(path: Path, *, quick: bool) -> dict[str, Any]:
-    """A study's YAML file. Its key `quick` holds the tiny sizes: with `quick` they replace what they name."""
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """A study's YAML file. Its key `quick` holds the tiny sizes: with `quick` they replace what they name.
+
+    Raises ConfigError for a file that cannot be read, or is no mapping with that key.
+    """
+    plan: Any = bounded_yaml.read(path)
+    if not isinstance(plan, dict) or not isinstance(plan.get("quick"), dict):
+        raise ConfigError(f"{path}: must be a mapping, whose key 'quick' is a mapping of the sizes to replace.")
     tiny = plan.pop("quick")
     return _merged(plan, tiny) if quick else plan
 

@@ -117,17 +117,40 @@ class Labeller:
                     else:
                         slots.append(_Slot(position, row, template, prompt.text, prompt.choices, []))
                 position += self.labels_per_prompt
-        limit, tokenizer, eos = self.teacher.max_input_tokens, self.teacher.tokenizer, self.teacher.append_eos
-        if slots:
-            for slot, ids in zip(
-                slots, encode_texts(tokenizer, [s.text for s in slots], NO_LIMIT, append_eos=eos), strict=True
-            ):
-                slot.ids, slot.truncated = ids, len(ids) > limit
+        slots = self._encoded(slots, labels)
         if self.decoding is None:
             slots = self._rankable(slots, labels)
         if long := [slot for slot in slots if slot.truncated]:
             slots = self._shorten(slots, long, labels)
         return slots
+
+    def _encoded(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+        """The prompts with their ids; those that the tokenizer fails on get their labels here."""
+
+        def encode(some: list[_Slot]) -> None:
+            texts = [slot.text for slot in some]
+            found = encode_texts(self.teacher.tokenizer, texts, NO_LIMIT, append_eos=self.teacher.append_eos)
+            for slot, ids in zip(some, found, strict=True):
+                slot.ids, slot.truncated = ids, len(ids) > self.teacher.max_input_tokens
+
+        if not slots:
+            return slots
+        # Tokenizers raise errors of many kinds for a text, which is then found by trying them one by one.
+        try:
+            encode(slots)
+            return slots
+        except Exception as error:
+            usable, first = [], error
+        for slot in slots:
+            try:
+                encode([slot])
+                usable.append(slot)
+            except Exception as error:
+                reason = f"the tokenizer fails on the prompt: {type(error).__name__}: {error}"
+                self._blank(slot.position, slot.row, slot.template, None, "failed", reason, labels)
+        if not usable:
+            raise first
+        return usable
 
     def _rankable(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
         """The prompts whose answer choices have different tokens; the others fail."""

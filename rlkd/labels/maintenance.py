@@ -12,7 +12,7 @@ from ..io.cards import CARD
 from ..io.files import refuse_links, write_durably
 from ..io.lock import writer_lock
 from .card import card
-from .folder import BAD_ROWS, changes
+from .folder import BAD_ROWS, changes, refuse_others
 from .integrity import SHOWN, log_problems, shard_problem, total
 from .manifest import MANIFEST, Manifest
 
@@ -80,6 +80,7 @@ def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
     if not logs:
         raise DataError(f"{', '.join(map(str, folders))}: no part of a job array (manifest-I-of-N.jsonl).")
     _check_parts(logs)
+    refuse_others(out)
     shards = {k: (log, shard) for log in logs for k, shard in log.shards.items()}
     out.mkdir(parents=True, exist_ok=True)
     with writer_lock(out / MANIFEST):

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..data.flaws import FlawCounts
 from ..errors import DivergenceError, InterruptedRunError, RlkdError
 from ..io.cards import CARD
 from ..io.files import write_durably
@@ -33,7 +34,7 @@ from ..sampling.agreement import agreement
 from ..sampling.engines.protocol import Decoding, Engine
 from ..sampling.schedule import Budget
 from .card import card
-from .folder import BAD_ROWS, changes, check_output, clear, refuse
+from .folder import BAD_BATCH, BAD_ROWS, changes, check_output, clear, refuse
 from .integrity import damage, total
 from .labelling import Labeller, PromptReader, StoppedError
 from .manifest import FORMAT, Manifest, partial_name, shard_name
@@ -43,7 +44,6 @@ from .store import read_partial, summarise, write_labels
 
 logger = logging.getLogger(__name__)
 
-BAD_BATCH = "not_finite.jsonl"
 AGREEMENT_PROMPTS, AGREEMENT_TOKENS = 100, 32
 
 
@@ -142,8 +142,9 @@ class Run:
                 return
             logger.warning("%s: continuing with changed settings:\n%s", self.out, "\n".join(changed))
         if self.source.bad_rows:
-            lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in self.source.bad_rows]
-            write_durably(self.out / BAD_ROWS, "".join(lines).encode())
+            lines = [json.dumps(bad, ensure_ascii=False, default=str) + "\n" for bad in self.source.bad_rows]
+            # Half a surrogate pair is escaped as JSON does it.
+            write_durably(self.out / BAD_ROWS, "".join(lines).encode("utf-8", "backslashreplace"))
         if not self.engine.exact and self.reference and (measured := self._agreement(self.reference)):
             header["agreement"] = measured
         manifest.append("header", **header)
@@ -222,6 +223,8 @@ class Run:
 
     def _commit(self, manifest: Manifest, k: int, rows: list[PromptedRow], labels: list[PseudoLabel]) -> None:
         checksum = write_labels(self.out / shard_name(k), labels, top_k=self.top_k)
+        flaws = FlawCounts()
+        flaws.add_rows(rows, [name for name, *_ in self.source.templates])
         manifest.append(
             "shard",
             shard=k,
@@ -232,6 +235,7 @@ class Run:
             sha256=checksum,
             generation=self.header["generation"],
             **summarise(labels),
+            **({"flaws": counted} if (counted := flaws.to_json()) else {}),
         )
         (self.out / partial_name(k)).unlink(missing_ok=True)
 

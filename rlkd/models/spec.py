@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from .adapters import Adapter
     from .language_model import LanguageModel
     from .teacher import Teacher
 
@@ -58,6 +59,8 @@ class ModelSpec:
     quantization  bitsandbytes' settings (`models.loading.quantization_config`), or None
     attention     transformers' name of the attention implementation; None: its default
     device        where the weights go; None: where they load. bitsandbytes places quantized weights itself
+    allow_bin     load pickled weights (.bin) where there are no safetensors
+    keep_adapter  an adapter is trained further, not merged into its base
     """
 
     name: str
@@ -67,15 +70,27 @@ class ModelSpec:
     quantization: Any = None
     attention: str | None = None
     device: str | None = None
+    allow_bin: bool = False
+    keep_adapter: bool = False
 
     @cached_property
     def config(self) -> Any:
-        """The configuration. Raises ModelError if there is none, or if such a model cannot take the role."""
-        from .loading import check_config, load_config, resolve_dtype
+        """The configuration. Raises ModelError if there is none, if such a model cannot take the role, or if its files
+        are damaged.
+        """
+        from .loading import check_config, check_saved_weights, load_config, resolve_dtype
 
         config = load_config(self.name, self.role, self.revision)
         check_config(config, self.role, self.name, resolve_dtype(self.dtype, f"{self.role}_dtype"))
+        check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
         return config
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The adapter that it is, None for a whole model. Raises ModelError if its base is gone or has changed."""
+        from .adapters import adapter_of
+
+        return adapter_of(self.name, self.role, self.revision)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -103,7 +118,7 @@ class ModelSpec:
 
     @property
     def adapted(self) -> bool:
-        return False
+        return self.adapter is not None and (self.keep_adapter or self.quantized)
 
     def load(self, device: str | None = None) -> Any:
         """The transformers model. Raises ModelError if the checkpoint lacks weights, and as `config` does."""
@@ -116,6 +131,8 @@ class ModelSpec:
             revision=self.revision,
             attention=self.attention,
             quantization=self.quantization,
+            allow_bin=self.allow_bin,
+            keep_adapter=self.keep_adapter,
         )
         where = device or self.device
         return model if where is None or self.quantized else model.to(where)

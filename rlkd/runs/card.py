@@ -22,12 +22,15 @@ METHODS = {
     "SupervisedTrainer": "imitation of the teacher (sequence-level distillation, or a divergence to it on its answers)",
     "TKDTrainer": "distillation of an encoder-only classifier",
 }
+# Part of the name of a student's class -> what loads it, and the hub's name of the task: that of encoder-decoders
+# (text2text-generation) is gone from transformers 5.
 HEAD = {
-    "Seq2SeqLM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+    "Seq2SeqLM": ("AutoModelForSeq2SeqLM", "text-generation"),
     "CausalLM": ("AutoModelForCausalLM", "text-generation"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
     "Classification": ("AutoModelForSequenceClassification", "text-classification"),
 }
+FOLDER = "path/to/this/folder"
 
 
 def write_card(
@@ -63,9 +66,7 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
         "## Training",
         _training(record, settings),
         "## Use",
-        f"```python\nfrom transformers import AutoTokenizer, {auto}\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-        f'model = {auto}.from_pretrained("path/to/this/folder")\n```',
+        _use(auto, architecture, settings),
         "## Limits",
         _limits(record, settings, auto),
         "## Command, settings, versions",
@@ -130,6 +131,42 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
         lines.append(f"- loss: preset {cell(str(settings['preset']))}")
     shown = table(("data", "source", "rows", "fingerprint"), data) if data else "The data are not recorded."
     return "\n".join(lines) + f"\n\n{shown}"
+
+
+def _use(auto: str, architecture: str, settings: dict[str, Any]) -> str:
+    """A snippet that answers as the student was evaluated, with transformers (and PEFT for an adapter) alone."""
+    import transformers
+
+    if "Classification" in auto:
+        code = "" if hasattr(transformers, architecture) else ", trust_remote_code=True"  # code that rlkd saved with it
+        return _python(
+            "from transformers import pipeline",
+            "",
+            f'classify = pipeline("text-classification", model="{FOLDER}"{code})',
+            f'print(classify("A text.", truncation=True, max_length={settings.get("max_length", 128)}))',
+            '# Of two texts: classify({"text": "One text.", "text_pair": "Another."}, ...)',
+        )
+    adapter = architecture.startswith("Peft")
+    load = f"Auto{architecture}" if adapter else auto
+    options = f', generation_config=GenerationConfig.from_pretrained("{FOLDER}")' if adapter else ""
+    template = settings.get("student_template")
+    return _python(
+        f"from peft import {load}" if adapter else None,
+        f"from transformers import {'AutoTokenizer, GenerationConfig' if adapter else f'{auto}, AutoTokenizer'}",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")',
+        f'model = {load}.from_pretrained("{FOLDER}")',
+        f"# The student reads inputs under the template {cell(str(template))}." if template else None,
+        f'inputs = tokenizer(["A text."], truncation=True, max_length={settings.get("max_input_tokens", 512)}, '
+        'return_tensors="pt")',
+        f"answers = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask{options})",
+        "print(tokenizer.batch_decode(answers, skip_special_tokens=True))",
+    )
+
+
+def _python(*lines: str | None) -> str:
+    code = "\n".join(line.replace("```", "") for line in lines if line is not None)
+    return f"```python\n{code}\n```"
 
 
 def _labels(made: dict[str, Any]) -> str:

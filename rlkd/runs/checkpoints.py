@@ -18,7 +18,8 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, RlkdError
 from ..io.files import sha256, sync_folder, write_durably
-from .files import ALARMS_FILE, METRICS, SAMPLES, TOKEN_REWARDS
+from ..io.folders import refuse_other_contents
+from .files import ALARMS_FILE, HELD_OUT, METRICS, RUN_FILE, SAMPLES, TOKEN_REWARDS
 from .record import check_settings
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,19 @@ UNFINISHED = "_unfinished"
 SET_ASIDE = "set_aside"
 # The logs of a run; a resumed run removes the lines after its checkpoint.
 LOGS = (METRICS, SAMPLES, TOKEN_REWARDS, ALARMS_FILE)
+# What may be in a run folder before run.json is: logs of an evaluation, the fine-tuned teacher and its outputs.
+OWN = (
+    *LOGS,
+    HELD_OUT,
+    UNFINISHED,
+    SET_ASIDE,
+    "fine_tuning.json",
+    "teacher",
+    "teacher_cache",
+    "diverged",
+    "onnx",
+    "*.html",
+)
 # Bytes that a checkpoint takes in addition to its tensors, and a disk in addition to its files.
 SMALL_FILES = 2**20
 RESUME = "--resume_from_checkpoint auto"
@@ -130,6 +144,14 @@ def requested(resume_from_checkpoint: str | bool | None) -> str | None:
     return "auto" if word in ("true", "auto") else str(resume_from_checkpoint)
 
 
+def check_run_folder(run: Path, models: Iterable[str | None] = ()) -> None:
+    """Raise ConfigError if `run` holds something else than a run, or is the folder of one of the models it reads."""
+    for model in models:
+        if model and run.exists() and Path(model).exists() and run.samefile(model):
+            raise ConfigError(f"output_dir {run} is the folder of a model that the run reads. Name another folder.")
+    refuse_other_contents(run, "output_dir", signs=(RUN_FILE, "checkpoint-*"), own=OWN)
+
+
 def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
     """The checkpoint to resume from; None for a new run.
 
@@ -137,6 +159,7 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
     Raises CheckpointError if there are checkpoints but none is intact, ConfigError if a new run would mix with those of
     an earlier one.
     """
+    check_run_folder(run)
     own = checkpoints(run)
     if wanted is None:
         if own:
@@ -163,9 +186,11 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
 
 
 def check_resumed_settings(args: Any, sections: Iterable[Any]) -> None:
-    """Raise ConfigError if the checkpoint that a recipe is to resume was written with other settings; for recipes,
-    before a model is read. args, the trainer's settings; sections, the others.
+    """Raise ConfigError if the checkpoint that a recipe is to resume was written with other settings, or if output_dir
+    is something else's; for recipes, before a model is read. args, the trainer's settings; sections, the others.
     """
+    named = [getattr(section, name, None) for section in sections for name in ("teacher", "model_name_or_path")]
+    check_run_folder(Path(str(args.output_dir)), named)
     wanted, own = requested(args.resume_from_checkpoint), checkpoints(Path(str(args.output_dir)))
     checkpoint = next(iter(own.values()), None) if wanted == "auto" else wanted
     if checkpoint:

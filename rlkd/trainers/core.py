@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..data.splits import shared_inputs
+from ..io import bounded_yaml
 from ..io.redaction import redacted
 from ..models.digests import weights_digest
 from ..models.loading import check_finite
+from ..models.saving import save_student
 from ..runs.best import BestCheckpoint, check_best_metric, check_held_out
 from ..runs.card import write_card
-from ..runs.checkpoints import read_state
+from ..runs.checkpoints import check_run_folder, read_state
 from ..runs.files import METRICS, RUN_FILE, append_lines
 from ..runs.finite import FiniteGuard
 from ..runs.guards import AlarmCallback
@@ -98,6 +99,8 @@ class StudentTrainer(ResumableTrainer):
         """Write run.json; if the run continues from a checkpoint, first check that it is the same run."""
         super().begin_run(checkpoint)
         self.announcement.checkpoint = checkpoint
+        named = [getattr(getattr(model, "config", None), "name_or_path", None) for model in self.models().values()]
+        check_run_folder(self.run_folder, named)
         sections = [*self.settings, self.args]
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
         described = {role: describe_data(rows) for role, rows in data.items() if rows is not None}
@@ -201,7 +204,7 @@ class StudentTrainer(ResumableTrainer):
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.optim == "adafactor" and args.optim_args:
             given = dict(pair.split("=", 1) for pair in args.optim_args.replace(" ", "").split(","))
-            kwargs |= {name: yaml.safe_load(value) for name, value in given.items()}
+            kwargs |= {name: bounded_yaml.load(value) for name, value in given.items()}
         return optimizer, kwargs
 
     # Guards: `finite` stops on non-finite numbers, `alarms` checks the logged numbers.
@@ -238,9 +241,13 @@ class StudentTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.trained.student.save_pretrained(folder)
+        save_student(self.trained.student, folder, self.generation_config())
         self.tokenizer.save_pretrained(folder)
         self.write_card(folder)
+
+    def generation_config(self) -> Any:
+        """The GenerationConfig to save with the student; None for its own."""
+        return None
 
     def write_card(self, folder: Path) -> None:
         """README.md: the model card of the student as it is now."""

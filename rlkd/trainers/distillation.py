@@ -21,6 +21,7 @@ from ..evaluation.samples import Sample
 from ..io.progress import progress
 from ..models.architectures import language_model
 from ..models.policy import Policy
+from ..models.saving import evaluated_generation
 from ..models.signals import SignalSource, check_signal
 from ..models.teacher import Teacher
 from ..objectives.policy import reduce_tokens
@@ -257,6 +258,10 @@ class DistillationTrainer(StudentTrainer):
     def gather(self, x: Tensor) -> Tensor:
         """The rows [B, ...] of every process, padded with 0 to the longest answer."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
+
+    def generation_config(self) -> Any:
+        """As in `StudentTrainer`: plain `generate()` of the saved student gives the answers that are evaluated here."""
+        return evaluated_generation(self.policy.lm, self.args.max_new_tokens)
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the critic goes next to the student, the objective's state into the extras."""

@@ -310,7 +310,7 @@ def test_bad_rows_are_counted_and_kept_aside(tmp_path):
     assert [(entry["place"], entry["record"].strip()) for entry in bad] == [
         (2, '{"text":'), (3, '{"text": 5, "n": 1}'), (4, '{"text": "b", "n": "x"}')
     ]  # fmt: skip
-    assert "column 'n' has type number in line 1 but str in line 4" in bad[2]["error"]
+    assert "rows.jsonl:4: column 'n' has text here but a number in " in bad[2]["error"]
 
 
 def test_top_k_columns_are_there_only_if_asked_for(tmp_path, whole):

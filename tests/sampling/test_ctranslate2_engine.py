@@ -186,6 +186,23 @@ def test_the_weights_are_read_to_convert_them_and_not_kept(tmp_path, monkeypatch
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("damage", ["a bit", "cut off", "gone", "no checksums"])
+def test_a_damaged_conversion_is_made_again(cache, caplog, damage):
+    lm = model_of("t5-untied")
+    folder = convert(lm, "float32")
+    whole = (folder / "model.bin").read_bytes()
+    if damage == "a bit":
+        (folder / "model.bin").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    elif damage == "cut off":
+        os.truncate(folder / "model.bin", 99)
+    else:
+        (folder / {"gone": "model.bin", "no checksums": "sha256.json"}[damage]).unlink()
+    assert convert(lm, "float32") == folder
+    assert (folder / "model.bin").read_bytes() == whole
+    assert "is damaged: converting it again" in caplog.text
+    engine_of(lm).answer(PROMPTS, SEEDS, GREEDY)
+
+
 def test_a_teacher_is_converted_once_and_again_when_a_single_weight_changes(cache):
     lm = model_of("t5")
     first = convert(lm, "float32")

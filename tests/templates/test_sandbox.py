@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rlkd.errors import ConfigError, DataError
 from rlkd.templates import sandbox
 from rlkd.templates.meter import Limits, Meter
-from rlkd.templates.sandbox import PIPE_PROTECTOR, SandboxError, plain_row
+from rlkd.templates.rows import PIPE_PROTECTOR, plain_row
+from rlkd.templates.sandbox import SandboxError
 from rlkd.templates.template import Template
 
 ROW = {"a": "text", "xs": [1, 2, 3], "d": {"k": "v"}, "n": 5, "words": ["one", "two"], "big": "x" * 1_000_000}

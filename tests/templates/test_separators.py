@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkd.errors import DataError
-from rlkd.templates import sandbox
-from rlkd.templates.sandbox import PIPE_PROTECTOR, SandboxError
+from rlkd.templates import rows
+from rlkd.templates.rows import PIPE_PROTECTOR
+from rlkd.templates.sandbox import SandboxError
 from rlkd.templates.template import Rendered, Template
 
 TARGET = " ||| gold"
@@ -117,7 +118,7 @@ def test_errors_show_bars():
 
 def test_a_row_of_all_the_symbols(monkeypatch):
     """Characters that the row does not hold are found if there are any; if there are none, the row fails."""
-    monkeypatch.setattr(sandbox, "_RARE", tuple("abcdef"))
+    monkeypatch.setattr(rows, "_RARE", tuple("abcdef"))
     assert {Template("T", "{{ a }}{{ xs }}|||y").parts({"a": "ab", "xs": ["c"]})[1] for _ in range(50)} == {"y"}
     with pytest.raises(SandboxError, match=r"cannot tell its '\|\|\|' from the row"):
         Template("T", "{{ a }}|||{{ d }}").parts({"a": "ab", "d": {"c": ["d"]}})

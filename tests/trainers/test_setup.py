@@ -4,23 +4,37 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from peft import PeftModel
 from test_tkd import make as make_tkd
 from test_tkd import rows as labelled_rows
+from transformers import AutoModelForSeq2SeqLM
+from typer.testing import CliRunner
 
 import tiny_runs
-from rlkd import DataArguments, Example, PPOArguments, TeacherArguments, generate_pseudolabels, prepare
+from rlkd import (
+    DataArguments,
+    Example,
+    PPOArguments,
+    SupervisedArguments,
+    SupervisedTrainer,
+    TeacherArguments,
+    generate_pseudolabels,
+    load_pseudolabels,
+    prepare,
+)
+from rlkd.cli.main import app
 from rlkd.errors import ConfigError, DataError
 from rlkd.evaluation.task_metrics import classification_metrics, exact_match
 from rlkd.jobs.setup import load_data
 from rlkd.sampling.engines.protocol import Decoding
 from rlkd.settings.trl_compat import ModelConfig
-from rlkd.trainers.arguments import SupervisedArguments
-from rlkd.trainers.supervised import SupervisedTrainer
 from tiny import VALID, save_pair, tiny_t5, tiny_teacher
+from tiny_runs import labels
 
 TEMPLATES = """dataset: mine
 templates:
@@ -134,6 +148,55 @@ def test_what_a_recipe_is_built_from(tmp_path, load):
     ]
     assert torch.equal(adapters[0], adapters[1])
     assert not torch.equal(adapters[0], adapters[2])
+
+
+@pytest.mark.slow
+def test_an_adapter_is_the_next_stage(tmp_path, load):
+    """Trained further with its own settings, or merged; other settings are named."""
+    teacher, student = save_pair(tmp_path / "models")
+    data = DataArguments(
+        dataset=str(tmp_path / "rows.jsonl"), input_column="body", reference_column="text", templates=["mine:ask"],
+        templates_dir=str(tmp_path), column_map=["gold=text"],
+    )  # fmt: skip
+    lora = {"use_peft": True, "lora_r": 2, "lora_alpha": 4, "lora_target_modules": ["q"]}
+
+    def prepared(model, teacher=teacher, **options):
+        told = TeacherArguments(teacher, teacher_dtype="float32")
+        training = SupervisedArguments(str(tmp_path / "run"), use_cpu=True, max_steps=1, learning_rate=0.1)
+        return prepare(data, told, ModelConfig(model, dtype=None, **options), training), training
+
+    setup, training = prepared(student, **lora)
+    assert {module.p for module in setup.student.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    trainer = SupervisedTrainer(setup.student, training, train_dataset=labels(4), **setup.trainer_inputs())
+    trainer.run(setup.settings)
+    folder, start = training.output_dir, AutoModelForSeq2SeqLM.from_pretrained(student)
+    expected = PeftModel.from_pretrained(start, folder)
+    assert json.loads(Path(folder, "adapter_config.json").read_text())["lora_dropout"] == 0
+
+    further, _ = prepared(folder, **lora)
+    ours, theirs = further.student.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any(weight.requires_grad for weight in further.student.parameters())
+    merged, expected = prepared(folder)[0].student.state_dict(), expected.merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
+    assert not all(torch.equal(merged[name], weight) for name, weight in tiny_t5(seed=1).state_dict().items())
+    assert prepared(student, teacher=folder)[0].teacher.lm.model.name_or_path == folder
+    with pytest.raises(ConfigError, match=r"settings differ: r 3 \(the adapter has 2\), target_modules \['v'\] \("):
+        prepared(folder, **lora | {"lora_r": 3, "lora_target_modules": ["v"]})
+
+    with pytest.raises(ConfigError, match="use_peft: PEFT cannot adapt this student: Target modules"):
+        prepared(student, use_peft=True, lora_target_modules=["nothing", "such"])
+
+    args = ["inspect-rewards", "--teacher", teacher, "--student", folder, "--student-before", student, "--json"]
+    args += ["--dataset", data.dataset, "--input-column", "gold", "--max-new-tokens", "3"]
+    assert CliRunner().invoke(app, args, catch_exceptions=False).exit_code == 0
+    for engine in ("torch", "ctranslate2"):
+        args = ["generate-pseudolabels", "--teacher", folder, "--dataset", data.dataset, "--input-column", "gold"]
+        args += ["--out", str(tmp_path / engine), "--max-new-tokens", "3", "--engine", engine]
+        assert CliRunner().invoke(app, args, catch_exceptions=False).exit_code == 0
+    (mine, others) = (load_pseudolabels(tmp_path / engine)["label"] for engine in ("torch", "ctranslate2"))
+    assert mine == others
 
 
 def test_a_recipe_without_a_student():

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, RlkdError
+from ...io.files import sha256
 from ...models.digests import weights_digest
 from ...models.language_model import LanguageModel
 from ...models.spec import LoadedModel, ModelSource
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # The converter's class for each model type.
 LOADERS = {"t5": "T5Loader", "mt5": "MT5Loader", "bart": "BartLoader"}
+CHECKSUMS = "sha256.json"
 INSTALL = "pip install 'rlkd[ctranslate2]'"
 
 
@@ -176,18 +178,23 @@ def _unable(decoding: Decoding | None) -> str | None:
 
 def convert(lm: LanguageModel, compute_type: str) -> Path:
     """The folder of the converted teacher: `ctranslate2/<hash of the weights, precision and version>` below $RLKD_CACHE
-    or ~/.cache/rlkd. It is written under a temporary name, then renamed, so that it is complete or absent.
+    or ~/.cache/rlkd. It is written under a temporary name, then renamed, so that it is complete or absent; one whose
+    files have changed since is converted again.
     """
     spec = _specification(lm)
     folder = _cache() / "ctranslate2" / _digest(spec, compute_type)
     if folder.is_dir():
-        return folder
+        if _checksums(folder) == _recorded(folder):
+            return folder
+        logger.warning("the converted teacher in %s is damaged: converting it again", folder)
+        shutil.rmtree(folder)
     logger.info("converting the teacher for CTranslate2 (%s): %s", compute_type, folder)
     spec.optimize(quantization=compute_type)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         spec.save(str(temporary))
+        (temporary / CHECKSUMS).write_text(json.dumps(_checksums(temporary), indent=2), encoding="utf-8")
         os.rename(temporary, folder)
     except OSError:
         # Another process may have been faster.
@@ -196,6 +203,18 @@ def convert(lm: LanguageModel, compute_type: str) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of the files that CTranslate2 reads."""
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
+
+
+def _recorded(folder: Path) -> Any:
+    try:
+        return json.loads((folder / CHECKSUMS).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _specification(lm: LanguageModel) -> Any:

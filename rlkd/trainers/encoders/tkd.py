@@ -81,7 +81,7 @@ def check_distillation(
 
 
 def check_labels_and_vocabulary(model: Any, role: str, tokenizer: Any) -> None:
-    """Raises ModelError unless the model is a single-label classifier with an embedding for every id."""
+    """Raises ModelError unless the model gives single labels and has embeddings for all ids of the tokenizer."""
     check_single_label(model.config, role)
     name = model.config.name_or_path or model.config.model_type
     check_vocabulary_fits(model.config, valid_vocab(tokenizer), role, name)
