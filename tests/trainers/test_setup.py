@@ -291,6 +291,12 @@ def test_labels_of_held_out_inputs_are_not_trained_on(tmp_path):
     assert len(trained) == 18
     assert not trained & plain(held_out)
     assert "6 of 60 labels are of held-out inputs and are left out" in note
+    only = [{"note": row["note"], "gold": ""} for row in rows if row["note"].lower().strip() not in trained]
+    held = tmp_path / "held"
+    examples = [Example(str(i), row["note"], (row["note"],)) for i, row in enumerate(only)]
+    generate_pseudolabels(tiny_teacher(), examples, out=held, template_names=["none"], decoding=decoding)
+    with pytest.raises(DataError, match="held has labels of held-out inputs only: set eval_dataset"):
+        load_data(DataArguments(mine, "note", pseudo_labels=str(held)))
     # The folder of labels may also be the unlabeled inputs of RL.
     train, held_out, *_ = load_data(DataArguments(str(out), "student_input"))
     assert len(held_out) == 6
