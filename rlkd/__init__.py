@@ -20,6 +20,7 @@ _MODULES = {
     "data.examples": ("Examples", "supervised_pairs"),
     "data.glue": ("find_labels", "load_labelled", "load_task", "TableLayout", "write_submission"),
     "data.rows": ("load_rows",),
+    "data.text": ("TextFormat",),
     "errors": (
         "CheckpointError",
         "ConfigError",
@@ -131,6 +132,7 @@ if TYPE_CHECKING:
     from .data.glue import load_task as load_task
     from .data.glue import write_submission as write_submission
     from .data.rows import load_rows as load_rows
+    from .data.text import TextFormat as TextFormat
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import DataError as DataError

@@ -6,9 +6,9 @@ import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, overload
 
@@ -290,7 +290,7 @@ def supervised_pairs(
         for template in templates:
             rendered = template.render(row, seed=seed)
             if rendered.target is not None:
-                missing = missing_columns(template, row, rendered.input, lambda r, t=template: t.parts(r, seed=seed)[0])
+                missing = missing_columns(template, row, rendered.input, partial(_input_part, template, seed))
                 flaws.add(template.name, Prompt(rendered.input, missing=missing))
                 pairs.append(
                     {"id": f"{number}:{template.name}", "student_input": rendered.input, "label": rendered.target}
@@ -309,6 +309,10 @@ def supervised_pairs(
     if len(pairs) < total:
         logger.warning("%s: skipped %d of %d pairs (%s)", source, skipped.total(), total, reasons)
     return datasets.Dataset.from_list(pairs)
+
+
+def _input_part(template: Template, seed: int, row: Mapping[str, Any]) -> str:
+    return template.parts(row, seed=seed)[0]
 
 
 def check_template_columns(

@@ -115,22 +115,25 @@ def find_files(path: Path, split: str) -> list[Path]:
 
 
 def splits_of(path: Path) -> set[str]:
-    """The splits that a local folder's files or folders are named by; none of a file."""
-    if not path.is_dir() or (path / "state.json").is_file():
+    """The splits of a local folder: saved ones, or those that its files or folders are named by; none of a file."""
+    if not path.is_dir():
         return set()
-    children = list(path.iterdir())
     if (path / "dataset_dict.json").is_file():
-        return {child.name for child in children if (child / "state.json").is_file()}
-    files = {re.split(r"[-_.]", file.name)[0] for file in _data_files(children)}
-    return (files or {child.name for child in children if child.is_dir()}) & set(SPLITS)
+        return {child.name for child in path.iterdir() if (child / "state.json").is_file()}
+    files = _data_files(path.iterdir())
+    names = map(_split_name, files) if files else (child.name for child in path.iterdir() if child.is_dir())
+    return set(names) & set(SPLITS)
+
+
+def _split_name(file: Path) -> str:
+    return re.split(r"[-_.]", file.name)[0]
 
 
 def _saved(folder: Path, split: str) -> list[Path] | None:
     """The files of a folder that `save_to_disk` wrote, None for another folder."""
     if (folder / "dataset_dict.json").is_file():
-        splits = [child.name for child in sorted(folder.iterdir()) if (child / "state.json").is_file()]
-        if split not in splits:
-            raise DataError(f"{folder} has the splits {', '.join(splits)}, not '{split}'.{nearest(split, splits)}")
+        if split not in splits_of(folder):
+            raise _no_split(folder, split)
         folder = folder / split
     elif not (folder / "state.json").is_file():
         return None
@@ -149,27 +152,24 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     """The data files of a folder: those in it, or those in its folders named by split or column=value."""
     files = _data_files(folder.iterdir())
     if not files:
-        folders = sorted(
-            child for child in folder.iterdir() if child.is_dir() and not child.name.startswith((".", "_"))
-        )
-        if [child.name for child in folders if child.name in SPLITS]:
-            named = {child.name: child for child in folders}
-            if split in named:
-                return _in_folder(named[split], split)
-            raise _no_split(folder, split, sorted(named))
+        folders = sorted(child for child in folder.iterdir() if child.is_dir())
+        if folder / split in folders:
+            return _in_folder(folder / split, split)
+        if splits_of(folder):
+            raise _no_split(folder, split)
         files = _data_files(file for child in folders if "=" in child.name for file in child.rglob("*"))
     if not files:
         inside = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
         raise DataError(f"folder {folder} has no data files; it has {inside}. Allowed: {allowed_sources()}.")
-    names = {file: re.split(r"[-_.]", file.name)[0] for file in files}
-    if split in names.values():
-        return [file for file in files if names[file] == split]
-    if present := sorted({name for name in names.values() if name in SPLITS}):
-        raise _no_split(folder, split, present)
+    if mine := [file for file in files if _split_name(file) == split]:
+        return mine
+    if splits_of(folder):
+        raise _no_split(folder, split)
     return files
 
 
-def _no_split(folder: Path, split: str, present: list[str]) -> DataError:
+def _no_split(folder: Path, split: str) -> DataError:
+    present = sorted(splits_of(folder))
     return DataError(
         f"folder {folder} has no shards of split '{split}'. "
         f"Splits found: {', '.join(present)}.{nearest(split, present)}"

@@ -102,7 +102,18 @@ class JsonLines(JsonRows):
             raise BadRowError(self.file.not_text(self.where(place), error)) from error
         except RecursionError as error:
             raise BadRowError(f"{self.where(place)} is nested too deeply. Flatten or remove it.") from error
+        if place == 1 and self._is_json and self._is_table(value):
+            raise BadRowError(
+                f"{self.path} is one object of lists or objects ({encodable(', '.join(value))[:80]}): "
+                "a table by columns, or rows inside another object. Save the rows as an array of objects (pandas: "
+                "orient='records')."
+            )
         return self.row(place, value, "Each line must be one {...}.")
+
+    def _is_table(self, value: Any) -> bool:
+        """Whether the only line of a file holds more than one row."""
+        alone = "\n" not in self.file.sample.strip()
+        return alone and isinstance(value, dict) and all(isinstance(part, (list, dict)) for part in value.values())
 
     @property
     def _is_json(self) -> bool:

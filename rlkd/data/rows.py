@@ -104,7 +104,8 @@ def local_path(
             )
         return path
     if plain_suffix(path) in SUFFIXES or not HUB_ID.fullmatch(source):
-        raise DataError(f"'{source}' does not exist.{_nearest_file(path)} Allowed: {allowed_sources()}.")
+        link = " It is a link to a file that is not there." if path.is_symlink() else _nearest_file(path)
+        raise DataError(f"'{source}' does not exist.{link} Allowed: {allowed_sources()}.")
     return None
 
 
@@ -129,10 +130,13 @@ def check_columns(rows: datasets.Dataset | list[str], wanted: dict[str, str], so
     found = rows if isinstance(rows, list) else rows.column_names
     missing = [f"{role}: '{name}'.{nearest(name, found)}" for role, name in wanted.items() if name not in found]
     if missing:
+        cells = plain_suffix(Path(source)) in (".csv", ".tsv")
+        header = " If the file has no header, name its columns (columns)." if cells else ""
         raise DataError(
             f"'{source}' lacks {len(missing)} of the requested columns.\n  missing  "
             + "\n           ".join(missing)
-            + f"\n  found    {', '.join(found)}\nName one of the columns found, or rename the column in the data."
+            + f"\n  found    {', '.join(name[:60] for name in found)}\n"
+            + f"Name one of the columns found, or rename the column in the data.{header}"
         )
 
 

@@ -134,8 +134,11 @@ def as_dataset(table: pa.Table, source: str | Path) -> datasets.Dataset:
 def unreadable(path: Path, error: Exception) -> DataError:
     """The error of a damaged parquet or Arrow file."""
     kind = "an Arrow" if path.suffix.lower() == ".arrow" else "a parquet"
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as failed:
+        return DataError(f"{path} cannot be read: {failed.strerror}.")
     other = None if any(head.startswith(sign) for sign in SIGNS) else kind_of(path, head)
     reason = f"it is {other}" if other else f"{first_line(error)}. Write it again"
     return DataError(f"{path} is not a readable {kind.split()[1]} file: {reason}.")

@@ -212,8 +212,8 @@ def decoded(path: Path) -> Iterator[None]:
             f"{path} is not {name}{at}. Save the file as UTF-8, or name its encoding (encoding, e.g. cp1252)."
         ) from error
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if path.suffix.lower() not in COMPRESSED or getattr(error, "errno", None):
-            raise
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         words = str(error).rstrip(".")
         raise DataError(f"{path} cannot be decompressed: {words}. It is damaged or cut off: fetch it again.") from error
 

@@ -197,3 +197,23 @@ def classification_metrics(names: Sequence[str]) -> Callable[[Any], dict[str, fl
         return {name: CLASSIFICATION_METRICS[name](predicted, true) for name in names}
 
     return compute
+
+
+def try_classification(compute: Any, labels: Sequence[int], classes: int) -> list[str]:
+    """The names of the scores that `compute_metrics` gives, from right predictions of the held-out labels.
+
+    Raises ConfigError if it fails on them; a score that is 0 for them is a warning.
+    """
+    from transformers import EvalPrediction
+
+    true = np.asarray(labels)
+    right = np.eye(classes, dtype=np.float32)[true.clip(min=0)]
+    try:
+        scores = dict(compute(EvalPrediction(right, true)))
+    except Exception as error:  # a user's function may raise anything
+        raise ConfigError(
+            f"compute_metrics fails on {len(true)} right predictions ({type(error).__name__}: {error}): it must take "
+            "an EvalPrediction (logits, labels) and return a dictionary of numbers"
+        ) from error
+    warn_of_useless(scores, "F1 needs rows of label 1, the Matthews correlation rows of two labels")
+    return list(scores)

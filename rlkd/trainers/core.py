@@ -18,12 +18,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from ..data.splits import shared_inputs
 from ..io import bounded_yaml
 from ..io.redaction import redacted
-from ..models.digests import weights_digest
+from ..io.versions import describe_machine
 from ..models.loading import check_finite
 from ..models.saving import save_student
 from ..runs.best import BestCheckpoint, check_best_metric, check_held_out
 from ..runs.card import write_card
-from ..runs.checkpoints import check_run_folder, read_state
+from ..runs.checkpoints import check_run_folder, explained_save, read_state
 from ..runs.files import METRICS, RUN_FILE, append_lines
 from ..runs.finite import FiniteGuard
 from ..runs.guards import AlarmCallback
@@ -32,6 +32,8 @@ from ..runs.record import RunRecord, describe_data, describe_templates, settings
 from ..runs.resumable import ResumableTrainer
 from .announce import Announcement
 from .arguments import StudentArguments
+from .environment import describe_environment, warn_of_ignored
+from .inputs import describe_inputs, weights_of
 from .last import LastEvaluation
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class StudentTrainer(ResumableTrainer):
         self.run_record: RunRecord | None = None
         # Of an evaluation that is about to be logged: score -> one value per row, in the direction of the score.
         self.per_row: dict[str, list[float]] = {}
+        self.inputs: dict[str, str] = {}
         self._cpu_started = time.process_time()
         self.finite, self.alarms, self.last = FiniteGuard(self), AlarmCallback(self), LastEvaluation(self)
         self.announcement = Announcement(self)
@@ -109,6 +112,8 @@ class StudentTrainer(ResumableTrainer):
         models = {role: model for role, model in self.models().items() if model is not None}
         for role, model in models.items():
             check_finite(model, role, str(getattr(model.config, "name_or_path", None) or "in memory"))
+        if not self.inputs:  # of the first call: a later one finds a student that has been trained
+            self.inputs = self.on_main(lambda: describe_inputs(self))
         record = RunRecord(
             trainer=type(self).__name__,
             settings=settings_of(sections),
@@ -116,9 +121,12 @@ class StudentTrainer(ResumableTrainer):
             templates=describe_templates(*data.values()),
             models={role: getattr(model.config, "name_or_path", None) or None for role, model in models.items()},
             revisions={
-                role: getattr(model.config, "_commit_hash", None) or weights_digest(model)
+                role: getattr(model.config, "_commit_hash", None) or self.inputs[weights_of(role)]
                 for role, model in models.items()
             },
+            inputs=self.inputs,
+            environment=describe_environment(self.accelerator),
+            machine=describe_machine(str(self.accelerator.device)),
             processes=self.accelerator.num_processes,
         )
         if checkpoint is not None:
@@ -126,6 +134,7 @@ class StudentTrainer(ResumableTrainer):
             self.last.distrust_if(bool(record.resumed and record.resumed[-1]["changed"]), checkpoint)
         self.run_record = record
         if self.is_world_process_zero():
+            warn_of_ignored(self.args)
             record.write(self.run_folder)
 
     def shared_inputs(self) -> int:
@@ -237,7 +246,14 @@ class StudentTrainer(ResumableTrainer):
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         held = (t for state in states for t in state.values() if isinstance(t, Tensor))
         self.finite.check_weights(chain(self.trained.state_dict().values(), held))
-        super().save_model(output_dir, _internal_call)
+        if _internal_call:  # part of a checkpoint, whose errors are explained where it is written
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir) if output_dir else self.run_folder
+        try:
+            super().save_model(output_dir, _internal_call)
+        except Exception as error:
+            raise explained_save(error, folder, self._bytes(student_only=True), checkpoint=False) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder

@@ -208,3 +208,11 @@ def test_any_row_may_stand_beside_good_ones(tmp_path_factory, rows):
     assert first == ["a b 1 None"] * 2 or first == ["a b 1.0 None"] * 2
     put_aside = (folder / "out" / "bad_rows.jsonl").read_text() if totals["bad_rows"] else ""
     assert len([json.loads(line) for line in put_aside.splitlines()]) == totals["bad_rows"]
+
+
+def test_only_the_needed_columns_of_the_hub_are_read(monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": ["a"], "image": [b"x"], "n": [1]}).to_iterable_dataset()
+    monkeypatch.setattr("rlkd.data.hub.load_hub", lambda *_, **__: rows)
+    stream = RowStream("some/name", only={"text", "absent"})
+    assert [row for _, row in stream.reader.records()] == [{"text": "a"}]
+    assert list(stream.reader.columns()) == ["text", "image", "n"]

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlkd.data.files import splits_of
+from rlkd.data.glue import load_labelled
 from rlkd.data.rows import RowStream, load_rows
 from rlkd.data.text import TextFormat, text_format
 from rlkd.errors import ConfigError, DataError
@@ -187,6 +189,21 @@ def test_folders(tmp_path, files, rows):
     assert read(put(tmp_path, files)) == rows
 
 
+def test_the_splits_of_a_folder(tmp_path):
+    line = '{"a": 1}\n'
+    cases = {
+        ("train-0.jsonl", "test.jsonl", "other.jsonl"): {"train", "test"},
+        ("train/x.jsonl", "validation/x.jsonl"): {"train", "validation"},
+        ("a.jsonl", "train/x.jsonl"): set(),
+        ("y=1/x.jsonl",): set(),
+    }
+    for i, (files, splits) in enumerate(cases.items()):
+        assert splits_of(put(tmp_path / str(i), dict.fromkeys(files, line))) == splits
+    assert splits_of(tmp_path / "0" / "test.jsonl") == set()
+    with pytest.raises(DataError, match=r"no shards of split 'dev'\. Splits found: train, validation\."):
+        load_rows(str(tmp_path / "1"), split="dev")
+
+
 def test_patterns_and_folders_that_cannot_be_read(tmp_path):
     put(tmp_path, {"a.jsonl": '{"a": 1}\n', "b.jsonl": '{"a": 2}\n', "c.csv": "a\n3\n"})
     assert read(tmp_path / "*.jsonl") == [{"a": 1}, {"a": 2}]
@@ -215,7 +232,9 @@ def test_data_sets_saved_to_disk(tmp_path):
     assert read(tmp_path / "one", only={"n"}) == [{"n": 0}, {"n": 1}]
     datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "dict")
     assert read(tmp_path / "dict", split="test") == [{"a": "y", "n": 1}]
-    with pytest.raises(DataError, match=r"has the splits test, train, not 'tests'\. Did you mean 'test'"):
+    with pytest.raises(
+        DataError, match=r"no shards of split 'tests'\. Splits found: test, train\. Did you mean 'test'"
+    ):
         load_rows(str(tmp_path / "dict"), split="tests")
     (tmp_path / "one" / "dataset_info.json").unlink()
     with pytest.raises(DataError, match=r"cannot be read as saved by datasets: .*Save it again"):
@@ -279,6 +298,37 @@ def test_only_the_columns_that_are_read_must_be_readable(tmp_path):
     pq.write_table(twice, tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"b\.parquet has 2 columns named 'a'\. Rename one"):
         load_rows(str(tmp_path / "b.parquet"))
+
+
+def test_what_the_remedy_is(tmp_path):
+    frame = pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]})
+    for orient in ("columns", "index", "split"):
+        frame.to_json(tmp_path / "a.json", orient=orient)
+        with pytest.raises(DataError, match=r"a\.json is one object of lists or objects .*orient='records'"):
+            load_rows(str(tmp_path / "a.json"))
+    frame.to_json(tmp_path / "a.json", orient="records")
+    assert len(read(tmp_path / "a.json")) == 2
+    (tmp_path / "a.csv").write_text("hello,1\nbye,0\n")
+    with pytest.raises(
+        DataError, match=r"(?s)missing  text_column: 'text'.*If the file has no header, name its columns"
+    ):
+        load_labelled(str(tmp_path / "a.csv"))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"b\.jsonl' does not exist\. It is a link to a file that is not there"):
+        load_rows(str(tmp_path / "b.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.gz", "a.parquet"])
+def test_files_that_may_not_be_read(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"x")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    monkeypatch.setattr("gzip.open", refuse)
+    with pytest.raises(DataError, match=rf"{name} cannot be read: Permission denied"):
+        load_rows(str(tmp_path / name))
 
 
 def test_formats_that_do_not_fit_the_file(tmp_path):

@@ -14,7 +14,8 @@ from transformers import EvalPrediction, set_seed
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError, ModelError
 from ...evaluation.classes import classified_rows, one_class_warning, only_class
-from ...evaluation.task_metrics import classification_metrics, warn_of_useless
+from ...evaluation.task_metrics import classification_metrics, try_classification
+from ...io.versions import describe_machine
 from ...metrics import metric
 from ...models.encoders.attention import prepare_attention
 from ...models.encoders.classifiers import (
@@ -35,6 +36,7 @@ from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy,
 from ...objectives.neighbours import logit_mse, noisy_logits
 from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
+from ..environment import describe_environment
 from .arguments import STUDENT_TREE, TKDArguments
 
 logger = logging.getLogger(__name__)
@@ -150,14 +152,13 @@ class TKDTrainer(StudentTrainer):
             self.layers = matched_layers(
                 student.config.num_hidden_layers, self.teacher.config.num_hidden_layers, args.layer_map
             )
+        self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
+        attention = prepare_attention(student, "student") if terms & STUDENT_TREE else None
+        if compared:
             check_states(self.teacher, "teacher")
             check_states(student, "student")
-        self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
-        return EncoderStudent(
-            student,
-            teacher_width=width_of(self.teacher.config) if compared else None,
-            attention=prepare_attention(student, "student") if terms & STUDENT_TREE else None,
-        )
+        width = width_of(self.teacher.config) if compared else None
+        return EncoderStudent(student, teacher_width=width, attention=attention)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, after computing the teacher's outputs if they are cached."""
@@ -306,8 +307,11 @@ class TKDTrainer(StudentTrainer):
             self.teacher_texts.digest(),
             self.args.max_length,
             layers=self.layers if with_states else [],
-            bf16=self.args.bf16,
-            fp16=self.args.fp16,
+            # They decide the last bits, and folders of outputs may be shared.
+            batch_rows=self.args.per_device_eval_batch_size,
+            torch=torch.__version__,
+            environment=describe_environment(self.accelerator),
+            machine=describe_machine(str(self.accelerator.device)),
         )
         root = Path(self.args.teacher_cache_dir or self.run_folder / "teacher_cache")
         with self.args.main_process_first(desc="teacher outputs"):
@@ -318,21 +322,11 @@ class TKDTrainer(StudentTrainer):
     # Evaluation and saving
 
     def held_out_names(self) -> list[str] | None:
-        """As in `StudentTrainer`; `compute_metrics` is tried on right answers. Raises ConfigError if it fails."""
+        """As in `StudentTrainer`. Raises ConfigError if `compute_metrics` fails on right predictions."""
         if self.eval_dataset is None:
             return None
-        labels = torch.tensor(self.eval_dataset.labels)  # type: ignore[union-attr]
-        right = torch.nn.functional.one_hot(labels.clamp(min=0), self.trained.config.num_labels).float()
-        try:
-            scores = dict(self.compute_metrics(EvalPrediction(right.numpy(), labels.numpy())))  # type: ignore[misc]
-        except Exception as error:  # a user's function may raise anything
-            why = f"{type(error).__name__}: {error}"
-            raise ConfigError(
-                f"compute_metrics fails on {len(labels)} right predictions ({why}): it must take an EvalPrediction "
-                "(logits, labels) and return a dictionary of numbers"
-            ) from error
-        warn_of_useless(scores, "F1 needs rows of label 1, the Matthews correlation rows of two labels")
-        return ["loss", *scores]
+        labels = self.eval_dataset.labels  # type: ignore[union-attr]
+        return ["loss", *try_classification(self.compute_metrics, labels, self.trained.config.num_labels)]
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
