@@ -9,6 +9,7 @@ import typer
 
 from ..errors import ConfigError, DataError
 from ..inspection.reward_view import RANKINGS, RewardView
+from ..io.folders import check_page
 from ..models.spec import Dtype
 from . import prompts
 from .models import AllowBin
@@ -144,6 +145,8 @@ def _check(request: dict[str, Any]) -> str:
         raise ConfigError(f"--out {out}: name a file that ends in .html; numbers come with --json.")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist.")
+    if out is not None:
+        check_page(out)
     return kind
 
 
