@@ -63,7 +63,8 @@ class EncoderDecoder:
     def rules(self) -> AnswerRules:
         """What the checkpoint's generation_config says of answers. Raises ModelError as `read_rules` does."""
         name = getattr(self.config, "name_or_path", None) or type(self.model).__name__
-        return read_rules(self.config, self.model.generation_config, "model", name, self.config.vocab_size)
+        rules = read_rules(self.config, self.model.generation_config, "model", name, self.config.vocab_size)
+        return rules.within(self.valid_vocab)
 
     @property
     def start_id(self) -> int:

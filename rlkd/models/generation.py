@@ -108,6 +108,10 @@ class AnswerRules:
         named = {name: value for name, value in values.items() if value not in (None, (), False)}
         return {"generation_config": json.loads(json.dumps(named))} if named else {}
 
+    def within(self, valid_vocab: int) -> AnswerRules:
+        """Without bans of ids that are no tokens: a saved student names the spare rows of its embedding."""
+        return replace(self, banned=tuple(token for token in self.banned if token < valid_vocab))
+
     def complete(self, ids: list[int], most: int | None = None) -> list[int]:
         """The ids of a text with the forced first token, which not every tokenizer writes, cut to `most`."""
         if self.first is not None and ids[:1] != [self.first]:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from ..errors import ConfigError, ModelError
 from ..io.files import check_folder
 from .adapters import record_base
+from .generation import rules_of
 from .language_model import LanguageModel
 from .spec import ModelSpec
 
@@ -51,14 +52,16 @@ def evaluated_generation(lm: LanguageModel, max_new_tokens: int) -> Any:
     """
     generation = copy.deepcopy(lm.model.generation_config)
     beyond = range(lm.valid_vocab, lm.model.config.vocab_size)
-    start = getattr(lm, "start_id", None)
+    rules = rules_of(lm)
+    ends = list(rules.eos_ids)
     facts = {
         "max_new_tokens": max_new_tokens,
         "suppress_tokens": sorted({*(generation.suppress_tokens or ()), *beyond}) or None,
         "pad_token_id": lm.pad_id,
-        "eos_token_id": generation.eos_token_id if generation.eos_token_id is not None else lm.eos_id,
-        "decoder_start_token_id": generation.decoder_start_token_id if start is None else start,
+        "eos_token_id": ends if len(ends) > 1 else lm.eos_id,
     }
+    if lm.model.config.is_encoder_decoder:
+        facts["decoder_start_token_id"] = rules.start_id
     defaults = GenerationConfig()
     generation.update(**{name: getattr(defaults, name, None) for name in SEARCH}, **facts)
     return generation
