@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, overload
@@ -263,7 +263,7 @@ def supervised_pairs(
         for template in templates:
             rendered = template.render(row, seed=seed)
             if rendered.target is not None:
-                missing = missing_columns(template, row, rendered.input, lambda r, t=template: t.parts(r, seed=seed)[0])
+                missing = missing_columns(template, row, rendered.input, _first_part(template, seed))
                 flaws.add(template.name, Prompt(rendered.input, missing=missing))
                 pairs.append(
                     {"id": f"{number}:{template.name}", "student_input": rendered.input, "label": rendered.target}
@@ -282,6 +282,10 @@ def supervised_pairs(
     if len(pairs) < total:
         logger.warning("%s: skipped %d of %d pairs (%s)", source, skipped.total(), total, reasons)
     return datasets.Dataset.from_list(pairs)
+
+
+def _first_part(template: Template, seed: int) -> Callable[[Mapping[str, Any]], str]:
+    return lambda row: template.parts(row, seed=seed)[0]
 
 
 def check_template_columns(
