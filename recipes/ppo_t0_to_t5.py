@@ -1,6 +1,6 @@
 """PPO of a warmed-up T5 student on the reward a prompted T0 induces.
 
-accelerate launch recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--field value ...]
+python recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--field value ...]
 """
 
 from rlkd import DataArguments, ModelConfig, PPOArguments, PPOTrainer, TeacherArguments, parse_config, prepare, run_main

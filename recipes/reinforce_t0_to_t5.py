@@ -1,6 +1,6 @@
 """REINFORCE for a warmed-up T5 student on the reward a prompted T0 induces.
 
-accelerate launch recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to_t5.yaml [--field value ...]
+python recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to_t5.yaml [--field value ...]
 """
 
 from rlkd import (

@@ -1,7 +1,7 @@
 """Sequence-level distillation: a T5 student learns the answers T0 wrote (`rlkd generate-pseudolabels`). The warm
 start of RL.
 
-accelerate launch recipes/seqkd_t0_to_t5.py --config recipes/seqkd_t0_to_t5.yaml [--field value ...]
+python recipes/seqkd_t0_to_t5.py --config recipes/seqkd_t0_to_t5.yaml [--field value ...]
 """
 
 from rlkd import (

@@ -1,6 +1,6 @@
 """Tree Knowledge Distillation of a fine-tuned BERT into a few layers, on a GLUE task or on your own labelled file.
 
-accelerate launch recipes/tkd_glue.py --config recipes/tkd_glue.yaml [--train_file reviews.csv] [--field value ...]
+python recipes/tkd_glue.py --config recipes/tkd_glue.yaml [--train_file reviews.csv] [--field value ...]
 """
 
 from rlkd import (

@@ -122,7 +122,7 @@ def test_a_recipe_says_only_its_own_lines(tiny_run):
     """In a log file: no other library's lines, no box drawing, no carriage returns, no long numbers."""
     command = ["recipes/seqkd_t0_to_t5.py", "--config", "recipes/seqkd_t0_to_t5.tiny.yaml", "--use_cpu", "false"]
     done = _python(tiny_run, *command, "--output_dir", "runs/tiny/quiet")
-    noise = "gemm_4bit|WANDB|Warning|pin_memory|[\u2500-\u257f]|\r|\\d\\.\\d{6}"
+    noise = "gemm_4bit|\\[transformers\\]|WANDB|Warning|pin_memory|[\u2500-\u257f]|\r|\\d\\.\\d{6}"
     assert not re.findall(noise, done.stdout + done.stderr)
     assert "samples at step 2\n" in done.stderr
 

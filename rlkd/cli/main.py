@@ -117,6 +117,10 @@ def generate_pseudolabels(
     shard_rows: Annotated[
         int, typer.Option(help="Label rows per file; an interrupted run loses at most one file.", min=1)
     ] = 5000,
+    src_lang: Annotated[
+        str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
+    ] = None,
+    tgt_lang: Annotated[str | None, typer.Option(help="Language of answers, likewise (mBART, M2M100, NLLB).")] = None,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     teacher_quantization: Annotated[
         Quantization,

@@ -69,6 +69,10 @@ def inspect_rewards(
     input_eos: Annotated[
         bool, typer.Option(help="End the teacher's prompts with end-of-sequence. T0: --no-input-eos.")
     ] = True,
+    src_lang: Annotated[
+        str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
+    ] = None,
+    tgt_lang: Annotated[str | None, typer.Option(help="Language of answers, likewise (mBART, M2M100, NLLB).")] = None,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     allow_bin: AllowBin = False,
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,

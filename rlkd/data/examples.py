@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, overload
 
@@ -263,7 +263,7 @@ def supervised_pairs(
         for template in templates:
             rendered = template.render(row, seed=seed)
             if rendered.target is not None:
-                missing = missing_columns(template, row, rendered.input, _first_part(template, seed))
+                missing = missing_columns(template, row, rendered.input, partial(_input_part, template, seed))
                 flaws.add(template.name, Prompt(rendered.input, missing=missing))
                 pairs.append(
                     {"id": f"{number}:{template.name}", "student_input": rendered.input, "label": rendered.target}
@@ -284,8 +284,8 @@ def supervised_pairs(
     return datasets.Dataset.from_list(pairs)
 
 
-def _first_part(template: Template, seed: int) -> Callable[[Mapping[str, Any]], str]:
-    return lambda row: template.parts(row, seed=seed)[0]
+def _input_part(template: Template, seed: int, row: Mapping[str, Any]) -> str:
+    return template.parts(row, seed=seed)[0]
 
 
 def check_template_columns(

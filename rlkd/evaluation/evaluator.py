@@ -115,13 +115,14 @@ class Evaluator:
         return self.tokenizer.batch_decode(self._teacher_ids(examples), skip_special_tokens=True)
 
     def _teacher_ids(self, examples: Sequence[Example]) -> list[list[int]]:
-        missing = [e for e in examples if e.id not in self._teacher_answers]
+        # By prompt: ids need not be unique in examples made in memory.
+        missing = [e for e in examples if e.teacher_inputs[0] not in self._teacher_answers]
         if missing:
             states = self.teacher.prompt_states([e.teacher_inputs[0] for e in missing])
             answer = decode(self.teacher.lm, states, greedy, max_new_tokens=self.max_new_tokens)
             for example, ids, mask in zip(missing, answer.ids, answer.mask, strict=True):
-                self._teacher_answers[example.id] = ids[mask].tolist()
-        return [self._teacher_answers[e.id] for e in examples]
+                self._teacher_answers[example.teacher_inputs[0]] = ids[mask].tolist()
+        return [self._teacher_answers[e.teacher_inputs[0]] for e in examples]
 
     def names(self) -> list[str] | None:
         """The names that `summarise` gives; None if the task metric fails on a single dummy answer."""

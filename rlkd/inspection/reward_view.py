@@ -15,6 +15,7 @@ from typing import Any
 from ..checks import check_choice
 from ..errors import DataError
 from ..evaluation.samples import Sample, sample_from
+from ..io.files import write_text
 from ..io.folders import write_page
 
 # The order in which the answers to one input are shown; other names come last.
@@ -144,7 +145,7 @@ class RewardView:
         head = {"format": FORMAT, "value": self.value, "title": self.title}
         text = json.dumps({**head, "samples": samples})
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_text(Path(path), text + "\n")
         return text
 
     @classmethod

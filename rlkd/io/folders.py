@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import ConfigError
+from .files import check_folder
 
 # What people keep next to results: logs and settings.
 BESIDE = ("*.log", "*.out", "*.err", "*.txt", "*.yaml", "*.yml", "*.sh", ".*")
@@ -16,14 +17,16 @@ HEAD_BYTES = 4096
 
 
 def refuse_other_contents(folder: Path, setting: str, *, signs: Iterable[str], own: Iterable[str] = ()) -> None:
-    """Raise ConfigError if `folder` holds something else than what is to be written there.
+    """Raise ConfigError if `folder` cannot be written, or holds something else than what is to be written there.
 
     setting: names the folder in the error. signs: names (glob patterns) of which one is enough to know the folder as
-    ours. own: names that may be there before a sign is. Logs, settings and hidden files are left alone.
+    ours. own: names that may be there before a sign is. Logs, settings, hidden files and folders are no obstacle.
     """
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if any(_is_one_of(name, signs) for name in names):
+    check_folder(folder)
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    if any(_is_one_of(path.name, signs) for path in entries):
         return
+    names = [path.name for path in entries if not path.is_dir()]
     if other := [name for name in names if not _is_one_of(name, (*own, *BESIDE))]:
         more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
         raise ConfigError(

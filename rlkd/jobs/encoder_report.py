@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, EvalPrediction
 
 from ..data.labelled import EncodedTexts, model_inputs
 from ..evaluation.classes import class_scores, commonest, one_class_warning
+from ..io.files import write_text
 from ..models.encoders.onnx_export import Agreement, export_onnx
 from ..models.footprint import count_parameters, latency, megabytes
 from ..models.loading import load_config, load_pretrained
@@ -83,7 +84,7 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
         agreement = export_onnx(folders["student"], onnx_folder)
         summary["onnx"] = {"folder": str(onnx_folder), **agreement._asdict()}
     text = json.dumps(summary, indent=2) + "\n"
-    (Path(folders["student"]) / SUMMARY_FILE).write_text(text, encoding="utf-8")
+    write_text(Path(folders["student"]) / SUMMARY_FILE, text)
     show_summary(summary)
     return summary
 

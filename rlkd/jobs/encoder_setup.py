@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..checks import Positive, check_choice, check_settings
 from ..errors import ConfigError, ModelError
-from ..io.files import write_durably
+from ..io.files import write_durably, write_text
+from ..models.digests import tokenizer_digest, weights_digest
 from ..models.encoders.classifiers import Init, build_student
 from ..models.encoders.labels import check_single_label, give_labels, label_names
 from ..models.encoders.onnx_export import require_onnx
@@ -26,6 +27,9 @@ from ..models.encoders.rehearsal import is_encoder, rehearse
 from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
+from ..runs.record import FREE, LENGTH, settings_of
+from ..settings.fields import own_names
+from ..trainers.arguments import StudentArguments
 from ..trainers.encoders.arguments import TKDArguments
 from ..trainers.encoders.tkd import TKDTrainer, check_distillation
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
@@ -235,10 +239,13 @@ def _fine_tune(setup: EncoderSetup) -> None:
     folder, training = Path(setup.teacher_folder), setup.training
     path, wanted = folder / TEACHER_RECORD, _fine_tuning_settings(setup)
     record = json.loads(path.read_text()) if path.exists() else {"settings": wanted}
-    changed = [name for name in wanted if record["settings"].get(name) != wanted[name]]
+    changed = _changes(record["settings"], {name: wanted[name] for name in wanted if name in record["settings"]})
+    if not record.get("finished"):  # a finished one stays when only the student's training changes
+        changed += _changes(record.setdefault("training", now := _other_settings(training)), now)
     if changed:
-        before = ", ".join(f"{name} {record['settings'].get(name)} (now {wanted[name]})" for name in changed)
-        raise ConfigError(f"{folder} was fine-tuned with {before}. Give another output_dir, or remove that folder.")
+        raise ConfigError(
+            f"{folder} was fine-tuned with {', '.join(changed)}. Give another output_dir, or remove that folder."
+        )
     if record.get("finished"):
         return
     args = replace(
@@ -257,7 +264,9 @@ def _fine_tune(setup: EncoderSetup) -> None:
     set_seed(training.seed)
     inputs = setup.trainer_inputs() | {"tokenizer": setup.teacher_tokenizer, "teacher_tokenizer": None}
     inputs["train_rows"] = [row for row in setup.data.train if row["label"] is not None]
-    trainer = TKDTrainer(setup.load_teacher(setup.teacher.teacher), args, **inputs)
+    model = setup.load_teacher(setup.teacher.teacher)
+    _check_same_weights(record, model, setup)
+    trainer = TKDTrainer(model, args, **inputs)
     if trainer.is_world_process_zero():
         print(f"fine-tuning the teacher in {folder}")
         _write(path, record)
@@ -265,6 +274,16 @@ def _fine_tune(setup: EncoderSetup) -> None:
     if trainer.is_world_process_zero():
         _write(path, {**record, "finished": True})
     trainer.accelerator.wait_for_everyone()
+
+
+def _check_same_weights(record: dict[str, Any], model: Any, setup: EncoderSetup) -> None:
+    """Note the weights that the fine-tuning begins with. Raises ConfigError if it began with others."""
+    weights = weights_digest(model)
+    if record.setdefault("weights", weights) != weights:
+        raise ConfigError(
+            f"the weights of {setup.teacher.teacher} have changed since its fine-tuning in {setup.teacher_folder} "
+            "began. Restore them, give another output_dir, or remove that folder."
+        )
 
 
 def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
@@ -277,9 +296,24 @@ def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
         "teacher_learning_rate": teacher.teacher_learning_rate,
         "max_length": training.max_length,
         "seed": training.seed,
+        "mixed_precision": training.mixed_precision,
         "labels": list(setup.data.labels),
         "data": _digest([*setup.data.train, *setup.data.first_dev]),
+        "tokenizer": tokenizer_digest(setup.teacher_tokenizer),
     }
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} {then.get(name)} (now {now.get(name)})" for name in {**then, **now} if then.get(name) != now.get(name)
+    ]
+
+
+def _other_settings(training: TKDArguments) -> dict[str, Any]:
+    """The settings of a training run that fine-tuning shares with distillation; those of the loss are not its own."""
+    own = own_names(TKDArguments) - own_names(StudentArguments)
+    given = settings_of([training]).items()
+    return {name: value for name, value in given if name not in FREE | LENGTH | own}
 
 
 def _digest(rows: Sequence[dict[str, Any]]) -> str:
@@ -287,5 +321,4 @@ def _digest(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_text(path, json.dumps(record, indent=2) + "\n")

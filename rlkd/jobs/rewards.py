@@ -18,7 +18,6 @@ from ..records import Example
 from .wiring import Reading, row_source, teacher_spec
 
 logger = logging.getLogger(__name__)
-
 STUDENTS = ("student", "student_before")
 
 
@@ -30,7 +29,8 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     """
     check_choice("reward_value", request["reward_value"], REWARDS)
     teacher = teacher_spec(request)
-    how: dict[str, Any] = {"device": teacher.model.device, "allow_bin": teacher.model.allow_bin}
+    shared = ("device", "allow_bin", "src_lang", "tgt_lang")
+    how: dict[str, Any] = {name: getattr(teacher.model, name) for name in shared}
     students = {role: ModelSpec(request[role], role, **how) for role in STUDENTS if request[role]}
     for spec in students.values():
         check_pair(teacher.model, spec)
@@ -51,11 +51,17 @@ def view_of_labels(request: dict[str, Any]) -> RewardView:
     """Labels with the numbers recorded with them or, if a teacher is named, with its scores. It reads prompts as the
     labels' teacher did.
 
-    Raises: DataError unless the folder holds finished labels; ModelError before weights load.
+    Raises: DataError unless the folder holds finished labels that tell how; ModelError before weights load.
     """
     check_choice("reward_value", request["reward_value"], REWARDS)
     settings = finished_manifest(request["labels"]).header["settings"]
+    for name, kind in (("teacher", str), ("max_input_tokens", int), ("append_eos", bool)):
+        if not isinstance(settings.get(name), kind):
+            raise DataError(f"{request['labels']}: its manifest's settings have no {name}. Get the labels again.")
     reading = {"max_input_tokens": settings["max_input_tokens"], "input_eos": settings["append_eos"]}
+    reading |= {name: settings.get(name) for name in ("src_lang", "tgt_lang")}
+    if not request["teacher"]:
+        logger.info("reading tokens with the tokenizer of '%s', which the labels name", settings["teacher"])
     teacher = teacher_spec({**request, **reading, "teacher": request["teacher"] or settings["teacher"]})
     return from_labels(
         request["labels"],

@@ -132,6 +132,13 @@ class TeacherArguments:
     teacher_append_eos: bool = field(
         default=True, metadata={"help": "End the teacher's inputs with end-of-sequence: T5 and Flan-T5 yes, T0 no."}
     )
+    src_lang: str | None = field(
+        default=None,
+        metadata={"help": "Language of inputs, for both models, as a translation model's tokenizer writes it: en_XX."},
+    )
+    tgt_lang: str | None = field(
+        default=None, metadata={"help": "Language of answers, likewise (mBART, M2M100, NLLB)."}
+    )
     template_combination: TemplateCombination = field(
         default="average", metadata={"help": "Several templates: average their rewards, or pool their log-probs."}
     )
@@ -230,6 +237,8 @@ def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
         quantization=get_quantization_config(student),
         allow_bin=teacher.allow_bin,
         keep_adapter=student.use_peft,
+        src_lang=teacher.src_lang,
+        tgt_lang=teacher.tgt_lang,
     )
 
 
@@ -249,6 +258,8 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
         dtype=teacher.teacher_dtype,
         device=str(training.device),
         allow_bin=teacher.allow_bin,
+        src_lang=teacher.src_lang,
+        tgt_lang=teacher.tgt_lang,
     )
 
 

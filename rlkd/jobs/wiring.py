@@ -160,6 +160,8 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         quantization=quantization_config(settings.get("teacher_quantization", "none")),
         device=default_device(),
         allow_bin=bool(settings.get("allow_bin")),
+        src_lang=settings.get("src_lang"),
+        tgt_lang=settings.get("tgt_lang"),
     )
     model.check()
     return TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])

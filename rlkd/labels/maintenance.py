@@ -82,7 +82,6 @@ def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
     _check_parts(logs)
     refuse_others(out)
     shards = {k: (log, shard) for log in logs for k, shard in log.shards.items()}
-    out.mkdir(parents=True, exist_ok=True)
     with writer_lock(out / MANIFEST):
         merged = Manifest.read(out / MANIFEST)
         if merged.headers:

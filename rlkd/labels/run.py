@@ -28,6 +28,10 @@ from ..io.files import write_durably
 from ..io.lock import Stop
 from ..io.progress import progress
 from ..io.redaction import redacted
+from ..io.versions import VARIABLES, changed_versions, code_digest, describe_machine, variables
+from ..models.digests import tokenizer_digest
+from ..models.languages import languages_of
+from ..models.spec import default_device
 from ..models.vocabulary import encode_texts, vocabulary_record
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.agreement import agreement
@@ -85,8 +89,10 @@ class Run:
                 "templates": template_settings(self.source.templates),
                 "engine": self.engine.name,
                 **self.engine.identity(),
+                "tokenizer": tokenizer_digest(self.teacher.tokenizer),
                 "max_input_tokens": self.teacher.max_input_tokens,
                 "append_eos": self.teacher.append_eos,
+                **languages_of(self.teacher.tokenizer),
                 "on_long": options.on_long,
                 **self._decoding_settings(),
             }
@@ -100,6 +106,7 @@ class Run:
             "part": list(options.part) if options.part else None,
             "scan": self.source.scan,
             "packages": packages(),
+            "environment": {"rlkd's code": code_digest(), **describe_machine(default_device()), **variables()},
             "request": redacted(options.request),
         }
 
@@ -132,6 +139,11 @@ class Run:
                 f"  shard_rows, templates or labels_per_input: {old['rows_per_shard']} input rows per shard -> "
                 f"{header['rows_per_shard']}"
             ]
+            if other := changed_versions(*(_surroundings(found) for found in (old, header))):
+                logger.warning(
+                    "%s was begun by other versions or another machine: %s. Labels may differ in places from those of "
+                    "one run", self.out, ", ".join(other),
+                )  # fmt: skip
             if old["rows_per_shard"] != header["rows_per_shard"]:
                 refuse(self.out, layout + changed, "")
             if other := changes(old.get("vocabulary") or header["vocabulary"], header["vocabulary"], "vocabulary."):
@@ -288,6 +300,10 @@ def _frozen_heap() -> Iterator[None]:
 def template_settings(templates: list[tuple[str, str, str]]) -> list[list[str]]:
     """(name, id, fingerprint) of templates as the log has them."""
     return [[name, key, _digest(text)] for name, key, text in templates]
+
+
+def _surroundings(header: dict[str, Any]) -> dict[str, Any]:
+    return {**dict.fromkeys(VARIABLES), **header["packages"], **header.get("environment", {})}
 
 
 def packages() -> dict[str, str]:

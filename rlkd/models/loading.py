@@ -21,6 +21,7 @@ from ..errors import ModelError
 from .adapters import Adapter, adapter_of, attach, check_adapter, merge
 from .architectures import architecture_of
 from .folders import AGAIN, CONFIG, GENERATION, check_json, check_place, check_weights, explained, saved_shapes
+from .generation import load_generation_config
 from .spec import Quantization
 
 Needs = Literal["all", "layers", "first layers"]
@@ -159,6 +160,8 @@ def load_pretrained(
         _check_depth(model, loading["unexpected_keys"], role, name)
     _check_finite(model, role, name)
     protect_untied_head(model)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config = load_generation_config(name, role, revision)
     return model
 
 
@@ -249,12 +252,11 @@ def _check_finite(model: Any, role: str, name: str) -> None:
 def _quiet() -> Iterator[None]:
     """Without transformers' table of missing and misfitting weights, which are checked here."""
     log = logging.getLogger("transformers.modeling_utils")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    before, log.disabled = log.disabled, True  # a level of its own makes transformers say more
     try:
         yield
     finally:
-        log.setLevel(level)
+        log.disabled = before
 
 
 def quantization_config(name: Quantization) -> Any:

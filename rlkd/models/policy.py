@@ -63,7 +63,9 @@ class Policy(nn.Module):
         """
         hidden = self.lm.answer_hidden(self._prompt_states(input_ids, input_mask), answer_ids, answer_mask)
         token_args = tuple(a[answer_mask] for a in token_args)
-        outputs = self.lm.head().map(statistics, hidden, answer_ids[answer_mask], *token_args)
+        head = self.lm.head()
+        limits = head.rules.limits(answer_ids, answer_mask)
+        outputs = head.map(statistics, hidden, answer_ids[answer_mask], *token_args, limits=limits)
         values = (
             torch.zeros_like(outputs[0])
             if self.value_head is None

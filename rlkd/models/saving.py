@@ -11,6 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ..errors import ConfigError, ModelError
+from ..io.files import check_folder
 from .adapters import record_base
 from .language_model import LanguageModel
 from .spec import ModelSpec
@@ -69,6 +70,7 @@ def merge_adapter(name: str, out: str | Path, *, dtype: str = "float32", allow_b
     Raises ModelError if `name` is not an adapter that loads, ConfigError if `out` holds something.
     """
     out = Path(out)
+    check_folder(out.parent)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name a new one.")
     spec = ModelSpec(name, "adapter", dtype=dtype, allow_bin=allow_bin)

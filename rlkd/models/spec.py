@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from .adapters import Adapter
+    from .generation import AnswerRules
     from .language_model import LanguageModel
     from .teacher import Teacher
 
@@ -26,6 +27,7 @@ class ModelSource(Protocol):
     device      where it computes: `cpu`, `cuda`, `cuda:1` ...; None: the CPU
     quantized   whether bitsandbytes has rounded, or will round, its weights
     adapted     whether it has PEFT adapters
+    rules       what its checkpoint says of answers
     """
 
     @property
@@ -38,6 +40,8 @@ class ModelSource(Protocol):
     def quantized(self) -> bool: ...
     @property
     def adapted(self) -> bool: ...
+    @property
+    def rules(self) -> AnswerRules: ...
 
     def language_model(self, device: str | None = None) -> LanguageModel:
         """The model with its weights; `device`, where weights that are not loaded yet go instead of `self.device`."""
@@ -61,6 +65,7 @@ class ModelSpec:
     device        where the weights go; None: where they load. bitsandbytes places quantized weights itself
     allow_bin     load pickled weights (.bin) where there are no safetensors
     keep_adapter  an adapter is trained further, not merged into its base
+    src_lang, tgt_lang    languages of prompts and answers, for models that translate; None: the checkpoint's
     """
 
     name: str
@@ -72,6 +77,8 @@ class ModelSpec:
     device: str | None = None
     allow_bin: bool = False
     keep_adapter: bool = False
+    src_lang: str | None = None
+    tgt_lang: str | None = None
 
     @cached_property
     def config(self) -> Any:
@@ -108,9 +115,22 @@ class ModelSpec:
         check_vocabulary_fits(config, size, self.role, self.name)
         return size
 
+    @cached_property
+    def rules(self) -> AnswerRules:
+        """What the checkpoint says of answers, in the language asked for. Raises ModelError if that cannot be read or
+        applied.
+        """
+        from .generation import check_supported, load_generation_config, read_rules
+        from .languages import in_languages
+
+        generation = load_generation_config(self.name, self.role, self.revision)
+        check_supported(generation, self.role, self.name)
+        rules = read_rules(self.config, generation, self.role, self.name, self.config.vocab_size)
+        return in_languages(rules, self.tokenizer, self.src_lang, self.tgt_lang, self.role, self.name)
+
     def check(self) -> None:
         """Checks everything that needs no weights. Raises ModelError."""
-        _ = self.config, self.valid_vocab
+        _ = self.config, self.valid_vocab, self.rules
 
     @property
     def quantized(self) -> bool:
@@ -134,6 +154,9 @@ class ModelSpec:
             allow_bin=self.allow_bin,
             keep_adapter=self.keep_adapter,
         )
+        if self.tgt_lang is not None:  # a saved student keeps it
+            model.generation_config.forced_bos_token_id = self.rules.first
+            model.generation_config.decoder_start_token_id = self.rules.start_id
         where = device or self.device
         return model if where is None or self.quantized else model.to(where)
 
@@ -174,6 +197,12 @@ class LoadedModel:
     def adapted(self) -> bool:
         return hasattr(self.lm.model, "get_base_model")
 
+    @property
+    def rules(self) -> AnswerRules:
+        from .generation import rules_of
+
+        return rules_of(self.lm)
+
     def language_model(self, device: str | None = None) -> LanguageModel:
         return self.lm
 
@@ -193,6 +222,10 @@ class TeacherSpec:
     def tokenizer(self) -> Any:
         return self.model.tokenizer
 
+    @property
+    def rules(self) -> AnswerRules:
+        return self.model.rules
+
     def load(self) -> Teacher:
         """The teacher in PyTorch. Raises as `ModelSpec.language_model` does."""
         from .teacher import Teacher
@@ -206,13 +239,17 @@ class TeacherSpec:
 
 
 def check_pair(teacher: ModelSpec, student: ModelSpec) -> int:
-    """V of two models with the same vocabulary. Raises ModelError unless they do, or if one cannot take its role."""
+    """V of two models with the same vocabulary, whose answers begin and end alike. Raises ModelError unless they do, or
+    if one cannot take its role.
+    """
+    from .generation import check_same_format
     from .vocabulary import check_same_vocabulary, check_vocabulary_fits
 
     configs = [spec.config for spec in (teacher, student)]
     size = check_same_vocabulary(teacher.tokenizer, student.tokenizer, teacher.name, student.name)
     for spec, config in zip((teacher, student), configs, strict=True):
         check_vocabulary_fits(config, size, spec.role, spec.name)
+    check_same_format(teacher.rules, student.rules, (teacher.name, student.name))
     return size
 
 

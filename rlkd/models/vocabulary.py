@@ -8,6 +8,8 @@ from typing import Any
 from ..errors import ModelError
 from .adapters import adapter_of
 from .folders import AGAIN, check_place, check_tokenizer, explained, has_tokenizer
+from .generation import AnswerRules
+from .languages import has_languages
 
 NO_LIMIT = 2**30  # tokens of a text that is not to be cut
 
@@ -62,7 +64,7 @@ def check_vocabulary_fits(config: Any, valid_vocab: int, role: str, name: str) -
 
 
 def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
-    """The fast tokenizer saved with a model; an adapter without one has its base's. Raises ModelError if there is none,
+    """The tokenizer saved with a model; an adapter without one has its base's. Raises ModelError if there is none,
     or if its files are damaged.
     """
     from transformers import AutoTokenizer
@@ -93,6 +95,22 @@ def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eo
     )["input_ids"]
     # A model cannot attend to nothing: an empty prompt becomes its end-of-sequence token.
     return [row or [tokenizer.eos_token_id] for row in rows]
+
+
+def encode_answers(tokenizer: Any, texts: list[str], max_tokens: int, rules: AnswerRules) -> list[list[int]]:
+    """Token ids of each text as a model with these rules writes it, cut to `max_tokens` (end-of-sequence kept)."""
+    rows = tokenizer(
+        # Marian has a vocabulary for each side; translation models mark the language.
+        text_target=texts,
+        truncation=True,
+        max_length=max_tokens,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+    end = tokenizer.eos_token_id
+    if has_languages(tokenizer):  # the first mBART writes the language after the end, for the decoder to start with
+        rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    return [rules.complete(row or [end], max_tokens) for row in rows]
 
 
 class UnknownText:
@@ -135,6 +153,8 @@ class UnknownText:
 
 def decode_texts(tokenizer: Any, rows: list[list[int]]) -> list[str]:
     """The text of each row of token ids, special tokens left out, spaces as they are."""
+    if not tokenizer.is_fast:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     # What tokenizer.decode calls for each row, at a fifth of the time.
     return tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
 
@@ -144,7 +164,20 @@ def token_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
     A character that is spread over several byte tokens comes with the last of them; the others are empty.
     """
+    if not tokenizer.is_fast:
+        return _slow_pieces(tokenizer, ids)
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+
+
+def _slow_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """As `token_pieces`, for a tokenizer written in Python: what each token adds to the text of those before it."""
+    pieces, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        whole = text.startswith(shown) and not text.endswith("\ufffd")  # no half of a character
+        pieces.append(text[len(shown) :] if whole or end == len(ids) else "")
+        shown += pieces[-1]
+    return pieces

@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from .. import metrics
-from .reading import Arm, RunData, number
+from .lines import number
+from .reading import Arm, RunData
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "{http://www.w3.org/1999/xlink}href"

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..metrics import held_out
 from .intervals import Difference, Interval, mean_interval, overall, paired_difference
-from .reading import Arm, Row, RunData, number
+from .lines import Row, number
+from .reading import Arm, RunData
 
 # Shown after the task scores, in this order.
 COMMON = ("regret", "sample_regret", "match", "length", "finish_rate")
@@ -276,23 +277,23 @@ def failures(arm: Arm, worst: int = 5) -> Failures | None:
         first_share=first_share,
         end_share=end_share,
         groups=_groups(arm, list(dict.fromkeys(names))),
-        worst=[rows[ids[i]] for i in order[:worst]],
+        worst=[first.whole(rows[ids[i]]) for i in order[:worst]],
     )
 
 
 def _where(rows: Sequence[Row]) -> tuple[float | None, float | None]:
     """Shares of the regret of greedy answers in their first and in their last token."""
-    rewards = [row["rewards"] for row in rows if isinstance(row.get("rewards"), list) and len(row["rewards"]) > 1]
-    total = sum(sum(own) for own in rewards)
+    ends = [row["reward_ends"] for row in rows if "reward_ends" in row]
+    total = sum(of_all for _, _, of_all in ends)
     if not total:
         return None, None
-    return sum(own[0] for own in rewards) / total, sum(own[-1] for own in rewards) / total
+    return sum(first for first, _, _ in ends) / total, sum(last for _, last, _ in ends) / total
 
 
 def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
     """Rows by length of the input (terciles), label, and whether the answer ended and equals the teacher's."""
     rows = [row for run in arm.runs for row in run.newest]
-    words = np.array([len(str(row.get("input", "")).split()) for row in rows])
+    words = np.array([row.get("words", 0) for row in rows])
     low, high = np.quantile(words, [1 / 3, 2 / 3])
     by_length = (
         []

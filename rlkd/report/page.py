@@ -14,7 +14,8 @@ from ..evaluation.samples import Sample
 from ..inspection.markup import environment, heat_map_html, legend_html, standalone_page
 from . import findings, words
 from .charts import Chart, Sheet, curves, scatter
-from .reading import Arm, Row, number
+from .lines import Row, number
+from .reading import Arm
 
 WORST = 5
 LATENCY = "ms per sentence (batch size 1)"

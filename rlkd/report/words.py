@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..metrics import held_out
 from .findings import TRUNCATED, Comparison, Cost, Failures, answer
 from .intervals import Interval
-from .reading import Arm, number
+from .lines import number
+from .reading import Arm
 
 HEADLINES = {
     "better": "Yes",

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..io.cards import CARD, cell, front_matter, table
+from ..io.files import write_text
 from ..metrics import held_out, metric
 
 REWARD = (
@@ -41,9 +42,7 @@ def write_card(
     record: content of run.json, secrets removed; architecture: class of the student; scores: the newest `eval_*`
     numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer steps taken.
     """
-    (folder / CARD).write_text(
-        card(record, architecture=architecture, scores=scores, rows=rows, step=step), encoding="utf-8"
-    )
+    write_text(folder / CARD, card(record, architecture=architecture, scores=scores, rows=rows, step=step))
 
 
 def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], rows: int | None, step: int) -> str:

@@ -6,7 +6,6 @@ An alarm fires once per episode, which ends after a few readings within the thre
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..errors import DivergenceError
 from .alarms import ALARMS, Alarm, History, Reading
-from .files import ALARMS_FILE
+from .files import ALARMS_FILE, append_lines
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +80,7 @@ class AlarmCallback(TrainerCallback):
             "value": reading.value,
             "threshold": alarm.threshold,
         }
-        path = self.trainer.run_folder / ALARMS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_lines(self.trainer.run_folder / ALARMS_FILE, [line])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run continues with the history of the run it resumes.

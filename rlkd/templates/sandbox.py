@@ -8,10 +8,9 @@ of jinja2's own environment, except that `tojson` gives a plain string, not one 
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import BuiltinMethodType, FunctionType, MethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import jinja2
@@ -71,7 +70,7 @@ class _Context(Context):
 class _Sandbox(SandboxedEnvironment):
     """Jinja's hooks for attributes, items, calls and operators: each has an allow-list and is counted."""
 
-    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+    intercepted_binops = frozenset(allowed.OPERATORS)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -110,52 +109,31 @@ class _Sandbox(SandboxedEnvironment):
         meter, kind = context.meter, type(function)
         if isinstance(function, jinja2.Undefined):
             return function()
-        weight = 0
-        if args:
+        if args or kwargs:
             args = tuple(map(meter.settled, args))
-            weight += sum(map(meter.weigh, args))
-        if kwargs:
-            weight += sum(map(meter.weigh, kwargs.values()))
-        if kind is FunctionType:
-            return meter.made(function(meter, *args, **kwargs))
+            meter.weigh_arguments(args, kwargs)
+        if kind is _Function:
+            function.charge(meter, *args, **kwargs)
+            return meter.made(function.call(*args, **kwargs))
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if kind is BuiltinMethodType and name in allowed.METHODS.get(type(owner), ()):
-            allowed.before_method(meter, owner, name, weight, args, kwargs)
+            allowed.METHODS[type(owner)][name](meter, owner, *args, **kwargs)
             return meter.made(function(*args, **kwargs))
         if kind is MethodType and type(owner) is LoopContext and name in allowed.LOOP:
             return function(*args, **kwargs)
         raise SandboxError(f"calls a {kind.__name__}, which is not allowed. {allowed.remedy(kind)}")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator in ("*", "**", "%"):
-            allowed.before_operator(context.meter, operator, left, right)
-        return context.meter.made(_OPERATORS[operator](left, right))
+        compute, charge = allowed.OPERATORS[operator]
+        charge(context.meter, left, right)
+        return context.meter.made(compute(left, right))
 
 
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "//": operator.floordiv,
-    "%": operator.mod,
-    "**": operator.pow,
-}
+class _Function:
+    """A function that templates may call; it has no attributes that they could read."""
 
-
-def _range(meter: Meter, *bounds: int) -> range:
-    numbers = range(*bounds)
-    if numbers[meter.limits.steps :]:
-        raise meter.limits.exceeded("steps")
-    return numbers
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "range": _range,
-    "zip": lambda meter, *lists: zip(*lists, strict=False),
-    "dict": lambda meter, *args, **values: dict(*args, **values),
-    "namespace": lambda meter, *args, **values: Namespace(*args, **values),
-}
+    def __init__(self, call: Callable[..., Any], charge: allowed.Cost):
+        self.call, self.charge = call, charge
 
 
 @jinja2.pass_context
@@ -174,7 +152,7 @@ def _written(context: Any, value: Any) -> Any:
     """Called on every value that a template prints."""
     if type(value) is str:
         context.meter.write(len(value))
-    elif type(value) not in SCALARS:
+    elif type(value) not in SCALARS or type(value) is int:
         context.meter.write(context.meter.weigh(value))
     return value
 
@@ -194,9 +172,21 @@ def _separator(context: Any, _: Any) -> str:
 
 @jinja2.pass_context
 def _weighed(context: Any, value: Any) -> Any:
-    if type(value) not in SCALARS or type(value) is str:
-        context.meter.weigh(value)
+    context.meter.weigh(value)
     return value
+
+
+@jinja2.pass_context
+def _as_key(context: Any, value: Any) -> Any:
+    context.meter.weigh(value)
+    context.meter.hashable(value)
+    return value
+
+
+@jinja2.pass_context
+def _within(context: Any, value: Any, container: Any) -> bool:
+    allowed.contains(context.meter, value, container)
+    return value in container
 
 
 @jinja2.pass_context
@@ -216,9 +206,9 @@ def _environment() -> _Sandbox:
     ours = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
     environment.filters = allowed.guarded_filters(environment.filters | ours)
     environment.filters |= {"_loop": _loop, "_weighed": _weighed, "_sliced": _sliced, "_joined": _joined}
-    environment.filters |= {"_separator": _separator}
+    environment.filters |= {"_separator": _separator, "_as_key": _as_key, "_within": _within}
     environment.tests = allowed.guarded_tests(environment.tests)  # type: ignore
-    environment.globals = dict(_FUNCTIONS)
+    environment.globals = {name: _Function(*function) for name, function in allowed.FUNCTIONS.items()}
     return environment
 
 
@@ -273,8 +263,13 @@ def _count_loop(node: nodes.For) -> nodes.Node:
 
 def _weigh_operands(node: nodes.Compare) -> nodes.Node:
     sides = [node.expr, *(operand.expr for operand in node.ops)]
-    # Comparing with a constant is cheap, searching for one is not; two lists may share items endlessly.
-    if any(operand.op.endswith("in") for operand in node.ops) or not any(map(_constant, sides)):
+    if any(operand.op in ("in", "notin") for operand in node.ops):
+        if len(node.ops) > 1:
+            raise _refused("the syntax", "a in b in c", [])
+        within = _filter("_within", *sides)
+        return within if node.ops[0].op == "in" else nodes.Not(within)
+    # Comparing with a constant is cheap; two lists may share items endlessly.
+    if not any(map(_constant, sides)):
         node.expr = _weigh(node.expr)
         for operand in node.ops:
             operand.expr = _weigh(operand.expr)
@@ -282,12 +277,14 @@ def _weigh_operands(node: nodes.Compare) -> nodes.Node:
 
 
 def _weigh_key(node: nodes.Pair) -> nodes.Node:
-    node.key = _weigh(node.key)
+    if not _constant(node.key):
+        node.key = _filter("_as_key", node.key)
     return node
 
 
 def _count_slice(node: nodes.Getitem) -> nodes.Node:
     if not isinstance(node.arg, nodes.Slice):
+        node.arg = _weigh(node.arg)
         return node
     bounds = (node.arg.start, node.arg.stop, node.arg.step)
     return _filter("_sliced", node.node, *(bound or nodes.Const(None) for bound in bounds))

@@ -71,8 +71,8 @@ class Template:
     truncation         none, or t0: each {{...}} of the source is cut to 2,048 characters, as in T0's training data
     strict_compat      split the text wherever promptsource does: also at a "|||" in a list or an answer choice of the
                        row, or built from its pieces, so that a row can inject its own target
-    trusted            False for templates that come neither with rlkd nor from promptsource: they are rendered in
-                       another process (see `rlkd.templates.worker`)
+    trusted            render in this process, as for templates that come with rlkd or from promptsource's archive; all
+                       others are rendered in a process of their own (see `rlkd.templates.worker`)
     limits             of the sandbox
     """
 
@@ -88,7 +88,7 @@ class Template:
     languages: tuple[str, ...] = ()
     truncation: Truncation = "none"
     strict_compat: bool = False
-    trusted: bool = True
+    trusted: bool = False
     limits: Limits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:

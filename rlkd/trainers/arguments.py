@@ -15,6 +15,7 @@ from ..metrics import held_out
 from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
+from .environment import check_half_precision, check_launch, use_one_gpu
 
 # Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
 IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
@@ -55,10 +56,12 @@ class StudentArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_launch(self)
         self.run_name = redacted(self.run_name)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not held_out(self.metric_for_best_model).lower_is_better
         super().__post_init__()
+        use_one_gpu(self)
         patience = self.early_stopping_patience
         if patience is not None:
             _require(
@@ -93,9 +96,7 @@ class DistillationArguments(StudentArguments):
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "regret"
         super().__post_init__()
-        _require(
-            not self.fp16, "fp16", self.fp16, "float16 overflows to inf in T5 models. Use bf16: true (GPU) or neither."
-        )
+        check_half_precision(self.mixed_precision, setting=self.fp16)
 
 
 @dataclass

@@ -16,11 +16,11 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 
 from ..io import bounded_yaml
 from ..io.redaction import redacted
-from ..models.digests import weights_digest
+from ..io.versions import describe_machine
 from ..models.saving import save_student
 from ..runs.best import BestCheckpoint, check_best_metric
 from ..runs.card import write_card
-from ..runs.checkpoints import check_run_folder, read_state
+from ..runs.checkpoints import check_run_folder, explained_save, read_state
 from ..runs.files import METRICS, RUN_FILE, append_lines
 from ..runs.finite import FiniteGuard
 from ..runs.guards import AlarmCallback
@@ -28,6 +28,8 @@ from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
 from .arguments import StudentArguments
+from .environment import describe_environment, warn_of_ignored
+from .inputs import describe_inputs, weights_of
 
 
 class JsonlCallback(TrainerCallback):
@@ -57,6 +59,7 @@ class StudentTrainer(ResumableTrainer):
     def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **options: Any):
         self._recorded: dict[str, list[Tensor]] = {}
         self.run_record: RunRecord | None = None
+        self.inputs: dict[str, str] = {}
         self._cpu_started = time.process_time()
         self.finite, self.alarms = FiniteGuard(self), AlarmCallback(self)
         own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint()]
@@ -90,6 +93,8 @@ class StudentTrainer(ResumableTrainer):
         sections = [*self.settings, self.args]
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
         models = {role: model for role, model in self.models().items() if model is not None}
+        if not self.inputs:  # of the first call: a later one finds a student that has been trained
+            self.inputs = self.on_main(lambda: describe_inputs(self))
         record = RunRecord(
             trainer=type(self).__name__,
             settings=settings_of(sections),
@@ -97,15 +102,19 @@ class StudentTrainer(ResumableTrainer):
             templates=describe_templates(*data.values()),
             models={role: getattr(model.config, "name_or_path", None) or None for role, model in models.items()},
             revisions={
-                role: getattr(model.config, "_commit_hash", None) or weights_digest(model)
+                role: getattr(model.config, "_commit_hash", None) or self.inputs[weights_of(role)]
                 for role, model in models.items()
             },
+            inputs=self.inputs,
+            environment=describe_environment(self.accelerator),
+            machine=describe_machine(str(self.accelerator.device)),
             processes=self.accelerator.num_processes,
         )
         if checkpoint is not None:
             record.resume(checkpoint, sections, allow_change=self.args.allow_config_change)
         self.run_record = record
         if self.is_world_process_zero():
+            warn_of_ignored(self.args)
             record.write(self.run_folder)
 
     def models(self) -> dict[str, Any]:
@@ -182,7 +191,14 @@ class StudentTrainer(ResumableTrainer):
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         held = (t for state in states for t in state.values() if isinstance(t, Tensor))
         self.finite.check_weights(chain(self.trained.state_dict().values(), held))
-        super().save_model(output_dir, _internal_call)
+        if _internal_call:  # part of a checkpoint, whose errors are explained where it is written
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir) if output_dir else self.run_folder
+        try:
+            super().save_model(output_dir, _internal_call)
+        except Exception as error:
+            raise explained_save(error, folder, self._bytes(student_only=True), checkpoint=False) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder

@@ -30,6 +30,7 @@ from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_fi
 from ..runs.sample_tables import SampleTables, print_samples
 from .arguments import DistillationArguments
 from .core import StudentTrainer
+from .environment import check_half_precision
 from .objective import Evidence, Objective, StudentTokens
 
 
@@ -87,6 +88,7 @@ class DistillationTrainer(StudentTrainer):
             data_collator=self.collate,
             callbacks=callbacks,
         )
+        check_half_precision(self.accelerator.mixed_precision, setting=args.fp16)  # fp8 becomes fp16 on some devices
 
     def check_teacher(self) -> None:
         """Raises ConfigError if the teacher cannot provide what the objective needs."""

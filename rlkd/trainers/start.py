@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import ConfigError
+from ..models.generation import rules_of
 from ..models.heads import HeadOverStates
 from ..objectives.advantages import price_of_stopping, regret_per_sequence
 from ..records import given
@@ -72,7 +73,8 @@ class StartCheck(TrainerCallback):
         (eos_logits,) = head.map(lambda logits: (logits[:, eos],), states[mask])
         gap = maximum.masked_scatter(mask, maximum[mask] - eos_logits)
         regret = regret_per_sequence(scores.chosen - maximum, mask)
-        going_on = mask & (rollouts.answer_ids != eos)
+        ends = torch.tensor(rules_of(trainer.policy.lm).eos_ids, device=mask.device)
+        going_on = mask & ~torch.isin(rollouts.answer_ids, ends)
         return {
             "start_regret": float(trainer.gather(regret[:, None]).mean()),
             "start_eos_price": float(price_of_stopping(trainer.gather(gap), trainer.gather(going_on))),

@@ -49,7 +49,6 @@ OTHERS = {
     "project": files("pyproject.toml", "README.md", "src/x.py"),
     "card": files("README.md"),
     "templates": files("templates/a.yaml", "promptsource.tar.gz"),
-    "one more folder": files("sub/x"),
 }
 
 
@@ -109,6 +108,8 @@ def test_what_belongs_to_results_may_be_there(source, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.log").write_text("x")
+    (run / "teacher").mkdir()
+    (run / "teacher" / "config.json").write_text("{}")
     args = SupervisedArguments(str(run), use_cpu=True, report_to="none", max_steps=1)
     rows = [{"student_input": "a", "label": "b"}]
     SupervisedTrainer(tiny_t5(), args, tokenizer=tiny_tokenizer(), train_dataset=rows).run()

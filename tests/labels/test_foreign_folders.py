@@ -14,6 +14,7 @@ from rlkd.errors import DataError
 from rlkd.inspection.labels import from_labels
 from rlkd.io.files import write_durably
 from rlkd.io.lock import writer_lock
+from rlkd.jobs.rewards import view_of_labels
 from rlkd.labels.folder import check_output
 from rlkd.labels.maintenance import merge, repair, verify
 from rlkd.labels.manifest import _encode
@@ -190,6 +191,19 @@ def test_a_link_to_a_shard_is_read(made, tmp_path):
     for file in whole.iterdir():
         os.symlink(file, out / file.name)
     assert load_pseudolabels(out).to_list() == load_pseudolabels(whole).to_list()
+
+
+@pytest.mark.parametrize("name", ["teacher", "max_input_tokens", "append_eos"])
+@pytest.mark.parametrize("value", [None, ["x"]])
+def test_settings_that_a_view_needs(made, tmp_path, name, value):
+    _, whole, _ = made
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    header = json.loads((out / "manifest.jsonl").read_text().splitlines()[0])
+    rewrite(out, "header", settings=header["settings"] | {name: value})
+    request = {"labels": out, "reward_value": "max", "teacher": None, "limit": 5}
+    with pytest.raises(DataError, match=rf"its manifest's settings have no {name}\. Get the labels again"):
+        view_of_labels(request)
 
 
 REQUEST = {"teacher": "t", "dataset": "rows.jsonl", "input_column": "text", "seed": 3, "input_eos": False,

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers.normalizers import Lowercase
 
 import stub
 from rlkd.errors import ConfigError, DataError
@@ -223,6 +224,38 @@ def test_changed_settings_are_listed_and_need_permission(run):
         (False, old), (True, new)
     }  # fmt: skip
     assert stub.shards(out).keys() == stub.shards(reference).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("packages", lambda: {"torch": "9.9"}, "-> 9.9"),
+        ("code_digest", lambda: "another", "rlkd's code "),
+        ("describe_machine", lambda device: {"threads": "64"}, "-> 64"),
+        ("variables", lambda: {"NVIDIA_TF32_OVERRIDE": "1"}, "NVIDIA_TF32_OVERRIDE None -> 1"),
+    ],
+)
+def test_other_versions_and_another_machine_are_named(run, monkeypatch, caplog, name, value, said):
+    source, out, _ = run
+    unfinish(out)
+    stub.label(source, out)
+    assert "other versions" not in caplog.text
+    unfinish(out)
+    monkeypatch.setattr(f"rlkd.labels.run.{name}", value)
+    stub.label(source, out)
+    assert "was begun by other versions or another machine: " in caplog.text
+    assert said in caplog.text
+
+
+def test_a_tokenizer_that_reads_otherwise_is_another_run(run, monkeypatch):
+    """Its vocabulary is the same: what comes before the tokens is not."""
+    source, out, _ = run
+    unfinish(out)
+    lower = stub.tiny_tokenizer()
+    lower.backend_tokenizer.normalizer = Lowercase()
+    monkeypatch.setattr(stub, "tiny_tokenizer", lambda: lower)
+    with pytest.raises(DataError, match="tokenizer: "):
+        stub.label(source, out)
 
 
 def test_a_changed_source_is_refused(run, tmp_path):

@@ -66,20 +66,21 @@ def distil(setup):
 @pytest.mark.parametrize("family", ENCODERS)
 def test_a_family_works_or_is_refused_at_the_start(tmp_path, family, preset, init):
     try:
-        config = tiny_config(family)
-        setup = prepare(tmp_path, config, preset, init)
-    except (ModelError, ConfigError) as refusal:
+        setup, refusal = prepare(tmp_path, tiny_config(family), preset, init), ""
+    except (ModelError, ConfigError) as error:
+        setup, refusal = None, str(error)
+    assert len(refusal) < 500
+    if setup is not None:
+        again, own = distil(setup)
+        torch.testing.assert_close(again, own, atol=1e-5, rtol=1e-5)
+    else:
         assert family not in SUPPORTED, refusal
-        assert len(str(refusal)) < 500
-        return
-    again, own = distil(setup)
-    torch.testing.assert_close(again, own, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_the_usual_families_may_grow_trees(family):
     config = tiny_config(family)
-    own = rehearse(config, {"layers": 2}, states=True, trees=("student", "teacher"), gradient_checkpointing=True)
+    own = rehearse(config, {"layers": 2}, states=True, trees=("student", "teacher"))
     assert own.num_hidden_layers == 2
 
 
@@ -135,10 +136,12 @@ def test_families_without_a_single_list_of_layers():
     """ALBERT's layers share their weights; XLM keeps the parts of its layers in four lists."""
     torch.manual_seed(0)
     albert = AutoModelForSequenceClassification.from_config(tiny_config("albert"))
-    assert layer_lists(albert, student := build_student(albert, 2)) == []
+    student = build_student(albert, 2)
+    assert layer_lists(albert, student) == []
     assert all(torch.equal(t, albert.state_dict()[name]) for name, t in student.state_dict().items())
     xlm = AutoModelForSequenceClassification.from_config(tiny_config("xlm"))
-    assert len(layer_lists(xlm, student := build_student(xlm, 2))) == 4
+    student = build_student(xlm, 2)
+    assert len(layer_lists(xlm, student)) == 4
     own, theirs = (m.transformer for m in (student, xlm))
     assert torch.equal(own.ffns[0].lin1.weight, theirs.ffns[1].lin1.weight)
     assert torch.equal(own.attentions[1].q_lin.weight, theirs.attentions[3].q_lin.weight)
@@ -157,7 +160,7 @@ def test_the_recipe_refuses_before_it_trains(tmp_path, monkeypatch):
 
 def test_encoders_are_told_from_families_that_continue_texts():
     assert all(is_encoder(tiny_config(name)) for name in ("bert", "roberta", "modernbert", "deberta-v2"))
-    assert not any(is_encoder(tiny_config(name)) for name in ("gpt2", "llama", "bart", "xlnet"))
+    assert not any(is_encoder(tiny_config(name)) for name in ("gpt2", "llama", "bart"))
 
 
 def test_a_student_that_would_be_another_when_loaded(monkeypatch):

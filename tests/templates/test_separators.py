@@ -1,6 +1,7 @@
 """A template's own "|||" splits its text; nothing that a row holds does, however it is put together."""
 
 import re
+from functools import partial
 
 import jinja2
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 
 from rlkd.errors import DataError
 from rlkd.templates import rows
+from rlkd.templates import template as templates
 from rlkd.templates.rows import PIPE_PROTECTOR
 from rlkd.templates.sandbox import SandboxError
-from rlkd.templates.template import Rendered, Template
+from rlkd.templates.template import Rendered
 
+Template = partial(templates.Template, trusted=True)
 TARGET = " ||| gold"
 # Source of the input -> a row, and the one text that it prints.
 PIECES = {

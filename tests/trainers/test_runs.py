@@ -210,7 +210,7 @@ def test_a_resume_with_other_settings_is_refused_with_the_list(run, tmp_path):
     with pytest.raises(ConfigError) as caught:
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
     assert str(caught.value).splitlines()[:-1] == [
-        f"{run / 'checkpoint-1'} was written with other settings:",
+        f"{run / 'checkpoint-1'} was written with other settings or inputs:",
         '  input_column: "dialogue" -> "note"',
         "  learning_rate: 0.01 -> 0.5",
         "  label_smoothing_factor: 0.0 -> 0.1",

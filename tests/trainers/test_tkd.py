@@ -281,15 +281,15 @@ def test_runs_that_share_a_cache_do_not_trip_over_each_other(tmp_path, monkeypat
     assert name in folders(tmp_path / "cache")
 
 
-def test_a_cache_of_another_precision_is_another(tmp_path):
+def test_a_cache_of_another_precision_or_batch_is_another(tmp_path, monkeypatch):
+    """Each decides the last bits. The precision is the accelerator's: a setting is not the only way to it."""
     made = set()
-    for flag in ({}, {"bf16": True}, {"fp16": True}):
-        trainer = make(tmp_path, preset="kd", teacher_cache="logits")
-        for name in flag:  # fp16 is refused on a CPU
-            setattr(trainer.args, name, True)
+    for precision, batch in (("no", 8), ("bf16", 8), ("fp16", 8), ("no", 4)):
+        trainer = make(tmp_path, preset="kd", teacher_cache="logits", per_device_eval_batch_size=batch)
+        monkeypatch.setattr("accelerate.Accelerator.mixed_precision", precision)
         trainer.open_teacher_cache()
         made.add(frozenset(folders(tmp_path / "teacher_cache")))
-    assert len(made) == 3
+    assert len(made) == 4
 
 
 @pytest.mark.parametrize("bf16", [False, True])

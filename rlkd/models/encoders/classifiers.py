@@ -201,7 +201,7 @@ def student_config(
     _keep_layers(config, chosen if init == "mapped" else list(range(1, layers + 1)))
     for name, value in narrower.items():
         setattr(config, name, value)
-    if config.hidden_size % config.num_attention_heads:
+    if (heads := getattr(config, "num_attention_heads", None)) and config.hidden_size % heads:
         raise ConfigError(
             f"attention_heads = {config.num_attention_heads}: must divide hidden_size = {config.hidden_size}"
         )
@@ -290,14 +290,3 @@ def check_head_slices(heads: int, teacher_width: int, source: str) -> None:
             f"{teacher_width} is not a multiple of {heads}. Choose a student with a number of heads that divides it, "
             "or a preset without a student tree, random or all tokens (kd, pkd, teacher-tkd)."
         )
-
-
-def parameter_digest(model: Any) -> str:
-    """SHA-256 of the names and values of all weights, the same on every device."""
-    from hashlib import sha256
-
-    digest = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ModelError
+from ...io.files import make_folder
 from ...io.folders import refuse_other_contents
 from ...tensors import length_mask
 from ..loading import load_config, load_pretrained
@@ -73,7 +74,7 @@ def export_onnx(
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in tokenizer.model_input_names]
     names = [name for name in names if name != "token_type_ids" or getattr(config, "type_vocab_size", 0) > 1]
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written = folder / f"{MODEL_FILE}.new"
     try:
         _write(classifier, names, written)

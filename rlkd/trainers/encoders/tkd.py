@@ -15,6 +15,7 @@ from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError, ModelError
 from ...evaluation.classes import one_class_warning, only_class
 from ...evaluation.task_metrics import classification_metrics
+from ...io.versions import describe_machine
 from ...models.encoders.attention import prepare_attention
 from ...models.encoders.classifiers import (
     EncoderOutputs,
@@ -34,6 +35,7 @@ from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy,
 from ...objectives.neighbours import logit_mse, noisy_logits
 from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
+from ..environment import describe_environment
 from .arguments import STUDENT_TREE, TKDArguments
 
 logger = logging.getLogger(__name__)
@@ -149,14 +151,13 @@ class TKDTrainer(StudentTrainer):
             self.layers = matched_layers(
                 student.config.num_hidden_layers, self.teacher.config.num_hidden_layers, args.layer_map
             )
+        self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
+        attention = prepare_attention(student, "student") if terms & STUDENT_TREE else None
+        if compared:
             check_states(self.teacher, "teacher")
             check_states(student, "student")
-        self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
-        return EncoderStudent(
-            student,
-            teacher_width=width_of(self.teacher.config) if compared else None,
-            attention=prepare_attention(student, "student") if terms & STUDENT_TREE else None,
-        )
+        width = width_of(self.teacher.config) if compared else None
+        return EncoderStudent(student, teacher_width=width, attention=attention)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, after computing the teacher's outputs if they are cached."""
@@ -304,8 +305,11 @@ class TKDTrainer(StudentTrainer):
             self.teacher_texts.digest(),
             self.args.max_length,
             layers=self.layers if with_states else [],
-            bf16=self.args.bf16,
-            fp16=self.args.fp16,
+            # They decide the last bits, and folders of outputs may be shared.
+            batch_rows=self.args.per_device_eval_batch_size,
+            torch=torch.__version__,
+            environment=describe_environment(self.accelerator),
+            machine=describe_machine(str(self.accelerator.device)),
         )
         root = Path(self.args.teacher_cache_dir or self.run_folder / "teacher_cache")
         with self.args.main_process_first(desc="teacher outputs"):
