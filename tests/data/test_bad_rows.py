@@ -111,9 +111,9 @@ def test_a_row_too_large_to_show_in_its_own_error():
     deep: list = []
     for _ in range(5000):
         deep = [deep]
-    for value in (10**5000, deep):
-        with pytest.raises(DataError, match=r"cannot be rendered|limit|too large"):
-            Template("t", "{{ a + 'x' }}").parts({"a": value})
+    for value, trusted in [(value, trusted) for value in (10**5000, deep) for trusted in (True, False)]:
+        with pytest.raises(DataError, match=r"cannot be rendered|limit|cannot be sent"):
+            Template("t", "{{ a + 'x' }}", trusted=trusted).parts({"a": value})
 
 
 def test_training_skips_rows_that_a_template_fails_on(caplog):
