@@ -72,6 +72,16 @@ def test_nan_is_a_missing_value_and_a_bad_row_decides_no_type(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("odd", [5, [1], True])
+def test_an_odd_first_row_does_not_make_all_others_bad(tmp_path, odd):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"a": value}) + "\n" for value in [odd, "x", None, "y"]))
+    assert load_rows(str(tmp_path / "a.jsonl"), on_bad_row="skip")["a"] == ["x", None, "y"]
+    kept: list = []
+    assert RowStream(str(tmp_path / "a.jsonl"), on_bad_row="skip").scan(quarantine=kept.append).rows == 3
+    assert [bad["place"] for bad in kept] == [1]
+    assert "a.jsonl:1: column 'a' has " in kept[0]["error"]
+
+
 def test_types_inside_lists_and_objects(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": [1]}\n{"a": ["x"]}\n{"a": [2, "y"]}\n{"a": [2.5, null]}\n')
     assert load_rows(str(tmp_path / "a.jsonl"), on_bad_row="skip")["a"] == [[1.0], [2.5, None]]
