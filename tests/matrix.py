@@ -3,7 +3,8 @@
 python tests/matrix.py [--only NAME ...] [--out docs/families.md]
 
 Models are tiny and random, of transformers' own classes, saved with a tokenizer; every cell runs the commands and
-recipes that a user runs. A cell is `yes`, `refused` (one line, before anything is loaded or trained) or what went wrong.
+recipes that a user runs. A cell is `yes`, `refused` (one line, before anything is loaded or trained) or what went
+wrong.
 """
 
 from __future__ import annotations
