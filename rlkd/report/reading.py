@@ -264,9 +264,7 @@ def _held_out(path: Path, notes: list[str]) -> dict[int, list[Row]]:
     if bad:
         notes.append(f"{path.name}: {bad} lines without a step or an id are skipped.")
     if more:
-        notes.append(
-            f"{path.name}: only the first {ROWS_KEPT:,} rows of an evaluation are read; {more:,} are left out."
-        )
+        notes.append(f"{path.name}: of an evaluation {ROWS_KEPT:,} rows are read; {more:,} more are left out.")
     return rows
 
 
