@@ -181,6 +181,8 @@ def _finite(value: float | None) -> float | None:
 def _is_top(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(best, list)
-        and all(isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and _is_number(one[1]) for one in best)
+        and all(
+            isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and _is_number(one[1]) for one in best
+        )
         for best in value
     )

@@ -101,6 +101,10 @@ class RewardView:
             Case(*key, sorted(group, key=lambda s: rank.get(s.source, len(rank)))) for key, group in by_input.items()
         ]
 
+    def worst_first(self) -> list[tuple[int, Case]]:
+        """(place in `cases()`, case), the largest regret first; those of unknown regret come last, in their order."""
+        return sorted(enumerate(self.cases()), key=lambda pair: -(pair[1].regret or 0.0))
+
     @property
     def above_zero(self) -> bool:
         """Whether any reward is positive: never for `max` and `lse` without a KL term."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..evaluation.samples import Sample, sample_from
-from ..runs.files import HELD_OUT, TOKEN_REWARDS
+from ..runs.files import HELD_OUT, RUN_FILE, TOKEN_REWARDS
 from .reward_view import RewardView
 
 STUDENT = ("student", "student sampled", "rollout")
@@ -54,7 +54,23 @@ def from_run(folder: Path, *, step: int | None = None) -> RewardView:
     known = {sample.id for sample in samples if sample.source == "student"}
     facts = {} if value == "max" else {"V of these rewards": "max"}
     samples += _others(folder / HELD_OUT, wanted, known, facts)
+    samples = _named(samples, folder / RUN_FILE)
     return RewardView(samples, value, f"Token rewards of {folder.name}, step {wanted}")
+
+
+def _named(samples: list[Sample], record: Path) -> list[Sample]:
+    """The samples with the names that run.json gives the templates, in place of their numbers."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))["templates"]
+        names = {f"template {k}": str(template["name"]) for k, template in enumerate(found, start=1)}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return samples
+    if len(set(names.values())) < len(names):
+        return samples
+    return [
+        replace(sample, prompts={names.get(name, name): text for name, text in sample.prompts.items()})
+        for sample in samples
+    ]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

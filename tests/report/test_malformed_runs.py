@@ -136,7 +136,8 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_folder_is_reported_with_a_note(tmp_path, capsys, monkeypatch, kind, drawn):
     if not drawn:
-        monkeypatch.setattr("rlkd.report.charts._svg", lambda *_: Markup("<svg></svg>"))
+        for module in ("charts", "forest"):
+            monkeypatch.setattr(f"rlkd.report.{module}.drawing", lambda *_, **__: Markup("<svg></svg>"))
     good, bad = run_folder(tmp_path / "good"), run_folder(tmp_path / "bad")
     DAMAGES[kind](bad)
     for command in (["report", str(bad)], ["report", str(bad), "--json"], ["compare", str(good), str(bad)],

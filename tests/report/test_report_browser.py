@@ -90,4 +90,4 @@ def test_it_reads_the_same_without_scripts(opened, pages):
     assert page.locator(".answer-word").inner_text() == "Yes"
     assert page.locator("figure svg").count() > 5
     page.locator("summary", has_text="Numbers of Regret").click()
-    assert page.get_by_role("region", name="Regret, numbers").is_visible()
+    assert page.get_by_role("table", name="Regret, numbers").is_visible()

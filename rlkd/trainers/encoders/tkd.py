@@ -125,6 +125,7 @@ class TKDTrainer(StudentTrainer):
         if args.weights.keys() == {"ce"}:
             train_rows = labelled_rows(train_rows, "train_rows")
         eval_rows = None if eval_rows is None else labelled_rows(eval_rows, "eval_rows")
+        self.held_out_texts = [" / ".join(filter(None, (r["text"], r.get("text_pair")))) for r in eval_rows or ()]
         train = EncodedTexts(train_rows, tokenizer, args.max_length, labels)
         self.teacher_tokenizer, self.teacher_texts = tokenizer, train
         if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -344,7 +345,13 @@ class TKDTrainer(StudentTrainer):
         if known and self.is_world_process_zero():
             predicted = logits.argmax(-1).tolist()
             evaluated = [
-                {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
+                {
+                    "id": str(i),
+                    "input": self.held_out_texts[i],
+                    "label": label,
+                    "predicted": guess,
+                    "accuracy": float(guess == label),
+                }
                 for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
                 if label >= 0
             ]
