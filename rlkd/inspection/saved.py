@@ -110,7 +110,8 @@ def _others(path: Path, step: int, known: set[str], facts: dict[str, str]) -> li
         read = {
             "id": name, "input": row.get("input", ""), "source": "student", "text": row.get("student", ""),
             "tokens": tokens, "ids": [0] * len(tokens), "rewards": rewards, "step": step,
-            "finished": row.get("finish_rate") != 0, "facts": {"regret": row["regret"], **facts} if "regret" in row else facts,
+            "finished": row.get("finish_rate") != 0,
+            "facts": {"regret": row["regret"], **facts} if "regret" in row else facts,
         }  # fmt: skip
         samples.append(sample_from(read, where))
     return samples

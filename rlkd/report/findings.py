@@ -337,15 +337,12 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
         ]
     )
     labels = sorted({row["label"] for row in rows if type(row.get("label")) is int})[:LABELS_SHOWN]
-    called = arm.runs[0].labels
+    called = {label: _label(arm, label) for label in labels}
     conditions = [
         *by_length,
         *(
-            (
-                f"{LABELLED} {called[label] if 0 <= label < len(called) else label}",
-                np.array([row.get("label") == label for row in rows]),
-            )
-            for label in labels
+            (f"{LABELLED} {name}", np.array([row.get("label") == label for row in rows]))
+            for label, name in called.items()
         ),
         (TRUNCATED, np.array([row.get("finish_rate") == 0 for row in rows])),
         ("answers equal to the teacher's", np.array([row.get("match") == 1 for row in rows])),
@@ -358,6 +355,11 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
         if mine:
             groups.append(Group(label, len(mine), {name: mean for name, mean in means.items() if mean is not None}))
     return groups
+
+
+def _label(arm: Arm, label: int) -> str:
+    names = arm.runs[0].labels
+    return names[label] if 0 <= label < len(names) else str(label)
 
 
 def _scores(rows: Sequence[Row], name: str) -> dict[str, float]:

@@ -179,8 +179,8 @@ def _label(folder: Path, arm: Arm) -> str:
 def read_runs(folder: Path) -> list[RunData]:
     """The run in `folder`, or all runs below it. Raises DataError if there are none."""
     if not folder.is_dir():
-        found = "this is a file, not a folder" if folder.exists() else "no such folder"
-        raise DataError(f"{folder}: {found}. Give the output_dir of a run.")
+        why = "this is a file, not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {why}. Give the output_dir of a run.")
     found = list(_run_folders(folder))
     if not found:
         raise DataError(f"{folder}: no run in it or up to {DEPTH} folders below: expected one of {', '.join(FILES)}.")
@@ -275,7 +275,7 @@ def _held_out(path: Path, notes: list[str]) -> dict[int, list[Row]]:
 
 def _short(row: Row) -> Row:
     """The numbers of a row; of its input the words, of its rewards the first, the last and the sum."""
-    kept = {name: value for name, value in row.items() if name not in TEXTS and isinstance(value, SHORT)}
+    kept: Row = {name: value for name, value in row.items() if name not in TEXTS and isinstance(value, SHORT)}
     if "input" in row:
         kept["words"] = len(str(row["input"]).split())
     rewards = row.get("rewards")

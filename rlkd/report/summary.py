@@ -67,7 +67,7 @@ def comparison_tables(arms: Sequence[Arm]) -> None:
     console = Console(width=None if Console().is_terminal else 200)
     for title, header, rows in (
         (f"differences from {findings.reference(arms).name}, paired by held-out row",
-         ["", "score", "difference", "95 % interval", "p", "", "over"], found),
+         ["", "score", "difference", "95 % interval", "p", "verdict", "over"], found),
         ("held-out scores (95 % interval)", results["header"], results["rows"]),
         ("settings that differ", ["", *settings["arms"]], settings["differ"]),
     ):  # fmt: skip

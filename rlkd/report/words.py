@@ -69,7 +69,7 @@ def verdict(comparison: Comparison) -> str:
     score, both = comparison.score, comparison.difference.interval
     one, other = (shown(score, mean) for mean in comparison.means)
     said = f"{comparison.one} against {comparison.other}: {name_of(score)} {one} against {other}"
-    if both.low is None:
+    if both.low is None or both.high is None:
         return f"{said}; {both.rows} rows are too few for an interval."
     if comparison.verdict == "within noise":
         value, low, high = (shown(score, end, sign=True, unit=False) for end in (both.value, both.low, both.high))
@@ -222,8 +222,8 @@ def weak_spots(failures: Failures) -> list[str]:
     if len(labelled) > 1:
         pick = max if held_out(failures.by).lower_is_better else min
         group = pick(labelled, key=lambda group: group.scores[failures.by])
-        value = shown(failures.by, group.scores[failures.by])
-        lines.append(f"It is worst on {group.name} ({group.rows} rows): {name_of(failures.by)} {value}.")
+        mean = shown(failures.by, group.scores[failures.by])
+        lines.append(f"It is worst on {group.name} ({group.rows} rows): {name_of(failures.by)} {mean}.")
     cut = [group.rows for group in failures.groups if group.name == TRUNCATED]
     if cut:
         of = f" of {sum(group.rows for group in by_input)}" if by_input else ""

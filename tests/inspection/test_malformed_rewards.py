@@ -109,7 +109,7 @@ def test_folders_in_place_of_files(tmp_path, capsys):
              '{"format": "rlkd reward view 1", "samples": [7]}', '{"format": "rlkd reward view 1", "samples": {}}'],
 )  # fmt: skip
 def test_views_that_are_none(text):
-    with pytest.raises(DataError, match="is not a reward view|a sample must be an object"):
+    with pytest.raises(DataError, match=r"is not a reward view|a sample must be an object"):
         RewardView.from_json(text)
 
 
@@ -130,6 +130,6 @@ def test_the_worst_are_taken_from_all_held_out_rows(tmp_path):
     assert worst[0].samples[0].total_reward == pytest.approx(-7.25)
     assert worst[0].samples[0].finished is True
     assert [case.id for case in view.cases()].count("0") == 1
+    (folder / "held_out.jsonl").write_text((folder / "held_out.jsonl").read_text() + "{\n")
     with pytest.raises(DataError, match=r"held_out\.jsonl:61 is not a sample"):
-        (folder / "held_out.jsonl").write_text((folder / "held_out.jsonl").read_text() + "{\n")
         from_run(folder)
