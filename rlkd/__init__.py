@@ -98,6 +98,7 @@ _MODULES = {
     "sampling.engines.registry": ("ENGINES",),
     "sampling.rollouts": ("greedy_answers", "sample_rollouts"),
     "settings.parsing": ("parse_config", "run_main"),
+    "settings.paths": ("refuse_missing_paths",),
     "settings.trl_compat": ("ModelConfig",),
     "templates.template": ("load_templates", "Rendered", "Template"),
     "trainers.arguments": (
@@ -241,6 +242,7 @@ if TYPE_CHECKING:
     from .sampling.rollouts import sample_rollouts as sample_rollouts
     from .settings.parsing import parse_config as parse_config
     from .settings.parsing import run_main as run_main
+    from .settings.paths import refuse_missing_paths as refuse_missing_paths
     from .settings.trl_compat import ModelConfig as ModelConfig
     from .templates.template import Rendered as Rendered
     from .templates.template import Template as Template

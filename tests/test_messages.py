@@ -120,7 +120,7 @@ def test_recording(monkeypatch, tmp_path):
     recorder = Recorder()
     recorder.install()
     with pytest.raises(ConfigError, match="train_limit = 0: "):
-        DataArguments(train_limit=0)
+        DataArguments("x", "text", train_limit=0)
     with pytest.raises(ValueError, match=r"probability = 2\.0"):
         noisy_logits(None, 2.0, 0.5)
     assert InterruptedRunError("stopped", 15).exit_code == 143

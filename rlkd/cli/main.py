@@ -17,6 +17,7 @@ from ..models.spec import Dtype, Quantization
 from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
+from ..settings.paths import refuse_missing_paths
 from . import config, data, models, probe, prompts, report, rewards
 from .models import AllowBin
 
@@ -192,6 +193,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(argv: list[str] | None) -> None:
     """The command. Its usage errors repeat what was typed, and are redacted."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] != ["config"]:  # which checks settings alone
+        refuse_missing_paths(given)
     try:
         code = app(args=argv, prog_name="rlkd", standalone_mode=False)
     except UsageError as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, overload
@@ -18,6 +20,7 @@ from .flaws import STUDENT, FlawCounts
 from .rendering import RowRenderer, template_columns
 from .row_maps import RowMap
 from .rows import RowStream, Scan, check_columns, check_text_column, not_text
+from .splits import plain
 from .values import BadRowError, check_row
 
 if TYPE_CHECKING:
@@ -156,6 +159,7 @@ class Examples(Sequence[Example]):
         self.rows, self.templates, self.source = rows, list(render.templates), source
         self.render = render
         self._check(source)
+        self._part = False  # whether `split` made it
         self.skipped: dict[str, int] = {}
         self.flaws = FlawCounts()
         self._kept = self._applicable(source)
@@ -175,9 +179,32 @@ class Examples(Sequence[Example]):
         read = [t.fingerprint for t in self.templates], student, render.student_column, render.id_column, render.seed
         digest = sha256(json.dumps(read).encode())
         columns = sorted(set(render.wanted_columns().values()))
-        for batch in self.rows.select_columns(columns).iter(1000):
+        rows = self.rows.select(self._kept) if self._part else self.rows
+        if self._part:
+            digest.update(json.dumps(self._kept).encode())
+        for batch in rows.select_columns(columns).iter(1000):
             digest.update(json.dumps([batch[name] for name in columns], default=str).encode())
         return digest.hexdigest()[:16]
+
+    def inputs(self) -> Iterator[tuple[str, ...]]:
+        """What the student reads of each row, up to case and spaces."""
+        rows = self.rows.select(self._kept)
+        if self.render.student_template is None:
+            yield from (plain(text) for text in rows[self.render.student_column])
+        else:
+            yield from (plain(self.render.student_template.parts(row, seed=self.render.seed)[0]) for row in rows)
+
+    def split(self, held_out: set[tuple[str, ...]]) -> tuple[Examples, Examples]:
+        """(The rows of all other inputs, without references; those of the inputs `held_out`); ids are kept."""
+        mine = [texts in held_out for texts in self.inputs()]
+        parts = []
+        for wanted in (False, True):
+            part = copy.copy(self)
+            part._kept, part._part = [n for n, out in zip(self._kept, mine, strict=True) if out is wanted], True
+            part.__dict__.pop("fingerprint", None)
+            parts.append(part)
+        parts[0].render = replace(self.render, reference_column=None)  # training never looks at references
+        return parts[0], parts[1]
 
     def __len__(self) -> int:
         return len(self._kept)

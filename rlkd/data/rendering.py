@@ -153,7 +153,7 @@ class RowRenderer:
     def _references(self, row: dict[str, Any]) -> tuple[str, ...]:
         value = row[self.reference_column] if self.reference_column else None
         texts = value if isinstance(value, list) else [value]
-        return tuple(text for text in texts if text)
+        return tuple(text for text in texts if text and not text.isspace())
 
 
 def columns_read(templates: Iterable[Template]) -> frozenset[str] | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..checks import OneOf, check_settings
+from ..checks import OneOf, Share, check_settings
 from ..choices import OnBadRow
 from ..data.glue import TASKS, TableLayout, find_labels, find_task, label_values, load_labelled, load_task
 from ..data.rows import check_columns, load_table, local_path
@@ -57,7 +57,7 @@ class LabelledDataArguments:
     metrics: list[Annotated[str, OneOf(CLASSIFICATION_METRICS)]] | None = field(
         default=None, metadata={"help": "Dev metrics; their mean is `score`. null: the task's own, or accuracy."}
     )
-    dev_fraction: float = field(default=0.1, metadata={"help": "Share of each label that is split off as dev rows."})
+    dev_fraction: Share = field(default=0.1, metadata={"help": "Share of each label that is split off as dev rows."})
     dev_seed: int = field(default=0, metadata={"help": "Seed of that split, independent of the training seed."})
     train_limit: int | None = field(default=None, metadata={"help": "Use only the first N rows."})
     dev_limit: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
@@ -72,8 +72,6 @@ class LabelledDataArguments:
             for name in ("pair_column", "labels"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} is set without train_file: task {self.task} has its own")
-        if not 0 < self.dev_fraction < 1:
-            raise ConfigError(f"dev_fraction = {self.dev_fraction}: must be between 0 and 1")
 
 
 @dataclass

@@ -175,6 +175,8 @@ def prepare_encoders(
     _check_encoder(config, teacher_tokenizer, teacher)
     names = label_names(config) if teacher.teacher_finetuned else ()
     loaded = load_labelled_data(data, names)
+    if training.process_index == 0:
+        print(f"held out: {loaded.note}")
     if teacher.teacher_finetuned and config.num_labels != len(loaded.labels):
         raise ModelError(
             f"teacher '{teacher.teacher}' has {config.num_labels} labels, and {loaded.name} has {len(loaded.labels)} "

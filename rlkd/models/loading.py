@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import torch
 
 from ..checks import check_choice
 from ..errors import ModelError
+from ..tensors import where_not_finite
 from .adapters import Adapter, adapter_of, attach, check_adapter, merge
 from .architectures import architecture_of
 from .folders import AGAIN, CONFIG, GENERATION, check_json, check_place, check_weights, explained, saved_shapes
@@ -158,7 +160,7 @@ def load_pretrained(
     _check_complete(model, loading, role, name, needs)
     if needs != "first layers":
         _check_depth(model, loading["unexpected_keys"], role, name)
-    _check_finite(model, role, name)
+    check_finite(model, role, name)
     protect_untied_head(model)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config = load_generation_config(name, role, revision)
@@ -175,7 +177,7 @@ def _load_adapter(kind: Any, adapter: Adapter, config: Any, keep: bool, options:
         model = attach(adapter, base, trainable=keep)
         if hasattr(base, "generation_config") and (Path(adapter.name) / GENERATION).exists():
             base.generation_config = GenerationConfig.from_pretrained(adapter.name)
-    _check_finite(model, adapter.role, adapter.name)
+    check_finite(model, adapter.role, adapter.name)
     if keep or getattr(base, "is_quantized", False):
         return model
     return merge(adapter, model)
@@ -242,12 +244,6 @@ def _check_depth(model: Any, unexpected: Any, role: str, name: str) -> None:
         )
 
 
-def _check_finite(model: Any, role: str, name: str) -> None:
-    for key, weight in model.named_parameters():
-        if weight.is_floating_point() and not torch.isfinite(weight).all():
-            raise ModelError(f"{role} '{name}': {key} holds values that are not finite (NaN or infinite). {AGAIN}")
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' table of missing and misfitting weights, which are checked here."""
@@ -257,6 +253,13 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+def check_finite(model: Any, role: str, name: str) -> None:
+    """Raise ModelError naming the first weight that is NaN or infinite, whether or not it is ever used."""
+    if found := where_not_finite(chain(model.named_parameters(), model.named_buffers())):
+        key, where = found
+        raise ModelError(f"{role} '{name}': {key} holds values that are not finite (NaN or infinite): {where}. {AGAIN}")
 
 
 def quantization_config(name: Quantization) -> Any:

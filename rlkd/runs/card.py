@@ -11,7 +11,7 @@ import yaml
 
 from ..io.cards import CARD, cell, front_matter, table
 from ..io.files import write_text
-from ..metrics import held_out, metric
+from ..metrics import held_out, in_order, metric
 
 REWARD = (
     "reward_value", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
@@ -53,8 +53,8 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
     auto, task = HEAD[next((part for part in HEAD if part in architecture), "Seq2SeqLM")]
     seed = settings.get("seed", 42)
     numbers = {
-        name.removeprefix("eval_"): value
-        for name, value in scores.items()
+        name.removeprefix("eval_"): scores[name]
+        for name in in_order(scores)  # a resumed run reads its log back sorted
         if name.startswith("eval_") and not metric(name).is_timing
     }
     sections = [
@@ -188,6 +188,9 @@ def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
         "language is claimed.",
         "- It inherits the errors and biases of its teacher or labels.",
     ]
+    held_out = (record.get("data") or {}).get("eval", {})
+    if shared := held_out.get("also_in_training"):
+        lines.insert(1, f"- {shared} of {held_out.get('rows', '?')} held-out inputs are also training inputs.")
     if "max_new_tokens" in settings:
         lines.append(
             f"- In training, inputs were cut to {settings.get('max_input_tokens')} tokens and answers to "

@@ -102,8 +102,8 @@ class ResumableTrainer(Trainer):
             self.check_resumable(checkpoint)
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
-        # The Trainer would take one more step of a finished run.
-        if self.state.global_step >= self.state.max_steps:
+        # The Trainer would take one more step of a finished run, whether it reached its end or its patience was spent.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**options)

@@ -196,7 +196,8 @@ class RLArguments(OnPolicyArguments):
     )
     gamma: Fraction = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
     lam: Fraction = field(
-        default=0.2, metadata={"help": "Credit horizon: 0 immediate regret (safe, biased) .. 1 full return (unbiased)."}
+        default=0.2,
+        metadata={"help": "Credit horizon: 0 own regret only .. 1 full return (docs/method.md, Choosing lam)."},
     )
     k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
     one_step: Literal["exact", "sampled"] = field(
@@ -254,6 +255,15 @@ class RLArguments(OnPolicyArguments):
             "one_step",
             self.one_step,
             f"reward_value {self.reward_value} has no exact expectation: use sampled",
+        )
+        sums_nothing = self.gamma * self.lam == 0 or self.k_step >= self.max_new_tokens
+        other_credit = self.kl_in == "reward" or BASELINES[self.baseline].reads & {"values", "state_value"}
+        _require(
+            not (self.whiten_advantages and self.one_step == "exact" and sums_nothing) or bool(other_credit),
+            "whiten_advantages",
+            self.whiten_advantages,
+            f"with one_step exact the advantages hold the future only, which is 0 under gamma = {self.gamma:g}, lam = "
+            f"{self.lam:g} and k_step = {self.k_step}: there is nothing to scale. Set it to false, or raise lam",
         )
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")

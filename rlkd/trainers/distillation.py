@@ -65,7 +65,8 @@ class DistillationTrainer(StudentTrainer):
         self.policy = Policy(language_model(student, tokenizer), critic=self.objective.critic)
         self.reference: Policy | None = None
         self.evaluator: Evaluator | None = None
-        if teacher is not None and eval_examples is not None and len(eval_examples):
+        eval_examples = eval_examples if eval_examples is not None and len(eval_examples) else None
+        if eval_examples is not None:
             if not isinstance(teacher, Teacher):
                 raise ConfigError("the teacher answers eval_examples, too: give a local Teacher, or no eval_examples.")
             self.evaluator = Evaluator(
@@ -78,6 +79,7 @@ class DistillationTrainer(StudentTrainer):
                 batch_rows=args.per_device_eval_batch_size,
                 seed=args.data_seed or args.seed,
             )
+            self.evaluator.check(args.eval_limit)
         self.trained = self.policy
         self.sample_tables = SampleTables(args.report_to or ())
         self.tokens_since_log, self.last_log = 0, time.perf_counter()
@@ -119,12 +121,22 @@ class DistillationTrainer(StudentTrainer):
         rows = self.evaluate_policy(self.args.eval_limit)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator.summarise(rows).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
+        if metric_key_prefix == "eval":
+            self.per_row = self.evaluator.per_row
         self.log(metrics)
         if self.is_world_process_zero():
-            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, rows)
+            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)
             self._save_samples(rows[: self.args.sample_table_rows])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def refresh_held_out(self) -> None:
+        """As in `StudentTrainer`."""
+        assert self.evaluator is not None
+        rows = self.evaluate_policy(self.args.eval_limit)
+        self.evaluator.summarise(rows)
+        if self.is_world_process_zero():
+            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)
 
     def held_out_names(self) -> list[str] | None:
         """As in `StudentTrainer`."""

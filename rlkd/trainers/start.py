@@ -52,8 +52,9 @@ class StartCheck(TrainerCallback):
             return
         message = (
             f"weak start: the student's regret is {regret:.1f} nats per sequence, an early end-of-sequence costs "
-            f"{price:.1f}. Until the first is well below the second, credit over many tokens (lam = {args.lam}) "
-            "teaches the student to stop early. Warm up longer on pseudo-labels, lower lam towards 0, or raise kl_coef."
+            f"{price:.1f}. Until the first is below half of the second, credit over many tokens (lam = {args.lam}) may "
+            "teach the student to stop early, and credit over few to run on: no lam repairs it. Warm up longer on the "
+            "teacher's greedy labels (docs/method.md, Choosing lam)."
         )
         if args.weak_start == "refuse":
             raise ConfigError(message + " (weak_start: refuse)")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..errors import DataError
 from ..evaluation.evaluator import TaskMetric
 from ..io.provenance import described
 from ..labels.makers import announce
@@ -24,6 +25,7 @@ from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
+from .inputs import weights_of
 from .objective import Objective, StudentTokens
 
 
@@ -117,6 +119,21 @@ def _example(row: dict[str, Any], name: str) -> Example:
     return Example(str(row.get("id", name)), row["student_input"], prompts)
 
 
+def check_label_rows(rows: Any) -> None:
+    """Raise DataError unless every row has a text as student_input and as label."""
+    names = getattr(rows, "column_names", None)
+    for name in ("student_input", "label"):
+        if names is not None and name not in names:
+            raise DataError(f"train_dataset has no column '{name}'. Found: {', '.join(names)}.")
+        values = rows[name] if names is not None else (row.get(name) for row in rows)
+        wrong = [(i, value) for i, value in enumerate(values) if not isinstance(value, str)]
+        if wrong:
+            raise DataError(
+                f"train_dataset: '{name}' is not text in {len(wrong)} rows (first: row {wrong[0][0]}, "
+                f"{wrong[0][1]!r:.40}). Convert or remove them."
+            )
+
+
 class SupervisedTrainer(DistillationTrainer):
     """Cross-entropy on the labels, or a divergence to the teacher at every label prefix (`objective`).
 
@@ -139,6 +156,7 @@ class SupervisedTrainer(DistillationTrainer):
         task_metric: TaskMetric | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        check_label_rows(train_dataset)
         own = own_generations(train_dataset, tokenizer)
         super().__init__(
             student,
@@ -161,7 +179,7 @@ class SupervisedTrainer(DistillationTrainer):
         super().begin_run(checkpoint)
         if self.is_world_process_zero():
             model = None if self.teacher is None else self.teacher.model
-            announce(described(self.train_dataset), model)
+            announce(described(self.train_dataset), model, self.inputs.get(weights_of("teacher")))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""

@@ -412,3 +412,14 @@ def test_every_command_ends_in_one_line_and_code_2(tmp_path, whole, damage, caps
             assert (end.value.code, len(said)) == (2, 1)
             assert COMMON[damage][1] in said[0]
     assert not out.exists()
+
+
+@pytest.mark.parametrize("length", [0x180, int.from_bytes(b"PK", "little")])
+def test_a_whole_file_whose_header_begins_as_a_pickle_does_is_read(tmp_path, length):
+    """One length in 32 has that first byte."""
+    for n in range(length - 150, length):
+        save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"note": "x" * n})
+        if int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little") == length:
+            break
+    assert (tmp_path / "model.safetensors").read_bytes()[:2] in (b"\x80\x01", b"PK")
+    assert set(folders._header(tmp_path / "model.safetensors")) == {"w"}

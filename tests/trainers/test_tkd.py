@@ -32,7 +32,9 @@ def rows(n=12, seed=0, pairs=False):
     return [row | {"text_pair": "x y z"} for row in made] if pairs else made
 
 
-def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=None, other=None, **settings):
+def make(
+    folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=None, other=None, metrics=None, **settings
+):
     teacher = tiny_classifier(teacher) if isinstance(teacher, str) else teacher
     args = TKDArguments(
         output_dir=str(folder),
@@ -57,6 +59,7 @@ def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=
         train_rows=rows() if train is None else train,
         eval_rows=dev,
         teacher_tokenizer=other,
+        compute_metrics=metrics,
     )
 
 
@@ -464,6 +467,22 @@ def test_preset_ft_leaves_out_what_has_no_label(tmp_path):
         trainer.train()
     assert len(other.train_dataset) == len(train)
     assert_same(weights(one.trained), weights(other.trained))
+
+
+def test_auto_scale_waits_for_a_term_that_is_there(tmp_path):
+    """The states of a student that is the whole teacher equal its own: the inverse of their distance is no weight."""
+    teacher = tiny_classifier()
+    trainer = make(
+        tmp_path, model=build_student(teacher, 4), teacher=teacher, preset="pkd", auto_scale=True, max_steps=8
+    )
+    trainer.train()
+    lines = [row for row in logged(tmp_path) if "loss" in row]
+    assert lines[0]["pt"] < 1e-6
+    assert lines[0]["weighted_pt"] == 0
+    joined = next((row for row in lines if row["weighted_pt"] > 0), None)
+    if joined is not None:
+        assert joined["pt"] >= 1e-4
+        assert joined["weighted_pt"] == pytest.approx(joined["weighted_ce"] + joined["weighted_kd"], rel=1e-5)
 
 
 def test_auto_scale_waits_for_something_to_scale_to(tmp_path):

@@ -13,9 +13,10 @@ from transformers import EvalPrediction, set_seed
 
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError, ModelError
-from ...evaluation.classes import one_class_warning, only_class
-from ...evaluation.task_metrics import classification_metrics
+from ...evaluation.classes import classified_rows, one_class_warning, only_class
+from ...evaluation.task_metrics import classification_metrics, try_classification
 from ...io.versions import describe_machine
+from ...metrics import metric
 from ...models.encoders.attention import prepare_attention
 from ...models.encoders.classifiers import (
     EncoderOutputs,
@@ -40,7 +41,7 @@ from .arguments import STUDENT_TREE, TKDArguments
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_TERM = 1e-4  # auto_scale: bounds the weight of a term that is nearly 0
+SMALLEST_TERM = 1e-4  # auto_scale: a smaller term joins later; its inverse would be a weight without meaning
 Model = TypeVar("Model")
 Step = TypeVar("Step")
 
@@ -127,6 +128,7 @@ class TKDTrainer(StudentTrainer):
         if args.weights.keys() == {"ce"}:
             train_rows = labelled_rows(train_rows, "train_rows")
         eval_rows = None if eval_rows is None else labelled_rows(eval_rows, "eval_rows")
+        self.held_out_texts = [" / ".join(filter(None, (r["text"], r.get("text_pair")))) for r in eval_rows or ()]
         train = EncodedTexts(train_rows, tokenizer, args.max_length, labels)
         self.teacher_tokenizer, self.teacher_texts = tokenizer, train
         if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -258,7 +260,8 @@ class TKDTrainer(StudentTrainer):
             first = torch.stack([base, *(terms[name].detach() for name in new)]).float()
             reference, *values = self.accelerator.reduce(first, reduction="mean").tolist()
             if reference > 0:  # not in a batch without labels, if CE is alone
-                self.scales |= {name: reference / max(v, SMALLEST_TERM) for name, v in zip(new, values, strict=True)}
+                measured = {name: v for name, v in zip(new, values, strict=True) if v >= SMALLEST_TERM}
+                self.scales |= {name: reference / v for name, v in measured.items()}
         # 0 until there is something to scale to.
         return {name: weights[name] if name in ("ce", "kd") else self.scales.get(name, 0.0) for name in terms}
 
@@ -320,12 +323,11 @@ class TKDTrainer(StudentTrainer):
     # Evaluation and saving
 
     def held_out_names(self) -> list[str] | None:
-        """As in `StudentTrainer`: cross-entropy, and the names that `compute_metrics` returns for two dummy rows."""
-        try:
-            made_up = EvalPrediction(torch.eye(2, self.trained.config.num_labels).numpy(), torch.tensor([0, 1]).numpy())
-            return ["loss", *(self.compute_metrics or classification_metrics([]))(made_up)]
-        except Exception:  # a user's function may raise anything
+        """As in `StudentTrainer`. Raises ConfigError if `compute_metrics` fails on right predictions."""
+        if self.eval_dataset is None:
             return None
+        labels = self.eval_dataset.labels  # type: ignore[union-attr]
+        return ["loss", *try_classification(self.compute_metrics, labels, self.trained.config.num_labels)]
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -343,19 +345,20 @@ class TKDTrainer(StudentTrainer):
         rows: Any = self.eval_dataset
         logits, labels = cast(Any, out.predictions), cast(Any, out.label_ids)
         # Rows sorted by length come in another order and cannot be matched to their ids.
-        known = (
-            options.get("metric_key_prefix", "eval") == "eval" and labels is not None and labels.tolist() == rows.labels
-        )
-        if known and self.is_world_process_zero():
-            predicted = logits.argmax(-1).tolist()
-            evaluated = [
-                {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
-                for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
-                if label >= 0
-            ]
-            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, evaluated)
+        if options.get("metric_key_prefix", "eval") != "eval" or labels is None or labels.tolist() != rows.labels:
+            return out
+        evaluated = classified_rows(logits.argmax(-1).tolist(), rows.labels, self.held_out_texts)
+        if self.is_world_process_zero():
+            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, evaluated)
             self._warn_of_one_class([row["predicted"] for row in evaluated])
+        right = [row["accuracy"] for row in evaluated]  # scores without a value per row (F1, ...) are compared by these
+        self.per_row = {name.removeprefix("eval_"): right for name in out.metrics or () if metric(name).task}
         return out
+
+    def refresh_held_out(self) -> None:
+        """As in `StudentTrainer`."""
+        self.evaluation_loop(self.get_eval_dataloader(), description="held-out rows")
+        self.per_row = {}
 
     def _warn_of_one_class(self, predicted: list[int]) -> None:
         """Once, after training began: such scores look like those of a model that has learned something."""
