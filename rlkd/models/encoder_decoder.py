@@ -63,7 +63,7 @@ class EncoderDecoder:
     def rules(self) -> AnswerRules:
         """What the checkpoint's generation_config says of answers. Raises ModelError as `read_rules` does."""
         name = getattr(self.config, "name_or_path", None) or type(self.model).__name__
-        return read_rules(self.config, self.model.generation_config, "model", name, self.config.vocab_size)
+        return read_rules(self.config, self.model.generation_config, "model", name, self.valid_vocab)
 
     @property
     def start_id(self) -> int:
@@ -96,7 +96,7 @@ class EncoderDecoder:
         # BART adds a buffer to its logits; T5's head has no bias.
         bias = getattr(base, "final_logits_bias", None)
         bias = projection.bias if bias is None else bias.view(-1)
-        return Head(weight, bias, _output_scale(base.config), self.valid_vocab, self.rules)
+        return Head(weight, bias, output_scale(base.config), self.valid_vocab, self.rules)
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool."""
@@ -226,7 +226,7 @@ class _Decoding:
                 layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
 
 
-def _output_scale(config: Any) -> float:
+def output_scale(config: Any) -> float:
     """T5 multiplies decoder states by d_model^-0.5 before the head; v1.1, Flan, T0 and every mT5 do not."""
     if config.model_type not in T5_FAMILY or config.model_type == "mt5":
         return 1.0

@@ -125,7 +125,7 @@ class ModelSpec:
 
         generation = load_generation_config(self.name, self.role, self.revision)
         check_supported(generation, self.role, self.name)
-        rules = read_rules(self.config, generation, self.role, self.name, self.config.vocab_size)
+        rules = read_rules(self.config, generation, self.role, self.name, self.valid_vocab)
         return in_languages(rules, self.tokenizer, self.src_lang, self.tgt_lang, self.role, self.name)
 
     def check(self) -> None:
