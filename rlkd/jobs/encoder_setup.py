@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..checks import Positive, check_choice, check_settings
 from ..errors import ConfigError, ModelError
-from ..io.files import write_durably, write_text
+from ..io.files import write_text
 from ..models.digests import tokenizer_digest, weights_digest
 from ..models.encoders.classifiers import Init, build_student
 from ..models.encoders.labels import check_single_label, give_labels, label_names
