@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...io.files import explained
 from ...tensors import pad_stack
 from ..digests import tokenizer_digest, weights_digest
 from .classifiers import EncoderOutputs
@@ -106,9 +108,9 @@ def _write(folder: Path, kind: CacheKind, lengths: list[int], compute: Compute, 
 
     def array(name: str, rows: int, like: Tensor) -> np.memmap:
         if name not in arrays:
-            arrays[name] = np.lib.format.open_memmap(
-                folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(rows, *like.shape)
-            )
+            path = folder / f"{name}.npy"
+            arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, *like.shape))
+            _reserve(path)
         return arrays[name]
 
     for start in range(0, len(order), batch_rows):
@@ -127,3 +129,15 @@ def _write(folder: Path, kind: CacheKind, lengths: list[int], compute: Compute, 
     for written in arrays.values():
         written.flush()
     np.save(folder / "offsets.npy", offsets)
+
+
+def _reserve(path: Path) -> None:
+    """Give a sparse file its space: writing to a mapping of a full disk would kill the process. Raises RlkdError if the
+    disk is full.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise explained(error, path, size) from error
