@@ -20,6 +20,7 @@ _MODULES = {
     "data.examples": ("Examples", "supervised_pairs"),
     "data.glue": ("find_labels", "load_labelled", "load_task", "TableLayout", "write_submission"),
     "data.rows": ("load_rows",),
+    "data.text": ("TextFormat",),
     "errors": (
         "CheckpointError",
         "ConfigError",
@@ -97,6 +98,7 @@ _MODULES = {
     "sampling.engines.registry": ("ENGINES",),
     "sampling.rollouts": ("greedy_answers", "sample_rollouts"),
     "settings.parsing": ("parse_config", "run_main"),
+    "settings.paths": ("refuse_missing_paths",),
     "settings.trl_compat": ("ModelConfig",),
     "templates.template": ("load_templates", "Rendered", "Template"),
     "trainers.arguments": (
@@ -130,6 +132,7 @@ if TYPE_CHECKING:
     from .data.glue import load_task as load_task
     from .data.glue import write_submission as write_submission
     from .data.rows import load_rows as load_rows
+    from .data.text import TextFormat as TextFormat
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import DataError as DataError
@@ -239,6 +242,7 @@ if TYPE_CHECKING:
     from .sampling.rollouts import sample_rollouts as sample_rollouts
     from .settings.parsing import parse_config as parse_config
     from .settings.parsing import run_main as run_main
+    from .settings.paths import refuse_missing_paths as refuse_missing_paths
     from .settings.trl_compat import ModelConfig as ModelConfig
     from .templates.template import Rendered as Rendered
     from .templates.template import Template as Template

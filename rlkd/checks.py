@@ -15,7 +15,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from .errors import ConfigError, nearest, shown
 
@@ -24,12 +24,14 @@ Natural = Annotated[int, Ge(0)]
 NonNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Share = Annotated[float, Gt(0), Lt(1)]  # of something that is split in two
 
 # Its attribute, its text, and its comparison.
 LIMITS: dict[type, tuple[str, str, Any]] = {
     Ge: ("ge", "at least", operator.ge),
     Gt: ("gt", "above", operator.gt),
     Le: ("le", "at most", operator.le),
+    Lt: ("lt", "below", operator.lt),
 }
 WORDS = {bool: "true, false", int: "whole numbers", float: "numbers", str: "text", NoneType: "null", dict: "mappings"}
 # Ranges of fields of transformers' TrainingArguments that it does not check: they would fail late, or train on no data.

@@ -95,3 +95,8 @@ def listed(names: Collection[str], most: int = 20) -> str:
     """Names from outside, for an error message: `a, b and 3 more`."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(cut(name) for name in islice(names, most)) + more
+
+
+def encodable(value: object) -> str:
+    """A value as text that UTF-8 can encode: half a surrogate pair is shown escaped."""
+    return str(value).encode("utf-8", "backslashreplace").decode()

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from ..errors import DataError
+from ..io.redaction import REDACTED
 
 COMMAND = "generate-pseudolabels"
 # These control how the command runs, not its labels.
@@ -70,6 +71,11 @@ def shown(request: dict[str, Any], out: Path) -> str:
 def repeat(request: dict[str, Any], out: Path, *, quiet: bool) -> int:
     """Run the recorded command, its values checked as if they were typed; its exit code. Raises as `run`."""
     words = [*arguments(request), f"--out={out}", *(["--quiet"] if quiet else [])]
+    if hidden := [word for word in words if REDACTED in word]:
+        raise DataError(
+            f"{out}: the recorded command cannot be repeated: {', '.join(hidden)} held a secret, which is not "
+            "recorded. Give the command yourself: it makes what is missing."
+        )
     # Relative paths in the request start from the folder where it was made.
     if Path(str(request.get("folder", ""))).is_dir():
         os.chdir(str(request["folder"]))

@@ -17,7 +17,9 @@ from ..models.spec import Dtype, Quantization
 from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
-from . import config, data, probe, prompts, report, rewards
+from ..settings.paths import refuse_missing_paths
+from . import config, data, models, probe, prompts, report, rewards
+from .models import AllowBin
 
 app = typer.Typer(
     name="rlkd",
@@ -33,6 +35,7 @@ app.add_typer(config.app, name="config")
 app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
+app.command("merge-adapter")(models.merge_adapter)
 app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
@@ -63,9 +66,7 @@ def _root(
 def generate_pseudolabels(
     context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher: a local folder or a hub id.")],
-    dataset: Annotated[
-        str, typer.Option(help="A .jsonl/.json/.csv/.tsv/.parquet file, a folder of parquet, or a hub id.")
-    ],
+    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
     input_column: Annotated[str, typer.Option(help="Column with the raw input that the student reads.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     templates: Annotated[
@@ -83,6 +84,9 @@ def generate_pseudolabels(
     label_map: prompts.LabelMap = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")] = "train",
+    delimiter: prompts.Delimiter = None,
+    encoding: prompts.Encoding = None,
+    columns: prompts.Columns = None,
     limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
     reference_column: Annotated[
         str | None, typer.Option(help="Column with human answers, kept for evaluation.")
@@ -114,11 +118,16 @@ def generate_pseudolabels(
     shard_rows: Annotated[
         int, typer.Option(help="Label rows per file; an interrupted run loses at most one file.", min=1)
     ] = 5000,
+    src_lang: Annotated[
+        str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
+    ] = None,
+    tgt_lang: Annotated[str | None, typer.Option(help="Language of answers, likewise (mBART, M2M100, NLLB).")] = None,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     teacher_quantization: Annotated[
         Quantization,
         typer.Option(help="Quantize the teacher's linear layers (bitsandbytes): approximate; the error is measured."),
     ] = "none",
+    allow_bin: AllowBin = False,
     input_eos: Annotated[bool, typer.Option(help="End prompts with end-of-sequence. T0: --no-input-eos.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
@@ -128,6 +137,16 @@ def generate_pseudolabels(
         OnBadRow,
         typer.Option(help="Input rows that cannot be used: stop, or skip them and list them in bad_rows.jsonl."),
     ] = "fail",
+    skip_missing: Annotated[
+        bool,
+        typer.Option("--skip-missing", help="Skip prompts that print a missing value (None), not only count them."),
+    ] = False,
+    skip_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unknown", help="Skip prompts with characters that the tokenizer does not know, not only count them."
+        ),
+    ] = False,
     on_long: Annotated[
         OnLong, typer.Option(help="Prompts longer than max-input-tokens: cut them, stop, or skip them.")
     ] = "truncate",
@@ -158,11 +177,12 @@ def export_onnx(
             help="Largest allowed difference between ONNX and PyTorch logits; if exceeded, nothing is written."
         ),
     ] = 1e-4,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Export a classifier to ONNX (any batch size and length) and check it against PyTorch."""
     from ..models.encoders.onnx_export import export_onnx
 
-    agreement = export_onnx(model, out, tolerance=tolerance)
+    agreement = export_onnx(model, out, tolerance=tolerance, allow_bin=allow_bin)
     typer.echo(f"{out / 'model.onnx'}: {agreement}")
 
 
@@ -173,6 +193,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(argv: list[str] | None) -> None:
     """The command. Its usage errors repeat what was typed, and are redacted."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] != ["config"]:  # which checks settings alone
+        refuse_missing_paths(given)
     try:
         code = app(args=argv, prog_name="rlkd", standalone_mode=False)
     except UsageError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ def class_scores(predicted: Sequence[int], true: Sequence[int], names: Sequence[
     ]
 
 
+def classified_rows(predicted: Sequence[int], true: Sequence[int], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """{id, input, label, predicted, accuracy} of each row that has a label: the lines of held_out.jsonl."""
+    return [
+        {"id": str(i), "input": text, "label": label, "predicted": guess, "accuracy": float(guess == label)}
+        for i, (guess, label, text) in enumerate(zip(predicted, true, texts, strict=True))
+        if label >= 0
+    ]
+
+
 def commonest(labels: Sequence[int]) -> int:
     """The most frequent label of those that are not negative; of equally frequent ones the smallest index."""
     counts = Counter(label for label in labels if label >= 0)
@@ -59,6 +69,6 @@ def only_class(predicted: Sequence[int]) -> int | None:
 def one_class_warning(who: str, label: str, rows: int) -> str:
     """What to say of a classifier that predicts one label for every row."""
     return (
-        f"{who} predicts '{label}' for all {rows} held-out rows: it tells no classes apart, and its scores are those of "
-        "a constant. Train longer or with another learning rate, and check the labels."
+        f"{who} predicts '{label}' for all {rows} held-out rows: it tells no classes apart, and its scores are those "
+        "of a constant. Train longer or with another learning rate, and check the labels."
     )

@@ -15,6 +15,8 @@ from typing import Any
 from ..checks import check_choice
 from ..errors import DataError
 from ..evaluation.samples import Sample, sample_from
+from ..io.files import write_text
+from ..io.folders import write_page
 
 # The order in which the answers to one input are shown; other names come last.
 SOURCES = ("student", "student before", "student sampled", "rollout", "teacher greedy", "pseudo-label", "reference")
@@ -101,6 +103,10 @@ class RewardView:
             Case(*key, sorted(group, key=lambda s: rank.get(s.source, len(rank)))) for key, group in by_input.items()
         ]
 
+    def worst_first(self) -> list[tuple[int, Case]]:
+        """(place in `cases()`, case), the largest regret first; those of unknown regret come last, in their order."""
+        return sorted(enumerate(self.cases()), key=lambda pair: -(pair[1].regret or 0.0))
+
     @property
     def above_zero(self) -> bool:
         """Whether any reward is positive: never for `max` and `lse` without a KL term."""
@@ -143,7 +149,7 @@ class RewardView:
         head = {"format": FORMAT, "value": self.value, "title": self.title}
         text = json.dumps({**head, "samples": samples})
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_text(Path(path), text + "\n")
         return text
 
     @classmethod
@@ -152,12 +158,15 @@ class RewardView:
         where = str(source) if isinstance(source, Path) else "the text"
         try:
             data = json.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{where} is not a reward view: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise DataError(f'{where} is not a reward view: no "format": "{FORMAT}". Write one with to_json().')
-        samples = [sample_from(row, f"{where}: sample {i}") for i, row in enumerate(data["samples"])]
-        return cls(samples, data["value"], data["title"])
+        found = data.get("samples")
+        if not isinstance(found, list):
+            raise DataError(f"{where} is not a reward view: it has no list of samples.")
+        samples = [sample_from(row, f"{where}: sample {i}") for i, row in enumerate(found)]
+        return cls(samples, str(data.get("value", "max")), str(data.get("title", "Token rewards")))
 
     # Reading
 
@@ -183,10 +192,10 @@ class RewardView:
         return notebook_html(self)
 
     def to_html(self, path: str | Path) -> None:
-        """Write one HTML file that needs no network and no server."""
+        """Write one HTML file that needs no network and no server. Raises ConfigError as `write_page` does."""
         from .page import page_html
 
-        Path(path).write_text(page_html(self), encoding="utf-8")
+        write_page(Path(path), page_html(self))
 
     def show(self, console: Any = None) -> None:
         """Print to the terminal or to a rich Console."""

@@ -37,10 +37,9 @@ def label(
     teacher = teacher_spec(request)
     engine = EngineSettings(request["engine"], request["compute_type"] or None)
     choice = choose_engine(engine, teacher.model, decoding)
-    source = Reading.of(request).prompted_rows(
+    source = Reading.of(request, teacher.tokenizer).prompted_rows(
         row_source(request),
         with_choices=decoding is None,
-        on_bad_row=request["on_bad_row"],
         earlier=manifest.header["scan"] if manifest.headers else None,
     )
     if decoding is None:

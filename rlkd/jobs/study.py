@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError
 from ..io import bounded_yaml
-from ..io.files import sha256, write_durably
+from ..io.files import sha256, write_text
 
 Result = dict[str, Any]
 
@@ -202,8 +202,7 @@ def write_record(cell: Cell, inputs: Mapping[str, str], result: Result | None) -
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically. Raises RlkdError if the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_plan(path: Path, *, quick: bool) -> dict[str, Any]:

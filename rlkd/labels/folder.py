@@ -8,16 +8,20 @@ from typing import Any
 from ..errors import DataError
 from ..io.cards import CARD
 from ..io.files import refuse_links
+from ..io.folders import refuse_other_contents
 from .manifest import Manifest, manifest_name
 
 BAD_ROWS = "bad_rows.jsonl"
+BAD_BATCH = "not_finite.jsonl"
 
 
 def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = None) -> Manifest:
     """The log of an unfinished run in `out`; empty if there is none. Raises DataError if `out` is taken and must not be
-    overwritten: finished labels, a run with a different sharding, shards of unknown origin.
+    overwritten: finished labels, a run with a different sharding, shards of unknown origin; ConfigError if it holds
+    something else than labels.
     """
     name = manifest_name(part)
+    refuse_others(out)
     refuse_links(out / name)
     if overwrite:
         return Manifest(out / name)
@@ -37,6 +41,12 @@ def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = N
             "Choose another folder, or pass --overwrite."
         )
     return manifest
+
+
+def refuse_others(out: Path) -> None:
+    """Raise ConfigError if `out` holds something else than labels."""
+    own = (BAD_ROWS, BAD_BATCH, "partial-*.parquet", "*.tmp")
+    refuse_other_contents(out, "--out", signs=("manifest*.jsonl", "labels-*.parquet"), own=own)
 
 
 def clear(out: Path, part: tuple[int, int] | None) -> None:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.files import first_line
+from ..data.flaws import FlawCounts
 from ..errors import DataError
 from ..io.files import sha256
 from .manifest import MANIFEST, Manifest
@@ -86,6 +87,11 @@ def total(shards: list[dict[str, Any]]) -> dict[str, Any]:
         for name, by_status in shard["templates"].items():
             templates.setdefault(name, Counter()).update(by_status)
     sums |= {name: dict(counter) for name, counter in counts.items()}
+    flaws = FlawCounts()
+    for shard in shards:
+        flaws.merge(shard.get("flaws", {}))
+    if counted := flaws.to_json():
+        sums["flaws"] = counted
     return sums | {"templates": {name: dict(counter) for name, counter in templates.items()}}
 
 

@@ -12,7 +12,7 @@ from ..io.cards import CARD
 from ..io.files import refuse_links, write_durably
 from ..io.lock import writer_lock
 from .card import card
-from .folder import BAD_ROWS, changes
+from .folder import BAD_ROWS, changes, refuse_others
 from .integrity import SHOWN, log_problems, shard_problem, total
 from .manifest import MANIFEST, Manifest
 
@@ -80,8 +80,8 @@ def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
     if not logs:
         raise DataError(f"{', '.join(map(str, folders))}: no part of a job array (manifest-I-of-N.jsonl).")
     _check_parts(logs)
+    refuse_others(out)
     shards = {k: (log, shard) for log in logs for k, shard in log.shards.items()}
-    out.mkdir(parents=True, exist_ok=True)
     with writer_lock(out / MANIFEST):
         merged = Manifest.read(out / MANIFEST)
         if merged.headers:
@@ -120,11 +120,6 @@ def _check_parts(logs: list[Manifest]) -> None:
         if log.header["generation"] != first.header["generation"] or len(log.headers) > 1:
             changed = changes(first.header["settings"], log.header["settings"])
             raise DataError("\n".join([f"{log.path} has different settings from {first.path}:", *changed]))
-        if log.header.get("vocabulary") != first.header.get("vocabulary"):
-            raise DataError(
-                f"{log.path} and {first.path} record different vocabularies, or one of them none: make all parts with "
-                "the same tokenizer and the same version of rlkd."
-            )
         if (log.part or (0, 1))[1] != n or log.header["rows_per_shard"] != first.header["rows_per_shard"]:
             raise DataError(f"{log.path} and {first.path} have different shardings: use the same n and shard_rows.")
     numbers = [(log.part or (0, 1))[0] for log in logs]

@@ -23,6 +23,7 @@ from ..io.files import explained, write_durably
 
 FORMAT = 1
 MANIFEST = "manifest.jsonl"
+START = b'{"kind": "header"'
 # Fields of each kind of line, and their JSON types.
 FIELDS: dict[str, dict[str, type]] = {
     "header": {"generation": str, "settings": dict, "rows_per_shard": int, "scan": dict, "packages": dict},
@@ -68,7 +69,8 @@ class Manifest:
         manifest = cls(path)
         if not path.exists():
             return manifest
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
+        lines = content.split(b"\n")
         torn = lines.pop()  # b"" if the last line is whole
         for number, line in enumerate(lines, 1):
             entry = _decode(line)
@@ -80,7 +82,8 @@ class Manifest:
                 manifest._apply(entry)
         if torn:
             manifest.damaged.append(len(lines) + 1)
-        if not manifest.headers and len(lines) + bool(torn) > 1:
+        # A run that was killed at once leaves a torn header; anything else is not ours to continue.
+        if not manifest.headers and (len(lines) + bool(torn) > 1 or not START.startswith(content[: len(START)])):
             raise DataError(
                 f"{path} is damaged: its first line, the header, is not readable. Restore it, or --overwrite."
             )

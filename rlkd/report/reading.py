@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,13 +13,18 @@ from typing import Any
 from ..errors import DataError
 from ..metrics import held_out
 from ..runs.files import ALARMS_FILE, HELD_OUT, METRICS, RUN_FILE, SUMMARY_FILE
+from .lines import Log, Row, json_lines, json_object, number, parsed, step_of
 
 FILES = (METRICS, HELD_OUT, ALARMS_FILE, RUN_FILE)
 SEED = re.compile(r"seed[-_]?(\d+)$")
 DEPTH = 3  # of run folders below the one given
 TASK_ORDER = ("accuracy", "exact_match", "rougeL", "bleu")  # which task score is the headline's, if there are several
-
-Row = dict[str, Any]
+ALARMS_SHOWN = 1000
+ROWS_KEPT = 50_000  # of an evaluation
+# What the reports need of every held-out row; the rest is read again for the few rows that are shown.
+SHORT = (str, int, float)
+TEXTS = ("input", "student", "teacher", "sample_student", "sample_teacher")
+SECTIONS = ("settings", "models", "data", "versions")  # objects of run.json
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,11 @@ class RunData:
     train        logged lines with a loss, one per step
     evaluations  lines of held-out numbers, one per step
     start, end   the numbers of the start check and of the end of the run; {} if they were not logged
-    held_out     step -> rows, for the first and the newest evaluation
+    held_out     step -> rows, for the first and the newest evaluation: numbers and short facts (see `whole`)
     alarms       the alarms that fired
     summary      summary.json of the encoder recipe
+    labels       names of a classifier's labels, in the order of their indices
+    trained_on   sum of the answer tokens of all log lines
     notes        what could not be read, one sentence each
     """
 
@@ -50,7 +55,9 @@ class RunData:
     end: Row = field(default_factory=dict)
     held_out: dict[int, list[Row]] = field(default_factory=dict)
     alarms: list[Row] = field(default_factory=list)
-    summary: Any = None
+    summary: Row = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    trained_on: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -74,6 +81,21 @@ class RunData:
         """Held-out rows of the newest evaluation."""
         return self.held_out[max(self.held_out)] if self.held_out else []
 
+    def whole(self, row: Row) -> Row:
+        """A held-out row with its texts and tokens, read again; `row` itself if that fails."""
+        try:
+            with (self.folder / HELD_OUT).open("rb") as file:
+                file.seek(row["offset"])
+                found = parsed(file.readline())
+        except (OSError, KeyError):
+            found = None
+        return found if isinstance(found, dict) and str(found.get("id")) == row["id"] else row
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was found in its files."""
+        return not (self.record or self.train or self.evaluations or self.held_out or self.alarms or self.end)
+
     @property
     def steps(self) -> int | None:
         """The last logged step."""
@@ -83,7 +105,7 @@ class RunData:
     @property
     def tokens(self) -> int | None:
         """Answer tokens trained on, as far as they were logged."""
-        counted = [line["tokens"] for line in (*self.train, self.end) if "tokens" in line]
+        counted = [x for x in (self.trained_on, number(self.end.get("tokens"))) if x is not None]
         return round(sum(counted)) if counted else None
 
     @property
@@ -113,25 +135,30 @@ class Arm:
 
     @property
     def is_teacher(self) -> bool:
-        """Whether this is the teacher's own training (a folder called teacher): students are not compared with it."""
-        return self.name == "teacher"
+        """Whether this is the teacher's own training (a folder called teacher): it is no reference for students."""
+        return "teacher" in (self.name, self.runs[0].folder.name)
 
 
-def read_arms(folder: Path) -> list[Arm]:
-    """The run in `folder`, or the arms below it (`ARM/`, `seed-N/ARM/`). Raises DataError if there are none."""
+def read_arms(folder: Path, *, with_teacher: bool = True) -> list[Arm]:
+    """The run in `folder`, with that of its teacher below it, or the arms below it (`ARM/`, `seed-N/ARM/`).
+
+    Raises DataError if there are none.
+    """
     runs = read_runs(folder)
+    if with_teacher and runs[0].folder == folder and _is_run(folder / "teacher"):
+        runs.append(read_run(folder / "teacher", "teacher"))
     names = list(dict.fromkeys(run.name for run in runs))
     seeds = {name: sorted((r for r in runs if r.name == name), key=lambda r: r.seed or 0) for name in names}
     order = {"supervised": 1, "rl": 2}
     arms = [Arm(name, seeds[name]) for name in names]
-    return sorted(arms, key=lambda arm: 0 if arm.is_teacher else order.get(arm.kind, 3))
+    return sorted(arms, key=lambda arm: 4 if arm.is_teacher else order.get(arm.kind, 3))
 
 
 def read_side_by_side(folders: Sequence[Path]) -> list[Arm]:
     """The arms of several folders, under distinct names. Raises DataError as `read_runs` does, and for fewer than two
     arms or the same one twice.
     """
-    found = [(folder, arm) for folder in folders for arm in read_arms(folder)]
+    found = [(folder, arm) for folder in folders for arm in read_arms(folder, with_teacher=len(folders) == 1)]
     if len(found) < 2:
         raise DataError("compare: give two runs, or the folder of several.")
     names = [arm.name if len(folders) == 1 else _label(folder, arm) for folder, arm in found]
@@ -152,46 +179,153 @@ def _label(folder: Path, arm: Arm) -> str:
 def read_runs(folder: Path) -> list[RunData]:
     """The run in `folder`, or all runs below it. Raises DataError if there are none."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder. Give the output_dir of a run.")
+        why = "this is a file, not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {why}. Give the output_dir of a run.")
     found = list(_run_folders(folder))
     if not found:
         raise DataError(f"{folder}: no run in it or up to {DEPTH} folders below: expected one of {', '.join(FILES)}.")
     if found == [folder]:
-        return [read_run(folder, folder.resolve().name)]
-    return [read_run(path, *_name_and_seed(path.relative_to(folder))) for path in found]
+        runs = [read_run(folder, folder.resolve().name)]
+    else:
+        runs = [read_run(path, *_name_and_seed(path.relative_to(folder))) for path in found]
+    if all(run.empty for run in runs):
+        why = next((note for run in runs for note in run.notes if not note.startswith("There is no")), "")
+        raise DataError(f"{folder}: its files hold nothing yet. {why}".strip())
+    return runs
 
 
 def read_run(folder: Path, name: str, seed: int | None = None) -> RunData:
     """The content of one run folder; no file is required."""
     notes: list[str] = []
-    record = _json(folder / RUN_FILE, notes)
-    lines = _numbered(folder / METRICS, notes)
-    rows: dict[int, list[Row]] = {}
-    for row in _numbered(folder / HELD_OUT, notes):
-        rows.setdefault(row["step"], []).append(row)
-    ends = [line for line in lines if "train_runtime" in line]
-    starts = [line for line in lines if "start_regret" in line]
+    record = _record(folder / RUN_FILE, notes)
+    training, evaluations = Log(), Log()
+    start: Row = {}
+    end: Row = {}
+    without = 0
+    for _, line in json_lines(folder / METRICS, notes):
+        if (step := step_of(line)) is None:
+            without += 1
+            continue
+        if "loss" in line:
+            training.add(step, line)
+        if any(key.startswith("eval_") for key in line):
+            evaluations.add(step, line)
+        start = start or (_numbers(line) if "start_regret" in line else {})
+        end = _numbers(line) if "train_runtime" in line else end
+    if without:
+        notes.append(f"{METRICS}: {without} lines without a step are skipped.")
+    if training.not_finite + evaluations.not_finite:
+        notes.append(f"{METRICS}: {training.not_finite + evaluations.not_finite} numbers are not finite, and left out.")
+    summary = json_object(folder / SUMMARY_FILE, notes, optional=True)
     return RunData(
         name=name,
         folder=folder,
         seed=seed,
-        record=record if isinstance(record, dict) else {},
-        train=_per_step(line for line in lines if "loss" in line),
-        evaluations=_per_step(line for line in lines if any(key.startswith("eval_") for key in line)),
-        start=starts[0] if starts else {},
-        end=ends[-1] if ends else {},
-        held_out=rows,
-        alarms=_lines(folder / ALARMS_FILE, notes, optional=True),
-        summary=_json(folder / SUMMARY_FILE, notes, optional=True),
+        record=record,
+        train=training.rows(),
+        evaluations=evaluations.rows(),
+        start=start,
+        end=end,
+        held_out=_held_out(folder / HELD_OUT, notes),
+        alarms=_alarms(folder / ALARMS_FILE, notes),
+        summary=summary,
+        labels=_labels(folder, summary),
+        trained_on=training.tokens,
         notes=notes,
     )
 
 
+def _numbers(line: Row) -> Row:
+    return {name: value for name, value in line.items() if number(value) is not None}
+
+
+def _record(path: Path, notes: list[str]) -> Row:
+    record = json_object(path, notes, missing=": settings, data and versions are not known")
+    for name in SECTIONS:
+        if not isinstance(record.get(name, {}), dict):
+            notes.append(f"{path.name}: {name} is not an object and is left out.")
+            del record[name]
+    return record
+
+
+def _held_out(path: Path, notes: list[str]) -> dict[int, list[Row]]:
+    rows: dict[int, list[Row]] = {}
+    passed: set[int] = set()
+    bad, more = 0, 0
+    for offset, row in json_lines(path, notes):
+        step, name = step_of(row), row.get("id")
+        if step is None or isinstance(name, (list, dict, type(None))):
+            bad += 1
+        elif step not in passed:
+            own = rows.setdefault(step, [])
+            if len(own) < ROWS_KEPT:
+                own.append(_short(row) | {"id": str(name), "step": step, "offset": offset})
+            else:
+                more += 1
+            if len(rows) > 2:  # neither the first nor the newest
+                between = sorted(rows)[1]
+                passed.add(between)
+                del rows[between]
+    if bad:
+        notes.append(f"{path.name}: {bad} lines without a step or an id are skipped.")
+    if more:
+        notes.append(f"{path.name}: of an evaluation {ROWS_KEPT:,} rows are read; {more:,} more are left out.")
+    return rows
+
+
+def _short(row: Row) -> Row:
+    """The numbers of a row; of its input the words, of its rewards the first, the last and the sum."""
+    kept: Row = {name: value for name, value in row.items() if name not in TEXTS and isinstance(value, SHORT)}
+    if "input" in row:
+        kept["words"] = len(str(row["input"]).split())
+    rewards = row.get("rewards")
+    if isinstance(rewards, list) and len(rewards) > 1:
+        known = [value for reward in rewards if (value := number(reward)) is not None]
+        if len(known) == len(rewards):
+            kept["reward_ends"] = (known[0], known[-1], sum(known))
+    return kept
+
+
+def _alarms(path: Path, notes: list[str]) -> list[Row]:
+    alarms: list[Row] = []
+    more = 0
+    for _, row in json_lines(path, notes, optional=True):
+        if len(alarms) < ALARMS_SHOWN:
+            alarms.append({name: _cut(value) for name, value in row.items() if isinstance(value, SHORT)})
+        else:
+            more += 1
+    if more:
+        notes.append(f"{path.name}: the first {ALARMS_SHOWN:,} alarms are shown, {more:,} more are not.")
+    return alarms
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > 1000:
+        return value[:1000] + " ..."
+    return value if isinstance(value, str) or number(value) is not None else str(value)[:40]
+
+
+def _labels(folder: Path, summary: Row) -> tuple[str, ...]:
+    names = summary.get("labels")
+    if not isinstance(names, list):
+        found = json_object(folder / "config.json", [], optional=True).get("id2label")
+        names = list(found.values()) if isinstance(found, dict) else []
+    return tuple(str(name) for name in names)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
+
+
 def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
-    if any((folder / name).is_file() for name in FILES):
+    try:
+        children = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}.") from None
+    if _is_run(folder):
         yield folder
     elif depth < DEPTH:
-        for child in sorted(folder.iterdir()):
+        for child in children:
             if child.is_dir() and not child.is_symlink() and not child.name.startswith((".", "checkpoint-")):
                 yield from _run_folders(child, depth + 1)
 
@@ -200,60 +334,6 @@ def _name_and_seed(path: Path) -> tuple[str, int | None]:
     seeds = [int(match[1]) for part in path.parts if (match := SEED.match(part))]
     rest = [part for part in path.parts if not SEED.match(part)]
     return "/".join(rest) or path.name, seeds[0] if seeds else None
-
-
-def _per_step(lines: Iterator[Row]) -> list[Row]:
-    """The newest line of each step: a resumed run logs the steps that it repeats again."""
-    by_step = {line["step"]: line for line in lines}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _numbered(path: Path, notes: list[str]) -> list[Row]:
-    lines = _lines(path, notes)
-    kept = [line for line in lines if isinstance(line.get("step"), int)]
-    if len(kept) < len(lines):
-        notes.append(f"{path.name}: {len(lines) - len(kept)} lines without a step are skipped.")
-    return kept
-
-
-def _lines(path: Path, notes: list[str], *, optional: bool = False) -> list[Row]:
-    if not path.is_file():
-        if not optional:
-            notes.append(f"There is no {path.name}.")
-        return []
-    rows, bad = [], []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
-                rows.append(row)
-            elif line.strip():
-                bad.append(number)
-    if bad:
-        notes.append(f"{path.name}: {len(bad)} lines are not JSON objects and are left out (first: line {bad[0]}).")
-    return rows
-
-
-def _json(path: Path, notes: list[str], *, optional: bool = False) -> Any:
-    if not path.is_file():
-        if not optional:
-            notes.append(f"There is no {path.name}: settings, data and versions are not known.")
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        notes.append(f"{path.name} is not JSON and is left out.")
-        return None
-
-
-def number(value: Any) -> float | None:
-    """The value as a float; None if it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def _rank(name: str, order: tuple[str, ...]) -> int:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from textwrap import shorten
@@ -29,6 +32,7 @@ from ..io.redaction import redact_command_line, redacted
 from .fields import default_of, own_names, plain
 
 MOST_PROBLEMS = 20  # fits on one screen
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # variables that they set
 
 
 def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -105,13 +109,38 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script with log lines on stderr. An RlkdError is printed without a traceback and sets the exit code."""
+    """Run a script with log lines on stderr. An RlkdError is printed without a traceback and sets the exit code; under
+    a launcher, whose own traceback follows and whose code is 1, the code is also the last line.
+    """
     prepare_outputs()
     try:
         main()
     except RlkdError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        message = f"error: {redacted(str(error))}"
+        print(message, file=sys.stderr)
+        _tell_launcher(message, error.exit_code)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        # Of a library that reads or writes: a full disk, a folder that is gone, a network.
+        if isinstance(error, BrokenPipeError):
+            raise
+        print(f"error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _tell_launcher(message: str, code: int) -> None:
+    """accelerate and torchrun end with code 1 and a traceback of their own, whatever a script ends with."""
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows of a process that failed
+        shown = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": shown}}))
+    if any(name in os.environ for name in LAUNCHERS):
+        print(
+            f"exit code {code}; what follows is the launcher's, which ends with 1 (one process needs none: "
+            f"python {Path(sys.argv[0]).name})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _refuse(problems: list[str]) -> NoReturn:

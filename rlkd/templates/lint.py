@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 from ..errors import DataError, listed, shown
 from .aliases import known_problem
 from .leaks import leaks
+from .missing import missing_columns
 from .parsing import Entry, Problem, parse
 from .sources import TemplatesFile
 from .template import Template, to_template
@@ -17,8 +20,10 @@ def lint(
     file: TemplatesFile,
     columns: Iterable[str] | None = None,
     choice_problem: Callable[[tuple[str, ...]], str | None] | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
 ) -> list[Problem]:
-    """The problems of a file by line; with `columns`, those of the rows, also missing and unused columns.
+    """The problems of a file by line; with `columns`, those of the rows, also missing and unused columns; with `rows`,
+    also the missing values that prompts print.
 
     choice_problem: why a teacher's tokenizer cannot tell answer choices apart, None if it can.
     """
@@ -35,6 +40,7 @@ def lint(
             continue
         templates[key] = template
         problems += _one(template, entry)
+        problems += _printed(template, entry, rows)
         choices = template.fixed_choices
         if choices and "" not in choices and choice_problem and (problem := choice_problem(choices)):
             problems.append(Problem(entry.line_of("answer_choices"), "error", f"'{template.name}': {problem}."))
@@ -74,6 +80,25 @@ def _one(template: Template, entry: Entry) -> Iterator[Problem]:
         yield Problem(entry.line_of("jinja"), "note", f"{name}: white space at the end of a line reaches the model.")
     if problem := known_problem(template.id):
         yield Problem(entry.line, "warning", f"{name}: {problem}.")
+
+
+def _printed(template: Template, entry: Entry, rows: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
+    """Columns whose missing values the input prints as words."""
+
+    def render(row: Mapping[str, Any]) -> str:
+        return template.parts(row)[0]
+
+    counts: Counter[str] = Counter()
+    for row in rows:
+        with suppress(DataError):
+            counts.update(missing_columns(template, row, render(row), render))
+    for name, count in counts.items():
+        yield Problem(
+            entry.line_of("jinja"),
+            "warning",
+            f"'{template.name}': the input prints a missing value of {name} as a word such as None in {count} of "
+            f"{len(rows)} rows.",
+        )
 
 
 def _names(templates: dict[str, Template], entries: dict[str, Entry]) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ import jinja2
 
 from ..checks import check_choice, check_settings
 from ..choices import Truncation
-from ..errors import DataError, cut, listed, nearest, shown
+from ..errors import DataError, cut, encodable, listed, nearest, shown
 from . import columns as template_columns
 from .aliases import known_problem
 from .columns import Reads
@@ -110,9 +111,8 @@ class Template:
         meter, random = Meter(self.limits), RowRandom(seed, self.id or self.name, row)
         separator = SEPARATOR
         try:
-            names = self._compiled.names | (self._choices.names if self._choices else frozenset())
             protect = self.strict_compat or PIPE_PROTECTOR in self.source
-            values = plain_row(row, names, self.limits, protect=protect)
+            values = plain_row(row, self.names, self.limits, protect=protect)
             if not self.strict_compat:
                 separator = own_separator(values)
             values["answer_choices"] = None
@@ -130,9 +130,14 @@ class Template:
         except Exception as error:
             said = cut(shown_bars(str(error), separator), 300)
             raise DataError(
-                f"{self} cannot be rendered: {type(error).__name__}: {said}.\n  row: {shown(dict(row))}\n"
+                f"{self} cannot be rendered: {type(error).__name__}: {encodable(said)}.\n  row: {shown(dict(row))}\n"
                 "Check that the row's values have the types the template expects."
             ) from error
+        if encodable(rendered) != rendered:
+            raise DataError(
+                f"{self} prints half a surrogate pair, which is no text.\n  row: {shown(dict(row))}\n"
+                "Fix the template or the row."
+            )
         return [shown_bars(part, separator).strip() for part in rendered.split(separator)]
 
     def render(self, row: Mapping[str, Any], *, seed: int = 0) -> Rendered:
@@ -186,6 +191,16 @@ class Template:
     def gold_columns(self) -> frozenset[str]:
         """The columns that the target reads and the input does not."""
         return frozenset(self.columns(target=True) - self.columns(target=False))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All names that it may read from a row, in the input, in the target and in its choices."""
+        return self._compiled.names | (self._choices.names if self._choices else frozenset())
+
+    @property
+    def draws(self) -> bool:
+        """Whether it may draw at random, which depends on all columns of a row."""
+        return bool(re.search(r"\b(choice|random)\b", f"{self.source} {self.answer_choices}"))
 
     @property
     def shown_columns(self) -> frozenset[str]:

@@ -14,6 +14,7 @@ from rlkd.errors import DataError
 from rlkd.inspection.labels import from_labels
 from rlkd.io.files import write_durably
 from rlkd.io.lock import writer_lock
+from rlkd.jobs.rewards import view_of_labels
 from rlkd.labels.folder import check_output
 from rlkd.labels.maintenance import merge, repair, verify
 from rlkd.labels.manifest import _encode
@@ -192,6 +193,19 @@ def test_a_link_to_a_shard_is_read(made, tmp_path):
     assert load_pseudolabels(out).to_list() == load_pseudolabels(whole).to_list()
 
 
+@pytest.mark.parametrize("name", ["teacher", "max_input_tokens", "append_eos"])
+@pytest.mark.parametrize("value", [None, ["x"]])
+def test_settings_that_a_view_needs(made, tmp_path, name, value):
+    _, whole, _ = made
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    header = json.loads((out / "manifest.jsonl").read_text().splitlines()[0])
+    rewrite(out, "header", settings=header["settings"] | {name: value})
+    request = {"labels": out, "reward_value": "max", "teacher": None, "limit": 5}
+    with pytest.raises(DataError, match=rf"its manifest's settings have no {name}\. Get the labels again"):
+        view_of_labels(request)
+
+
 REQUEST = {"teacher": "t", "dataset": "rows.jsonl", "input_column": "text", "seed": 3, "input_eos": False,
            "shard": None, "gold_input": True, "templates": ["a b", "c"], "folder": "/data"}  # fmt: skip
 
@@ -235,6 +249,11 @@ def test_the_recorded_command_is_shown_and_runs_only_when_asked(made, tmp_path, 
         ({"overwrite": True}, 3, "the recorded command has an unknown option 'overwrite'"),
         ({"limit": "many"}, 2, "Invalid value for '--limit'"),
         ({"teacher": None}, 2, "Missing option '--teacher'"),
+        (
+            {"dataset": "https://<redacted>@h/x"},
+            3,
+            "--dataset=https://<redacted>@h/x held a secret, which is not recorded",
+        ),
     ],
 )
 def test_recorded_commands_that_no_one_typed(made, tmp_path, capsys, changes, code, message):

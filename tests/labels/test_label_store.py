@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers.normalizers import Lowercase
 
 import stub
 from rlkd.errors import ConfigError, DataError
@@ -153,6 +154,22 @@ def test_merged_parts_equal_one_process(whole, tmp_path, together):
     assert load_pseudolabels(out).to_list() == load_pseudolabels(reference).to_list()
 
 
+def test_no_secret_is_recorded_and_another_password_is_no_other_run(tmp_path):
+    class Remote(stub.StubEngine):
+        def identity(self):
+            return super().identity() | {"teacher": f"https://me:{self.weights}@host/t", "teacher_weights": "w"}
+
+    source, out = stub.write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    request = {"teacher": "https://me:CANARY@host/t", "hub_token": "CANARY-2"}
+    stub.label(source, out, Remote(weights="CANARY3"), request=request)
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text("".join(lines[:-1]))  # not finished
+    stub.label(source, out, Remote(weights="CANARY4"), request=request)
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert len(files) > 3
+    assert [file.name for file in files if b"CANARY" in file.read_bytes()] == []
+
+
 def test_more_machines_than_shards(whole, tmp_path):
     """The parts without a shard finish with nothing, and merge as the others do."""
     source, reference = whole
@@ -207,6 +224,38 @@ def test_changed_settings_are_listed_and_need_permission(run):
         (False, old), (True, new)
     }  # fmt: skip
     assert stub.shards(out).keys() == stub.shards(reference).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("packages", lambda: {"torch": "9.9"}, "-> 9.9"),
+        ("code_digest", lambda: "another", "rlkd's code "),
+        ("describe_machine", lambda device: {"threads": "64"}, "-> 64"),
+        ("variables", lambda: {"NVIDIA_TF32_OVERRIDE": "1"}, "NVIDIA_TF32_OVERRIDE None -> 1"),
+    ],
+)
+def test_other_versions_and_another_machine_are_named(run, monkeypatch, caplog, name, value, said):
+    source, out, _ = run
+    unfinish(out)
+    stub.label(source, out)
+    assert "other versions" not in caplog.text
+    unfinish(out)
+    monkeypatch.setattr(f"rlkd.labels.run.{name}", value)
+    stub.label(source, out)
+    assert "was begun by other versions or another machine: " in caplog.text
+    assert said in caplog.text
+
+
+def test_a_tokenizer_that_reads_otherwise_is_another_run(run, monkeypatch):
+    """Its vocabulary is the same: what comes before the tokens is not."""
+    source, out, _ = run
+    unfinish(out)
+    lower = stub.tiny_tokenizer()
+    lower.backend_tokenizer.normalizer = Lowercase()
+    monkeypatch.setattr(stub, "tiny_tokenizer", lambda: lower)
+    with pytest.raises(DataError, match="tokenizer: "):
+        stub.label(source, out)
 
 
 def test_a_changed_source_is_refused(run, tmp_path):
@@ -294,7 +343,7 @@ def test_bad_rows_are_counted_and_kept_aside(tmp_path):
     assert [(entry["place"], entry["record"].strip()) for entry in bad] == [
         (2, '{"text":'), (3, '{"text": 5, "n": 1}'), (4, '{"text": "b", "n": "x"}')
     ]  # fmt: skip
-    assert "column 'n' has type number in line 1 but str in line 4" in bad[2]["error"]
+    assert "rows.jsonl:4: column 'n' has text here but a number in " in bad[2]["error"]
 
 
 def test_top_k_columns_are_there_only_if_asked_for(tmp_path, whole):

@@ -111,7 +111,7 @@ def test_trackio_gets_the_names_of_the_log_and_the_samples(tmp_path):
 
     if not is_trackio_available():
         pytest.skip("transformers does not see trackio")
-    script = tmp_path / "run.py"  # run() evaluates after train() has closed the tracker
+    script = tmp_path / "run.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom tiny_runs import examples, make\n"
         "make('reinforce', Path(sys.argv[1]), max_steps=2, report_to='trackio', project='tiny', run_name='one',\n"
@@ -131,6 +131,7 @@ def test_trackio_gets_the_names_of_the_log_and_the_samples(tmp_path):
     expected = {f"eval/{n.removeprefix('eval_')}" for n in names if n.startswith("eval_")}
     assert expected <= kept
     assert NAME in kept
+    assert len(_trackio_runs(tmp_path / "trackio")) == 1
 
 
 def _environment():
@@ -145,4 +146,15 @@ def _trackio_names(folder):
     for path in folder.glob("*.db"):
         with sqlite3.connect(path) as store:
             found |= {name for (text,) in store.execute("select metrics from metrics") for name in json.loads(text)}
+    return found
+
+
+def _trackio_runs(folder):
+    """The runs that trackio stored numbers of."""
+    found = set()
+    for path in folder.glob("*.db"):
+        with sqlite3.connect(path) as store:
+            columns = [row[1] for row in store.execute("pragma table_info(metrics)")]
+            keys = ", ".join(name for name in ("run_id", "run_name") if name in columns)
+            found |= set(store.execute(f"select distinct {keys} from metrics"))
     return found
