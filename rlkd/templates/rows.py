@@ -81,7 +81,7 @@ class _Copy:
         if hasattr(value, "tolist"):  # arrays and tensors
             return self(value.tolist(), depth + 1)
         return jinja2.StrictUndefined(
-            f"the row holds a {type(value).__name__}; templates read text, numbers, lists and dicts. Convert the column."
+            f"the row holds a {type(value).__name__}; templates read text, numbers, lists and dicts. Convert it."
         )
 
     def _key(self, key: Any) -> Any:
@@ -105,11 +105,14 @@ def own_separator(values: Mapping[str, Any]) -> str:
     return "".join(drawn)
 
 
-def shown_bars(text: str, separator: str) -> str:
-    """The text with "|" for the characters of an own separator that a template has cut, and "|||" for the row's."""
+def shown_bars(text: str, separator: str, protect: bool) -> str:
+    """The text with "|" for the characters of an own separator that a template has cut.
+
+    protect: as in `plain_row`; the row's "|||" are put back.
+    """
     for character in separator:
         text = text.replace(character, "|")
-    return text.replace(PIPE_PROTECTOR, SEPARATOR)
+    return text.replace(PIPE_PROTECTOR, SEPARATOR) if protect else text
 
 
 def _texts(value: Any) -> Iterator[str]:
