@@ -34,6 +34,7 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     students = {role: ModelSpec(request[role], role, **how) for role in STUDENTS if request[role]}
     for spec in students.values():
         check_pair(teacher.model, spec)
+        spec.check_lengths(request["max_input_tokens"], request["max_new_tokens"])
     names, examples = _examples(request, teacher.tokenizer)
     loaded = teacher.load()
     return reward_view(

@@ -206,6 +206,8 @@ def prepare(
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
     check_pair(theirs, ours)
+    for spec in (theirs, ours):
+        spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
     if student.use_peft and ours.adapter:
         check_same_settings(ours.adapter, _peft_config(student))
     train, evaluation, labels, note = load_data(data, ours.tokenizer)
