@@ -1,9 +1,14 @@
 """PPO of a warmed-up T5 student on the reward a prompted T0 induces.
 
-accelerate launch recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--field value ...]
+python recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--field value ...]
 """
 
-from rlkd import DataArguments, ModelConfig, PPOArguments, PPOTrainer, TeacherArguments, parse_config, prepare, run_main
+from rlkd import refuse_missing_paths, run_main
+
+if __name__ == "__main__":
+    run_main(refuse_missing_paths)  # before the imports that take seconds
+
+from rlkd import DataArguments, ModelConfig, PPOArguments, PPOTrainer, TeacherArguments, parse_config, prepare
 
 SETTINGS = (DataArguments, TeacherArguments, ModelConfig, PPOArguments)
 

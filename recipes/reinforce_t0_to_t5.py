@@ -1,7 +1,12 @@
 """REINFORCE for a warmed-up T5 student on the reward a prompted T0 induces.
 
-accelerate launch recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to_t5.yaml [--field value ...]
+python recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to_t5.yaml [--field value ...]
 """
+
+from rlkd import refuse_missing_paths, run_main
+
+if __name__ == "__main__":
+    run_main(refuse_missing_paths)  # before the imports that take seconds
 
 from rlkd import (
     DataArguments,
@@ -11,7 +16,6 @@ from rlkd import (
     TeacherArguments,
     parse_config,
     prepare,
-    run_main,
 )
 
 SETTINGS = (DataArguments, TeacherArguments, ModelConfig, ReinforceArguments)

@@ -1,8 +1,13 @@
 """Sequence-level distillation: a T5 student learns the answers T0 wrote (`rlkd generate-pseudolabels`). The warm
 start of RL.
 
-accelerate launch recipes/seqkd_t0_to_t5.py --config recipes/seqkd_t0_to_t5.yaml [--field value ...]
+python recipes/seqkd_t0_to_t5.py --config recipes/seqkd_t0_to_t5.yaml [--field value ...]
 """
+
+from rlkd import refuse_missing_paths, run_main
+
+if __name__ == "__main__":
+    run_main(refuse_missing_paths)  # before the imports that take seconds
 
 from rlkd import (
     ConfigError,
@@ -13,7 +18,6 @@ from rlkd import (
     TeacherArguments,
     parse_config,
     prepare,
-    run_main,
 )
 
 SETTINGS = (DataArguments, TeacherArguments, ModelConfig, SupervisedArguments)

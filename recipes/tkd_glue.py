@@ -1,7 +1,12 @@
 """Tree Knowledge Distillation of a fine-tuned BERT into a few layers, on a GLUE task or on your own labelled file.
 
-accelerate launch recipes/tkd_glue.py --config recipes/tkd_glue.yaml [--train_file reviews.csv] [--field value ...]
+python recipes/tkd_glue.py --config recipes/tkd_glue.yaml [--train_file reviews.csv] [--field value ...]
 """
+
+from rlkd import refuse_missing_paths, run_main
+
+if __name__ == "__main__":
+    run_main(refuse_missing_paths)  # before the imports that take seconds
 
 from rlkd import (
     EncoderStudentArguments,
@@ -13,7 +18,6 @@ from rlkd import (
     fine_tuned_teacher,
     parse_config,
     prepare_encoders,
-    run_main,
 )
 
 SETTINGS = (LabelledDataArguments, EncoderTeacherArguments, EncoderStudentArguments, TKDArguments)

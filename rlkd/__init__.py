@@ -5,9 +5,13 @@ log-probs.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# bitsandbytes on a CPU warns of an optional kernel whenever it is imported.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Public names by the module they live in. They are imported on first use, so that `import rlkd` costs nothing; type
 # checkers and editors read the imports below, which a test holds equal to this table.
@@ -16,6 +20,7 @@ _MODULES = {
     "data.examples": ("Examples", "supervised_pairs"),
     "data.glue": ("find_labels", "load_labelled", "load_task", "TableLayout", "write_submission"),
     "data.rows": ("load_rows",),
+    "data.text": ("TextFormat",),
     "errors": (
         "CheckpointError",
         "ConfigError",
@@ -93,6 +98,7 @@ _MODULES = {
     "sampling.engines.registry": ("ENGINES",),
     "sampling.rollouts": ("greedy_answers", "sample_rollouts"),
     "settings.parsing": ("parse_config", "run_main"),
+    "settings.paths": ("refuse_missing_paths",),
     "settings.trl_compat": ("ModelConfig",),
     "templates.template": ("load_templates", "Rendered", "Template"),
     "trainers.arguments": (
@@ -126,6 +132,7 @@ if TYPE_CHECKING:
     from .data.glue import load_task as load_task
     from .data.glue import write_submission as write_submission
     from .data.rows import load_rows as load_rows
+    from .data.text import TextFormat as TextFormat
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import DataError as DataError
@@ -235,6 +242,7 @@ if TYPE_CHECKING:
     from .sampling.rollouts import sample_rollouts as sample_rollouts
     from .settings.parsing import parse_config as parse_config
     from .settings.parsing import run_main as run_main
+    from .settings.paths import refuse_missing_paths as refuse_missing_paths
     from .settings.trl_compat import ModelConfig as ModelConfig
     from .templates.template import Rendered as Rendered
     from .templates.template import Template as Template

@@ -15,21 +15,23 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError, nearest, shown
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 NonNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Share = Annotated[float, Gt(0), Lt(1)]  # of something that is split in two
 
 # Its attribute, its text, and its comparison.
 LIMITS: dict[type, tuple[str, str, Any]] = {
     Ge: ("ge", "at least", operator.ge),
     Gt: ("gt", "above", operator.gt),
     Le: ("le", "at most", operator.le),
+    Lt: ("lt", "below", operator.lt),
 }
 WORDS = {bool: "true, false", int: "whole numbers", float: "numbers", str: "text", NoneType: "null", dict: "mappings"}
 # Ranges of fields of transformers' TrainingArguments that it does not check: they would fail late, or train on no data.
@@ -157,7 +159,7 @@ def _problem(name: str, value: Any, hint: Any) -> str | None:
     """The error of a value, as text; None if it is valid."""
     limits = _limits_of(hint)
     if limits and value is not None and not all(_holds(limit, value) for limit in limits):
-        return f"{name} = {value!r}: must be {_bounds_in_words(limits)}"
+        return f"{name} = {shown(value)}: must be {_bounds_in_words(limits)}"
     hint = resolved(hint)
     choices = choices_of(hint)
     if not choices or _admits(hint, value):
@@ -169,7 +171,7 @@ def _problem(name: str, value: Any, hint: Any) -> str | None:
 
 def _shown(value: Any) -> str:
     """`repr`, of an Enum that of its value."""
-    return repr(value.value if isinstance(value, Enum) else value)
+    return shown(value.value if isinstance(value, Enum) else value)
 
 
 def _admits(hint: Any, value: Any) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import islice
+from reprlib import Repr
+
 
 class RlkdError(Exception):
     """An error the user can fix: the message gives the problem, its place, the allowed values and the remedy."""
@@ -59,5 +63,40 @@ def nearest(name: str, allowed: list[str]) -> str:
     """A hint naming the closest allowed spelling of `name`, or an empty string."""
     from difflib import get_close_matches
 
+    if len(name) > 100:  # no misspelling
+        return ""
     close = get_close_matches(name, allowed, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class _Shown(Repr):
+    """`reprlib` with room for a setting, which cuts before it prints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlevel, self.maxdict = 3, 8
+
+    def repr_int(self, value: int, level: int) -> str:
+        return super().repr_int(value, level) if value.bit_length() < 10_000 else "a number of thousands of digits"
+
+
+def shown(value: object) -> str:
+    """`repr` of a value from outside, for an error message: on one line, and short, however large the value is."""
+    return cut(_Shown().repr(value), 300)
+
+
+def cut(text: str, length: int = 100) -> str:
+    """A text from outside, for an error message: its beginning, if it is longer."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def listed(names: Collection[str], most: int = 20) -> str:
+    """Names from outside, for an error message: `a, b and 3 more`."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(cut(name) for name in islice(names, most)) + more
+
+
+def encodable(value: object) -> str:
+    """A value as text that UTF-8 can encode: half a surrogate pair is shown escaped."""
+    return str(value).encode("utf-8", "backslashreplace").decode()

@@ -8,7 +8,7 @@ it into docs/metrics.md; without a file it is printed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -250,6 +250,16 @@ def metric(name: str) -> Metric:
         meaning="A score of your own.",
         task=True,
     )
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Logged names in the order of the table, those of sampled answers after the others, unknown ones last."""
+    place = {row.name: i for i, row in enumerate(METRICS)}
+
+    def key(name: str) -> tuple[bool, int, str]:
+        return name.startswith(SAMPLED.prefix), place.get(metric(name).name, len(METRICS)), name
+
+    return sorted(names, key=key)
 
 
 def held_out(score: str) -> Metric:

@@ -42,23 +42,31 @@ class Prompt:
     text     None if there is none; status says why: `skipped` (the template does not apply, or the student has no
              input) or `failed` (the template raised), with the reason in `error`
     choices  the template's answers, to rank; None without
+    missing  columns whose missing values it prints as words such as "None"
+    unknown  (column, piece of text) that the tokenizer does not know
     """
 
     text: str | None
     status: str = "ok"
     error: str | None = None
     choices: tuple[str, ...] | None = None
+    missing: tuple[str, ...] = ()
+    unknown: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PromptedRow:
-    """A row as both models see it, whether or not every template applies to it; `number` counts usable rows from 0."""
+    """A row as both models see it, whether or not every template applies to it; `number` counts usable rows from 0.
+
+    student: the student's input with its flaws, None if they are not known.
+    """
 
     number: int
     id: str
     student_input: str
     references: tuple[str, ...]
     prompts: tuple[Prompt, ...]
+    student: Prompt | None = None
 
 
 @dataclass(frozen=True, slots=True)

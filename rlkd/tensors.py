@@ -7,8 +7,23 @@ Shape legend, used in every docstring of rlkd:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+
+def where_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The name of the first tensor with NaN or infinity, and where: how many, in which row; None if all are finite."""
+    checked = [(name, t) for name, t in tensors if t.dtype in (torch.float16, torch.bfloat16, torch.float32)]
+    bad = [name for name, t in checked if not t.isfinite().all()]
+    if not bad:
+        return None
+    tensor = dict(checked)[bad[0]]
+    wrong = ~tensor.isfinite()
+    row = int(wrong.reshape(len(wrong), -1).any(1).nonzero()[0]) if tensor.dim() else 0
+    more = f", and {len(bad) - 1} other tensors" if len(bad) > 1 else ""
+    return bad[0], f"{int(wrong.sum())} of {tensor.numel()}, the first in row {row}{more}"
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -26,21 +41,21 @@ def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
     )
 
 
-def moments_to_mean_std(moments: Tensor, eps: float = 1e-8) -> tuple[float, float]:
-    """Population mean and standard deviation (at least `eps`) from `masked_moments`."""
+def moments_to_mean_std(moments: Tensor) -> tuple[float, float]:
+    """Population mean and standard deviation from `masked_moments`."""
     count, total, squares = moments.tolist()
     mean = total / max(count, 1.0)
     variance = squares / max(count, 1.0) - mean * mean
-    return mean, max(variance, eps * eps) ** 0.5
+    return mean, max(variance, 0.0) ** 0.5
 
 
 def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
-    """`(x - mean) / std` over True positions of `mask`, 0 elsewhere.
+    """`(x - mean) / std` over True positions of `mask`, 0 elsewhere and if `x` does not vary.
 
     `moments` are those of the global batch when several processes share it (see `masked_moments`).
     """
     mean, std = moments_to_mean_std(masked_moments(x, mask) if moments is None else moments)
-    return (x - mean) / std * mask
+    return (x - mean) / std * mask if std > 0 else torch.zeros_like(x)
 
 
 def pad_stack(rows: list[Tensor], value: float | int = 0) -> Tensor:

@@ -22,7 +22,9 @@ PROGRAMMING = {
     "settings/parsing.py": {"TypeError"},
     "templates/allowed.py": {"TypeError"},  # becomes a DataError where the template is rendered
     "data/files.py": {"JSONDecodeError"},  # becomes a DataError, as in templates
+    "io/bounded_yaml.py": {"ComposerError", "ConstructorError", "OSError"},  # all of them caught by its callers
     "templates/parsing.py": {"ConstructorError"},
+    "models/folders.py": {"ValueError"},  # becomes a ModelError that names the file
     "labels/labelling.py": {"StoppedError"},  # caught where shards are written
     "trainers/distillation.py": {"ValueError"},
     "trainers/encoders/tkd.py": {"ValueError"},
@@ -53,6 +55,7 @@ def test_all_our_errors_are_known():
         return {kind.__name__}.union(*map(below, kind.__subclasses__()))
 
     import rlkd.data.files
+    import rlkd.templates.archives
     import rlkd.templates.meter  # noqa: F401
     from rlkd.errors import RlkdError
 
@@ -117,7 +120,7 @@ def test_recording(monkeypatch, tmp_path):
     recorder = Recorder()
     recorder.install()
     with pytest.raises(ConfigError, match="train_limit = 0: "):
-        DataArguments(train_limit=0)
+        DataArguments("x", "text", train_limit=0)
     with pytest.raises(ValueError, match=r"probability = 2\.0"):
         noisy_logits(None, 2.0, 0.5)
     assert InterruptedRunError("stopped", 15).exit_code == 143

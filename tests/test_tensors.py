@@ -57,6 +57,10 @@ def test_moments_of_the_parts_add_up_to_those_of_the_whole(seed, cut):
     torch.testing.assert_close(torch.cat(parts), whiten(x, mask))
 
 
+def test_a_deviation_is_not_bounded_below():
+    assert moments_to_mean_std(masked_moments(torch.full((2, 3), 2.0), torch.ones(2, 3).bool())) == (2.0, 0.0)
+
+
 def test_whitening_a_constant_gives_zeros():
     x = torch.full((2, 3), 5.0)
     assert not whiten(x, torch.ones(2, 3).bool()).any()

@@ -298,13 +298,14 @@ def test_the_trainer_says_once_that_it_predicts_one_class(tmp_path, caplog):
 def test_tasks_of_the_hub_keep_their_splits_metrics_and_labels(monkeypatch):
     asked = []
 
-    def load(source, **options):
+    def load(source, where, **options):
         import datasets
 
-        asked.append((source, options["split"]))
-        return datasets.Dataset.from_dict({"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [0, 2]})
+        asked.append((source, where["split"]))
+        rows = datasets.Dataset.from_dict({"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [0, 2]})
+        return rows, rows.column_names
 
-    monkeypatch.setattr(glue, "load_rows", load)
+    monkeypatch.setattr(glue, "load_table", load)
     data = encoder_data.load_labelled_data(LabelledDataArguments(task="mnli", train_limit=2))
     assert list(data.dev) == ["validation_matched", "validation_mismatched"]
     assert data.labels == ("entailment", "neutral", "contradiction")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -87,30 +86,39 @@ def score(
 @app.command()
 def repair(
     folder: Folder,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be regenerated.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Run the command that the manifest records.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be regenerated, and how.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Move damaged shards aside and regenerate only those, with the command that the manifest records."""
+    """Move damaged shards aside and regenerate only those with the command that the manifest records.
+
+    That command names a teacher and data, so it is shown, and runs with --run only; without it nothing changes.
+    """
     from ..errors import DataError
     from ..labels.maintenance import repair as drop_damaged
+    from . import labels
 
     out = folder.resolve()
-    dropped, request = drop_damaged(out, dry_run=dry_run)
+    problems, requests = drop_damaged(out, dry_run=True)
+    commands = [labels.shown(request, out) for request in requests if request is not None]
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), "dropped": dropped, "dry_run": dry_run}, ensure_ascii=False))
+        found = {"folder": str(folder), "dropped": problems, "commands": commands, "dry_run": dry_run}
+        typer.echo(json.dumps(found, ensure_ascii=False))
     elif not quiet:
-        typer.echo("\n".join(dropped) or f"{folder}: nothing to repair")
-    if dry_run or not dropped:
+        typer.echo("\n".join([*problems, *commands]) or f"{folder}: nothing to repair")
+    if dry_run or not problems:
         return
-    if request is None:
+    if commands and not run:
+        raise DataError(
+            "\n  ".join([f"{folder} was not changed. If you trust the recorded command, repeat with --run:", *commands])
+        )
+    drop_damaged(out)
+    if None in requests:
         raise DataError(
             f"{folder} was not written by the command line, so its command is unknown. Repeat the call that wrote "
             "it: only what is missing is computed."
         )
-    from .labels import run
-
-    # Relative paths in the request start from the folder where it was made.
-    if Path(request["folder"]).is_dir():
-        os.chdir(request["folder"])
-    run(request, out, quiet=quiet or as_json)
+    codes = [labels.repeat(request, out, quiet=quiet or as_json) for request in requests if request is not None]
+    if any(codes):
+        raise typer.Exit(max(codes))

@@ -1,13 +1,18 @@
-"""What `rlkd generate-pseudolabels` and `rlkd data repair` share: running a recorded request."""
+"""What `rlkd generate-pseudolabels` and `rlkd data repair` share: running a request, and repeating a recorded one."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from ..errors import DataError
+from ..io.redaction import REDACTED
+
+COMMAND = "generate-pseudolabels"
 # These control how the command runs, not its labels.
 NOT_IN_REQUEST = ("out", "overwrite", "allow_config_change", "quiet")
 FINISHED_WITH_FAILED_ROWS = 4
@@ -32,3 +37,57 @@ def run(request: dict[str, Any], out: Path, *, quiet: bool = False, **how: bool)
         typer.echo(f"{summary(totals)}\n{out}")
     if totals["status"]["failed"]:
         raise typer.Exit(FINISHED_WITH_FAILED_ROWS)
+
+
+def arguments(request: dict[str, Any]) -> list[str]:
+    """The arguments of the command that a manifest records, without those of `NOT_IN_REQUEST`; defaults are left out.
+
+    Raises DataError for what is not an option of the command.
+    """
+    options = {option.name: option for option in _command().params}
+    words: list[str] = []
+    for name, value in request.items():
+        if name == "folder":
+            continue
+        if name not in options or name in NOT_IN_REQUEST:
+            raise DataError(f"the recorded command has an unknown option '{_printable(name)}': repeat it by hand.")
+        option = options[name]
+        if value is None or value == option.default:
+            continue
+        flag = option.opts[0]
+        if isinstance(value, bool):
+            words += [flag] if value else option.secondary_opts[:1]
+        else:
+            words += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def shown(request: dict[str, Any], out: Path) -> str:
+    """The recorded command as a line to read, and to paste into a shell."""
+    line = shlex.join(["rlkd", COMMAND, *arguments(request), f"--out={out}"])
+    return _printable(f"cd {shlex.quote(str(request.get('folder', '.')))} && {line}")
+
+
+def repeat(request: dict[str, Any], out: Path, *, quiet: bool) -> int:
+    """Run the recorded command, its values checked as if they were typed; its exit code. Raises as `run`."""
+    words = [*arguments(request), f"--out={out}", *(["--quiet"] if quiet else [])]
+    if hidden := [word for word in words if REDACTED in word]:
+        raise DataError(
+            f"{out}: the recorded command cannot be repeated: {', '.join(hidden)} held a secret, which is not "
+            "recorded. Give the command yourself: it makes what is missing."
+        )
+    # Relative paths in the request start from the folder where it was made.
+    if Path(str(request.get("folder", ""))).is_dir():
+        os.chdir(str(request["folder"]))
+    return _command().main(words, prog_name=f"rlkd {COMMAND}", standalone_mode=False) or 0
+
+
+def _command() -> Any:
+    from .main import app
+
+    return typer.main.get_command(app).commands[COMMAND]  # type: ignore[attr-defined]
+
+
+def _printable(text: str) -> str:
+    """Text from a file, without the control characters that would change what a terminal shows."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

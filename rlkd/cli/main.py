@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..choices import OnBadRow
+from ..io.redaction import redacted
 from ..labels.options import OnLong
 from ..models.spec import Dtype, Quantization
 from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
-from . import config, data, probe, prompts, report, rewards
+from ..settings.paths import refuse_missing_paths
+from . import config, data, models, probe, prompts, report, rewards
+from .models import AllowBin
 
 app = typer.Typer(
     name="rlkd",
@@ -30,9 +35,11 @@ app.add_typer(config.app, name="config")
 app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
+app.command("merge-adapter")(models.merge_adapter)
 app.command("inspect-rewards")(rewards.inspect_rewards)
 
 
+UsageError: Any = typer.BadParameter.__base__  # of the click that this version of typer uses
 LabelStrategy = Literal[Strategy, "rank"]
 if TYPE_CHECKING:
     EngineName = str
@@ -59,9 +66,7 @@ def _root(
 def generate_pseudolabels(
     context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher: a local folder or a hub id.")],
-    dataset: Annotated[
-        str, typer.Option(help="A .jsonl/.json/.csv/.tsv/.parquet file, a folder of parquet, or a hub id.")
-    ],
+    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
     input_column: Annotated[str, typer.Option(help="Column with the raw input that the student reads.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     templates: Annotated[
@@ -79,6 +84,9 @@ def generate_pseudolabels(
     label_map: prompts.LabelMap = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")] = "train",
+    delimiter: prompts.Delimiter = None,
+    encoding: prompts.Encoding = None,
+    columns: prompts.Columns = None,
     limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
     reference_column: Annotated[
         str | None, typer.Option(help="Column with human answers, kept for evaluation.")
@@ -110,11 +118,16 @@ def generate_pseudolabels(
     shard_rows: Annotated[
         int, typer.Option(help="Label rows per file; an interrupted run loses at most one file.", min=1)
     ] = 5000,
+    src_lang: Annotated[
+        str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
+    ] = None,
+    tgt_lang: Annotated[str | None, typer.Option(help="Language of answers, likewise (mBART, M2M100, NLLB).")] = None,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     teacher_quantization: Annotated[
         Quantization,
         typer.Option(help="Quantize the teacher's linear layers (bitsandbytes): approximate; the error is measured."),
     ] = "none",
+    allow_bin: AllowBin = False,
     input_eos: Annotated[bool, typer.Option(help="End prompts with end-of-sequence. T0: --no-input-eos.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
@@ -124,6 +137,16 @@ def generate_pseudolabels(
         OnBadRow,
         typer.Option(help="Input rows that cannot be used: stop, or skip them and list them in bad_rows.jsonl."),
     ] = "fail",
+    skip_missing: Annotated[
+        bool,
+        typer.Option("--skip-missing", help="Skip prompts that print a missing value (None), not only count them."),
+    ] = False,
+    skip_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unknown", help="Skip prompts with characters that the tokenizer does not know, not only count them."
+        ),
+    ] = False,
     on_long: Annotated[
         OnLong, typer.Option(help="Prompts longer than max-input-tokens: cut them, stop, or skip them.")
     ] = "truncate",
@@ -154,14 +177,33 @@ def export_onnx(
             help="Largest allowed difference between ONNX and PyTorch logits; if exceeded, nothing is written."
         ),
     ] = 1e-4,
+    allow_bin: AllowBin = False,
 ) -> None:
     """Export a classifier to ONNX (any batch size and length) and check it against PyTorch."""
     from ..models.encoders.onnx_export import export_onnx
 
-    agreement = export_onnx(model, out, tolerance=tolerance)
+    agreement = export_onnx(model, out, tolerance=tolerance, allow_bin=allow_bin)
     typer.echo(f"{out / 'model.onnx'}: {agreement}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run `rlkd`; an error that the user can fix is one message on stderr and its exit code, without a traceback."""
-    run_main(lambda: app(args=argv, prog_name="rlkd"))
+    run_main(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> None:
+    """The command. Its usage errors repeat what was typed, and are redacted."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] != ["config"]:  # which checks settings alone
+        refuse_missing_paths(given)
+    try:
+        code = app(args=argv, prog_name="rlkd", standalone_mode=False)
+    except UsageError as error:
+        shown = StringIO()
+        error.show(shown)
+        print(redacted(shown.getvalue()), end="", file=sys.stderr)
+        code = error.exit_code
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        code = 1
+    raise SystemExit(code or 0)

@@ -9,8 +9,11 @@ import typer
 
 from ..choices import Pool
 from ..errors import ConfigError
+from . import prompts
+from .models import AllowBin
 
 if TYPE_CHECKING:
+    from ..data.glue import TableLayout
     from ..data.probe_rows import ProbeRows
 
 
@@ -28,12 +31,16 @@ def probe(
     text_column: Annotated[str, typer.Option(help="Column of the tables with the sentence.")] = "text",
     pair_column: Annotated[str | None, typer.Option(help="Column with the second sentence.")] = None,
     label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
+    delimiter: prompts.Delimiter = None,
+    encoding: prompts.Encoding = None,
+    columns: prompts.Columns = None,
     pool: Annotated[Pool, typer.Option(help="The first token, or the mean over all tokens except padding.")] = "cls",
     layers: Annotated[str, typer.Option(help="all, or numbers such as 0,3,6; 0 is the embeddings.")] = "all",
     max_length: Annotated[int, typer.Option(help="Texts are cut to this many tokens.", min=3)] = 128,
     batch_size: Annotated[int, typer.Option(help="Rows per batch; does not change scores.", min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="Use the first N rows of each split.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed for drawing validation rows if none are given.")] = 0,
+    allow_bin: AllowBin = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Linear probes of frozen layers: logistic regression, compared with the most frequent label and the embeddings.
@@ -41,10 +48,11 @@ def probe(
     Accuracy on the test rows with its 95 % interval. The models themselves are not trained.
     """
     numbers = _parse_layers(layers)
-    rows = _read(train, test, validation, task_file, (text_column, pair_column, label_column), limit, seed)
+    layout = _layout((text_column, label_column, pair_column), delimiter, encoding, columns)
+    rows = _read(train, test, validation, task_file, layout, limit, seed)
     from ..jobs.probe import ProbeSettings, probe_models  # loads torch: the rows are known to be good by now
 
-    report = probe_models(models, rows, ProbeSettings(pool, numbers, max_length, batch_size))
+    report = probe_models(models, rows, ProbeSettings(pool, numbers, max_length, batch_size, allow_bin))
     typer.echo(json.dumps(report, ensure_ascii=False)) if as_json else _print_table(report)
 
 
@@ -57,24 +65,33 @@ def _parse_layers(layers: str) -> list[int] | None:
     return sorted({int(part) for part in parts})
 
 
+def _layout(
+    names: tuple[str, str, str | None], delimiter: str | None, encoding: str | None, columns: str | None
+) -> TableLayout:
+    from ..data.glue import TableLayout
+    from ..data.text import text_format
+
+    found = text_format({"delimiter": delimiter, "encoding": encoding, "columns": columns})
+    own = None if found.columns is None else tuple(found.columns)
+    return TableLayout(*names, columns=own, delimiter=found.delimiter, encoding=found.encoding)
+
+
 def _read(
     train: str | None,
     test: str | None,
     validation: str | None,
     task_file: str | None,
-    columns: tuple[str, str | None, str],
+    layout: TableLayout,
     limit: int | None,
     seed: int,
 ) -> ProbeRows:
-    from ..data.glue import TableLayout
     from ..data.probe_rows import read_tables, read_task_file
 
     if task_file is not None and train is test is validation is None:
         return read_task_file(task_file, limit=limit, seed=seed)
     if task_file is not None or train is None or test is None:
         raise ConfigError("give either --train and --test (and --validation), or --task-file")
-    text, pair, label = columns
-    return read_tables(train, test, validation, layout=TableLayout(text, label, pair), limit=limit, seed=seed)
+    return read_tables(train, test, validation, layout=layout, limit=limit, seed=seed)
 
 
 def _print_table(report: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +16,8 @@ from ..choices import Truncation
 from ..errors import DataError
 
 if TYPE_CHECKING:
+    from ..data.rows import RowStream, Scan
+    from ..data.text import TextFormat
     from ..templates.template import Rendered, Template
 
 app = typer.Typer(
@@ -42,7 +46,7 @@ Truncate = Annotated[
     Truncation, typer.Option("--truncate", help="t0 cuts each {{...}} at 2,048 characters, as in T0's training data.")
 ]
 StrictCompat = Annotated[
-    bool, typer.Option("--strict-compat", help="Let '|||' inside lists of a row split the text, as promptsource does.")
+    bool, typer.Option("--strict-compat", help="Let '|||' of a row split the text where promptsource does.")
 ]
 ColumnMap = Annotated[
     list[str] | None, typer.Option("--column-map", help="Rename columns: old=new[,...] or JSON; repeatable.")
@@ -50,6 +54,25 @@ ColumnMap = Annotated[
 LabelMap = Annotated[
     list[str] | None, typer.Option("--label-map", help="Change labels: [column:]old=new[,...] or JSON; repeatable.")
 ]
+
+LINTED_ROWS = 1000
+Delimiter = Annotated[
+    str | None,
+    typer.Option(
+        help="Delimiter of a .csv or .tsv file: one character, or tab, semicolon, ... Default: found in the file."
+    ),
+]
+Encoding = Annotated[
+    str | None,
+    typer.Option(help="Encoding of a text file, e.g. cp1252. Default: UTF-8, or what its byte order mark says."),
+]
+Columns = Annotated[
+    str | None, typer.Option(help="Names of the columns of a .csv or .tsv file without a header: a,b,c.")
+]
+DATASET = (
+    "A .jsonl, .json, .csv, .tsv, .parquet or .arrow file (text also as .gz, .bz2, .xz, .zst), a pattern in quotes "
+    "('data/*.jsonl'), a folder of them or saved by datasets, or a hub id."
+)
 
 
 @app.command("list")
@@ -105,9 +128,12 @@ def show(
 @app.command()
 def render(
     spec: Annotated[str, typer.Argument(help=SPEC)],
-    dataset: Annotated[str, typer.Option(help="Rows to render: a local file, a folder of parquet, or a hub id.")],
+    dataset: Annotated[str, typer.Option(help=f"Rows to render. {DATASET}")],
     subset: Subset = None,
     split: Split = "train",
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    columns: Columns = None,
     row: Annotated[int | None, typer.Option(help="Render only this row, counted from 0.", min=0)] = None,
     limit: Annotated[int, typer.Option(help="Number of rows.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Seed of templates with random choices.")] = 0,
@@ -122,6 +148,7 @@ def render(
 ) -> None:
     """Render rows of a data set with templates: input, target and answer choices."""
     from ..data.examples import check_template_columns
+    from ..data.rendering import columns_read
     from ..data.row_maps import parse_row_map
     from ..templates.template import load_templates
 
@@ -135,8 +162,13 @@ def render(
         strict_compat=strict_compat,
     )
     first, count = (0, limit) if row is None else (row, 1)
-    numbered = [(n, row_map(r)) for n, r in _rows(dataset, subset, split, first, count)]
-    check_template_columns(list(numbered[0][1]), templates, dataset, target=False)
+    text_format = _format(delimiter, encoding, columns)
+    only = row_map.reads(columns_read(templates))
+    stream = _stream(dataset, split=split, subset=subset, text_format=text_format, only=only)
+    # A local file is read in full because a column has one type: 1 becomes 1.0 if 2.5 follows further down.
+    scan = stream.scan()
+    check_template_columns(row_map.names(list(scan.columns)), templates, dataset, target=False)
+    numbered = [(n, row_map(r)) for n, r in _rows(stream, scan, first, count)]
     rendered = [(n, t, t.render(r, seed=seed)) for n, r in numbered for t in templates]
     if as_json:
         records = [{"row": n, "template": t.name, "id": t.id} | asdict(result) for n, t, result in rendered]
@@ -152,6 +184,12 @@ def lint(
     dataset: Annotated[str | None, typer.Option(help="Data set whose columns the templates must fit.")] = None,
     subset: Subset = None,
     split: Split = "train",
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    columns: Columns = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model (folder or hub id) whose tokenizer must tell the answer choices apart.")
+    ] = None,
     templates_dir: TemplatesDir = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; only set the exit code.")] = False,
@@ -161,7 +199,13 @@ def lint(
     from ..templates.template import locate
 
     file, _ = locate(spec, templates_dir)
-    problems = check(file, None if dataset is None else _columns_of(dataset, subset, split))
+    found, rows = None, []
+    if dataset is not None:
+        stream = _stream(dataset, split=split, subset=subset, text_format=_format(delimiter, encoding, columns))
+        scan = stream.scan()
+        found = list(scan.columns)
+        rows = next((rows for _, _, rows in stream.blocks(scan, LINTED_ROWS, lambda k: k == 0)), [])
+    problems = check(file, found, None if tokenizer is None else _choice_problem_for(tokenizer), rows)
     if as_json:
         typer.echo(json.dumps([asdict(p) | {"file": file.place} for p in problems], ensure_ascii=False))
     elif not quiet:
@@ -209,25 +253,33 @@ def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
         typer.echo("\t".join(str(value) for value in row.values()).rstrip())
 
 
-def _rows(dataset: str, subset: str | None, split: str, first: int, count: int) -> list[tuple[int, dict[str, Any]]]:
-    """(number, row) of `count` rows from `first` on. Raises DataError if `first` is beyond the last."""
+def _format(delimiter: str | None, encoding: str | None, columns: str | None) -> TextFormat:
+    from ..data.text import text_format
+
+    return text_format({"delimiter": delimiter, "encoding": encoding, "columns": columns})
+
+
+def _stream(dataset: str, **options: Any) -> RowStream:
     from ..data.rows import RowStream
 
-    stream = RowStream(dataset, split=split, subset=subset)
-    # A local file is read in full because a column has one type: 1 becomes 1.0 if 2.5 follows further down.
-    scan = stream.scan()
+    return RowStream(dataset, **options)
+
+
+def _rows(stream: RowStream, scan: Scan, first: int, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """(number, row) of `count` rows from `first` on. Raises DataError if `first` is beyond the last."""
     found = stream.blocks(scan, 1, range(first, first + count).__contains__)
     numbered = [(number, row) for _, number, (row,) in islice(found, count)]
     if not numbered:
         last = "" if scan.rows is None else f" to {scan.rows - 1}"
-        raise DataError(f"'{dataset}' has no row {first}: rows are counted from 0{last}.")
+        raise DataError(f"'{stream.source}' has no row {first}: rows are counted from 0{last}.")
     return numbered
 
 
-def _columns_of(dataset: str, subset: str | None, split: str) -> list[str]:
-    from ..data.rows import RowStream
+def _choice_problem_for(model: str) -> Callable[[tuple[str, ...]], str | None]:
+    from ..models.vocabulary import load_tokenizer
+    from ..sampling.ranking import choice_problem
 
-    return list(RowStream(dataset, split=split, subset=subset).scan().columns)
+    return partial(choice_problem, load_tokenizer(model, "--tokenizer"))
 
 
 def _text(rendered: Rendered) -> str:

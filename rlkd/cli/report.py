@@ -18,13 +18,14 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Report on a run as one HTML page: did it help, at what cost, where does it fail; curves, tables, worst rows."""
+    from ..io.folders import write_page
     from ..report.page import report as page
     from ..report.reading import read_arms
     from ..report.summary import lines, summary
 
     arms = read_arms(run)
     path = out or run / "report.html"
-    _write(path, page(arms, run.resolve().name))
+    write_page(path, page(arms, run.resolve().name))
     if as_json:
         typer.echo(json.dumps(summary(arms) | {"page": str(path)}, ensure_ascii=False))
     elif not quiet:
@@ -38,26 +39,17 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Compare runs: settings that differ, scores, and paired differences on the held-out rows they share."""
+    from ..io.folders import write_page
     from ..report.page import comparison as page
     from ..report.reading import read_side_by_side
     from ..report.summary import comparison_tables, differences
 
     arms = read_side_by_side(runs)
     if out is not None:
-        _write(out, page(arms))
+        write_page(out, page(arms))
     if as_json:
         typer.echo(json.dumps(differences(arms) | ({"page": str(out)} if out else {}), ensure_ascii=False))
     elif not quiet:
         comparison_tables(arms)
         if out:
             typer.echo(f"page: {out}")
-
-
-def _write(path: Path, text: str) -> None:
-    from ..errors import ConfigError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be written: {error.strerror}. Name another file.") from None

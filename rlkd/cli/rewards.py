@@ -9,8 +9,10 @@ import typer
 
 from ..errors import ConfigError, DataError
 from ..inspection.reward_view import RANKINGS, RewardView
+from ..io.folders import check_page
 from ..models.spec import Dtype
 from . import prompts
+from .models import AllowBin
 
 if TYPE_CHECKING:
     By = str
@@ -68,7 +70,12 @@ def inspect_rewards(
     input_eos: Annotated[
         bool, typer.Option(help="End the teacher's prompts with end-of-sequence. T0: --no-input-eos.")
     ] = True,
+    src_lang: Annotated[
+        str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
+    ] = None,
+    tgt_lang: Annotated[str | None, typer.Option(help="Language of answers, likewise (mBART, M2M100, NLLB).")] = None,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
+    allow_bin: AllowBin = False,
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
     all_templates: prompts.AllTemplates = False,
     gold_input: prompts.GoldInput = False,
@@ -77,7 +84,10 @@ def inspect_rewards(
     column_map: prompts.ColumnMap = None,
     label_map: prompts.LabelMap = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    split: prompts.Split = "train",
+    delimiter: prompts.Delimiter = None,
+    encoding: prompts.Encoding = None,
+    columns: prompts.Columns = None,
     reference_column: Annotated[str | None, typer.Option(help="Column with human answers, to show as well.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of templates with random choices.")] = 0,
@@ -138,6 +148,8 @@ def _check(request: dict[str, Any]) -> str:
         raise ConfigError(f"--out {out}: name a file that ends in .html; numbers come with --json.")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist.")
+    if out is not None:
+        check_page(out)
     return kind
 
 

@@ -2,128 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, overload
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..records import Example, Prompt, PromptedRow
+from ..templates.missing import missing_columns
 from ..templates.template import Template
-from .files import BadRowError
+from .flaws import STUDENT, FlawCounts
+from .rendering import RowRenderer, template_columns
 from .row_maps import RowMap
 from .rows import RowStream, Scan, check_columns, check_text_column, not_text
+from .splits import plain
+from .values import BadRowError, check_row
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-STUDENT = "student input"
-NO_STUDENT_INPUT = "no student input"
-NOT_APPLICABLE = "template does not apply"
-
-
-@dataclass(frozen=True)
-class RowRenderer:
-    """Turns a row into the inputs of teacher and student. Fields as in `Examples`.
-
-    with_choices: prompts have the templates' answer choices, for ranking. Raises ConfigError if a template has none, or
-    if the student's input is not given.
-    """
-
-    templates: tuple[Template, ...]
-    student_column: str | None = None
-    student_template: Template | None = None
-    reference_column: str | None = None
-    id_column: str | None = None
-    seed: int = 0
-    with_choices: bool = False
-
-    def __post_init__(self) -> None:
-        without = [str(template) for template in self.templates if not template.answer_choices]
-        if self.with_choices and (without or not self.templates):
-            raise ConfigError(
-                f"strategy = 'rank': {', '.join(without) or 'the raw input'} has no answer choices to rank. "
-                "Name templates with answer_choices, or use another strategy."
-            )
-        if self.student_column is None and self.student_template is None:
-            raise ConfigError(
-                "student_column and student_template are both unset: the student reads a column, or its own template."
-            )
-
-    def __call__(self, number: int, row: dict[str, Any]) -> PromptedRow:
-        """The row under every template. Where a template fails, the prompt has status `failed`."""
-        name = str(number if self.id_column is None else row[self.id_column])
-        try:
-            student = self._student_input(row)
-        except DataError as error:
-            prompts = tuple(Prompt(None, "failed", str(error)) for _ in self.template_names)
-            return PromptedRow(number, name, "", self._references(row), prompts)
-        if not student or student.isspace():
-            prompts = tuple(Prompt(None, "skipped", NO_STUDENT_INPUT) for _ in self.template_names)
-        elif self.templates:
-            prompts = tuple(self._prompt(template, row) for template in self.templates)
-        else:
-            prompts = (Prompt(student),)
-        return PromptedRow(number, name, student, self._references(row), prompts)
-
-    @property
-    def template_names(self) -> list[str]:
-        """One name per prompt of a row; 'none' without templates."""
-        return [template.name for template in self.templates] or ["none"]
-
-    def wanted_columns(self) -> dict[str, str]:
-        """Role -> column, of the named columns and those that template inputs read; those of targets may be absent."""
-        named = {
-            "student_column": self.student_column,
-            "reference_column": self.reference_column,
-            "id_column": self.id_column,
-        }
-        used = [*self.templates, *([self.student_template] if self.student_template else [])]
-        return {role: column for role, column in named.items() if column is not None} | _wanted_columns(
-            used, target=False
-        )
-
-    def check(self, where: str, row: dict[str, Any]) -> str | None:
-        """The row's id (None: its number). Raises BadRowError if a value is not text, or the id is missing."""
-        if self.student_column is not None:
-            value = row.get(self.student_column)
-            if value is not None and type(value) is not str:
-                raise not_text(where, self.student_column, value, lists=False)
-        if self.reference_column is not None:
-            value = row.get(self.reference_column)
-            texts = value if isinstance(value, list) else [value]
-            if not all(text is None or type(text) is str for text in texts):
-                raise not_text(where, self.reference_column, value, lists=True)
-        if self.id_column is None:
-            return None
-        if row.get(self.id_column) is None:
-            raise BadRowError(f"{where}: id_column '{self.id_column}' has no value. Every row needs a unique id.")
-        return str(row[self.id_column])
-
-    def _prompt(self, template: Template, row: dict[str, Any]) -> Prompt:
-        choices: tuple[str, ...] | None = None
-        try:
-            text = template.parts(row, seed=self.seed)[0]
-            if self.with_choices and text:
-                choices = template.choices(row, seed=self.seed)
-        except DataError as error:
-            return Prompt(None, "failed", str(error))
-        return Prompt(text, choices=choices) if text else Prompt(None, "skipped", NOT_APPLICABLE)
-
-    def _student_input(self, row: dict[str, Any]) -> str:
-        if self.student_template is not None:
-            return self.student_template.parts(row, seed=self.seed)[0]
-        return row[self.student_column or ""] or ""
-
-    def _references(self, row: dict[str, Any]) -> tuple[str, ...]:
-        value = row[self.reference_column] if self.reference_column else None
-        texts = value if isinstance(value, list) else [value]
-        return tuple(text for text in texts if text)
 
 
 class PromptedRows:
@@ -144,7 +47,12 @@ class PromptedRows:
     ):
         self.stream, self.render, self.row_map = stream, render, row_map or RowMap()
         self.bad_rows: list[dict[str, Any]] = []
-        self._roles = {"columns": render.wanted_columns(), "row_map": self.row_map.to_json()}
+        reads = render.reads()
+        self._roles = {
+            "columns": render.wanted_columns(),
+            "row_map": self.row_map.to_json(),
+            "reads": None if reads is None else sorted(reads),
+        }
         if earlier and earlier["roles"] == self._roles and earlier["identity"] == stream.identity():
             self.found = Scan(**{name: value for name, value in earlier.items() if name != "roles"})
         else:
@@ -186,13 +94,25 @@ class PromptedRows:
             "row_map": self.row_map.to_json(),
             "student_template": student,
             "template_seed": render.seed,
+            **{name: True for name in ("skip_missing", "skip_unknown") if getattr(render, name)},
             "template_files": sorted({template.sha256 for template in render.templates}),
         }
 
     def blocks(self, size: int, wanted: Any) -> Iterator[tuple[int, list[PromptedRow]]]:
         """(k, rows) of every wanted block k of `size` input rows."""
         for k, first, rows in self.stream.blocks(self.found, size, wanted):
-            yield k, [self.render(first + i, self.row_map(row)) for i, row in enumerate(rows)]
+            yield k, [self._prompted(first + i, row) for i, row in enumerate(rows)]
+
+    def _prompted(self, number: int, row: dict[str, Any]) -> PromptedRow:
+        """A row under every template; one of the hub, which no scan has checked, may be bad: it fails under each."""
+        try:
+            row = self.row_map(check_row(row, f"row {number}"))
+            if self.stream.path is None:
+                self.render.check(f"row {number}", row)
+            return self.render(number, row)
+        except DataError as error:
+            prompts = tuple(Prompt(None, "failed", str(error)) for _ in self.render.template_names)
+            return PromptedRow(number, str(number), "", (), prompts)
 
     def _check(self, where: str, row: dict[str, Any]) -> str | None:
         try:
@@ -225,11 +145,26 @@ class Examples(Sequence[Example]):
         source: str = "the rows",
         seed: int = 0,
     ):
-        self.rows, self.templates, self.source = rows, templates, source
-        self.render = RowRenderer(tuple(templates), student_column, student_template, reference_column, id_column, seed)
+        render = RowRenderer(tuple(templates), student_column, student_template, reference_column, id_column, seed)
+        self._open(rows, render, source)
+
+    @classmethod
+    def of(cls, rows: datasets.Dataset, render: RowRenderer, source: str = "the rows") -> Examples:
+        """The rows under a renderer, which may skip some. Raises as the constructor does."""
+        self = cls.__new__(cls)
+        self._open(rows, render, source)
+        return self
+
+    def _open(self, rows: datasets.Dataset, render: RowRenderer, source: str) -> None:
+        self.rows, self.templates, self.source = rows, list(render.templates), source
+        self.render = render
         self._check(source)
+        self._part = False  # whether `split` made it
         self.skipped: dict[str, int] = {}
+        self.flaws = FlawCounts()
         self._kept = self._applicable(source)
+        for line in self.flaws.lines():
+            logger.warning("%s: %s", source, line)
 
     @property
     def template_names(self) -> list[str]:
@@ -244,9 +179,32 @@ class Examples(Sequence[Example]):
         read = [t.fingerprint for t in self.templates], student, render.student_column, render.id_column, render.seed
         digest = sha256(json.dumps(read).encode())
         columns = sorted(set(render.wanted_columns().values()))
-        for batch in self.rows.select_columns(columns).iter(1000):
+        rows = self.rows.select(self._kept) if self._part else self.rows
+        if self._part:
+            digest.update(json.dumps(self._kept).encode())
+        for batch in rows.select_columns(columns).iter(1000):
             digest.update(json.dumps([batch[name] for name in columns], default=str).encode())
         return digest.hexdigest()[:16]
+
+    def inputs(self) -> Iterator[tuple[str, ...]]:
+        """What the student reads of each row, up to case and spaces."""
+        rows = self.rows.select(self._kept)
+        if self.render.student_template is None:
+            yield from (plain(text) for text in rows[self.render.student_column])
+        else:
+            yield from (plain(self.render.student_template.parts(row, seed=self.render.seed)[0]) for row in rows)
+
+    def split(self, held_out: set[tuple[str, ...]]) -> tuple[Examples, Examples]:
+        """(The rows of all other inputs, without references; those of the inputs `held_out`); ids are kept."""
+        mine = [texts in held_out for texts in self.inputs()]
+        parts = []
+        for wanted in (False, True):
+            part = copy.copy(self)
+            part._kept, part._part = [n for n, out in zip(self._kept, mine, strict=True) if out is wanted], True
+            part.__dict__.pop("fingerprint", None)
+            parts.append(part)
+        parts[0].render = replace(self.render, reference_column=None)  # training never looks at references
+        return parts[0], parts[1]
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -283,10 +241,12 @@ class Examples(Sequence[Example]):
         kept = []
         for number, row in enumerate(self.rows):
             prompted = self.render(number, row)
-            if failed := [prompt.error for prompt in prompted.prompts if prompt.status == "failed"]:
+            self.flaws.add_rows([prompted], self.template_names)
+            failed = [prompt.error for prompt in prompted.prompts if prompt.status == "failed"]
+            if failed and self.render.on_bad_row == "fail":
                 raise DataError(str(failed[0]))
             without = [
-                STUDENT if prompt.error == NO_STUDENT_INPUT else name
+                STUDENT if prompt is prompted.student else name
                 for name, prompt in zip(self.template_names, prompted.prompts, strict=True)
                 if prompt.text is None
             ]
@@ -325,10 +285,13 @@ def supervised_pairs(
     check_template_columns(rows, templates, source, target=True)
     pairs: list[dict[str, str]] = []
     skipped: Counter[str] = Counter()
+    flaws = FlawCounts()
     for number, row in enumerate(rows):
         for template in templates:
             rendered = template.render(row, seed=seed)
             if rendered.target is not None:
+                missing = missing_columns(template, row, rendered.input, partial(_input_part, template, seed))
+                flaws.add(template.name, Prompt(rendered.input, missing=missing))
                 pairs.append(
                     {"id": f"{number}:{template.name}", "student_input": rendered.input, "label": rendered.target}
                 )
@@ -341,17 +304,19 @@ def supervised_pairs(
             f"'{source}': none of {total} rendered rows has an input and a target ({reasons}). "
             "Choose templates with a target after '|||'."
         )
+    for line in flaws.lines():
+        logger.warning("%s: %s", source, line)
     if len(pairs) < total:
         logger.warning("%s: skipped %d of %d pairs (%s)", source, skipped.total(), total, reasons)
     return datasets.Dataset.from_list(pairs)
+
+
+def _input_part(template: Template, seed: int, row: Mapping[str, Any]) -> str:
+    return template.parts(row, seed=seed)[0]
 
 
 def check_template_columns(
     rows: datasets.Dataset | list[str], templates: list[Template], source: str, *, target: bool
 ) -> None:
     """Raise DataError unless the rows have every column that the inputs (with `target`, also the targets) read."""
-    check_columns(rows, _wanted_columns(templates, target=target), source)
-
-
-def _wanted_columns(templates: list[Template], *, target: bool) -> dict[str, str]:
-    return {f"{name} in {t}": name for t in templates for name in sorted(t.columns(target=target))}
+    check_columns(rows, template_columns(templates, target=target), source)

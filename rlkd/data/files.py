@@ -1,359 +1,259 @@
-"""Local files, read record by record in constant memory; every record has its place in the file, for errors.
+"""Local sources: a file, several files named by a pattern or a folder, or a data set saved to disk.
 
 They are not read by `datasets.load_dataset`, whose errors name neither file nor line, and which takes the columns of
-JSON lines from the first row only. A reader splits a file into records cheaply and parses only the ones asked for.
+JSON lines from the first row only.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
+from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.dataset
 
 from ..errors import DataError, nearest
+from .readers import Cells, JsonArray, JsonLines, Reader, Several
+from .tables import TableFiles, first_line
+from .text import (
+    COMPRESSED,
+    DELIMITERS,
+    PLAIN,
+    TextFile,
+    TextFormat,
+    decoded,
+    find_delimiter,
+    kind_of,
+    plain_suffix,
+    say_once,
+)
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# Extension -> format. Files of one source have one format.
+FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "cells",
+    ".tsv": "cells",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+SUFFIXES = tuple(FORMATS)
 SPLITS = ("train", "validation", "valid", "dev", "test")
-BOM = b"\xef\xbb\xbf"
-CHUNK = 1 << 20
-SPACE = re.compile(r"[ \t\r\n]*")
+# Files of a data set's folder that hold no rows.
+ABOUT = {
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "manifest.jsonl",
+    "metadata.json",
+}
+WHOLE_NUMBER = re.compile(r"0|-?[1-9]\d{0,17}")
+ARRAY = re.compile(r"\s*\[\s*[{\]]")
 
 
-class BadRowError(DataError):
-    """A row that cannot be used, in a source whose other rows can."""
+def open_local(
+    path: Path, split: str, *, text_format: TextFormat = PLAIN, only: Collection[str] | None = None
+) -> Reader:
+    """The reader of the rows of `split`; a single file has one split, whatever this says.
 
-
-class Reader(Protocol):
-    """Records of one source. A record is raw until it is parsed, so that skipping is cheap.
-
-    cells: all its values are text, from which whole numbers are recognised.
+    path: a file, a pattern with *, ? or [...], a folder of files, of folders named by split or column=value, or saved
+    by `datasets.Dataset.save_to_disk`. only: the columns to read; None for all.
+    Raises DataError for files that are unknown, empty or something else, and for a format that does not fit them.
     """
-
-    cells: bool
-
-    def records(self) -> Iterator[tuple[int, Any]]:
-        """(place, raw record): the line it starts in, or its number in sources without lines."""
-        ...
-
-    def parse(self, place: int, raw: Any) -> dict[str, Any]:
-        """The row of a record. Raises BadRowError with the place."""
-        ...
-
-    def where(self, place: int) -> str:
-        """A place in words."""
-        ...
-
-
-def open_local(path: Path, split: str, *, columns: Sequence[str] | None = None, quoted: bool = True) -> Reader:
-    """The reader of a file or of a folder of parquet shards; columns and quoted as in `Cells`.
-
-    Raises DataError for unknown or empty files, and for columns or quoted with files other than .csv and .tsv.
-    """
-    if (columns is not None or not quoted) and (path.is_dir() or path.suffix.lower() not in (".csv", ".tsv")):
-        raise DataError(f"{path}: only a .csv or .tsv file takes columns or quoted. Leave them out.")
-    if path.is_dir():
-        return ParquetFiles(_shards(path, split), path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path} has the unknown extension '{path.suffix}'. Allowed: {allowed_sources()}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty. At least one row is needed.")
-    if suffix == ".parquet":
-        return ParquetFiles([path], path)
-    if suffix in (".csv", ".tsv"):
-        return Cells(path, "\t" if suffix == ".tsv" else ",", columns=columns, quoted=quoted)
-    if suffix == ".json":
-        with path.open("rb") as file:
-            if file.read(4096).removeprefix(BOM).lstrip()[:1] == b"[":
-                return JsonArray(path)
-    return JsonLines(path)
+    files = find_files(path, split)
+    formats = {format_of(file) for file in files}
+    if len(formats) > 1:
+        raise DataError(
+            f"{path} has files of several formats: {', '.join(sorted({plain_suffix(f) for f in files}))}. "
+            "Name those that are meant by a pattern, such as *.jsonl."
+        )
+    if text_format.of_cells and formats != {"cells"}:
+        raise DataError(f"{path}: only a .csv or .tsv file takes columns, delimiter or quoted. Leave them out.")
+    constants = _folder_columns(path, files)
+    if formats <= {"parquet", "arrow"}:
+        if text_format.encoding is not None:
+            raise DataError(f"{path}: only text files have an encoding. Leave it out.")
+        if packed := [file for file in files if file.suffix.lower() in COMPRESSED]:
+            raise DataError(f"{packed[0]}: a {packed[0].suffix} file around a {formats.pop()} file: unpack it.")
+        return TableFiles(files, path, only, constants)
+    readers = [_open_text(file, text_format, only) for file in files]
+    if len(readers) == 1 and not any(constants):
+        return readers[0]
+    return _joined(readers, constants, only)
 
 
-class JsonLines:
-    """One JSON object per line; blank lines are skipped."""
-
-    cells = False
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def where(self, place: int) -> str:
-        return f"{self.path}:{place}"
-
-    def records(self) -> Iterator[tuple[int, bytes]]:
-        with self.path.open("rb") as file:
-            # Only "\n" ends a line: str.splitlines would also cut at U+2028 inside a text.
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(BOM)
-                if not line.isspace() and line:
-                    yield number, line
-
-    def parse(self, place: int, raw: bytes) -> dict[str, Any]:
-        try:
-            row = json.loads(raw.decode().rstrip())
-        except json.JSONDecodeError as error:
-            shown = raw.decode().strip()[:100]
-            raise BadRowError(
-                f"{self.where(place)}:{error.colno} is not valid JSON: {error.msg}.\n  {shown}\nFix or remove it."
-            ) from error
-        except UnicodeDecodeError as error:
-            raise BadRowError(
-                f"{self.where(place)} is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8."
-            ) from error
-        except RecursionError as error:
-            raise BadRowError(f"{self.where(place)} is nested too deeply. Flatten or remove it.") from error
-        if not isinstance(row, dict):
-            raise BadRowError(
-                f"{self.where(place)} is a JSON {type(row).__name__}, not an object. Each line must be one {{...}}."
-            )
-        if b"\\u" in raw:
-            _refuse_surrogates(row, self.where(place))
-        return row
+def format_of(path: Path) -> str:
+    """The format of a file. Raises DataError for an unknown extension."""
+    suffix = plain_suffix(path)
+    if suffix not in FORMATS:
+        hint = "" if suffix != ".txt" else " If it is a table, rename it to .csv or .tsv."
+        with decoded(path), path.open("rb") as file:
+            kind = kind_of(path, file.read(64))
+        if kind:
+            hint = f" It is {kind}."
+        raise DataError(
+            f"{path} has the unknown extension '{''.join(path.suffixes[-2:])}'.{hint} Allowed: {allowed_sources()}."
+        )
+    return FORMATS[suffix]
 
 
-class JsonArray:
-    """One JSON array of objects, decoded entry by entry. Invalid JSON cannot be skipped: where it ends is unknown."""
-
-    cells = False
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def where(self, place: int) -> str:
-        return f"{self.path}, entry {place}"
-
-    def records(self) -> Iterator[tuple[int, Any]]:
-        decode = json.JSONDecoder().raw_decode
-        text, position, number, before = "", 0, 0, ""  # before: the last, unfinished line of the text already dropped
-        lines, ended, wanted = 0, False, "["
-        with self.path.open(encoding="utf-8-sig", newline="") as file:
-            while True:
-                position = SPACE.match(text, position).end()  # type: ignore[union-attr]
-                try:
-                    if wanted and text[position : position + 1] == wanted:
-                        position, wanted = position + 1, ""
-                    elif not wanted and (number or text[position : position + 1] != "]"):
-                        row, end = decode(text, position)
-                        if end == len(text) and not ended:
-                            raise json.JSONDecodeError("unfinished", text, end)  # may continue in the next chunk
-                        number, position, wanted = number + 1, end, ","
-                        yield number, row
-                    elif text[position : position + 1] == "]" and not SPACE.sub("", text[position + 1 :], count=1):
-                        return
-                    elif not wanted and not text[position:]:
-                        decode(text, position)
-                    else:
-                        raise json.JSONDecodeError("Expecting ',' delimiter or the end of the array", text, position)
-                except json.JSONDecodeError as error:
-                    if ended:
-                        column = error.colno + (len(before) if error.lineno == 1 else 0)
-                        raise DataError(
-                            f"{self.path}:{lines + error.lineno}:{column} is not valid JSON: {error.msg}.\n"
-                            f"  {text[error.pos :][:100].strip()}\nFix it."
-                        ) from error
-                    dropped = before + text[:position]
-                    lines, before = lines + text.count("\n", 0, position), dropped[dropped.rfind("\n") + 1 :]
-                    more = self._read(file, max(CHUNK, len(text)))
-                    text, position, ended = text[position:] + more, 0, not more
-
-    def _read(self, file: Any, size: int) -> str:
-        try:
-            return file.read(size)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path} is not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.") from error
-
-    def parse(self, place: int, raw: Any) -> dict[str, Any]:
-        if not isinstance(raw, dict):
-            raise BadRowError(
-                f"{self.where(place)} is a JSON {type(raw).__name__}, not an object. Each row must be {{...}}."
-            )
-        _refuse_surrogates(raw, self.where(place))
-        return raw
-
-
-class Cells:
-    """A CSV or TSV file; every value is text.
-
-    columns: the column names of a file without a header line. quoted: if False, quotes are ordinary characters and
-    every line is a row. Raises DataError for repeated or empty column names.
-    """
-
-    cells = True
-
-    def __init__(self, path: Path, delimiter: str, *, columns: Sequence[str] | None = None, quoted: bool = True):
-        csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
-        self.path, self.delimiter, self.columns, self.quoted = path, delimiter, columns, quoted
-        self.header: list[str] = list(columns or [])
-        if columns is not None and not _distinct(self.header):
-            raise DataError(f"{path}: columns = {self.header} must name each column once.")
-
-    def where(self, place: int) -> str:
-        return f"{self.path}:{place}"
-
-    def records(self) -> Iterator[tuple[int, Any]]:
-        with self.path.open("rb") as file:
-            reader = csv.reader(
-                self._lines(file),
-                delimiter=self.delimiter,
-                quoting=csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE,
-                strict=True,
-            )
-            if self.columns is None:
-                self.header = self._header(reader)
-            while True:
-                start = reader.line_num + 1
-                try:
-                    cells = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    remedy = 'Write a quote inside a quoted cell twice: "".' if self.quoted else "Fix or remove it."
-                    yield start, BadRowError(f"{self.where(start)} is malformed: {error}. {remedy}")
-                    continue
-                if cells:
-                    yield start, cells
-
-    def _header(self, reader: Any) -> list[str]:
-        try:
-            header: list[str] = next(reader, [])
-        except csv.Error as error:
-            raise DataError(f"{self.path}:1 is malformed: {error}.") from error
-        if not _distinct(header):
-            raise DataError(
-                f"{self.path}:1 must name each column once; found {header}. If the file has no header, name its "
-                "columns (columns)."
-            )
-        return header
-
-    def _lines(self, file: Any) -> Iterator[str]:
-        """The text of each line; bytes that are not UTF-8 become surrogates, so that an error can name their line."""
-        for number, line in enumerate(file):
-            yield (line if number else line.removeprefix(BOM)).decode("utf-8", "surrogateescape")
-
-    def parse(self, place: int, raw: Any) -> dict[str, Any]:
-        if isinstance(raw, BadRowError):
-            raise raw
-        if len(raw) != len(self.header):
-            remedy = 'Quote a cell that contains the delimiter: "a, b".' if self.quoted else "Fix or remove it."
-            named = "the header has" if self.columns is None else "columns name"
-            raise BadRowError(
-                f"{self.where(place)} has {len(raw)} cells, {named} {len(self.header)} "
-                f"({', '.join(self.header)}). {remedy}"
-            )
-        for column, value in enumerate(raw, 1):
-            if not value.isascii():
-                try:
-                    value.encode()
-                except UnicodeEncodeError as error:
-                    raise BadRowError(
-                        f"{self.where(place)} is not UTF-8 (cell {column}, character {error.start + 1}). "
-                        "Save the file as UTF-8."
-                    ) from error
-        return dict(zip(self.header, raw, strict=True))
-
-
-class ParquetFiles:
-    """The rows of parquet files, in the order given."""
-
-    cells = False
-
-    def __init__(self, files: list[Path], source: Path):
-        self.files, self.source = files, source
-        self.schema = same_schema(files)
-
-    def where(self, place: int) -> str:
-        return f"{self.source}, row {place}"
-
-    def records(self) -> Iterator[tuple[int, tuple[list[dict[str, Any]], Any, int]]]:
-        number = 0
-        for path in self.files:
-            try:
-                for batch in pq.ParquetFile(path).iter_batches(1024):
-                    rows: list[dict[str, Any]] = []  # filled when the first of them is parsed
-                    for i in range(batch.num_rows):
-                        number += 1
-                        yield number, (rows, batch, i)
-            except (pa.ArrowException, OSError) as error:
-                raise unreadable(path, error) from error
-
-    def parse(self, place: int, raw: tuple[list[dict[str, Any]], Any, int]) -> dict[str, Any]:
-        rows, batch, i = raw
-        if not rows:
-            rows += batch.to_pylist()
-        return rows[i]
-
-
-def same_schema(files: list[Path]) -> pa.Schema:
-    """The schema that all files share. Raises DataError with the file that differs."""
-    schemas = []
-    for file in files:
-        try:
-            schemas.append(pq.read_schema(file))
-        except (pa.ArrowException, OSError) as error:
-            raise unreadable(file, error) from error
-        if schemas[-1].names != schemas[0].names or schemas[-1].types != schemas[0].types:
-            raise DataError(
-                f"{file} and {files[0].name} have different columns.\n  {file.name}: {_columns(schemas[-1])}\n"
-                f"  {files[0].name}: {_columns(schemas[0])}\n"
-                "Shards of one folder must have the same columns, in the same order."
-            )
-    return schemas[0]
-
-
-def unreadable(path: Path, error: Exception) -> DataError:
-    """The error of a damaged parquet file."""
-    return DataError(f"{path} is not a readable parquet file: {first_line(error)}. Write it again.")
+def is_pattern(source: str | Path) -> bool:
+    """Whether a source that does not exist names files by a pattern."""
+    return has_magic(str(source))
 
 
 def allowed_sources() -> str:
     """The sources that a data set can come from, in words."""
-    return f"a {', '.join(SUFFIXES)} file, a folder of parquet shards, or a hub data set (owner/name)"
+    return (
+        f"a {', '.join(SUFFIXES)} file (also {', '.join(COMPRESSED)}), a pattern such as data/*.jsonl, "
+        "a folder of such files or one saved by datasets, or a hub data set (owner/name)"
+    )
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+def find_files(path: Path, split: str) -> list[Path]:
+    """The files of a source, in order of their names; of a folder only those of `split`, if they are named by split.
+
+    Raises DataError if there are none.
+    """
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _saved(path, split) or _in_folder(path, split)
+    found = sorted(Path(name) for name in glob(str(path), recursive=True) if Path(name).is_file())
+    if not found:
+        raise DataError(f"no file matches '{path}'. Allowed: {allowed_sources()}.")
+    return found
 
 
-def _shards(folder: Path, split: str) -> list[Path]:
-    """The parquet files of a folder; only those of `split` if they are named by split."""
-    files = sorted(folder.glob("*.parquet"))
+def splits_of(path: Path) -> set[str]:
+    """The splits of a local folder: saved ones, or those that its files or folders are named by; none of a file."""
+    if not path.is_dir():
+        return set()
+    if (path / "dataset_dict.json").is_file():
+        return {child.name for child in path.iterdir() if (child / "state.json").is_file()}
+    files = _data_files(path.iterdir())
+    names = map(_split_name, files) if files else (child.name for child in path.iterdir() if child.is_dir())
+    return set(names) & set(SPLITS)
+
+
+def _split_name(file: Path) -> str:
+    return re.split(r"[-_.]", file.name)[0]
+
+
+def _saved(folder: Path, split: str) -> list[Path] | None:
+    """The files of a folder that `save_to_disk` wrote, None for another folder."""
+    if (folder / "dataset_dict.json").is_file():
+        if split not in splits_of(folder):
+            raise _no_split(folder, split)
+        folder = folder / split
+    elif not (folder / "state.json").is_file():
+        return None
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    # The library raises errors of many kinds for a folder that is incomplete.
+    except Exception as error:
+        raise DataError(f"{folder} cannot be read as saved by datasets: {first_line(error)}. Save it again.") from error
+    assert isinstance(saved, datasets.Dataset)
+    return [Path(file["filename"]) for file in saved.cache_files]
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder: those in it, or those in its folders named by split or column=value."""
+    files = _data_files(folder.iterdir())
     if not files:
-        raise DataError(f"folder {folder} has no .parquet files. Name a file instead. Allowed: {allowed_sources()}.")
-    names = {file: re.split(r"[-_.]", file.name)[0] for file in files}
-    if split in names.values():
-        return [file for file in files if names[file] == split]
-    present = sorted({name for name in names.values() if name in SPLITS})
-    if present:
-        raise DataError(
-            f"folder {folder} has no shards of split '{split}'. "
-            f"Splits found: {', '.join(present)}.{nearest(split, present)}"
-        )
+        folders = sorted(child for child in folder.iterdir() if child.is_dir())
+        if folder / split in folders:
+            return _in_folder(folder / split, split)
+        if splits_of(folder):
+            raise _no_split(folder, split)
+        hive = (file for child in folders if "=" in child.name for file in child.rglob("*"))
+        files = _data_files(file for file in hive if not file.parent.name.startswith((".", "_")))
+    if not files:
+        inside = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
+        raise DataError(f"folder {folder} has no data files; it has {inside}. Allowed: {allowed_sources()}.")
+    if mine := [file for file in files if _split_name(file) == split]:
+        return mine
+    if splits_of(folder):
+        raise _no_split(folder, split)
     return files
 
 
-def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
-    """Raise BadRowError for an unpaired surrogate (\\ud800): JSON can escape it, but UTF-8 cannot encode it."""
-    for name, value in row.items():
-        try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            raise BadRowError(
-                f"{where}: column '{name}' contains an unpaired surrogate ({error.object[error.start]!r})."
-                " Fix or remove it."
-            ) from error
+def _no_split(folder: Path, split: str) -> DataError:
+    present = sorted(splits_of(folder))
+    return DataError(
+        f"folder {folder} has no shards of split '{split}'. "
+        f"Splits found: {', '.join(present)}.{nearest(split, present)}"
+    )
 
 
-def _distinct(names: Sequence[str]) -> bool:
-    return bool(names) and len(set(names)) == len(names) and "" not in names
+def _data_files(paths: Any) -> list[Path]:
+    """Files of known formats. Where there are parquet or Arrow files, text beside them is about them."""
+    files = sorted(
+        path
+        for path in paths
+        if plain_suffix(path) in FORMATS
+        and path.name not in ABOUT
+        and not path.name.startswith((".", "_"))
+        and path.is_file()
+    )
+    tables = [file for file in files if format_of(file) in ("parquet", "arrow")]
+    return tables or files
 
 
-def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in schema)
+def _folder_columns(path: Path, files: Sequence[Path]) -> list[dict[str, Any]]:
+    """For each file the columns that its folders below `path` name, column=value; whole numbers are read as such."""
+    below = [file.parent.relative_to(path) if path.is_dir() and file.is_relative_to(path) else Path() for file in files]
+    names = dict.fromkeys(part.split("=")[0] for folder in below for part in folder.parts if "=" in part)
+    kinds = pa.schema([(name, pa.string()) for name in names])
+    named = pa.dataset.partitioning(kinds, flavor="hive")
+    found = [pa.dataset.get_partition_keys(named.parse(f"{folder.as_posix()}/-")) for folder in below]
+    for name in names:
+        values = [row.get(name) for row in found]
+        numbers = all(value is None or WHOLE_NUMBER.fullmatch(value) for value in values)
+        for row, value in zip(found, values, strict=True):
+            row[name] = int(value) if numbers and value is not None else value
+    return found
+
+
+def _open_text(path: Path, text_format: TextFormat, only: Collection[str] | None) -> Any:
+    file = TextFile(path, text_format)
+    if format_of(path) == "json":
+        return (JsonArray if ARRAY.match(file.sample) else JsonLines)(file, only)
+    return Cells(file, _with_delimiter(file, text_format), only)
+
+
+def _with_delimiter(file: TextFile, text_format: TextFormat) -> TextFormat:
+    """The format with the delimiter of a file: that which is given or, as Excel writes it, named by the file; else the
+    one that its extension says, or another one that fits its lines, which is then said.
+    """
+    usual = "\t" if plain_suffix(file.path) == ".tsv" else ","
+    named = re.match(r"sep=(.)\r?\n", file.sample)
+    found = text_format.delimiter or (named[1] if named else usual if not text_format.quoted else None)
+    if found is None:
+        found = find_delimiter(file.path, file.sample, usual, text_format.columns)
+        if found != usual:
+            say_once(f"{file.path}: its columns are separated by {DELIMITERS[found]}, not {DELIMITERS[usual]}")
+    return TextFormat(found, text_format.encoding, text_format.columns, text_format.quoted)
+
+
+def _joined(readers: Sequence[Any], constants: list[dict[str, Any]], only: Collection[str] | None) -> Several:
+    """One reader for several files. Raises DataError if one with a header lacks a column that another one has."""
+    if isinstance(readers[0], Cells):
+        for reader in readers:
+            ours, theirs = (
+                [name for name in names if only is None or name in only] for names in (reader.names, readers[0].names)
+            )
+            if set(ours) != set(theirs):
+                raise DataError(
+                    f"{reader.path} and {readers[0].path.name} have different columns.\n"
+                    f"  {reader.path.name}: {', '.join(ours)}\n  {readers[0].path.name}: {', '.join(theirs)}\n"
+                    "The files of one source must have the same columns."
+                )
+    return Several(readers, constants, only)

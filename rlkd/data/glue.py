@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ..checks import OneOf, check_choice
 from ..errors import ConfigError, DataError
-from .rows import OnBadRow, check_columns, check_text_column, load_rows
+from .rows import OnBadRow, check_columns, check_text_column, load_table
+from .text import TextFormat
 
 if TYPE_CHECKING:
     import datasets
@@ -23,8 +24,7 @@ class TableLayout:
 
     text     column of the first text; pair, of the second, None for single texts
     label    column of the label; None if there is none: a transfer set, for training on the teacher's outputs alone
-    columns  column names of a .csv or .tsv file without a header
-    quoted   False if quotes in a .csv or .tsv file are ordinary characters
+    columns, quoted, delimiter, encoding  of text files, as in `TextFormat`
     """
 
     text: str = "text"
@@ -32,6 +32,18 @@ class TableLayout:
     pair: str | None = None
     columns: tuple[str, ...] | None = None
     quoted: bool = True
+    delimiter: str | None = None
+    encoding: str | None = None
+
+    @property
+    def text_format(self) -> TextFormat:
+        """Raises ConfigError as TextFormat does."""
+        return TextFormat(self.delimiter, self.encoding, self.columns, self.quoted)
+
+    @property
+    def only(self) -> frozenset[str]:
+        """The columns that are read."""
+        return frozenset(name for name in (self.text, self.label, self.pair) if name is not None)
 
 
 DEFAULT_LAYOUT = TableLayout()
@@ -167,24 +179,23 @@ def load_labelled(
     limit: int | None = None,
     on_bad_row: OnBadRow = "fail",
 ) -> list[dict[str, Any]]:
-    """Rows {text, text_pair, label} of a hub data set or a local .csv, .tsv, .jsonl, .json or .parquet file.
+    """Rows {text, text_pair, label} of a hub data set or of local files.
 
     split, subset, limit and on_bad_row as in `load_rows`. label is the index in `labels` (given in the data by name or
     by index), None where it is missing or -1.
     Raises DataError for a column that does not exist or holds no text, and for labels not in the label set, with the
     rows; ConfigError for another on_bad_row.
     """
-    rows = load_rows(
+    rows, names = load_table(
         source,
-        split=split,
-        subset=subset,
+        {"split": split, "subset": subset},
         limit=limit,
-        columns=layout.columns,
-        quoted=layout.quoted,
+        text_format=layout.text_format,
+        only=layout.only,
         on_bad_row=on_bad_row,
     )
     wanted = {"text_column": layout.text, "pair_column": layout.pair, "label_column": layout.label}
-    check_columns(rows, {role: column for role, column in wanted.items() if column is not None}, source)
+    check_columns(names, {role: column for role, column in wanted.items() if column is not None}, source)
     for column in [layout.text] if layout.pair is None else [layout.text, layout.pair]:
         check_text_column(rows, column, source)
         empty = [i for i, text in enumerate(rows[column]) if text is None]

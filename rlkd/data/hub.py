@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
 
 from ..errors import DataError
 from ..templates.aliases import hub_id
-from .files import allowed_sources, first_line
+from .files import allowed_sources
+from .tables import first_line
 
 
 def load_hub(source: str, split: str, subset: str | None, revision: str | None = None, *, streaming: bool) -> Any:
     """A data set of the hub, by its id or former name (see `aliases`). Raises DataError if it cannot be loaded."""
     try:
-        return datasets.load_dataset(hub_id(source), subset, split=split, revision=revision, streaming=streaming)
+        how: dict[str, Any] = {"revision": revision, "streaming": streaming, "trust_remote_code": False}
+        return datasets.load_dataset(hub_id(source), subset, split=split, **how)
     # The library, the hub client and the HTTP stack each have their own errors; to the user all mean the same.
     except Exception as error:
         home = f"'{source}'" if hub_id(source) == source else f"'{source}' ({hub_id(source)} on the hub)"
@@ -32,12 +35,21 @@ class HubRows:
 
     cells = False
 
-    def __init__(self, source: str, split: str, subset: str | None):
+    def __init__(self, source: str, split: str, subset: str | None, only: Collection[str] | None = None):
         self.source, self.split, self.subset = source, split, subset
+        self.files: list[Path] = []
         try:
             self.rows = load_hub(source, split, subset, streaming=True)
         except DataError:
             self.rows = load_hub(source, split, subset, streaming=False)
+        features = getattr(self.rows, "features", None)
+        self.kinds = {name: str(getattr(kind, "dtype", kind)) for name, kind in (features or {}).items()}
+        if only is not None and features:
+            self.rows = self.rows.select_columns([name for name in features if name in only])
+
+    @property
+    def names(self) -> dict[str, None]:
+        return dict.fromkeys(self.columns())
 
     def where(self, place: int) -> str:
         return f"'{self.source}', row {place}"
@@ -59,11 +71,11 @@ class HubRows:
         return raw
 
     def columns(self) -> dict[str, str]:
-        """Column -> type, from the data set's card or from its first row."""
-        if self.rows.features:
-            return {name: str(getattr(kind, "dtype", kind)) for name, kind in self.rows.features.items()}
-        first: dict[str, Any] = next(iter(self.rows), {})
-        return {name: type(value).__name__ for name, value in first.items()}
+        """Column -> type, also of columns that are not read; from the data set's card or from its first row."""
+        if not self.kinds:
+            first: dict[str, Any] = next(iter(self.rows), {})
+            self.kinds = {name: type(value).__name__ for name, value in first.items()}
+        return self.kinds
 
     def count(self, limit: int | None) -> int | None:
         """The number of rows according to the hub, at most `limit`; None if the hub does not give it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError, ModelError
 from ..tensors import length_mask, pad_stack
+from .splits import plain
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class EncodedTexts(Sequence[dict[str, Any]]):
         for i, pair in enumerate(zip(first, second, strict=True)):
             if not all(isinstance(text, str) for text in pair[: 1 if alone else 2]):
                 raise DataError(f"row {i}: text and text_pair must be text, found {pair}. Fix or remove the row.")
+        self.texts = list(zip(first, second, strict=True))
         self.labels = [_label(i, row.get("label"), num_labels) for i, row in enumerate(rows)]
         encoded = tokenizer(first, None if alone else second, truncation=True, max_length=max_length, verbose=False)
         self.names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
@@ -54,6 +56,10 @@ class EncodedTexts(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         return {**{name: ids[index] for name, ids in self.ids.items()}, "label": self.labels[index], "index": index}
+
+    def inputs(self) -> Iterator[tuple[str, ...]]:
+        """The texts of each row, up to case and spaces."""
+        return (plain(*texts) for texts in self.texts)
 
     @property
     def lengths(self) -> list[int]:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .files import BadRowError, Cells
 from .glue import DEFAULT_LAYOUT, TableLayout, find_labels, load_labelled
-from .rows import check_columns, check_limit, load_rows
+from .readers import Cells
+from .rows import check_columns, check_limit, load_table
+from .text import TextFile, TextFormat
+from .values import BadRowError
 
 SPLITS = {"tr": "train", "va": "validation", "te": "test"}
 HELD_OUT = 0.1  # share of the training rows, if there are no validation rows
@@ -38,7 +40,8 @@ def read_task_file(file: str, *, limit: int | None = None, seed: int = 0) -> Pro
     path = Path(file)
     if not path.is_file():
         raise DataError(f"'{file}' is not a file. Give one with lines split<TAB>label<TAB>text, split tr, va or te.")
-    reader = Cells(path, "\t", columns=("split", "label", "text"), quoted=False)
+    text_format = TextFormat("\t", columns=("split", "label", "text"), quoted=False)
+    reader = Cells(TextFile(path, text_format), text_format)
     rows: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for place, raw in reader.records():
         row = reader.parse(place, raw)
@@ -73,8 +76,8 @@ def read_tables(
     values: list[Any] = []
     sources = [train, test] if validation is None else [train, test, validation]
     for source in sources:
-        rows = load_rows(source, limit=limit)
-        check_columns(rows, {"label_column": layout.label}, source)
+        rows, names = load_table(source, limit=limit, text_format=layout.text_format, only=[layout.label])
+        check_columns(names, {"label_column": layout.label}, source)
         values += rows[layout.label]
     classes = find_labels(values)
 

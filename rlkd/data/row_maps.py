@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,10 @@ class RowMap:
         if twice := [name for name in names if names.count(name) > 1]:
             raise DataError(f"column_map: two columns would have the name '{twice[0]}'. Rename the other one too.")
         return names
+
+    def reads(self, names: Collection[str] | None) -> frozenset[str] | None:
+        """The columns to read of a source, so that the changed rows have the columns `names`; None: all."""
+        return None if names is None else frozenset(names) | self.columns.keys() | self.labels.keys()
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form, whose keys are strings."""

@@ -1,10 +1,13 @@
-"""A dev set split off the training rows, for data sets that have none."""
+"""Held-out rows split off the training rows, by input: an input is never on both sides; and inputs that are."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from typing import Any
+
+from ..errors import DataError
 
 
 def split_off(
@@ -15,9 +18,9 @@ def split_off(
     Rows whose texts are equal up to case and spaces stay together, so that no dev text is trained on. A label with at
     least two texts has at least one in each part; texts without a label stay in the rest.
     """
-    same: dict[tuple[str, str], list[int]] = {}
+    same: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(rows):
-        same.setdefault((_plain(row["text"]), _plain(row["text_pair"] or "")), []).append(i)
+        same.setdefault(plain(row["text"], row["text_pair"]), []).append(i)
     by_label: dict[int, list[list[int]]] = {}
     for indices in same.values():
         labels = [label for i in indices if (label := rows[i]["label"]) is not None]
@@ -25,10 +28,49 @@ def split_off(
             by_label.setdefault(labels[0], []).append(indices)
     draw, part = random.Random(seed), set()
     for _, groups in sorted(by_label.items()):
-        wanted = min(max(round(fraction * len(groups)), 1), len(groups) - 1)
-        part |= {i for indices in draw.sample(groups, wanted) for i in indices}
+        part |= {i for indices in draw.sample(groups, _share(fraction, len(groups))) for i in indices}
     return [row for i, row in enumerate(rows) if i not in part], [rows[i] for i in sorted(part)]
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+def held_out_inputs(inputs: Iterator[tuple[str, ...]], fraction: float, source: str) -> set[tuple[str, ...]]:
+    """`fraction` of the different inputs, at least one and not all; source, the name of the rows in errors.
+
+    Those with the lowest hash: the order and number of rows do not matter, so that the stages of a job (labels,
+    warm-up, RL) that read the same inputs hold out the same ones. Raises DataError for fewer than two inputs.
+    """
+    different = set(inputs)
+    if len(different) < 2:
+        raise DataError(
+            f"'{source}' has fewer than two different inputs: none can be held out of training. Set eval_dataset."
+        )
+    ranked = sorted(different, key=lambda texts: sha256("\0".join(texts).encode()).digest())
+    return set(ranked[: _share(fraction, len(ranked))])
+
+
+def inputs_of(rows: Any) -> Iterator[tuple[str, ...]]:
+    """What a student reads of each row, up to case and spaces: of Examples, label rows or labelled texts; of anything
+    else (), which equals nothing.
+    """
+    if hasattr(rows, "inputs"):
+        yield from rows.inputs()
+    elif "student_input" in getattr(rows, "column_names", ()):
+        yield from (plain(text) for text in rows["student_input"])
+    else:
+        for row in rows:
+            text = row.get("student_input") if isinstance(row, Mapping) else getattr(row, "student_input", None)
+            yield plain(text) if isinstance(text, str) else ()
+
+
+def shared_inputs(train: Any, held_out: Any) -> list[int]:
+    """Numbers of the held-out rows whose input is also one of the training rows."""
+    known = set(inputs_of(train)) - {()}
+    return [i for i, texts in enumerate(inputs_of(held_out)) if texts in known] if known else []
+
+
+def plain(*texts: str | None) -> tuple[str, ...]:
+    """Texts up to case and spaces; one that is missing is empty."""
+    return tuple(" ".join((text or "").casefold().split()) for text in texts)
+
+
+def _share(fraction: float, total: int) -> int:
+    return min(max(round(fraction * total), 1), total - 1)

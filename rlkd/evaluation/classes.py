@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ def class_scores(predicted: Sequence[int], true: Sequence[int], names: Sequence[
             f1=float(found[2][i]),
         )
         for i, k in enumerate(labels)
+    ]
+
+
+def classified_rows(predicted: Sequence[int], true: Sequence[int]) -> list[dict[str, Any]]:
+    """{id, label, predicted, accuracy} of each row that has a label: the lines of held_out.jsonl."""
+    return [
+        {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
+        for i, (guess, label) in enumerate(zip(predicted, true, strict=True))
+        if label >= 0
     ]
 
 

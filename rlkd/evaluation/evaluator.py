@@ -18,7 +18,7 @@ from ..objectives.rewards import induced_advantage
 from ..records import Answers, Example, given
 from ..sampling.decode import decode, greedy
 from ..sampling.rollouts import greedy_answers, sample_rollouts
-from .task_metrics import RowMean
+from .task_metrics import RowMean, RowScore, try_metric
 
 # The numbers of every row, for the greedy and the sampled answer; `rlkd.metrics` defines them.
 PER_ANSWER = ("regret", "logprob", "length", "finish_rate", "entropy", "kl")
@@ -43,6 +43,15 @@ class Evaluator:
     batch_rows: int = 64
     seed: int = 0
     _teacher_answers: dict[str, list[int]] = field(default_factory=dict, init=False)
+    _task_names: list[str] = field(default_factory=list, init=False)
+    # Of the newest evaluation: score -> one value per row, to compare evaluations with (`rlkd.runs.paired`).
+    per_row: dict[str, list[float]] = field(default_factory=dict, init=False)
+
+    def check(self, limit: int | None) -> None:
+        """Try the task metric on the first `limit` rows, before anything is decoded. Raises as `try_metric`."""
+        if self.task_metric is not None:
+            rows = range(len(self.examples) if limit is None else min(limit, len(self.examples)))
+            self._task_names = try_metric(self.task_metric, [self.examples[i] for i in rows])
 
     def rows(
         self,
@@ -115,23 +124,18 @@ class Evaluator:
         return self.tokenizer.batch_decode(self._teacher_ids(examples), skip_special_tokens=True)
 
     def _teacher_ids(self, examples: Sequence[Example]) -> list[list[int]]:
-        missing = [e for e in examples if e.id not in self._teacher_answers]
+        # By prompt: ids need not be unique in examples made in memory.
+        missing = [e for e in examples if e.teacher_inputs[0] not in self._teacher_answers]
         if missing:
             states = self.teacher.prompt_states([e.teacher_inputs[0] for e in missing])
             answer = decode(self.teacher.lm, states, greedy, max_new_tokens=self.max_new_tokens)
             for example, ids, mask in zip(missing, answer.ids, answer.mask, strict=True):
-                self._teacher_answers[example.id] = ids[mask].tolist()
-        return [self._teacher_answers[e.id] for e in examples]
+                self._teacher_answers[example.teacher_inputs[0]] = ids[mask].tolist()
+        return [self._teacher_answers[e.teacher_inputs[0]] for e in examples]
 
-    def names(self) -> list[str] | None:
-        """The names that `summarise` gives; None if the task metric fails on a single dummy answer."""
-        task: dict[str, float] = {}
-        if self.task_metric is not None:
-            try:
-                task = self.task_metric([self.examples[0].student_input], [self.examples[0]])
-            except Exception:  # a user's function may raise anything
-                return None
-        return [*MEANS, *(prefix + name for prefix in ("", "sample_") for name in task)]
+    def names(self) -> list[str]:
+        """The names that `summarise` gives, once the metric was tried (`check`)."""
+        return [*MEANS, *(prefix + name for prefix in ("", "sample_") for name in self._task_names)]
 
     def summarise(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Means over rows, and the task metric of greedy and sampled answers, by the names of `rlkd.metrics`.
@@ -139,12 +143,15 @@ class Evaluator:
         Each row also gets its own task score if the metric has one per row (a `RowMean`).
         """
         metrics = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in MEANS}
+        self.per_row = {name: [row[name] for row in rows] for name in ("regret", "sample_regret")}
         if self.task_metric is not None and rows:
             examples = [self.examples[row["index"]] for row in rows]
             for prefix in ("", "sample_"):
                 scores = self.task_metric([row[prefix + "student"] for row in rows], examples)
                 metrics.update({prefix + name: float(value) for name, value in scores.items()})
                 for name, value in scores.items():
+                    if isinstance(value, RowScore):
+                        self.per_row[prefix + name] = list(value.rows)
                     if isinstance(value, RowMean):
                         for row, score in zip(rows, value.rows, strict=True):
                             row[prefix + name] = float(score)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..checks import check_choice
-from ..errors import DataError
+from ..errors import ConfigError, DataError, RlkdError
+from ..metrics import held_out
 from ..records import Example
 
+logger = logging.getLogger(__name__)
 
-class RowMean(float):
-    """The mean of one score per row (0 without rows) that keeps the scores, for intervals and paired comparisons."""
+
+class RowScore(float):
+    """A score with one value per row, by which evaluations of the same rows are compared."""
 
     rows: tuple[float, ...]
+
+
+class RowMean(RowScore):
+    """The mean of one score per row (0 without rows) that keeps the scores, for intervals and paired comparisons."""
 
     def __new__(cls, rows: Sequence[float]) -> RowMean:
         """rows: one score per row, in the rows' order."""
@@ -24,12 +32,13 @@ class RowMean(float):
         return mean
 
 
-def _references(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+def references_of(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    """The references of each row. Raises DataError with the count of rows that have none."""
     missing = [example.id for example in examples if not example.references]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(examples)} evaluation rows have no reference (first: {missing[0]}). "
-            "Set reference_column, or task_metric: none"
+            "Name a reference_column with a text in each of them, remove them, or set task_metric: none"
         )
     return [example.references for example in examples]
 
@@ -42,32 +51,81 @@ def rouge(predictions: list[str], examples: list[Example]) -> dict[str, float]:
     scorer = RougeScorer(kinds, use_stemmer=True)
     best = [
         scorer.score_multi(list(references), prediction)
-        for prediction, references in zip(predictions, _references(examples), strict=True)
+        for prediction, references in zip(predictions, references_of(examples), strict=True)
     ]
     return {kind: RowMean([100 * row[kind].fmeasure for row in best]) for kind in kinds}
 
 
 def bleu(predictions: list[str], examples: list[Example]) -> dict[str, float]:
-    """Corpus BLEU with up to as many references as each row has (sacrebleu, 13a)."""
+    """Corpus BLEU with up to as many references as each row has (sacrebleu, 13a); the rows have their own BLEU."""
     from sacrebleu.metrics import BLEU
 
-    references = _references(examples)
+    references = references_of(examples)
     width = max(len(r) for r in references)
     # sacrebleu expects None where a row has fewer references than others.
     columns: list[Any] = [[r[i] if i < len(r) else None for r in references] for i in range(width)]
-    return {"bleu": BLEU().corpus_score(predictions, columns).score}
+    score = RowScore(BLEU().corpus_score(predictions, columns).score)
+    sentence = BLEU(effective_order=True)
+    score.rows = tuple(
+        sentence.sentence_score(text, list(of_row)).score for text, of_row in zip(predictions, references, strict=True)
+    )
+    return {"bleu": score}
 
 
 def exact_match(predictions: list[str], examples: list[Example]) -> dict[str, float]:
     """Share of predictions equal to one of the references, stripped and lower-cased (accuracy of a classifier)."""
     hits = [
         prediction.strip().lower() in {r.strip().lower() for r in references}
-        for prediction, references in zip(predictions, _references(examples), strict=True)
+        for prediction, references in zip(predictions, references_of(examples), strict=True)
     ]
     return {"exact_match": RowMean(hits)}
 
 
 TASK_METRICS = {"rouge": rouge, "bleu": bleu, "exact_match": exact_match}
+
+
+FEW = 64  # rows that a metric is tried on
+
+
+def try_metric(metric: Callable[..., dict[str, float]], examples: Sequence[Example]) -> list[str]:
+    """The names of a metric's scores, from answers that are the rows' first references (their inputs, without any).
+
+    Raises DataError if the metric needs references that rows lack, ConfigError if it fails on such answers; a score of
+    ours that is 0 for them, which cannot tell good answers from bad ones, is a warning.
+    """
+    ours = metric in TASK_METRICS.values()
+    if ours:
+        references_of(examples)
+    scores = _tried(metric, examples[:FEW]) or _tried(metric, examples, last=True)
+    if ours:
+        warn_of_useless(scores, "ROUGE reads the letters a-z and digits only, BLEU needs texts of at least 4 tokens")
+    return list(scores)
+
+
+def warn_of_useless(scores: dict[str, float], reason: str) -> None:
+    """Name the scores of right answers that are 0 although more is better."""
+    useless = [name for name, value in scores.items() if value == 0 and not held_out(name).lower_is_better]
+    if useless:
+        logger.warning(
+            f"{', '.join(useless)}: 0 for the right answers themselves, so it cannot tell good answers from bad ones "
+            f"({reason}). Choose another metric, or other held-out rows."
+        )
+
+
+def _tried(metric: Callable[..., dict[str, float]], rows: Sequence[Example], last: bool = False) -> dict[str, float]:
+    """The scores; {} if the metric fails, which it may on a few rows (unless `last`)."""
+    try:
+        found = metric([(row.references or (row.student_input,))[0] for row in rows], list(rows))
+        return {name: float(value) for name, value in found.items()}
+    except RlkdError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        if not last:
+            return {}
+        raise ConfigError(
+            f"task_metric fails on {len(rows)} answers that are the references ({type(error).__name__}: {error}): it "
+            "must take (predictions, examples) and return a dictionary of numbers"
+        ) from error
 
 
 def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -139,3 +197,23 @@ def classification_metrics(names: Sequence[str]) -> Callable[[Any], dict[str, fl
         return {name: CLASSIFICATION_METRICS[name](predicted, true) for name in names}
 
     return compute
+
+
+def try_classification(compute: Any, labels: Sequence[int], classes: int) -> list[str]:
+    """The names of the scores that `compute_metrics` gives, from right predictions of the held-out labels.
+
+    Raises ConfigError if it fails on them; a score that is 0 for them is a warning.
+    """
+    from transformers import EvalPrediction
+
+    true = np.asarray(labels)
+    right = np.eye(classes, dtype=np.float32)[true.clip(min=0)]
+    try:
+        scores = dict(compute(EvalPrediction(right, true)))
+    except Exception as error:  # a user's function may raise anything
+        raise ConfigError(
+            f"compute_metrics fails on {len(true)} right predictions ({type(error).__name__}: {error}): it must take "
+            "an EvalPrediction (logits, labels) and return a dictionary of numbers"
+        ) from error
+    warn_of_useless(scores, "F1 needs rows of label 1, the Matthews correlation rows of two labels")
+    return list(scores)

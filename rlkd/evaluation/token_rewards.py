@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.generation import rules_of
 from ..models.heads import HeadOverStates
 from ..models.policy import Policy
 from ..models.teacher import Teacher
@@ -88,7 +89,8 @@ def rows_of(values: Tensor, mask: Tensor) -> list[Any]:
 def answers_as_rollouts(teacher: Teacher, examples: list[Example], answers: list[list[int]]) -> Answers:
     """Answers given as lists of token ids; one that does not end with end-of-sequence counts as cut."""
     ids, mask = pad_rows(answers, teacher.lm.pad_id, teacher.lm.device)
-    finished = torch.tensor([row[-1:] == [teacher.lm.eos_id] for row in answers], device=ids.device)
+    ends = rules_of(teacher.lm).eos_ids
+    finished = torch.tensor([row[-1:] != [] and row[-1] in ends for row in answers], device=ids.device)
     return as_rollouts(teacher, examples, ids, mask, finished)
 
 

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..evaluation.samples import Sample
 from ..evaluation.token_rewards import answers_as_rollouts, as_rollouts, score_rollouts
 from ..models.architectures import language_model
+from ..models.generation import rules_of
 from ..models.policy import Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
@@ -132,9 +133,9 @@ def _given_answers(
 
 def _ends(teacher: Teacher, tokenizer: Any, texts: list[str], max_new_tokens: int) -> list[list[int]]:
     """Token ids of texts with end-of-sequence, cut to `max_new_tokens` (then without it)."""
-    eos = teacher.lm.eos_id
+    rules = rules_of(teacher.lm)
     whole = [
-        [*(token for token in row if token != eos), eos]
+        rules.complete([*(token for token in row if token not in rules.eos_ids), rules.eos_ids[0]])
         for row in encode_texts(tokenizer, texts, max_new_tokens + 1, append_eos=False)
     ]
     return [row[:max_new_tokens] for row in whole]

@@ -11,6 +11,8 @@ from ..errors import DataError
 from ..evaluation.samples import Sample
 from ..evaluation.token_rewards import answers_as_rollouts, score_rollouts
 from ..labels.store import load_pseudolabels
+from ..labels.tokens import check_own
+from ..models.spec import TeacherSpec
 from ..models.teacher import Teacher
 from ..models.vocabulary import token_pieces
 from ..objectives.rewards import REWARDS, RewardName
@@ -23,20 +25,24 @@ def from_labels(
     folder: Path,
     tokenizer: Any,
     *,
-    teacher: Teacher | None = None,
+    teacher: Teacher | TeacherSpec | None = None,
     value: RewardName = "max",
     limit: int | None = None,
 ) -> RewardView:
     """The first `limit` labels of a finished folder, with their references.
 
-    Without a teacher the numbers are the recorded ones (`--top-k-logprobs`); other tokens have none.
-    Raises: DataError as `load_pseudolabels` does, or if no row has a label.
+    Without a teacher the numbers are the recorded ones (`--top-k-logprobs`); other tokens have none. A teacher by name
+    is loaded once the labels are known to be of its vocabulary.
+    Raises: DataError as `load_pseudolabels` does, if no row has a label, or if their tokens are not the tokenizer's.
     """
     check_choice("value", value, REWARDS)
     rows = load_pseudolabels(folder)
     rows = rows.select(range(min(len(rows), len(rows) if limit is None else limit)))
     if not len(rows):
         raise DataError(f"{folder} has no labels to show: no row has status 'ok'.")
+    check_own(rows, tokenizer, str(tokenizer.name_or_path))
+    if isinstance(teacher, TeacherSpec):
+        teacher = teacher.load()
     labels = rows.to_list()
     if teacher is None:
         samples = [_recorded(row, tokenizer, value) for row in labels]

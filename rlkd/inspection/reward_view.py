@@ -15,6 +15,8 @@ from typing import Any
 from ..checks import check_choice
 from ..errors import DataError
 from ..evaluation.samples import Sample, sample_from
+from ..io.files import write_text
+from ..io.folders import write_page
 
 # The order in which the answers to one input are shown; other names come last.
 SOURCES = ("student", "student before", "student sampled", "rollout", "teacher greedy", "pseudo-label", "reference")
@@ -147,7 +149,7 @@ class RewardView:
         head = {"format": FORMAT, "value": self.value, "title": self.title}
         text = json.dumps({**head, "samples": samples})
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_text(Path(path), text + "\n")
         return text
 
     @classmethod
@@ -190,10 +192,10 @@ class RewardView:
         return notebook_html(self)
 
     def to_html(self, path: str | Path) -> None:
-        """Write one HTML file that needs no network and no server."""
+        """Write one HTML file that needs no network and no server. Raises ConfigError as `write_page` does."""
         from .page import page_html
 
-        Path(path).write_text(page_html(self), encoding="utf-8")
+        write_page(Path(path), page_html(self))
 
     def show(self, console: Any = None) -> None:
         """Print to the terminal or to a rich Console."""

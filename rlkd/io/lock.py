@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from ..errors import LockedError
+from .files import check_folder, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,12 @@ def writer_lock(path: Path) -> Iterator[Path]:
     """
     from filelock import FileLock, Timeout
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    check_folder(path.parent)
     lock, owner = (path.with_name(f".{path.name}.{kind}") for kind in ("lock", "owner"))
+    for link in (lock, owner):
+        if link.is_symlink():  # in a folder of someone else; writing would reach the file that it names
+            link.unlink()
     held_lock = FileLock(lock, timeout=0)
     try:
         held_lock.acquire()

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..checks import OneOf, check_settings
+from ..checks import OneOf, Share, check_settings
+from ..choices import OnBadRow
 from ..data.glue import TASKS, TableLayout, find_labels, find_task, label_values, load_labelled, load_task
-from ..data.rows import check_columns, load_rows, local_path
+from ..data.rows import check_columns, load_table, local_path
 from ..data.splits import split_off
+from ..data.text import text_format
 from ..errors import ConfigError, DataError, nearest
 from ..evaluation.task_metrics import CLASSIFICATION_METRICS, classification_metrics
 
@@ -34,6 +36,18 @@ class LabelledDataArguments:
         default=None, metadata={"help": "Your own .csv, .tsv, .jsonl or .parquet file, instead of a task."}
     )
     dev_file: str | None = field(default=None, metadata={"help": "Held-out rows; null splits them off train_file."})
+    delimiter: str | None = field(
+        default=None, metadata={"help": "Delimiter of .csv and .tsv files, one character or tab; null: found in them."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of text files; null: UTF-8, or what a byte order mark says."}
+    )
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "Column names of .csv and .tsv files without a header."}
+    )
+    on_bad_row: OnBadRow = field(
+        default="fail", metadata={"help": "Rows that cannot be read: fail, or skip and count them."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column of train_file with the sentence."})
     pair_column: str | None = field(default=None, metadata={"help": "Column with the second sentence of a pair."})
     label_column: str = field(default="label", metadata={"help": "Column with the label, a name or a number."})
@@ -43,7 +57,7 @@ class LabelledDataArguments:
     metrics: list[Annotated[str, OneOf(CLASSIFICATION_METRICS)]] | None = field(
         default=None, metadata={"help": "Dev metrics; their mean is `score`. null: the task's own, or accuracy."}
     )
-    dev_fraction: float = field(default=0.1, metadata={"help": "Share of each label that is split off as dev rows."})
+    dev_fraction: Share = field(default=0.1, metadata={"help": "Share of each label that is split off as dev rows."})
     dev_seed: int = field(default=0, metadata={"help": "Seed of that split, independent of the training seed."})
     train_limit: int | None = field(default=None, metadata={"help": "Use only the first N rows."})
     dev_limit: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
@@ -58,8 +72,6 @@ class LabelledDataArguments:
             for name in ("pair_column", "labels"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} is set without train_file: task {self.task} has its own")
-        if not 0 < self.dev_fraction < 1:
-            raise ConfigError(f"dev_fraction = {self.dev_fraction}: must be between 0 and 1")
 
 
 @dataclass
@@ -123,9 +135,10 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
         try:
             loaded[role] = load_labelled(
                 source,
-                TableLayout(data.text_column, data.label_column, data.pair_column),
+                _layout(data, source),
                 labels=labels,
                 limit=data.train_limit if role == "train_file" else data.dev_limit,
+                on_bad_row=data.on_bad_row,
             )
         except DataError as error:
             if "labels not in the label set" not in str(error) or data.labels:
@@ -156,8 +169,9 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
 
 def _labels_of_file(data: LabelledDataArguments) -> tuple[str, ...]:
     assert data.train_file is not None
-    rows = load_rows(data.train_file, limit=data.train_limit)
-    check_columns(rows, {"label_column": data.label_column, "text_column": data.text_column}, data.train_file)
+    layout = _layout(data, data.train_file)
+    rows, names = _table(data, data.train_file, limit=data.train_limit, only=layout.only)
+    check_columns(names, {"label_column": data.label_column, "text_column": data.text_column}, data.train_file)
     values = label_values(rows, data.label_column, data.train_file)
     labels = find_labels(values)
     if len(labels) * 2 > max(len(rows), 4):
@@ -168,10 +182,27 @@ def _labels_of_file(data: LabelledDataArguments) -> tuple[str, ...]:
     return labels
 
 
+def _layout(data: LabelledDataArguments, source: str) -> TableLayout:
+    found = text_format(vars(data), beside=data.train_file, path=source)
+    return TableLayout(
+        data.text_column,
+        data.label_column,
+        data.pair_column,
+        columns=None if found.columns is None else tuple(found.columns),
+        delimiter=found.delimiter,
+        encoding=found.encoding,
+    )
+
+
+def _table(data: LabelledDataArguments, source: str, **options: Any) -> Any:
+    """The rows of a file and the names of its columns."""
+    return load_table(source, text_format=_layout(data, source).text_format, on_bad_row=data.on_bad_row, **options)
+
+
 def _warn_of_numbers(data: LabelledDataArguments, labels: tuple[str, ...]) -> None:
     """Which label a number stands for is the teacher's order, unless the file names its labels."""
     assert data.train_file is not None
-    rows = load_rows(data.train_file, limit=data.train_limit)
+    rows, _ = _table(data, data.train_file, limit=data.train_limit, only=_layout(data, data.train_file).only)
     numbers = any(isinstance(value, int) for value in label_values(rows, data.label_column, data.train_file))
     if numbers and not all(name.isdigit() for name in labels):
         logger.warning(
@@ -182,19 +213,19 @@ def _warn_of_numbers(data: LabelledDataArguments, labels: tuple[str, ...]) -> No
 
 def _check_pairs(data: LabelledDataArguments, role: str, source: str) -> None:
     """pair_column must be set if, and only if, the file has pairs. Raises DataError."""
-    rows = load_rows(source, limit=1)
+    _, names = _table(data, source, limit=1, only=_layout(data, source).only)
     partner = PAIRED.get(data.text_column)
     if data.pair_column is None:
-        if partner in rows.column_names:
+        if partner in names:
             raise DataError(
                 f"'{source}' has pairs: the columns '{data.text_column}' and '{partner}'. Set pair_column: {partner}, "
                 f"or remove the column '{partner}' if the sentences are not pairs."
             )
-    elif data.pair_column not in rows.column_names:
+    elif data.pair_column not in names:
         raise DataError(
             f"{role} '{source}' has single sentences: no column '{data.pair_column}' "
-            f"(pair_column).{nearest(data.pair_column, rows.column_names)} "
-            f"Found: {', '.join(rows.column_names)}. Name the second sentence's column, or leave pair_column out."
+            f"(pair_column).{nearest(data.pair_column, names)} "
+            f"Found: {', '.join(names)}. Name the second sentence's column, or leave pair_column out."
         )
     elif len({data.text_column, data.pair_column, data.label_column}) < 3:
         raise ConfigError("text_column, pair_column and label_column must be three different columns")

@@ -18,8 +18,10 @@ from transformers import AutoModelForSequenceClassification, EvalPrediction
 
 from ..data.labelled import EncodedTexts, model_inputs
 from ..evaluation.classes import class_scores, commonest, one_class_warning
+from ..io.files import write_text
 from ..models.encoders.onnx_export import Agreement, export_onnx
 from ..models.footprint import count_parameters, latency, megabytes
+from ..models.loading import load_config, load_pretrained
 from ..runs.files import SUMMARY_FILE
 from .encoder_setup import EncoderSetup
 
@@ -39,7 +41,10 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
     training, data = setup.training, setup.data
     folders = {"teacher": setup.teacher_folder, "student": str(training.output_dir)}
     tokenizers = {"teacher": setup.teacher_tokenizer, "student": setup.tokenizer}
-    student = AutoModelForSequenceClassification.from_pretrained(folders["student"], dtype=torch.float32)
+    config = load_config(folders["student"], "student")
+    student = load_pretrained(
+        AutoModelForSequenceClassification, folders["student"], "student", config=config, dtype=torch.float32
+    )
     models = {"teacher": setup.load_teacher(folders["teacher"]), "student": student}
     facts: dict[str, dict[str, Any]] = {}
     for role, model in models.items():
@@ -79,7 +84,7 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
         agreement = export_onnx(folders["student"], onnx_folder)
         summary["onnx"] = {"folder": str(onnx_folder), **agreement._asdict()}
     text = json.dumps(summary, indent=2) + "\n"
-    (Path(folders["student"]) / SUMMARY_FILE).write_text(text, encoding="utf-8")
+    write_text(Path(folders["student"]) / SUMMARY_FILE, text)
     show_summary(summary)
     return summary
 

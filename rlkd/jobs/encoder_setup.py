@@ -18,14 +18,18 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..checks import Positive, check_choice, check_settings
 from ..errors import ConfigError, ModelError
-from ..io.files import write_durably
+from ..io.files import write_text
+from ..models.digests import tokenizer_digest, weights_digest
 from ..models.encoders.classifiers import Init, build_student
 from ..models.encoders.labels import check_single_label, give_labels, label_names
 from ..models.encoders.onnx_export import require_onnx
 from ..models.encoders.rehearsal import is_encoder, rehearse
-from ..models.loading import load_config
+from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
+from ..runs.record import FREE, LENGTH, settings_of
+from ..settings.fields import own_names
+from ..trainers.arguments import StudentArguments
 from ..trainers.encoders.arguments import TKDArguments
 from ..trainers.encoders.tkd import TKDTrainer, check_distillation
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
@@ -50,6 +54,11 @@ class EncoderTeacherArguments:
         default=3.0, metadata={"help": "Epochs of its fine-tuning; the best checkpoint on dev is kept."}
     )
     teacher_learning_rate: Positive = field(default=2e-5, metadata={"help": "Peak learning rate of its fine-tuning."})
+
+    allow_bin: bool = field(
+        default=False,
+        metadata={"help": "Teacher and student_pretrained may be pickled .bin files (read with weights_only)."},
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -118,18 +127,23 @@ class EncoderSetup:
 
     def load_teacher(self, name: str) -> Any:
         """A sequence classifier in float32 with the labels of this task."""
-        return AutoModelForSequenceClassification.from_pretrained(
+        return load_pretrained(
+            AutoModelForSequenceClassification,
             name,
+            "teacher",
             config=copy.deepcopy(self.teacher_config),
             revision=self.teacher.teacher_revision if name == self.teacher.teacher else None,
+            allow_bin=self.teacher.allow_bin,
+            needs="all" if name == self.teacher_folder else "layers",  # a head of another task is replaced
             dtype=torch.float32,
-            ignore_mismatched_sizes=name != self.teacher_folder,  # a head of another task is replaced
         )
 
     def new_student(self, teacher: Any) -> Any:
         """The student before training, made from the fine-tuned teacher; the same one for the same seed."""
         set_seed(self.training.seed)
-        return build_student(teacher, **self.student.options(teacher.config, self.training.layer_map))
+        return build_student(
+            teacher, allow_bin=self.teacher.allow_bin, **self.student.options(teacher.config, self.training.layer_map)
+        )
 
     def trainer_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the `TKDTrainer` that distils."""
@@ -161,6 +175,8 @@ def prepare_encoders(
     _check_encoder(config, teacher_tokenizer, teacher)
     names = label_names(config) if teacher.teacher_finetuned else ()
     loaded = load_labelled_data(data, names)
+    if training.process_index == 0:
+        print(f"held out: {loaded.note}")
     if teacher.teacher_finetuned and config.num_labels != len(loaded.labels):
         raise ModelError(
             f"teacher '{teacher.teacher}' has {config.num_labels} labels, and {loaded.name} has {len(loaded.labels)} "
@@ -186,6 +202,9 @@ def prepare_encoders(
         gradient_checkpointing=bool(training.gradient_checkpointing),
     )
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
+    check_saved_weights(teacher.teacher, "teacher", teacher.teacher_revision, allow_bin=teacher.allow_bin)
+    if student.student_init == "pretrained":
+        check_saved_weights(str(student.student_pretrained), "student", allow_bin=teacher.allow_bin)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)
 
 
@@ -222,10 +241,13 @@ def _fine_tune(setup: EncoderSetup) -> None:
     folder, training = Path(setup.teacher_folder), setup.training
     path, wanted = folder / TEACHER_RECORD, _fine_tuning_settings(setup)
     record = json.loads(path.read_text()) if path.exists() else {"settings": wanted}
-    changed = [name for name in wanted if record["settings"].get(name) != wanted[name]]
+    changed = _changes(record["settings"], {name: wanted[name] for name in wanted if name in record["settings"]})
+    if not record.get("finished"):  # a finished one stays when only the student's training changes
+        changed += _changes(record.setdefault("training", now := _other_settings(training)), now)
     if changed:
-        before = ", ".join(f"{name} {record['settings'].get(name)} (now {wanted[name]})" for name in changed)
-        raise ConfigError(f"{folder} was fine-tuned with {before}. Give another output_dir, or remove that folder.")
+        raise ConfigError(
+            f"{folder} was fine-tuned with {', '.join(changed)}. Give another output_dir, or remove that folder."
+        )
     if record.get("finished"):
         return
     args = replace(
@@ -244,7 +266,9 @@ def _fine_tune(setup: EncoderSetup) -> None:
     set_seed(training.seed)
     inputs = setup.trainer_inputs() | {"tokenizer": setup.teacher_tokenizer, "teacher_tokenizer": None}
     inputs["train_rows"] = [row for row in setup.data.train if row["label"] is not None]
-    trainer = TKDTrainer(setup.load_teacher(setup.teacher.teacher), args, **inputs)
+    model = setup.load_teacher(setup.teacher.teacher)
+    _check_same_weights(record, model, setup)
+    trainer = TKDTrainer(model, args, **inputs)
     if trainer.is_world_process_zero():
         print(f"fine-tuning the teacher in {folder}")
         _write(path, record)
@@ -252,6 +276,16 @@ def _fine_tune(setup: EncoderSetup) -> None:
     if trainer.is_world_process_zero():
         _write(path, {**record, "finished": True})
     trainer.accelerator.wait_for_everyone()
+
+
+def _check_same_weights(record: dict[str, Any], model: Any, setup: EncoderSetup) -> None:
+    """Note the weights that the fine-tuning begins with. Raises ConfigError if it began with others."""
+    weights = weights_digest(model)
+    if record.setdefault("weights", weights) != weights:
+        raise ConfigError(
+            f"the weights of {setup.teacher.teacher} have changed since its fine-tuning in {setup.teacher_folder} "
+            "began. Restore them, give another output_dir, or remove that folder."
+        )
 
 
 def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
@@ -264,9 +298,24 @@ def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
         "teacher_learning_rate": teacher.teacher_learning_rate,
         "max_length": training.max_length,
         "seed": training.seed,
+        "mixed_precision": training.mixed_precision,
         "labels": list(setup.data.labels),
         "data": _digest([*setup.data.train, *setup.data.first_dev]),
+        "tokenizer": tokenizer_digest(setup.teacher_tokenizer),
     }
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} {then.get(name)} (now {now.get(name)})" for name in {**then, **now} if then.get(name) != now.get(name)
+    ]
+
+
+def _other_settings(training: TKDArguments) -> dict[str, Any]:
+    """The settings of a training run that fine-tuning shares with distillation; those of the loss are not its own."""
+    own = own_names(TKDArguments) - own_names(StudentArguments)
+    given = settings_of([training]).items()
+    return {name: value for name, value in given if name not in FREE | LENGTH | own}
 
 
 def _digest(rows: Sequence[dict[str, Any]]) -> str:
@@ -274,5 +323,4 @@ def _digest(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_text(path, json.dumps(record, indent=2) + "\n")

@@ -25,13 +25,15 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ProbeSettings:
     """pool, how a layer's outputs become one vector per text; layers, their numbers in ascending order (0: the
-    embeddings), None for all; max_length, tokens a text is cut to; batch_size, rows in one forward.
+    embeddings), None for all; max_length, tokens a text is cut to; batch_size, rows in one forward; allow_bin,
+    as in `ModelSpec`.
     """
 
     pool: Pool = "cls"
     layers: list[int] | None = None
     max_length: int = 128
     batch_size: int = 32
+    allow_bin: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -47,7 +49,7 @@ class _Encoder:
 
     @classmethod
     def checked(cls, name: str, settings: ProbeSettings) -> _Encoder:
-        config = representations.load_encoder_config(name)
+        config = representations.load_encoder_config(name, allow_bin=settings.allow_bin)
         last = config.num_hidden_layers
         if settings.layers is not None and settings.layers[-1] > last:
             raise ConfigError(f"--layers {settings.layers[-1]}: model '{name}' has the layers 0 to {last}")
@@ -63,7 +65,7 @@ class _Encoder:
     def scores(self, rows: ProbeRows, settings: ProbeSettings) -> dict[str, Any]:
         """Scores of the embeddings' mean and of each layer."""
         layers = settings.layers if settings.layers is not None else range(self.config.num_hidden_layers + 1)
-        model = representations.load_encoder(self.name, self.config).to(default_device())
+        model = representations.load_encoder(self.name, self.config, allow_bin=settings.allow_bin).to(default_device())
         mean: Pool = "mean"
         wanted = list(dict.fromkeys([(0, mean), *((layer, settings.pool) for layer in layers)]))
         splits = []

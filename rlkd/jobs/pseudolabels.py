@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..labels.options import RunOptions
 from ..labels.pseudolabels import label_rows
 from ..sampling.engines.protocol import Decoding, EngineSettings
 from ..sampling.engines.registry import choose_engine
+from ..sampling.ranking import choice_problem
+from ..templates.template import Template
 from .wiring import Reading, row_source, teacher_spec
 
 
@@ -34,12 +37,13 @@ def label(
     teacher = teacher_spec(request)
     engine = EngineSettings(request["engine"], request["compute_type"] or None)
     choice = choose_engine(engine, teacher.model, decoding)
-    source = Reading.of(request).prompted_rows(
+    source = Reading.of(request, teacher.tokenizer).prompted_rows(
         row_source(request),
         with_choices=decoding is None,
-        on_bad_row=request["on_bad_row"],
         earlier=manifest.header["scan"] if manifest.headers else None,
     )
+    if decoding is None:
+        _check_choices(source.render.templates, teacher.tokenizer)
     options = RunOptions(
         seed=request["seed"],
         on_long=request["on_long"],
@@ -60,6 +64,16 @@ def label(
         make_engine=choice.make,
         reference=choice.reference,
     )
+
+
+def _check_choices(templates: Sequence[Template], tokenizer: Any) -> None:
+    """Raise ConfigError for a template whose answer choices, the same for all rows, have the same tokens or none."""
+    for template in templates:
+        choices = template.fixed_choices
+        if choices is not None and (problem := choice_problem(tokenizer, choices)):
+            raise ConfigError(
+                f"strategy = 'rank': {template}: {problem}, so no answer can be chosen. Change its answer_choices."
+            )
 
 
 def _decoding(request: dict[str, Any]) -> Decoding | None:

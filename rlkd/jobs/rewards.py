@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ..checks import check_choice
+from ..data.flaws import FlawCounts
 from ..errors import DataError
 from ..inspection.build import reward_view
 from ..inspection.labels import from_labels
@@ -15,6 +17,7 @@ from ..objectives.rewards import REWARDS
 from ..records import Example
 from .wiring import Reading, row_source, teacher_spec
 
+logger = logging.getLogger(__name__)
 STUDENTS = ("student", "student_before")
 
 
@@ -26,10 +29,12 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     """
     check_choice("reward_value", request["reward_value"], REWARDS)
     teacher = teacher_spec(request)
-    students = {role: ModelSpec(request[role], role, device=teacher.model.device) for role in STUDENTS if request[role]}
+    shared = ("device", "allow_bin", "src_lang", "tgt_lang")
+    how: dict[str, Any] = {name: getattr(teacher.model, name) for name in shared}
+    students = {role: ModelSpec(request[role], role, **how) for role in STUDENTS if request[role]}
     for spec in students.values():
         check_pair(teacher.model, spec)
-    names, examples = _examples(request)
+    names, examples = _examples(request, teacher.tokenizer)
     loaded = teacher.load()
     return reward_view(
         loaded,
@@ -46,25 +51,35 @@ def view_of_labels(request: dict[str, Any]) -> RewardView:
     """Labels with the numbers recorded with them or, if a teacher is named, with its scores. It reads prompts as the
     labels' teacher did.
 
-    Raises: DataError unless the folder holds finished labels; ModelError before weights load.
+    Raises: DataError unless the folder holds finished labels that tell how; ModelError before weights load.
     """
     check_choice("reward_value", request["reward_value"], REWARDS)
     settings = finished_manifest(request["labels"]).header["settings"]
+    for name, kind in (("teacher", str), ("max_input_tokens", int), ("append_eos", bool)):
+        if not isinstance(settings.get(name), kind):
+            raise DataError(f"{request['labels']}: its manifest's settings have no {name}. Get the labels again.")
     reading = {"max_input_tokens": settings["max_input_tokens"], "input_eos": settings["append_eos"]}
+    reading |= {name: settings.get(name) for name in ("src_lang", "tgt_lang")}
+    if not request["teacher"]:
+        logger.info("reading tokens with the tokenizer of '%s', which the labels name", settings["teacher"])
     teacher = teacher_spec({**request, **reading, "teacher": request["teacher"] or settings["teacher"]})
     return from_labels(
         request["labels"],
         teacher.tokenizer,
-        teacher=teacher.load() if request["teacher"] else None,
+        teacher=teacher if request["teacher"] else None,
         value=request["reward_value"],
         limit=request["limit"],
     )
 
 
-def _examples(request: dict[str, Any]) -> tuple[list[str], list[Example]]:
-    """Names of the templates, and the inputs that all of them apply to."""
-    source = Reading.of(request).prompted_rows(row_source(request))
+def _examples(request: dict[str, Any], tokenizer: Any) -> tuple[list[str], list[Example]]:
+    """Names of the templates, and the inputs that all of them apply to; what is wrong with these is logged."""
+    source = Reading.of(request, tokenizer).prompted_rows(row_source(request))
     rows = [row for _, block in source.blocks(request["limit"], lambda k: k == 0) for row in block]
+    flaws = FlawCounts()
+    flaws.add_rows(rows, source.render.template_names)
+    for line in flaws.lines():
+        logger.warning("%s", line)
     if failed := [prompt.error for row in rows for prompt in row.prompts if prompt.status == "failed"]:
         raise DataError(str(failed[0]))
     examples = [

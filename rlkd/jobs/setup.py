@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..checks import Count, Natural, check_settings
-from ..choices import Truncation
+from transformers import set_seed
+
+from ..checks import Count, Natural, Share, check_settings
+from ..choices import OnBadRow, Truncation
 from ..data.examples import Examples
-from ..errors import ConfigError
+from ..data.files import is_pattern, splits_of
+from ..data.splits import held_out_inputs, inputs_of
+from ..data.text import text_format
+from ..errors import ConfigError, DataError
 from ..evaluation.evaluator import TaskMetric
-from ..evaluation.task_metrics import TASK_METRICS
+from ..evaluation.task_metrics import TASK_METRICS, references_of
+from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
+from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.spec import Dtype, ModelSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
@@ -21,31 +29,65 @@ from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization
 from ..trainers.arguments import DistillationArguments
 from .wiring import Reading, RowSource
 
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class DataArguments:
     """Unlabeled inputs for training, held-out inputs for evaluation, and how each model sees them."""
 
     dataset: str = field(
-        default="knkarthick/dialogsum", metadata={"help": "Hub id, or a local .jsonl / .csv / .tsv / .parquet file."}
+        metadata={
+            "help": "Hub id, or local .jsonl, .json, .csv, .tsv, .parquet or .arrow files: one (text also .gz, .bz2, "
+            ".xz, .zst), a pattern such as data/*.jsonl, or a folder."
+        },
     )
+    input_column: str = field(metadata={"help": "Column that the student reads."})
     dataset_subset: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split of unlabeled inputs."})
     train_limit: Count | None = field(default=None, metadata={"help": "Use only the first N inputs."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out inputs; null takes eval_split of dataset."}
+        default=None,
+        metadata={
+            "help": "Held-out inputs; null takes eval_split of dataset or, if it has no splits, eval_fraction of it."
+        },
     )
     eval_split: str = field(default="validation", metadata={"help": "Split of held-out inputs."})
-    input_column: str = field(default="dialogue", metadata={"help": "Column that the student reads."})
+    eval_fraction: Share = field(
+        default=0.1, metadata={"help": "Share of the inputs that is held out of a dataset without splits."}
+    )
+    delimiter: str | None = field(
+        default=None, metadata={"help": "Delimiter of .csv and .tsv files, one character or tab; null: found in them."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of text files; null: UTF-8, or what a byte order mark says."}
+    )
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "Column names of .csv and .tsv files without a header."}
+    )
+    on_bad_row: OnBadRow = field(
+        default="fail", metadata={"help": "Rows that cannot be read or rendered: fail, or skip and count them."}
+    )
+    skip_missing: bool = field(
+        default=False,
+        metadata={"help": "Skip rows whose prompts print a missing value (None), which are otherwise only counted."},
+    )
+    skip_unknown: bool = field(
+        default=False,
+        metadata={"help": "Skip rows with characters that the tokenizer does not know; otherwise only counted."},
+    )
     reference_column: str | None = field(
-        default="summary",
+        default=None,
         metadata={"help": "Column with human answers, used only by the task metric; null if there are none."},
     )
     templates: list[str] = field(
-        default_factory=lambda: ["dialogsum"],
+        default_factory=list,
         metadata={
             "help": "The teacher's prompt templates: dataset[:Template name] or file.yaml[:Template name]; several "
-            "are combined."
+            "are combined. None: the teacher reads what the student reads."
         },
     )
     templates_dir: str | None = field(
@@ -61,7 +103,7 @@ class DataArguments:
         default="none", metadata={"help": "t0 cuts each {{...}} at 2,048 characters, as in T0's training data."}
     )
     strict_compat: bool = field(
-        default=False, metadata={"help": "Let '|||' inside lists of a row split the text, as promptsource does."}
+        default=False, metadata={"help": "Let '|||' of a row split the text where promptsource does."}
     )
     column_map: list[str] = field(
         default_factory=list, metadata={"help": "Columns to rename before anything reads them: old=new[,...], or JSON."}
@@ -81,6 +123,11 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.task_metric != "none" and self.reference_column is None:
+            raise ConfigError(
+                f"task_metric = {self.task_metric!r}: needs reference_column, the column with the answers to compare "
+                "with. Name it, or set task_metric to none."
+            )
 
 
 @dataclass
@@ -97,11 +144,23 @@ class TeacherArguments:
     teacher_append_eos: bool = field(
         default=True, metadata={"help": "End the teacher's inputs with end-of-sequence: T5 and Flan-T5 yes, T0 no."}
     )
+    src_lang: str | None = field(
+        default=None,
+        metadata={"help": "Language of inputs, for both models, as a translation model's tokenizer writes it: en_XX."},
+    )
+    tgt_lang: str | None = field(
+        default=None, metadata={"help": "Language of answers, likewise (mBART, M2M100, NLLB)."}
+    )
     template_combination: TemplateCombination = field(
         default="average", metadata={"help": "Several templates: average their rewards, or pool their log-probs."}
     )
     teacher_cache_mb: Natural = field(
         default=512, metadata={"help": "Size of the cache of the teacher's prompt states, in MB."}
+    )
+
+    allow_bin: bool = field(
+        default=False,
+        metadata={"help": "Teacher and student may be pickled .bin files (read with weights_only)."},
     )
 
     def __post_init__(self) -> None:
@@ -142,21 +201,26 @@ def prepare(
     settings = (data, teacher, student)
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
+    ours, theirs = _student_spec(student, teacher), _teacher_spec(teacher, training)
     if student.use_peft:
-        config = ModelSpec(student.model_name_or_path, "student", revision=student.model_revision).config
-        student.lora_task_type = architecture_of(config, "student", student.model_name_or_path).lora_task_type
+        student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
-    ours, theirs = _student_spec(student), _teacher_spec(teacher, training)
     check_pair(theirs, ours)
-    train, evaluation, labels = load_data(data)
+    if student.use_peft and ours.adapter:
+        check_same_settings(ours.adapter, _peft_config(student))
+    train, evaluation, labels, note = load_data(data, ours.tokenizer)
+    if data.task_metric != "none":
+        rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
+        references_of(evaluation[:rows])
+    if training.process_index == 0:
+        print(note if data.templates else f"{note}\nno templates: the teacher reads what the student reads")
 
     model = ours.load()
-    if student.use_peft:
-        from peft import get_peft_model
-        from transformers import set_seed
-
+    if student.use_peft and not ours.adapter:
         set_seed(training.seed)  # adapters start at random
-        model = get_peft_model(model, get_peft_config(student))  # type: ignore[arg-type]
+        model = add_adapter(model, _peft_config(student))
+    if student.use_peft:
+        model = without_dropout(model)
     frozen = Teacher(
         theirs.language_model(),
         ours.tokenizer,
@@ -177,8 +241,10 @@ def prepare(
     )
 
 
-def _student_spec(student: ModelConfig) -> ModelSpec:
-    """The student of TRL's settings. It stays where it loads: the trainer places it."""
+def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
+    """The student of TRL's settings. It stays where it loads: the trainer places it. With use_peft an adapter is
+    trained further, otherwise merged.
+    """
     return ModelSpec(
         str(student.model_name_or_path),
         "student",
@@ -186,7 +252,19 @@ def _student_spec(student: ModelConfig) -> ModelSpec:
         dtype=student.dtype if student.dtype not in (None, "auto") else "float32",
         attention=student.attn_implementation,
         quantization=get_quantization_config(student),
+        allow_bin=teacher.allow_bin,
+        keep_adapter=student.use_peft,
+        src_lang=teacher.src_lang,
+        tgt_lang=teacher.tgt_lang,
     )
+
+
+def _peft_config(student: ModelConfig) -> Any:
+    """PEFT's configuration. TRL turns a list of one module into a string, which PEFT would match as a whole path."""
+    config: Any = get_peft_config(student)
+    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        config.target_modules = {config.target_modules}
+    return config
 
 
 def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> ModelSpec:
@@ -196,22 +274,68 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
         revision=teacher.teacher_revision,
         dtype=teacher.teacher_dtype,
         device=str(training.device),
+        allow_bin=teacher.allow_bin,
+        src_lang=teacher.src_lang,
+        tgt_lang=teacher.tgt_lang,
     )
 
 
-def load_data(data: DataArguments) -> tuple[Examples, Examples, Any]:
-    """Training and evaluation examples and, if requested, pseudo-labels; every column is checked.
+def load_data(data: DataArguments, tokenizer: Any = None) -> tuple[Examples, Examples, Any, str]:
+    """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; every column
+    is checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
-    Raises DataError or ConfigError.
+    tokenizer: to count the characters that it does not know. Raises DataError or ConfigError.
     """
-    reading = Reading.of(vars(data))
-    train, evaluation = (
-        RowSource(source, "train" if Path(source).exists() else split, data.dataset_subset, limit)
-        for source, split, limit in (
-            (data.dataset, data.train_split, data.train_limit),
-            (data.eval_dataset or data.dataset, data.eval_split, None),
-        )
+    reading = Reading.of(vars(data), tokenizer)
+    source = _source(data, data.dataset, data.train_split, data.train_limit)
+    labels = None if data.pseudo_labels is None else _labels(data, reading, source)
+    held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)
+    if held_out != replace(source, limit=None):
+        # Training never looks at references.
+        train, evaluation = replace(reading, reference_column=None).examples(source), reading.examples(held_out)
+        return train, evaluation, labels, f"held out: {len(evaluation)} inputs of {held_out.dataset} ({held_out.split})"
+    whole = reading.examples(source)
+    chosen = held_out_inputs(whole.inputs(), data.eval_fraction, data.dataset)
+    train, evaluation = whole.split(chosen)
+    note = (
+        f"held out: {len(evaluation)} of {len(train) + len(evaluation)} inputs of {data.dataset}, split off "
+        f"(eval_fraction {data.eval_fraction:g}; equal inputs stay together; eval_dataset names rows of your own)"
     )
-    # Training never looks at references.
-    examples = replace(reading, reference_column=None).examples(train), reading.examples(evaluation)
-    return *examples, None if data.pseudo_labels is None else load_pseudolabels(data.pseudo_labels)
+    if labels is not None:
+        kept = [i for i, texts in enumerate(inputs_of(labels)) if texts not in chosen]
+        note += f"; {len(labels) - len(kept)} of {len(labels)} labels are of held-out inputs and are left out"
+        if not kept:
+            raise DataError(f"{data.pseudo_labels} has labels of held-out inputs only: set eval_dataset.")
+        labels = labels.select(kept)
+    return train, evaluation, labels, note
+
+
+def _source(data: DataArguments, dataset: str, split: str, limit: int | None) -> RowSource:
+    """The rows of a split; a local source whose files are not named by split has one."""
+    path = Path(dataset).expanduser()
+    local = path.exists() or is_pattern(dataset)
+    return RowSource(
+        dataset,
+        "train" if local and split not in splits_of(path) else split,
+        None if local and dataset != data.dataset else data.dataset_subset,
+        limit,
+        text_format(vars(data), beside=data.dataset, path=dataset),
+        data.on_bad_row,
+    )
+
+
+def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets.Dataset:
+    """The labels to learn; warns where they were made otherwise than the settings say."""
+    labels = load_pseudolabels(str(data.pseudo_labels))
+    student = reading.student_template
+    settings = {"input": reading.input_column, "row_map": reading.row_map.to_json(),
+                "student_template": student.source if student else None}  # fmt: skip
+    if Path(data.dataset).exists():
+        settings |= {"sha256": train.stream("skip").identity()["sha256"]}
+    found = differences(labels, dataset=data.dataset, templates=reading.templates, settings=settings)
+    if found:
+        logger.warning(
+            "%s: the labels were made otherwise than this run's settings say; they count for training, the settings "
+            "for evaluation:\n%s", data.pseudo_labels, "\n".join(found)
+        )  # fmt: skip
+    return labels

@@ -15,10 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError, DataError
-from ..io.files import sha256, write_durably
+from ..io import bounded_yaml
+from ..io.files import sha256, write_text
 
 Result = dict[str, Any]
 
@@ -203,13 +202,17 @@ def write_record(cell: Cell, inputs: Mapping[str, str], result: Result | None) -
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically. Raises RlkdError if the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_plan(path: Path, *, quick: bool) -> dict[str, Any]:
-    """A study's YAML file. Its key `quick` holds the tiny sizes: with `quick` they replace what they name."""
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """A study's YAML file. Its key `quick` holds the tiny sizes: with `quick` they replace what they name.
+
+    Raises ConfigError for a file that cannot be read, or is no mapping with that key.
+    """
+    plan: Any = bounded_yaml.read(path)
+    if not isinstance(plan, dict) or not isinstance(plan.get("quick"), dict):
+        raise ConfigError(f"{path}: must be a mapping, whose key 'quick' is a mapping of the sizes to replace.")
     tiny = plan.pop("quick")
     return _merged(plan, tiny) if quick else plan
 

@@ -5,7 +5,7 @@ Settings that recipes and commands share have the same names, so one function re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ..choices import OnBadRow
 from ..data.examples import Examples, PromptedRows, RowRenderer
 from ..data.row_maps import RowMap, parse_row_map
-from ..data.rows import RowStream, check_columns, load_rows
+from ..data.rows import RowStream, check_columns, load_table
+from ..data.text import PLAIN, TextFormat, text_format
 from ..errors import ConfigError
 from ..models.spec import ModelSpec, TeacherSpec, default_device
+from ..models.vocabulary import UnknownText
 from ..templates.template import Template, load_templates
 
 if TYPE_CHECKING:
@@ -30,14 +32,31 @@ class RowSource:
     split: str = "train"
     subset: str | None = None
     limit: int | None = None
+    text_format: TextFormat = PLAIN
+    on_bad_row: OnBadRow = "fail"
 
-    def table(self) -> datasets.Dataset:
-        """All rows in memory. Raises as `load_rows` does."""
-        return load_rows(self.dataset, split=self.split, subset=self.subset, limit=self.limit)
+    def table(self, only: Collection[str] | None = None) -> tuple[datasets.Dataset, list[str]]:
+        """All rows in memory, with the columns `only`, and the names of all columns. Raises as `load_rows` does."""
+        return load_table(
+            self.dataset,
+            {"split": self.split, "subset": self.subset},
+            limit=self.limit,
+            text_format=self.text_format,
+            only=only,
+            on_bad_row=self.on_bad_row,
+        )
 
-    def stream(self, on_bad_row: OnBadRow) -> RowStream:
+    def stream(self, only: Collection[str] | None = None) -> RowStream:
         """The rows in flat memory. Raises as `RowStream` does."""
-        return RowStream(self.dataset, split=self.split, subset=self.subset, limit=self.limit, on_bad_row=on_bad_row)
+        return RowStream(
+            self.dataset,
+            split=self.split,
+            subset=self.subset,
+            limit=self.limit,
+            text_format=self.text_format,
+            only=only,
+            on_bad_row=self.on_bad_row,
+        )
 
 
 @dataclass(frozen=True)
@@ -53,10 +72,16 @@ class Reading:
     reference_column: str | None = None
     id_column: str | None = None
     seed: int = 0
+    skip_missing: bool = False
+    skip_unknown: bool = False
+    tokenizer: Any = None
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Reading:
-        """The templates, maps and columns that settings name. Raises DataError or ConfigError; no rows are read."""
+    def of(cls, settings: Mapping[str, Any], tokenizer: Any = None) -> Reading:
+        """The templates, maps and columns that settings name. Raises DataError or ConfigError; no rows are read.
+
+        tokenizer: of the models, to find characters that it does not know; None: they are not looked for.
+        """
         row_map = parse_row_map(settings["column_map"] or [], settings["label_map"] or [])
         templates = [template for spec in settings["templates"] or [] for template in _templates(spec, settings)]
         return cls(
@@ -67,54 +92,59 @@ class Reading:
             reference_column=settings["reference_column"],
             id_column=settings.get("id_column"),
             seed=settings.get("seed", 0),
+            skip_missing=bool(settings.get("skip_missing")),
+            skip_unknown=bool(settings.get("skip_unknown")),
+            tokenizer=tokenizer,
         )
 
     def examples(self, source: RowSource) -> Examples:
         """All rows that every template applies to, in memory. Raises DataError for columns, rows or ids that do not
         fit.
         """
-        rows = self.row_map.dataset(source.table())
-        wanted = {"input_column": self.input_column, "reference_column": self.reference_column}
-        check_columns(rows, {role: column for role, column in wanted.items() if column is not None}, source.dataset)
-        return Examples(
-            rows,
-            list(self.templates),
-            student_column=self.input_column,
-            student_template=self.student_template,
-            reference_column=self.reference_column,
-            id_column=self.id_column,
-            source=source.dataset,
-            seed=self.seed,
-        )
+        render = self.renderer(on_bad_row=source.on_bad_row)
+        rows, names = source.table(self.row_map.reads(render.reads()))
+        wanted = render.wanted_columns()
+        wanted = {"input_column": wanted.pop("student_column")} | wanted
+        check_columns(self.row_map.names(names), wanted, source.dataset)
+        return Examples.of(self.row_map.dataset(rows), render, source.dataset)
 
     def prompted_rows(
-        self,
-        source: RowSource,
-        *,
-        with_choices: bool = False,
-        on_bad_row: OnBadRow = "fail",
-        earlier: dict[str, Any] | None = None,
+        self, source: RowSource, *, with_choices: bool = False, earlier: dict[str, Any] | None = None
     ) -> PromptedRows:
         """All rows in flat memory, whatever their templates give. Raises as `PromptedRows` and `RowRenderer` do.
 
         with_choices: prompts carry answer choices, to be ranked; earlier: the scan of an earlier run.
         """
-        stream = source.stream(on_bad_row)
-        render = RowRenderer(
+        render = self.renderer(with_choices=with_choices)
+        stream = source.stream(self.row_map.reads(render.reads()))
+        return PromptedRows(stream, render, row_map=self.row_map, earlier=earlier)
+
+    def renderer(self, **options: Any) -> RowRenderer:
+        """What turns a row into the models' inputs. Raises ConfigError as RowRenderer does."""
+        return RowRenderer(
             self.templates,
             student_column=self.input_column,
             student_template=self.student_template,
             reference_column=self.reference_column,
             id_column=self.id_column,
             seed=self.seed,
-            with_choices=with_choices,
+            unknown=None if self.tokenizer is None else UnknownText(self.tokenizer),
+            skip_missing=self.skip_missing,
+            skip_unknown=self.skip_unknown,
+            **options,
         )
-        return PromptedRows(stream, render, row_map=self.row_map, earlier=earlier)
 
 
 def row_source(settings: Mapping[str, Any]) -> RowSource:
     """The rows that a command's settings name."""
-    return RowSource(settings["dataset"], settings["split"], settings["subset"], settings["limit"])
+    return RowSource(
+        settings["dataset"],
+        settings["split"],
+        settings["subset"],
+        settings["limit"],
+        text_format(settings),
+        settings.get("on_bad_row", "fail"),
+    )
 
 
 def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
@@ -129,6 +159,9 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         dtype=settings["teacher_dtype"],
         quantization=quantization_config(settings.get("teacher_quantization", "none")),
         device=default_device(),
+        allow_bin=bool(settings.get("allow_bin")),
+        src_lang=settings.get("src_lang"),
+        tgt_lang=settings.get("tgt_lang"),
     )
     model.check()
     return TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ..data.flaws import FlawCounts
 from ..io.cards import cell, front_matter, table
 
 
@@ -18,6 +19,7 @@ def summary(totals: dict[str, Any]) -> str:
     ]
     lines += [f"  {count} x {reason}" for reason, count in sorted(totals["reasons"].items(), key=lambda item: -item[1])]
     lines += [f"  {name}: {_counts(counts)}" for name, counts in totals["templates"].items()]
+    lines += [f"warning: {line}" for line in FlawCounts(totals.get("flaws")).lines()]
     if seconds := totals.get("seconds"):
         lines.append(f"{totals['made'] / seconds:.1f} rows/s, {seconds:.1f} s")
     return "\n".join(lines)
@@ -45,7 +47,7 @@ Why rows have no label:
 
 {chr(10).join(reasons)}
 
-## Load
+{_flaws(totals)}## Load
 
 ```python
 from rlkd import load_pseudolabels
@@ -56,8 +58,7 @@ labels = load_pseudolabels("path/to/this/folder")  # rows with status ok, checke
 ## Settings
 
 ```yaml
-generation: {header["generation"]}
-{yaml.safe_dump({**settings, "packages": header["packages"]}, sort_keys=False, allow_unicode=True).strip()}
+{_settings(header)}
 ```
 
 ## Limits
@@ -66,6 +67,18 @@ The labels are a model's answers and were not checked for correctness. `truncate
 read only a part, and `finish_reason` length answers that were cut; `sum_logprob` is the teacher's log-probability of
 the answer.
 """
+
+
+def _flaws(totals: dict[str, Any]) -> str:
+    """The section on prompts that say less than their rows, if there are any."""
+    lines = [f"- {cell(line)}" for line in FlawCounts(totals.get("flaws")).lines()]
+    return "\n".join(["Prompts that say less than their rows:", "", *lines, "", ""]) if lines else ""
+
+
+def _settings(header: dict[str, Any]) -> str:
+    """YAML that cannot end its block: a folder may come from elsewhere."""
+    block = {"generation": header["generation"], **header["settings"], "packages": header["packages"]}
+    return yaml.safe_dump(block, sort_keys=False, allow_unicode=True).strip().replace("```", "")
 
 
 def _precision(header: dict[str, Any]) -> str:

@@ -7,16 +7,22 @@ from typing import Any
 
 from ..errors import DataError
 from ..io.cards import CARD
+from ..io.files import refuse_links
+from ..io.folders import refuse_other_contents
 from .manifest import Manifest, manifest_name
 
 BAD_ROWS = "bad_rows.jsonl"
+BAD_BATCH = "not_finite.jsonl"
 
 
 def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = None) -> Manifest:
     """The log of an unfinished run in `out`; empty if there is none. Raises DataError if `out` is taken and must not be
-    overwritten: finished labels, a run with a different sharding, shards of unknown origin.
+    overwritten: finished labels, a run with a different sharding, shards of unknown origin; ConfigError if it holds
+    something else than labels.
     """
     name = manifest_name(part)
+    refuse_others(out)
+    refuse_links(out / name)
     if overwrite:
         return Manifest(out / name)
     manifest = Manifest.read(out / name)
@@ -37,6 +43,12 @@ def check_output(out: Path, *, overwrite: bool, part: tuple[int, int] | None = N
     return manifest
 
 
+def refuse_others(out: Path) -> None:
+    """Raise ConfigError if `out` holds something else than labels."""
+    own = (BAD_ROWS, BAD_BATCH, "partial-*.parquet", "*.tmp")
+    refuse_other_contents(out, "--out", signs=("manifest*.jsonl", "labels-*.parquet"), own=own)
+
+
 def clear(out: Path, part: tuple[int, int] | None) -> None:
     """Remove what a run, or one part of it, wrote. The log is removed first: without it nothing looks finished."""
     if part is None:
@@ -44,7 +56,8 @@ def clear(out: Path, part: tuple[int, int] | None) -> None:
         files = [file for pattern in patterns for file in out.glob(pattern)]
     else:
         shards = [*out.glob("labels-*.parquet"), *out.glob("partial-*.parquet")]
-        own = [file for file in shards if int(file.stem.split("-")[1]) % part[1] == part[0]]
+        numbers = {file: file.stem.split("-")[1] for file in shards}
+        own = [file for file, k in numbers.items() if k.isdecimal() and int(k) % part[1] == part[0]]
         files = [out / manifest_name(None), out / manifest_name(part), *own]
     for file in files:
         file.unlink(missing_ok=True)

@@ -9,15 +9,14 @@ from typing import Any, Protocol
 
 from ..checks import check_settings
 from ..errors import DataError, DivergenceError
-from ..models.vocabulary import decode_texts, encode_texts
+from ..models.generation import NO_RULES, AnswerRules
+from ..models.vocabulary import NO_LIMIT, decode_texts, encode_answers, encode_texts
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.decode import row_seed
 from ..sampling.engines.protocol import Answer, Decoding, Engine
-from ..sampling.ranking import rank
+from ..sampling.ranking import choice_problem, rank
 from ..sampling.schedule import Budget, in_batches
 from .options import OnLong
-
-NO_LIMIT = 2**30
 
 
 class PromptReader(Protocol):
@@ -98,6 +97,11 @@ class Labeller:
         return [labels[position] for position in range(len(labels))]
 
     @property
+    def rules(self) -> AnswerRules:
+        """What the teacher's checkpoint says of answers; an engine with a teacher of another kind has no rules."""
+        return getattr(self.teacher, "rules", NO_RULES)
+
+    @property
     def labels_per_prompt(self) -> int:
         return self.decoding.labels_per_input if self.decoding else 1
 
@@ -119,15 +123,50 @@ class Labeller:
                     else:
                         slots.append(_Slot(position, row, template, prompt.text, prompt.choices, []))
                 position += self.labels_per_prompt
-        limit, tokenizer, eos = self.teacher.max_input_tokens, self.teacher.tokenizer, self.teacher.append_eos
-        if slots:
-            for slot, ids in zip(
-                slots, encode_texts(tokenizer, [s.text for s in slots], NO_LIMIT, append_eos=eos), strict=True
-            ):
-                slot.ids, slot.truncated = ids, len(ids) > limit
+        slots = self._encoded(slots, labels)
+        if self.decoding is None:
+            slots = self._rankable(slots, labels)
         if long := [slot for slot in slots if slot.truncated]:
             slots = self._shorten(slots, long, labels)
         return slots
+
+    def _encoded(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+        """The prompts with their ids; those that the tokenizer fails on get their labels here."""
+
+        def encode(some: list[_Slot]) -> None:
+            texts = [slot.text for slot in some]
+            found = encode_texts(self.teacher.tokenizer, texts, NO_LIMIT, append_eos=self.teacher.append_eos)
+            for slot, ids in zip(some, found, strict=True):
+                slot.ids, slot.truncated = ids, len(ids) > self.teacher.max_input_tokens
+
+        if not slots:
+            return slots
+        # Tokenizers raise errors of many kinds for a text, which is then found by trying them one by one.
+        try:
+            encode(slots)
+            return slots
+        except Exception as error:
+            usable, first = [], error
+        for slot in slots:
+            try:
+                encode([slot])
+                usable.append(slot)
+            except Exception as error:
+                reason = f"the tokenizer fails on the prompt: {type(error).__name__}: {error}"
+                self._blank(slot.position, slot.row, slot.template, None, "failed", reason, labels)
+        if not usable:
+            raise first
+        return usable
+
+    def _rankable(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+        """The prompts whose answer choices have different tokens; the others fail."""
+        found = {
+            choices: choice_problem(self.teacher.tokenizer, choices) for choices in {s.choices or () for s in slots}
+        }
+        for slot in slots:
+            if problem := found[slot.choices or ()]:
+                self._blank(slot.position, slot.row, slot.template, slot.text, "failed", problem, labels)
+        return [slot for slot in slots if not found[slot.choices or ()]]
 
     def _shorten(self, slots: list[_Slot], long: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
         """Apply on_long to the prompts that are longer than max_input_tokens."""
@@ -165,13 +204,26 @@ class Labeller:
         texts = iter(decode_texts(self.teacher.tokenizer, flat))
         for slot, made in zip(slots, answers, strict=True):
             for sample, answer in enumerate(made):
-                labels[slot.position + sample] = self._label(slot, sample, answer, next(texts))
+                text = next(texts)
+                if self._only_padding(answer.ids):
+                    reason = "the answer is only padding tokens"
+                    values = {"teacher_input": slot.text}
+                    label = self._row(slot.row, slot.template, sample, "failed", reason, values)
+                else:
+                    label = self._label(slot, sample, answer, text)
+                labels[slot.position + sample] = label
         self.advance(len(flat), sum(map(len, flat)))
+
+    def _only_padding(self, ids: list[int]) -> bool:
+        tokenizer, rules = self.teacher.tokenizer, self.rules
+        framing = {*rules.eos_ids, rules.first, tokenizer.eos_token_id}
+        return {token for token in ids if token not in framing} == {tokenizer.pad_token_id}
 
     def _rank(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> None:
         """Label with the most probable choice; the first of equal ones."""
         texts = list(dict.fromkeys(choice for slot in slots for choice in slot.choices or ()))
-        ids = dict(zip(texts, encode_texts(self.teacher.tokenizer, texts, NO_LIMIT), strict=True))
+        rows = encode_answers(self.teacher.tokenizer, texts, NO_LIMIT, self.rules)
+        ids = dict(zip(texts, rows, strict=True))
         choices = [[ids[choice] for choice in slot.choices or ()] for slot in slots]
         scores = rank(self.engine, [slot.ids for slot in slots], choices, self.budget)
         self._check_finite(slots, scores)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ..errors import DataError
 from ..io.cards import CARD
-from ..io.files import write_durably
+from ..io.files import refuse_links, write_durably
 from ..io.lock import writer_lock
 from .card import card
-from .folder import BAD_ROWS, changes
+from .folder import BAD_ROWS, changes, refuse_others
+from .integrity import SHOWN, log_problems, shard_problem, total
 from .manifest import MANIFEST, Manifest
-from .store import damage, total
 
 DAMAGED = "damaged"
 
@@ -34,34 +32,33 @@ def verify(folder: Path) -> list[str]:
 
     Raises DataError if the folder holds no labels.
     """
-    problems = []
-    for manifest in manifests(folder):
-        problems += [f"{manifest.path}, line {number}, differs from its checksum" for number in manifest.damaged]
-        if manifest.finished is None:
-            problems.append(f"{manifest.path} is not finished: repeat its command")
-        for _, found in _shard_problems(manifest):
-            problems.append(found)
-        problems += _gaps(manifest)
+    problems, found = [], manifests(folder)
+    for manifest in found:
+        problems += [*log_problems(manifest), *(problem for _, problem in _shard_problems(manifest))]
+    if all(manifest.finished for manifest in found):
+        listed = {shard["file"] for manifest in found for shard in manifest.shards.values()}
+        files = (file for file in sorted(folder.glob("labels-*.parquet")) if file.name not in listed)
+        problems += [f"{file} is in no log: remove it" for file in files]
     return problems
 
 
-def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], dict[str, Any] | None]:
+def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], list[dict[str, Any] | None]]:
     """Move damaged shards aside (folder `damaged`) and take them, and damaged lines, out of the log.
 
-    Returns: what was dropped, or would be with dry_run, and the recorded request that regenerates it; None if the
-    labels were not made by the command line.
+    Returns: what was dropped, or would be with dry_run, and the recorded requests that regenerate it, one per log; None
+    for labels that the command line did not make.
     """
     dropped: list[str] = []
-    request = None
+    requests: list[dict[str, Any] | None] = []
     for manifest in manifests(folder):
-        problems = dict(_shard_problems(manifest))
-        lost = bool(manifest.damaged) or manifest.finished is None
+        problems, lost = dict(_shard_problems(manifest)), list(log_problems(manifest))
         if not problems and not lost:
             continue
-        dropped += [*problems.values(), *([f"{manifest.path}: unfinished or damaged"] if lost else [])]
-        request = manifest.header["request"]
+        dropped += [*problems.values(), *lost]
+        requests.append(manifest.header["request"])
         if dry_run:
             continue
+        refuse_links(manifest.path, folder / DAMAGED)
         with writer_lock(manifest.path):
             for k in problems:
                 file = folder / manifest.shards[k]["file"]
@@ -69,7 +66,7 @@ def repair(folder: Path, *, dry_run: bool = False) -> tuple[list[str], dict[str,
                     (folder / DAMAGED).mkdir(exist_ok=True)
                     os.replace(file, folder / DAMAGED / file.name)
             manifest.append("dropped", shards=list(problems))
-    return dropped, request
+    return dropped, requests
 
 
 def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
@@ -83,17 +80,14 @@ def merge(out: Path, parts: list[Path]) -> dict[str, Any]:
     if not logs:
         raise DataError(f"{', '.join(map(str, folders))}: no part of a job array (manifest-I-of-N.jsonl).")
     _check_parts(logs)
-    shards = {k: (log.path.parent, shard) for log in logs for k, shard in log.shards.items()}
-    if missing := sorted(set(range(max(shards, default=-1) + 1)) - set(shards)):
-        raise DataError(f"the parts are missing the shards {', '.join(map(str, missing[:10]))}: a part is incomplete.")
-    out.mkdir(parents=True, exist_ok=True)
+    refuse_others(out)
+    shards = {k: (log, shard) for log in logs for k, shard in log.shards.items()}
     with writer_lock(out / MANIFEST):
         merged = Manifest.read(out / MANIFEST)
         if merged.headers:
             raise DataError(f"{out} already holds labels ({MANIFEST}). Choose another folder.")
         for k in sorted(shards):
-            folder, shard = shards[k]
-            _copy(folder, out, shard)
+            _copy(*shards[k], out)
         totals = _finish(merged, logs, [shards[k][1] for k in sorted(shards)])
         for log in logs:
             if log.path.parent == out.resolve():
@@ -109,6 +103,7 @@ def _finish(merged: Manifest, logs: list[Manifest], shards: list[dict[str, Any]]
     merged.shards = {shard["shard"]: shard for shard in shards}
     merged.finished = total(shards) | {"bad_rows": first.finished["bad_rows"] if first.finished else 0}
     bad = first.path.parent / BAD_ROWS
+    refuse_links(bad)
     if bad.exists() and bad.parent != out.resolve():
         write_durably(out / BAD_ROWS, bad.read_bytes())
     write_durably(out / CARD, card(merged.header, merged.finished).encode())
@@ -120,7 +115,7 @@ def _check_parts(logs: list[Manifest]) -> None:
     first = logs[0]
     _, n = first.part or (0, 1)
     for log in logs:
-        if log.finished is None or log.damaged:
+        if log.finished is None:
             raise DataError(f"{log.path} is not finished: repeat its command, then merge.")
         if log.header["generation"] != first.header["generation"] or len(log.headers) > 1:
             changed = changes(first.header["settings"], log.header["settings"])
@@ -130,15 +125,19 @@ def _check_parts(logs: list[Manifest]) -> None:
     numbers = [(log.part or (0, 1))[0] for log in logs]
     if twice := sorted({i for i in numbers if numbers.count(i) > 1}):
         raise DataError(f"part {twice[0]} of {n} is given {numbers.count(twice[0])} times: give each part once.")
-    if missing := sorted(set(range(n)) - set(numbers)):
+    if missing := list(islice((i for i in range(n) if i not in numbers), SHOWN)):
         raise DataError(
-            f"{len(numbers)} of {n} parts found; missing: {', '.join(f'{i}/{n}' for i in missing[:10])}. "
+            f"{len(numbers)} of {n} parts found; missing: {', '.join(f'{i}/{n}' for i in missing)}. "
             "Run them, or name their folders."
         )
+    for log in logs:
+        if problem := next(log_problems(log), None):
+            raise DataError(f"{problem}. Repair that part first: rlkd data repair {log.path.parent}")
 
 
-def _copy(folder: Path, out: Path, shard: dict[str, Any]) -> None:
-    if problem := damage(folder, shard):
+def _copy(log: Manifest, shard: dict[str, Any], out: Path) -> None:
+    folder = log.path.parent
+    if problem := shard_problem(log, shard):
         raise DataError(f"{problem}. Repair that part first: rlkd data repair {folder}")
     if folder != out.resolve():
         write_durably(out / shard["file"], (folder / shard["file"]).read_bytes())
@@ -146,36 +145,8 @@ def _copy(folder: Path, out: Path, shard: dict[str, Any]) -> None:
 
 def _shard_problems(manifest: Manifest) -> list[tuple[int, str]]:
     """(shard, problem) of every shard with a file that does not match the log."""
-    folder = manifest.path.parent
-    found = []
-    for k, shard in sorted(manifest.shards.items()):
-        if problem := damage(folder, shard) or _wrong_rows(folder, shard, manifest):
-            found.append((k, problem))
-    return found
-
-
-def _wrong_rows(folder: Path, shard: dict[str, Any], manifest: Manifest) -> str | None:
-    """The problem, unless the rows are those of the shard's block, in order, each as often as it has labels."""
-    file = folder / shard["file"]
-    try:
-        rows = pq.read_table(file, columns=["row"]).column("row").to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        return f"{file} is not readable: {str(error).splitlines()[0]}"
-    each = shard["rows"] // max(shard["inputs"], 1)
-    first = shard["shard"] * manifest.header["rows_per_shard"]
-    wanted = [first + i for i in range(shard["inputs"]) for _ in range(each)]
-    return (
-        None if rows == wanted else f"{file} does not hold the labels of rows {first} .. {first + shard['inputs'] - 1}"
-    )
-
-
-def _gaps(manifest: Manifest) -> list[str]:
-    """Shards that are missing from a log."""
-    i, n = manifest.part or (0, 1)
-    size, inputs = manifest.header["rows_per_shard"], manifest.header["scan"].get("rows")
-    last = -(-inputs // size) if inputs else max(manifest.shards, default=-1) + 1
-    missing = [k for k in range(i, last, n) if k not in manifest.shards]
-    return [f"{manifest.path} lacks the shards {', '.join(map(str, missing[:10]))}"] if missing else []
+    found = ((k, shard_problem(manifest, shard)) for k, shard in sorted(manifest.shards.items()))
+    return [(k, problem) for k, problem in found if problem]
 
 
 def part_of(text: str) -> tuple[int, int]:

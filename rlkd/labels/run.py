@@ -21,27 +21,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..data.flaws import FlawCounts
 from ..errors import DivergenceError, InterruptedRunError, RlkdError
 from ..io.cards import CARD
 from ..io.files import write_durably
 from ..io.lock import Stop
 from ..io.progress import progress
-from ..models.vocabulary import encode_texts
+from ..io.redaction import redacted
+from ..io.versions import VARIABLES, changed_versions, code_digest, describe_machine, variables
+from ..models.digests import tokenizer_digest
+from ..models.languages import languages_of
+from ..models.spec import default_device
+from ..models.vocabulary import encode_texts, vocabulary_record
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.agreement import agreement
 from ..sampling.engines.protocol import Decoding, Engine
 from ..sampling.schedule import Budget
 from .card import card
-from .folder import BAD_ROWS, changes, check_output, clear, refuse
+from .folder import BAD_BATCH, BAD_ROWS, changes, check_output, clear, refuse
+from .integrity import damage, total
 from .labelling import Labeller, PromptReader, StoppedError
-from .manifest import FORMAT, Manifest
+from .manifest import FORMAT, Manifest, partial_name, shard_name
 from .options import RunOptions
 from .sources import Source
-from .store import damage, partial_name, read_partial, shard_name, summarise, total, write_labels
+from .store import read_partial, summarise, write_labels
 
 logger = logging.getLogger(__name__)
 
-BAD_BATCH = "not_finite.jsonl"
 AGREEMENT_PROMPTS, AGREEMENT_TOKENS = 100, 32
 
 
@@ -77,25 +83,31 @@ class Run:
     def header(self) -> dict[str, Any]:
         """First line of the log."""
         options = self.options
-        settings = {
-            "source": self.source.identity(),
-            "templates": [[name, key, _digest(text)] for name, key, text in self.source.templates],
-            "engine": self.engine.name,
-            **self.engine.identity(),
-            "max_input_tokens": self.teacher.max_input_tokens,
-            "append_eos": self.teacher.append_eos,
-            "on_long": options.on_long,
-            **self._decoding_settings(),
-        }
+        settings = redacted(
+            {
+                "source": self.source.identity(),
+                "templates": template_settings(self.source.templates),
+                "engine": self.engine.name,
+                **self.engine.identity(),
+                "tokenizer": tokenizer_digest(self.teacher.tokenizer),
+                "max_input_tokens": self.teacher.max_input_tokens,
+                "append_eos": self.teacher.append_eos,
+                **languages_of(self.teacher.tokenizer),
+                "on_long": options.on_long,
+                **self._decoding_settings(),
+            }
+        )
         return {
             "format": FORMAT,
             "generation": _digest(json.dumps(settings, sort_keys=True)),
             "settings": settings,
+            "vocabulary": vocabulary_record(self.teacher.tokenizer),
             "rows_per_shard": max(options.shard_rows // self.labels_per_row, 1),
             "part": list(options.part) if options.part else None,
             "scan": self.source.scan,
             "packages": packages(),
-            "request": options.request,
+            "environment": {"rlkd's code": code_digest(), **describe_machine(default_device()), **variables()},
+            "request": redacted(options.request),
         }
 
     def _decoding_settings(self) -> dict[str, Any]:
@@ -127,6 +139,11 @@ class Run:
                 f"  shard_rows, templates or labels_per_input: {old['rows_per_shard']} input rows per shard -> "
                 f"{header['rows_per_shard']}"
             ]
+            if other := changed_versions(*(_surroundings(found) for found in (old, header))):
+                logger.warning(
+                    "%s was begun by other versions or another machine: %s. Labels may differ in places from those of "
+                    "one run", self.out, ", ".join(other),
+                )  # fmt: skip
             if old["rows_per_shard"] != header["rows_per_shard"]:
                 refuse(self.out, layout + changed, "")
             if changed and not self.options.allow_config_change:
@@ -135,8 +152,9 @@ class Run:
                 return
             logger.warning("%s: continuing with changed settings:\n%s", self.out, "\n".join(changed))
         if self.source.bad_rows:
-            lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in self.source.bad_rows]
-            write_durably(self.out / BAD_ROWS, "".join(lines).encode())
+            lines = [json.dumps(bad, ensure_ascii=False, default=str) + "\n" for bad in self.source.bad_rows]
+            # Half a surrogate pair is escaped as JSON does it.
+            write_durably(self.out / BAD_ROWS, "".join(lines).encode("utf-8", "backslashreplace"))
         if not self.engine.exact and self.reference and (measured := self._agreement(self.reference)):
             header["agreement"] = measured
         manifest.append("header", **header)
@@ -183,7 +201,7 @@ class Run:
     def _make(self, manifest: Manifest, before: int) -> None:
         """Compute and commit the shards that are not in the log."""
         i, n = self.options.part or (0, 1)
-        identity = self.engine.identity()
+        identity = redacted(self.engine.identity())
         made = (str(identity.get("teacher")), identity.get("revision") or identity.get("teacher_weights"))
         size, expected = self.header["rows_per_shard"], self._expected()
         with Stop() as stop, progress(expected, before, quiet=self.options.quiet) as advance, _frozen_heap():
@@ -215,6 +233,8 @@ class Run:
 
     def _commit(self, manifest: Manifest, k: int, rows: list[PromptedRow], labels: list[PseudoLabel]) -> None:
         checksum = write_labels(self.out / shard_name(k), labels, top_k=self.top_k)
+        flaws = FlawCounts()
+        flaws.add_rows(rows, [name for name, *_ in self.source.templates])
         manifest.append(
             "shard",
             shard=k,
@@ -225,6 +245,7 @@ class Run:
             sha256=checksum,
             generation=self.header["generation"],
             **summarise(labels),
+            **({"flaws": counted} if (counted := flaws.to_json()) else {}),
         )
         (self.out / partial_name(k)).unlink(missing_ok=True)
 
@@ -272,6 +293,15 @@ def _frozen_heap() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def template_settings(templates: list[tuple[str, str, str]]) -> list[list[str]]:
+    """(name, id, fingerprint) of templates as the log has them."""
+    return [[name, key, _digest(text)] for name, key, text in templates]
+
+
+def _surroundings(header: dict[str, Any]) -> dict[str, Any]:
+    return {**dict.fromkeys(VARIABLES), **header["packages"], **header.get("environment", {})}
 
 
 def packages() -> dict[str, str]:

@@ -16,8 +16,11 @@ import pyarrow.parquet as pq
 
 from ..data.rows import read_parquet
 from ..errors import DataError
-from ..io.files import sha256, write_durably
+from ..io.files import write_durably
+from ..io.provenance import attach
 from ..records import PseudoLabel
+from .integrity import STATUSES, finished_manifest, shard_problem
+from .integrity import damage as damage
 from .manifest import MANIFEST, Manifest
 
 SCHEMA = pa.schema(
@@ -47,17 +50,8 @@ SCHEMA = pa.schema(
     }
 )
 TOP_K = pa.schema({"top_ids": pa.list_(pa.list_(pa.int32())), "top_logps": pa.list_(pa.list_(pa.float32()))})
-STATUSES = ("ok", "skipped", "failed")
 MOST_REASONS = 20
 LONGEST_REASON = 200
-
-
-def shard_name(k: int) -> str:
-    return f"labels-{k:05d}.parquet"
-
-
-def partial_name(k: int) -> str:
-    return f"partial-{k:05d}.parquet"
 
 
 def write_labels(
@@ -109,40 +103,17 @@ def reason(error: str) -> str:
     return error.splitlines()[0][:LONGEST_REASON] if error else "unknown"
 
 
-def total(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sums of what `summarise` counted in each shard."""
-    sums: dict[str, Any] = {"shards": len(shards), "inputs": 0, "rows": 0, "truncated": 0, "tokens": 0}
-    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "finish", "reasons")}
-    templates: dict[str, Counter[str]] = {}
-    for shard in shards:
-        for name in ("inputs", "rows", "truncated", "tokens"):
-            sums[name] += shard[name]
-        for name, counter in counts.items():
-            counter.update(shard[name])
-        for name, by_status in shard["templates"].items():
-            templates.setdefault(name, Counter()).update(by_status)
-    sums |= {name: dict(counter) for name, counter in counts.items()}
-    return sums | {"templates": {name: dict(counter) for name, counter in templates.items()}}
-
-
-def damage(folder: Path, shard: dict[str, Any]) -> str | None:
-    """What is wrong with the file of a shard; None if it is as it was committed."""
-    file = folder / shard["file"]
-    if not file.is_file():
-        return f"{file} is missing"
-    return None if sha256(file) == shard["sha256"] else f"{file} differs from its checksum"
-
-
 def load_pseudolabels(path: str | Path, *, statuses: tuple[str, ...] | None = ("ok",)) -> datasets.Dataset:
     """The rows of a finished folder in input order, columns as in PseudoLabel; statuses=None for all of them.
 
-    Raises: DataError if the run is unfinished, a shard is missing or differs from its checksum, or columns are missing.
+    Raises: DataError if the run is unfinished, its log is damaged or has gaps, a shard is missing or differs from its
+    checksum, or columns are missing.
     """
     folder = Path(path)
     manifest = finished_manifest(folder)
     shards = [manifest.shards[k] for k in sorted(manifest.shards)]
     for shard in shards:
-        if problem := damage(folder, shard):
+        if problem := shard_problem(manifest, shard):
             raise DataError(f"{problem}. Regenerate only that shard: rlkd data repair {folder}")
     rows = read_parquet([folder / shard["file"] for shard in shards])
     wanted = [field.name for field in fields(PseudoLabel) if field.name not in TOP_K.names]
@@ -151,28 +122,24 @@ def load_pseudolabels(path: str | Path, *, statuses: tuple[str, ...] | None = ("
             f"{folder} lacks the columns {', '.join(missing)}; found {', '.join(rows.column_names)}. "
             "Generate the labels again."
         )
-    if statuses is None:
-        return rows
-    return datasets.Dataset(rows.data.table.filter(pc.is_in(rows.data.table["status"], pa.array(list(statuses)))))
+    if statuses is not None:
+        rows = datasets.Dataset(rows.data.table.filter(pc.is_in(rows.data.table["status"], pa.array(list(statuses)))))
+    attach(rows, [_origin(folder, header) for header in manifest.headers])
+    return rows
+
+
+def _origin(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Where the labels of one generation come from, JSON-able."""
+    return {
+        "folder": str(folder),
+        "generation": header["generation"],
+        "dataset": (header.get("request") or {}).get("dataset"),
+        "vocabulary": header.get("vocabulary"),
+        "settings": header["settings"],
+    }
 
 
 def labels_finished(path: str | Path) -> bool:
-    """Whether the folder holds finished labels."""
-    return Manifest.read(Path(path) / MANIFEST).finished is not None
-
-
-def finished_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished folder. Raises DataError with what to do if it is not finished."""
-    manifest = Manifest.read(folder / MANIFEST)
-    if manifest.finished is None:
-        if parts := sorted(file.name for file in folder.glob("manifest-*-of-*.jsonl")):
-            raise DataError(
-                f"{folder} holds {len(parts)} parts of a job array ({', '.join(parts[:4])}). "
-                f"Merge them once all are finished: rlkd data merge {folder}"
-            )
-        state = "an unfinished run: repeat its command to finish it" if manifest.headers else "no labels"
-        raise DataError(
-            f"{folder} has no finished {MANIFEST}, so it contains {state}. "
-            f"Labels are written by: rlkd generate-pseudolabels --out {folder}"
-        )
-    return manifest
+    """Whether the folder holds finished labels. Raises DataError if its log is damaged."""
+    folder = Path(path)
+    return Manifest.read(folder / MANIFEST).finished is not None and bool(finished_manifest(folder))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from .encoder_decoder import BART_FAMILY, NOISE, T5_FAMILY, EncoderDecoder, check_precision
+from .encoder_decoder import BART_FAMILY, M2M_FAMILY, NOISE, T5_FAMILY, EncoderDecoder, check_precision
+from .generation import check_supported
 from .language_model import LanguageModel
 from .vocabulary import check_vocabulary_fits, valid_vocab
 
@@ -43,7 +44,7 @@ class Architecture:
 LANGUAGE_MODELS: dict[str, Architecture] = {
     "encoder-decoder": Architecture(
         wrap=EncoderDecoder,
-        model_types=T5_FAMILY + BART_FAMILY,
+        model_types=T5_FAMILY + BART_FAMILY + M2M_FAMILY,
         is_encoder_decoder=True,
         auto_class="AutoModelForSeq2SeqLM",
         lora_task_type="SEQ_2_SEQ_LM",
@@ -76,10 +77,12 @@ def _is_encoder_decoder(config: Any) -> bool:
 def language_model(model: Any, tokenizer: Any) -> LanguageModel:
     """A transformers model (possibly PEFT-wrapped) as rlkd uses it, over the ids of its tokenizer.
 
-    Raises ModelError if no architecture takes the model, or the tokenizer has ids that its embedding lacks.
+    Raises ModelError if no architecture takes the model, the tokenizer has ids that its embedding lacks, or its
+    generation_config has settings that rlkd does not apply.
     """
     name = getattr(model.config, "name_or_path", None) or type(model).__name__
     architecture = architecture_of(model.config, "model", name)
     size = valid_vocab(tokenizer)
     check_vocabulary_fits(model.config, size, "model", name)
+    check_supported(model.generation_config, "model", name)
     return architecture.wrap(model, size)

@@ -12,10 +12,12 @@ from ..errors import ModelError
 from ..tensors import length_mask, pad_rows, pad_stack
 from .batching import batches_by_length, padding_allowed
 from .compat import cache_name, own_generation_config
+from .generation import AnswerRules, read_rules
 from .heads import Head
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 BART_FAMILY = ("bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "led")
+M2M_FAMILY = ("m2m_100",)  # BART with computed positions and no bias on its logits; NLLB, too
 # Configuration fields that make a forward in training mode random.
 NOISE = (
     "dropout_rate",
@@ -58,18 +60,24 @@ class EncoderDecoder:
         return next(self.model.parameters()).device
 
     @property
+    def rules(self) -> AnswerRules:
+        """What the checkpoint's generation_config says of answers. Raises ModelError as `read_rules` does."""
+        name = getattr(self.config, "name_or_path", None) or type(self.model).__name__
+        rules = read_rules(self.config, self.model.generation_config, "model", name, self.config.vocab_size)
+        return rules.within(self.valid_vocab)
+
+    @property
     def start_id(self) -> int:
         """The decoder's input before the first token of an answer. T5's is the padding token."""
-        return int(self.config.decoder_start_token_id)
+        return self.rules.start_id
 
     @property
     def eos_id(self) -> int:
-        eos = self.config.eos_token_id
-        return int(eos[0] if isinstance(eos, list) else eos)
+        return self.rules.eos_ids[0]
 
     @property
     def pad_id(self) -> int:
-        return int(self.config.pad_token_id)
+        return self.rules.pad_id
 
     @property
     def width(self) -> int:
@@ -89,7 +97,7 @@ class EncoderDecoder:
         # BART adds a buffer to its logits; T5's head has no bias.
         bias = getattr(base, "final_logits_bias", None)
         bias = projection.bias if bias is None else bias.view(-1)
-        return Head(weight, bias, _output_scale(base.config), self.valid_vocab)
+        return Head(weight, bias, _output_scale(base.config), self.valid_vocab, self.rules)
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool."""
@@ -101,7 +109,7 @@ class EncoderDecoder:
         for rows in batches_by_length([len(p) for p in prompts], batch_tokens, padding_allowed(self.device)):
             ids, mask = pad_rows([prompts[i] for i in rows], self.pad_id, self.device)
             for i, state, n in zip(rows, self.encode(ids, mask), mask.sum(1).tolist(), strict=True):
-                states[i] = state[:n]  # without padding, so that a state does not depend on its batch
+                states[i] = state[:n]
         return states  # type: ignore[return-value]
 
     def hidden(self, states: Tensor, mask: Tensor, answer_ids: Tensor) -> Tensor:
@@ -151,7 +159,10 @@ class EncoderDecoder:
         """As in LanguageModel."""
         from transformers import GenerationConfig
 
-        ids, mask = pad_rows(prompts, self.pad_id, self.device)
+        rules = self.rules
+        ids, mask = pad_rows(prompts, rules.pad_id, self.device)
+        # Rows beyond the tokenizer (T5 pads its embedding) are not tokens.
+        banned = [*rules.banned, *range(self.valid_vocab, self.config.vocab_size)]
         with own_generation_config(self.model):
             sequences = self.model.generate(
                 input_ids=ids,
@@ -161,15 +172,24 @@ class EncoderDecoder:
                     num_return_sequences=num_answers,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
-                    decoder_start_token_id=self.start_id,
-                    eos_token_id=self.eos_id,
-                    pad_token_id=self.pad_id,
-                    # Rows beyond the tokenizer (T5 pads its embedding) are not tokens.
-                    suppress_tokens=list(range(self.valid_vocab, self.config.vocab_size)) or None,
+                    decoder_start_token_id=rules.start_id,
+                    eos_token_id=list(rules.eos_ids),
+                    pad_token_id=rules.pad_id,
+                    forced_bos_token_id=rules.first,
+                    forced_eos_token_id=rules.last,
+                    suppress_tokens=banned or None,
+                    begin_suppress_tokens=list(rules.banned_at_start) or None,
+                    bad_words_ids=list(map(list, rules.banned_phrases)) or None,
+                    min_new_tokens=rules.min_tokens or None,
+                    no_repeat_ngram_size=rules.ngram or None,
+                    length_penalty=rules.length_penalty,
+                    early_stopping=rules.early_stopping,
                 ),
             )
         answers = sequences[:, 1:].tolist()  # without the start token
-        return [row[: row.index(self.eos_id) + 1] if self.eos_id in row else row for row in answers]
+
+        ends = [next((i for i, t in enumerate(row) if t in rules.eos_ids), len(row)) for row in answers]
+        return [row[: end + 1] for row, end in zip(answers, ends, strict=True)]
 
 
 class _Decoding:

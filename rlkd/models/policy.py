@@ -15,6 +15,8 @@ from ..objectives.policy import token_statistics
 from ..tensors import unpack
 from .heads import TokenFunction
 from .language_model import LanguageModel
+from .loading import load_pretrained
+from .saving import save_student
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 
@@ -61,7 +63,9 @@ class Policy(nn.Module):
         """
         hidden = self.lm.answer_hidden(self._prompt_states(input_ids, input_mask), answer_ids, answer_mask)
         token_args = tuple(a[answer_mask] for a in token_args)
-        outputs = self.lm.head().map(statistics, hidden, answer_ids[answer_mask], *token_args)
+        head = self.lm.head()
+        limits = head.rules.limits(answer_ids, answer_mask)
+        outputs = head.map(statistics, hidden, answer_ids[answer_mask], *token_args, limits=limits)
         values = (
             torch.zeros_like(outputs[0])
             if self.value_head is None
@@ -87,7 +91,7 @@ class Policy(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the bare student as `from_pretrained` loads it."""
-        self.student.save_pretrained(folder)
+        save_student(self.student, folder)
 
     def save_value_head(self, folder: str | Path) -> None:
         """Write the critic, if there is one, next to a saved student."""
@@ -108,7 +112,8 @@ class Policy(nn.Module):
 
             set_peft_model_state_dict(self.student, load_peft_weights(str(folder), device=str(device)))
         else:
-            loaded = type(self.student).from_pretrained(folder, dtype=next(self.student.parameters()).dtype)
+            config, dtype = copy.deepcopy(self.config), next(self.student.parameters()).dtype
+            loaded = load_pretrained(type(self.student), str(folder), "student", config=config, dtype=dtype)
             self.student.load_state_dict(loaded.state_dict())
         if self.value_head is not None:
             self.value_head.load_state_dict(load_file(Path(folder) / VALUE_HEAD_FILE, device=str(device)))

@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from .adapters import Adapter
+    from .generation import AnswerRules
     from .language_model import LanguageModel
     from .teacher import Teacher
 
@@ -25,6 +27,7 @@ class ModelSource(Protocol):
     device      where it computes: `cpu`, `cuda`, `cuda:1` ...; None: the CPU
     quantized   whether bitsandbytes has rounded, or will round, its weights
     adapted     whether it has PEFT adapters
+    rules       what its checkpoint says of answers
     """
 
     @property
@@ -37,6 +40,8 @@ class ModelSource(Protocol):
     def quantized(self) -> bool: ...
     @property
     def adapted(self) -> bool: ...
+    @property
+    def rules(self) -> AnswerRules: ...
 
     def language_model(self, device: str | None = None) -> LanguageModel:
         """The model with its weights; `device`, where weights that are not loaded yet go instead of `self.device`."""
@@ -58,6 +63,9 @@ class ModelSpec:
     quantization  bitsandbytes' settings (`models.loading.quantization_config`), or None
     attention     transformers' name of the attention implementation; None: its default
     device        where the weights go; None: where they load. bitsandbytes places quantized weights itself
+    allow_bin     load pickled weights (.bin) where there are no safetensors
+    keep_adapter  an adapter is trained further, not merged into its base
+    src_lang, tgt_lang    languages of prompts and answers, for models that translate; None: the checkpoint's
     """
 
     name: str
@@ -67,15 +75,29 @@ class ModelSpec:
     quantization: Any = None
     attention: str | None = None
     device: str | None = None
+    allow_bin: bool = False
+    keep_adapter: bool = False
+    src_lang: str | None = None
+    tgt_lang: str | None = None
 
     @cached_property
     def config(self) -> Any:
-        """The configuration. Raises ModelError if there is none, or if such a model cannot take the role."""
-        from .loading import check_config, load_config, resolve_dtype
+        """The configuration. Raises ModelError if there is none, if such a model cannot take the role, or if its files
+        are damaged.
+        """
+        from .loading import check_config, check_saved_weights, load_config, resolve_dtype
 
         config = load_config(self.name, self.role, self.revision)
         check_config(config, self.role, self.name, resolve_dtype(self.dtype, f"{self.role}_dtype"))
+        check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
         return config
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The adapter that it is, None for a whole model. Raises ModelError if its base is gone or has changed."""
+        from .adapters import adapter_of
+
+        return adapter_of(self.name, self.role, self.revision)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -93,9 +115,23 @@ class ModelSpec:
         check_vocabulary_fits(config, size, self.role, self.name)
         return size
 
+    @cached_property
+    def rules(self) -> AnswerRules:
+        """What the checkpoint says of answers, in the language asked for. Raises ModelError if that cannot be read or
+        applied.
+        """
+        from .generation import check_supported, load_generation_config, read_rules
+        from .languages import in_languages
+
+        generation = load_generation_config(self.name, self.role, self.revision)
+        check_supported(generation, self.role, self.name)
+        rules = read_rules(self.config, generation, self.role, self.name, self.config.vocab_size)
+        rules = rules.within(self.valid_vocab)
+        return in_languages(rules, self.tokenizer, self.src_lang, self.tgt_lang, self.role, self.name)
+
     def check(self) -> None:
         """Checks everything that needs no weights. Raises ModelError."""
-        _ = self.config, self.valid_vocab
+        _ = self.config, self.valid_vocab, self.rules
 
     @property
     def quantized(self) -> bool:
@@ -103,7 +139,7 @@ class ModelSpec:
 
     @property
     def adapted(self) -> bool:
-        return False
+        return self.adapter is not None and (self.keep_adapter or self.quantized)
 
     def load(self, device: str | None = None) -> Any:
         """The transformers model. Raises ModelError if the checkpoint lacks weights, and as `config` does."""
@@ -116,7 +152,12 @@ class ModelSpec:
             revision=self.revision,
             attention=self.attention,
             quantization=self.quantization,
+            allow_bin=self.allow_bin,
+            keep_adapter=self.keep_adapter,
         )
+        if self.tgt_lang is not None:  # a saved student keeps it
+            model.generation_config.forced_bos_token_id = self.rules.first
+            model.generation_config.decoder_start_token_id = self.rules.start_id
         where = device or self.device
         return model if where is None or self.quantized else model.to(where)
 
@@ -157,6 +198,12 @@ class LoadedModel:
     def adapted(self) -> bool:
         return hasattr(self.lm.model, "get_base_model")
 
+    @property
+    def rules(self) -> AnswerRules:
+        from .generation import rules_of
+
+        return rules_of(self.lm)
+
     def language_model(self, device: str | None = None) -> LanguageModel:
         return self.lm
 
@@ -176,6 +223,10 @@ class TeacherSpec:
     def tokenizer(self) -> Any:
         return self.model.tokenizer
 
+    @property
+    def rules(self) -> AnswerRules:
+        return self.model.rules
+
     def load(self) -> Teacher:
         """The teacher in PyTorch. Raises as `ModelSpec.language_model` does."""
         from .teacher import Teacher
@@ -189,13 +240,17 @@ class TeacherSpec:
 
 
 def check_pair(teacher: ModelSpec, student: ModelSpec) -> int:
-    """V of two models with the same vocabulary. Raises ModelError unless they do, or if one cannot take its role."""
+    """V of two models with the same vocabulary, whose answers begin and end alike. Raises ModelError unless they do, or
+    if one cannot take its role.
+    """
+    from .generation import check_same_format
     from .vocabulary import check_same_vocabulary, check_vocabulary_fits
 
     configs = [spec.config for spec in (teacher, student)]
     size = check_same_vocabulary(teacher.tokenizer, student.tokenizer, teacher.name, student.name)
     for spec, config in zip((teacher, student), configs, strict=True):
         check_vocabulary_fits(config, size, spec.role, spec.name)
+    check_same_format(teacher.rules, student.rules, (teacher.name, student.name))
     return size
 
 

@@ -1,6 +1,6 @@
 """The frozen teacher: it generates labels and scores the students' answers.
 
-Scoring is one teacher-forced forward per answer. The states of prompts are cached, rows are batched by length, only
+Scoring is one teacher-forced forward per answer. The states of prompts are cached, answers are batched by length, only
 valid tokens reach the head, and the head runs in chunks: logits [B, R, V] never exist.
 """
 
@@ -21,6 +21,7 @@ from ..errors import DivergenceError, ModelError
 from ..objectives.rewards import average_templates, token_scores
 from ..records import TeacherSignal, given
 from ..tensors import unpack
+from .generation import AnswerRules, rules_of
 from .heads import HeadOverStates
 from .language_model import LanguageModel
 from .signals import SIGNAL
@@ -51,7 +52,7 @@ class PromptCache:
         size = state.numel() * state.element_size()
         if size > self.max_bytes or key in self._states:
             return
-        # A row sliced from a padded batch would keep the whole batch alive.
+        # A slice of a larger tensor would keep all of it alive.
         self._states[key] = state.clone()
         self.bytes += size
         while self.bytes > self.max_bytes:
@@ -89,23 +90,34 @@ class Teacher:
         self.cache = PromptCache(self.cache_bytes)
 
     @property
+    def rules(self) -> AnswerRules:
+        """What its checkpoint says of answers."""
+        return rules_of(self.lm)
+
+    @property
     def model(self) -> Any:
         """The transformers model."""
         return self.lm.model
 
     def prompt_states(self, texts: list[str]) -> list[Tensor]:
-        """The state of each text as a prompt; only those that are not in the cache are computed."""
+        """The state of each text as a prompt; only those that are not in the cache are computed.
+
+        Each is computed alone. In a batch its last bits would depend on the other prompts and their padding, so on
+        what the cache held: a resumed run, whose cache is empty, would not be the run that it continues.
+        """
         keys = [
             tuple(ids) for ids in encode_texts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.append_eos)
         ]
-        states = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
-        missing = [key for key, state in states.items() if state is None]
-        with torch.no_grad():
-            made = self._in_memory(lambda tokens: self.lm.prompt_states([list(k) for k in missing], tokens))
-            for key, state in zip(missing, made, strict=True):
-                states[key] = state
-                self.cache.put(key, state)
-        return [states[key] for key in keys]  # type: ignore[misc]
+        states = {key: self._prompt_state(key) for key in dict.fromkeys(keys)}
+        return [states[key] for key in keys]
+
+    @torch.no_grad()
+    def _prompt_state(self, prompt: tuple[int, ...]) -> Tensor:
+        state = self.cache.get(prompt)
+        if state is None:
+            (state,) = self._in_memory(lambda tokens: self.lm.prompt_states([list(prompt)], tokens))
+            self.cache.put(prompt, state)
+        return state
 
     @torch.no_grad()
     def score(
@@ -137,7 +149,10 @@ class Teacher:
             return combined
         # The head is linear: the mean of its inputs gives the mean of the logits.
         mixed: Any = sum(per_template) / len(per_template) if len(per_template) > 1 else per_template[0]
-        return replace(combined, distribution=HeadOverStates(unpack(mixed, answer_mask), self.lm.head()))
+        head = self.lm.head()
+        limits = head.rules.limits(answer_ids, answer_mask)
+        given_limits = None if limits is None else unpack(limits, answer_mask)
+        return replace(combined, distribution=HeadOverStates(unpack(mixed, answer_mask), head, given_limits))
 
     @torch.no_grad()
     def alternatives(self, distribution: HeadOverStates, answer_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -151,7 +166,8 @@ class Teacher:
             values, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
             return (*ids.unbind(-1), *values.unbind(-1))
 
-        outputs = distribution.head.map(best, distribution.states[answer_mask])
+        limits = None if distribution.limits is None else distribution.limits[answer_mask]
+        outputs = distribution.head.map(best, distribution.states[answer_mask], limits=limits)
         columns = [unpack(column, answer_mask) for column in outputs]
         half = len(columns) // 2
         return torch.stack(columns[:half], -1), torch.stack(columns[half:], -1)
@@ -185,7 +201,8 @@ class Teacher:
             ) from error
 
     def _signal(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor) -> TeacherSignal:
-        values = self.lm.head().map(token_scores, hidden, answer_ids[mask])
+        head = self.lm.head()
+        values = head.map(token_scores, hidden, answer_ids[mask], limits=head.rules.limits(answer_ids, mask))
         chosen, largest, logsumexp, mean, entropy = (unpack(value, mask) for value in values)
         return TeacherSignal(chosen=chosen, max=largest, logsumexp=logsumexp, mean=mean, entropy=entropy)
 

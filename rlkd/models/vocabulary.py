@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any
 
 from ..errors import ModelError
+from .adapters import adapter_of
+from .folders import AGAIN, check_place, check_tokenizer, explained, has_tokenizer
+from .generation import AnswerRules
+from .languages import has_languages
+
+NO_LIMIT = 2**30  # tokens of a text that is not to be cut
 
 
 def valid_vocab(tokenizer: Any) -> int:
@@ -13,6 +20,16 @@ def valid_vocab(tokenizer: Any) -> int:
     `len(tokenizer)` counts tokens instead, and is too small where ids have holes.
     """
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def vocabulary_record(tokenizer: Any) -> dict[str, Any]:
+    """What token ids mean: {tokens, their number; eos, the id that ends an answer; sha256, a digest of all tokens}.
+    Equal for the same vocabulary whatever class of tokenizer holds it.
+    """
+    digest = sha256()
+    for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{i} {token}\n".encode(errors="surrogatepass"))
+    return {"tokens": len(tokenizer.get_vocab()), "eos": tokenizer.eos_token_id, "sha256": digest.hexdigest()[:16]}
 
 
 def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher: str, student: str) -> int:
@@ -47,13 +64,21 @@ def check_vocabulary_fits(config: Any, valid_vocab: int, role: str, name: str) -
 
 
 def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
-    """The fast tokenizer saved with a model. Raises ModelError if there is none."""
+    """The tokenizer saved with a model; an adapter without one has its base's. Raises ModelError if there is none,
+    or if its files are damaged.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{role} '{name}' has no loadable tokenizer: {str(error).splitlines()[0]}") from error
+    folder, adapter = check_place(name, role), adapter_of(name, role, revision)
+    if adapter is not None and (folder is None or not has_tokenizer(folder)):
+        return load_tokenizer(adapter.base, adapter.base_role, adapter.base_revision)
+    if folder is not None:
+        check_tokenizer(folder, role, name)
+    with explained(role, name, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise ModelError(f"{role} '{name}': its tokenizer has special tokens only, no vocabulary. {AGAIN}")
+    return tokenizer
 
 
 def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:
@@ -72,8 +97,64 @@ def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eo
     return [row or [tokenizer.eos_token_id] for row in rows]
 
 
+def encode_answers(tokenizer: Any, texts: list[str], max_tokens: int, rules: AnswerRules) -> list[list[int]]:
+    """Token ids of each text as a model with these rules writes it, cut to `max_tokens` (end-of-sequence kept)."""
+    rows = tokenizer(
+        # Marian has a vocabulary for each side; translation models mark the language.
+        text_target=texts,
+        truncation=True,
+        max_length=max_tokens,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+    end = tokenizer.eos_token_id
+    if has_languages(tokenizer):  # the first mBART writes the language after the end, for the decoder to start with
+        rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    return [rules.complete(row or [end], max_tokens) for row in rows]
+
+
+class UnknownText:
+    """Finds the pieces of a text that a tokenizer replaces by its unknown token.
+
+    Words that it knows are remembered: tokenizers split texts at white space, so that they need not be looked at again.
+    """
+
+    MOST_WORDS = 1_000_000
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self._known: set[str] = set()
+
+    def __call__(self, text: str) -> tuple[str, ...]:
+        """The pieces, each once, in the order of the text."""
+        if self.tokenizer.unk_token_id is None:
+            return ()
+        new = [word for word in dict.fromkeys(text.split()) if word not in self._known]
+        if not new:
+            return ()
+        pieces = self._pieces(" ".join(new))
+        if len(self._known) > self.MOST_WORDS:
+            self._known.clear()
+        self._known.update(word for word in new if not any(piece in word for piece in pieces))
+        return pieces
+
+    def _pieces(self, text: str) -> tuple[str, ...]:
+        tokenizer, unknown = self.tokenizer, self.tokenizer.unk_token_id
+        options = {"add_special_tokens": False, "truncation": False, "verbose": False}
+        if not tokenizer.is_fast:
+            ids = tokenizer(text, **options)["input_ids"]
+            alone = dict.fromkeys(text.replace(" ", "")) if unknown in ids else {}
+            return tuple(one for one in alone if unknown in tokenizer(one, **options)["input_ids"])
+        found = tokenizer(text, return_offsets_mapping=True, **options)
+        places = [place for place, token in zip(found["offset_mapping"], found["input_ids"], strict=True)
+                  if token == unknown]  # fmt: skip
+        return tuple(dict.fromkeys(piece for start, end in places if (piece := text[start:end].strip())))
+
+
 def decode_texts(tokenizer: Any, rows: list[list[int]]) -> list[str]:
     """The text of each row of token ids, special tokens left out, spaces as they are."""
+    if not tokenizer.is_fast:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     # What tokenizer.decode calls for each row, at a fifth of the time.
     return tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
 
@@ -83,7 +164,20 @@ def token_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
     A character that is spread over several byte tokens comes with the last of them; the others are empty.
     """
+    if not tokenizer.is_fast:
+        return _slow_pieces(tokenizer, ids)
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+
+
+def _slow_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """As `token_pieces`, for a tokenizer written in Python: what each token adds to the text of those before it."""
+    pieces, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        whole = text.startswith(shown) and not text.endswith("\ufffd")  # no half of a character
+        pieces.append(text[len(shown) :] if whole or end == len(ids) else "")
+        shown += pieces[-1]
+    return pieces

@@ -2,8 +2,8 @@
 
 With the teacher's own V as critic the temporal-difference error is delta_t = A_V(s_t, a_t), so GAE
 (Schulman et al. 2016, arXiv 1506.02438, eq. 16) is a discounted sum of A_V itself. lambda is the credit horizon:
-0 is the immediate regret alone (safe, biased), 1 the full return (unbiased, but learns the early end-of-sequence
-shortcut from a weak start).
+0 is the immediate regret alone (biased: what follows is free), 1 the full return (unbiased, but learns the early
+end-of-sequence shortcut from a weak start).
 """
 
 from __future__ import annotations
@@ -113,12 +113,13 @@ def importance_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, kin
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the valid tokens of [B, R]; 0 if returns do not vary. Scalar."""
-    error = (returns - values)[mask]
-    variance = returns[mask].var(unbiased=False)
-    return torch.where(
-        variance > 1e-12, 1 - error.var(unbiased=False) / variance.clamp(min=1e-12), torch.zeros_like(variance)
-    )
+    """1 - Var(returns - values) / Var(returns) over the valid tokens of [B, R]; 0 if returns do not vary by more than
+    rounding (a thousandth of a nat, or a millionth of their size). Scalar.
+    """
+    known = returns[mask].double()
+    variance, error = known.var(unbiased=False), (known - values[mask].double()).var(unbiased=False)
+    varies = variance > torch.maximum(variance.new_tensor(1e-6), 1e-12 * known.square().mean())
+    return torch.where(varies, 1 - error / torch.where(varies, variance, 1.0), 0.0).to(returns.dtype)
 
 
 def regret_per_sequence(advantage_max: Tensor, mask: Tensor) -> Tensor:

@@ -6,32 +6,42 @@ is one entry of ALARMS.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isfinite
 from statistics import mean, median
 from typing import Any
 
 from ..metrics import metric
+from .paired import KEY, Pair
 
 KEPT = 200  # readings of each number that are remembered
 WINDOW = 3  # log lines that are averaged: one noisy line is not an alarm
+SETTING = re.compile(r"\b(?:lam|\w+_\w+)\b")  # a name in an advice
+CHOOSING_LAM = "in small steps (docs/method.md, Choosing lam)"
 USUAL = 5  # readings before a usual value is known
 
 
 class History:
-    """The finite numbers logged so far, by name: the first, and the last `KEPT`."""
+    """The finite numbers logged so far, by name: the first, and the last `KEPT`; for scores also how each evaluation
+    compares with the best one before it (`rlkd.runs.paired`), None where that is not known.
+    """
 
     def __init__(self) -> None:
         self.first: dict[str, float] = {}
         self.values: dict[str, deque[float]] = {}
+        self.pairs: dict[str, deque[Pair | None]] = {}
 
     def add(self, record: Mapping[str, Any]) -> None:
+        pairs = record.get(KEY) or {}
         for name, value in record.items():
             if isinstance(value, (int, float)) and isfinite(value):
                 self.first.setdefault(name, float(value))
                 self.values.setdefault(name, deque(maxlen=KEPT)).append(float(value))
+                self.pairs.setdefault(name, deque(maxlen=KEPT)).append(pairs.get(name.removeprefix("eval_")))
 
     def recent(self, name: str, lines: int = WINDOW) -> float | None:
         """Mean of the last `lines` readings; None if there are fewer."""
@@ -61,18 +71,29 @@ class Alarm:
     """Fires when `measure` is above `threshold` (below it, if `below`).
 
     meaning  one sentence
-    advice   what to change
+    advice   what to change, one remedy each; those that name settings the trainer does not have are left out
     reads    logged names; a record with one of them gives a new reading
     measure  history -> reading, None while there is too little to measure
     """
 
     name: str
     meaning: str
-    advice: str
+    advice: tuple[str, ...]
     reads: tuple[str, ...]
     measure: Callable[[History], Reading | None]
     threshold: float
     below: bool = False
+
+    def advice_for(self, settings: Any = None) -> str:
+        """The remedies as a sentence; those for `settings`, the trainer's arguments, if given."""
+        remedies = [
+            remedy
+            for remedy in self.advice
+            if settings is None or all(hasattr(settings, name) for name in SETTING.findall(remedy))
+        ]
+        *most, last = remedies or self.advice
+        text = f"{', '.join(most)}{',' if len(most) > 1 else ''} or {last}" if most else last
+        return f"{text[0].upper()}{text[1:]}."
 
     def crossed(self, reading: Reading) -> bool:
         """Whether the reading is beyond the threshold."""
@@ -142,13 +163,15 @@ def distance(history: History) -> Reading | None:
 
 
 def _over_usual(history: History, name: str, what: str) -> Reading | None:
-    """Median of the last lines over the median of those before, so that a single spike does not count."""
+    """Median of the last lines over the median of those before, so that a single spike does not count; a hundredth of
+    the first reading, added to both, damps the ratio of small ones.
+    """
     values = list(history.values.get(name, ()))
     before = values[:-WINDOW]
     if len(before) < USUAL or median(before) <= 0:
         return None
-    now, usual = median(values[-WINDOW:]), median(before)
-    return Reading(now / usual, f"{what} is {now:.3g}, usually {usual:.3g}")
+    now, usual, slack = median(values[-WINDOW:]), median(before), history.first[name] / 100
+    return Reading((now + slack) / (usual + slack), f"{what} is {now:.3g}, usually {usual:.3g}")
 
 
 def value_loss(history: History) -> Reading | None:
@@ -179,20 +202,25 @@ def _objective(history: History) -> str:
 
 
 def rise(history: History) -> Reading | None:
-    """Regret (RL) or loss over its lowest; a fifth of the first reading, added to both, damps the ratio of small
-    ones.
+    """Regret (RL) or loss above its lowest, relative to the size of the lowest, plus 1: for positive numbers their
+    ratio. A fifth of the first reading damps the ratio of small ones, and five usual steps from line to line that of a
+    loss that may be negative, which can pass through 0.
     """
     name = _objective(history)
     now = history.recent(name, USUAL)
     if now is None:
         return None
     lowest, slack = history.lowest(name, USUAL), abs(history.first[name]) / 5
-    value = (now + slack) / (lowest + slack) if lowest + slack > 0 else 1.0
-    return Reading(value, f"{name} is {now:.3g}, its minimum was {lowest:.3g}")
+    values = list(history.values[name])
+    if min(values) < 0:
+        slack += 5 * median(abs(b - a) for a, b in pairwise(values))
+    size = abs(lowest) + slack
+    return Reading(1 + (now - lowest) / size if size else 1.0, f"{name} is {now:.3g}, its minimum was {lowest:.3g}")
 
 
 def held_out_loss(history: History) -> Reading | None:
-    """Largest relative loss of a held-out score (regret, task scores) since its best, while training improves.
+    """Largest relative loss of a held-out score (regret, task scores) since its best, while training improves; 0 unless
+    each of the last two evaluations is worse than the best one beyond noise.
 
     Regret counts in RL only (empty answers of an untrained student have a low one); it is relative to its best plus
     half of the first training regret, as the best may be near 0.
@@ -209,13 +237,31 @@ def held_out_loss(history: History) -> Reading | None:
             continue
         if regret and objective != "regret":
             continue
-        lower = score.lower_is_better
-        recent, best = mean(list(values)[-2:]), (min if lower else max)(values)
+        best = (min if score.lower_is_better else max)(values)
         scale = abs(best) + (history.first["regret"] / 2 if regret else 0.0)
-        fall = (recent - best if lower else best - recent) / scale if scale else 0.0
-        text = f"{name} is {recent:.3g}, its best was {best:.3g}, while {objective} falls in training"
-        losses.append(Reading(fall, text))
+        certain = scale > 0 and all(_beyond_noise(history, name, -k) for k in (1, 2))
+        fall = abs(values[-1] - best) / scale if certain else 0.0
+        text = f"{name} is {values[-1]:.3g}, its best was {best:.3g}{_shown(history.pairs[name][-1])}"
+        losses.append(Reading(fall, f"{text}, while {objective} falls in training"))
     return max(losses, key=lambda r: r.value, default=None)
+
+
+def _beyond_noise(history: History, name: str, position: int) -> bool:
+    """Whether an evaluation is worse than the best before it: by the interval over its rows or, for a score that has no
+    value per row, by more than three times the usual change between evaluations.
+    """
+    pair = history.pairs[name][position]
+    if pair is not None:
+        return pair[0] > 0
+    values = list(history.values[name])
+    best = (min if metric(name).lower_is_better else max)(values)
+    changes = [abs(b - a) for a, b in pairwise(values[:-2])]
+    usual = median(changes) if len(changes) >= 3 else 0.0
+    return abs(values[position] - best) > 3 * usual
+
+
+def _shown(pair: Pair | None) -> str:
+    return "" if pair is None else f" (row by row worse by {pair[0]:.3g} to {pair[1]:.3g}, {pair[2]} rows)"
 
 
 ALARMS = {
@@ -224,7 +270,7 @@ ALARMS = {
         Alarm(
             name="length_collapse",
             meaning="Answers have become much shorter: the student may be exploiting the end-of-sequence shortcut.",
-            advice="Lower lam towards 0, raise kl_coef, or warm up longer before RL.",
+            advice=("warm up longer before RL", f"lower lam {CHOOSING_LAM}", "raise kl_coef"),
             reads=("length", "eval_length"),
             measure=shortest,
             threshold=0.7,
@@ -233,7 +279,7 @@ ALARMS = {
         Alarm(
             name="run_on",
             meaning="Answers have become much longer: a short credit horizon makes continuing look free.",
-            advice="Raise lam (a short horizon ignores what follows), raise kl_coef, or lower learning_rate.",
+            advice=("warm up longer before RL", f"raise lam {CHOOSING_LAM}", "raise kl_coef"),
             reads=("length", "eval_length"),
             measure=longest,
             threshold=1.2,
@@ -241,7 +287,12 @@ ALARMS = {
         Alarm(
             name="finish_rate_drop",
             meaning="Fewer answers end before max_new_tokens than at the start.",
-            advice="Raise lam or kl_coef; if the answers are right but long, raise max_new_tokens.",
+            advice=(
+                "warm up longer before RL",
+                f"raise lam {CHOOSING_LAM}",
+                "raise kl_coef",
+                "raise max_new_tokens if the answers are right but long",
+            ),
             reads=("finish_rate", "eval_finish_rate"),
             measure=unfinished,
             threshold=0.1,
@@ -249,7 +300,7 @@ ALARMS = {
         Alarm(
             name="entropy_collapse",
             meaning="The student is nearly deterministic where the teacher is not: sampling no longer explores.",
-            advice="Raise entropy_coef or kl_coef, or lower learning_rate.",
+            advice=("raise entropy_coef", "raise kl_coef", "lower learning_rate"),
             reads=("entropy",),
             measure=certainty,
             threshold=0.1,
@@ -258,7 +309,7 @@ ALARMS = {
         Alarm(
             name="kl_runaway",
             meaning="The student has drifted far from the reference policy.",
-            advice="Raise kl_coef, set kl_target, or lower learning_rate.",
+            advice=("raise kl_coef", "set kl_target", "lower learning_rate"),
             reads=("kl",),
             measure=distance,
             threshold=1.0,
@@ -267,12 +318,9 @@ ALARMS = {
             name="kl_negative",
             meaning=(
                 "The mean KL estimate is far below 0, which cannot be if answers are sampled from the policy that is "
-                "scored."
+                "scored: sampling and scoring disagree."
             ),
-            advice=(
-                "Sampling and scoring disagree: check the precision (bf16), dropout (must be 0) and changes to "
-                "sampling."
-            ),
+            advice=("check the precision (bf16), dropout (must be 0) and changes to sampling",),
             reads=("kl",),
             measure=distance,
             threshold=-0.1,
@@ -281,7 +329,7 @@ ALARMS = {
         Alarm(
             name="value_loss_explosion",
             meaning="The critic's loss is many times its usual value.",
-            advice="Lower learning_rate, value_coef or value_clip_range.",
+            advice=("lower learning_rate", "lower value_coef", "lower value_clip_range"),
             reads=("value_loss",),
             measure=value_loss,
             threshold=10.0,
@@ -289,7 +337,7 @@ ALARMS = {
         Alarm(
             name="critic_misled",
             meaning="The critic remains worse than a constant baseline: it adds variance.",
-            advice="Lower learning_rate, raise value_coef, or choose another baseline.",
+            advice=("lower learning_rate", "raise value_coef", "choose another baseline"),
             reads=("explained_variance",),
             measure=critic_fit,
             threshold=-0.2,
@@ -298,7 +346,7 @@ ALARMS = {
         Alarm(
             name="clip_saturated",
             meaning="PPO clips so many ratios that later passes over a rollout batch contribute little.",
-            advice="Lower learning_rate, epochs_per_rollout or minibatches_per_rollout.",
+            advice=("lower learning_rate", "lower epochs_per_rollout", "lower minibatches_per_rollout"),
             reads=("clip_fraction",),
             measure=clipped,
             threshold=0.3,
@@ -306,7 +354,7 @@ ALARMS = {
         Alarm(
             name="gradient_spikes",
             meaning="Gradient norms are several times their usual value.",
-            advice="Lower learning_rate or max_grad_norm, lengthen warmup_steps, or use larger batches.",
+            advice=("lower learning_rate", "lower max_grad_norm", "lengthen warmup_steps", "use larger batches"),
             reads=("grad_norm",),
             measure=gradient_norm,
             threshold=5.0,
@@ -314,7 +362,7 @@ ALARMS = {
         Alarm(
             name="objective_rising",
             meaning="What training minimizes (regret in RL, else the loss) has risen well above its minimum.",
-            advice="Lower learning_rate, and return to an earlier checkpoint.",
+            advice=("lower learning_rate and return to an earlier checkpoint",),
             reads=("regret", "ce", "kd", "loss"),
             measure=rise,
             threshold=1.3,
@@ -325,8 +373,9 @@ ALARMS = {
                 "Training improves but held-out regret or a held-out score gets worse: overfitting or reward hacking."
             ),
             advice=(
-                "Keep the best checkpoint (load_best_model_at_end, early_stopping_patience), raise kl_coef, or use "
-                "more data."
+                "keep the best checkpoint (load_best_model_at_end, early_stopping_patience)",
+                "raise kl_coef",
+                "use more data",
             ),
             reads=("eval_seconds", "eval_runtime"),
             measure=held_out_loss,

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from ..io.cards import CARD, cell, front_matter, table
-from ..metrics import held_out, metric
+from ..io.files import write_text
+from ..metrics import held_out, in_order, metric
 
 REWARD = (
     "reward_value", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
@@ -22,12 +23,15 @@ METHODS = {
     "SupervisedTrainer": "imitation of the teacher (sequence-level distillation, or a divergence to it on its answers)",
     "TKDTrainer": "distillation of an encoder-only classifier",
 }
+# Part of the name of a student's class -> what loads it, and the hub's name of the task: that of encoder-decoders
+# (text2text-generation) is gone from transformers 5.
 HEAD = {
-    "Seq2SeqLM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+    "Seq2SeqLM": ("AutoModelForSeq2SeqLM", "text-generation"),
     "CausalLM": ("AutoModelForCausalLM", "text-generation"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
     "Classification": ("AutoModelForSequenceClassification", "text-classification"),
 }
+FOLDER = "path/to/this/folder"
 
 
 def write_card(
@@ -38,9 +42,7 @@ def write_card(
     record: content of run.json, secrets removed; architecture: class of the student; scores: the newest `eval_*`
     numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer steps taken.
     """
-    (folder / CARD).write_text(
-        card(record, architecture=architecture, scores=scores, rows=rows, step=step), encoding="utf-8"
-    )
+    write_text(folder / CARD, card(record, architecture=architecture, scores=scores, rows=rows, step=step))
 
 
 def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], rows: int | None, step: int) -> str:
@@ -51,8 +53,8 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
     auto, task = HEAD[next((part for part in HEAD if part in architecture), "Seq2SeqLM")]
     seed = settings.get("seed", 42)
     numbers = {
-        name.removeprefix("eval_"): value
-        for name, value in scores.items()
+        name.removeprefix("eval_"): scores[name]
+        for name in in_order(scores)  # a resumed run reads its log back sorted
         if name.startswith("eval_") and not metric(name).is_timing
     }
     sections = [
@@ -63,9 +65,7 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
         "## Training",
         _training(record, settings),
         "## Use",
-        f"```python\nfrom transformers import AutoTokenizer, {auto}\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-        f'model = {auto}.from_pretrained("path/to/this/folder")\n```',
+        _use(auto, architecture, settings),
         "## Limits",
         _limits(record, settings, auto),
         "## Command, settings, versions",
@@ -122,6 +122,7 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
         f"- student before training: {_named(models.get('student'), 'not recorded')}",
         f"- templates of the teacher's inputs: {templates}",
     ]
+    lines += [_labels(made) for d in (record.get("data") or {}).values() for made in d.get("labels") or []]
     if "reward_value" in settings:
         chosen = ", ".join(f"{name} {settings[name]}" for name in REWARD if name in settings)
         lines.append(f"- reward and credit: {cell(chosen)}")
@@ -129,6 +130,54 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
         lines.append(f"- loss: preset {cell(str(settings['preset']))}")
     shown = table(("data", "source", "rows", "fingerprint"), data) if data else "The data are not recorded."
     return "\n".join(lines) + f"\n\n{shown}"
+
+
+def _use(auto: str, architecture: str, settings: dict[str, Any]) -> str:
+    """A snippet that answers as the student was evaluated, with transformers (and PEFT for an adapter) alone."""
+    import transformers
+
+    if "Classification" in auto:
+        code = "" if hasattr(transformers, architecture) else ", trust_remote_code=True"  # code that rlkd saved with it
+        return _python(
+            "from transformers import pipeline",
+            "",
+            f'classify = pipeline("text-classification", model="{FOLDER}"{code})',
+            f'print(classify("A text.", truncation=True, max_length={settings.get("max_length", 128)}))',
+            '# Of two texts: classify({"text": "One text.", "text_pair": "Another."}, ...)',
+        )
+    adapter = architecture.startswith("Peft")
+    load = f"Auto{architecture}" if adapter else auto
+    options = f', generation_config=GenerationConfig.from_pretrained("{FOLDER}")' if adapter else ""
+    template = settings.get("student_template")
+    return _python(
+        f"from peft import {load}" if adapter else None,
+        f"from transformers import {'AutoTokenizer, GenerationConfig' if adapter else f'{auto}, AutoTokenizer'}",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")',
+        f'model = {load}.from_pretrained("{FOLDER}")',
+        f"# The student reads inputs under the template {cell(str(template))}." if template else None,
+        f'inputs = tokenizer(["A text."], truncation=True, max_length={settings.get("max_input_tokens", 512)}, '
+        'return_tensors="pt")',
+        f"answers = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask{options})",
+        "print(tokenizer.batch_decode(answers, skip_special_tokens=True))",
+    )
+
+
+def _python(*lines: str | None) -> str:
+    code = "\n".join(line.replace("```", "") for line in lines if line is not None)
+    return f"```python\n{code}\n```"
+
+
+def _labels(made: dict[str, Any]) -> str:
+    """A line on the labels of one generation: whose answers they are, and to what."""
+    data = made.get("dataset") or (made.get("data") or {}).get("sha256")
+    parts = [
+        f"- labels: answers of {_named(made.get('teacher'), 'an unknown teacher')} ({made.get('revision')})",
+        f"templates {', '.join(cell(str(name)) for name in made.get('templates') or []) or 'not recorded'}",
+        f"strategy {made.get('strategy') or 'not recorded'}",
+        f"data {_named(data, 'not recorded')}",
+    ]
+    return "; ".join(parts)
 
 
 def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
@@ -139,6 +188,9 @@ def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
         "language is claimed.",
         "- It inherits the errors and biases of its teacher or labels.",
     ]
+    held_out = (record.get("data") or {}).get("eval", {})
+    if shared := held_out.get("also_in_training"):
+        lines.insert(1, f"- {shared} of {held_out.get('rows', '?')} held-out inputs are also training inputs.")
     if "max_new_tokens" in settings:
         lines.append(
             f"- In training, inputs were cut to {settings.get('max_input_tokens')} tokens and answers to "

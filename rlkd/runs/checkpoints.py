@@ -1,7 +1,8 @@
 """Checkpoints on disk: complete or absent, and checked before they are used.
 
 A checkpoint is written in `_unfinished/`, flushed to disk, given a manifest with the size and the sha256 of each of its
-files, and only then renamed to `checkpoint-N`. What a killed save leaves in `_unfinished/` is removed by the next one.
+files, and only then renamed to `checkpoint-N`. What a killed save leaves in `_unfinished/` is put in place at the next
+start if it is whole and its place is empty; the rest is removed.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, RlkdError
-from ..io.files import sha256, sync_folder, write_durably
-from .files import ALARMS_FILE, METRICS, SAMPLES, TOKEN_REWARDS
+from ..io.files import explained, sha256, sync_folder, write_durably
+from ..io.folders import refuse_other_contents
+from .files import ALARMS_FILE, HELD_OUT, METRICS, RUN_FILE, SAMPLES, TOKEN_REWARDS
 from .record import check_settings
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,23 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE_FILE = "rlkd_state.json"
 UNFINISHED = "_unfinished"
+REPLACED = ".replaced"
 SET_ASIDE = "set_aside"
 # The logs of a run; a resumed run removes the lines after its checkpoint.
 LOGS = (METRICS, SAMPLES, TOKEN_REWARDS, ALARMS_FILE)
+# What may be in a run folder before run.json is: logs of an evaluation, the fine-tuned teacher and its outputs.
+OWN = (
+    *LOGS,
+    HELD_OUT,
+    UNFINISHED,
+    SET_ASIDE,
+    "fine_tuning.json",
+    "teacher",
+    "teacher_cache",
+    "diverged",
+    "onnx",
+    "*.html",
+)
 # Bytes that a checkpoint takes in addition to its tensors, and a disk in addition to its files.
 SMALL_FILES = 2**20
 RESUME = "--resume_from_checkpoint auto"
@@ -55,6 +71,18 @@ def clear_unfinished(run: Path) -> None:
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 
+def put_back(run: Path) -> None:
+    """Put whole checkpoints in `_unfinished/` in their places if these are empty: a save was killed before its rename.
+    The new one of a step comes before the one that it was to replace.
+    """
+    for path in sorted((run / UNFINISHED).glob("checkpoint-*")):
+        final = run / path.name.removesuffix(REPLACED)
+        if not final.exists() and damage(path) is None:
+            os.rename(path, final)
+            sync_folder(run)
+            logger.warning(f"{final} is back: it was whole when the process that saved it was killed")
+
+
 def commit(written: Path, final: Path) -> None:
     """Make the files in `written` the checkpoint `final`, in one step that a crash leaves done or not done."""
     files = sorted(path for path in written.rglob("*") if path.is_file())
@@ -68,25 +96,32 @@ def commit(written: Path, final: Path) -> None:
     }
     write_durably(written / MANIFEST, json.dumps({"files": entries}, indent=2).encode())
     if final.exists():  # of the same step and run: an epoch may end where a save was due
-        os.rename(final, written.with_name("replaced"))
+        os.rename(final, written.with_name(final.name + REPLACED))
     os.rename(written, final)
     sync_folder(final.parent)
     clear_unfinished(final.parent)
 
 
-def explained_save(error: Exception, final: Path, needed: int) -> Exception:
-    """The error to raise for a failed save: `error` itself unless the disk is full. Frees what was written.
+def explained_save(error: Exception, final: Path, needed: int, *, checkpoint: bool = True) -> Exception:
+    """The error to raise for a failed save to `final`: an RlkdError if the disk is full or refuses, else `error`. Frees
+    what was written.
 
-    needed: bytes of the tensors in a checkpoint.
+    needed: bytes of the tensors to save; checkpoint: they are those of a checkpoint, not of the student alone.
     """
-    run = final.parent
-    needed = max([needed, *(_size(path) for path in list(checkpoints(run).values())[:1])])
+    run = final.parent if checkpoint else final
+    if isinstance(error, RlkdError):
+        if not isinstance(error.__cause__, OSError):
+            return error
+        error = error.__cause__  # of one file of many
+    if not run.is_dir():
+        return RlkdError(f"{run} was removed while this run was writing to it. Restore it, or start anew.")
+    needed = needed if not checkpoint else max([needed, *(_size(path) for path in list(checkpoints(run).values())[:1])])
     room = shutil.disk_usage(run).free + _size(run / UNFINISHED)
     clear_unfinished(run)
     # safetensors and torch each have an error of their own for a full disk.
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not full and room > needed + SMALL_FILES:
-        return error
+        return explained(error, final, needed) if isinstance(error, OSError) else error
     return RlkdError(
         f"no space left for {final}: it needs about {needed / 1e6:.2f} MB, {room / 1e6:.2f} MB are free. "
         f"Earlier checkpoints are intact: free some space and repeat the command with {RESUME}."
@@ -130,6 +165,14 @@ def requested(resume_from_checkpoint: str | bool | None) -> str | None:
     return "auto" if word in ("true", "auto") else str(resume_from_checkpoint)
 
 
+def check_run_folder(run: Path, models: Iterable[str | None] = ()) -> None:
+    """Raise ConfigError if `run` holds something else than a run, or is the folder of one of the models it reads."""
+    for model in models:
+        if model and run.exists() and Path(model).exists() and run.samefile(model):
+            raise ConfigError(f"output_dir {run} is the folder of a model that the run reads. Name another folder.")
+    refuse_other_contents(run, "output_dir", signs=(RUN_FILE, "checkpoint-*"), own=OWN)
+
+
 def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
     """The checkpoint to resume from; None for a new run.
 
@@ -137,6 +180,8 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
     Raises CheckpointError if there are checkpoints but none is intact, ConfigError if a new run would mix with those of
     an earlier one.
     """
+    check_run_folder(run)
+    put_back(run)
     own = checkpoints(run)
     if wanted is None:
         if own:
@@ -163,9 +208,11 @@ def find_checkpoint(wanted: str | None, run: Path) -> Path | None:
 
 
 def check_resumed_settings(args: Any, sections: Iterable[Any]) -> None:
-    """Raise ConfigError if the checkpoint that a recipe is to resume was written with other settings; for recipes,
-    before a model is read. args, the trainer's settings; sections, the others.
+    """Raise ConfigError if the checkpoint that a recipe is to resume was written with other settings, or if output_dir
+    is something else's; for recipes, before a model is read. args, the trainer's settings; sections, the others.
     """
+    named = [getattr(section, name, None) for section in sections for name in ("teacher", "model_name_or_path")]
+    check_run_folder(Path(str(args.output_dir)), named)
     wanted, own = requested(args.resume_from_checkpoint), checkpoints(Path(str(args.output_dir)))
     checkpoint = next(iter(own.values()), None) if wanted == "auto" else wanted
     if checkpoint:
@@ -214,7 +261,7 @@ def rewind(run: Path, checkpoint: Path | None) -> None:
     elif checkpoint.resolve().parent == run.resolve():
         sizes = read_state(checkpoint)["logs"]
         for name in LOGS:
-            _cut(run / name, sizes.get(name, 0))
+            _cut(run / name, sizes.get(name))
 
 
 def _set_aside(path: Path) -> None:
@@ -226,8 +273,10 @@ def _set_aside(path: Path) -> None:
     logger.warning(f"moved {path} to {target}: the run continues from an earlier checkpoint")
 
 
-def _cut(path: Path, size: int) -> None:
-    if path.exists() and path.stat().st_size > size:
+def _cut(path: Path, size: int | None) -> None:
+    if size is None:  # a log begun after the checkpoint: that it is there decides what its first lines are
+        path.unlink(missing_ok=True)
+    elif path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..io.files import append_text
+from ..io.files import append_text, write_text
 
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"
 METRICS, ALARMS_FILE = "metrics.jsonl", "alarms.jsonl"
@@ -32,10 +31,7 @@ def keep_first_and_last(path: Path, step: int, rows: list[dict[str, Any]]) -> No
                 if written != first or written >= step:
                     break
                 kept.append(line)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join([*kept, *(_line({"step": step, **row}) for row in rows)]), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join([*kept, *(_line({"step": step, **row}) for row in rows)]))
 
 
 def _line(record: dict[str, Any]) -> str:

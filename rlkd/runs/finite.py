@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import DivergenceError
+from ..io.files import make_folder, write_text
 from ..records import Batched
 
 DIVERGED_FOLDER = "diverged"
@@ -159,10 +160,10 @@ def write_batch(folder: Path, stem: str, found: Watched, problem: str, tokenizer
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         if name.endswith(("input_ids", "answer_ids")):
             plain["texts"][name] = tokenizer.batch_decode(value.tolist(), skip_special_tokens=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     save_file(tensors, folder / f"{stem}.safetensors")
     text = json.dumps(plain, ensure_ascii=False, indent=1, default=_plain)
-    (folder / f"{stem}.json").write_text(text, encoding="utf-8")
+    write_text(folder / f"{stem}.json", text)
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ An alarm fires once per episode, which ends after a few readings within the thre
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -16,7 +15,8 @@ from transformers import TrainerCallback
 
 from ..errors import DivergenceError
 from .alarms import ALARMS, Alarm, History, Reading
-from .files import ALARMS_FILE
+from .files import ALARMS_FILE, append_lines
+from .paired import KEY, BestRows, Pair
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +56,20 @@ class AlarmCallback(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer, self.watch = trainer, Watch()
         self.stopped_by: str | None = None
+        self.best_rows = BestRows()
+        self._paired: dict[str, Pair | None] | None = None  # of the evaluation that is being logged
+
+    def compare(self, scores: dict[str, Any], rows: dict[str, list[float]]) -> None:
+        """Compare an evaluation that is about to be logged with the best one: score -> one value per row."""
+        self._paired = self.best_rows.compare(scores, rows)
 
     def observe(self, logs: dict[str, Any]) -> None:
         """Check a record before it is written; lines of training also get the count of `alarms`."""
         trainer = self.trainer
         if trainer.args.alarms == "off":
             return
-        for alarm, reading in self.watch.add(logs):
-            message = f"{alarm.name}: {reading.text}. {alarm.meaning} {alarm.advice}"
+        for alarm, reading in self.watch.add(logs | {KEY: self._paired}):
+            message = f"{alarm.name}: {reading.text}. {alarm.meaning} {alarm.advice_for(trainer.args)}"
             if trainer.args.alarms == "stop" and trainer.is_in_train and self.stopped_by is None:
                 self.stopped_by = message
             if trainer.is_world_process_zero():
@@ -81,10 +87,7 @@ class AlarmCallback(TrainerCallback):
             "value": reading.value,
             "threshold": alarm.threshold,
         }
-        path = self.trainer.run_folder / ALARMS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_lines(self.trainer.run_folder / ALARMS_FILE, [line])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run continues with the history of the run it resumes.
@@ -93,6 +96,9 @@ class AlarmCallback(TrainerCallback):
             self.watch.add(record)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._paired is not None:
+            # Kept in checkpoints, so that a resumed run has the same alarms; metrics.jsonl has what was logged.
+            state.log_history[-1][KEY], self._paired = self._paired, None
         self._end(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,14 +12,15 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..errors import ConfigError
-from ..io.files import write_durably
+from ..io.files import write_text
+from ..io.provenance import described
 from ..io.redaction import redacted
+from ..io.versions import changed_versions, code_digest, versions_of
 from ..settings.fields import default_of, own_names, plain
 from .files import RUN_FILE
 
@@ -73,24 +73,23 @@ def _git(folder: str, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 @dataclass
 class RunRecord:
     """The content of run.json.
 
     rlkd, versions  of rlkd, of python and of rlkd's dependencies; None for a package that is not installed
+    code            a digest of rlkd's modules
     trainer         its class; command, sys.argv
     started         ISO time of the first start; resumed, one entry per later start: time, checkpoint, command, changed
+                    settings and inputs, changed versions
     settings        every setting of ours, and those of transformers and TRL that differ from their defaults
     git             {commit, dirty} of the working directory, None outside a repository
-    data            role -> {source, rows, fingerprint}; templates, [{name, id, fingerprint}]
+    data            role -> {source, rows, fingerprint}, of labels also their makers
+    templates       [{name, id, fingerprint}]
     models          teacher and student: name or folder; revisions, the commit or a digest of the weights
+    inputs          digests of all weights, configurations and tokenizers before training, by name
+    environment     what accelerate's configuration and variables make the run do: precision, compiler, device ...
+    machine         what decides the last bits: GPU, or the processor's instructions and threads
     processes       how many train together
     """
 
@@ -100,33 +99,34 @@ class RunRecord:
     templates: list[dict[str, str]]
     models: dict[str, str | None]
     revisions: dict[str, str | None]
+    inputs: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
     processes: int = 1
     rlkd: str = __version__
     command: list[str] = field(default_factory=lambda: list(sys.argv))
     started: str = field(default_factory=now)
-    versions: dict[str, str | None] = field(
-        default_factory=lambda: {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-    )
+    versions: dict[str, str | None] = field(default_factory=lambda: versions_of(PACKAGES))
+    code: str | None = field(default_factory=code_digest)
     git: dict[str, Any] | None = field(default_factory=lambda: git_state(os.getcwd()))
     resumed: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Write run.json into `folder`, atomically and without secrets. Raises RlkdError if the disk is full."""
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(redacted(asdict(self)), indent=2, ensure_ascii=False)
-        write_durably(folder / RUN_FILE, (text + "\n").encode())
+        write_text(folder / RUN_FILE, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord | None:
         """The record in `folder`; None if there is none, or it is not readable."""
         try:
-            return cls(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+            return cls(**{"code": None, **json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))})
         except (OSError, ValueError, TypeError):
             return None
 
     def resume(self, checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
         """Make this the record of a run that continues from `checkpoint`. Raises ConfigError as `check_settings` does,
-        and for other data or another teacher.
+        and for other inputs: data, templates, models, tokenizers. Other versions are named in a warning.
         """
         before = RunRecord.read(checkpoint)
         if before is None:
@@ -134,13 +134,37 @@ class RunRecord:
             return
         changed = changed_settings(before.settings, sections) + self._changed_inputs(before)
         _refuse(checkpoint, changed, allow_change)
+        versions = self._changed_versions(before)
         again = {"time": self.started, "checkpoint": str(checkpoint), "command": self.command, "changed": changed}
-        self.started, self.resumed = before.started, [*before.resumed, again]
+        self.started, self.resumed = before.started, [*before.resumed, again | {"versions": versions}]
+        unknown = [name for name in self.inputs if name not in before.inputs]
+        unknown += ["environment"] if self.environment and not before.environment else []
+        if unknown:
+            logger.warning("%s does not record %s: not compared", checkpoint / RUN_FILE, ", ".join(unknown))
+        if versions:
+            logger.warning(
+                "%s was written by other versions or another machine: %s. It goes on, but not bit for bit",
+                checkpoint,
+                ", ".join(versions),
+            )
 
     def _changed_inputs(self, before: RunRecord) -> list[str]:
         pairs = {f"data.{role}": (_shown_data(before, role), _shown_data(self, role)) for role in ("train", "eval")}
-        pairs["teacher's weights"] = str(before.revisions.get("teacher")), str(self.revisions.get("teacher"))
+        pairs["templates"] = _shown_templates(before), _shown_templates(self)
+        pairs["models"] = ", ".join(sorted(before.models)), ", ".join(sorted(self.models))
+        pairs |= {name: (then, self.inputs[name]) for name, then in before.inputs.items() if name in self.inputs}
+        if before.environment:
+            for name in {**before.environment, **self.environment}:
+                pairs[f"environment.{name}"] = before.environment.get(name, "none"), self.environment.get(name, "none")
         return [f"  {name}: {then} -> {new}" for name, (then, new) in pairs.items() if then != new]
+
+    def _changed_versions(self, before: RunRecord) -> list[str]:
+        then, now = ({**record.versions, "rlkd": record.rlkd, **record.machine} for record in (before, self))
+        if before.rlkd == self.rlkd:  # one version stands for many states of the code
+            then["rlkd's code"], now["rlkd's code"] = before.code, self.code
+        if before.git and self.git:
+            then["git commit"], now["git commit"] = _shown_commit(before.git), _shown_commit(self.git)
+        return changed_versions(then, now)
 
 
 def check_settings(checkpoint: Path, sections: Iterable[Any], *, allow_change: bool) -> None:
@@ -199,8 +223,14 @@ def fingerprint(rows: Any) -> str:
 
 
 def describe_data(rows: Any) -> dict[str, Any]:
-    """{source, rows, fingerprint} of training or evaluation data; source is None for rows made in memory."""
-    return {"source": getattr(rows, "source", None), "rows": len(rows), "fingerprint": fingerprint(rows)}
+    """{source, rows, fingerprint} of training or evaluation data; source is None for rows made in memory. Labels also
+    have {labels}: who made them, and from what (`io.provenance.described`).
+    """
+    labels = described(rows)
+    folders = ", ".join(dict.fromkeys(made["folder"] for made in labels if "folder" in made))
+    source = getattr(rows, "source", None) or folders or None
+    data = {"source": source, "rows": len(rows), "fingerprint": fingerprint(rows)}
+    return data | ({"labels": labels} if labels else {})
 
 
 def describe_templates(*data: Any) -> list[dict[str, str]]:
@@ -224,10 +254,18 @@ def _shown_data(record: RunRecord, role: str) -> str:
     return "none" if data is None else f"{data['rows']} rows ({data['fingerprint']})"
 
 
+def _shown_templates(record: RunRecord) -> str:
+    return ", ".join(f"{t['name']} ({t['fingerprint']})" for t in record.templates) or "none"
+
+
+def _shown_commit(git: Mapping[str, Any]) -> str:
+    return git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
+
+
 def _refuse(checkpoint: Path, changed: list[str], allow_change: bool) -> None:
     if changed and not allow_change:
         raise ConfigError(
-            f"{checkpoint} was written with other settings:\n"
+            f"{checkpoint} was written with other settings or inputs:\n"
             + "\n".join(changed)
             + "\nRestore them to continue the same run, set allow_config_change: true to continue with the new ones "
             "(run.json records the changes), or start a new run in another output_dir."

@@ -14,7 +14,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..errors import CheckpointError, InterruptedRunError
+from ..errors import CheckpointError, InterruptedRunError, RlkdError
+from ..io.files import check_folder
 from ..io.lock import Stop, writer_lock
 from .checkpoints import (
     RESUME,
@@ -42,6 +43,11 @@ class _GracefulStop(TrainerCallback):
         self.trainer, self.signum = trainer, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.trainer.run_folder.is_dir():
+            raise RlkdError(
+                f"{self.trainer.run_folder} was removed while this run was writing to it: stopped at step "
+                f"{state.global_step}. Restore the folder and repeat the command with {RESUME}, or start anew."
+            )
         if state.global_step % self.trainer.steps_between_checkpoints == 0:
             self.signum = self.trainer.signal_received()
             control.should_save = control.should_save or self.signum > 0
@@ -69,6 +75,7 @@ class ResumableTrainer(Trainer):
         self._stop = Stop()
         self._writing = False
         self._unfinished: Path | None = None
+        check_folder(Path(str(options["args"].output_dir)))  # which the Trainer creates now
         super().__init__(**options)
         self.add_callback(_GracefulStop(self))
         survive_outages(self.callback_handler.callbacks)
@@ -95,8 +102,8 @@ class ResumableTrainer(Trainer):
             self.check_resumable(checkpoint)
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]
-        # The Trainer would take one more step of a finished run.
-        if self.state.global_step >= self.state.max_steps:
+        # The Trainer would take one more step of a finished run, whether it reached its end or its patience was spent.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**options)
@@ -154,7 +161,7 @@ class ResumableTrainer(Trainer):
         except Exception as error:
             if not self.args.should_save:
                 raise
-            raise explained_save(error, final, self._checkpoint_bytes()) from error
+            raise explained_save(error, final, self._bytes()) from error
         if self.args.should_save:
             rotate_checkpoints(str(self.run_folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -175,10 +182,11 @@ class ResumableTrainer(Trainer):
             commit(written, final)
         self.accelerator.wait_for_everyone()
 
-    def _checkpoint_bytes(self) -> int:
-        """Size of the tensors in a checkpoint."""
+    def _bytes(self, *, student_only: bool = False) -> int:
+        """Size of the tensors in a checkpoint, or of the student alone."""
         assert self.model is not None
-        assert self.optimizer is not None
+        if student_only or self.optimizer is None:
+            return sum(tensor.nbytes for tensor in self.model.state_dict().values())
         moments = (value for entry in self.optimizer.state_dict()["state"].values() for value in entry.values())
         tensors = [*self.model.state_dict().values(), *(value for value in moments if isinstance(value, torch.Tensor))]
         return sum(tensor.nbytes for tensor in tensors)

@@ -1,9 +1,13 @@
-"""The table of evaluated samples in the trackers of `report_to`, with the same columns in each."""
+"""Evaluated samples: on stderr, and as a table in the trackers of `report_to` with the same columns in each."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from textwrap import shorten
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from .trackers import Outage
 
@@ -49,3 +53,25 @@ def with_rewards(row: dict[str, Any], prefix: str = "") -> str:
     """The tokens of an answer, each with its reward in nats: `pen (0.00) and (-0.31)`."""
     pairs = zip(row[f"{prefix}tokens"], row[f"{prefix}rewards"], strict=True)
     return " ".join(f"{token.strip()} ({reward:.2f})" for token, reward in pairs)
+
+
+def print_samples(step: int, rows: list[dict[str, Any]]) -> None:
+    """The samples on stderr: a table on a terminal; in a log file four lines each, which can be searched."""
+    title, console = f"samples at step {step}", Console(stderr=True)
+    if not console.is_terminal:
+        console.print("\n".join([title, *map(_in_lines, rows)]), soft_wrap=True, markup=False, highlight=False)
+        return
+    table = Table(title=title, show_lines=True)
+    for column in TEXTS:
+        table.add_column(column, overflow="fold", justify="right" if "regret" in column else "left")
+    for row in rows:
+        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in TEXTS))
+    console.print(table)
+
+
+def _in_lines(row: dict[str, Any]) -> str:
+    answers = (("student", "student", "regret"), ("sampled", "sample_student", "sample_regret"))
+    lines = [f"  {row['id']}: {shorten(row['input'], 200)}", f"    teacher: {row['teacher']}"]
+    return "\n".join(
+        [*lines, *(f"    {name}: {row[text]} (regret {row[regret]:.2f})" for name, text, regret in answers)]
+    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models.generation import next_limits, restrict, rules_of
 from ..models.language_model import LanguageModel
 from ..tensors import length_mask
 
@@ -75,14 +76,18 @@ def decode(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
+    end_forced: bool = False,
 ) -> Decoded:
     """Decode one answer per entry of `states` (of `lm.prompt_states`).
 
     Stops a row at end-of-sequence or after `max_new_tokens`; a row cut there has finished False. Recorded log-probs
-    are those of the distribution sampled from (temperature applied).
+    are those of the distribution sampled from: temperature applied, restricted by the model's `AnswerRules`.
+    end_forced: whether a cut row's last token is the one that the rules force there (`AnswerRules.last`).
     """
     device, head = lm.device, lm.head()
-    n = len(states)
+    n, rules = len(states), rules_of(lm)
+    ends = torch.tensor(rules.eos_ids, device=device)
+    answers = rules.begin(n, max_new_tokens if end_forced else None)  # empty where nothing is restricted
     rows = torch.arange(n, device=device)  # original row of each live row
     ids = torch.full((n, max_new_tokens), lm.pad_id, device=device)
     logps = torch.zeros((n, max_new_tokens), device=device)
@@ -90,12 +95,18 @@ def decode(
     finished = torch.zeros(n, dtype=torch.bool, device=device)
     state, tokens = lm.start(states), None
     for t in range(max_new_tokens):
-        log_probs = (head.logits(state.step(tokens)) / temperature).log_softmax(-1)
+        logits = head.logits(state.step(tokens))
+        if answers:
+            logits = restrict(logits, next_limits([answers[i] for i in rows.tolist()], device))
+        log_probs = (logits / temperature).log_softmax(-1)
         tokens = choose(log_probs, rows, t)
+        if answers:
+            for i, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+                answers[i].append(token)
         ids[rows, t] = tokens
         logps[rows, t] = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
         # Rows that have ended continue until they are dropped; their further tokens are masked at the end.
-        ended = (tokens == lm.eos_id) & ~finished[rows]
+        ended = torch.isin(tokens, ends) & ~finished[rows]
         lengths[rows[ended]] = t + 1
         finished[rows[ended]] = True
         alive = ~finished[rows]
@@ -107,6 +118,8 @@ def decode(
             keep = alive.nonzero().squeeze(-1)
             rows, tokens = rows[keep], tokens[keep]
             state.keep(keep)
+    if end_forced and rules.last is not None:
+        finished &= lengths < max_new_tokens  # an end that was forced was not chosen
     width = int(lengths.max())
     answer_mask = length_mask(lengths, width)
     ids = torch.where(answer_mask, ids[:, :width], lm.pad_id)

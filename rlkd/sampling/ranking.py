@@ -5,9 +5,32 @@ teacher.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+from ..models.vocabulary import NO_LIMIT, decode_texts, encode_texts
 from .engines.protocol import Engine
 from .schedule import Budget, in_batches
+
+
+def choice_problem(tokenizer: Any, choices: Sequence[str]) -> str | None:
+    """Why ranking these answer choices would say nothing, as a clause; None if their tokens differ.
+
+    A choice without tokens of its own (empty, or characters that the vocabulary lacks) has no probability to compare;
+    choices with the same tokens are an exact tie. A choice that is given twice is one choice.
+    """
+    if not choices:
+        return "there are no answer choices"
+    encoded = encode_texts(tokenizer, list(choices), NO_LIMIT)
+    first: dict[tuple[int, ...], str] = {}
+    for choice, ids, read in zip(choices, encoded, decode_texts(tokenizer, encoded), strict=True):
+        if not choice.strip():
+            return "an answer choice is empty"
+        if not read.strip():
+            return f"the tokenizer has no tokens for the answer choice '{choice}'"
+        if (other := first.setdefault(tuple(ids), choice)) != choice:
+            return f"the answer choices '{other}' and '{choice}' have the same tokens"
+    return None
 
 
 def rank(

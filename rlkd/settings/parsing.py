@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from textwrap import shorten
@@ -24,11 +25,14 @@ from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 
 from ..checks import choices_of, field_types, in_words, members_of
-from ..errors import ConfigError, RlkdError, nearest
-from ..io.redaction import redacted
+from ..errors import ConfigError, RlkdError, nearest, shown
+from ..io import bounded_yaml
+from ..io.outputs import prepare_outputs
+from ..io.redaction import redact_command_line, redacted
 from .fields import default_of, own_names, plain
 
 MOST_PROBLEMS = 20  # fits on one screen
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # variables that they set
 
 
 def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -38,7 +42,10 @@ def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = Non
     """
     values, origins = _given(dataclass_types, argv)
     _refuse_missing(dataclass_types, values)
-    return _build(dataclass_types, values, origins)
+    built = _build(dataclass_types, values, origins)
+    if argv is None:
+        redact_command_line()
+    return built
 
 
 @dataclass(frozen=True)
@@ -102,26 +109,38 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script with log lines on stderr. An RlkdError is printed without a traceback and sets the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("rlkd").setLevel(logging.INFO)
-    if not sys.stderr.isatty():
-        _no_bars()
+    """Run a script with log lines on stderr. An RlkdError is printed without a traceback and sets the exit code; under
+    a launcher, whose own traceback follows and whose code is 1, the code is also the last line.
+    """
+    prepare_outputs()
     try:
         main()
     except RlkdError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        message = f"error: {redacted(str(error))}"
+        print(message, file=sys.stderr)
+        _tell_launcher(message, error.exit_code)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        # Of a library that reads or writes: a full disk, a folder that is gone, a network.
+        if isinstance(error, BrokenPipeError):
+            raise
+        print(f"error: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
-def _no_bars() -> None:
-    """Turn off the progress bars of libraries that load and save: in a log file they are only carriage returns."""
-    for library in ("HF_HUB", "HF_DATASETS"):
-        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    if "transformers" in sys.modules:  # it has already read the variable
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+def _tell_launcher(message: str, code: int) -> None:
+    """accelerate and torchrun end with code 1 and a traceback of their own, whatever a script ends with."""
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows of a process that failed
+        shown = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": shown}}))
+    if any(name in os.environ for name in LAUNCHERS):
+        print(
+            f"exit code {code}; what follows is the launcher's, which ends with 1 (one process needs none: "
+            f"python {Path(sys.argv[0]).name})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _refuse(problems: list[str]) -> NoReturn:
@@ -185,50 +204,23 @@ def _flags(parser: argparse.ArgumentParser, argv: list[str], hints: dict[str, An
     return vars(namespace)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that records repeated keys and reads 1e-5 as a number, as YAML 1.2 does (YAML 1.1: as text)."""
-
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.repeated: list[yaml.Node] = []
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        names = [key.value for key, _ in node.value]
-        self.repeated += [key for i, (key, _) in enumerate(node.value) if key.value in names[:i]]
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def _read(path: Path, hints: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The checked settings of a YAML file and the line of each; all problems of the file are reported at once."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    if not path.exists():
         others = [other.name for other in path.parent.glob("*.y*ml")]
-        raise ConfigError(f"--config {path}: no such file.{nearest(path.name, others)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read as UTF-8 text: {error}") from None
-    try:
-        return _check_file(path, text, hints)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{mark.line + 1}:{mark.column + 1}:" if mark else ""
-        raise ConfigError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(f"--config {path}: no such file.{nearest(path.name, others)}")
+    return bounded_yaml.read(path, lambda text: _check_file(path, text, hints))
 
 
 def _check_file(path: Path, text: str, hints: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    loader = _Loader(text)
+    loader = bounded_yaml.Loader(text)
     root = loader.get_single_node()
     if root is None:
         return {}, {}
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}:1: the file must contain settings, one 'name: value' per line.")
-    problems = [(key.start_mark.line + 1, f"key {key.value!r} is given twice.") for key in loader.repeated]
+    repeated = bounded_yaml.repeated_keys(root)
+    problems = [(key.start_mark.line + 1, f"key {shown(key.value)} is given twice.") for key, _ in repeated]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     loader.flatten_mapping(root)
@@ -236,13 +228,13 @@ def _check_file(path: Path, text: str, hints: dict[str, Any]) -> tuple[dict[str,
         name = key.value if isinstance(key, yaml.ScalarNode) else _source(text, key)
         line = key.start_mark.line + 1
         if name not in hints:
-            problems.append((line, f"key {name!r} is not a setting.{nearest(name, list(hints))}"))
+            close = nearest(name, list(hints)) if len(problems) < MOST_PROBLEMS else ""  # which takes time
+            problems.append((line, f"key {shown(name)} is not a setting.{close}"))
             continue
         try:
             values[name], origins[name] = _value(loader, node, hints[name]), f"{path}:{line}"
         except (TypeError, ValueError):
-            shown = redacted(_source(text, node), name)
-            problem = f"{name} = {shown}: allowed are {in_words(hints[name])}."
+            problem = f"{name} = {redacted(_source(text, node), name)}: allowed are {in_words(hints[name])}."
             problems.append((line, problem + _remedy(node, hints[name])))
     if problems:
         _refuse([f"{path}:{line}: {problem}" for line, problem in sorted(problems)])
@@ -260,14 +252,14 @@ def _remedy(node: yaml.Node, hint: Any) -> str:
     return " Put it in quotes." if str in members_of(hint) else nearest(node.value, [str(c) for c in choices_of(hint)])
 
 
-def _value(loader: _Loader, node: yaml.Node, hint: Any) -> Any:
+def _value(loader: bounded_yaml.Loader, node: yaml.Node, hint: Any) -> Any:
     """The value of a node as the type `hint`; ValueError for another type. Types unknown to pydantic always pass."""
     value = loader.construct_object(node, deep=True)
     choices = {type(choice) for choice in choices_of(hint)}
     if isinstance(value, bool) and choices and bool not in {*choices, *members_of(hint)}:
         value = node.value  # YAML 1.1 reads `no` as false; as a choice it is a word
     try:  # strict JSON: 3 is a valid float; 3.7 is not an int, "3" not a number, 1 not a bool
-        return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except PydanticUserError:
         return value
 

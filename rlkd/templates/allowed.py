@@ -1,19 +1,33 @@
-"""What templates may use in the sandbox: syntax, methods, filters and tests, and the cost of each."""
+"""What templates may use in the sandbox, each with its cost: nothing can be on these lists without one.
+
+A cost is a function that is called before the operation with the meter and the operands. It charges steps in proportion
+to the time that the operation takes at worst, and refuses results that would be too large.
+"""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.utils import Namespace
 
-from .meter import CONTAINERS, MAX_INT_BITS, READ_PER_STEP, VIEWS, Meter, SandboxError
+from .meter import MAX_INT_BITS, SCALARS, VIEWS, Meter, SandboxError
+
+Cost = Callable[..., None]
+# Characters compared per step, in a search that compares every part of a text with what it looks for.
+COMPARED_PER_STEP = 4096
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
+
+
+def _all(cost: Cost, names: str) -> dict[str, Cost]:
+    return dict.fromkeys(names.split(), cost)
 
 
 # No macros, blocks, imports, includes, recursive loops or autoescape.
@@ -26,36 +40,300 @@ NODES = frozenset(
     )
 )
 
-LOOP = _words("index index0 revindex revindex0 first last length previtem nextitem depth depth0 cycle changed")
 
-METHODS: dict[type, frozenset[str]] = {
+# Costs. Those of methods, filters and tests get the value and the arguments; arguments are counted already.
+
+
+def fixed(meter: Meter, *args: Any, **kwargs: Any) -> None:
+    """Takes the same time for every value, or only that of the arguments or of the result, which are counted too."""
+
+
+def _reads(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> None:
+    """Reads a text, or moves the items of a list, once."""
+    meter.read(len(value))
+
+
+def _weighs(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> None:
+    """Reads everything in a value."""
+    meter.weigh(value)
+
+
+def _sorts(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> None:
+    before = meter.steps
+    meter.weigh(value)
+    meter.charge((before - meter.steps) * len(value).bit_length())
+
+
+def _seeks(meter: Meter, text: Any, what: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Searches forwards, where Python compares all of a short text with all of `what`, and is linear in long ones."""
+    size, wanted = len(text), _size(kwargs.get("sep", what))
+    meter.read(size)
+    meter.charge(size * (min(wanted, 100) if size >= 2500 else wanted) // COMPARED_PER_STEP)
+
+
+def _seeks_back(meter: Meter, text: Any, what: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Searches backwards, or looks up every character in `what`: size times size at worst."""
+    wanted = kwargs.get("sep", kwargs.get("chars", what))
+    meter.read(len(text))
+    meter.charge(len(text) * _size(wanted) // COMPARED_PER_STEP)
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, str) else 0
+
+
+def _widens(meter: Meter, value: Any, width: Any = 80, *rest: Any) -> None:
+    size = _size(value) + int(width)
+    meter.fits(size)
+    meter.read(size)
+
+
+def _replaces(meter: Meter, value: Any, old: Any, new: Any, count: Any = None) -> None:
+    text, old = str(value), str(old)
+    _seeks(meter, text, old)
+    found = text.count(old)
+    meter.fits(len(text) + (found if count is None or count < 0 else min(found, count)) * len(str(new)))
+
+
+def _joins(meter: Meter, separator: Any, items: Any, *rest: Any) -> None:
+    meter.fits(_size(separator) * len(items) + meter.weigh(items))
+
+
+def _extends(meter: Meter, items: Any, more: Any) -> None:
+    meter.fits(len(items) + len(more))
+
+
+def _sets_default(meter: Meter, value: Any, key: Any, *default: Any) -> None:
+    meter.hashable(key)
+
+
+def _updates(meter: Meter, value: Any, *pairs: Any, **named: Any) -> None:
+    meter.hashable(pairs)
+
+
+def _batches(meter: Meter, value: Any, width: Any, *fill: Any, **named: Any) -> None:
+    if fill or named:  # the last batch is made as long as the others
+        meter.fits(int(width))
+        meter.charge(int(width) // 4)
+
+
+def _cuts(meter: Meter, value: Any, slices: Any, *fill: Any, **named: Any) -> None:
+    """`slice` copies the value to a list."""
+    meter.fits(int(slices))
+    if hasattr(value, "__len__"):
+        meter.fits(len(value))
+        meter.charge(len(value) // 4)
+
+
+def _splits_words(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> None:
+    """Makes an object of every word."""
+    meter.charge(meter.weigh(value) // 16)
+
+
+def _hashes(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> None:
+    meter.weigh(value)
+    meter.hashable(value)
+
+
+def _indents(meter: Meter, value: Any, width: Any = 4, *flags: Any, **named: Any) -> None:
+    text = str(value)
+    meter.read(len(text))
+    size = len(width) if isinstance(width, str) else int(width)
+    meter.fits(len(text) + (len(text.splitlines()) + 1) * size)
+
+
+_BY_TEN = 300  # 10 ** 308 is the largest float
+
+
+def _rounds(meter: Meter, value: Any, precision: Any = 0, method: str = "common") -> None:
+    _number(value)
+    _number(precision)
+    if abs(precision) > _BY_TEN:
+        raise SandboxError(f"rounds to {precision:,} places. Round to at most {_BY_TEN}.")
+
+
+def _sums(meter: Meter, items: Any, attribute: Any = None, start: Any = 0) -> None:
+    _number(start)
+    meter.weigh(items)
+
+
+def _dumps(meter: Meter, value: Any, indent: Any = None) -> None:
+    if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 8):
+        raise SandboxError("gives tojson an indent beyond 8 spaces. Choose 0 to 8.")
+    meter.fits(meter.weigh(value))
+
+
+def _is_number(meter: Meter, value: Any, *args: Any) -> None:
+    _number(value)  # on a string, "%" would format
+    meter.integers(value, *args)
+
+
+def _number(value: Any) -> None:
+    if not isinstance(value, (int, float, jinja2.Undefined)):
+        raise TypeError(f"a number is needed, found {type(value).__name__}")
+
+
+def _formats(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> None:
+    printf(meter, str(value), kwargs or args)
+
+
+# A printf width or precision: after "%", after a key's ")", or after flags.
+_PRINTF = re.compile(r"[%)][-#0 +]*(\d+|\*)?(?:\.(\d+|\*))?")
+
+
+def printf(meter: Meter, text: str, values: Any) -> None:
+    meter.read(len(text))
+    widths = [number for pair in _PRINTF.findall(text) for number in pair if number]
+    if "*" in widths:
+        raise SandboxError("takes the width of a format from a value, which is not allowed. Write the width.")
+    if any(len(width) > 9 for width in widths):
+        raise meter.limits.exceeded("value")
+    # Keys may be repeated, and each prints the whole value.
+    repeats = text.count("%") if isinstance(values, dict) else 1
+    size = len(text) + sum(map(int, widths)) + repeats * meter.weigh(values)
+    meter.fits(size)
+    meter.read(size)
+
+
+def compares(meter: Meter, value: Any, *others: Any) -> None:
+    for item in (value, *others):
+        meter.weigh(item)
+
+
+def contains(meter: Meter, value: Any, container: Any) -> None:
+    """`value in container`."""
+    if isinstance(container, str):
+        _seeks(meter, container, value)
+    compares(meter, value, container)
+
+
+# What is allowed.
+
+# Those that count the rest of the items read them through a counted loop.
+LOOP: dict[str, Cost] = _all(
+    fixed, "index index0 revindex revindex0 first last length previtem nextitem depth depth0 cycle changed"
+)
+
+METHODS: dict[type, dict[str, Cost]] = {
     # No format, format_map, translate, encode or expandtabs.
-    str: _words(
-        """capitalize casefold center count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric
-        isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust
-        rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill"""
-    ),
-    list: _words("append clear copy count extend index insert pop remove reverse sort"),
-    tuple: _words("count index"),
-    dict: _words("clear copy get items keys pop popitem setdefault update values"),
-    **dict.fromkeys([int, float, bool, type(None), range, *VIEWS], _words("")),
+    str: _all(
+        _reads,
+        """capitalize casefold endswith isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper
+        lower removeprefix removesuffix splitlines startswith swapcase title upper""",
+    )
+    | _all(_seeks, "count find index partition split")
+    | _all(_seeks_back, "lstrip rfind rindex rpartition rsplit rstrip strip")
+    | _all(_widens, "center ljust rjust zfill")
+    | {"join": _joins, "replace": _replaces},
+    list: _all(fixed, "append")
+    | _all(_reads, "clear copy insert pop reverse")
+    | _all(_weighs, "count index remove")
+    | {"extend": _extends, "sort": _sorts},
+    tuple: _all(_weighs, "count index"),
+    dict: _all(fixed, "get items keys pop popitem values")
+    | _all(_reads, "clear copy")
+    | {"setdefault": _sets_default, "update": _updates},
+    **{kind: {} for kind in [*(SCALARS - {str}), range, *VIEWS]},
 }
-HIDDEN = {kind: frozenset(dir(kind)) - methods for kind, methods in METHODS.items()}
+HIDDEN = {kind: frozenset(dir(kind)) - methods.keys() for kind, methods in METHODS.items()}
 
-# Filters that read only the ends of a value, or its items one by one; the others read the whole value.
-_SHALLOW = _words(
-    """batch choice count d default first items last length list map random reject rejectattr reverse select selectattr
-    slice"""
+# Filters that read only the ends of a value, or its items one by one, each of them counted as it is read.
+LAZY_FILTERS: dict[str, Cost] = _all(
+    fixed,
+    """choice count d default first items last length list map random reject rejectattr reverse select selectattr""",
+) | {"batch": _batches, "slice": _cuts}
+WHOLE_FILTERS: dict[str, Cost] = (
+    _all(_weighs, "abs capitalize float int lower max min string truncate upper")
+    | _all(_splits_words, "title wordcount")
+    | _all(_hashes, "most_frequent unique")
+    | _all(_sorts, "dictsort sort")
+    | {
+        "center": _widens,
+        "format": _formats,
+        "indent": _indents,
+        "join": lambda meter, items, d="", attribute=None: _joins(meter, d, items),
+        "replace": _replaces,
+        "round": _rounds,
+        "sum": _sums,
+        "tojson": _dumps,
+        "trim": lambda meter, value, chars=None: _seeks_back(meter, str(value), chars),
+    }
 )
-FILTERS = _SHALLOW | _words(
-    """abs capitalize center dictsort float format indent int join lower max min most_frequent replace round sort
-    string sum title tojson trim truncate unique upper wordcount"""
+FILTERS = LAZY_FILTERS | WHOLE_FILTERS
+
+TESTS: dict[str, Cost] = (
+    _all(
+        fixed,
+        "boolean defined false float integer iterable mapping none number sameas sequence string true undefined",
+    )
+    | _all(compares, "== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le lower upper")
+    | _all(_is_number, "odd even divisibleby")
+    | {"in": contains}
 )
-_DEEP_TESTS = _words("in == eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le lower upper")
-_NUMBER_TESTS = _words("odd even divisibleby")
-TESTS = (_DEEP_TESTS | _NUMBER_TESTS) | _words(
-    "boolean defined false float integer iterable mapping none number sameas sequence string true undefined"
-)
+
+
+# Operators and functions.
+
+
+def _adds(meter: Meter, left: Any, right: Any) -> None:
+    meter.integers(left, right)
+
+
+def _subtracts(meter: Meter, left: Any, right: Any) -> None:
+    meter.integers(left, right)
+    if type(left) in VIEWS or type(right) in VIEWS:  # as sets
+        for side in (left, right):
+            _hashes(meter, side)
+
+
+def _multiplies(meter: Meter, left: Any, right: Any) -> None:
+    meter.integers(left, right)
+    for many, times in ((left, right), (right, left)):
+        if type(many) in (str, list, tuple) and type(times) in (int, bool):
+            meter.fits(len(many) * times)
+
+
+def _raises_to(meter: Meter, left: Any, right: Any) -> None:
+    meter.integers(left, right)
+    # bits of the result; a negative exponent makes a float
+    if type(left) is int and type(right) is int and left.bit_length() * right > MAX_INT_BITS:
+        raise meter.limits.exceeded("value")
+
+
+def _mods(meter: Meter, left: Any, right: Any) -> None:
+    if type(left) is str:
+        printf(meter, left, right)
+    else:
+        meter.integers(left, right)
+
+
+# + at most doubles a size, and every result is counted afterwards.
+OPERATORS: dict[str, tuple[Callable[[Any, Any], Any], Cost]] = {
+    "+": (operator.add, _adds),
+    "-": (operator.sub, _subtracts),
+    "*": (operator.mul, _multiplies),
+    "/": (operator.truediv, _adds),
+    "//": (operator.floordiv, _adds),
+    "%": (operator.mod, _mods),
+    "**": (operator.pow, _raises_to),
+}
+
+
+def _range(meter: Meter, *bounds: int) -> None:
+    if range(*bounds)[meter.limits.steps :]:
+        raise meter.limits.exceeded("steps")
+
+
+def _dict(meter: Meter, *pairs: Any, **named: Any) -> None:
+    meter.hashable(pairs)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], Cost]] = {
+    "range": (range, _range),
+    "zip": (zip, fixed),
+    "dict": (dict, _dict),
+    "namespace": (Namespace, fixed),
+}
 
 
 def remedy(kind: type) -> str:
@@ -64,149 +342,27 @@ def remedy(kind: type) -> str:
     return f"Allowed are {', '.join(sorted(methods))}." if methods else "Write the template without it."
 
 
-# The size, beyond that of the value, that the result of a call may reach: checked before the call, with its arguments
-# already counted.
-
-
-def _width(value: Any, width: Any = 80, *rest: Any) -> int:
-    return int(width)
-
-
-def _replace(value: Any, old: Any, new: Any, count: Any = None) -> int:
-    found = str(value).count(str(old))
-    return (found if count is None or count < 0 else min(found, count)) * len(str(new))
-
-
-def _join(separator: Any, items: Any) -> int:
-    return len(str(separator)) * len(items)
-
-
-def _indent(value: Any, width: Any = 4, *flags: Any, **named: Any) -> int:
-    return (len(str(value).splitlines()) + 1) * (len(width) if isinstance(width, str) else int(width))
-
-
-_BY_TEN = 300  # 10 ** 308 is the largest float
-
-
-def _round(value: Any, precision: Any = 0, method: str = "common") -> int:
-    _number(value)
-    _number(precision)
-    if abs(precision) > _BY_TEN:
-        raise SandboxError(f"rounds to {precision:,} places. Round to at most {_BY_TEN}.")
-    return 0
-
-
-def _sum(items: Any, attribute: Any = None, start: Any = 0) -> int:
-    _number(start)
-    return 0
-
-
-def _tojson(value: Any, indent: Any = None) -> int:
-    if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 8):
-        raise SandboxError("gives tojson an indent beyond 8 spaces. Choose 0 to 8.")
-    return 0
-
-
-def _number(value: Any) -> None:
-    if not isinstance(value, (int, float, jinja2.Undefined)):
-        raise TypeError(f"a number is needed, found {type(value).__name__}")
-
-
-# A printf width or precision: after "%", after a key's ")", or after flags.
-_PRINTF = re.compile(r"[%)][-#0 +]*(\d+|\*)?(?:\.(\d+|\*))?")
-
-
-def _printf(meter: Meter, text: str, values: Any) -> None:
-    widths = [number for pair in _PRINTF.findall(text) for number in pair if number]
-    if "*" in widths:
-        raise SandboxError("takes the width of a format from a value, which is not allowed. Write the width.")
-    if any(len(width) > 9 for width in widths):
-        raise meter.limits.exceeded("value")
-    # Keys may be repeated, and each prints the whole value.
-    repeats = text.count("%") if isinstance(values, dict) else 1
-    meter.fits(len(text) + sum(map(int, widths)) + repeats * meter.weigh(values))
-
-
-_Bound = Callable[..., int]
-_FILTER_BOUNDS: dict[str, _Bound] = {
-    "batch": _width,
-    "center": _width,
-    "indent": _indent,
-    "join": lambda items, d="", attribute=None: _join(d, items),
-    "replace": _replace,
-    "round": _round,
-    "slice": _width,
-    "sum": _sum,
-    "tojson": _tojson,
-}
-_METHOD_BOUNDS: dict[tuple[type, str], _Bound] = {
-    (str, "center"): _width,
-    (str, "join"): _join,
-    (str, "ljust"): _width,
-    (str, "replace"): _replace,
-    (str, "rjust"): _width,
-    (str, "zfill"): _width,
-    (list, "extend"): lambda owner, items: len(items),
-}
-# These compare the items of a list; the others only move them.
-_DEEP_METHODS = frozenset({"count", "index", "remove", "sort"})
-
-
-def before_method(
-    meter: Meter, owner: Any, name: str, weight: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Count a method call, and refuse it if its result would be too large. `weight` is the size of the arguments."""
-    kind = type(owner)
-    size = len(owner)
-    if kind is not str and name in _DEEP_METHODS:
-        meter.weigh(owner)
-    elif size > READ_PER_STEP:
-        meter.charge(size // READ_PER_STEP)
-    bound = _METHOD_BOUNDS.get((kind, name))
-    if bound is not None:
-        meter.fits(size + weight + bound(owner, *args, **kwargs))
-
-
-def before_operator(meter: Meter, operator: str, left: Any, right: Any) -> None:
-    """Refuse an operation whose result would be too large; + at most doubles the size and is counted afterwards."""
-    if operator == "*":
-        for many, times in ((left, right), (right, left)):
-            if type(many) in (str, list, tuple) and type(times) in (int, bool):
-                meter.fits(len(many) * times)
-    elif operator == "**" and type(left) is int and type(right) is int:
-        # bits of the result; a negative exponent makes a float
-        if left.bit_length() * right > MAX_INT_BITS:
-            raise meter.limits.exceeded("value")
-    elif operator == "%" and type(left) is str:
-        _printf(meter, left, right)
-
-
 def guarded_filters(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """The allowed filters of jinja, each counted, also when called by `map` and `select`."""
     return {name: _guarded_filter(name, filters[name]) for name in FILTERS}
 
 
 def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    call, bound, shallow = _with_context(function), _FILTER_BOUNDS.get(name), name in _SHALLOW
+    call, charge, lazy = _with_context(function), FILTERS[name], name in LAZY_FILTERS
 
     @jinja2.pass_context
     def guarded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        meter, weight = context.meter, 0
-        if args:
-            weight += sum(map(meter.weigh, args))
-        if kwargs:
-            weight += sum(map(meter.weigh, kwargs.values()))
-        cost = 1 + weight // 4  # arguments are read again for every item
-        if not shallow:
-            if type(value) is not str:
-                value = meter.settled(value, cost)
-            weight += meter.weigh(value)
-            if cost > 1 and type(value) in CONTAINERS:
+        meter = context.meter
+        # Arguments are read again for every item.
+        cost = 1 + meter.weigh_arguments(args, kwargs) // 4 if args or kwargs else 1
+        if not lazy:
+            value = meter.settled(value, cost)
+            meter.weigh(value)
+            if cost > 1 and hasattr(value, "__len__") and type(value) is not str:
                 meter.charge(len(value) * cost)
-        if name == "format":
-            _printf(meter, str(value), kwargs or args)
-        elif bound is not None:
-            meter.fits(weight + bound(value, *args, **kwargs))
+        elif name == "slice":
+            value = meter.settled(value, cost)
+        charge(meter, value, *args, **kwargs)
         result = call(context, value, *args, **kwargs)
         return meter.made(str(result) if name == "tojson" else result, 1 + cost)
 
@@ -214,20 +370,17 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def guarded_tests(tests: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """The allowed tests of jinja; those that read the whole value are counted."""
-    return {name: _guarded_test(name, tests[name]) for name in TESTS}
+    """The allowed tests of jinja, each counted."""
+    return {name: _guarded_test(tests[name], charge) for name, charge in TESTS.items()}
 
 
-def _guarded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    if name not in _DEEP_TESTS | _NUMBER_TESTS:
+def _guarded_test(function: Callable[..., Any], charge: Cost) -> Callable[..., Any]:
+    if charge is fixed:
         return function
 
     @jinja2.pass_context
     def guarded(context: Any, value: Any, *args: Any) -> Any:
-        if name in _NUMBER_TESTS:
-            _number(value)  # on a string, "%" would format
-        for item in (value, *args):
-            context.meter.weigh(item)
+        charge(context.meter, value, *args)
         return function(value, *args)
 
     return guarded

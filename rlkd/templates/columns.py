@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from jinja2 import meta, nodes
 
-from .sandbox import SEPARATOR
+from .rows import SEPARATOR
 
 # Methods with which a template changes a variable: their arguments become part of its value.
 CHANGES = ("append", "extend", "insert", "update", "add")

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, listed, shown
 from .aliases import known_problem
 from .leaks import leaks
+from .missing import missing_columns
 from .parsing import Entry, Problem, parse
 from .sources import TemplatesFile
 from .template import Template, to_template
 
 
-def lint(file: TemplatesFile, columns: Iterable[str] | None = None) -> list[Problem]:
-    """The problems of a file by line; with `columns`, those of the rows, also missing and unused columns."""
+def lint(
+    file: TemplatesFile,
+    columns: Iterable[str] | None = None,
+    choice_problem: Callable[[tuple[str, ...]], str | None] | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> list[Problem]:
+    """The problems of a file by line; with `columns`, those of the rows, also missing and unused columns; with `rows`,
+    also the missing values that prompts print.
+
+    choice_problem: why a teacher's tokenizer cannot tell answer choices apart, None if it can.
+    """
     parsed = parse(file.content)
     problems = list(parsed.problems)
     templates: dict[str, Template] = {}
@@ -28,11 +40,15 @@ def lint(file: TemplatesFile, columns: Iterable[str] | None = None) -> list[Prob
             continue
         templates[key] = template
         problems += _one(template, entry)
+        problems += _printed(template, entry, rows)
+        choices = template.fixed_choices
+        if choices and "" not in choices and choice_problem and (problem := choice_problem(choices)):
+            problems.append(Problem(entry.line_of("answer_choices"), "error", f"'{template.name}': {problem}."))
     problems += _names(templates, parsed.entries)
-    for key, shown in leaks(list(templates.values())).items():
+    for key, printed in leaks(list(templates.values())).items():
         template, entry = templates[key], parsed.entries[key]
         level = "warning" if template.original_task is False else "error"
-        names = ", ".join(sorted(shown))
+        names = listed(sorted(printed))
         problems.append(
             Problem(entry.line_of("jinja"), level, f"'{template.name}': the input shows the gold columns {names}.")
         )
@@ -53,19 +69,36 @@ def _one(template: Template, entry: Entry) -> Iterator[Problem]:
         )
     if template.name != template.name.strip():
         yield Problem(entry.line_of("name"), "warning", f"{name}: the name starts or ends with white space.")
-    if template.answer_choices and not template.choice_columns:
-        choices = [choice.strip() for choice in template.answer_choices.split("|||")]
-        literal = "{" not in template.answer_choices
-        if literal and "" in choices:
+    if choices := template.fixed_choices:
+        if "" in choices:
             yield Problem(entry.line_of("answer_choices"), "error", f"{name}: an answer choice is empty.")
-        if literal and (twice := [c for c, count in Counter(choices).items() if count > 1]):
+        if twice := [c for c, count in Counter(choices).items() if count > 1]:
             yield Problem(
-                entry.line_of("answer_choices"), "warning", f"{name}: the answer choice '{twice[0]}' occurs twice."
+                entry.line_of("answer_choices"), "warning", f"{name}: the answer choice {shown(twice[0])} occurs twice."
             )
     if any(line != line.rstrip() for line in template.source.strip().splitlines()):
         yield Problem(entry.line_of("jinja"), "note", f"{name}: white space at the end of a line reaches the model.")
     if problem := known_problem(template.id):
         yield Problem(entry.line, "warning", f"{name}: {problem}.")
+
+
+def _printed(template: Template, entry: Entry, rows: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
+    """Columns whose missing values the input prints as words."""
+
+    def render(row: Mapping[str, Any]) -> str:
+        return template.parts(row)[0]
+
+    counts: Counter[str] = Counter()
+    for row in rows:
+        with suppress(DataError):
+            counts.update(missing_columns(template, row, render(row), render))
+    for name, count in counts.items():
+        yield Problem(
+            entry.line_of("jinja"),
+            "warning",
+            f"'{template.name}': the input prints a missing value of {name} as a word such as None in {count} of "
+            f"{len(rows)} rows.",
+        )
 
 
 def _names(templates: dict[str, Template], entries: dict[str, Entry]) -> Iterator[Problem]:
@@ -81,8 +114,8 @@ def _columns(templates: dict[str, Template], entries: dict[str, Entry], found: I
     columns = set(found)
     for key, template in templates.items():
         if missing := template.columns(target=True) - columns:
-            names = ", ".join(sorted(missing))
+            names = listed(sorted(missing))
             yield Problem(entries[key].line_of("jinja"), "error", f"'{template.name}': the rows lack {names}.")
     used = {name for template in templates.values() for name in template.columns(target=True)}
     if unused := columns - used:
-        yield Problem(1, "note", f"no template reads the columns {', '.join(sorted(unused))}.")
+        yield Problem(1, "note", f"no template reads the columns {listed(sorted(unused))}.")

@@ -8,14 +8,14 @@ from typing import Any
 
 import yaml
 
-from ..errors import DataError
-
-BaseLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from ..errors import DataError, cut, listed, shown
+from ..io import bounded_yaml
 
 # Field -> its type; all but the first two may be None. `reference` and `task_template` are known but not used.
 FIELDS: dict[str, type] = {"name": str, "jinja": str, "answer_choices": str, "metadata": dict, "id": str}
 METADATA: dict[str, type] = {"original_task": bool, "choices_in_prompt": bool, "metrics": list, "languages": list}
 REQUIRED = ("name", "jinja")
+MAX_NAME = 200
 UNUSED = ("reference", "task_template")
 
 
@@ -51,8 +51,8 @@ class Parsed:
         return [problem for problem in self.problems if problem.level == "error"]
 
 
-class _Loader(BaseLoader):  # type: ignore[misc, valid-type]
-    """YAML without Python objects; promptsource's two tags become mappings with line numbers."""
+class _Loader(bounded_yaml.Loader):
+    """YAML within limits; promptsource's two tags become mappings with line numbers."""
 
 
 def _entry(loader: Any, node: yaml.Node) -> Entry:
@@ -81,23 +81,27 @@ def parse(content: bytes) -> Parsed:
     except UnicodeDecodeError as bad:
         line = content[: bad.start].count(b"\n") + 1
         return error(line, "is not UTF-8. A templates file is UTF-8 YAML: save it as UTF-8.")
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
+        repeated = list(bounded_yaml.repeated_keys(root))
         tree = loader.construct_document(root) if root is not None else None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as bad:
-        mark = getattr(bad, "problem_mark", None)
-        return error(mark.line + 1 if mark else 1, f"is not valid YAML: {getattr(bad, 'problem', None) or bad}.")
-    finally:
-        loader.dispose()
+    except yaml.YAMLError as bad:
+        line, _, said = bounded_yaml.problem(bad, text)
+        return error(line, f"is not valid YAML: {said}.")
     entries = tree.get("templates") if isinstance(tree, dict) else None
     if not isinstance(tree, dict) or not isinstance(entries, dict) or not entries:
         return error(1, "has no 'templates' mapping (id: !Template ...). See prompts/README.md for the format.")
     parsed.dataset = _dataset(tree)
     keys = dict(_template_keys(root))
-    for key, line, first in _repeated(root):
-        error(line, f"template {key}: this id is already used in line {first}. Give it a unique id.")
+    for name, first in repeated:
+        error(
+            name.start_mark.line + 1,
+            f"key {shown(name.value)} is already used in line {first}. Remove one, or rename it.",
+        )
     for key, entry in entries.items():
+        if str(key) in parsed.entries:
+            error(keys.get(str(key), 1), f"id {shown(str(key))} is also given as a {type(key).__name__}. Rename one.")
         found = list(_check(str(key), entry, keys.get(str(key), 1)))
         parsed.problems += found
         if not any(problem.level == "error" for problem in found):
@@ -138,29 +142,25 @@ def _template_keys(root: yaml.MappingNode) -> Iterator[tuple[str, int]]:
             yield from ((str(k.value), k.start_mark.line + 1) for k, _ in value.value)
 
 
-def _repeated(root: yaml.MappingNode) -> Iterator[tuple[str, int, int]]:
-    """Repeated ids, which YAML would silently drop: (id, line, first line)."""
-    seen: dict[str, int] = {}
-    for key, line in _template_keys(root):
-        if key in seen:
-            yield key, line, seen[key]
-        seen.setdefault(key, line)
-
-
 def _check(key: str, entry: Any, line: int) -> Iterator[Problem]:
-    place = f"template {key}"
+    place = f"template {cut(key)}"
     if not isinstance(entry, dict):
         kind = type(entry).__name__
         yield Problem(line, "error", f"{place}: a template is a mapping with name and jinja, found {kind}.")
         return
     entry = _with_lines(entry, line)
     yield from _fields(entry, FIELDS, place, UNUSED)
+    for what, text in (("id", key), ("name", entry.get("name"))):
+        if isinstance(text, str) and not (len(text) <= MAX_NAME and text.isprintable()):
+            yield Problem(line, "error", f"{place}: its {what} must be one line of at most {MAX_NAME} characters.")
     metadata = entry.get("metadata")
     if isinstance(metadata, dict):
         yield from _fields(_with_lines(metadata, entry.line_of("metadata")), METADATA, place, ())
     if isinstance(entry.get("id"), str) and entry["id"] != key:
         yield Problem(
-            entry.line_of("id"), "warning", f"{place}: field 'id' is '{entry['id']}'; the key is used, not the field."
+            entry.line_of("id"),
+            "warning",
+            f"{place}: field 'id' is {shown(entry['id'])}; the key is used, not the field.",
         )
 
 
@@ -171,11 +171,13 @@ def _fields(entry: Entry, types: dict[str, type], place: str, unused: tuple[str,
             yield Problem(
                 entry.line_of(name),
                 "error",
-                f"{place}: field '{name}' is {value!r}; allowed is {kind.__name__}. Fix the file.",
+                f"{place}: field '{name}' is {shown(value)}; allowed is {kind.__name__}. Fix the file.",
             )
         elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
             yield Problem(
-                entry.line_of(name), "error", f"{place}: field '{name}' must be a list of strings, found {value!r}."
+                entry.line_of(name),
+                "error",
+                f"{place}: field '{name}' must be a list of strings, found {shown(value)}.",
             )
     if unknown := sorted(str(name) for name in entry if name not in types and name not in unused):
-        yield Problem(entry.line_of(unknown[0]), "note", f"{place}: ignored unknown fields {', '.join(unknown)}")
+        yield Problem(entry.line_of(unknown[0]), "note", f"{place}: ignored unknown fields {listed(unknown)}")

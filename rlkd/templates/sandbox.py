@@ -8,17 +8,10 @@ of jinja2's own environment, except that `tojson` gives a plain string, not one 
 
 from __future__ import annotations
 
-import json
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import date, time, timedelta
-from decimal import Decimal
-from functools import cached_property
-from random import Random
-from types import BuiltinMethodType, FunctionType, MethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any
-from uuid import UUID
 
 import jinja2
 from jinja2 import nodes
@@ -27,25 +20,10 @@ from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from ..errors import nearest
+from ..errors import cut, nearest
 from . import allowed
 from .meter import DEFAULT_LIMITS, SCALARS, WRITTEN_PER_STEP, Limits, Meter, SandboxError
-
-SEPARATOR = "|||"
-# promptsource's own replacement for a separator inside a field, so that a row cannot inject its own target.
-PIPE_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
-
-
-class RowRandom:
-    """A generator per (seed, template, row), created only if a filter draws from it."""
-
-    def __init__(self, seed: int, template: str, row: Mapping[str, Any]):
-        self._key = (seed, template, row)
-
-    @cached_property
-    def generator(self) -> Random:
-        seed, template, row = self._key
-        return Random(json.dumps([seed, template, dict(row)], sort_keys=True, default=str))
+from .rows import SEPARATOR, RowRandom
 
 
 class SafeTemplate:
@@ -70,71 +48,29 @@ class SafeTemplate:
                 f"cannot be compiled: {error or type(error).__name__}. Simplify the template."
             ) from error
 
-    def render(self, values: Mapping[str, Any], meter: Meter, random: RowRandom) -> str:
-        """The text for plain values (see `plain_row`). Raises SandboxError, and any exception of the expressions."""
+    def render(self, values: Mapping[str, Any], meter: Meter, random: RowRandom, separator: str) -> str:
+        """The text for plain values (see `plain_row`), with `separator` for every "|||" of the template itself.
+
+        Raises SandboxError, and any exception of the expressions.
+        """
         context = _Context(ENVIRONMENT, {**ENVIRONMENT.globals, **values}, None, {})
-        context.meter, context.random = meter, random
+        context.meter, context.random, context.separator = meter, random, separator
         text = "".join(self._root(context))
         if len(text) > self.limits.output:
             raise self.limits.exceeded("output")
         return text
 
 
-def plain_row(
-    row: Mapping[str, Any], names: Iterable[str], limits: Limits, *, strict_compat: bool = False
-) -> dict[str, Any]:
-    """The columns `names` of a row as plain JSON values, copied, so that a template may change them.
-
-    "|||" is replaced in every string; with `strict_compat` only in the columns that are strings themselves, as in
-    promptsource. Dates, decimals and UUIDs become strings; a column of any other type is an error if the template reads
-    it. Raises SandboxError for strings or nesting beyond the limits.
-    """
-    found = {name: row[name] for name in names if name in row}
-    return {
-        name: _plain(value, limits, not strict_compat or isinstance(value, str), 0) for name, value in found.items()
-    }
-
-
-def _plain(value: Any, limits: Limits, protect: bool, depth: int) -> Any:
-    if isinstance(value, str):
-        if len(value) > limits.value:
-            raise limits.exceeded("value")
-        value = str.__str__(value)
-        return value.replace(SEPARATOR, PIPE_PROTECTOR) if protect else value
-    if type(value) in SCALARS:
-        return value
-    if depth > limits.nesting:
-        raise limits.exceeded("nesting")
-    if isinstance(value, Mapping):
-        return {
-            _plain(key if type(key) in SCALARS else str(key), limits, protect, depth): _plain(
-                item, limits, protect, depth + 1
-            )
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, limits, protect, depth + 1) for item in value]
-    for kind in (bool, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, (date, time, timedelta, Decimal, UUID)):
-        return _plain(str(value), limits, protect, depth)
-    if hasattr(value, "tolist"):  # arrays and tensors
-        return _plain(value.tolist(), limits, protect, depth + 1)
-    return jinja2.StrictUndefined(
-        f"the row holds a {type(value).__name__}; templates read text, numbers, lists and dicts. Convert the column."
-    )
-
-
 class _Context(Context):
     meter: Meter
     random: RowRandom
+    separator: str
 
 
 class _Sandbox(SandboxedEnvironment):
     """Jinja's hooks for attributes, items, calls and operators: each has an allow-list and is counted."""
 
-    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+    intercepted_binops = frozenset(allowed.OPERATORS)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -151,7 +87,9 @@ class _Sandbox(SandboxedEnvironment):
                 return getattr(obj, attribute)
             except AttributeError:
                 return self.undefined(obj=obj, name=attribute)
-        raise SandboxError(f"reads '{attribute}' of a {kind.__name__}, which is not allowed. {allowed.remedy(kind)}")
+        raise SandboxError(
+            f"reads '{cut(attribute)}' of a {kind.__name__}, which is not allowed. {allowed.remedy(kind)}"
+        )
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         kind = type(argument)
@@ -171,52 +109,31 @@ class _Sandbox(SandboxedEnvironment):
         meter, kind = context.meter, type(function)
         if isinstance(function, jinja2.Undefined):
             return function()
-        weight = 0
-        if args:
+        if args or kwargs:
             args = tuple(map(meter.settled, args))
-            weight += sum(map(meter.weigh, args))
-        if kwargs:
-            weight += sum(map(meter.weigh, kwargs.values()))
-        if kind is FunctionType:
-            return meter.made(function(meter, *args, **kwargs))
+            meter.weigh_arguments(args, kwargs)
+        if kind is _Function:
+            function.charge(meter, *args, **kwargs)
+            return meter.made(function.call(*args, **kwargs))
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if kind is BuiltinMethodType and name in allowed.METHODS.get(type(owner), ()):
-            allowed.before_method(meter, owner, name, weight, args, kwargs)
+            allowed.METHODS[type(owner)][name](meter, owner, *args, **kwargs)
             return meter.made(function(*args, **kwargs))
         if kind is MethodType and type(owner) is LoopContext and name in allowed.LOOP:
             return function(*args, **kwargs)
         raise SandboxError(f"calls a {kind.__name__}, which is not allowed. {allowed.remedy(kind)}")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator in ("*", "**", "%"):
-            allowed.before_operator(context.meter, operator, left, right)
-        return context.meter.made(_OPERATORS[operator](left, right))
+        compute, charge = allowed.OPERATORS[operator]
+        charge(context.meter, left, right)
+        return context.meter.made(compute(left, right))
 
 
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "//": operator.floordiv,
-    "%": operator.mod,
-    "**": operator.pow,
-}
+class _Function:
+    """A function that templates may call; it has no attributes that they could read."""
 
-
-def _range(meter: Meter, *bounds: int) -> range:
-    numbers = range(*bounds)
-    if numbers[meter.limits.steps :]:
-        raise meter.limits.exceeded("steps")
-    return numbers
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "range": _range,
-    "zip": lambda meter, *lists: zip(*lists, strict=False),
-    "dict": lambda meter, *args, **values: dict(*args, **values),
-    "namespace": lambda meter, *args, **values: Namespace(*args, **values),
-}
+    def __init__(self, call: Callable[..., Any], charge: allowed.Cost):
+        self.call, self.charge = call, charge
 
 
 @jinja2.pass_context
@@ -235,7 +152,7 @@ def _written(context: Any, value: Any) -> Any:
     """Called on every value that a template prints."""
     if type(value) is str:
         context.meter.write(len(value))
-    elif type(value) not in SCALARS:
+    elif type(value) not in SCALARS or type(value) is int:
         context.meter.write(context.meter.weigh(value))
     return value
 
@@ -249,10 +166,27 @@ def _loop(context: Any, items: Any, cost: int) -> Iterator[Any]:
 
 
 @jinja2.pass_context
+def _separator(context: Any, _: Any) -> str:
+    return context.separator
+
+
+@jinja2.pass_context
 def _weighed(context: Any, value: Any) -> Any:
-    if type(value) not in SCALARS or type(value) is str:
-        context.meter.weigh(value)
+    context.meter.weigh(value)
     return value
+
+
+@jinja2.pass_context
+def _as_key(context: Any, value: Any) -> Any:
+    context.meter.weigh(value)
+    context.meter.hashable(value)
+    return value
+
+
+@jinja2.pass_context
+def _within(context: Any, value: Any, container: Any) -> bool:
+    allowed.contains(context.meter, value, container)
+    return value in container
 
 
 @jinja2.pass_context
@@ -272,8 +206,9 @@ def _environment() -> _Sandbox:
     ours = {"choice": _choice, "random": _choice, "most_frequent": _most_frequent}
     environment.filters = allowed.guarded_filters(environment.filters | ours)
     environment.filters |= {"_loop": _loop, "_weighed": _weighed, "_sliced": _sliced, "_joined": _joined}
+    environment.filters |= {"_separator": _separator, "_as_key": _as_key, "_within": _within}
     environment.tests = allowed.guarded_tests(environment.tests)  # type: ignore
-    environment.globals = dict(_FUNCTIONS)
+    environment.globals = {name: _Function(*function) for name, function in allowed.FUNCTIONS.items()}
     return environment
 
 
@@ -299,6 +234,24 @@ class _Rewriter(NodeTransformer):
         return _REWRITES.get(type(node), lambda node: node)(node)
 
 
+def _split_data(node: nodes.TemplateData) -> list[nodes.Node]:
+    """A template's own text, with the rendering's separator for each of its "|||"."""
+    pieces: list[nodes.Node] = []
+    for piece in node.data.split(SEPARATOR):
+        pieces += [_filter("_separator", nodes.Const(None)), nodes.TemplateData(piece)]
+    return pieces[1:]
+
+
+def _split_constant(node: nodes.Const) -> nodes.Node:
+    """The same in an expression, such as `join("|||")`."""
+    if not isinstance(node.value, str) or SEPARATOR not in node.value:
+        return node
+    pieces: list[nodes.Expr] = []
+    for piece in node.value.split(SEPARATOR):
+        pieces += [_filter("_separator", nodes.Const(None)), nodes.Const(piece)]
+    return _filter("_joined", nodes.Tuple(pieces[1:], "load"))
+
+
 def _count_loop(node: nodes.For) -> nodes.Node:
     if node.recursive:
         raise _refused("the syntax", "recursive", [])
@@ -310,8 +263,13 @@ def _count_loop(node: nodes.For) -> nodes.Node:
 
 def _weigh_operands(node: nodes.Compare) -> nodes.Node:
     sides = [node.expr, *(operand.expr for operand in node.ops)]
-    # Comparing with a constant is cheap, searching for one is not; two lists may share items endlessly.
-    if any(operand.op.endswith("in") for operand in node.ops) or not any(map(_constant, sides)):
+    if any(operand.op in ("in", "notin") for operand in node.ops):
+        if len(node.ops) > 1:
+            raise _refused("the syntax", "a in b in c", [])
+        within = _filter("_within", *sides)
+        return within if node.ops[0].op == "in" else nodes.Not(within)
+    # Comparing with a constant is cheap; two lists may share items endlessly.
+    if not any(map(_constant, sides)):
         node.expr = _weigh(node.expr)
         for operand in node.ops:
             operand.expr = _weigh(operand.expr)
@@ -319,12 +277,14 @@ def _weigh_operands(node: nodes.Compare) -> nodes.Node:
 
 
 def _weigh_key(node: nodes.Pair) -> nodes.Node:
-    node.key = _weigh(node.key)
+    if not _constant(node.key):
+        node.key = _filter("_as_key", node.key)
     return node
 
 
 def _count_slice(node: nodes.Getitem) -> nodes.Node:
     if not isinstance(node.arg, nodes.Slice):
+        node.arg = _weigh(node.arg)
         return node
     bounds = (node.arg.start, node.arg.stop, node.arg.step)
     return _filter("_sliced", node.node, *(bound or nodes.Const(None) for bound in bounds))
@@ -339,7 +299,9 @@ def _check_call(node: nodes.Call | nodes.Filter | nodes.Test) -> nodes.Node:
     return node
 
 
-_REWRITES: dict[type[nodes.Node], Callable[[Any], nodes.Node]] = {
+_REWRITES: dict[type[nodes.Node], Callable[[Any], nodes.Node | list[nodes.Node]]] = {
+    nodes.TemplateData: _split_data,
+    nodes.Const: _split_constant,
     nodes.For: _count_loop,
     nodes.Compare: _weigh_operands,
     nodes.Pair: _weigh_key,
@@ -353,7 +315,7 @@ _REWRITES: dict[type[nodes.Node], Callable[[Any], nodes.Node]] = {
 
 def _refused(what: str, name: str, names: list[str]) -> SandboxError:
     choice = f"Allowed: {', '.join(names)}.{nearest(name, names)}" if names else "Write the template without it."
-    return SandboxError(f"uses {what} '{name}', which is not allowed in templates. {choice}")
+    return SandboxError(f"uses {what} '{cut(name)}', which is not allowed in templates. {choice}")
 
 
 def _filter(name: str, node: Any, *args: nodes.Expr) -> nodes.Filter:

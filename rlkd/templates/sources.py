@@ -9,37 +9,24 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import posixpath
 import re
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
-from ..errors import DataError, nearest
-from ..io.files import sha256
+from ..errors import DataError, cut, listed, nearest
+from ..io.bounded_yaml import MAX_BYTES, read_bytes
 from .aliases import template_name
+from .archives import ARCHIVE_SUFFIXES, MAX_ARCHIVE_BYTES, TEMPLATE_FILE, read_archive
 
-TEMPLATE_FILE = "templates.yaml"
 YAML_SUFFIXES = (".yaml", ".yml")
-ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
-T = TypeVar("T")
-
-MAX_FILE_BYTES = 2**24
-MAX_ARCHIVE_BYTES = 2**28
 
 PROMPTSOURCE_ARCHIVE = "promptsource-0.2.3.tar.gz"
 PROMPTSOURCE_SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
 DOWNLOAD_HINT = "`rlkd prompts download` fetches promptsource's 2,085 templates over 180 data sets."
 # Next to the package in a checkout, inside it in an installation (see pyproject.toml).
-PACKAGE_PROMPTS = next(
-    (p for p in (Path(__file__).resolve().parents[i] / "prompts" for i in (2, 1)) if p.is_dir()),
-    Path("prompts").resolve(),
-)
+_BESIDE, _INSIDE = (Path(__file__).resolve().parents[i] / "prompts" for i in (2, 1))
+PACKAGE_PROMPTS = _BESIDE if _BESIDE.is_dir() else _INSIDE
 
 
 @dataclass(frozen=True)
@@ -58,14 +45,9 @@ class TemplatesFile:
 
     @cached_property
     def trusted(self) -> bool:
-        """Whether it comes with rlkd or from promptsource itself; all other files are untrusted."""
+        """Whether it comes with rlkd or from promptsource's own archive; all other files are untrusted."""
         shipped = Path(self.place).resolve().is_relative_to(PACKAGE_PROMPTS)
-        installed = installed_promptsource()
-        return (
-            shipped
-            or self.sha256 == PROMPTSOURCE_SHA256
-            or (installed is not None and Path(self.place).is_relative_to(installed))
-        )
+        return shipped or self.sha256 == PROMPTSOURCE_SHA256
 
 
 @dataclass(frozen=True)
@@ -74,33 +56,58 @@ class Source:
 
     path: Path
 
+    @property
+    def is_archive(self) -> bool:
+        return self.path.name.endswith(ARCHIVE_SUFFIXES) and self.path.is_file()
+
     @cached_property
     def files(self) -> dict[str, str]:
+        if self.is_archive:
+            return {dataset: member for dataset, (member, _) in sorted(self._archive[1].items())}
         if self.path.is_dir():
             found = sorted(self.path.rglob(TEMPLATE_FILE))
             return {file.parent.relative_to(self.path).as_posix(): str(file) for file in found}
-        if self.path.name.endswith(YAML_SUFFIXES):
-            return {_dataset_of(self.path): str(self.path)}
-        return dict(sorted((_key(member), member) for member in _members(self.path)))
+        return {_dataset_of(self.path): str(self.path)}
+
+    @cached_property
+    def _archive(self) -> tuple[str, dict[str, tuple[str, bytes]]]:
+        """The digest of an archive, and (member, content) of each data set, all from one reading of the file.
+
+        Raises DataError for an archive that cannot be read, for two files of one data set, and for promptsource's
+        archive if it is not the one that was published.
+        """
+        content = _read(self.path, MAX_ARCHIVE_BYTES, "An archive of templates is a small file")
+        digest = hashlib.sha256(content).hexdigest()
+        if self.path.name == PROMPTSOURCE_ARCHIVE and digest != PROMPTSOURCE_SHA256:
+            raise DataError(
+                f"{self.path} has sha256 {digest}, not {PROMPTSOURCE_SHA256}: it is damaged or was changed. Replace it "
+                "by `rlkd prompts download`, or rename it if it is an archive of your own."
+            )
+        found: dict[str, tuple[str, bytes]] = {}
+        for member, text in read_archive(str(self.path), content).items():
+            other, _ = found.setdefault(_key(member), (member, text))
+            if other != member:
+                raise DataError(
+                    f"{self.path}: {cut(other)} and {cut(member)} are both the templates of '{cut(_key(member))}'. "
+                    "Remove one."
+                )
+        return digest, found
 
     def place(self, dataset: str) -> str:
         """The path of a data set's file, or archive!member."""
         name = self.files[dataset]
-        return f"{self.path}!{name}" if self.path.name.endswith(ARCHIVE_SUFFIXES) and self.path.is_file() else name
+        return f"{self.path}!{name}" if self.is_archive else name
 
     def counts(self) -> dict[str, int]:
         """The number of templates of each data set, counted by their tags: no file is parsed."""
-        if self.path.name.endswith(ARCHIVE_SUFFIXES) and self.path.is_file():
-            contents = _read_members(self.path, set(self.files.values()))
-            return {dataset: _count(contents[name]) for dataset, name in self.files.items()}
-        return {dataset: _count(read_file(Path(name)).content) for dataset, name in self.files.items()}
+        return {dataset: _count(self.read(dataset).content) for dataset in self.files}
 
     def read(self, dataset: str) -> TemplatesFile:
         """A data set's file. Raises DataError naming what cannot be read."""
-        name, place = self.files[dataset], self.place(dataset)
-        if place == name:
-            return read_file(Path(name), source=str(self.path))
-        return TemplatesFile(place, _read_members(self.path, {name})[name], sha256(self.path), str(self.path))
+        if not self.is_archive:
+            return read_file(Path(self.files[dataset]), source=str(self.path))
+        digest, found = self._archive
+        return TemplatesFile(self.place(dataset), found[dataset][1], digest, str(self.path))
 
 
 def sources(path: Path | None = None) -> list[Source]:
@@ -134,11 +141,10 @@ def find(dataset: str, places: list[Source]) -> TemplatesFile:
     where = " or ".join(str(source.path) for source in places) or "./prompts"
     subsets = [name for name in known if name.startswith(f"{template_name(dataset)}/")]
     if subsets:
-        raise DataError(f"'{dataset}' has templates per subset in {where}. Name one of: {', '.join(subsets)}.")
-    shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more (rlkd prompts list)" if len(known) > 20 else "")
+        raise DataError(f"'{dataset}' has templates per subset in {where}. Name one of: {listed(subsets)}.")
     hint = "" if any(str(source.path).endswith(PROMPTSOURCE_ARCHIVE) for source in places) else f" {DOWNLOAD_HINT}"
     raise DataError(
-        f"no templates for '{dataset}' in {where}. Available: {shown or 'none'}.{nearest(dataset, known)} "
+        f"no templates for '{dataset}' in {where}. Available: {listed(known) or 'none'}.{nearest(dataset, known)} "
         f"A file is named by its path: path/to/{TEMPLATE_FILE}[:Template name].{hint}"
     )
 
@@ -164,11 +170,18 @@ def cached_archive() -> Path:
 
 def read_file(file: Path, *, source: str | None = None) -> TemplatesFile:
     """One file. Raises DataError if it cannot be read."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}. A templates file is UTF-8 YAML.") from error
+    content = _read(file, MAX_BYTES, "A templates file is UTF-8 YAML")
     return TemplatesFile(str(file), content, hashlib.sha256(content).hexdigest(), source or str(file))
+
+
+def _read(file: Path, limit: int, remedy: str) -> bytes:
+    """The content of a regular file: a device may have no end, and a pipe may never begin."""
+    if file.exists() and not file.is_file():
+        raise DataError(f"{file} cannot be read: it is no regular file. {remedy}.")
+    try:
+        return read_bytes(file, limit)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}. {remedy}.") from error
 
 
 def _dataset_of(file: Path) -> str:
@@ -189,57 +202,5 @@ def _key(member: str) -> str:
     return "/".join(parts[roots[-1] + 1 :] if roots else parts)
 
 
-def _members(archive: Path) -> list[str]:
-    """The templates files of an archive. Links, absolute paths and paths with .. are ignored."""
-    total = 0
-    names = []
-    for name, size, regular in _guard(archive, lambda: list(_entries(archive))):
-        total += size
-        if total > MAX_ARCHIVE_BYTES:
-            raise DataError(
-                f"{archive} unpacks to more than {MAX_ARCHIVE_BYTES >> 20} MiB: not an archive of templates."
-            )
-        safe = regular and not name.startswith("/") and ".." not in name.split("/") and "\\" not in name
-        if safe and posixpath.basename(name) == TEMPLATE_FILE and size <= MAX_FILE_BYTES:
-            names.append(name)
-    return names
-
-
-def _entries(archive: Path) -> Iterator[tuple[str, int, bool]]:
-    """(name, size, whether it is a regular file) of all members."""
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as file:
-            for info in file.infolist():
-                yield info.filename, info.file_size, not info.is_dir() and (info.external_attr >> 28) != 0o12
-        return
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            yield member.name, member.size, member.isreg()
-            if member.offset_data > MAX_ARCHIVE_BYTES:
-                return
-
-
-def _read_members(archive: Path, names: set[str]) -> dict[str, bytes]:
-    """The named members, which `_members` has checked to be regular files of limited size."""
-
-    def read() -> dict[str, bytes]:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as file:
-                return {name: file.read(name) for name in names}
-        with tarfile.open(archive) as tar:
-            streams = ((member.name, tar.extractfile(member)) for member in tar if member.name in names)
-            return {name: stream.read() for name, stream in streams if stream is not None}
-
-    return _guard(archive, read)
-
-
 def _count(content: bytes) -> int:
     return len(re.findall(rb":\s*!Template\s", content))
-
-
-def _guard(archive: Path, action: Callable[[], T]) -> T:
-    try:
-        return action()
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-        said = str(error).splitlines()[0].rstrip(":.") if str(error) else type(error).__name__
-        raise DataError(f"{archive} is not a readable archive: {said}. Download or create it again.") from error

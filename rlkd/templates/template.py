@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,14 +20,15 @@ import jinja2
 
 from ..checks import check_choice, check_settings
 from ..choices import Truncation
-from ..errors import DataError, nearest
+from ..errors import DataError, cut, encodable, listed, nearest, shown
 from . import columns as template_columns
 from .aliases import known_problem
 from .columns import Reads
 from .leaks import leaks
 from .meter import DEFAULT_LIMITS, Limits, Meter, SandboxError
 from .parsing import parse_or_raise
-from .sandbox import ENVIRONMENT, PIPE_PROTECTOR, SEPARATOR, RowRandom, SafeTemplate, plain_row
+from .rows import PIPE_PROTECTOR, SEPARATOR, RowRandom, own_separator, plain_row, shown_bars
+from .sandbox import ENVIRONMENT, SafeTemplate
 from .sources import YAML_SUFFIXES, TemplatesFile, find, read_file, sources
 
 logger = logging.getLogger(__name__)
@@ -67,10 +69,10 @@ class Template:
     sha256             of that file or archive
     choices_in_prompt, metrics, languages  as given in the file
     truncation         none, or t0: each {{...}} of the source is cut to 2,048 characters, as in T0's training data
-    strict_compat      escape "|||" only where promptsource does: one in a list or in an answer choice then splits the
-                       text, so that a row can inject its own target
-    trusted            False for templates that come neither with rlkd nor from promptsource: they are rendered in
-                       another process (see `rlkd.templates.worker`)
+    strict_compat      split the text wherever promptsource does: also at a "|||" in a list or an answer choice of the
+                       row, or built from its pieces, so that a row can inject its own target
+    trusted            render in this process, as for templates that come with rlkd or from promptsource's archive; all
+                       others are rendered in a process of their own (see `rlkd.templates.worker`)
     limits             of the sandbox
     """
 
@@ -86,7 +88,7 @@ class Template:
     languages: tuple[str, ...] = ()
     truncation: Truncation = "none"
     strict_compat: bool = False
-    trusted: bool = True
+    trusted: bool = False
     limits: Limits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
@@ -107,26 +109,36 @@ class Template:
 
             return untrusted_parts(self, row, seed)
         meter, random = Meter(self.limits), RowRandom(seed, self.id or self.name, row)
+        separator = SEPARATOR
         try:
-            names = self._compiled.names | (self._choices.names if self._choices else frozenset())
-            values = plain_row(row, names, self.limits, strict_compat=self.strict_compat)
+            protect = self.strict_compat or PIPE_PROTECTOR in self.source
+            values = plain_row(row, self.names, self.limits, protect=protect)
+            if not self.strict_compat:
+                separator = own_separator(values)
             values["answer_choices"] = None
             if self._choices is not None:
-                choices = self._choices.render(values, meter, random).split(SEPARATOR)
-                shown = map(_unprotect, choices) if self.strict_compat else choices
-                values["answer_choices"] = [choice.strip() for choice in shown]
-            rendered = self._compiled.render(values, meter, random)
+                choices = self._choices.render(values, meter, random, separator).split(separator)
+                if self.strict_compat:
+                    choices = [shown_bars(choice, separator) for choice in choices]
+                values["answer_choices"] = [choice.strip() for choice in choices]
+            rendered = self._compiled.render(values, meter, random, separator)
         except SandboxError as error:
             raise self._refused(error) from error
         except MemoryError as error:
             raise self._refused(self.limits.exceeded("memory_mb")) from error
         # Expressions run arbitrary operations on the row's values and can raise any exception.
         except Exception as error:
+            said = cut(shown_bars(str(error), separator), 300)
             raise DataError(
-                f"{self} cannot be rendered: {type(error).__name__}: {error}.\n  row: {str(dict(row))[:300]}\n"
+                f"{self} cannot be rendered: {type(error).__name__}: {encodable(said)}.\n  row: {shown(dict(row))}\n"
                 "Check that the row's values have the types the template expects."
             ) from error
-        return [_unprotect(part).strip() for part in rendered.split(SEPARATOR)]
+        if encodable(rendered) != rendered:
+            raise DataError(
+                f"{self} prints half a surrogate pair, which is no text.\n  row: {shown(dict(row))}\n"
+                "Fix the template or the row."
+            )
+        return [shown_bars(part, separator).strip() for part in rendered.split(separator)]
 
     def render(self, row: Mapping[str, Any], *, seed: int = 0) -> Rendered:
         """Input, target and answer choices of a row. Raises DataError as `parts` does.
@@ -152,6 +164,13 @@ class Template:
         """The answers to choose from for a row, or None. Raises DataError as `parts` does."""
         return None if self._choice_template is None else tuple(self._choice_template.parts(row, seed=seed))
 
+    @property
+    def fixed_choices(self) -> tuple[str, ...] | None:
+        """The answers to choose from if they are written without jinja, the same for every row; else None."""
+        if not self.answer_choices or any(mark in self.answer_choices for mark in ("{{", "{%", "{#")):
+            return None
+        return tuple(choice.strip() for choice in self.answer_choices.split(SEPARATOR))
+
     def lacks_label(self, row: Mapping[str, Any]) -> bool:
         """Whether a column that only the target reads is absent, None, or -1 where it is an index of the answers.
 
@@ -172,6 +191,16 @@ class Template:
     def gold_columns(self) -> frozenset[str]:
         """The columns that the target reads and the input does not."""
         return frozenset(self.columns(target=True) - self.columns(target=False))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All names that it may read from a row, in the input, in the target and in its choices."""
+        return self._compiled.names | (self._choices.names if self._choices else frozenset())
+
+    @property
+    def draws(self) -> bool:
+        """Whether it may draw at random, which depends on all columns of a row."""
+        return bool(re.search(r"\b(choice|random)\b", f"{self.source} {self.answer_choices}"))
 
     @property
     def shown_columns(self) -> frozenset[str]:
@@ -232,7 +261,8 @@ class Template:
             raise self._refused(error, f": its {field}") from error
         except jinja2.TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise DataError(f"{self}: its {field}{line} is not valid jinja: {error}. Fix the template.") from error
+            said = cut(str(error), 300)
+            raise DataError(f"{self}: its {field}{line} is not valid jinja: {said}. Fix the template.") from error
 
     def _refused(self, error: SandboxError, field: str = "") -> SandboxError:
         """The same error with the template's name at its start, unless it is there already."""
@@ -242,10 +272,6 @@ class Template:
         """Compile now instead of at the first row. Raises DataError with the template's name; returns self."""
         _ = self._compiled, self._choices
         return self
-
-
-def _unprotect(text: str) -> str:
-    return text.replace(PIPE_PROTECTOR, SEPARATOR)
 
 
 def load_templates(
@@ -288,7 +314,7 @@ def _whole(templates: list[Template], spec: str, all_templates: bool) -> list[Te
     if not kept:
         raise DataError(
             f"'{spec}': none of its {len(templates)} templates is for the original task. Name one "
-            f"({', '.join(t.name for t in templates)}), or allow all with --all-templates."
+            f"({listed([t.name for t in templates])}), or allow all with --all-templates."
         )
     if len(kept) < len(templates):
         logger.info("%s: using %d of %d templates, those of the original task", spec, len(kept), len(templates))
@@ -297,14 +323,15 @@ def _whole(templates: list[Template], spec: str, all_templates: bool) -> list[Te
 
 def _without_leaks(chosen: list[Template], leaking: dict[str, frozenset[str]], *, named: bool) -> list[Template]:
     kept = [t for t in chosen if t.id not in leaking]
-    shown = "; ".join(f"{t.name}: {', '.join(sorted(leaking[t.id]))}" for t in chosen if t.id in leaking)
+    shows = [f"{t.name}: {listed(sorted(leaking[t.id]))}" for t in chosen if t.id in leaking]
+    leaky = "; ".join(shows[:20]) + (f" and {len(shows) - 20} more" if len(shows) > 20 else "")
     if not kept:
         raise DataError(
-            f"{chosen[0] if named else chosen[0].origin}: the input shows gold columns ({shown}), so the model "
+            f"{chosen[0] if named else chosen[0].origin}: the input shows gold columns ({leaky}), so the model "
             "would read the answer. Choose another template, or allow it with --gold-input."
         )
-    if shown:
-        logger.warning("%s: skipped templates whose input shows gold columns (%s)", kept[0].origin, shown)
+    if shows:
+        logger.warning("%s: skipped templates whose input shows gold columns (%s)", kept[0].origin, leaky)
     return kept
 
 
@@ -318,9 +345,9 @@ def _by_name(templates: list[Template], name: str, file: TemplatesFile) -> Templ
             break
     names = [template.name for template in templates]
     problem = "does not exist" if not chosen else "names several templates: use one of their ids"
-    ids = "" if not chosen else f" ({', '.join(template.id for template in chosen)})"
+    ids = "" if not chosen else f" ({listed([template.id for template in chosen])})"
     raise DataError(
-        f"{file.place}: template '{name}' {problem}{ids}. Available: {', '.join(names)}.{nearest(name, names)}"
+        f"{file.place}: template '{name}' {problem}{ids}. Available: {listed(names)}.{nearest(name, names)}"
     )
 
 

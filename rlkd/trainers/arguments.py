@@ -10,10 +10,12 @@ from transformers import TrainingArguments
 
 from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive, check_settings
 from ..errors import ConfigError
+from ..io.redaction import redacted
 from ..metrics import held_out
 from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
+from .environment import check_half_precision, check_launch, use_one_gpu
 
 # Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
 IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
@@ -48,11 +50,18 @@ class StudentArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Always off: a NaN loss must not be hidden."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: the collators use all columns."})
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in TrainingArguments, without secrets: trackers get it."""
+        return redacted(super().to_dict())
+
     def __post_init__(self) -> None:
         check_settings(self)
+        check_launch(self)
+        self.run_name = redacted(self.run_name)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not held_out(self.metric_for_best_model).lower_is_better
         super().__post_init__()
+        use_one_gpu(self)
         patience = self.early_stopping_patience
         if patience is not None:
             _require(
@@ -87,9 +96,7 @@ class DistillationArguments(StudentArguments):
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "regret"
         super().__post_init__()
-        _require(
-            not self.fp16, "fp16", self.fp16, "float16 overflows to inf in T5 models. Use bf16: true (GPU) or neither."
-        )
+        check_half_precision(self.mixed_precision, setting=self.fp16)
 
 
 @dataclass
@@ -189,7 +196,8 @@ class RLArguments(OnPolicyArguments):
     )
     gamma: Fraction = field(default=1.0, metadata={"help": "Discount, the same in reward and return."})
     lam: Fraction = field(
-        default=0.2, metadata={"help": "Credit horizon: 0 immediate regret (safe, biased) .. 1 full return (unbiased)."}
+        default=0.2,
+        metadata={"help": "Credit horizon: 0 own regret only .. 1 full return (docs/method.md, Choosing lam)."},
     )
     k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
     one_step: Literal["exact", "sampled"] = field(
@@ -247,6 +255,15 @@ class RLArguments(OnPolicyArguments):
             "one_step",
             self.one_step,
             f"reward_value {self.reward_value} has no exact expectation: use sampled",
+        )
+        sums_nothing = self.gamma * self.lam == 0 or self.k_step >= self.max_new_tokens
+        other_credit = self.kl_in == "reward" or BASELINES[self.baseline].reads & {"values", "state_value"}
+        _require(
+            not (self.whiten_advantages and self.one_step == "exact" and sums_nothing) or bool(other_credit),
+            "whiten_advantages",
+            self.whiten_advantages,
+            f"with one_step exact the advantages hold the future only, which is 0 under gamma = {self.gamma:g}, lam = "
+            f"{self.lam:g} and k_step = {self.k_step}: there is nothing to scale. Set it to false, or raise lam",
         )
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,22 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from ..data.splits import shared_inputs
+from ..io import bounded_yaml
 from ..io.redaction import redacted
-from ..models.digests import weights_digest
-from ..runs.best import BestCheckpoint, check_best_metric
+from ..io.versions import describe_machine
+from ..models.loading import check_finite
+from ..models.saving import save_student
+from ..runs.best import BestCheckpoint, check_best_metric, check_held_out
 from ..runs.card import write_card
-from ..runs.checkpoints import read_state
+from ..runs.checkpoints import check_run_folder, explained_save, read_state
 from ..runs.files import METRICS, RUN_FILE, append_lines
 from ..runs.finite import FiniteGuard
 from ..runs.guards import AlarmCallback
 from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
+from .announce import Announcement
 from .arguments import StudentArguments
+from .environment import describe_environment, warn_of_ignored
+from .inputs import describe_inputs, weights_of
+from .last import LastEvaluation
+
+logger = logging.getLogger(__name__)
 
 
 class JsonlCallback(TrainerCallback):
@@ -56,14 +66,20 @@ class StudentTrainer(ResumableTrainer):
     def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **options: Any):
         self._recorded: dict[str, list[Tensor]] = {}
         self.run_record: RunRecord | None = None
+        # Of an evaluation that is about to be logged: score -> one value per row, in the direction of the score.
+        self.per_row: dict[str, list[float]] = {}
+        self.inputs: dict[str, str] = {}
         self._cpu_started = time.process_time()
-        self.finite, self.alarms = FiniteGuard(self), AlarmCallback(self)
-        own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint()]
+        self.finite, self.alarms, self.last = FiniteGuard(self), AlarmCallback(self), LastEvaluation(self)
+        self.announcement = Announcement(self)
+        own = [JsonlCallback(), self.finite, self.alarms, BestCheckpoint(self), self.announcement]
+        check_held_out(options["args"], options.get("eval_dataset"))
         patience = options["args"].early_stopping_patience
         stopping = [EarlyStoppingCallback(patience)] if patience else []
         super().__init__(model=self.trained, callbacks=[*own, *stopping, *(callbacks or [])], **options)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(TrainingProgress())
+        self.callback_handler.callbacks.insert(0, self.last)  # trackers close their runs when training ends
         check_best_metric(self.args, self.held_out_names)
 
     def run(self, settings: Sequence[Any] = ()) -> None:
@@ -72,11 +88,12 @@ class StudentTrainer(ResumableTrainer):
         settings: the other dataclasses the run was made from, for run.json and for comparing when it is resumed.
         """
         self.settings = settings
+        self.last.wanted = self.eval_dataset is not None
         with self.writing():
             self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-            metrics = self.evaluate() if self.eval_dataset is not None else {}
             self.save_model()
         if self.is_world_process_zero():
+            metrics = {name: value for name, value in self.last.metrics.items() if name.startswith("eval_")}
             shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items())
             what = "model" if self.teacher is None else "student"
             print(f"held-out: {shown or 'no rows'}\n{what} and metrics.jsonl saved in {self.run_folder}")
@@ -84,26 +101,73 @@ class StudentTrainer(ResumableTrainer):
     def begin_run(self, checkpoint: Path | None) -> None:
         """Write run.json; if the run continues from a checkpoint, first check that it is the same run."""
         super().begin_run(checkpoint)
+        self.announcement.checkpoint = checkpoint
+        named = [getattr(getattr(model, "config", None), "name_or_path", None) for model in self.models().values()]
+        check_run_folder(self.run_folder, named)
         sections = [*self.settings, self.args]
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
+        described = {role: describe_data(rows) for role, rows in data.items() if rows is not None}
+        if shared := self.shared_inputs():
+            described["eval"]["also_in_training"] = shared
         models = {role: model for role, model in self.models().items() if model is not None}
+        for role, model in models.items():
+            check_finite(model, role, str(getattr(model.config, "name_or_path", None) or "in memory"))
+        if not self.inputs:  # of the first call: a later one finds a student that has been trained
+            self.inputs = self.on_main(lambda: describe_inputs(self))
         record = RunRecord(
             trainer=type(self).__name__,
             settings=settings_of(sections),
-            data={role: describe_data(rows) for role, rows in data.items() if rows is not None},
+            data=described,
             templates=describe_templates(*data.values()),
             models={role: getattr(model.config, "name_or_path", None) or None for role, model in models.items()},
             revisions={
-                role: getattr(model.config, "_commit_hash", None) or weights_digest(model)
+                role: getattr(model.config, "_commit_hash", None) or self.inputs[weights_of(role)]
                 for role, model in models.items()
             },
+            inputs=self.inputs,
+            environment=describe_environment(self.accelerator),
+            machine=describe_machine(str(self.accelerator.device)),
             processes=self.accelerator.num_processes,
         )
         if checkpoint is not None:
             record.resume(checkpoint, sections, allow_change=self.args.allow_config_change)
+            self.last.distrust_if(bool(record.resumed and record.resumed[-1]["changed"]), checkpoint)
         self.run_record = record
         if self.is_world_process_zero():
+            warn_of_ignored(self.args)
             record.write(self.run_folder)
+
+    def shared_inputs(self) -> int:
+        """The number of held-out inputs that are training inputs, too, said in a warning."""
+        held_out: Any = self.eval_dataset
+        shared = [] if held_out is None else shared_inputs(self.train_dataset, held_out)
+        if shared and self.is_world_process_zero():
+            logger.warning(
+                f"{len(shared)} of {len(held_out)} held-out inputs are also training inputs (the first is held-out row "
+                f"{shared[0]}): scores, alarms and early stopping are not about new inputs. Remove them from one of "
+                "the two, or name no held-out data to have a share of the inputs split off."
+            )
+        return len(shared)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # `eval_on_start`: a resumed run has been evaluated at its start.
+        if kwargs.get("skip_scheduler") and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(*args, **kwargs)
+
+    def refresh_held_out(self) -> None:
+        """Write the held-out rows of the student as it is now to held_out.jsonl, in trainers that have one; nothing is
+        logged.
+        """
+
+    def describe_run(self, steps: int, epochs: float) -> str:
+        """One line: what an update is, and how much a run of so many updates and epochs sees."""
+        rows, args = len(self.train_dataset), self.args  # type: ignore[arg-type]
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return (
+            f"an update is on {batch} rows; this run of {steps} updates sees {round(epochs * rows)} rows, "
+            f"{epochs:.3g} epochs of {rows}"
+        )
 
     def models(self) -> dict[str, Any]:
         """Role -> plain model, None for a role without a model."""
@@ -136,6 +200,9 @@ class StudentTrainer(ResumableTrainer):
             self._recorded.clear()
         if "train_runtime" in logs:
             logs["train_cpu_seconds"] = time.process_time() - self._cpu_started
+        if self.per_row:
+            self.alarms.compare(logs, self.per_row)
+            self.per_row = {}
         self.alarms.observe(logs)
         super().log(logs, start_time)
 
@@ -147,7 +214,7 @@ class StudentTrainer(ResumableTrainer):
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.optim == "adafactor" and args.optim_args:
             given = dict(pair.split("=", 1) for pair in args.optim_args.replace(" ", "").split(","))
-            kwargs |= {name: yaml.safe_load(value) for name, value in given.items()}
+            kwargs |= {name: bounded_yaml.load(value) for name, value in given.items()}
         return optimizer, kwargs
 
     # Guards: `finite` stops on non-finite numbers, `alarms` checks the logged numbers.
@@ -179,24 +246,34 @@ class StudentTrainer(ResumableTrainer):
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         held = (t for state in states for t in state.values() if isinstance(t, Tensor))
         self.finite.check_weights(chain(self.trained.state_dict().values(), held))
-        super().save_model(output_dir, _internal_call)
+        if _internal_call:  # part of a checkpoint, whose errors are explained where it is written
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir) if output_dir else self.run_folder
+        try:
+            super().save_model(output_dir, _internal_call)
+        except Exception as error:
+            raise explained_save(error, folder, self._bytes(student_only=True), checkpoint=False) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run_folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.trained.student.save_pretrained(folder)
+        save_student(self.trained.student, folder, self.generation_config())
         self.tokenizer.save_pretrained(folder)
         self.write_card(folder)
+
+    def generation_config(self) -> Any:
+        """The GenerationConfig to save with the student; None for its own."""
+        return None
 
     def write_card(self, folder: Path) -> None:
         """README.md: the model card of the student as it is now."""
         record = asdict(self.run_record) if self.run_record else {"trainer": type(self).__name__}
-        evaluations = [line for line in self.state.log_history if any(name.startswith("eval_") for name in line)]
         write_card(
             folder,
             redacted(record),
             architecture=type(self.trained.student).__name__,
-            scores=evaluations[-1] if evaluations else {},
+            scores=self.last.newest(),
             rows=self.held_out_rows,
             step=self.state.global_step,
         )
@@ -214,13 +291,17 @@ class StudentTrainer(ResumableTrainer):
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `ResumableTrainer`; run.json is saved next to the student."""
         shutil.copy(self.run_folder / RUN_FILE, folder)
-        return super().save_extras(folder)
+        return {**super().save_extras(folder), "best_rows": self.alarms.best_rows.state()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.trained.load(folder)
-        self.load_extras(read_state(folder), folder)
+        extras = read_state(folder)
+        if "best_rows" in extras:
+            self.alarms.best_rows.load_state(extras["best_rows"])
+        self.load_extras(extras, folder)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.trained.load(self.state.best_model_checkpoint)
+        self.last.best_step = self.state.best_global_step

@@ -21,14 +21,16 @@ from ..evaluation.samples import Sample
 from ..io.progress import progress
 from ..models.architectures import language_model
 from ..models.policy import Policy
+from ..models.saving import evaluated_generation
 from ..models.signals import SignalSource, check_signal
 from ..models.teacher import Teacher
 from ..objectives.policy import reduce_tokens
 from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
-from ..runs.sample_tables import TEXTS, SampleTables
+from ..runs.sample_tables import SampleTables, print_samples
 from .arguments import DistillationArguments
 from .core import StudentTrainer
+from .environment import check_half_precision
 from .objective import Evidence, Objective, StudentTokens
 
 
@@ -63,7 +65,8 @@ class DistillationTrainer(StudentTrainer):
         self.policy = Policy(language_model(student, tokenizer), critic=self.objective.critic)
         self.reference: Policy | None = None
         self.evaluator: Evaluator | None = None
-        if teacher is not None and eval_examples is not None and len(eval_examples):
+        eval_examples = eval_examples if eval_examples is not None and len(eval_examples) else None
+        if eval_examples is not None:
             if not isinstance(teacher, Teacher):
                 raise ConfigError("the teacher answers eval_examples, too: give a local Teacher, or no eval_examples.")
             self.evaluator = Evaluator(
@@ -76,6 +79,7 @@ class DistillationTrainer(StudentTrainer):
                 batch_rows=args.per_device_eval_batch_size,
                 seed=args.data_seed or args.seed,
             )
+            self.evaluator.check(args.eval_limit)
         self.trained = self.policy
         self.sample_tables = SampleTables(args.report_to or ())
         self.tokens_since_log, self.last_log = 0, time.perf_counter()
@@ -86,6 +90,7 @@ class DistillationTrainer(StudentTrainer):
             data_collator=self.collate,
             callbacks=callbacks,
         )
+        check_half_precision(self.accelerator.mixed_precision, setting=args.fp16)  # fp8 becomes fp16 on some devices
 
     def check_teacher(self) -> None:
         """Raises ConfigError if the teacher cannot provide what the objective needs."""
@@ -116,12 +121,22 @@ class DistillationTrainer(StudentTrainer):
         rows = self.evaluate_policy(self.args.eval_limit)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator.summarise(rows).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
+        if metric_key_prefix == "eval":
+            self.per_row = self.evaluator.per_row
         self.log(metrics)
         if self.is_world_process_zero():
-            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, rows)
+            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)
             self._save_samples(rows[: self.args.sample_table_rows])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def refresh_held_out(self) -> None:
+        """As in `StudentTrainer`."""
+        assert self.evaluator is not None
+        rows = self.evaluate_policy(self.args.eval_limit)
+        self.evaluator.summarise(rows)
+        if self.is_world_process_zero():
+            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)
 
     def held_out_names(self) -> list[str] | None:
         """As in `StudentTrainer`."""
@@ -152,7 +167,7 @@ class DistillationTrainer(StudentTrainer):
         append_lines(self.run_folder / SAMPLES, [{"step": self.state.global_step, **row} for row in rows])
         self._save_token_rewards(rows)
         if not self.args.disable_tqdm:
-            _print_samples(self.state.global_step, rows)
+            print_samples(self.state.global_step, rows)
         self.sample_tables.log(self.state.global_step, rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -246,6 +261,10 @@ class DistillationTrainer(StudentTrainer):
         """The rows [B, ...] of every process, padded with 0 to the longest answer."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
 
+    def generation_config(self) -> Any:
+        """As in `StudentTrainer`: plain `generate()` of the saved student gives the answers that are evaluated here."""
+        return evaluated_generation(self.policy.lm, self.args.max_new_tokens)
+
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the critic goes next to the student, the objective's state into the extras."""
         self.policy.save_value_head(folder)
@@ -254,15 +273,3 @@ class DistillationTrainer(StudentTrainer):
     def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
         super().load_extras(extras, folder)
         self.objective.load_state(extras)
-
-
-def _print_samples(step: int, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"samples at step {step}", show_lines=True)
-    for column in TEXTS:
-        table.add_column(column, overflow="fold", justify="right" if "regret" in column else "left")
-    for row in rows:
-        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in TEXTS))
-    Console(stderr=True).print(table)

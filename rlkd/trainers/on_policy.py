@@ -100,6 +100,17 @@ class OnPolicyTrainer(DistillationTrainer):
         micro_batches = self.args.updates_per_rollout * self.args.gradient_accumulation_steps
         return ExperienceLoader(self, rollouts_per_epoch * micro_batches)
 
+    def describe_run(self, steps: int, epochs: float) -> str:
+        """As in `StudentTrainer`; per_device_train_batch_size counts answers."""
+        updates = self.args.updates_per_rollout
+        answers = self.args.rows_per_rollout * self.accelerator.num_processes
+        prompts = -(-steps // updates) * self.prompts_per_rollout
+        return (
+            f"a rollout batch is {answers} answers to {self.prompts_per_rollout} prompts, for {updates} "
+            f"update{'s' if updates > 1 else ''}; this run of {steps} updates sees {prompts} prompts, {epochs:.3g} "
+            f"epochs of {len(self.train_examples)}"
+        )
+
     def experience(self) -> Iterator[dict[str, Minibatch]]:
         """Endless minibatches, starting with the rollout batch that follows from the step count."""
         while True:

@@ -8,6 +8,7 @@ the future only.
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,10 @@ from .arguments import RLArguments
 from .objective import Evidence, Objective, Processes, StudentTokens
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_DEVIATION = 1e-3  # nats; differences of float32 log-probabilities are 1e-6 to 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,7 @@ class PolicyGradient(Objective):
             "teacher."
         )
         self.kl_coef = args.kl_coef
+        self.flat = False  # whether a batch had nothing to whiten
         self.critic = self.baseline.critic
         self.loss_reduction = args.loss_reduction
         self.inputs = self.baseline.inputs(exact=self.exact)
@@ -124,11 +130,7 @@ class PolicyGradient(Objective):
         """
         args, credit, mask = self.args, annotations, answers.answer_mask
         if args.whiten_advantages:
-            moments = processes.sum(masked_moments(credit.advantages, mask))
-            # The exact term and the rewards get the same scale as the advantages, so that their ratio is kept.
-            scale = 1.0 / moments_to_mean_std(moments)[1]
-            advantages = whiten(credit.advantages, mask, moments)
-            credit = replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
+            credit = self.whitened(credit, mask, processes.sum(masked_moments(credit.advantages, mask)))
         kl, everywhere = processes.gather(self.kl(answers, evidence)), processes.gather(mask)
         mean_kl = masked_mean(kl, everywhere)
         moments = masked_moments(processes.gather(credit.advantages), everywhere)
@@ -145,6 +147,26 @@ class PolicyGradient(Objective):
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
         return credit, logged
+
+    def whitened(self, credit: Credit, mask: Tensor, moments: Tensor) -> Credit:
+        """The credit at mean 0 and standard deviation 1; as it is if it does not vary.
+
+        The exact term and the rewards get the same scale as the advantages, so that their ratio is kept.
+        """
+        deviation = moments_to_mean_std(moments)[1]
+        if deviation < SMALLEST_DEVIATION:
+            # A floor in place of the deviation would multiply the exact term by its inverse.
+            if not self.flat:
+                logger.warning(
+                    f"whiten_advantages: the advantages of a batch have a standard deviation of {deviation:.2g} nats, "
+                    f"too small to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Raise "
+                    "lam, take more rollouts_per_prompt, or set whiten_advantages to false."
+                )
+            self.flat = True
+            return credit
+        scale = 1.0 / deviation
+        advantages = whiten(credit.advantages, mask, moments)
+        return replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
 
     def numbers(self, annotations: Credit) -> dict[str, Tensor | None]:
         return {

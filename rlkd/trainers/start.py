@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import ConfigError
+from ..models.generation import rules_of
 from ..models.heads import HeadOverStates
 from ..objectives.advantages import price_of_stopping, regret_per_sequence
 from ..records import given
@@ -51,8 +52,9 @@ class StartCheck(TrainerCallback):
             return
         message = (
             f"weak start: the student's regret is {regret:.1f} nats per sequence, an early end-of-sequence costs "
-            f"{price:.1f}. Until the first is well below the second, credit over many tokens (lam = {args.lam}) "
-            "teaches the student to stop early. Warm up longer on pseudo-labels, lower lam towards 0, or raise kl_coef."
+            f"{price:.1f}. Until the first is below half of the second, credit over many tokens (lam = {args.lam}) may "
+            "teach the student to stop early, and credit over few to run on: no lam repairs it. Warm up longer on the "
+            "teacher's greedy labels (docs/method.md, Choosing lam)."
         )
         if args.weak_start == "refuse":
             raise ConfigError(message + " (weak_start: refuse)")
@@ -72,7 +74,8 @@ class StartCheck(TrainerCallback):
         (eos_logits,) = head.map(lambda logits: (logits[:, eos],), states[mask])
         gap = maximum.masked_scatter(mask, maximum[mask] - eos_logits)
         regret = regret_per_sequence(scores.chosen - maximum, mask)
-        going_on = mask & (rollouts.answer_ids != eos)
+        ends = torch.tensor(rules_of(trainer.policy.lm).eos_ids, device=mask.device)
+        going_on = mask & ~torch.isin(rollouts.answer_ids, ends)
         return {
             "start_regret": float(trainer.gather(regret[:, None]).mean()),
             "start_eos_price": float(price_of_stopping(trainer.gather(gap), trainer.gather(going_on))),

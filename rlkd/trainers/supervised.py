@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..errors import DataError
 from ..evaluation.evaluator import TaskMetric
+from ..io.provenance import described
+from ..labels.makers import announce
+from ..labels.tokens import own_generations
+from ..models.generation import NO_RULES, AnswerRules, rules_of
 from ..models.heads import TokenFunction
 from ..models.signals import SignalSource
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import NO_LIMIT, encode_answers, encode_texts
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.policy import token_statistics
 from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
+from .inputs import weights_of
 from .objective import Objective, StudentTokens
 
 
@@ -64,19 +71,27 @@ def imitation(args: SupervisedArguments) -> Objective:
 class PseudoLabelCollator:
     """Rows with `student_input` and `label` (and the exact `token_ids`, if recorded) to padded tensors.
 
+    own: the generations of labels whose token ids are the tokenizer's (`own_generations`); None for all. Other labels
+    are encoded from their text.
     Returns input_ids, input_mask [B, P], answer_ids, answer_mask [B, R], and `examples` with the rows' names and, for
-    divergences, what the teacher reads; labels end with end-of-sequence unless they were cut.
+    divergences, what the teacher reads; labels begin as the student's `rules` force it, and end with end-of-sequence
+    unless they were cut.
     """
 
-    def __init__(self, tokenizer: Any, max_input_tokens: int, max_new_tokens: int):
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_input_tokens: int,
+        max_new_tokens: int,
+        own: frozenset[str | None] | None = None,
+        rules: AnswerRules = NO_RULES,
+    ):
         self.tokenizer, self.max_input_tokens, self.max_new_tokens = tokenizer, max_input_tokens, max_new_tokens
+        self.own, self.rules = own, rules
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         prompts = encode_texts(self.tokenizer, [row["student_input"] for row in rows], self.max_input_tokens)
-        if "token_ids" in rows[0]:
-            answers = [row["token_ids"][: self.max_new_tokens] for row in rows]
-        else:
-            answers = encode_texts(self.tokenizer, [row["label"] for row in rows], self.max_new_tokens)
+        answers = [self.rules.complete(ids)[: self.max_new_tokens] for ids in self._answers(rows)]
         pad = self.tokenizer.pad_token_id
         batch: dict[str, Any] = {}
         for name, ids in (("input", prompts), ("answer", answers)):
@@ -85,10 +100,38 @@ class PseudoLabelCollator:
         batch["examples"] = [_example(row, f"{i} of this batch") for i, row in enumerate(rows)]
         return batch
 
+    def _answers(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """The recorded tokens, or those of the texts: without end-of-sequence where the teacher was cut short."""
+        texts = {i: row["label"] for i, row in enumerate(rows) if not self._is_own(row)}
+        encoded = encode_answers(self.tokenizer, list(texts.values()), NO_LIMIT, self.rules) if texts else []
+        again = dict(zip(texts, encoded, strict=True))
+        answers = [again[i] if i in again else row["token_ids"] for i, row in enumerate(rows)]
+        ends = (self.tokenizer.eos_token_id, *self.rules.eos_ids)
+        cut = [row.get("finish_reason") == "length" and len(ids) > 1 for row, ids in zip(rows, answers, strict=True)]
+        return [ids[:-1] if short and ids[-1] in ends else ids for ids, short in zip(answers, cut, strict=True)]
+
+    def _is_own(self, row: dict[str, Any]) -> bool:
+        return "token_ids" in row and (self.own is None or row.get("generation") in self.own)
+
 
 def _example(row: dict[str, Any], name: str) -> Example:
     prompts = (row["teacher_input"],) if "teacher_input" in row else ()
     return Example(str(row.get("id", name)), row["student_input"], prompts)
+
+
+def check_label_rows(rows: Any) -> None:
+    """Raise DataError unless every row has a text as student_input and as label."""
+    names = getattr(rows, "column_names", None)
+    for name in ("student_input", "label"):
+        if names is not None and name not in names:
+            raise DataError(f"train_dataset has no column '{name}'. Found: {', '.join(names)}.")
+        values = rows[name] if names is not None else (row.get(name) for row in rows)
+        wrong = [(i, value) for i, value in enumerate(values) if not isinstance(value, str)]
+        if wrong:
+            raise DataError(
+                f"train_dataset: '{name}' is not text in {len(wrong)} rows (first: row {wrong[0][0]}, "
+                f"{wrong[0][1]!r:.40}). Convert or remove them."
+            )
 
 
 class SupervisedTrainer(DistillationTrainer):
@@ -113,7 +156,8 @@ class SupervisedTrainer(DistillationTrainer):
         task_metric: TaskMetric | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens)
+        check_label_rows(train_dataset)
+        own = own_generations(train_dataset, tokenizer)
         super().__init__(
             student,
             args,
@@ -124,9 +168,18 @@ class SupervisedTrainer(DistillationTrainer):
             task_metric=task_metric,
             callbacks=callbacks,
         )
+        rules = rules_of(self.policy.lm)
+        self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens, own, rules)
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         return self.labels(rows)
+
+    def begin_run(self, checkpoint: Path | None) -> None:
+        """As in `StudentTrainer`; says whose labels the student learns, and warns of those of another teacher."""
+        super().begin_run(checkpoint)
+        if self.is_world_process_zero():
+            model = None if self.teacher is None else self.teacher.model
+            announce(described(self.train_dataset), model, self.inputs.get(weights_of("teacher")))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""

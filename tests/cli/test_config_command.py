@@ -74,7 +74,7 @@ def test_all_and_json(capsys):
 
 def test_recipes_are_found(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
-    (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "mine.yaml").write_text("dataset: rows.jsonl\ninput_column: text\n")
     assert run(capsys, "check", str(tmp_path / "mine.yaml"), "--recipe", "ppo_t0_to_t5", "--output_dir", "x")[0] == 0
 
 

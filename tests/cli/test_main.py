@@ -41,6 +41,27 @@ def run(*args, **options):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
 
 
+def test_usage_errors_keep_secrets_and_exit_codes(folder, capsys):
+    for command, said in (
+        (["data", "verify", "https://me:hunter22@host/x"], "https:/<redacted>@host/x"),
+        (["--hf_" + "Ab3" * 11], "No such option: --<redacted>"),
+        (["nope"], "No such command 'nope'"),
+        (["data", "verify"], "Missing argument"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == (3 if "https" in said else 2)
+        assert said in capsys.readouterr().err
+
+
+def test_json_on_stdout_is_json_whatever_the_environment(folder, teacher):
+    """transformers prints a line on stdout when it is imported under WANDB_MODE=offline."""
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    code = "from rlkd.settings.parsing import run_main\nrun_main(lambda: __import__('transformers.integrations'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_end_to_end(folder, teacher):
     more = ["--templates", "quora_para", "--templates", "asset:Complex and simple", "--reference-column", "target"]
     more += ["--strategy", "sample", "--labels-per-input", "2", "--seed", "3", "--no-input-eos"]
@@ -232,6 +253,20 @@ def test_score_compares_labels_with_references_by_template(folder, teacher, caps
     assert "allowed are rouge, bleu, exact_match. Did you mean 'rouge'?" in capsys.readouterr().err
 
 
+def test_a_template_whose_choices_are_one_to_the_tokenizer_is_refused_at_once(folder, teacher, capsys, monkeypatch):
+    def weights(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("rlkd.models.loading.load_model", weights)
+    text = "templates:\n  1: !Template {name: is, jinja: '{{ source }} ||| x', answer_choices: '{ ||| <'}\n"
+    (folder / "t.yaml").write_text(text)
+    status, message = failing(capsys, arguments(teacher, "--strategy", "rank", "--templates", "t.yaml"))
+    assert status == 2
+    assert "strategy = 'rank': template 'is'" in message
+    assert "the tokenizer has no tokens for the answer choice '{', so no answer can be chosen" in message
+    assert not (folder / "labels").exists()
+
+
 def test_parts_verify_and_repair(folder, teacher, capsys):
     (folder / "rows.jsonl").write_text("".join(json.dumps({"source": f"a {i}"}) + "\n" for i in range(9)))
     main_ok(arguments(teacher, "--shard-rows", "2", "--quiet"))
@@ -259,7 +294,13 @@ def test_parts_verify_and_repair(folder, teacher, capsys):
     main_ok(["data", "repair", "parts", "--dry-run", "--json"])
     assert "labels-00002" in json.loads(capsys.readouterr().out)["dropped"][0]
     assert (folder / "parts" / "labels-00002.parquet").read_bytes() == b"damaged"
-    main_ok(["data", "repair", "parts", "--quiet"])
+    # The recorded command names a teacher and data: it is shown, and runs only when asked for.
+    status, message = failing(capsys, ["data", "repair", "parts"])
+    assert status == 3
+    assert f"rlkd generate-pseudolabels --teacher={teacher} --dataset=rows.jsonl" in message
+    assert "repeat with --run" in message
+    assert (folder / "parts" / "labels-00002.parquet").read_bytes() == b"damaged"
+    main_ok(["data", "repair", "parts", "--quiet", "--run"])
     assert capsys.readouterr().out == ""
     assert {file.name: file.read_bytes() for file in (folder / "parts").glob("*.parquet")} == whole
     main_ok(["data", "verify", "parts"])

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from rlkd.cli.main import app, main
 from rlkd.errors import DataError
 from rlkd.templates.sources import PACKAGE_PROMPTS
+from tiny import tiny_tokenizer
 
 
 def invoke(*args):
@@ -150,6 +151,17 @@ def test_lint(file, tmp_path, rows):
     assert (silent.exit_code, silent.stdout) == (result.exit_code, "")
     (first, _) = json.loads(CliRunner().invoke(app, ["prompts", "lint", str(bad), "--json"]).stdout)
     assert (first["file"], first["line"], first["level"]) == (str(bad), 2, "error")
+
+
+def test_lint_for_a_tokenizer(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    file = tmp_path / "t.yaml"
+    file.write_text("templates:\n  1: !Template {name: a, jinja: '{{ t }} ||| x', answer_choices: '{ ||| <'}\n")
+    command = ["prompts", "lint", str(file)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    result = CliRunner().invoke(app, [*command, "--tokenizer", str(tmp_path / "teacher")])
+    assert result.exit_code == 3
+    assert "t.yaml:2: error: 'a': the tokenizer has no tokens for the answer choice '{'." in result.stdout
 
 
 def test_download_says_where_the_archive_is(monkeypatch, tmp_path):

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlkd.data.rows import RowStream, check_columns, check_text_column, load_rows
-from rlkd.errors import DataError
+from rlkd.data.text import TextFormat
+from rlkd.errors import ConfigError, DataError
 
 ROWS = [
     {"text": 'He said "no", twice', "label": 0},
@@ -80,7 +81,7 @@ def test_columns_missing_in_the_first_row_are_kept(tmp_path):
         (
             "a.jsonl",
             '{"a": 1}\n{"a": null}\n{"a": "x"}\n',
-            ["column 'a' has type number in line 1 but str in line 3"],
+            ["a.jsonl:3: column 'a' has text here but a number in ", "a.jsonl:1. Give it one type"],
         ),
         ("a.jsonl", '{"a": "\\ud800"}\n', ["column 'a'", "unpaired surrogate"]),
         ("a.json", '[{"a": 1},\n {"a" 2}]', ["a.json:2:7 is not valid JSON"]),
@@ -91,7 +92,7 @@ def test_columns_missing_in_the_first_row_are_kept(tmp_path):
         ("a.csv", 'a,b\n"x,2\n', ["a.csv:2 is malformed"]),
         ("a.csv", b"a,b\nx,\xe9\n", ["a.csv", "not UTF-8"]),
         ("a.parquet", "PARX", ["a.parquet is not a readable parquet file"]),
-        ("a.txt", "x", ["unknown extension '.txt'", ".jsonl, .json, .csv, .tsv, .parquet"]),
+        ("a.txt", "x", ["unknown extension '.txt'", ".jsonl, .ndjson, .json, .csv, .tsv, .parquet"]),
     ],
 )
 def test_bad_files_are_named_with_place_and_remedy(tmp_path, name, content, wanted):
@@ -105,29 +106,30 @@ def test_bad_files_are_named_with_place_and_remedy(tmp_path, name, content, want
 
 def test_files_without_a_header_and_with_bare_quotes(tmp_path):
     names = ("text", "label")
+    bare = TextFormat(columns=names, quoted=False)
     source = write(tmp_path / "a.tsv", '\ufeff"Oh", he said\t0\n"an open quote\t1\r\nplain\t0\n')
     expected = [('"Oh", he said', 0), ('"an open quote', 1), ("plain", 0)]
-    assert [tuple(row.values()) for row in load_rows(source, columns=names, quoted=False)] == expected
-    assert load_rows(source, columns=names, quoted=False).column_names == [*names]
+    assert [tuple(row.values()) for row in load_rows(source, text_format=bare)] == expected
+    assert load_rows(source, text_format=bare).column_names == [*names]
     with pytest.raises(DataError, match=r"a\.tsv:1 is malformed"):
-        load_rows(source, columns=names)
+        load_rows(source, text_format=TextFormat(columns=names))
     plain = write(tmp_path / "b.csv", 'a,"b, c"\n')
-    assert load_rows(plain, columns=("x", "y")).to_list() == [{"x": "a", "y": "b, c"}]
+    assert load_rows(plain, text_format=TextFormat(columns=("x", "y"))).to_list() == [{"x": "a", "y": "b, c"}]
 
 
 def test_columns_and_quotes_that_make_no_sense(tmp_path):
     source = write(tmp_path / "a.tsv", "x\t1\ny\n")
     with pytest.raises(DataError, match=r"a\.tsv:2 has 1 cells, columns name 2 \(text, label\)\. Fix or remove it"):
-        load_rows(source, columns=("text", "label"), quoted=False)
+        load_rows(source, text_format=TextFormat(columns=("text", "label"), quoted=False))
     for columns in ((), ("a", "a"), ("a", "")):
-        with pytest.raises(DataError, match="must name each column once"):
-            load_rows(source, columns=columns)
+        with pytest.raises(ConfigError, match="must name each column once"):
+            TextFormat(columns=columns)
     lines = write(tmp_path / "a.jsonl", jsonl())
-    for wrong in ({"columns": ("a",)}, {"quoted": False}):
-        with pytest.raises(DataError, match=r"only a \.csv or \.tsv file takes columns or quoted"):
-            load_rows(lines, **wrong)
-        with pytest.raises(DataError, match=r"'owner/set' is a hub data set: only a local \.csv or \.tsv"):
-            load_rows("owner/set", **wrong)
+    for wrong in (TextFormat(columns=("a",)), TextFormat(quoted=False), TextFormat(delimiter=";")):
+        with pytest.raises(DataError, match=r"only a \.csv or \.tsv file takes columns, delimiter or quoted"):
+            load_rows(lines, text_format=wrong)
+        with pytest.raises(DataError, match=r"'owner/set' is a hub data set: only local text files take columns"):
+            load_rows("owner/set", text_format=wrong)
 
 
 def test_bad_rows_can_be_left_out_with_a_word(tmp_path, caplog):
@@ -158,7 +160,7 @@ def test_an_unreachable_hub_dataset_is_a_data_error():
 
 
 def test_folders_with_shards_named_by_split(tmp_path):
-    with pytest.raises(DataError, match=r"has no \.parquet files"):
+    with pytest.raises(DataError, match=r"has no data files; it has nothing\. Allowed"):
         load_rows(str(tmp_path))
     for i, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"]):
         pq.write_table(pa.table({"n": [i]}), tmp_path / f"{name}.parquet")
@@ -204,13 +206,18 @@ def test_check_text_column():
             b'{"a": 1}\n{"a": ' + b"[" * 200_000,
             r"deep\.jsonl:2 is nested too deeply\. Flatten or remove it",
         ),
+        ("deep.json", b'[{"a": 1}, {"a": ' + b"[" * 200_000, r"deep\.json, entry 2 is nested too deeply\. Flatten"),
         (
             "late.json",
             b'[{"a": "' + b"x" * 70_000 + b'\xff"}]',
             r"late\.json is not UTF-8 \(byte \d+\)\. Save the file",
         ),
         ("head.csv", b'"a"b,c\n1,2\n', r"head\.csv:1 is malformed: "),
-        ("huge.jsonl", b'{"a": 1}\n{"a": %d}\n' % 2**70, r"column 'a' has values that do not fit one type: "),
+        (
+            "huge.jsonl",
+            b'{"a": 1}\n{"a": %d}\n' % 2**70,
+            r"huge\.jsonl:2: column 'a' has a whole number of more than 64 bits",
+        ),
     ],
 )
 def test_what_no_row_can_be_made_of(tmp_path, name, content, message):

@@ -137,6 +137,13 @@ def test_results_do_not_depend_on_the_batch(batch_rows):
             assert other[key] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-5))
 
 
+def test_inputs_of_one_id_have_their_own_teachers_answers():
+    same = [Example("same", e.student_input, e.teacher_inputs) for e in EXAMPLES]
+    answers = evaluator().teacher_answers(same)
+    assert answers == [evaluator().teacher_answers([example])[0] for example in EXAMPLES]
+    assert len(set(answers)) > 1
+
+
 def test_the_teacher_answers_each_input_once(monkeypatch):
     import rlkd.evaluation.evaluator
 

@@ -1,10 +1,11 @@
+import logging
 import math
 
 import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from rlkd.errors import DataError
+from rlkd.errors import ConfigError, DataError
 from rlkd.evaluation.task_metrics import (
     CLASSIFICATION_METRICS,
     TASK_METRICS,
@@ -14,6 +15,7 @@ from rlkd.evaluation.task_metrics import (
     f1,
     matthews,
     rouge,
+    try_metric,
 )
 from rlkd.records import Example
 
@@ -60,6 +62,37 @@ def test_missing_references_are_named(name):
         DataError, match=r"2 of 3 evaluation rows have no reference \(first: row 1\).*task_metric: none"
     ):
         TASK_METRICS[name](["a", "b", "c"], rows(("a",), (), ()))
+
+
+@pytest.mark.parametrize(
+    ("metric", "references", "useless"),
+    [
+        ("rouge", [("the cat sat",), ("on a mat", "a mat")], ""),
+        ("rouge", [("кошка сидит",), ("на коврике",)], "rouge1, rouge2, rougeL"),
+        ("bleu", [("the cat sat on the mat",)] * 2, ""),
+        ("bleu", [("yes",), ("no",)], "bleu"),
+        ("exact_match", [("да",), ("нет", "no")], ""),
+    ],
+)
+def test_a_metric_that_cannot_tell_is_named(caplog, metric, references, useless):
+    expected = list(TASK_METRICS[metric](["x"] * 2, rows(*references)))
+    with caplog.at_level(logging.WARNING):
+        assert try_metric(TASK_METRICS[metric], rows(*references)) == expected
+    assert [r.message.split(": 0 for the right answers")[0] for r in caplog.records] == ([useless] if useless else [])
+
+
+def test_a_metric_of_your_own_is_tried_before_it_is_needed():
+    def whole(predictions, examples):
+        assert len(predictions) >= 100  # not on a few rows
+        return {"mine": predictions == [e.references[0] for e in examples]}
+
+    assert try_metric(whole, rows(*[("a",)] * 100)) == ["mine"]
+    with pytest.raises(ConfigError, match=r"^task_metric fails on 2 answers .* \(AssertionError: "):
+        try_metric(whole, rows(("a",), ("b",)))
+    with pytest.raises(ConfigError, match=r"IndexError.* must take \(predictions, examples\)"):
+        try_metric(lambda predictions, examples: {"x": len(examples[0].references[0])}, rows((), ()))
+    with pytest.raises(ConfigError, match="return a dictionary of numbers"):
+        try_metric(lambda predictions, examples: {"x": "high"}, rows(("a",)))
 
 
 def by_hand(predicted, true):

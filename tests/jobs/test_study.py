@@ -366,3 +366,11 @@ def test_quick_sizes_replace_what_they_name(tmp_path):
     file.write_text("rows: {a: 1, b: 2}\nseeds: [1, 2]\nquick: {rows: {b: 3}, seeds: [1]}\n")
     assert read_plan(file, quick=False) == {"rows": {"a": 1, "b": 2}, "seeds": [1, 2]}
     assert read_plan(file, quick=True) == {"rows": {"a": 1, "b": 3}, "seeds": [1]}
+
+
+@pytest.mark.parametrize("text", ["", "- a", "rows: 1", "quick: 1\nrows: 2", "a"])
+def test_a_plan_without_quick_sizes(tmp_path, text):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"plan\.yaml: must be a mapping, whose key 'quick' is a mapping"):
+        read_plan(file, quick=False)

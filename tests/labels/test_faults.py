@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import stub
-from rlkd.errors import LockedError, RlkdError
+from rlkd.errors import ConfigError, LockedError, RlkdError
 from rlkd.io import files
 from rlkd.labels.store import load_pseudolabels
 
@@ -215,6 +216,35 @@ def test_a_full_disk_is_named_with_what_is_needed(tmp_path, whole, monkeypatch):
     assert any(entry["kind"] == "shard" for entry in stub.entries(out))
     stub.label(source, out)
     check_equal(out, reference)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_an_output_that_is_no_folder(tmp_path, whole, kind):
+    place = tmp_path / kind
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"is a file, not a folder|is a link to nowhere, which does not exist"):
+        stub.label(whole[0], place)
+    assert not (tmp_path / "nowhere").exists()
+    if kind == "file":
+        assert place.read_text() == "mine"
+
+
+def test_a_folder_that_is_removed_while_it_is_written(tmp_path, whole):
+    out = tmp_path / "out"
+
+    class Engine(stub.StubEngine):
+        def answer(self, *args):
+            if out.exists() and any(out.glob("labels-*.parquet")):
+                shutil.rmtree(out)
+            return super().answer(*args)
+
+    with pytest.raises(RlkdError, match=r"out/.* cannot be written: the folder .*out was removed") as error:
+        stub.label(whole[0], out, Engine())
+    assert error.value.exit_code == 1
+    assert not out.exists()
 
 
 @pytest.mark.fault

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers.normalizers import Lowercase
 
 import stub
 from rlkd.errors import ConfigError, DataError
@@ -108,9 +109,9 @@ def test_verify_and_repair_name_what_is_wrong(run):
         load_pseudolabels(out)
     (problem,) = verify(out)
     assert problem == f"{shard} differs from its checksum"
-    assert repair(out, dry_run=True) == ([problem], None)
+    assert repair(out, dry_run=True) == ([problem], [None])
     assert shard.exists()
-    assert repair(out) == ([problem], None)
+    assert repair(out) == ([problem], [None])
     assert (out / "damaged" / shard.name).read_bytes() == other
     assert not shard.exists()
     stub.label(source, out)
@@ -126,9 +127,12 @@ def test_verify_sees_rows_that_are_not_those_of_the_shard(run):
     (out / "labels-00003.parquet").write_bytes((out / "labels-00002.parquet").read_bytes())
     del manifest.shards[5]
     manifest.rewrite()
+    log = out / "manifest.jsonl"
     assert verify(out) == [
+        f"{log} lacks the shards 5",
+        f"{log}: 'finished' differs from the sums of its shards (shards 13 against 12, inputs 100 against 92)",
         f"{out / 'labels-00003.parquet'} does not hold the labels of rows 24 .. 31",
-        f"{out / 'manifest.jsonl'} lacks the shards 5",
+        f"{out / 'labels-00005.parquet'} is in no log: remove it",
     ]
 
 
@@ -148,6 +152,33 @@ def test_merged_parts_equal_one_process(whole, tmp_path, together):
         assert (out / name).read_bytes() == (reference / name).read_bytes(), name
     assert not list(out.glob("manifest-*"))
     assert load_pseudolabels(out).to_list() == load_pseudolabels(reference).to_list()
+
+
+def test_no_secret_is_recorded_and_another_password_is_no_other_run(tmp_path):
+    class Remote(stub.StubEngine):
+        def identity(self):
+            return super().identity() | {"teacher": f"https://me:{self.weights}@host/t", "teacher_weights": "w"}
+
+    source, out = stub.write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    request = {"teacher": "https://me:CANARY@host/t", "hub_token": "CANARY-2"}
+    stub.label(source, out, Remote(weights="CANARY3"), request=request)
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text("".join(lines[:-1]))  # not finished
+    stub.label(source, out, Remote(weights="CANARY4"), request=request)
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert len(files) > 3
+    assert [file.name for file in files if b"CANARY" in file.read_bytes()] == []
+
+
+def test_more_machines_than_shards(whole, tmp_path):
+    """The parts without a shard finish with nothing, and merge as the others do."""
+    source, reference = whole
+    parts = [tmp_path / str(i) for i in range(40)]
+    rows = [stub.label(source, folder, part=(i, 40))["rows"] for i, folder in enumerate(parts)]
+    assert 0 in rows
+    out = tmp_path / "out"
+    merge(out, parts)
+    assert (out / "manifest.jsonl").read_bytes() == (reference / "manifest.jsonl").read_bytes()
 
 
 def test_merge_refuses_gaps_overlaps_and_other_settings(whole, tmp_path):
@@ -193,6 +224,38 @@ def test_changed_settings_are_listed_and_need_permission(run):
         (False, old), (True, new)
     }  # fmt: skip
     assert stub.shards(out).keys() == stub.shards(reference).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("packages", lambda: {"torch": "9.9"}, "-> 9.9"),
+        ("code_digest", lambda: "another", "rlkd's code "),
+        ("describe_machine", lambda device: {"threads": "64"}, "-> 64"),
+        ("variables", lambda: {"NVIDIA_TF32_OVERRIDE": "1"}, "NVIDIA_TF32_OVERRIDE None -> 1"),
+    ],
+)
+def test_other_versions_and_another_machine_are_named(run, monkeypatch, caplog, name, value, said):
+    source, out, _ = run
+    unfinish(out)
+    stub.label(source, out)
+    assert "other versions" not in caplog.text
+    unfinish(out)
+    monkeypatch.setattr(f"rlkd.labels.run.{name}", value)
+    stub.label(source, out)
+    assert "was begun by other versions or another machine: " in caplog.text
+    assert said in caplog.text
+
+
+def test_a_tokenizer_that_reads_otherwise_is_another_run(run, monkeypatch):
+    """Its vocabulary is the same: what comes before the tokens is not."""
+    source, out, _ = run
+    unfinish(out)
+    lower = stub.tiny_tokenizer()
+    lower.backend_tokenizer.normalizer = Lowercase()
+    monkeypatch.setattr(stub, "tiny_tokenizer", lambda: lower)
+    with pytest.raises(DataError, match="tokenizer: "):
+        stub.label(source, out)
 
 
 def test_a_changed_source_is_refused(run, tmp_path):
@@ -246,6 +309,22 @@ def test_ranking_keeps_the_choices_and_their_scores(whole, tmp_path):
         stub.label(source, tmp_path / "x", decoding=None, templates=stub.TEMPLATES[:1])
 
 
+def test_choices_that_the_tokenizer_cannot_tell_apart_fail_their_rows(whole, tmp_path):
+    source, _ = whole
+    choices = ("{ ||| <", "a ||| {% if n == 2 %}{% else %}b{% endif %}", "a ||| {{ 'ab'[n % 2] }}{{ ' ' * (n % 2) }}")
+    templates = [stub.Template(f"t{i}", "is {{ text }}", choice, id=f"t{i}") for i, choice in enumerate(choices)]
+    totals = stub.label(source, tmp_path, decoding=None, templates=templates)
+    assert totals["status"] == {"ok": 199, "skipped": 0, "failed": 101}
+    assert totals["reasons"] == {
+        "the tokenizer has no tokens for the answer choice '{'": 100, "an answer choice is empty": 1
+    }  # fmt: skip
+    rows = load_pseudolabels(tmp_path, statuses=None).to_list()
+    assert {(row["template"], row["row"]) for row in rows if row["status"] == "failed"} == {
+        *(("t0", i) for i in range(100)), ("t1", 2)
+    }  # fmt: skip
+    assert all(row["label"] is None and row["token_ids"] is None for row in rows if row["status"] == "failed")
+
+
 def test_bad_rows_are_counted_and_kept_aside(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_bytes(
@@ -264,7 +343,7 @@ def test_bad_rows_are_counted_and_kept_aside(tmp_path):
     assert [(entry["place"], entry["record"].strip()) for entry in bad] == [
         (2, '{"text":'), (3, '{"text": 5, "n": 1}'), (4, '{"text": "b", "n": "x"}')
     ]  # fmt: skip
-    assert "column 'n' has type number in line 1 but str in line 4" in bad[2]["error"]
+    assert "rows.jsonl:4: column 'n' has text here but a number in " in bad[2]["error"]
 
 
 def test_top_k_columns_are_there_only_if_asked_for(tmp_path, whole):

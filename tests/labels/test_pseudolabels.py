@@ -154,14 +154,25 @@ def test_t0_inputs_carry_no_eos(tmp_path):
     assert abs(with_eos - row["sum_logprob"]) > 1e-3
 
 
-def test_generation_defaults_of_the_checkpoint_do_not_leak_into_beam_search(tmp_path):
+def test_how_the_checkpoint_searches_does_not_leak_into_beam_search(tmp_path):
+    """What it says of answers does: tests/models/test_generation.py."""
     plain = tiny_teacher("bart", seed=2)
     generate(tmp_path / "plain", plain, strategy="beam")
     biased = tiny_teacher("bart", seed=2)
-    biased.lm.model.generation_config.update(forced_bos_token_id=7, no_repeat_ngram_size=1, length_penalty=5.0)
+    biased.lm.model.generation_config.update(num_beams=7, max_length=3, num_return_sequences=2, do_sample=True)
     generate(tmp_path / "biased", biased, strategy="beam")
-    assert load_pseudolabels(tmp_path / "biased").to_list() == load_pseudolabels(tmp_path / "plain").to_list()
-    assert biased.lm.model.generation_config.forced_bos_token_id == 7
+    one, other = (load_pseudolabels(tmp_path / name).remove_columns("generation") for name in ("biased", "plain"))
+    assert one.to_list() == other.to_list()
+    assert biased.lm.model.generation_config.num_beams == 7
+
+
+def test_an_answer_of_padding_alone_is_no_label(tmp_path):
+    teacher = tiny_teacher("bart", seed=2)
+    teacher.lm.model.final_logits_bias[0, teacher.lm.pad_id] = 100.0
+    generate(tmp_path, teacher, strategy="greedy")
+    rows = load_pseudolabels(tmp_path, statuses=None).to_list()
+    assert {(row["status"], row["error"]) for row in rows} == {("failed", "the answer is only padding tokens")}
+    assert {row["label"] for row in rows} == {None}
 
 
 def test_shards_load_with_datasets_and_the_manifest_describes_them(tmp_path):

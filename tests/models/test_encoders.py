@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from rlkd.errors import ConfigError, ModelError
+from rlkd.models.digests import weights_digest
 from rlkd.models.encoders.attention import RECORDED_SDPA, prepare_attention
 from rlkd.models.encoders.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.models.encoders.classifiers import (
@@ -23,7 +24,6 @@ from rlkd.models.encoders.classifiers import (
     check_head_slices,
     layer_lists,
     matched_layers,
-    parameter_digest,
     run_encoder,
     width_of,
 )
@@ -228,11 +228,11 @@ def test_head_slices_must_divide_the_teachers_width():
 
 def test_the_digest_knows_every_weight():
     model = tiny_classifier()
-    before = parameter_digest(model)
-    assert parameter_digest(tiny_classifier()) == before
+    before = weights_digest(model)
+    assert weights_digest(tiny_classifier()) == before
     with torch.no_grad():
         model.classifier.bias[0] += 1e-6
-    assert parameter_digest(model) != before
+    assert weights_digest(model) != before
 
 
 def test_bilstm_is_saved_and_loaded_as_any_classifier(tmp_path):

@@ -76,7 +76,7 @@ def test_models_that_are_not_classifiers_and_missing_packages(tmp_path, monkeypa
 def test_the_command_says_how_well_they_agree(tmp_path, monkeypatch):
     asked = []
 
-    def export(model, out, *, tolerance):
+    def export(model, out, *, tolerance, allow_bin):
         asked.append((model, out, tolerance))
         return Agreement(1.5e-6, 1.0, 12)
 

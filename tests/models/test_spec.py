@@ -66,6 +66,7 @@ def test_weights_load_as_the_spec_says(folder, asked):
     name, bits = str(folder / "teacher"), object()
     spec = ModelSpec(name, "teacher", "v1", "bfloat16", attention="eager", device="cuda:1")
     options = {"dtype": "bfloat16", "revision": "v1", "attention": "eager", "quantization": None}
+    options |= {"allow_bin": False, "keep_adapter": False}
     assert spec.load() == "moved to cuda:1"
     assert spec.load("cpu") == "moved to cpu"
     assert asked == [((name, "teacher"), options)] * 2

@@ -100,7 +100,7 @@ def test_a_model_smaller_than_its_tokenizer_is_refused():
 def test_load_tokenizer_finds_what_was_saved_or_names_the_role(tmp_path):
     folder = save_pretrained(tmp_path / "model", tiny_t5())
     assert load_tokenizer(folder, "teacher").get_vocab() == tiny_tokenizer().get_vocab()
-    with pytest.raises(ModelError, match=r"student '.*nothing' has no loadable tokenizer"):
+    with pytest.raises(ModelError, match=r"student '.*nothing' is neither a local folder"):
         load_tokenizer(str(tmp_path / "nothing"), "student")
 
 

@@ -178,6 +178,10 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_
     want = 1 - np.var((returns - noise)[mask].numpy()) / np.var(returns[mask].numpy())
     assert float(explained_variance(noise, spoiled, mask)) == pytest.approx(want)
     assert float(explained_variance(noise, torch.ones_like(returns), mask)) == 0
+    # Rounding of equal returns is not a variance to explain.
+    for size in (1.0, 1e4):
+        almost = size * (1 + 1e-7 * torch.rand_like(returns))
+        assert float(explained_variance(returns, almost, mask)) == 0
 
 
 def test_regret_and_price_of_stopping_count_valid_tokens_only():

@@ -14,7 +14,7 @@ pytest.importorskip("ctranslate2")
 from rlkd.errors import ConfigError, RlkdError
 from rlkd.models import loading
 from rlkd.models.encoder_decoder import EncoderDecoder
-from rlkd.models.spec import ModelSpec
+from rlkd.models.spec import LoadedModel, ModelSpec
 from rlkd.sampling.engines.ctranslate2_engine import CTranslate2Engine, convert
 from rlkd.sampling.engines.protocol import Decoding, EngineSettings
 from rlkd.sampling.engines.torch_engine import TorchEngine
@@ -186,6 +186,23 @@ def test_the_weights_are_read_to_convert_them_and_not_kept(tmp_path, monkeypatch
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("damage", ["a bit", "cut off", "gone", "no checksums"])
+def test_a_damaged_conversion_is_made_again(cache, caplog, damage):
+    lm = model_of("t5-untied")
+    folder = convert(lm, "float32")
+    whole = (folder / "model.bin").read_bytes()
+    if damage == "a bit":
+        (folder / "model.bin").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    elif damage == "cut off":
+        os.truncate(folder / "model.bin", 99)
+    else:
+        (folder / {"gone": "model.bin", "no checksums": "sha256.json"}[damage]).unlink()
+    assert convert(lm, "float32") == folder
+    assert (folder / "model.bin").read_bytes() == whole
+    assert "is damaged: converting it again" in caplog.text
+    engine_of(lm).answer(PROMPTS, SEEDS, GREEDY)
+
+
 def test_a_teacher_is_converted_once_and_again_when_a_single_weight_changes(cache):
     lm = model_of("t5")
     first = convert(lm, "float32")
@@ -224,6 +241,15 @@ def test_a_conversion_overtaken_by_another_process_uses_its_folder(cache, monkey
 # -- what it refuses -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("kind", "refused"), [("t5", True), ("t5-untied", True), ("bart", False)])
+def test_float16_is_refused_for_t5_as_teacher_dtype_is(monkeypatch, kind, refused):
+    """A GPU computes in it."""
+    monkeypatch.setattr("rlkd.sampling.engines.ctranslate2_engine._supported", lambda device: ("float16", "float32"))
+    model = LoadedModel(EncoderDecoder(tiny_model(kind), VALID))
+    said = CTranslate2Engine.objection(model, None, EngineSettings(compute_type="float16"))
+    assert ("float16 overflows to inf in T5 models" in (said or "")) is refused
+
+
 def test_samples_and_top_k_are_refused_naming_torch():
     engine = engine_of(model_of("t5"))
     for decoding in (Decoding("sample", 4), Decoding("greedy", 4, top_k_logprobs=3)):
@@ -254,3 +280,13 @@ def test_weights_that_are_not_finite_show_in_the_log_probs():
     except RlkdError:
         return
     assert not any(math.isfinite(sum(row[0].logps)) for row in answers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_special_tokens_alone_are_answered(kind):
+    lm = model_of(kind)
+    prompts = [[EOS], [EOS, EOS], [9, EOS], [lm.start_id, EOS]]  # [EOS] is that of an empty text
+    prompts = prompts[: None if lm.start_id != lm.pad_id else 3]
+    answers = engine_of(lm).answer(prompts, [[0]] * len(prompts), GREEDY)
+    expected = TorchEngine(lm).answer(prompts, [[0]] * len(prompts), GREEDY)
+    assert [row[0].ids for row in answers] == [row[0].ids for row in expected]

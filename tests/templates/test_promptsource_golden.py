@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from promptsource_differential import GOLDEN, ContentDraw, record
 
-from rlkd.templates import sandbox
+from rlkd.templates import rows
 from rlkd.templates.meter import DEFAULT_LIMITS
 from rlkd.templates.parsing import parse
 from rlkd.templates.sources import PROMPTSOURCE_SHA256 as SHA256
@@ -33,7 +33,7 @@ def test_the_digests_cover_every_template():
 )
 def test_every_official_template_renders_as_promptsource_renders_it(monkeypatch):
     assert hashlib.sha256(ARCHIVE.read_bytes()).hexdigest() == SHA256
-    monkeypatch.setattr(sandbox.RowRandom, "generator", ContentDraw())
+    monkeypatch.setattr(rows.RowRandom, "generator", ContentDraw())
     golden = dict(line.split(" ", 1) for line in GOLDEN.read_text(encoding="utf-8").splitlines())
     source, found = Source(ARCHIVE), {}
     for dataset in source.files:

@@ -1,19 +1,23 @@
 import datetime
 import decimal
 import time
+from functools import partial
 
 import jinja2
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rlkd.errors import ConfigError, DataError
 from rlkd.templates import sandbox
+from rlkd.templates import template as templates
 from rlkd.templates.meter import Limits, Meter
-from rlkd.templates.sandbox import PIPE_PROTECTOR, SandboxError, plain_row
-from rlkd.templates.template import Template
+from rlkd.templates.rows import PIPE_PROTECTOR, plain_row
+from rlkd.templates.sandbox import SandboxError
 
+# Here, not in a process of its own.
+Template = partial(templates.Template, trusted=True)
 ROW = {"a": "text", "xs": [1, 2, 3], "d": {"k": "v"}, "n": 5, "words": ["one", "two"], "big": "x" * 1_000_000}
 LOOP = "{% for i in range(99999) %}"
 DEEP = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
@@ -219,11 +223,10 @@ def test_rows_become_plain_values():
     assert Template("T", "{{ shout.upper() }}").parts(row) == ["X"]
 
 
-def test_separators_are_hidden_in_every_text():
+def test_separators_of_a_row():
     row = {"a": "x|||y", "b": [{"k|||k": "v|||v"}]}
-    hidden = {"a": f"x{PIPE_PROTECTOR}y", "b": [{f"k{PIPE_PROTECTOR}k": f"v{PIPE_PROTECTOR}v"}]}
-    assert plain_row(row, row, Limits()) == hidden
-    assert plain_row(row, row, Limits(), strict_compat=True) == {"a": hidden["a"], "b": row["b"]}
+    assert plain_row(row, row, Limits()) == row
+    assert plain_row(row, row, Limits(), protect=True) == {"a": f"x{PIPE_PROTECTOR}y", "b": row["b"]}
     assert Template("T", "{{ a }}{{ b[0] }}").parts(row) == ["x|||y{'k|||k': 'v|||v'}"]
     assert len(Template("T", "{{ a }}{{ b[0] }}", strict_compat=True).parts(row)) == 3
 
@@ -338,6 +341,7 @@ def rendered(render):
 @settings(max_examples=300, deadline=None)
 @given(st.lists(PIECE, min_size=1, max_size=4).map("".join), ROWS)
 def test_benign_templates_print_what_plain_jinja_prints(source, row):
+    assume("|||" not in source)
     environment = jinja2.Environment(undefined=jinja2.Undefined)
     tojson = environment.filters["tojson"]
     environment.filters["tojson"] = jinja2.pass_eval_context(lambda *args, **kwargs: str(tojson(*args, **kwargs)))
@@ -348,9 +352,8 @@ def test_benign_templates_print_what_plain_jinja_prints(source, row):
         if expected == "not jinja":
             assert isinstance(found, DataError)
         else:
-            parts = [part.replace(PIPE_PROTECTOR, "|||").strip() for part in expected.split("|||")]
             # Folding constants, jinja prints nothing for a slice of a number; of a variable it is an error in both.
-            assert found == parts or "'int' object is not subscriptable" in str(found)
+            assert found == [expected.strip()] or "'int' object is not subscriptable" in str(found)
     else:
         assert isinstance(found, (DataError, list))
 

@@ -64,13 +64,21 @@ def test_metadata_and_lines():
         ("choices_in_prompt: false", "choices_in_prompt: 'no'", 12, "'choices_in_prompt' is 'no'; allowed is bool"),
         ("original_task: true", "original_task: sure", 15, "field 'original_task' is 'sure'; allowed is bool"),
         ("    name: two\n", "", 18, "field 'name' is None; allowed is str"),
-        ("id-two:", "id-one:", 18, "this id is already used in line 4"),
+        ("id-two:", "id-one:", 18, "key 'id-one' is already used in line 4"),
         ("id-two: !Template", "id-two: !!python/object:os.system", 18, "could not determine a constructor for the tag"),
         ("id-two: !Template", "id-two: !Other", 18, "could not determine a constructor for the tag '!Other'"),
         ("dataset: toy", "dataset: !!python/name:os.system toy", 1, "could not determine a constructor"),
         ("  id-two: !Template\n", "  id-two: !Template x\n  id-three: !Template\n", 18, "!Template must be a mapping"),
         ("  id-two: !Template\n", "  id-two: text\n  id-three: !Template\n", 18, "a template is a mapping with name"),
         ("dataset: toy", "dataset: 'toy", 18, "is not valid YAML"),
+        ("    name: two\n", "    name: two\n    name: three\n", 23, "key 'name' is already used in line 22"),
+        ("{original_task: false}", "{original_task: false, original_task: true}", 21, "key 'original_task' is already"),
+        ("name: two", 'name: "two\\e[2J"', 18, "its name must be one line of at most 200 characters"),
+        ("name: two", 'name: "two\\nthree"', 18, "its name must be one line of at most 200 characters"),
+        ("name: two", "name: " + "x" * 201, 18, "its name must be one line of at most 200 characters"),
+        ("id-two:", '"id\\a":', 18, "its id must be one line of at most 200 characters"),
+        ("id-two:", "1: {name: a, jinja: b}\n  '1':", 19, "id '1' is also given as a str"),
+        ("metrics: [Accuracy]", "metrics: [&a [" + "x" * 999 + "], *a, *a]", 14, "a list of strings, found [['xxx"),
     ],
 )
 def test_errors_have_their_line(file, old, new, line, wanted):
@@ -135,6 +143,24 @@ def test_lint_against_rows(file):
     found = problems(file, columns=["text", "extra"])
     assert (1, "note", "no template reads the columns extra.") in found
     assert (7, "error", "'one': the rows lack label.") in found
+
+
+def test_lint_for_a_tokenizer(file):
+    """Fixed choices are compared as the teacher reads them, once; those that depend on the row are not known."""
+    from functools import partial
+
+    from rlkd.sampling.ranking import choice_problem
+    from tiny import tiny_tokenizer
+
+    def found(choices):
+        file.write_text(GOOD.replace("no ||| yes\n    id", f"{choices}\n    id", 1))
+        problems = lint(read_file(file), None, partial(choice_problem, tiny_tokenizer()))
+        return [(p.line, p.level, p.message) for p in problems if p.line == 5]
+
+    assert found("'{ ||| <'") == [(5, "error", "'one': the tokenizer has no tokens for the answer choice '{'.")]
+    assert found("a {  ||| a <") == [(5, "error", "'one': the answer choices 'a {' and 'a <' have the same tokens.")]
+    assert found("a |||") == [(5, "error", "'one': an answer choice is empty.")]
+    assert found("a ||| b") == found("'{{ text }} ||| <'") == []
 
 
 def test_official_problems_are_logged(file, caplog):

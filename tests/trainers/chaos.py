@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), 
 
 from test_tkd import make as make_tkd  # noqa: E402
 
-from tiny_runs import examples, logged, make, weights  # noqa: E402
+from rlkd.runs.checkpoints import LOGS  # noqa: E402
+from rlkd.runs.files import HELD_OUT  # noqa: E402
+from tiny_runs import examples, make, tiny_teacher, weights  # noqa: E402
 
 # Rotation begins at the third save: that is the one they are killed in.
 RUNS = {
@@ -36,6 +39,21 @@ RUNS = {
     "reinforce": {"sync_every": 3, "max_steps": 4, "save_steps": 1},
     "supervised": {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 1},
     "tkd": {"preset": "rand", "auto_scale": True, "max_steps": 4, "save_steps": 1},
+}
+# Three epochs of 12 prompts: from the second one on, the teacher's cache knows them. Trainer, and its settings.
+EPOCHS = {
+    "reinforce": ("reinforce", {"sync_every": 2, "max_steps": 9, "save_steps": 1}),
+    "ppo": ("ppo", {"kl_target": 0.01, "per_device_train_batch_size": 4, "max_steps": 36, "save_steps": 4}),
+    "opd": (
+        "reinforce",
+        {"reward_value": "lse", "lam": 0.0, "entropy_coef": 1.0, "kl_coef": 0.0, "baseline": "teacher"}
+        | {"rollouts_per_prompt": 1, "per_device_train_batch_size": 4, "max_steps": 9, "save_steps": 1},
+    ),
+    "divergence": (
+        "supervised",
+        {"objective": "forward_kl", "per_device_train_batch_size": 4, "max_steps": 9, "save_steps": 1},
+    ),
+    "tkd": ("tkd", {"preset": "rand", "max_steps": 9, "save_steps": 1}),
 }
 # Of log lines: clocks, and what the Trainer counts from where a process began.
 UNEQUAL = ("time", "seconds", "per_second", "train_", "total_flos")
@@ -56,13 +74,29 @@ def build(kind: str, folder: Path, *callbacks: TrainerCallback) -> Any:
     return trainer
 
 
-def outcome(trainer: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], bytes]:
-    """Weights, log lines and samples that two runs which are the same run have in common."""
-    rows = [
-        {k: v for k, v in row.items() if not any(part in k for part in UNEQUAL)} for row in logged(trainer.run_folder)
-    ]
-    samples = trainer.run_folder / "samples.jsonl"
-    return weights(trainer.trained), rows, samples.read_bytes() if samples.exists() else b""
+def build_epochs(case: str, folder: Path, **teacher: Any) -> Any:
+    """A trainer of `EPOCHS`; `teacher` are fields of `Teacher`."""
+    kind, options = EPOCHS[case]
+    options = {**options, "save_strategy": "steps"}
+    if kind == "tkd":
+        return make_tkd(folder, **options)
+    # Prompts of 4 to 22 tokens: batches of them are padded.
+    rows = [replace(e, teacher_inputs=(e.teacher_inputs[0] + " a b c" * (i % 6),)) for i, e in enumerate(examples(12))]
+    names = {"label": "student_input", "student_input": "student_input", "id": "id"}
+    labels = [{k: getattr(e, v) for k, v in names.items()} | {"teacher_input": e.teacher_inputs[0]} for e in rows]
+    evaluation = {"eval_strategy": "steps", "eval_steps": 4 * options["save_steps"], "eval_examples": rows[:5]}
+    data = labels if kind == "supervised" else rows
+    return make(kind, folder, data=data, teacher=tiny_teacher(**teacher), **options, **evaluation)
+
+
+def outcome(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, list[dict[str, Any]]]]:
+    """Weights and lines of each log, clocks left out, that two runs which are the same run have in common."""
+    return weights(trainer.trained), {name: lines(trainer.run_folder / name) for name in (*LOGS, HELD_OUT)}
+
+
+def lines(log: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [{k: v for k, v in row.items() if not any(part in k for part in UNEQUAL)} for row in rows]
 
 
 def difference(one: Any, other: Any) -> str:
@@ -70,9 +104,10 @@ def difference(one: Any, other: Any) -> str:
     for name, tensor in one[0].items():
         if not torch.equal(tensor, other[0][name]):
             return f"weights {name}"
-    if one[1] != other[1]:
-        return f"metrics.jsonl: {one[1]} became {other[1]}"
-    return "" if one[2] == other[2] else "samples.jsonl"
+    for name, rows in one[1].items():
+        if rows != other[1][name]:
+            return f"{name}: {rows} became {other[1][name]}"
+    return ""
 
 
 class Killer:

@@ -54,6 +54,19 @@ def test_a_resumed_run_stops_where_it_would_have_stopped(tmp_path):
     assert (tmp_path / "two" / "checkpoint-8").is_dir()
 
 
+def test_a_run_whose_patience_is_spent_continues_only_with_more_patience(tmp_path):
+    scores = [3.0, 1.0, 2.0, 1.5, 0.5, 2.0, 2.0, 2.0]
+    options = {"save_total_limit": None, "max_steps": 28}
+    scripted("reinforce", tmp_path, scores, **options)[0].train()
+    again, kept = scripted("reinforce", tmp_path, scores, **options)
+    again.train(resume_from_checkpoint=True)
+    assert (again.state.global_step, list(kept)) == (16, [])
+    more, kept = scripted("reinforce", tmp_path, scores, **options, early_stopping_patience=3)
+    more.train(resume_from_checkpoint=True)
+    assert (more.state.global_step, list(kept)) == (28, [20, 24, 28])
+    assert more.state.best_metric == 0.5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", ["regrets", "loss", "rouge1"])
 def test_a_metric_no_evaluation_yields_is_refused_before_training(tmp_path, kind, metric):

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from test_tkd import make as make_tkd
 from transformers import TrainerCallback
 
-from rlkd.errors import DivergenceError
+from rlkd.errors import DivergenceError, ModelError
+from rlkd.models.loading import load_model
+from tiny import save_pretrained, tiny_t5
 from tiny_runs import assert_same, examples, make, tiny_teacher, weights
 
 NAN, INF = float("nan"), float("inf")
@@ -22,6 +24,16 @@ NAN, INF = float("nan"), float("inf")
 def poison(module, value=NAN):
     with torch.no_grad():
         next(module.parameters())[0] = value
+
+
+class Poisoned(TrainerCallback):
+    """Weights that break after they were looked at, before the first step."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def on_train_begin(self, *args, **kwargs):
+        poison(self.module)
 
 
 class Before(TrainerCallback):
@@ -54,10 +66,8 @@ def diverges(trainer, match):
 
 def test_a_teacher_that_is_not_finite_leaves_the_rollouts(tmp_path):
     teacher = tiny_teacher()
-    poison(teacher.lm.model.decoder.final_layer_norm)
-    tensors, plain, message = diverges(
-        make("ppo", tmp_path, teacher=teacher), "^step 0: the teacher's logits are not finite"
-    )
+    trainer = make("ppo", tmp_path, teacher=teacher, callbacks=[Poisoned(teacher.lm.model.decoder.final_layer_norm)])
+    tensors, plain, message = diverges(trainer, "^step 0: the teacher's logits are not finite")
     assert "Its weights are torch.float32" in message
     assert tensors["answer_ids"].shape[0] == len(plain["ids"]) == len(plain["texts"]["answer_ids"]) == 16
     assert plain["examples"][0]["id"] == plain["ids"][0]
@@ -129,7 +139,7 @@ def test_only_the_bad_rows_are_named(tmp_path, kind):
 def test_tkd(tmp_path, part):
     trainer = make_tkd(tmp_path, preset="kd")
     if part == "teacher":
-        poison(trainer.teacher.classifier)
+        trainer.add_callback(Poisoned(trainer.teacher.classifier))
     else:
         term = trainer.logit_term
         trainer.logit_term = lambda own, theirs: term(own, theirs) * NAN
@@ -215,7 +225,7 @@ def test_a_batch_that_cannot_be_written_hides_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("rlkd.runs.finite.write_batch", full)
     trainer = make("supervised", tmp_path)
-    poison(trainer.policy)
+    trainer.add_callback(Poisoned(trainer.policy))
     with pytest.raises(DivergenceError, match=r"the loss is not finite.*could not be written to .*No space left"):
         trainer.train()
 
@@ -249,3 +259,35 @@ def test_all_processes_stop_when_one_diverges(tmp_path, where):
     assert all(message.startswith(("step 1: ", "another process")) for message in messages)
     assert "rows row " in messages[1] or "answers: row " in messages[1]
     assert (tmp_path / "diverged" / "step-1" / "batch-process-1.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("kind", ["reinforce", "supervised", "tkd"])
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_weights_that_are_never_used_are_looked_at_before_training(tmp_path, kind, role, value):
+    """A row of the vocabulary that no text has would be found when the student is saved, and a teacher's never."""
+    if kind == "tkd":
+        trainer = make_tkd(tmp_path, preset="kd")
+        model = trainer.teacher if role == "teacher" else trainer.trained.student
+        weight, name = model.get_input_embeddings().weight, "bert.embeddings.word_embeddings.weight"
+    else:
+        trainer = make(kind, tmp_path)
+        model = trainer.teacher.lm.model if role == "teacher" else trainer.policy.student
+        weight, name = model.get_input_embeddings().weight, "shared.weight"
+    with torch.no_grad():
+        weight[-1, 2] = value
+    message = rf"{role} .*: {name} holds values .*: 1 of {weight.numel()}, the first in row {len(weight) - 1}\."
+    with pytest.raises(ModelError, match=message):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_when_it_is_loaded(tmp_path):
+    model = tiny_t5()
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].SelfAttention.q.weight[3, 0] = INF
+        model.shared.weight[-1] = NAN
+    save_pretrained(tmp_path, model)
+    message = r"^student '.*': shared.weight holds values .*: 16 of 608, the first in row 37, and 1 other tensors"
+    with pytest.raises(ModelError, match=message):
+        load_model(str(tmp_path), "student")

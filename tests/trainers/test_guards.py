@@ -2,18 +2,25 @@
 
 import copy
 import json
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
+from test_tkd import make as make_tkd
+from test_tkd import rows as labelled_rows
 
 from rlkd.errors import DivergenceError
+from rlkd.evaluation.task_metrics import exact_match
 from rlkd.metrics import METRICS
-from rlkd.runs.alarms import ALARMS, Alarm, History, Reading
+from rlkd.runs.alarms import ALARMS, SETTING, Alarm, History, Reading
 from rlkd.runs.files import ALARMS_FILE
 from rlkd.runs.guards import CALM, Watch
+from rlkd.runs.paired import KEY, BestRows
+from rlkd.trainers.arguments import ReinforceArguments
 from tiny_runs import examples, logged, make, tiny_teacher
 
 DOCS = Path(__file__).parents[2] / "docs" / "guards.md"
@@ -177,6 +184,122 @@ def test_held_out_scores_that_fall_while_training_improves(records, expected):
     assert ("held_out_worse" in {name for _, name in fired(records)}) is expected
 
 
+# Evaluations of n rows, compared row by row
+
+
+def evaluations(quality, n, seed, scores=("exact_match", "sample_exact_match", "regret")):
+    """Whether held_out_worse fires over evaluations of n rows, drawn anew with the quality (0 to 1) of its turn."""
+    draw, best, watch = random.Random(seed), BestRows(), Watch()
+    for k, q in enumerate(quality):
+        rows = {
+            name: [
+                draw.expovariate(1 / (7 - 6 * q)) if name == "regret" else float(draw.random() < q) for _ in range(n)
+            ]
+            for name in scores
+        }
+        means = {f"eval_{name}": mean(values) for name, values in rows.items()}
+        watch.add({"regret": 10 - k / 10})
+        fired = watch.add({**means, "eval_seconds": 1.0, KEY: best.compare(means, rows)})
+        if "held_out_worse" in {alarm.name for alarm, _ in fired}:
+            return fired[0][1]
+    return None
+
+
+@pytest.mark.parametrize(
+    "quality", [[0.3] * 15, [0.8] * 15, [0.05] * 15, [min(0.05 + 0.12 * k, 0.9) for k in range(12)]]
+)
+def test_noise_and_fast_improvement_are_no_loss(quality):
+    assert sum(evaluations(quality, 40, seed) is not None for seed in range(40)) <= 2
+
+
+@pytest.mark.parametrize("n", [40, 200])
+def test_a_loss_beyond_noise_is_told_with_its_interval(n):
+    quality = [0.3, 0.6, 0.9, 0.9, 0.8, 0.7, 0.55, 0.4, 0.3, 0.3]
+    for seed in range(10):
+        found = evaluations(quality, n, seed, ("exact_match",))
+        low, high, rows = map(float, re.search(r"row by row worse by (\S+) to (\S+), (\d+) rows", found.text).groups())
+        assert 0 < low < high <= 1.2
+        assert rows == n
+        assert found.value > 0.1
+
+
+def test_an_evaluation_is_the_reading_and_not_a_mean_of_two():
+    records = stream(regret=[5, 4, 3, 2], eval_bleu=[20, 30, 18, 17], eval_seconds=[1] * 4)
+    history = History()
+    for record in records:
+        history.add(record)
+    assert "eval_bleu is 17, its best was 30" in ALARMS["held_out_worse"].measure(history).text
+
+
+@pytest.mark.parametrize("kind", ["reinforce", "supervised", "tkd"])
+def test_trainers_compare_rows_and_resumed_runs_have_the_same_alarms(tmp_path, kind):
+    """The rows of the best evaluation are in the checkpoint, and what was compared in the history."""
+    options = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+
+    def build(folder):
+        if kind == "tkd":
+            trainer = make_tkd(folder, preset="kd", dev=labelled_rows(40, seed=9), learning_rate=1e-5, **options)
+        else:
+            trainer = make(kind, folder, eval_examples=examples(40), task_metric=exact_match, **options)
+        score = "accuracy" if kind == "tkd" else "exact_match"
+        compare, observe = trainer.alarms.compare, trainer.alarms.observe
+
+        def improving(logs):
+            if "loss" in logs:
+                names = ("regret", "ce", "kd", "loss")
+                logs.update({name: 10 - trainer.state.global_step / 10 for name in names if name in logs})
+            observe(logs)
+
+        def worse(logs, rows):  # 90 % right until step 2, then less and less
+            right = 36 if trainer.state.global_step <= 2 else 16 - trainer.state.global_step
+            logs[f"eval_{score}"] = right / 40
+            compare(logs, {score: [float(i < right) for i in range(40)]})
+
+        trainer.alarms.compare, trainer.alarms.observe = worse, improving
+        return trainer
+
+    straight, cut = build(tmp_path / "straight"), build(tmp_path / "cut")
+    straight.train()
+    assert ("kl_coef" in ALARMS["held_out_worse"].advice_for(straight.args)) == (kind == "reinforce")
+    cut.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
+    lines = [alarms_of(tmp_path / run) for run in ("straight", "cut")]
+    told = [[line for line in run if line["alarm"] == "held_out_worse"] for run in lines]
+    assert [line["step"] for line in told[0]] == [6]
+    assert told[0][0]["message"] == told[1][0]["message"]
+    assert "40 rows" in told[0][0]["message"]
+    assert not any(KEY in line for line in logged(tmp_path / "straight"))
+
+
+def test_advice_names_settings_that_exist():
+    args = {kind: make(kind, Path("unused")).args for kind in ("ppo", "reinforce", "supervised")}
+    for alarm in ALARMS.values():
+        for remedy in alarm.advice:
+            assert any(all(hasattr(a, name) for name in SETTING.findall(remedy)) for a in args.values()), remedy
+        for a in args.values():
+            told = (
+                alarm.advice_for(a) if alarm.name in ("held_out_worse", "objective_rising", "gradient_spikes") else ""
+            )
+            assert all(hasattr(a, name) for name in SETTING.findall(told)), told
+    assert ALARMS["held_out_worse"].advice_for(args["supervised"]) == (
+        "Keep the best checkpoint (load_best_model_at_end, early_stopping_patience) or use more data."
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([-1, -2, -5, -5, -5, -5, -5, -5, -2, -1, 0, 0], True),
+        ([1, 0.5, -1, -2, -2, -2, -2, -2, -0.5, 1, 1, 1], True),  # through 0
+        ([-1, -2, -3, -4, -5, -6, -6, -6, -6, -6, -6, -6], False),
+        ([-5, -4.8, -5.2, -5, -5.1, -4.9, -5, -5, -4.9, -5.1], False),
+        ([0.1, -0.2, 0.3, -0.1, 0.2, -0.3, 0.1, -0.2, 0.3, 0.1, 0.2, -0.1], False),  # noise around 0
+        ([0.0] * 12, False),
+    ],
+)
+def test_losses_below_0_may_not_rise_either(losses, expected):
+    assert ("objective_rising" in {name for _, name in fired([{"loss": x} for x in losses])}) is expected
+
+
 @pytest.mark.parametrize("name", ["regret", "ce", "kd", "loss"])
 def test_what_training_lowers_may_not_rise(name):
     rising = [3.0, 2, 1, 1, 1, 1, 1, 2, 3, 3, 3]
@@ -286,7 +409,7 @@ def test_what_is_written(tmp_path, caplog, monkeypatch):
         alarm = ALARMS[line["alarm"]]
         assert line["threshold"] == alarm.threshold
         assert (line["value"] < line["threshold"]) == alarm.below
-        assert alarm.advice in line["message"]
+        assert alarm.advice_for() in line["message"]
         assert f"alarm at step {line['step']}, {line['message']}" in caplog.text
     # Every line of training counts the alarms up to and with its own step.
     for row in logged(tmp_path):
@@ -346,7 +469,7 @@ def test_the_page_lists_every_alarm_with_its_threshold_and_remedy():
     for name, (_, meaning, threshold, advice, test) in listed.items():
         alarm = ALARMS[name]
         assert meaning == alarm.meaning
-        assert advice == alarm.advice
+        assert advice == alarm.advice_for()
         assert re.search(rf"{'below' if alarm.below else 'above'} {alarm.threshold:g}\b", threshold), name
         function = test.strip("`").partition("[")[0]
         assert function in globals(), name
@@ -370,7 +493,7 @@ def test_an_alarm_is_one_entry(tmp_path, monkeypatch):
         return Reading(history.values["learning_rate"][-1], "the learning rate is positive")
 
     alarm = Alarm(
-        name="mine", meaning="It learns.", advice="Stop.", reads=("learning_rate",), measure=newest, threshold=0.0
+        name="mine", meaning="It learns.", advice=("stop",), reads=("learning_rate",), measure=newest, threshold=0.0
     )
     monkeypatch.setitem(ALARMS, alarm.name, alarm)
     make("reinforce", tmp_path, max_steps=2).train()
@@ -378,3 +501,24 @@ def test_an_alarm_is_one_entry(tmp_path, monkeypatch):
     assert (line["step"], line["value"], line["threshold"]) == (1, 1e-2, 0.0)
     assert line["message"] == "mine: the learning rate is positive. It learns. Stop."
     assert [row["alarms"] for row in logged(tmp_path) if "loss" in row] == [1, 1]
+
+
+def test_advice_on_lam_is_one_procedure():
+    """Warm up, start with the default, then one direction in small steps: docs, start warning and alarms agree."""
+    root = DOCS.parents[1]
+    section = (root / "docs" / "method.md").read_text(encoding="utf-8").split("## Choosing `lam`")[1].split("\n## ")[0]
+    default = ReinforceArguments.__dataclass_fields__["lam"].default
+    assert f"`lam` {default}" in section
+    assert "Provisional" in section
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if line.startswith("| `lam` |")]
+    assert f"| `lam` | {default} |" in row
+    assert "(docs/method.md#choosing-lam) (provisional)" in row
+    for name, direction in (("run_on", "raise"), ("finish_rate_drop", "raise"), ("length_collapse", "lower")):
+        first, second, *_ = ALARMS[name].advice
+        assert first.startswith("warm up longer")
+        assert second == f"{direction} lam in small steps (docs/method.md, Choosing lam)"
+        assert re.search(rf"`{name}`[^;:]*: {direction} it", section)
+    start = (root / "rlkd" / "trainers" / "start.py").read_text(encoding="utf-8")
+    assert "docs/method.md, Choosing lam" in start
+    assert "towards 0" not in start + readme

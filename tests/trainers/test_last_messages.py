@@ -8,11 +8,11 @@ import torch
 from rlkd import Decoding, RewardView, RunOptions, generate_pseudolabels
 from rlkd.cli.main import main
 from rlkd.errors import ConfigError, DataError, DivergenceError
-from rlkd.jobs.encoder_setup import TEACHER_RECORD, fine_tuned_teacher
+from rlkd.jobs.encoder_setup import TEACHER_RECORD, _check_same_weights, fine_tuned_teacher
 from rlkd.records import Example
 from rlkd.runs.best import check_best_metric
 from rlkd.trainers.arguments import ReinforceArguments
-from tiny import save_pair, tiny_teacher, tiny_tokenizer
+from tiny import save_pair, tiny_classifier, tiny_teacher, tiny_tokenizer
 from tiny_runs import make
 
 
@@ -68,3 +68,14 @@ def test_a_teacher_of_other_settings_is_not_taken_for_this_one(tmp_path, monkeyp
     )
     with pytest.raises(ConfigError, match=r"was fine-tuned with seed 1 \(now 2\)\. Give another output_dir, or remove"):
         fine_tuned_teacher(setup)
+
+
+def test_a_teacher_that_changes_while_it_is_fine_tuned(tmp_path):
+    setup = SimpleNamespace(teacher_folder=str(tmp_path), teacher=SimpleNamespace(teacher="models/bert"))
+    model, record = tiny_classifier(), {}
+    _check_same_weights(record, model, setup)
+    _check_same_weights(record, tiny_classifier(), setup)
+    with torch.no_grad():
+        model.classifier.bias[0] += 1e-6
+    with pytest.raises(ConfigError, match=r"the weights of models/bert have changed since its fine-tuning in .* began"):
+        _check_same_weights(record, model, setup)

@@ -170,8 +170,14 @@ def poison(module):
 @pytest.mark.parametrize("weak_start", ["warn", "ignore"])
 def test_nan_in_the_teacher_stops_before_any_update(tmp_path, weak_start):
     teacher = tiny_teacher()
-    poison(teacher.lm.model.decoder.final_layer_norm)
     trainer = make("ppo", tmp_path, teacher=teacher, weak_start=weak_start)
+    begin = trainer.begin_run
+
+    def poisoned(checkpoint):  # after the weights were looked at
+        begin(checkpoint)
+        poison(teacher.lm.model.decoder.final_layer_norm)
+
+    trainer.begin_run = poisoned
     before = weights(trainer.policy)
     with pytest.raises(DivergenceError, match=r"^step 0: the teacher's logits are not finite .* row \d"):
         trainer.train()
@@ -286,3 +292,44 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         trainer.train()
         results.append(weights(trainer.policy))
     assert_same(results[0], results[1], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "line"),
+    [
+        (
+            "reinforce", {"max_steps": 6},
+            "a rollout batch is 8 answers to 4 prompts, for 1 update; this run of 6 updates sees 24 prompts, 3 epochs "
+            "of 8",
+        ),
+        (
+            "ppo", {"num_train_epochs": 3, "max_steps": -1},
+            "a rollout batch is 16 answers to 8 prompts, for 4 updates; this run of 12 updates sees 24 prompts, 3 "
+            "epochs of 8",
+        ),
+        (
+            "supervised", {"max_steps": 6, "n": 16, "gradient_accumulation_steps": 2},
+            "an update is on 16 rows; this run of 6 updates sees 96 rows, 6 epochs of 16",
+        ),
+    ],
+)  # fmt: skip
+def test_the_first_lines_say_what_a_run_sees(tmp_path, capsys, kind, options, line):
+    """Counted from what the trainer samples or reads, whatever the units of its settings."""
+    trainer = make(kind, tmp_path, **options, save_strategy="steps", save_steps=4)
+    seen = []
+    if kind == "supervised":
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: (seen.extend(rows), collate(rows))[1]
+    else:
+        prompts = trainer.prompts
+        trainer.prompts = lambda index: (seen.extend(found := prompts(index)), found)[1]
+    trainer.train()
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == line
+    assert f"sees {len(seen)} " in line
+    again = make(kind, tmp_path, **options, save_strategy="steps", save_steps=4)
+    again.train(resume_from_checkpoint=True)
+    total = trainer.state.max_steps
+    assert capsys.readouterr().out.startswith(
+        f"resuming from {tmp_path / f'checkpoint-{total}'}: step {total} of {total}, "
+    )

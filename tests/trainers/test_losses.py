@@ -1,5 +1,6 @@
 """The loss of one minibatch and its gradient, against plain loops over full logits written from the formulas."""
 
+import logging
 import math
 from dataclasses import replace
 from itertools import product
@@ -9,9 +10,10 @@ import pytest
 import torch
 import yaml
 
+from rlkd.errors import ConfigError
 from rlkd.records import Answers, Example, select_rows
 from tiny import tiny_tokenizer
-from tiny_runs import EOS, VALID, WORDS, make, student, weights
+from tiny_runs import EOS, VALID, WORDS, assert_same, logged, make, student, weights
 
 
 def full_logits(model, prompt, answer):
@@ -335,3 +337,36 @@ def test_the_opd_recipe_is_the_reverse_kl_at_the_students_own_prefixes(tmp_path)
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     for one, parameter in zip(got, trainer.policy.parameters(), strict=True):
         torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+# A deviation of 0 is no scale
+
+
+@pytest.mark.parametrize("kind", ["reinforce", "ppo"])
+@pytest.mark.parametrize("settings", [{"lam": 0.0}, {"gamma": 0.0}, {"k_step": 5}])
+def test_advantages_that_are_always_0_cannot_be_whitened(tmp_path, kind, settings):
+    options = {"whiten_advantages": True, "baseline": "leave_one_out", "kl_in": "loss", **settings}
+    with pytest.raises(
+        ConfigError, match=r"whiten_advantages = True: with one_step exact the advantages hold the future"
+    ):
+        make(kind, tmp_path, **options)
+    make(kind, tmp_path, **options, one_step="sampled")
+    make(kind, tmp_path, **{**options, "kl_in": "reward"})
+    if settings != {"k_step": 5}:
+        make(kind, tmp_path, **{**options, "baseline": "critic"})
+
+
+@pytest.mark.parametrize("kind", ["reinforce", "ppo"])
+def test_advantages_that_hardly_vary_are_left_as_they_are(tmp_path, kind, caplog, monkeypatch):
+    """Divided by their deviation, they would multiply the exact term, and so the gradient, by its inverse."""
+    monkeypatch.setattr("rlkd.trainers.policy_gradient.logger.propagate", True, raising=False)
+    options = {"lam": 1e-7, "baseline": "leave_one_out", "max_steps": 4}
+    runs = [make(kind, tmp_path / str(whiten), **options, whiten_advantages=whiten) for whiten in (True, False)]
+    with caplog.at_level(logging.WARNING):
+        for run in runs:
+            run.train()
+    assert_same(weights(runs[0].trained), weights(runs[1].trained))
+    said = [record.message for record in caplog.records if "too small to divide by" in record.message]
+    assert len(said) == 1
+    norms = [row["grad_norm"] for row in logged(tmp_path / "True") if "grad_norm" in row]
+    assert max(norms) < 100

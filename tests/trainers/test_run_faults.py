@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import chaos
 from rlkd.errors import CheckpointError, ConfigError, InterruptedRunError, LockedError, RlkdError
 from rlkd.runs import checkpoints
 from rlkd.runs.checkpoints import LOGS, MANIFEST, SET_ASIDE, STATE_FILE, UNFINISHED, damage
-from tiny_runs import assert_same, logged, make, weights
+from tiny_runs import assert_same, examples, logged, make, weights
 
 KINDS = list(chaos.RUNS)
 # One trainer in the default suite, all of them where time allows.
@@ -113,6 +114,43 @@ def test_a_checkpoint_is_in_place_only_when_whole(tmp_path, monkeypatch):
     assert "training_args.bin" not in listed
 
 
+@pytest.mark.parametrize("damaged", [None, "the new one", "both"])
+def test_killed_between_the_renames_of_a_replaced_checkpoint(tmp_path, whole, monkeypatch, damaged):
+    """Of the two that are there, the new one is put back, or the one that it was to replace."""
+    folder = copied(whole, tmp_path)
+    new = folder / UNFINISHED / "checkpoint-3"
+    shutil.copytree(folder / "checkpoint-3", new)
+    rename = os.rename
+
+    def killed(source, target):
+        if source == new:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoints.os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.commit(new, folder / "checkpoint-3")
+    monkeypatch.undo()
+    assert not (folder / "checkpoint-3").exists()
+    for path in (folder / UNFINISHED).iterdir():
+        if damaged == "both" or (damaged == "the new one" and path == new):
+            os.truncate(path / "model.safetensors", 100)
+    trainer = goes_on(folder, whole)
+    resumed = json.loads((folder / "run.json").read_text())["resumed"][-1]["checkpoint"]
+    assert Path(resumed).name == ("checkpoint-2" if damaged == "both" else "checkpoint-3")
+    assert trainer.state.global_step == 3
+    assert not (folder / UNFINISHED).exists()
+
+
+def test_a_checkpoint_that_was_whole_before_its_rename_is_put_in_place(tmp_path, whole):
+    folder = copied(whole, tmp_path)
+    (folder / UNFINISHED).mkdir()
+    os.rename(folder / "checkpoint-3", folder / UNFINISHED / "checkpoint-3")
+    with pytest.raises(ConfigError, match=r"holds checkpoints of an earlier run \(up to step 3\)"):
+        build(folder).train()
+    assert damage(folder / "checkpoint-3") is None
+
+
 def test_older_checkpoints_are_deleted_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
     build(tmp_path, max_steps=1, save_total_limit=1).train()
 
@@ -121,7 +159,7 @@ def test_older_checkpoints_are_deleted_only_after_the_new_one_is_complete(tmp_pa
 
     monkeypatch.setattr("rlkd.runs.resumable.commit", fails)
     trainer = build(tmp_path, max_steps=2, save_total_limit=1)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(RlkdError, match="cannot be written: Input/output error"):
         trainer.train(resume_from_checkpoint=True)
     assert damage(tmp_path / "checkpoint-1") is None
     monkeypatch.undo()
@@ -265,7 +303,7 @@ def test_lines_logged_after_the_checkpoint_occur_once(tmp_path, whole):
     (folder / "other.jsonl").write_text("not ours\n")
     goes_on(folder, whole)
     assert not any("late" in row for row in logged(folder))
-    assert [(folder / name).read_bytes() for name in LOGS[1:]] == [b""] * (len(LOGS) - 1)
+    assert not any((folder / name).exists() for name in LOGS[1:])
     assert (folder / "other.jsonl").read_text() == "not ours\n"
 
 
@@ -503,7 +541,7 @@ def short_run(folder, log):
 
     torch.set_num_threads(1)
     sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
-    run_main(build(Path(folder)).train)
+    run_main(lambda: build(Path(folder)).train())
 
 
 # Trackers
@@ -552,3 +590,104 @@ def test_every_proof_named_in_the_documentation_exists():
         assert proofs, row
         for file, name in proofs:
             assert f"\ndef {name}(" in (root / file).read_text(encoding="utf-8"), (file, name)
+
+
+# Folders that cannot be written, or are gone
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            self.action()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "held_out.jsonl",
+        *(
+            pytest.param(file, marks=pytest.mark.fault)
+            for file in ("metrics.jsonl", "samples.jsonl", "token_rewards.jsonl")
+        ),
+    ],
+)
+def test_a_full_disk_at_an_evaluation_loses_nothing(tmp_path, monkeypatch, file):
+    """Whichever log finds the disk full: one line, and the run continues from its checkpoint as if undisturbed."""
+    options = {"eval_examples": examples(4), "eval_strategy": "steps", "eval_steps": 1}
+    straight = build(tmp_path / "straight", **options)
+    straight.train()
+    opened, full = Path.open, []
+
+    def limited(path, mode="r", *args, **how):
+        if full and path.name.removesuffix(".tmp") == file and mode[0] in "awx":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, mode, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", limited)
+        trainer = build(tmp_path / "run", At(2, lambda: full.append(True)), **options)
+        with pytest.raises(RlkdError, match=rf"no space left for .*{re.escape(file)}") as error:
+            trainer.train()
+    assert error.value.exit_code == 1
+    resumed = build(tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint="auto")
+    assert_same(weights(straight.policy), weights(resumed.policy))
+    for name in ("metrics.jsonl", "held_out.jsonl", "samples.jsonl"):
+        counts = [len((tmp_path / run / name).read_text().splitlines()) for run in ("straight", "run")]
+        assert counts[0] == counts[1], name
+
+
+def test_a_full_disk_when_the_student_is_saved(tmp_path, monkeypatch):
+    trainer = build(tmp_path)
+    trainer.train()
+    monkeypatch.setattr(type(trainer.policy.student), "save_pretrained", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(RlkdError, match=r"no space left for .*: it needs about"):
+        trainer.save_model()
+
+
+def test_a_folder_that_is_removed_under_the_run(tmp_path):
+    trainer = build(tmp_path / "run", At(2, lambda: shutil.rmtree(tmp_path / "run")))
+    with pytest.raises(RlkdError, match=r"run was removed while this run was writing to it"):
+        trainer.train()
+    trainer = build(tmp_path / "again")
+    trainer.train()
+    shutil.rmtree(tmp_path / "again")
+    (tmp_path / "again").write_text("a file now")
+    with pytest.raises(RlkdError, match=r"again was removed|again is a file"):
+        trainer.save_model()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_an_output_that_is_no_folder(tmp_path, kind):
+    place = tmp_path / kind
+    place.write_text("mine") if kind == "file" else place.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"is a file, not a folder|is a link to nowhere, which does not exist"):
+        build(place).train()
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.fault
+def test_a_read_only_file_system(tmp_path, server, whole):
+    """A run that is resumed where nothing can be written ends at once, before it trains."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        shutil.copytree(whole[0], disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for folder in (disk / "run", disk / "new"):
+            process = PROCESSES.Process(target=short_run, args=(str(folder), str(tmp_path / "log")))
+            process.start()
+            process.join(120)
+            message = (tmp_path / "log").read_text()
+            assert process.exitcode == 2, message
+            assert "is on a read-only file system. Name another folder." in message.splitlines()[-1]
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)

@@ -56,7 +56,7 @@ def run(tmp_path_factory):
     """A supervised run of two steps with a checkpoint at each, its recipe's other settings with it."""
     folder = tmp_path_factory.mktemp("run")
     trainer = make("supervised", folder, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer.settings = (DataArguments(dataset="rows.jsonl"), TeacherArguments())
+    trainer.settings = (DataArguments(dataset="rows.jsonl", input_column="text"), TeacherArguments())
     trainer.train()
     return folder
 
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
 def again(run, folder, step=1, **options):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1} | options
     trainer = make("supervised", folder, **options)
-    trainer.settings = (DataArguments(dataset="rows.jsonl"), TeacherArguments())
+    trainer.settings = (DataArguments(dataset="rows.jsonl", input_column="text"), TeacherArguments())
     return trainer
 
 
@@ -90,7 +90,8 @@ def test_templates_and_sources_are_named(tmp_path):
     make("reinforce", tmp_path, max_steps=1, data=data, eval_examples=data, per_device_train_batch_size=4).train()
     found = RunRecord.read(tmp_path)
     assert found.templates == [{"name": "copy", "id": "1", "fingerprint": TEMPLATE.fingerprint}]
-    assert found.data == dict.fromkeys(("train", "eval"), describe_data(data))
+    described = describe_data(data)
+    assert found.data == {"train": described, "eval": {**described, "also_in_training": 4}}
     assert found.data["train"]["source"] == "notes.csv"
 
 
@@ -102,7 +103,7 @@ def test_templates_and_sources_are_named(tmp_path):
         ),
         ReinforceArguments("x", use_cpu=True, optim="adafactor", report_to=[], max_steps=7, eval_strategy="steps"),
         TKDArguments("x", use_cpu=True, preset="kd", layer_map=[1, 3], accelerator_config={"even_batches": False}),
-        DataArguments(templates=["a", "b"], reference_column=None),
+        DataArguments("x", "text", templates=["a", "b"]),
         ModelConfig(model_name_or_path="m", use_peft=True, lora_target_modules=["q", "v"]),
     ],
     ids=lambda section: type(section).__name__,
@@ -210,8 +211,8 @@ def test_a_resume_with_other_settings_is_refused_with_the_list(run, tmp_path):
     with pytest.raises(ConfigError) as caught:
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
     assert str(caught.value).splitlines()[:-1] == [
-        f"{run / 'checkpoint-1'} was written with other settings:",
-        '  input_column: "dialogue" -> "note"',
+        f"{run / 'checkpoint-1'} was written with other settings or inputs:",
+        '  input_column: "text" -> "note"',
         "  learning_rate: 0.01 -> 0.5",
         "  label_smoothing_factor: 0.0 -> 0.1",
     ]
@@ -289,7 +290,11 @@ def test_recipes_refuse_before_they_look_at_a_model(run, monkeypatch):
 
     for name in ("loading.load_config", "vocabulary.load_tokenizer", "loading.load_model"):
         monkeypatch.setattr(f"rlkd.models.{name}", loaded)
-    settings = (DataArguments(dataset="other"), TeacherArguments(), ModelConfig(model_name_or_path="m"))
+    settings = (
+        DataArguments(dataset="other", input_column="text"),
+        TeacherArguments(),
+        ModelConfig(model_name_or_path="m"),
+    )
     for given in (str(run / "checkpoint-1"), "auto"):
         training = ReinforceArguments(str(run), use_cpu=True, resume_from_checkpoint=given)
         with pytest.raises(ConfigError, match=r'dataset: "rows\.jsonl" -> "other"'):

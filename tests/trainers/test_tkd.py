@@ -32,7 +32,9 @@ def rows(n=12, seed=0, pairs=False):
     return [row | {"text_pair": "x y z"} for row in made] if pairs else made
 
 
-def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=None, other=None, **settings):
+def make(
+    folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=None, other=None, metrics=None, **settings
+):
     teacher = tiny_classifier(teacher) if isinstance(teacher, str) else teacher
     args = TKDArguments(
         output_dir=str(folder),
@@ -57,6 +59,7 @@ def make(folder, *, model=None, teacher="bert", tokenizer=None, train=None, dev=
         train_rows=rows() if train is None else train,
         eval_rows=dev,
         teacher_tokenizer=other,
+        compute_metrics=metrics,
     )
 
 
@@ -281,15 +284,15 @@ def test_runs_that_share_a_cache_do_not_trip_over_each_other(tmp_path, monkeypat
     assert name in folders(tmp_path / "cache")
 
 
-def test_a_cache_of_another_precision_is_another(tmp_path):
+def test_a_cache_of_another_precision_or_batch_is_another(tmp_path, monkeypatch):
+    """Each decides the last bits. The precision is the accelerator's: a setting is not the only way to it."""
     made = set()
-    for flag in ({}, {"bf16": True}, {"fp16": True}):
-        trainer = make(tmp_path, preset="kd", teacher_cache="logits")
-        for name in flag:  # fp16 is refused on a CPU
-            setattr(trainer.args, name, True)
+    for precision, batch in (("no", 8), ("bf16", 8), ("fp16", 8), ("no", 4)):
+        trainer = make(tmp_path, preset="kd", teacher_cache="logits", per_device_eval_batch_size=batch)
+        monkeypatch.setattr("accelerate.Accelerator.mixed_precision", precision)
         trainer.open_teacher_cache()
         made.add(frozenset(folders(tmp_path / "teacher_cache")))
-    assert len(made) == 3
+    assert len(made) == 4
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -464,6 +467,22 @@ def test_preset_ft_leaves_out_what_has_no_label(tmp_path):
         trainer.train()
     assert len(other.train_dataset) == len(train)
     assert_same(weights(one.trained), weights(other.trained))
+
+
+def test_auto_scale_waits_for_a_term_that_is_there(tmp_path):
+    """The states of a student that is the whole teacher equal its own: the inverse of their distance is no weight."""
+    teacher = tiny_classifier()
+    trainer = make(
+        tmp_path, model=build_student(teacher, 4), teacher=teacher, preset="pkd", auto_scale=True, max_steps=8
+    )
+    trainer.train()
+    lines = [row for row in logged(tmp_path) if "loss" in row]
+    assert lines[0]["pt"] < 1e-6
+    assert lines[0]["weighted_pt"] == 0
+    joined = next((row for row in lines if row["weighted_pt"] > 0), None)
+    if joined is not None:
+        assert joined["pt"] >= 1e-4
+        assert joined["weighted_pt"] == pytest.approx(joined["weighted_ce"] + joined["weighted_kd"], rel=1e-5)
 
 
 def test_auto_scale_waits_for_something_to_scale_to(tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlkd.runs.sample_tables import COLUMNS, NAME, SampleTables, with_rewards
+from rlkd.runs.sample_tables import COLUMNS, NAME, SampleTables, print_samples, with_rewards
 from tiny_runs import logged
 
 ROWS = [
@@ -66,6 +66,44 @@ def test_each_token_with_its_reward():
     assert with_rewards(ROWS[0], "sample_") == "b (-1.00)"
 
 
+def test_a_log_file_gets_lines_that_can_be_searched(capsys):
+    print_samples(3, [ROWS[0] | {"input": "[bold] " + "word " * 100}])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "samples at step 3"
+    assert said[1].startswith("  r0: [bold] word word")
+    assert len(said[1]) < 220
+    assert said[2:] == ["    teacher: a", "    student: a b (regret 0.50)", "    sampled: b (regret 1.00)"]
+
+
+@pytest.mark.slow
+def test_no_secret_reaches_the_files_of_wandb(tmp_path):
+    """Planted in settings, on the command line and in the remote of the repository; not one is in any file."""
+    pytest.importorskip("wandb")
+    planted = {
+        "hub_token": "CANARY-hub-token-1", "run_name": "run hf_CANARYname1234567890",
+        "hub_model_id": "https://me:CANARYurl3@host/x", "optim_args": "api_key=CANARYargs4567",
+    }  # fmt: skip
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom rlkd.io.redaction import redact_command_line\n"
+        "from tiny_runs import make\nredact_command_line()\n"
+        f"make('reinforce', Path(sys.argv[1]), max_steps=1, report_to='wandb', **{planted!r}).run()\n"
+    )
+    for command in (["init", "-q"], ["remote", "add", "origin", "https://me:CANARYgit5@host/x.git"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    environment = _environment() | {
+        "WANDB_MODE": "offline", "WANDB_API_KEY": "CANARY" + "c0" * 17, "HF_TOKEN": "hf_CANARYenv12345678901",
+    }  # fmt: skip
+    arguments = [sys.executable, str(script), str(tmp_path / "run"), "--password", "CANARY-flag-6"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
+    assert any(b"redacted" in path.read_bytes() for path in files)  # the settings are there
+    leaks = {path.name for path in [*files, *(tmp_path / "run").rglob("*.json")] if b"CANARY" in path.read_bytes()}
+    assert not leaks
+    assert "CANARY" not in done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_trackio_gets_the_names_of_the_log_and_the_samples(tmp_path):
     pytest.importorskip("trackio")
@@ -73,20 +111,15 @@ def test_trackio_gets_the_names_of_the_log_and_the_samples(tmp_path):
 
     if not is_trackio_available():
         pytest.skip("transformers does not see trackio")
-    script = tmp_path / "run.py"  # run() evaluates after train() has closed the tracker
+    script = tmp_path / "run.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom tiny_runs import examples, make\n"
         "make('reinforce', Path(sys.argv[1]), max_steps=2, report_to='trackio', project='tiny', run_name='one',\n"
         "     eval_strategy='steps', eval_steps=1, eval_examples=examples(4)).run()\n"
     )
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {
-        "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests), str(tests / "trainers")]),
-    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "run")],
-        env=environment,
+        env=_environment() | {"TRACKIO_DIR": str(tmp_path / "trackio")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -98,6 +131,13 @@ def test_trackio_gets_the_names_of_the_log_and_the_samples(tmp_path):
     expected = {f"eval/{n.removeprefix('eval_')}" for n in names if n.startswith("eval_")}
     assert expected <= kept
     assert NAME in kept
+    assert len(_trackio_runs(tmp_path / "trackio")) == 1
+
+
+def _environment():
+    tests = Path(__file__).parents[1]
+    folders = os.pathsep.join([str(tests.parent), str(tests), str(tests / "trainers")])
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folders}
 
 
 def _trackio_names(folder):
@@ -106,4 +146,15 @@ def _trackio_names(folder):
     for path in folder.glob("*.db"):
         with sqlite3.connect(path) as store:
             found |= {name for (text,) in store.execute("select metrics from metrics") for name in json.loads(text)}
+    return found
+
+
+def _trackio_runs(folder):
+    """The runs that trackio stored numbers of."""
+    found = set()
+    for path in folder.glob("*.db"):
+        with sqlite3.connect(path) as store:
+            columns = [row[1] for row in store.execute("pragma table_info(metrics)")]
+            keys = ", ".join(name for name in ("run_id", "run_name") if name in columns)
+            found |= set(store.execute(f"select distinct {keys} from metrics"))
     return found

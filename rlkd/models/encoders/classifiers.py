@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...checks import check_choice
 from ...errors import ConfigError, ModelError
 from ...objectives.attention_tree import AttentionRows, rows_of_map
-from ..loading import load_config
+from ..loading import load_config, load_pretrained
 from .attention import AttentionSource, recorded_attention
 from .labels import check_single_label, give_labels, label_names
 
@@ -134,7 +134,10 @@ class EncoderStudent(nn.Module):
         """Load in place a saved student, and the projections if they are next to it."""
         from safetensors.torch import load_file
 
-        loaded = type(self.student).from_pretrained(folder, dtype=next(self.student.parameters()).dtype)
+        dtype = next(self.student.parameters()).dtype
+        loaded = load_pretrained(
+            type(self.student), str(folder), "student", config=copy.deepcopy(self.config), dtype=dtype
+        )
         self.student.load_state_dict(loaded.state_dict())
         path = Path(folder) / PROJECTIONS_FILE
         if self.projections and path.exists():
@@ -214,7 +217,7 @@ def _keep_layers(config: Any, kept: list[int]) -> None:
     config.num_hidden_layers = len(kept)
 
 
-def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: Any) -> Any:
+def build_student(teacher: Any, layers: int, init: Init = "mapped", *, allow_bin: bool = False, **options: Any) -> Any:
     """A student of `layers` layers in the family of a fine-tuned `teacher`, as a plain sequence classifier.
 
     mapped      embeddings, head and layers I(1) .. I(K) of the teacher (see `matched_layers`)
@@ -227,7 +230,7 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: A
     """
     config = student_config(teacher.config, layers, init, **options)
     if init == "pretrained":
-        return _pretrained_student(options["pretrained"], config)
+        return _pretrained_student(options["pretrained"], config, allow_bin)
     student = type(teacher)(config)
     if init != "random":
         M = teacher.config.num_hidden_layers
@@ -236,12 +239,18 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", **options: A
     return student
 
 
-def _pretrained_student(name: str, config: Any) -> Any:
+def _pretrained_student(name: str, config: Any, allow_bin: bool) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     given = label_names(load_config(name, "student"))
-    student = AutoModelForSequenceClassification.from_pretrained(
-        name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    student = load_pretrained(
+        AutoModelForSequenceClassification,
+        name,
+        "student",
+        config=config,
+        dtype=torch.float32,
+        allow_bin=allow_bin,
+        needs="first layers",
     )
     if not given or given != label_names(config):  # its outputs may stand for other labels
         fresh = type(student)(config).state_dict()
@@ -281,14 +290,3 @@ def check_head_slices(heads: int, teacher_width: int, source: str) -> None:
             f"{teacher_width} is not a multiple of {heads}. Choose a student with a number of heads that divides it, "
             "or a preset without a student tree, random or all tokens (kd, pkd, teacher-tkd)."
         )
-
-
-def parameter_digest(model: Any) -> str:
-    """SHA-256 of the names and values of all weights, the same on every device."""
-    from hashlib import sha256
-
-    digest = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ModelError
+from ...io.files import make_folder
+from ...io.folders import refuse_other_contents
 from ...tensors import length_mask
-from ..loading import load_config
+from ..loading import load_config, load_pretrained
 from ..vocabulary import load_tokenizer
 
 MODEL_FILE = "model.onnx"
@@ -54,22 +56,25 @@ def require_onnx() -> None:
         raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install 'rlkd[onnx]'")
 
 
-def export_onnx(model: str | Path, folder: str | Path, *, tolerance: float = 1e-4) -> Agreement:
+def export_onnx(
+    model: str | Path, folder: str | Path, *, tolerance: float = 1e-4, allow_bin: bool = False
+) -> Agreement:
     """Write `folder`/model.onnx, the configuration and the tokenizer of a saved sequence classifier.
 
     Inputs input_ids, attention_mask (and token_type_ids) [batch, tokens], both of any size; output logits
     [batch, labels], in float32. The file is compared with PyTorch on ragged batches of random tokens, and kept only if
     no logit differs by more than `tolerance` (times the largest logit, if that is above 1).
-    Raises ConfigError without the extra; ModelError if the model is not a classifier, cannot be exported, or disagrees
-    with PyTorch.
+    Raises ConfigError without the extra, or if the folder holds something else; ModelError if the model is not a
+    classifier, cannot be exported, or disagrees with PyTorch.
     """
     require_onnx()
+    refuse_other_contents(Path(folder), "the folder", signs=(MODEL_FILE,))
     config, tokenizer = load_config(str(model), "model"), load_tokenizer(str(model), "model")
-    classifier = _load(str(model), config)
+    classifier = _load(str(model), config, allow_bin)
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in tokenizer.model_input_names]
     names = [name for name in names if name != "token_type_ids" or getattr(config, "type_vocab_size", 0) > 1]
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written = folder / f"{MODEL_FILE}.new"
     try:
         _write(classifier, names, written)
@@ -82,13 +87,16 @@ def export_onnx(model: str | Path, folder: str | Path, *, tolerance: float = 1e-
     return agreement
 
 
-def _load(name: str, config: Any) -> Any:
+def _load(name: str, config: Any, allow_bin: bool) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     kinds = config.architectures or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ModelError(f"'{name}' is a {', '.join(kinds) or 'model without a head'}, not a sequence classifier.")
-    return AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).eval()
+    model = load_pretrained(
+        AutoModelForSequenceClassification, name, "model", config=config, dtype=torch.float32, allow_bin=allow_bin
+    )
+    return model.eval()
 
 
 def _write(model: Any, names: list[str], path: Path) -> None:

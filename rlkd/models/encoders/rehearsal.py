@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ...errors import ConfigError, ModelError
+from ..loading import load_config
 from .attention import prepare_attention
 from .classifiers import build_student, run_encoder, student_config, width_of
 
@@ -77,7 +78,7 @@ def _check_saved(student: Any) -> None:
     """The configuration, saved and read again, describes the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         student.config.save_pretrained(folder)
-        again = _shapes(_model(AutoConfig.from_pretrained(folder)))
+        again = _shapes(_model(load_config(folder, "student")))
     if again != _shapes(student):
         changed = sorted(name for name in {*again, *_shapes(student)} if again.get(name) != _shapes(student).get(name))
         raise ModelError(

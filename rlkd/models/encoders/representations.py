@@ -12,11 +12,11 @@ from torch import Tensor
 from ...checks import check_choice
 from ...choices import Pool
 from ...errors import ModelError
-from ..loading import load_config
+from ..loading import check_saved_weights, load_config, load_pretrained
 
 
-def load_encoder_config(name: str) -> Any:
-    """The configuration of an encoder-only model. Raises ModelError for other models."""
+def load_encoder_config(name: str, *, allow_bin: bool = False) -> Any:
+    """The configuration of an encoder-only model. Raises ModelError for other models, and damaged files."""
     from . import bilstm  # noqa: F401  (registers its configuration)
 
     config = load_config(name, "model")
@@ -25,26 +25,23 @@ def load_encoder_config(name: str) -> Any:
             f"model '{name}' ('{config.model_type}') is not an encoder-only model with layers. Give a BERT-like model "
             "or a classifier made of one."
         )
+    check_saved_weights(name, "model", allow_bin=allow_bin)
     return config
 
 
-def load_encoder(name: str, config: Any) -> Any:
+def load_encoder(name: str, config: Any, *, allow_bin: bool = False) -> Any:
     """The model in evaluation mode, float32, with its classification head if it was saved with one.
 
-    Raises ModelError if weights that its layers need are missing.
+    Raises ModelError if weights that its layers need are missing or damaged.
     """
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     classifies = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
     family = AutoModelForSequenceClassification if classifies else AutoModel
-    model, loading = family.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     # A pooler or a head only reads the layers: fresh ones do not change them.
-    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key and "classifier" not in key)
-    if missing:
-        raise ModelError(
-            f"model '{name}' lacks {len(missing)} weights of its architecture, which would stay random: "
-            f"{', '.join(missing[:5])}. Give a complete checkpoint."
-        )
+    model = load_pretrained(
+        family, name, "model", config=config, dtype=torch.float32, allow_bin=allow_bin, needs="layers"
+    )
     return model.eval().requires_grad_(False)
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ...tensors import pad_stack
-from .classifiers import EncoderOutputs, parameter_digest
+from ..digests import tokenizer_digest, weights_digest
+from .classifiers import EncoderOutputs
 
 CacheKind = Literal["logits", "cls", "hidden"]
-FORMAT = 1
+FORMAT = 2
 META_FILE = "meta.json"
 # Outputs of a batch of rows, for the rows' indices.
 Compute = Callable[[list[int]], EncoderOutputs]
@@ -61,15 +62,12 @@ class TeacherOutputs:
 
 def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, **choices: Any) -> dict[str, Any]:
     """Everything the outputs depend on; each key has its own folder."""
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    for name in ("truncation", "padding"):  # left over from the last call
-        definition.pop(name, None)
     return {
         "format": FORMAT,
         "data": data_digest,
-        "teacher": parameter_digest(teacher),
+        "teacher": weights_digest(teacher),
         "architecture": teacher.config.model_type,
-        "tokenizer": sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer),
         "max_length": max_length,
         **choices,
     }

@@ -20,7 +20,10 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, RlkdError
-from ...models.digests import weights_digest
+from ...io.files import sha256
+from ...models.digests import configuration_digest, weights_digest
+from ...models.encoder_decoder import T5_FAMILY
+from ...models.generation import FORBIDDEN, NO_RULES, AnswerRules, rules_of
 from ...models.language_model import LanguageModel
 from ...models.spec import LoadedModel, ModelSource
 from .protocol import Answer, Decoding, EngineSettings
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # The converter's class for each model type.
 LOADERS = {"t5": "T5Loader", "mt5": "MT5Loader", "bart": "BartLoader"}
+CHECKSUMS = "sha256.json"
 INSTALL = "pip install 'rlkd[ctranslate2]'"
 
 
@@ -47,17 +51,19 @@ class CTranslate2Engine:
         self, lm: LanguageModel, compute_type: str = "float32", *, threads: int = 0, device: str | None = None
     ):
         where = torch.device(device or lm.device)
-        if reason := _objection(LoadedModel(lm), compute_type, where):
+        if reason := _objection(LoadedModel(lm), compute_type, where) or _unruly(rules_of(lm)):
             raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
         import ctranslate2
 
         self.exact = compute_type == LoadedModel(lm).dtype
-        self._eos_id = lm.eos_id
+        self._rules = rules_of(lm)
         self._identity = {
             "teacher": lm.model.name_or_path,
             "teacher_weights": weights_digest(lm.model),
+            "teacher_configuration": configuration_digest(lm.model),
             "dtype": compute_type,
             "ctranslate2": ctranslate2.__version__,
+            **self._rules.identity(),
         }
         self._translator = ctranslate2.Translator(
             str(convert(lm, compute_type)),
@@ -70,7 +76,8 @@ class CTranslate2Engine:
     @staticmethod
     def objection(model: ModelSource, decoding: Decoding | None, settings: EngineSettings) -> str | None:
         precision = settings.compute_type or model.dtype
-        return _objection(model, precision, torch.device(model.device or "cpu")) or _unable(decoding)
+        where = torch.device(model.device or "cpu")
+        return _objection(model, precision, where) or _unable(decoding) or _unruly(getattr(model, "rules", NO_RULES))
 
     @staticmethod
     def reservation(decoding: Decoding | None) -> str | None:
@@ -107,29 +114,42 @@ class CTranslate2Engine:
             return False
 
         rows = self._translate(prompts, decoding, beam_size=1, callback=record)
-        return [[self._answer(ids, row)] for (ids,), row in zip(rows, logps, strict=True)]
+        flat = [ids for (ids,) in rows]
+        return [[self._answer(*parts, decoding)] for parts in zip(flat, self._certain(flat, logps), strict=True)]
 
     def score(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[float]]:
         """As Engine.score; every answer encodes its prompt."""
-        eos = self._eos_id
-        # CTranslate2 scores an end-of-sequence after what it is given.
-        given = [answer[:-1] if answer[-1:] == [eos] else answer for answer in answers]
-        results = self._translator.score_batch(_tokens(prompts), _tokens(given), max_input_length=0)
+        results = self._translator.score_batch(_tokens(prompts), _tokens(answers), max_input_length=0)
         _check([result.log_probs for result in results])
-        return [result.log_probs[: len(answer)] for result, answer in zip(results, answers, strict=True)]
+        # CTranslate2 scores an end after what it is given.
+        logps = [result.log_probs[: len(answer)] for result, answer in zip(results, answers, strict=True)]
+        return self._certain(answers, logps)
+
+    def _certain(self, answers: list[list[int]], logps: list[list[float]]) -> list[list[float]]:
+        """The log-probabilities of answers, of which a forced first token has 0."""
+        first = self._rules.first
+        if first is None:
+            return logps
+        pairs = zip(answers, logps, strict=True)
+        return [[0.0, *row[1:]] if answer[:1] == [first] else row for answer, row in pairs]
 
     def _beam(self, prompts: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
         n = decoding.labels_per_input
         rows = self._translate(prompts, decoding, beam_size=decoding.num_beams, num_hypotheses=n)
         flat = [ids for row in rows for ids in row]
         logps = self.score([prompt for prompt in prompts for _ in range(n)], flat)
-        answers = [self._answer(*parts) for parts in zip(flat, logps, strict=True)]
+        answers = [self._answer(*parts, decoding) for parts in zip(flat, logps, strict=True)]
         return [answers[i : i + n] for i in range(0, len(answers), n)]
 
     def _translate(self, prompts: list[list[int]], decoding: Decoding, **options: Any) -> list[list[list[int]]]:
+        rules = self._rules
         results = self._translator.translate_batch(
             _tokens(prompts),
-            max_decoding_length=decoding.max_new_tokens,
+            target_prefix=None if rules.first is None else _tokens([[rules.first]] * len(prompts)),
+            # An end that is forced at the limit is written below.
+            max_decoding_length=decoding.max_new_tokens - (rules.last is not None),
+            length_penalty=rules.length_penalty,
+            end_token=list(map(str, rules.eos_ids)),
             # By default it truncates prompts and forbids empty answers.
             max_input_length=0,
             min_decoding_length=0,
@@ -142,8 +162,12 @@ class CTranslate2Engine:
         _check([row if all(row) else [] for row in rows])
         return rows
 
-    def _answer(self, ids: list[int], logps: list[float]) -> Answer:
-        return Answer(ids, logps, finished=ids[-1] == self._eos_id)
+    def _answer(self, ids: list[int], logps: list[float], decoding: Decoding) -> Answer:
+        rules = self._rules
+        finished = rules.ended(ids, decoding.max_new_tokens)
+        if finished or rules.last is None:
+            return Answer(ids, logps, finished)
+        return Answer([*ids, rules.last], [*logps, 0.0], finished)
 
 
 def _objection(model: ModelSource, compute_type: str, device: torch.device) -> str | None:
@@ -162,6 +186,8 @@ def _objection(model: ModelSource, compute_type: str, device: torch.device) -> s
         return f"it cannot use this {device.type}."
     if compute_type not in supported:
         return f"it does not compute in {compute_type} on this {device.type}, only {', '.join(supported)}."
+    if compute_type == "float16" and kind in T5_FAMILY:
+        return "float16 overflows to inf in T5 models, and greedy decoding does not notice: use bfloat16 or float32."
     return None
 
 
@@ -174,20 +200,33 @@ def _unable(decoding: Decoding | None) -> str | None:
     return None
 
 
+def _unruly(rules: AnswerRules) -> str | None:
+    """Why CTranslate2 cannot keep to what the checkpoint says of answers."""
+    if rules.moving:
+        what = ", ".join(rules.moving)
+        return f"it does not compute log-probabilities under {what} (the teacher's generation_config)."
+    return None
+
+
 def convert(lm: LanguageModel, compute_type: str) -> Path:
     """The folder of the converted teacher: `ctranslate2/<hash of the weights, precision and version>` below $RLKD_CACHE
-    or ~/.cache/rlkd. It is written under a temporary name, then renamed, so that it is complete or absent.
+    or ~/.cache/rlkd. It is written under a temporary name, then renamed, so that it is complete or absent; one whose
+    files have changed since is converted again.
     """
     spec = _specification(lm)
     folder = _cache() / "ctranslate2" / _digest(spec, compute_type)
     if folder.is_dir():
-        return folder
+        if _checksums(folder) == _recorded(folder):
+            return folder
+        logger.warning("the converted teacher in %s is damaged: converting it again", folder)
+        shutil.rmtree(folder)
     logger.info("converting the teacher for CTranslate2 (%s): %s", compute_type, folder)
     spec.optimize(quantization=compute_type)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         spec.save(str(temporary))
+        (temporary / CHECKSUMS).write_text(json.dumps(_checksums(temporary), indent=2), encoding="utf-8")
         os.rename(temporary, folder)
     except OSError:
         # Another process may have been faster.
@@ -196,6 +235,18 @@ def convert(lm: LanguageModel, compute_type: str) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of the files that CTranslate2 reads."""
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
+
+
+def _recorded(folder: Path) -> Any:
+    try:
+        return json.loads((folder / CHECKSUMS).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _specification(lm: LanguageModel) -> Any:
@@ -218,8 +269,10 @@ def _specification(lm: LanguageModel) -> Any:
         (encoder_embedding,) = spec.encoder.embeddings
         for part in (encoder_embedding, spec.decoder.embeddings, spec.decoder.projection):
             part.weight = part.weight[:valid]
-        if head.bias is not None:
-            spec.decoder.projection.bias = head.bias[:valid]
+        bias = torch.zeros(valid) if head.bias is None else head.bias[:valid].detach().clone()
+        bias[list(head.rules.banned)] = FORBIDDEN
+        if head.bias is not None or head.rules.banned:
+            spec.decoder.projection.bias = bias
 
         def own(part: Any, name: str, value: Any) -> None:
             # Quantization works in place and would overwrite the teacher.
@@ -229,9 +282,11 @@ def _specification(lm: LanguageModel) -> Any:
         visit_spec(spec, own)
     spec.register_source_vocabulary([str(i) for i in range(valid)])
     spec.register_target_vocabulary([str(i) for i in range(valid)])
-    spec.config.decoder_start_token = spec.config.bos_token = str(int(config.decoder_start_token_id))
-    spec.config.eos_token = str(lm.eos_id)
-    spec.config.unk_token = str(lm.pad_id)
+    rules = rules_of(lm)
+    spec.config.decoder_start_token = str(rules.start_id)
+    # It answers nothing to a prompt of these two alone, such as an empty text's end-of-sequence. Answers end with
+    # `end_token` instead.
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = str(rules.pad_id)
     spec.validate()
     return spec
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...models.generation import restrict, rules_of
 from ...models.heads import CHUNK_ELEMENTS
 from ...models.language_model import LanguageModel
 from ...models.spec import ModelSource
@@ -47,10 +48,16 @@ class TorchEngine:
         return cls(model.language_model(), settings.batch_tokens)
 
     def identity(self) -> dict[str, Any]:
-        from ...models.digests import weights_digest
+        from ...models.digests import configuration_digest, weights_digest
 
         model = self.lm.model
-        return {"teacher": model.name_or_path, "teacher_weights": weights_digest(model), "dtype": str(model.dtype)}
+        return {
+            "teacher": model.name_or_path,
+            "teacher_weights": weights_digest(model),
+            "teacher_configuration": configuration_digest(model),
+            "dtype": str(model.dtype),
+            **rules_of(self.lm).identity(),
+        }
 
     @torch.no_grad()
     def answer(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Answer]]:
@@ -62,7 +69,7 @@ class TorchEngine:
             else self._own_loop(states, [seed for row in seeds for seed in row], decoding)
         )
         if k := decoding.top_k_logprobs:
-            tables = self._top_k(states, [answer.ids for answer in answers], k)
+            tables = self._top_k(states, [answer.ids for answer in answers], k, decoding.max_new_tokens)
             answers = [replace(answer, top_k=table) for answer, table in zip(answers, tables, strict=True)]
         return [answers[i : i + n] for i in range(0, len(answers), n)]
 
@@ -77,21 +84,21 @@ class TorchEngine:
     def _own_loop(self, states: list[Tensor], seeds: list[int], decoding: Decoding) -> list[Answer]:
         width = decoding.max_new_tokens
         choose = greedy if decoding.strategy == "greedy" else sampler(seeds, width, self.lm.device)
-        out = decode(self.lm, states, choose, max_new_tokens=width, temperature=decoding.temperature)
+        out = decode(self.lm, states, choose, max_new_tokens=width, temperature=decoding.temperature, end_forced=True)
         ids = [row[mask].tolist() for row, mask in zip(out.ids, out.mask, strict=True)]
         if decoding.temperature == 1.0:
             logps = [row[mask].tolist() for row, mask in zip(out.logps, out.mask, strict=True)]
         else:
-            logps = self._logps(states, ids)
+            logps = self._logps(states, ids, width)
         return [Answer(*parts) for parts in zip(ids, logps, out.finished.tolist(), strict=True)]
 
-    def _logps(self, states: list[Tensor], answers: list[list[int]]) -> list[list[float]]:
-        hidden, ids, lengths = self._forced(states, answers)
-        chosen, _, logsumexp, _, _ = self.lm.head().map(token_scores, hidden, ids)
+    def _logps(self, states: list[Tensor], answers: list[list[int]], most: int | None = None) -> list[list[float]]:
+        hidden, ids, limits, lengths = self._forced(states, answers, most)
+        chosen, _, logsumexp, _, _ = self.lm.head().map(token_scores, hidden, ids, limits=limits)
         return [row.tolist() for row in (chosen - logsumexp).split(lengths)]
 
-    def _top_k(self, states: list[Tensor], answers: list[list[int]], k: int) -> list[TopK]:
-        hidden, _, lengths = self._forced(states, answers)
+    def _top_k(self, states: list[Tensor], answers: list[list[int]], k: int, most: int) -> list[TopK]:
+        hidden, _, limits, lengths = self._forced(states, answers, most)
         head = self.lm.head()
         k = min(k, head.valid_vocab)
         ids = np.empty((len(hidden), k), np.int32)
@@ -99,17 +106,23 @@ class TorchEngine:
         # Logits exist for one chunk of tokens at a time.
         chunk = max(16, CHUNK_ELEMENTS // head.valid_vocab)
         for start in range(0, len(hidden), chunk):
-            best, index = head.logits(hidden[start : start + chunk]).log_softmax(-1).topk(k)
-            rows = slice(start, start + len(best))
+            rows = slice(start, start + chunk)
+            logits = restrict(head.logits(hidden[rows]), None if limits is None else limits[rows])
+            best, index = logits.log_softmax(-1).topk(k)
             ids[rows], logps[rows] = index.cpu().numpy(), best.cpu().numpy()
         ends = np.cumsum(lengths)[:-1]
         return [TopK(*parts) for parts in zip(np.split(ids, ends), np.split(logps, ends), strict=True)]
 
-    def _forced(self, states: list[Tensor], answers: list[list[int]]) -> tuple[Tensor, Tensor, list[int]]:
-        """Head inputs [N, D] of all answer tokens, teacher-forced, packed; their ids [N]; the answers' lengths."""
+    def _forced(
+        self, states: list[Tensor], answers: list[list[int]], most: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
+        """Head inputs [N, D] of all answer tokens, teacher-forced, packed; their ids [N] and limits [N, K]; lengths of
+        the answers. most: max_new_tokens of the answers, if they were decoded.
+        """
         ids, mask = pad_rows(answers, self.lm.pad_id, self.lm.device)
         hidden = self.lm.answer_hidden(states, ids, mask, self.batch_tokens)
-        return hidden, ids[mask], [len(row) for row in answers]
+        limits = self.lm.head().rules.limits(ids, mask, most)
+        return hidden, ids[mask], limits, [len(row) for row in answers]
 
     def _beam(self, prompts: list[list[int]], states: list[Tensor], decoding: Decoding) -> list[Answer]:
         rows = self.lm.beam_search(
@@ -118,8 +131,8 @@ class TorchEngine:
             num_answers=decoding.labels_per_input,
             max_new_tokens=decoding.max_new_tokens,
         )
-        logps = self._logps(states, rows)
+        most, rules = decoding.max_new_tokens, rules_of(self.lm)
+        logps = self._logps(states, rows, most)
         return [
-            Answer(ids, row_logps, finished=ids[-1] == self.lm.eos_id)
-            for ids, row_logps in zip(rows, logps, strict=True)
+            Answer(ids, row_logps, finished=rules.ended(ids, most)) for ids, row_logps in zip(rows, logps, strict=True)
         ]

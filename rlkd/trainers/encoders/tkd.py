@@ -13,8 +13,10 @@ from transformers import EvalPrediction, set_seed
 
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError, ModelError
-from ...evaluation.classes import one_class_warning, only_class
-from ...evaluation.task_metrics import classification_metrics
+from ...evaluation.classes import classified_rows, one_class_warning, only_class
+from ...evaluation.task_metrics import classification_metrics, try_classification
+from ...io.versions import describe_machine
+from ...metrics import metric
 from ...models.encoders.attention import prepare_attention
 from ...models.encoders.classifiers import (
     EncoderOutputs,
@@ -34,11 +36,12 @@ from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy,
 from ...objectives.neighbours import logit_mse, noisy_logits
 from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
+from ..environment import describe_environment
 from .arguments import STUDENT_TREE, TKDArguments
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_TERM = 1e-4  # auto_scale: bounds the weight of a term that is nearly 0
+SMALLEST_TERM = 1e-4  # auto_scale: a smaller term joins later; its inverse would be a weight without meaning
 Model = TypeVar("Model")
 Step = TypeVar("Step")
 
@@ -257,7 +260,8 @@ class TKDTrainer(StudentTrainer):
             first = torch.stack([base, *(terms[name].detach() for name in new)]).float()
             reference, *values = self.accelerator.reduce(first, reduction="mean").tolist()
             if reference > 0:  # not in a batch without labels, if CE is alone
-                self.scales |= {name: reference / max(v, SMALLEST_TERM) for name, v in zip(new, values, strict=True)}
+                measured = {name: v for name, v in zip(new, values, strict=True) if v >= SMALLEST_TERM}
+                self.scales |= {name: reference / v for name, v in measured.items()}
         # 0 until there is something to scale to.
         return {name: weights[name] if name in ("ce", "kd") else self.scales.get(name, 0.0) for name in terms}
 
@@ -304,8 +308,11 @@ class TKDTrainer(StudentTrainer):
             self.teacher_texts.digest(),
             self.args.max_length,
             layers=self.layers if with_states else [],
-            bf16=self.args.bf16,
-            fp16=self.args.fp16,
+            # They decide the last bits, and folders of outputs may be shared.
+            batch_rows=self.args.per_device_eval_batch_size,
+            torch=torch.__version__,
+            environment=describe_environment(self.accelerator),
+            machine=describe_machine(str(self.accelerator.device)),
         )
         root = Path(self.args.teacher_cache_dir or self.run_folder / "teacher_cache")
         with self.args.main_process_first(desc="teacher outputs"):
@@ -316,12 +323,11 @@ class TKDTrainer(StudentTrainer):
     # Evaluation and saving
 
     def held_out_names(self) -> list[str] | None:
-        """As in `StudentTrainer`: cross-entropy, and the names that `compute_metrics` returns for two dummy rows."""
-        try:
-            made_up = EvalPrediction(torch.eye(2, self.trained.config.num_labels).numpy(), torch.tensor([0, 1]).numpy())
-            return ["loss", *(self.compute_metrics or classification_metrics([]))(made_up)]
-        except Exception:  # a user's function may raise anything
+        """As in `StudentTrainer`. Raises ConfigError if `compute_metrics` fails on right predictions."""
+        if self.eval_dataset is None:
             return None
+        labels = self.eval_dataset.labels  # type: ignore[union-attr]
+        return ["loss", *try_classification(self.compute_metrics, labels, self.trained.config.num_labels)]
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -339,25 +345,23 @@ class TKDTrainer(StudentTrainer):
         rows: Any = self.eval_dataset
         logits, labels = cast(Any, out.predictions), cast(Any, out.label_ids)
         # Rows sorted by length come in another order and cannot be matched to their ids.
-        known = (
-            options.get("metric_key_prefix", "eval") == "eval" and labels is not None and labels.tolist() == rows.labels
-        )
-        if known and self.is_world_process_zero():
-            predicted = logits.argmax(-1).tolist()
-            evaluated = [
-                {
-                    "id": str(i),
-                    "input": self.held_out_texts[i],
-                    "label": label,
-                    "predicted": guess,
-                    "accuracy": float(guess == label),
-                }
-                for i, (label, guess) in enumerate(zip(rows.labels, predicted, strict=True))
-                if label >= 0
-            ]
-            keep_first_and_last(self.run_folder / HELD_OUT, self.state.global_step, evaluated)
+        if options.get("metric_key_prefix", "eval") != "eval" or labels is None or labels.tolist() != rows.labels:
+            return out
+        evaluated = [
+            {**row, "input": self.held_out_texts[int(row["id"])]}
+            for row in classified_rows(logits.argmax(-1).tolist(), rows.labels)
+        ]
+        if self.is_world_process_zero():
+            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, evaluated)
             self._warn_of_one_class([row["predicted"] for row in evaluated])
+        right = [row["accuracy"] for row in evaluated]  # scores without a value per row (F1, ...) are compared by these
+        self.per_row = {name.removeprefix("eval_"): right for name in out.metrics or () if metric(name).task}
         return out
+
+    def refresh_held_out(self) -> None:
+        """As in `StudentTrainer`."""
+        self.evaluation_loop(self.get_eval_dataloader(), description="held-out rows")
+        self.per_row = {}
 
     def _warn_of_one_class(self, predicted: list[int]) -> None:
         """Once, after training began: such scores look like those of a model that has learned something."""

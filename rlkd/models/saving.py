@@ -1,0 +1,90 @@
+"""Saving students, whole or as adapters, so that other programs read them as they were trained."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from ..errors import ConfigError, ModelError
+from ..io.files import check_folder
+from .adapters import record_base
+from .generation import rules_of
+from .language_model import LanguageModel
+from .spec import ModelSpec
+
+# Settings of how to search: rlkd decodes greedily when it evaluates.
+SEARCH = (
+    "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "early_stopping",
+    "diversity_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "penalty_alpha", "max_length", "max_time",
+)  # fmt: skip
+
+
+def save_student(model: Any, folder: str | Path, generation: Any = None) -> None:
+    """Write what `from_pretrained` loads: the model, or its adapter with the checksums of a local base model.
+
+    generation: the transformers.GenerationConfig to save with it, by default the model's own.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = getattr(base, "generation_config", None)
+    if generation is not None:
+        base.generation_config = generation
+    try:
+        model.save_pretrained(folder)
+        if base is not model:
+            (config,) = model.peft_config.values()
+            if base.can_generate():
+                base.generation_config.save_pretrained(folder)
+            record_base(Path(folder), str(config.base_model_name_or_path))
+    finally:
+        if generation is not None:
+            base.generation_config = kept
+
+
+def evaluated_generation(lm: LanguageModel, max_new_tokens: int) -> Any:
+    """A GenerationConfig under which plain `generate()` gives the greedy answers that rlkd evaluates: the model's own
+    facts (start, end, forced and forbidden tokens), this length, and no ids beyond the tokenizer's.
+    """
+    generation = copy.deepcopy(lm.model.generation_config)
+    beyond = range(lm.valid_vocab, lm.model.config.vocab_size)
+    rules = rules_of(lm)
+    ends = list(rules.eos_ids)
+    facts = {
+        "max_new_tokens": max_new_tokens,
+        "suppress_tokens": sorted({*(generation.suppress_tokens or ()), *beyond}) or None,
+        "pad_token_id": lm.pad_id,
+        "eos_token_id": ends if len(ends) > 1 else lm.eos_id,
+    }
+    if lm.model.config.is_encoder_decoder:
+        facts["decoder_start_token_id"] = rules.start_id
+    defaults = GenerationConfig()
+    generation.update(**{name: getattr(defaults, name, None) for name in SEARCH}, **facts)
+    return generation
+
+
+def merge_adapter(name: str, out: str | Path, *, dtype: str = "float32", allow_bin: bool = False) -> None:
+    """Write an adapter's base model with the adapter merged into it, and the tokenizer, to the new folder `out`.
+
+    Raises ModelError if `name` is not an adapter that loads, ConfigError if `out` holds something.
+    """
+    out = Path(out)
+    check_folder(out.parent)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder: name a new one.")
+    spec = ModelSpec(name, "adapter", dtype=dtype, allow_bin=allow_bin)
+    if spec.adapter is None:
+        raise ModelError(f"adapter '{name}' is a whole model, not an adapter: there is nothing to merge.")
+    spec.check()
+    merged = spec.load()
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_student(merged, unfinished)
+    spec.tokenizer.save_pretrained(unfinished)
+    if out.exists():
+        out.rmdir()
+    os.rename(unfinished, out)

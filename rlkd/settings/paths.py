@@ -1,0 +1,63 @@
+"""Paths that do not exist, named from the command line and its YAML file before torch and transformers are imported."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ConfigError, DataError, ModelError, nearest
+
+DATA = {"dataset", "eval_dataset", "train_file", "dev_file"}
+FOLDERS = {"pseudo_labels", "templates_dir"}
+MODELS = {"teacher", "student", "model_name_or_path", "student_pretrained"}
+NAMES = DATA | FOLDERS | MODELS
+FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|gz|zst)$", re.IGNORECASE)
+LINE = re.compile(r"^(\w+):[ \t]+['\"]?([^'\"#\n]+?)['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
+LARGEST_FILE = 2**20
+
+
+def refuse_missing_paths(argv: list[str] | None = None) -> None:
+    """Raise the error of the first setting that names a file or folder that is not there. What may be a name on the hub
+    is left to the loaders. argv: by default the command line.
+    """
+    given: dict[str, str] = {}
+    for name, value in _flags(sys.argv[1:] if argv is None else argv):
+        if name == "config":
+            given = {**_lines(Path(value)), **given}
+        else:
+            given[name] = value
+    for name, value in given.items():
+        path = Path(value).expanduser()
+        if name not in NAMES or not _is_local(name, value) or path.exists():
+            continue
+        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        where = "" if path.parent.is_dir() else f" Folder {path.parent} does not exist."
+        message = f"{name} = '{value}': there is no such file or folder.{near}{where}"
+        raise ModelError(message) if name in MODELS else DataError(message)
+
+
+def _flags(argv: list[str]) -> Iterator[tuple[str, str]]:
+    for i, word in enumerate(argv):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and (equals or i + 1 < len(argv)):
+            yield name.replace("-", "_"), value if equals else argv[i + 1]
+
+
+def _lines(path: Path) -> dict[str, str]:
+    """The plain `name: value` lines of a YAML file; what else is in it is the parser's."""
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: no such file.")
+    if path.stat().st_size > LARGEST_FILE:
+        return {}
+    found = LINE.findall(path.read_text(encoding="utf-8", errors="replace"))
+    return {name: value for name, value in found if value not in ("null", "~")}
+
+
+def _is_local(name: str, value: str) -> bool:
+    """Whether it can only be a path: not a hub id (`name`, `owner/name`), a pattern or a URL."""
+    if "://" in value or any(sign in value for sign in "*?["):
+        return False
+    paths = value.startswith(("/", "./", "../", "~")) or value.count("/") > 1
+    return paths or name in FOLDERS or (name in DATA and FILE.search(value) is not None)
