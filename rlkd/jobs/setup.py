@@ -332,8 +332,8 @@ def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets
     student = reading.student_template
     settings = {"input": reading.input_column, "row_map": reading.row_map.to_json(),
                 "student_template": student.source if student else None}  # fmt: skip
-    if Path(data.dataset).exists():
-        settings |= {"sha256": train.stream("skip").identity()["sha256"]}
+    if Path(data.dataset).exists() or is_pattern(data.dataset):
+        settings |= {"sha256": train.stream(()).identity()["sha256"]}
     found = differences(labels, dataset=data.dataset, templates=reading.templates, settings=settings)
     if found:
         logger.warning(

@@ -42,7 +42,7 @@ def save_student(model: Any, folder: str | Path, generation: Any = None) -> None
         with as_weights_are(base) as weights:
             model.save_pretrained(folder, **({"state_dict": weights} if base is model and weights else {}))
         if base is not model:
-            (config,) = model.peft_config.values()
+            config = next(iter(model.peft_config.values()))
             if base.can_generate():
                 base.generation_config.save_pretrained(folder)
             record_base(Path(folder), str(config.base_model_name_or_path))

@@ -88,7 +88,7 @@ class StudentTrainer(ResumableTrainer):
         settings: the other dataclasses the run was made from, for run.json and for comparing when it is resumed.
         """
         self.settings = settings
-        self.last.wanted = self.eval_dataset is not None
+        self.last.wanted, self.announcement.whole_job = self.eval_dataset is not None, True
         with self.writing():
             self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
             self.save_model()
