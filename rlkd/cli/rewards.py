@@ -9,6 +9,7 @@ import typer
 
 from ..errors import ConfigError, DataError
 from ..inspection.reward_view import RANKINGS, RewardView
+from ..io.folders import check_page
 from ..models.spec import Dtype
 from . import prompts
 from .models import AllowBin
@@ -116,7 +117,10 @@ def inspect_rewards(
 
 def _show(view: RewardView, out: Path | None, as_json: bool) -> None:
     if out is not None:
-        view.to_html(out)
+        try:
+            view.to_html(out)
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written: {error.strerror}. Name another file.") from None
     if as_json:
         typer.echo(view.to_json())
     elif out is not None:
@@ -144,6 +148,8 @@ def _check(request: dict[str, Any]) -> str:
         raise ConfigError(f"--out {out}: name a file that ends in .html; numbers come with --json.")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist.")
+    if out is not None:
+        check_page(out)
     return kind
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +24,14 @@ ARROW = {
 class Columns:
     """Names and types of the columns, inferred row by row; in CSV, where all values are text, whole numbers too.
 
-    nested: also the types inside lists and objects, as a table needs them.
+    kinds: types to begin with. nested: also the types inside lists and objects, as a table needs them.
     """
 
     def __init__(self, kinds: dict[str, str] | None = None, *, nested: bool = False):
         self.kinds: dict[str, str] = {name: kind for name, kind in (kinds or {}).items() if kind != UNREAD}
         self.types: dict[str, pa.DataType] = {}
         self._nested, self._first, self._negative = nested, dict[str, int](), set[str]()
+        self._taken, self._refused = Counter[str](), Counter[tuple[str, str]]()
 
     def add(self, place: int, row: dict[str, Any], reader: Reader) -> None:
         """Take a row into account. Raises BadRowError if a value's type differs from that in earlier rows; such a row
@@ -46,6 +48,7 @@ class Columns:
                 self._first[name] = place
             if kind == "integer" and not reader.cells and (row[name] or 0) < 0:
                 self._negative.add(name)
+            self._taken[name] += row[name] is not None
         self.kinds |= kinds
         self.types |= types
 
@@ -66,7 +69,12 @@ class Columns:
             return "unsigned"
         if {known, kind} <= NUMBERS and "number" in (known, kind):
             return "number"
+        self._refused[name, kind] += 1
         raise self._mixed(name, _shown(kind), _shown(known), place, reader)
+
+    def likelier(self) -> dict[str, str]:
+        """Column -> type, of columns whose first value misled: more values of this type were refused than taken."""
+        return {name: kind for (name, kind), count in self._refused.items() if count > self._taken[name]}
 
     def _type(self, name: str, value: Any, place: int, reader: Reader) -> pa.DataType:
         try:
@@ -80,7 +88,7 @@ class Columns:
             raise self._mixed(name, *kinds, place, reader) from error
 
     def _mixed(self, name: str, here: str, known: str, place: int, reader: Reader) -> BadRowError:
-        first = f" in {reader.where(self._first[name])}" if name in self._first else " before"
+        first = f" in {reader.where(self._first[name])}" if name in self._first else " in other rows"
         return BadRowError(
             f"{reader.where(place)}: column '{name}' has {here} here but {known}{first}. Give it one type everywhere."
         )

@@ -16,9 +16,20 @@ import pyarrow as pa
 import pyarrow.dataset
 
 from ..errors import DataError, nearest
-from .readers import Cells, JsonArray, JsonLines, Reader, Several, say_once
+from .readers import Cells, JsonArray, JsonLines, Reader, Several
 from .tables import TableFiles, first_line
-from .text import COMPRESSED, DELIMITERS, PLAIN, TextFile, TextFormat, find_delimiter, plain_suffix
+from .text import (
+    COMPRESSED,
+    DELIMITERS,
+    PLAIN,
+    TextFile,
+    TextFormat,
+    decoded,
+    find_delimiter,
+    kind_of,
+    plain_suffix,
+    say_once,
+)
 
 # Extension -> format. Files of one source have one format.
 FORMATS = {
@@ -59,7 +70,7 @@ def open_local(
     if len(formats) > 1:
         raise DataError(
             f"{path} has files of several formats: {', '.join(sorted({plain_suffix(f) for f in files}))}. "
-            f"Name those that are meant, such as {path}/*.jsonl."
+            "Name those that are meant by a pattern, such as *.jsonl."
         )
     if text_format.of_cells and formats != {"cells"}:
         raise DataError(f"{path}: only a .csv or .tsv file takes columns, delimiter or quoted. Leave them out.")
@@ -80,8 +91,13 @@ def format_of(path: Path) -> str:
     """The format of a file. Raises DataError for an unknown extension."""
     suffix = plain_suffix(path)
     if suffix not in FORMATS:
+        hint = "" if suffix != ".txt" else " If it is a table, rename it to .csv or .tsv."
+        with decoded(path), path.open("rb") as file:
+            kind = kind_of(path, file.read(64))
+        if kind:
+            hint = f" It is {kind}."
         raise DataError(
-            f"{path} has the unknown extension '{''.join(path.suffixes[-2:])}'. Allowed: {allowed_sources()}."
+            f"{path} has the unknown extension '{''.join(path.suffixes[-2:])}'.{hint} Allowed: {allowed_sources()}."
         )
     return FORMATS[suffix]
 
@@ -157,7 +173,8 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
             return _in_folder(folder / split, split)
         if splits_of(folder):
             raise _no_split(folder, split)
-        files = _data_files(file for child in folders if "=" in child.name for file in child.rglob("*"))
+        hive = (file for child in folders if "=" in child.name for file in child.rglob("*"))
+        files = _data_files(file for file in hive if not file.parent.name.startswith((".", "_")))
     if not files:
         inside = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
         raise DataError(f"folder {folder} has no data files; it has {inside}. Allowed: {allowed_sources()}.")
@@ -183,7 +200,7 @@ def _data_files(paths: Any) -> list[Path]:
         for path in paths
         if plain_suffix(path) in FORMATS
         and path.name not in ABOUT
-        and not any(part.startswith((".", "_")) for part in (path.name, path.parent.name))
+        and not path.name.startswith((".", "_"))
         and path.is_file()
     )
     tables = [file for file in files if format_of(file) in ("parquet", "arrow")]

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import DataError, encodable
-from .text import PLAIN, TextFile, TextFormat
+from .text import PLAIN, TextFile, TextFormat, say_once
 from .values import DECODER, BadRowError, Repeated, check_row
-
-logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -225,6 +221,7 @@ class Cells:
         lines, reader = self._reader()
         if self.columns is None:
             next(filter(None, reader))
+        first = True
         while True:
             start = lines.begin()
             try:
@@ -235,8 +232,16 @@ class Cells:
                 lines.give_back()
                 yield start, BadRowError(f"{self.where(start)} is malformed: {_plainly(error)}")
                 continue
-            if cells:
+            if cells and not (first and self._is_header(cells)):
                 yield start, cells
+            first = first and not cells
+
+    def _is_header(self, cells: list[str]) -> bool:
+        """Whether a first record is the header that `columns` says is not there."""
+        if self.columns is None or [cell.strip() for cell in cells] != [*self.columns]:
+            return False
+        say_once(f"{self.path}:1 is the header, not a row: its names are those of columns")
+        return True
 
     def _reader(self) -> tuple[_Lines, Iterator[list[str]]]:
         """The lines, and the records in them, header included; bytes that are no text become surrogates."""
@@ -303,12 +308,6 @@ class Cells:
     @property
     def _remedy(self) -> str:
         return f'Quote a cell that contains the delimiter: "a{self.delimiter} b".' if self.quoted else FIX
-
-
-@cache
-def say_once(warning: str) -> None:
-    """Log a warning once, however often a file is opened."""
-    logger.warning(warning)
 
 
 def _plainly(error: csv.Error) -> str:

@@ -242,14 +242,29 @@ class RowStream:
         """
         if self.path is None:
             return Scan(self.identity(), self.reader.columns(), self.reader.count(self.limit))  # type: ignore[attr-defined]
-        columns, rows, bad, ids = Columns(), 0, array("q"), array("q")
-
-        def reject(place: int, raw: Any, error: BadRowError) -> None:
+        columns = Columns()
+        rows, ids, bad = self._pass(columns, check)
+        if likelier := columns.likelier():
+            columns = Columns(likelier)
+            rows, ids, bad = self._pass(columns, check)
+        if rows == 0:
+            raise no_rows(self.source, self.split)
+        names = dict.fromkeys(self.reader.names, UNREAD)
+        scan = Scan(self.identity(), names | columns.kinds, rows, [place for place, *_ in bad])
+        for place, raw, error in self._repeated(ids, scan, check):
             if self.on_bad_row == "fail":
                 raise error
-            bad.append(place)
+            bad.append((place, raw, error))
+        for place, raw, error in bad:
             quarantine({"place": place % FILE, "error": str(error), "record": _shown_record(raw)})
+        places = [place for place, *_ in bad]
+        return replace(scan, rows=rows - (len(bad) - len(scan.bad)), bad=places)
 
+    def _pass(
+        self, columns: Columns, check: Callable[[str, dict[str, Any]], str | None]
+    ) -> tuple[int, array, list[tuple[int, Any, BadRowError]]]:
+        """The number of usable rows, the hashes of their ids, and (place, record, error) of the bad ones."""
+        rows, ids, bad = 0, array("q"), list[tuple[int, Any, BadRowError]]()
         for place, raw in self.reader.records():
             if rows == self.limit:
                 break
@@ -258,18 +273,14 @@ class RowStream:
                 name = check(self.reader.where(place), row)
                 columns.add(place, row, self.reader)
             except BadRowError as error:
-                reject(place, raw, error)
+                if self.on_bad_row == "fail":
+                    raise
+                bad.append((place, raw, error))
                 continue
             rows += 1
             if name is not None:
                 ids.append(hash(name))
-        if rows == 0:
-            raise no_rows(self.source, self.split)
-        names = dict.fromkeys(self.reader.names, UNREAD)
-        scan = Scan(self.identity(), names | columns.kinds, rows, bad.tolist())
-        for place, raw, repeated in self._repeated(ids, scan, check):
-            reject(place, raw, repeated)
-        return replace(scan, rows=rows - (len(bad) - len(scan.bad)), bad=bad.tolist())
+        return rows, ids, bad
 
     def blocks(self, scan: Scan, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, list[dict]]]:
         """(k, number of the first row, rows) of every wanted block k of `size` rows; the others are skipped unparsed.
@@ -353,6 +364,9 @@ def _load_local(reader: Reader, source: str, on_bad_row: OnBadRow) -> datasets.D
             rows.append(row)
 
         usable(reader.records(), use)
+        if likelier := columns.likelier():
+            columns, rows, bad = Columns(likelier, nested=True), [], []
+            usable(reader.records(), use)
         table = columns.table(list(map(columns.complete(cells=reader.cells), rows)))
     if bad:
         logger.warning("skipped %d bad rows; the first: %s", len(bad), bad[0])

@@ -7,19 +7,22 @@ import codecs
 import csv
 import gzip
 import io
+import logging
 import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from ..errors import ConfigError, DataError, nearest
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 1 << 16  # bytes that encoding and delimiter are judged by
 SAMPLE_RECORDS = 100
@@ -133,8 +136,7 @@ class TextFile:
             raise DataError(f"{path} is empty. At least one row is needed.")
         if kind := kind_of(path, head):
             raise DataError(f"{path} is {kind}.")
-        marked = next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
-        self.encoding = codecs.lookup(text_format.encoding or marked or _without_mark(path, head)).name
+        self.encoding = codecs.lookup(_encoding(path, head, text_format.encoding)).name
         self.wide = self.encoding.startswith(("utf-16", "utf-32"))
         self.errors = "surrogatepass" if self.wide else "surrogateescape"
         self._head, self._full = head, len(head) == SAMPLE
@@ -280,6 +282,36 @@ def _is_encoding(name: str) -> bool:
     except (LookupError, UnicodeError, ValueError):
         return False
     return True
+
+
+def _encoding(path: Path, head: bytes, named: str | None) -> str:
+    """That of the byte order mark; without one the encoding that is named, else UTF-8. What looks wrong is said."""
+    marked = next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
+    if named is None:
+        return marked or _without_mark(path, head)
+    plain = codecs.lookup(named).name
+    if marked is not None:
+        if not plain.startswith(marked):
+            say_once(f"{path} is read as {marked.upper()}, which its byte order mark says, not as {named}")
+        return marked
+    if not plain.startswith("utf") and not head.isascii() and _decodes(head):
+        say_once(f"{path} is read as {named}, as asked for, but it looks like UTF-8")
+    return named
+
+
+def _decodes(head: bytes) -> bool:
+    """Whether the beginning of a file is UTF-8, up to a character that is cut off at its end."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@cache
+def say_once(warning: str) -> None:
+    """Log a warning once, however often a file is opened."""
+    logger.warning(warning)
 
 
 def _without_mark(path: Path, head: bytes) -> str:

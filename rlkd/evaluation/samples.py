@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -94,8 +95,9 @@ class Sample:
 
     @property
     def regret(self) -> float | None:
-        """Sum of the token regrets."""
-        return _total(self.regrets)
+        """Sum of the token regrets; without these, what is known of it otherwise (`facts`)."""
+        own = _total(self.regrets)
+        return own if own is not None or not _is_number(self.facts.get("regret")) else _finite(self.facts["regret"])
 
     @property
     def logprob(self) -> float | None:
@@ -116,14 +118,71 @@ def _total(column: Numbers | None) -> float | None:
     return None if known is None or len(known) < len(column or ()) else sum(known, 0.0)
 
 
-def sample_from(row: dict[str, Any], where: str) -> Sample:
-    """The sample of a JSON object. Raises DataError naming `where` if a field is missing or unknown."""
+def sample_from(row: Any, where: str) -> Sample:
+    """The sample of a JSON object; numbers that are not finite are unknown. Raises DataError naming `where` if it is no
+    object, or a field is missing, unknown or of another type.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a sample must be an object, not {type(row).__name__}.")
     names = [f.name for f in fields(Sample)]
     if unknown := sorted(set(row) - set(names)):
         raise DataError(f"{where}: unknown field '{unknown[0]}'.{nearest(unknown[0], names)}")
+    if missing := [name for name in NEEDED if name not in row]:
+        raise DataError(f"{where}: the field '{missing[0]}' is missing.")
+    read = {name: _field(name, value, where) for name, value in row.items()}
     try:
-        top = row.get("top")
-        pairs = None if top is None else [[(str(text), float(number)) for text, number in best] for best in top]
-        return Sample(**{**row, "top": pairs})
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: {error}") from error
+        return Sample(**read)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+NEEDED = ("id", "input", "source", "text", "tokens", "ids")
+
+
+def _field(name: str, value: Any, where: str) -> Any:
+    """The value of a field as `Sample` has it. Raises DataError for another type."""
+    if name in ("id", "input", "source", "text"):
+        fits, allowed = isinstance(value, str), "text"
+    elif name == "tokens":
+        fits, allowed = isinstance(value, list) and all(isinstance(x, str) for x in value), "a list of texts"
+    elif name == "ids":
+        fits, allowed = isinstance(value, list) and all(type(x) is int for x in value), "a list of whole numbers"
+    elif name == "prompts":
+        fits = isinstance(value, dict) and all(isinstance(x, str) for x in value.values())
+        allowed = "an object of texts"
+    elif name == "facts":
+        fits, allowed = isinstance(value, dict), "an object"
+    elif value is None:
+        return None
+    elif name in COLUMNS:
+        if isinstance(value, list) and all(x is None or _is_number(x) for x in value):
+            return [_finite(x) for x in value]
+        fits, allowed = False, "a list of numbers"
+    elif name == "top":
+        if _is_top(value):
+            return [[(text, float(number)) for text, number in best] for best in value]
+        fits, allowed = False, "a list of lists of [text, number]"
+    else:
+        fits = isinstance(value, bool) if name == "finished" else type(value) is int and abs(value) < 2**53
+        allowed = "true or false" if name == "finished" else "a whole number"
+    if not fits:
+        raise DataError(f"{where}: {name} must be {allowed}, not {str(value)[:40]}.")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _is_top(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(best, list)
+        and all(
+            isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and _is_number(one[1]) for one in best
+        )
+        for best in value
+    )

@@ -29,7 +29,8 @@ SMALL_TOKENS = 50_000
 
 def page_html(view: RewardView) -> str:
     """The view as a standalone page."""
-    cases = view.cases()
+    numbered = view.worst_first()
+    cases = [case for _, case in numbered]
     shown = [sample for case in cases for sample in case.samples]
     place = {id(sample): n for n, sample in enumerate(shown)}
     rank = {source: i for i, source in enumerate(SOURCES)}
@@ -37,6 +38,7 @@ def page_html(view: RewardView) -> str:
     body = environment().get_template("rewards.html.jinja").render(
         legend=legend_html(above_zero=view.above_zero),
         orders=ORDERS.items(),
+        originals=[-number for number, _ in numbered],
         sources=sources,
         cases=cases,
         prompts_of=_prompts,

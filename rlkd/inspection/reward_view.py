@@ -103,6 +103,10 @@ class RewardView:
             Case(*key, sorted(group, key=lambda s: rank.get(s.source, len(rank)))) for key, group in by_input.items()
         ]
 
+    def worst_first(self) -> list[tuple[int, Case]]:
+        """(place in `cases()`, case), the largest regret first; those of unknown regret come last, in their order."""
+        return sorted(enumerate(self.cases()), key=lambda pair: -(pair[1].regret or 0.0))
+
     @property
     def above_zero(self) -> bool:
         """Whether any reward is positive: never for `max` and `lse` without a KL term."""
@@ -154,12 +158,15 @@ class RewardView:
         where = str(source) if isinstance(source, Path) else "the text"
         try:
             data = json.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{where} is not a reward view: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise DataError(f'{where} is not a reward view: no "format": "{FORMAT}". Write one with to_json().')
-        samples = [sample_from(row, f"{where}: sample {i}") for i, row in enumerate(data["samples"])]
-        return cls(samples, data["value"], data["title"])
+        found = data.get("samples")
+        if not isinstance(found, list):
+            raise DataError(f"{where} is not a reward view: it has no list of samples.")
+        samples = [sample_from(row, f"{where}: sample {i}") for i, row in enumerate(found)]
+        return cls(samples, str(data.get("value", "max")), str(data.get("title", "Token rewards")))
 
     # Reading
 

@@ -35,19 +35,27 @@ def refuse_other_contents(folder: Path, setting: str, *, signs: Iterable[str], o
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write an HTML page; the folder is created if missing. Raises ConfigError if it cannot be written, or would
-    replace a file that is not a page of ours.
+    """Write an HTML page; the folder is created if missing. Raises ConfigError if it cannot be written, and as
+    `check_page` does.
     """
+    check_page(path)
     try:
-        if path.is_file():
-            with path.open("rb") as file:
-                if GENERATOR.encode() not in file.read(HEAD_BYTES):
-                    raise ConfigError(f"--out {path} exists and is not a page of rlkd. Name another file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {path}: cannot be written: {error.strerror}. Name another file.") from None
 
 
+def check_page(path: Path) -> None:
+    """Raise ConfigError if a page at `path` would replace a file that is none of ours."""
+    if path.is_file() and GENERATOR.encode() not in _head(path):
+        raise ConfigError(f"--out {path} exists and is not a page of rlkd. Name another file.")
+
+
 def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)

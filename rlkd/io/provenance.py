@@ -53,7 +53,8 @@ def _of_origin(origin: dict[str, Any]) -> dict[str, Any]:
         "folder": origin["folder"],
         "teacher": settings.get("teacher"),
         "revision": settings.get("revision") or settings.get("teacher_weights"),
-        "dtype": settings.get("dtype"),
+        # Older versions, which did not note the tokenizer, took a digest of a sample of the weights.
+        "dtype": settings.get("dtype") if "tokenizer" in settings else None,
         "templates": [template[0] for template in settings.get("templates", [])],
         "strategy": settings.get("strategy"),
         "dataset": origin["dataset"],

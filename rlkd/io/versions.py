@@ -14,7 +14,6 @@ from typing import Any
 PACKAGE = Path(__file__).parents[1]
 # They change the arithmetic of libraries, and nothing else shows that they are set.
 VARIABLES = (
-    "ACCELERATE_DYNAMO_MODE",
     "CUBLAS_WORKSPACE_CONFIG",
     "MKL_CBWR",
     "NVIDIA_TF32_OVERRIDE",

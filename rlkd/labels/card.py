@@ -58,8 +58,7 @@ labels = load_pseudolabels("path/to/this/folder")  # rows with status ok, checke
 ## Settings
 
 ```yaml
-generation: {header["generation"]}
-{yaml.safe_dump({**settings, "packages": header["packages"]}, sort_keys=False, allow_unicode=True).strip()}
+{_settings(header)}
 ```
 
 ## Limits
@@ -74,6 +73,12 @@ def _flaws(totals: dict[str, Any]) -> str:
     """The section on prompts that say less than their rows, if there are any."""
     lines = [f"- {cell(line)}" for line in FlawCounts(totals.get("flaws")).lines()]
     return "\n".join(["Prompts that say less than their rows:", "", *lines, "", ""]) if lines else ""
+
+
+def _settings(header: dict[str, Any]) -> str:
+    """YAML that cannot end its block: a folder may come from elsewhere."""
+    block = {"generation": header["generation"], **header["settings"], "packages": header["packages"]}
+    return yaml.safe_dump(block, sort_keys=False, allow_unicode=True).strip().replace("```", "")
 
 
 def _precision(header: dict[str, Any]) -> str:

@@ -120,11 +120,6 @@ def _check_parts(logs: list[Manifest]) -> None:
         if log.header["generation"] != first.header["generation"] or len(log.headers) > 1:
             changed = changes(first.header["settings"], log.header["settings"])
             raise DataError("\n".join([f"{log.path} has different settings from {first.path}:", *changed]))
-        if log.header.get("vocabulary") != first.header.get("vocabulary"):
-            raise DataError(
-                f"{log.path} and {first.path} record different vocabularies, or one of them none: make all parts with "
-                "the same tokenizer and the same version of rlkd."
-            )
         if (log.part or (0, 1))[1] != n or log.header["rows_per_shard"] != first.header["rows_per_shard"]:
             raise DataError(f"{log.path} and {first.path} have different shardings: use the same n and shard_rows.")
     numbers = [(log.part or (0, 1))[0] for log in logs]

@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..io.provenance import origins
-from ..models.digests import weights_digest
 from ..templates.template import Template
 from .run import template_settings
 
 logger = logging.getLogger(__name__)
 
 
-def announce(labels: list[dict[str, Any]], teacher: Any) -> None:
+def announce(labels: list[dict[str, Any]], teacher: Any, weights: str | None) -> None:
     """Say who made the labels, and warn of those that are not the answers of `teacher`, a model or None.
 
-    labels: what `io.provenance.described` tells.
+    labels: what `io.provenance.described` tells. weights: the digest of the teacher's.
     """
     for made in labels:
         logger.info(
@@ -26,7 +25,7 @@ def announce(labels: list[dict[str, Any]], teacher: Any) -> None:
             made["teacher"], made["revision"], ", ".join(map(str, made["templates"])), made.get("strategy"),
             made.get("dataset") or made.get("data"),
         )  # fmt: skip
-        if teacher is not None and not _is_maker(made, teacher):
+        if teacher is not None and not _is_maker(made, teacher, weights):
             logger.warning(
                 "the labels are answers of %s (%s), not of this run's teacher %s: the student learns from the one and "
                 "is evaluated by the other", made["teacher"], made["revision"], teacher.config.name_or_path,
@@ -54,11 +53,11 @@ def differences(labels: Any, *, dataset: str, templates: Sequence[Template], set
     return list(dict.fromkeys(lines))
 
 
-def _is_maker(made: dict[str, Any], teacher: Any) -> bool:
+def _is_maker(made: dict[str, Any], teacher: Any, weights: str | None) -> bool:
     """Whether the labels are of these weights; by name where their precision differs, or no digest is known."""
     ours, theirs = (str(d).removeprefix("torch.") for d in (getattr(teacher, "dtype", None), made.get("dtype")))
     if ours == theirs and made["revision"] is not None:
-        return made["revision"] in (weights_digest(teacher), getattr(teacher.config, "_commit_hash", None))
+        return made["revision"] in (weights, getattr(teacher.config, "_commit_hash", None))
     theirs, ours = str(made["teacher"]), str(teacher.config.name_or_path)
     return theirs == ours or os.path.abspath(theirs) == os.path.abspath(ours)
 

@@ -146,8 +146,6 @@ class Run:
                 )  # fmt: skip
             if old["rows_per_shard"] != header["rows_per_shard"]:
                 refuse(self.out, layout + changed, "")
-            if other := changes(old.get("vocabulary") or header["vocabulary"], header["vocabulary"], "vocabulary."):
-                refuse(self.out, other + changed, "")
             if changed and not self.options.allow_config_change:
                 refuse(self.out, changed, "pass --allow-config-change to continue with the new ones, ")
             if not changed:

@@ -203,7 +203,8 @@ def _header(path: Path) -> dict[str, Any]:
             raise ValueError("is empty")
         if start == POINTER:
             raise ValueError("is a pointer of Git LFS, not the file itself (git lfs pull)")
-        if start.startswith((b"PK", b"\x80")):
+        # The length of a header may begin with these bytes; the header itself follows it.
+        if start.startswith((b"PK", b"\x80")) and start[8:9] != b"{":
             raise ValueError("is a pickle under the name of a safetensors file, and is not read")
         length = int.from_bytes(start[:8], "little")
         if size < 8 or length > size - 8:

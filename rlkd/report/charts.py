@@ -106,22 +106,28 @@ def curves(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
             if (points := _points(run, occasion.prefix + row.name))
         ]
         if series:
-            charts.append(_line_chart(row.title or row.name, row.quantity, series, sheet))
+            title = row.title or row.name
+            unit = "" if row.quantity.casefold() == title.casefold() else row.quantity
+            charts.append(_line_chart(title, unit, series, sheet))
     return charts
 
 
 def scatter(title: str, names: tuple[str, str], points: Sequence[tuple[str, float, float]], sheet: Sheet) -> Chart:
-    """A chart of named points (name, x, y); `names` are those of the axes."""
+    """A chart of named points (name, x, y), all in the colour of text: they bear their names, and the colours of the
+    page are those of its arms. `names` are those of the axes.
+    """
 
     def draw(axes: Any) -> None:
-        for i, (label, x, y) in enumerate(points):
-            axes.plot([x], [y], "o", color=SERIES[i % len(SERIES)], markersize=7)
-            axes.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points", color=INK, fontsize=9)
+        for label, x, y in points:
+            axes.plot([x], [y], "o", color=INK, markersize=6)
+            right = len(points) > 1 and x == max(p[1] for p in points)
+            axes.annotate(label, (x, y), xytext=(-6 if right else 6, 4), textcoords="offset points", color=INK,
+                          fontsize=9, ha="right" if right else "left")  # fmt: skip
         axes.margins(0.2)
         axes.set_xlabel(names[0], color=SOFT)
 
     said = "; ".join(f"{label}: {x:.4g}, {y:.4g}" for label, x, y in points)
-    svg = _svg(draw, title, sheet)
+    svg = drawing(draw, title, sheet)
     return Chart(title, names[1], svg, f"{title}. {said}", ["", *names], [list(point) for point in points])
 
 
@@ -148,7 +154,7 @@ def _line_chart(title: str, unit: str, series: list[Series], sheet: Sheet) -> Ch
         + (f" to {line.points[-1][1]:.4g} at step {line.points[-1][0]:g}" if len(line.points) > 1 else "")
         for name, line in zip(names, series, strict=True)
     )
-    return Chart(title, unit, _svg(draw, title, sheet), f"{title}. {said}", ["step", *names], rows)
+    return Chart(title, unit, drawing(draw, title, sheet), f"{title}. {said}", ["step", *names], rows)
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -157,14 +163,17 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return points if every <= 1 else [*points[:-1:every], points[-1]]
 
 
-def _svg(draw: Callable[[Any], None], title: str, sheet: Sheet) -> Markup:
+def drawing(
+    draw: Callable[[Any], None], title: str, sheet: Sheet, *, height: float = 2.7, left: float = 0.14
+) -> Markup:
+    """A chart as inline SVG, 4.6 inches wide; `left` is the share of the width for labels of the axis."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "font.family": "sans-serif"}
     with rc_context(settings):
-        figure = Figure(figsize=(4.6, 2.7))
-        figure.subplots_adjust(left=0.14, right=0.98, top=0.96, bottom=0.18)
+        figure = Figure(figsize=(4.6, height))
+        figure.subplots_adjust(left=left, right=0.98, top=1 - 0.11 / height, bottom=0.49 / height)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.classes import commonest
 from ..metrics import held_out
 from .intervals import Difference, Interval, mean_interval, overall, paired_difference
 from .lines import Row, number
@@ -18,7 +19,10 @@ from .reading import Arm, RunData
 # Shown after the task scores, in this order.
 COMMON = ("regret", "sample_regret", "match", "length", "finish_rate")
 START = "its start"
+CONSTANT = "the commonest label for every row"
 TRUNCATED = "truncated answers"
+LABELLED = "rows labelled"
+LABELS_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -178,15 +182,43 @@ def headline_comparisons(arms: Sequence[Arm]) -> list[Comparison]:
     found = [
         compare(arm, other, name) for arm in learners for name in scores if (other := strongest_imitation(arms, name))
     ]
-    if not found:
-        found = [since_start(arm, name) for arm in arms for name in scores if not arm.is_teacher]
+    students = [arm for arm in arms if not arm.is_teacher]
+    found = found or [since_start(arm, name) for arm in students for name in scores]
+    if not any(found):
+        found = [against_constant(arm) for arm in students]
     return [comparison for comparison in found if comparison is not None]
 
 
+def against_constant(arm: Arm) -> Comparison | None:
+    """The accuracy of a classifier against predicting the commonest label of the held-out rows for each of them."""
+    found = score_table(arm.runs, "accuracy")
+    labels = {str(row.get("id")): row.get("label") for run in evaluated(arm.runs) for row in run.newest}
+    true = [labels.get(name) for name in found[0]] if found else []
+    if found is None or not all(type(label) is int for label in true):
+        return None
+    label = commonest([int(k) for k in true if k is not None])
+    constant = np.tile([float(k == label) for k in true], (len(found[1]), 1))
+    means = (float(found[1].mean()), float(constant.mean()))
+    return Comparison(arm.name, CONSTANT, "accuracy", means, paired_difference(found[1], constant))
+
+
+def predictions(arm: Arm) -> tuple[list[int], list[int]]:
+    """(predicted, true) labels of a classifier's held-out rows, pooled over its seeds."""
+    rows = [row for run in arm.runs for row in run.newest]
+    pairs = [(row["predicted"], row["label"]) for row in rows
+             if type(row.get("predicted")) is int and type(row.get("label")) is int]  # fmt: skip
+    return [guess for guess, _ in pairs], [label for _, label in pairs]
+
+
+def reference(arms: Sequence[Arm]) -> Arm:
+    """The arm that the others are compared with: the first that is not the teacher's own training."""
+    return next((arm for arm in arms if not arm.is_teacher), arms[0])
+
+
 def against_first(arms: Sequence[Arm]) -> list[Comparison]:
-    """Every arm against the first, on all task scores and on those common to generating students."""
-    names = [*task_names(arms), *COMMON]
-    found = [compare(arm, arms[0], name) for arm in arms[1:] for name in names]
+    """Every arm against the reference, on all task scores and on those common to generating students."""
+    names, base = [*task_names(arms), *COMMON], reference(arms)
+    found = [compare(arm, base, name) for arm in arms if arm is not base for name in names]
     return [comparison for comparison in found if comparison is not None]
 
 
@@ -253,7 +285,7 @@ def watched(arms: Sequence[Arm]) -> list[Arm]:
 
 def failures(arm: Arm, worst: int = 5) -> Failures | None:
     """Where the students of an arm are worst in the newest evaluation; None without rows."""
-    by = "regret" if score_table(arm.runs, "regret") else next(iter(arm.runs[0].task_names), "")
+    by = next((name for name in ("regret", *arm.runs[0].task_names) if score_table(arm.runs, name)), "")
     found = score_table(arm.runs, by)
     if found is None:
         return None
@@ -304,10 +336,14 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
             (f"inputs of more than {high:.0f} words", words > high),
         ]
     )
-    labels = sorted({row["label"] for row in rows if isinstance(row.get("label"), int)})
+    labels = sorted({row["label"] for row in rows if type(row.get("label")) is int})[:LABELS_SHOWN]
+    called = {label: _label(arm, label) for label in labels}
     conditions = [
         *by_length,
-        *((f"rows labelled {label}", np.array([row.get("label") == label for row in rows])) for label in labels),
+        *(
+            (f"{LABELLED} {name}", np.array([row.get("label") == label for row in rows]))
+            for label, name in called.items()
+        ),
         (TRUNCATED, np.array([row.get("finish_rate") == 0 for row in rows])),
         ("answers equal to the teacher's", np.array([row.get("match") == 1 for row in rows])),
         ("answers that differ from the teacher's", np.array([row.get("match") == 0 for row in rows])),
@@ -319,6 +355,11 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
         if mine:
             groups.append(Group(label, len(mine), {name: mean for name, mean in means.items() if mean is not None}))
     return groups
+
+
+def _label(arm: Arm, label: int) -> str:
+    names = arm.runs[0].labels
+    return names[label] if 0 <= label < len(names) else str(label)
 
 
 def _scores(rows: Sequence[Row], name: str) -> dict[str, float]:

@@ -114,7 +114,7 @@ class Log:
             self._tokens[1].append(tokens)
 
     def rows(self) -> list[Row]:
-        """The lines, in the order of their steps: of each number at most about `POINTS`, the first and last included."""
+        """The lines, in the order of their steps: of each number about `POINTS` at most, first and last included."""
         by_step: dict[int, Row] = {}
         for name, series in self._series.items():
             for step, value in series.all():

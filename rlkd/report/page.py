@@ -10,10 +10,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..evaluation.classes import class_scores
 from ..evaluation.samples import Sample
 from ..inspection.markup import environment, heat_map_html, legend_html, standalone_page
 from . import findings, words
 from .charts import Chart, Sheet, curves, scatter
+from .forest import forests
 from .lines import Row, number
 from .reading import Arm
 
@@ -32,7 +34,7 @@ def report(arms: Sequence[Arm], title: str) -> str:
         "report.html.jinja",
         arms=arms,
         learns="reinforcement learning" if any(arm.kind == "rl" for arm in arms) else "training",
-        headline=words.headline(comparisons),
+        headline=words.headline(comparisons, arms),
         sentences=words.helped(arms, comparisons),
         prices=[words.price(findings.cost(arm)) for arm in students],
         fair=_fair(arms, comparisons),
@@ -42,8 +44,10 @@ def report(arms: Sequence[Arm], title: str) -> str:
         groups=_groups,
         table=results_table(arms),
         charts=curves(arms, sheet) + _trade_offs(arms, sheet),
+        forests=forests(findings.against_imitation(arms) or comparisons, sheet),
+        labels=[(arm.name, rows) for arm in arms if (rows := _each_label(arm))],
         pairs=[
-            [c.one, c.other, words.name_of(c.score), *words.difference(c)] for c in findings.against_imitation(arms)
+            [c.one, c.other, words.directed(c.score), *words.difference(c)] for c in findings.against_imitation(arms)
         ],
         sizes=_sizes(arms),
         latency=LATENCY,
@@ -54,23 +58,25 @@ def report(arms: Sequence[Arm], title: str) -> str:
         settings=settings_table(arms),
         facts=_facts(arms),
         notes=_notes(arms),
-        against_imitation=any(c.other != findings.START for c in comparisons),
+        against_imitation=any(c.other not in (findings.START, findings.CONSTANT) for c in comparisons),
         several=any(len(arm.runs) > 1 for arm in arms),
     )  # fmt: skip
     return _page(f"{title}: report", body, sheet)
 
 
 def comparison(arms: Sequence[Arm]) -> str:
-    """The page of arms side by side, each against the first."""
+    """The page of arms side by side, each against the first that is not the teacher."""
     sheet = Sheet()
     title = f"{len(arms)} runs compared"
     differences = [
-        [c.one, words.name_of(c.score), *words.difference(c), c.difference.interval.over]
+        [c.one, words.directed(c.score), *words.difference(c), c.difference.interval.over]
         for c in findings.against_first(arms)
     ]
     body = _render(
         "compare.html.jinja", arms=arms, table=results_table(arms), charts=curves(arms, sheet),
-        settings=settings_table(arms), differences=differences,
+        settings=settings_table(arms), differences=differences, base=findings.reference(arms).name,
+        forests=forests(findings.against_first(arms), sheet), warnings=words.one_class(arms),
+        labels=[(arm.name, rows) for arm in arms if (rows := _each_label(arm))],
     )  # fmt: skip
     return _page(title, body, sheet)
 
@@ -83,8 +89,26 @@ def results_table(arms: Sequence[Arm]) -> dict[str, Any]:
     kept = [name for name in names if any(cells[arm.name, name] is not None for arm in arms)]
     over = dict.fromkeys(cell.over for cell in cells.values() if cell is not None and cell.low is not None)
     rows = [[arm.name, *(words.with_interval(name, cells[arm.name, name]) for name in kept)] for arm in arms]
+    if (constant := _constant_row(arms, kept)) is not None:
+        rows.append(constant)
     header = [f"{words.name_of(name)}, {words.unit(name)}".removesuffix(", ") for name in kept]
     return {"header": ["", *header], "rows": rows, "over": list(over)}
+
+
+def _constant_row(arms: Sequence[Arm], names: Sequence[str]) -> list[str] | None:
+    """The line of classifiers' tables that any classifier should beat."""
+    found = next((c for arm in arms if (c := findings.against_constant(arm)) is not None), None)
+    if found is None or "accuracy" not in names:
+        return None
+    base = words.shown("accuracy", found.means[1], unit=False)
+    return [findings.CONSTANT, *(base if name == "accuracy" else "–" for name in names)]
+
+
+def _each_label(arm: Arm) -> list[list[str]]:
+    """Rows of a table: a label, its rows, how often it is predicted, precision, recall and F1."""
+    scores = class_scores(*findings.predictions(arm), arm.runs[0].labels)
+    return [[c.label, str(c.rows), str(c.predicted), *(f"{x:.3f}" for x in (c.precision, c.recall, c.f1))]
+            for c in scores[: findings.LABELS_SHOWN]]  # fmt: skip
 
 
 def settings_table(arms: Sequence[Arm]) -> dict[str, Any]:
@@ -162,6 +186,9 @@ def _cases(found: findings.Failures, row: Row) -> dict[str, Any]:
                     finished=row.get(f"{prefix}finish_rate") != 0,
                 )
             )
+    names = found.run.labels
+    row = {key: names[k] if key in ("label", "predicted") and type(k) is int and 0 <= k < len(names) else k
+           for key, k in row.items()}  # fmt: skip
     return {"row": row, "samples": samples, "score": number(row.get(found.by))}
 
 

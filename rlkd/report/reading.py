@@ -135,25 +135,30 @@ class Arm:
 
     @property
     def is_teacher(self) -> bool:
-        """Whether this is the teacher's own training (a folder called teacher): students are not compared with it."""
-        return self.name == "teacher"
+        """Whether this is the teacher's own training (a folder called teacher): it is no reference for students."""
+        return "teacher" in (self.name, self.runs[0].folder.name)
 
 
-def read_arms(folder: Path) -> list[Arm]:
-    """The run in `folder`, or the arms below it (`ARM/`, `seed-N/ARM/`). Raises DataError if there are none."""
+def read_arms(folder: Path, *, with_teacher: bool = True) -> list[Arm]:
+    """The run in `folder`, with that of its teacher below it, or the arms below it (`ARM/`, `seed-N/ARM/`).
+
+    Raises DataError if there are none.
+    """
     runs = read_runs(folder)
+    if with_teacher and runs[0].folder == folder and _is_run(folder / "teacher"):
+        runs.append(read_run(folder / "teacher", "teacher"))
     names = list(dict.fromkeys(run.name for run in runs))
     seeds = {name: sorted((r for r in runs if r.name == name), key=lambda r: r.seed or 0) for name in names}
     order = {"supervised": 1, "rl": 2}
     arms = [Arm(name, seeds[name]) for name in names]
-    return sorted(arms, key=lambda arm: 0 if arm.is_teacher else order.get(arm.kind, 3))
+    return sorted(arms, key=lambda arm: 4 if arm.is_teacher else order.get(arm.kind, 3))
 
 
 def read_side_by_side(folders: Sequence[Path]) -> list[Arm]:
     """The arms of several folders, under distinct names. Raises DataError as `read_runs` does, and for fewer than two
     arms or the same one twice.
     """
-    found = [(folder, arm) for folder in folders for arm in read_arms(folder)]
+    found = [(folder, arm) for folder in folders for arm in read_arms(folder, with_teacher=len(folders) == 1)]
     if len(found) < 2:
         raise DataError("compare: give two runs, or the folder of several.")
     names = [arm.name if len(folders) == 1 else _label(folder, arm) for folder, arm in found]
@@ -174,8 +179,8 @@ def _label(folder: Path, arm: Arm) -> str:
 def read_runs(folder: Path) -> list[RunData]:
     """The run in `folder`, or all runs below it. Raises DataError if there are none."""
     if not folder.is_dir():
-        found = "this is a file, not a folder" if folder.exists() else "no such folder"
-        raise DataError(f"{folder}: {found}. Give the output_dir of a run.")
+        why = "this is a file, not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {why}. Give the output_dir of a run.")
     found = list(_run_folders(folder))
     if not found:
         raise DataError(f"{folder}: no run in it or up to {DEPTH} folders below: expected one of {', '.join(FILES)}.")
@@ -264,15 +269,13 @@ def _held_out(path: Path, notes: list[str]) -> dict[int, list[Row]]:
     if bad:
         notes.append(f"{path.name}: {bad} lines without a step or an id are skipped.")
     if more:
-        notes.append(
-            f"{path.name}: only the first {ROWS_KEPT:,} rows of an evaluation are read; {more:,} are left out."
-        )
+        notes.append(f"{path.name}: of an evaluation {ROWS_KEPT:,} rows are read; {more:,} more are left out.")
     return rows
 
 
 def _short(row: Row) -> Row:
     """The numbers of a row; of its input the words, of its rewards the first, the last and the sum."""
-    kept = {name: value for name, value in row.items() if name not in TEXTS and isinstance(value, SHORT)}
+    kept: Row = {name: value for name, value in row.items() if name not in TEXTS and isinstance(value, SHORT)}
     if "input" in row:
         kept["words"] = len(str(row["input"]).split())
     rewards = row.get("rewards")
@@ -310,12 +313,16 @@ def _labels(folder: Path, summary: Row) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
+
+
 def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
     try:
         children = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error.strerror}.") from None
-    if any((folder / name).is_file() for name in FILES):
+    if _is_run(folder):
         yield folder
     elif depth < DEPTH:
         for child in children:

@@ -15,7 +15,7 @@ def lines(arms: Sequence[Arm]) -> list[str]:
     """The three answers as lines of text."""
     comparisons = findings.headline_comparisons(arms)
     learns = "reinforcement learning" if any(arm.kind == "rl" for arm in arms) else "training"
-    out = [f"Did {learns} help? {words.headline(comparisons)}"]
+    out = [f"Did {learns} help? {words.headline(comparisons, arms)}"]
     out += [f"  {line}" for line in words.helped(arms, comparisons)]
     out += ["At what cost?", *(f"  {words.price(findings.cost(arm))}" for arm in arms if not arm.is_teacher)]
     weak = [line for arm in findings.watched(arms) if (found := findings.failures(arm)) is not None
@@ -28,7 +28,7 @@ def summary(arms: Sequence[Arm]) -> dict[str, Any]:
     comparisons = findings.headline_comparisons(arms)
     failed = [found for arm in findings.watched(arms) if (found := findings.failures(arm)) is not None]
     return {
-        "helped": words.headline(comparisons),
+        "helped": words.headline(comparisons, arms),
         "comparisons": [_plain(c) for c in comparisons],
         "unknown": [] if comparisons else words.why_unknown(arms),
         "cost": [asdict(findings.cost(arm)) for arm in arms],
@@ -61,13 +61,13 @@ def comparison_tables(arms: Sequence[Arm]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    found = [[c.one, words.name_of(c.score), *words.difference(c), c.difference.interval.over]
+    found = [[c.one, words.directed(c.score), *words.difference(c), c.difference.interval.over]
              for c in findings.against_first(arms)]  # fmt: skip
     results, settings = results_table(arms), settings_table(arms)
     console = Console(width=None if Console().is_terminal else 200)
     for title, header, rows in (
-        (f"differences from {arms[0].name}, paired by held-out row",
-         ["", "score", "difference", "95 % interval", "p", "", "over"], found),
+        (f"differences from {findings.reference(arms).name}, paired by held-out row",
+         ["", "score", "difference", "95 % interval", "p", "verdict", "over"], found),
         ("held-out scores (95 % interval)", results["header"], results["rows"]),
         ("settings that differ", ["", *settings["arms"]], settings["differ"]),
     ):  # fmt: skip
@@ -78,6 +78,8 @@ def comparison_tables(arms: Sequence[Arm]) -> None:
             for row in rows:
                 table.add_row(*(Text(str(cell)) for cell in row))
             console.print(table)
+    for line in words.one_class(arms):
+        console.print(Text(line))
     if not found:
         console.print("Differences are not known: the runs share no held-out rows (held_out.jsonl).")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..evaluation.classes import one_class_warning, only_class
 from ..metrics import held_out
-from .findings import TRUNCATED, Comparison, Cost, Failures, answer
+from .findings import LABELLED, TRUNCATED, Comparison, Cost, Failures, answer
 from .intervals import Interval
 from .lines import number
 from .reading import Arm
@@ -37,6 +38,11 @@ def name_of(score: str) -> str:
     return f"{base} of samples" if score.startswith("sample_") else base
 
 
+def directed(score: str) -> str:
+    """The name of a score, and which way is better where that is down."""
+    return name_of(score) + (" (lower is better)" if held_out(score).lower_is_better else "")
+
+
 def shown(score: str, value: float | None, *, sign: bool = False, unit: bool = True) -> str:
     """A value of a score as it is printed: shares in %, differences of shares (`sign`) in percentage points."""
     if value is None:
@@ -63,14 +69,16 @@ def verdict(comparison: Comparison) -> str:
     score, both = comparison.score, comparison.difference.interval
     one, other = (shown(score, mean) for mean in comparison.means)
     said = f"{comparison.one} against {comparison.other}: {name_of(score)} {one} against {other}"
-    if both.low is None:
+    if both.low is None or both.high is None:
         return f"{said}; {both.rows} rows are too few for an interval."
-    low, high = (shown(score, end, sign=True, unit=False) for end in (both.low, both.high))
+    if comparison.verdict == "within noise":
+        value, low, high = (shown(score, end, sign=True, unit=False) for end in (both.value, both.low, both.high))
+        return f"{said}, the difference {value} is within noise (95 % interval {low} to {high}; {both.over})."
+    # "better by" and "worse by" are followed by sizes, whatever the direction of the score.
+    near, far = sorted((abs(both.low), abs(both.high)))
+    low, high = (shown(score, end, unit=False) for end in (near, far))
     size = f"{100 * abs(both.value):.1f} points" if is_share(score) else shown(score, abs(both.value))
-    word = (
-        "the difference is within noise" if comparison.verdict == "within noise" else f"{comparison.verdict} by {size}"
-    )
-    return f"{said}, {word} (95 % interval of the difference {low} to {high}; {both.over})."
+    return f"{said}, {comparison.verdict} by {size} (95 % interval {low} to {high}; {both.over})."
 
 
 def difference(comparison: Comparison) -> tuple[str, str, str, str]:
@@ -84,8 +92,10 @@ def difference(comparison: Comparison) -> tuple[str, str, str, str]:
     return size, f"{low} to {high}", p, comparison.verdict
 
 
-def headline(comparisons: Sequence[Comparison]) -> str:
+def headline(comparisons: Sequence[Comparison], arms: Sequence[Arm] = ()) -> str:
     """The answer to "did it help?": one if all scores agree, else one per score."""
+    if not comparisons and is_warm_up(arms):
+        return "Not compared: a warm-up"
     answers = {
         score: answer([c for c in comparisons if c.score == score])
         for score in dict.fromkeys(c.score for c in comparisons)
@@ -95,13 +105,25 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     return HEADLINES[next(iter(answers.values()), "not known")]
 
 
+def is_warm_up(arms: Sequence[Arm]) -> bool:
+    """Whether all that was trained was trained by imitation: what later runs are compared with, not a failure."""
+    students = [arm for arm in arms if not arm.is_teacher]
+    evaluated = all(run.held_out or run.evaluations for arm in students for run in arm.runs)
+    return bool(students) and evaluated and all(arm.kind == "supervised" for arm in students)
+
+
 def why_unknown(arms: Sequence[Arm]) -> list[str]:
     """What is missing for an answer, and what the logged evaluations show nevertheless."""
     students = [arm for arm in arms if not arm.is_teacher]
     lines = []
     learners = [arm for arm in students if arm.kind == "rl"] or students
     without = [run.title for arm in learners for run in arm.runs if not run.held_out]
-    if without:
+    if is_warm_up(arms):
+        lines.append(
+            "Training by imitation is the start that later runs are compared with: give both folders to rlkd compare, "
+            "or a folder that holds both to rlkd report."
+        )
+    elif without:
         lines.append(
             f"There are no held-out rows (held_out.jsonl) for {'; '.join(without)}, so nothing can be compared row by "
             "row. The first evaluation writes them."
@@ -128,7 +150,19 @@ def why_unknown(arms: Sequence[Arm]) -> list[str]:
 def helped(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> list[str]:
     """The sentences below the headline."""
     said = [verdict(comparison) for comparison in comparisons]
-    return [*said, *left_out(arms)] if said else why_unknown(arms)
+    return [*one_class(arms), *([*said, *left_out(arms)] if said else why_unknown(arms))]
+
+
+def one_class(arms: Sequence[Arm]) -> list[str]:
+    """A warning for each classifier that predicts one label for every held-out row."""
+    lines = []
+    for arm in arms:
+        for run in arm.runs:
+            predicted = [row["predicted"] for row in run.newest if type(row.get("predicted")) is int]
+            if (label := only_class(predicted)) is not None:
+                name = run.labels[label] if 0 <= label < len(run.labels) else str(label)
+                lines.append("Warning: " + one_class_warning(run.title, name, len(predicted)))
+    return lines
 
 
 def left_out(arms: Sequence[Arm]) -> list[str]:
@@ -184,6 +218,12 @@ def weak_spots(failures: Failures) -> list[str]:
         pick = max if held_out(failures.by).lower_is_better else min
         value, group = pick(scored, key=lambda pair: pair[0])
         lines.append(f"It is worst on {group.name}: {name_of(failures.by)} {shown(failures.by, value)}.")
+    labelled = [group for group in failures.groups if group.name.startswith(LABELLED) and failures.by in group.scores]
+    if len(labelled) > 1:
+        pick = max if held_out(failures.by).lower_is_better else min
+        group = pick(labelled, key=lambda group: group.scores[failures.by])
+        mean = shown(failures.by, group.scores[failures.by])
+        lines.append(f"It is worst on {group.name} ({group.rows} rows): {name_of(failures.by)} {mean}.")
     cut = [group.rows for group in failures.groups if group.name == TRUNCATED]
     if cut:
         of = f" of {sum(group.rows for group in by_input)}" if by_input else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..io.files import sha256 as digest_of
+from ..io.files import write_durably
 from .sources import PROMPTSOURCE_SHA256, cached_archive
 
+logger = logging.getLogger(__name__)
 PACKAGE = "promptsource"
 VERSION = "0.2.3"
 
@@ -50,9 +53,10 @@ def download(*, package: str = PACKAGE, version: str = VERSION, sha256: str = PR
             raise DataError(f"{file.name} has sha256 {found}, expected {sha256}. Nothing was kept.")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.{os.getpid()}")
-            partial.write_bytes(file.read_bytes())
-            partial.replace(target)
+            if target.is_file():
+                other = target.replace(target.with_name(f"{target.name}.old"))
+                logger.warning("%s was another file: it is now %s", target, other)
+            write_durably(target, file.read_bytes())
         except OSError as error:
             raise DataError(f"{target} cannot be written: {error.strerror}. Set RLKD_CACHE to a folder.") from error
     return target, True

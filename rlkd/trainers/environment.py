@@ -73,9 +73,12 @@ def warn_of_ignored(args: Any) -> None:
 
 def describe_environment(accelerator: Any) -> dict[str, str]:
     """What an accelerator really does, and the variables that change numbers: runs that differ here are other runs."""
+    compiler = accelerator.state.dynamo_plugin
+    backend = str(compiler.backend.value).lower()
     found = {
         "mixed_precision": str(accelerator.mixed_precision),
-        "compiler": str(accelerator.state.dynamo_plugin.backend.value).lower(),
+        # The launcher names a mode for no compiler, too.
+        "compiler": backend if backend == "no" else f"{backend}, mode {compiler.mode}",
         "device": accelerator.device.type,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }

@@ -25,6 +25,7 @@ from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
+from .inputs import weights_of
 from .objective import Objective, StudentTokens
 
 
@@ -178,7 +179,7 @@ class SupervisedTrainer(DistillationTrainer):
         super().begin_run(checkpoint)
         if self.is_world_process_zero():
             model = None if self.teacher is None else self.teacher.model
-            announce(described(self.train_dataset), model)
+            announce(described(self.train_dataset), model, self.inputs.get(weights_of("teacher")))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""

@@ -72,6 +72,16 @@ def test_nan_is_a_missing_value_and_a_bad_row_decides_no_type(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("odd", [5, [1], True])
+def test_an_odd_first_row_does_not_make_all_others_bad(tmp_path, odd):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"a": value}) + "\n" for value in [odd, "x", None, "y"]))
+    assert load_rows(str(tmp_path / "a.jsonl"), on_bad_row="skip")["a"] == ["x", None, "y"]
+    kept: list = []
+    assert RowStream(str(tmp_path / "a.jsonl"), on_bad_row="skip").scan(quarantine=kept.append).rows == 3
+    assert [bad["place"] for bad in kept] == [1]
+    assert "a.jsonl:1: column 'a' has " in kept[0]["error"]
+
+
 def test_types_inside_lists_and_objects(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": [1]}\n{"a": ["x"]}\n{"a": [2, "y"]}\n{"a": [2.5, null]}\n')
     assert load_rows(str(tmp_path / "a.jsonl"), on_bad_row="skip")["a"] == [[1.0], [2.5, None]]
@@ -111,9 +121,9 @@ def test_a_row_too_large_to_show_in_its_own_error():
     deep: list = []
     for _ in range(5000):
         deep = [deep]
-    for value in (10**5000, deep):
-        with pytest.raises(DataError, match=r"cannot be rendered|limit|too large"):
-            Template("t", "{{ a + 'x' }}").parts({"a": value})
+    for value, trusted in [(value, trusted) for value in (10**5000, deep) for trusted in (True, False)]:
+        with pytest.raises(DataError, match=r"cannot be rendered|limit|cannot be sent"):
+            Template("t", "{{ a + 'x' }}", trusted=trusted).parts({"a": value})
 
 
 def test_training_skips_rows_that_a_template_fails_on(caplog):
@@ -198,7 +208,7 @@ def test_any_row_may_stand_beside_good_ones(tmp_path_factory, rows):
     """Every row of any JSON gets a status or is put aside; the good ones are always labelled."""
     folder = tmp_path_factory.mktemp("any")
     file = folder / "rows.jsonl"
-    lines = [json.dumps(row) for row in [GOOD[0], *rows, GOOD[1]]]
+    lines = [json.dumps(row) for row in [GOOD[0]] * 7 + [*rows, GOOD[1]]]  # most values have these types
     file.write_text("\n".join(lines))
     totals = stub.label(file, folder / "out", templates=TEMPLATES, on_bad_row="skip")
     assert totals["inputs"] + totals["bad_rows"] == len(lines)

@@ -300,6 +300,41 @@ def test_only_the_columns_that_are_read_must_be_readable(tmp_path):
         load_rows(str(tmp_path / "b.parquet"))
 
 
+def test_what_is_said_of_the_file_and_is_not_so(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("text, label\na,1\n")
+    assert read(tmp_path / "a.csv", text_format=TextFormat(columns=("text", "label"))) == [{"text": "a", "label": 1}]
+    assert "a.csv:1 is the header, not a row" in caplog.text
+    (tmp_path / "b.csv").write_bytes(csv_bytes(LATIN, "utf-8-sig"))
+    assert read(tmp_path / "b.csv", text_format=TextFormat(encoding="cp1252")) == LATIN
+    assert "b.csv is read as UTF-8, which its byte order mark says, not as cp1252" in caplog.text
+    (tmp_path / "c.csv").write_bytes(csv_bytes(LATIN))
+    assert read(tmp_path / "c.csv", text_format=TextFormat(encoding="latin-1")) != LATIN
+    assert "c.csv is read as latin-1, as asked for, but it looks like UTF-8" in caplog.text
+
+
+def test_other_extensions(tmp_path):
+    workbook(tmp_path / "a.xlsx")
+    for name, content, words in (
+        ("a.txt", "x", "rename it to .csv or .tsv"),
+        ("a.zip", None, "a zip archive: unpack it"),
+    ):
+        (tmp_path / name).write_bytes(workbook(tmp_path / "w", "rows.csv") if content is None else content.encode())
+        with pytest.raises(DataError, match=rf"{name} has the unknown extension '\.\w+'\. .*{words}"):
+            load_rows(str(tmp_path / name))
+    with pytest.raises(DataError, match=r"a\.xlsx has the unknown extension '\.xlsx'\. It is an Excel workbook"):
+        load_rows(str(tmp_path / "a.xlsx"))
+
+
+def test_hidden_files_are_no_data_but_any_folder_is(tmp_path):
+    line = '{"a": 1}\n'
+    folder = put(tmp_path / "_export", {"a.jsonl": line, ".a.jsonl": "x", "_SUCCESS": "", "dataset_info.json": "{}"})
+    assert read(folder) == [{"a": 1}]
+    hive = put(
+        tmp_path / ".hive", {"y=1/a.jsonl": line, "y=1/_tmp/b.jsonl": "x", "y=1/.ipynb_checkpoints/a.jsonl": "x"}
+    )
+    assert read(hive) == [{"a": 1, "y": 1}]
+
+
 def test_what_the_remedy_is(tmp_path):
     frame = pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]})
     for orient in ("columns", "index", "split"):

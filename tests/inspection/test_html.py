@@ -84,7 +84,7 @@ def test_all_tokens_and_sums_are_there_without_scripts(tmp_path):
     whole.to_html(tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     found = [re.sub("<[^>]*>", "", text) for text in re.findall(r'(?s)<p class="t"[^>]*>(.*?)</p>', html)]
-    expected = [s for case in whole.cases() for s in case.samples]
+    expected = [s for _, case in whole.worst_first() for s in case.samples]
     assert [text.replace("&lt;", "<").replace("&gt;", ">") for text in found] == ["".join(s.tokens) for s in expected]
     returns = [float(text) for text in re.findall(r"<dt>return</dt><dd>([^<]*)</dd>", html)]
     assert returns == pytest.approx([s.total_reward for s in expected], abs=5e-4)
@@ -105,7 +105,7 @@ def test_the_pages_numbers_are_the_views(tmp_path):
     whole.to_html(tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
-    for entry, s in zip(data["samples"], [s for case in whole.cases() for s in case.samples], strict=True):
+    for entry, s in zip(data["samples"], [s for _, case in whole.worst_first() for s in case.samples], strict=True):
         numbers = json.loads(zlib.decompress(base64.b64decode(entry)))
         for name, column in numbers["columns"].items():
             assert [x / 1000 for x in column] == pytest.approx(getattr(s, name), abs=6e-4)

@@ -182,6 +182,8 @@ def test_pages_replace_pages_only(tmp_path):
         ["report", str(run)],
         ["report", str(run), "--out", str(data)],
         ["compare", str(run), str(tmp_path / "other"), "--out", str(data)],
+        # Before any model loads.
+        ["inspect-rewards", "--teacher", "t", "--dataset", "d", "--input-column", "c", "--out", str(mine)],
     ):
         result = CliRunner().invoke(app, command)
         assert isinstance(result.exception, ConfigError), command

@@ -176,14 +176,24 @@ def test_views_of_labels_refuse_another_vocabulary(folder, tmp_path, recorded):
         assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_that_changed_does_not_continue_a_run(folder, tmp_path, monkeypatch):
+def test_a_run_continued_with_another_tokenizer(folder, tmp_path, monkeypatch, caplog):
+    """Refused, unless it is allowed; then each label has the tokens of its own."""
     out = tmp_path / "out"
     shutil.copytree(folder, out)
     log = out / "manifest.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-2]))
     monkeypatch.setattr(stub, "tiny_tokenizer", other_order)
-    with pytest.raises(DataError, match=r"vocabulary\.sha256: '\w+' -> '\w+'"):
-        stub.label(folder.parent / "rows.jsonl", out, templates=(), allow_config_change=True)
+    source = folder.parent / "rows.jsonl"
+    with pytest.raises(DataError, match=r"tokenizer: '\w+' -> '\w+'"):
+        stub.label(source, out, templates=())
+    stub.label(source, out, templates=(), allow_config_change=True)
+    rows = load_pseudolabels(out)
+    new = [i for i, row in enumerate(rows["row"]) if row >= 16]
+    learned = answers(rows, other_order(), tmp_path)
+    assert [learned[i] for i in new] == [rows["token_ids"][i] for i in new]
+    old = [i for i in range(len(rows)) if i not in new]
+    assert [learned[i] for i in old] == [other_order()(rows["label"][i])["input_ids"] for i in old]
+    assert f"{len(old)} of {len(rows)} labels" in caplog.text
 
 
 def test_parts_of_two_tokenizers_are_not_merged(folder, tmp_path, monkeypatch):
@@ -191,7 +201,7 @@ def test_parts_of_two_tokenizers_are_not_merged(folder, tmp_path, monkeypatch):
     stub.label(source, tmp_path / "0", part=(0, 2))
     monkeypatch.setattr(stub, "tiny_tokenizer", other_order)
     stub.label(source, tmp_path / "1", part=(1, 2))
-    with pytest.raises(DataError, match="record different vocabularies, or one of them none"):
+    with pytest.raises(DataError, match=r"different settings from .*\n  tokenizer: '\w+' -> '\w+'"):
         merge(tmp_path / "out", [tmp_path / "0", tmp_path / "1"])
 
 

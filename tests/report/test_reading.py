@@ -15,11 +15,11 @@ def test_arms_and_seeds_are_found(tmp_path):
     write_run(tmp_path / "teacher", "SupervisedTrainer", held_out(10, [1.0] * 12, [0.0] * 12))
     found = read_arms(tmp_path)
     assert [(arm.name, arm.kind, [run.seed for run in arm.runs]) for arm in found] == [
-        ("teacher", "supervised", [None]),
         ("seqkd", "supervised", [1, 2]),
         ("ppo", "rl", [1, 2]),
+        ("teacher", "supervised", [None]),
     ]
-    assert [arm.is_teacher for arm in found] == [True, False, False]
+    assert [arm.is_teacher for arm in found] == [False, False, True]
 
 
 def test_one_run(tmp_path):

@@ -90,4 +90,20 @@ def test_it_reads_the_same_without_scripts(opened, pages):
     assert page.locator(".answer-word").inner_text() == "Yes"
     assert page.locator("figure svg").count() > 5
     page.locator("summary", has_text="Numbers of Regret").click()
-    assert page.get_by_role("region", name="Regret, numbers").is_visible()
+    assert page.get_by_role("table", name="Regret, numbers").is_visible()
+
+
+@pytest.mark.parametrize("name", ["report", "compare"])
+@pytest.mark.parametrize("width", [390, 700, 1240])
+def test_every_cell_is_on_the_page(opened, pages, name, width):
+    """No row and no column is behind a scroll bar of its own or beyond the edge."""
+    page = opened(pages / f"{name}.html", viewport={"width": width, "height": 800})
+    page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    beyond = """[...document.querySelectorAll('td, tbody th')].filter(e => {
+        const box = e.getBoundingClientRect();
+        return box.width && (box.left < 0 || box.right > innerWidth + 1);
+    }).length"""
+    assert page.evaluate(beyond) == 0
+    scrolling = "[...document.querySelectorAll('.report *')].filter(e => e.scrollHeight > e.clientHeight + 2 && "
+    scrolling += "['auto', 'scroll'].includes(getComputedStyle(e).overflowY)).length"
+    assert page.evaluate(scrolling) == 0

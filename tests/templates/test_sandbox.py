@@ -223,6 +223,16 @@ def test_rows_become_plain_values():
     assert Template("T", "{{ shout.upper() }}").parts(row) == ["X"]
 
 
+def test_values_that_hold_others_repeatedly():
+    value = ["x"]
+    for _ in range(40):
+        value = [value, value]
+    for row in ({"v": value}, {"v": [value] * 9}):
+        with pytest.raises(SandboxError, match="exceeds the limit value"):
+            plain_row(row, row, Limits())
+    assert plain_row({"v": {2**70: "a", 3: "b"}}, ["v"], Limits()) == {"v": {str(2**70): "a", 3: "b"}}
+
+
 def test_separators_of_a_row():
     row = {"a": "x|||y", "b": [{"k|||k": "v|||v"}]}
     assert plain_row(row, row, Limits()) == row

@@ -49,6 +49,16 @@ def test_pip_fetches_the_archive_and_runs_none_of_its_code(index, tmp_path):
     )
 
 
+def test_another_file_in_its_place_is_kept(index, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("rlkd.templates.download._pip_download", lambda *_: index / "toyprompts-1.0.tar.gz")
+    cached_archive().parent.mkdir()
+    cached_archive().write_text("mine")
+    assert toy(index) == (cached_archive(), True)
+    old = cached_archive().with_name(f"{cached_archive().name}.old")
+    assert old.read_text() == "mine"
+    assert f"was another file: it is now {old}" in caplog.text
+
+
 def test_another_archive_is_refused_and_not_kept(index, tmp_path):
     with pytest.raises(
         DataError, match=r"pip could not fetch toyprompts==1\.0:(\n.*)+HASH(.*\n)+.*--templates-dir toyp"

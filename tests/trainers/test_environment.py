@@ -72,7 +72,7 @@ def test_bfloat16_of_the_environment_is_recorded_and_compared(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        (COMPILER, "EAGER", "environment.compiler: no -> eager"),
+        (COMPILER, "EAGER", "environment.compiler: no -> eager, mode default"),
         *((name, "1", f"environment.{name}: none -> 1") for name in VARIABLES),
     ],
 )

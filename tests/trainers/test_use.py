@@ -54,12 +54,19 @@ def with_defaults_of_its_own(model):
     return model
 
 
+def with_rules(model):
+    """Tokens forced, forbidden and repeated, as checkpoints of summarisers and translators have them."""
+    model.generation_config.update(forced_bos_token_id=3, no_repeat_ngram_size=2, suppress_tokens=[6], min_new_tokens=4)
+    return model
+
+
 MODELS = {
     "t5": student,
     "untied": lambda: student(tied=False),
     "bart": lambda: tiny_bart(vocab=PADDED),
     "padded": lambda: loud_padding(student(tied=False)),
     "defaults": lambda: with_defaults_of_its_own(tiny_bart(vocab=PADDED)),
+    "rules": lambda: with_rules(student()),
 }
 
 
@@ -73,6 +80,9 @@ def test_plain_generate_gives_the_evaluated_answers(tmp_path, kind):
     for text, answer in expected.items():
         ids = model.generate(input_ids=tokenizer([text], return_tensors="pt").input_ids)
         assert tokenizer.decode(ids[0], skip_special_tokens=True) == answer
+    # The next stage reads its own suppressed ids, which are no tokens, as what they are.
+    banned = ModelSpec(str(tmp_path), "student").rules.banned
+    assert banned == ((6,) if kind == "rules" else ())
     # The model in memory keeps its own defaults.
     assert trainer.policy.student.generation_config.max_new_tokens is None
 

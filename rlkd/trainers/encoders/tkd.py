@@ -128,6 +128,7 @@ class TKDTrainer(StudentTrainer):
         if args.weights.keys() == {"ce"}:
             train_rows = labelled_rows(train_rows, "train_rows")
         eval_rows = None if eval_rows is None else labelled_rows(eval_rows, "eval_rows")
+        self.held_out_texts = [" / ".join(filter(None, (r["text"], r.get("text_pair")))) for r in eval_rows or ()]
         train = EncodedTexts(train_rows, tokenizer, args.max_length, labels)
         self.teacher_tokenizer, self.teacher_texts = tokenizer, train
         if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -346,7 +347,7 @@ class TKDTrainer(StudentTrainer):
         # Rows sorted by length come in another order and cannot be matched to their ids.
         if options.get("metric_key_prefix", "eval") != "eval" or labels is None or labels.tolist() != rows.labels:
             return out
-        evaluated = classified_rows(logits.argmax(-1).tolist(), rows.labels)
+        evaluated = classified_rows(logits.argmax(-1).tolist(), rows.labels, self.held_out_texts)
         if self.is_world_process_zero():
             keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, evaluated)
             self._warn_of_one_class([row["predicted"] for row in evaluated])

@@ -119,9 +119,7 @@ DAMAGES = {
     "run.json null": replaced(RUN, "null"),
     "run.json nested": replaced(RUN, '{"settings": ' + DEEP + "}"),
     "settings null": replaced(RUN, '{"trainer": "PPOTrainer", "settings": null}'),
-    "settings a list": replaced(
-        RUN, '{"trainer": ["PPO"], "settings": [1], "models": 3, "data": null, "versions": "x"}'
-    ),
+    "settings a list": replaced(RUN, '{"trainer": ["PPO"], "settings": [1], "models": 3, "data": null}'),
     "settings of another version": replaced(RUN, '{"format": 99, "args": {"lr": 1}, "trainer": 7}'),
     "settings of all types": replaced(RUN, '{"settings": {"a": [1], "b": {"c": null}, "metric_for_best_model": 3}}'),
     "summary a list": replaced(SUMMARY, "[]"),
@@ -138,7 +136,8 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_folder_is_reported_with_a_note(tmp_path, capsys, monkeypatch, kind, drawn):
     if not drawn:
-        monkeypatch.setattr("rlkd.report.charts._svg", lambda *_: Markup("<svg></svg>"))
+        for module in ("charts", "forest"):
+            monkeypatch.setattr(f"rlkd.report.{module}.drawing", lambda *_, **__: Markup("<svg></svg>"))
     good, bad = run_folder(tmp_path / "good"), run_folder(tmp_path / "bad")
     DAMAGES[kind](bad)
     for command in (["report", str(bad)], ["report", str(bad), "--json"], ["compare", str(good), str(bad)],
@@ -223,7 +222,7 @@ def test_only_the_first_and_the_newest_evaluation_are_kept(tmp_path, monkeypatch
     rows = [row for step in (0, 10, 20) for row in held_out(step, [1.0] * 5, [2.0] * 5)]
     run = read_run(write_run(tmp_path, "PPOTrainer", rows), "x")
     assert {step: len(own) for step, own in run.held_out.items()} == {0: 3, 20: 3}
-    assert any("only the first 50,000" in note or "rows of an evaluation are read" in note for note in run.notes)
+    assert any("of an evaluation 3 rows are read; 4 more" in note for note in run.notes)
     assert run.whole(run.newest[1])["tokens"] == ["a", " c"]
     (tmp_path / "held_out.jsonl").unlink()
     assert run.whole(run.newest[1]) is run.newest[1]
