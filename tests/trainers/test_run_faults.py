@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import WandbCallback
 
 import chaos
+import faults_table
 from rlkd.errors import CheckpointError, ConfigError, InterruptedRunError, LockedError, RlkdError
 from rlkd.runs import checkpoints
 from rlkd.runs.checkpoints import LOGS, MANIFEST, SET_ASIDE, STATE_FILE, UNFINISHED, damage
@@ -584,12 +585,12 @@ def test_the_same_seed_gives_the_same_weights(tmp_path, kind):
 def test_every_proof_named_in_the_documentation_exists():
     root = Path(__file__).parents[2]
     page = (root / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = [line for line in page.split("| fault |")[1].splitlines() if line.startswith("| ")][1:]
-    assert len(rows) > 25
+    rows = faults_table.rows(page)
+    assert len(rows) > 60
     for row in rows:
-        proofs = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row)
+        proofs = faults_table.PROOF.findall(row)
         assert proofs, row
-        for file, name in proofs:
+        for file, name in (proof.split("::") for proof in proofs):
             assert f"\ndef {name}(" in (root / file).read_text(encoding="utf-8"), (file, name)
 
 
