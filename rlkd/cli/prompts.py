@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -113,16 +114,16 @@ def show(
         )
         return
     for template in chosen:
-        typer.echo(f"# {template.name} ({template.id})")
-        typer.echo(f"columns: {', '.join(_columns(template)['columns'])}")
+        _echo(f"# {template.name} ({template.id})")
+        _echo(f"columns: {', '.join(_columns(template)['columns'])}")
         facts = _listed(template)
         for name in ("task", "choices in prompt", "metrics", "languages"):
             if facts[name]:
-                typer.echo(f"{name}: {facts[name]}")
+                _echo(f"{name}: {facts[name]}")
         if template.answer_choices:
-            typer.echo(f"answer_choices: {template.answer_choices}")
-        typer.echo(f"origin: {template.origin} (sha256 {template.sha256[:12]})")
-        typer.echo(f"{template.source}\n")
+            _echo(f"answer_choices: {template.answer_choices}")
+        _echo(f"origin: {template.origin} (sha256 {template.sha256[:12]})")
+        _echo(f"{template.source}\n")
 
 
 @app.command()
@@ -175,7 +176,7 @@ def render(
         typer.echo(json.dumps(records, ensure_ascii=False))
         return
     for number, template, result in rendered:
-        typer.echo(f"# row {number}, {template.name}\n{_text(result)}\n")
+        _echo(f"# row {number}, {template.name}\n{_text(result)}\n")
 
 
 @app.command()
@@ -210,7 +211,7 @@ def lint(
         typer.echo(json.dumps([asdict(p) | {"file": file.place} for p in problems], ensure_ascii=False))
     elif not quiet:
         for problem in problems:
-            typer.echo(f"{file.place}:{problem.line}: {problem.level}: {problem.message}")
+            _echo(f"{file.place}:{problem.line}: {problem.level}: {problem.message}")
         counts = [(level, sum(p.level == level for p in problems)) for level in ("error", "warning", "note")]
         typer.echo(", ".join(f"{count} {level}s" for level, count in counts))
     if any(problem.level == "error" for problem in problems):
@@ -250,7 +251,7 @@ def _table(rows: list[dict[str, Any]], as_json: bool) -> None:
         typer.echo(json.dumps(rows, ensure_ascii=False))
         return
     for row in rows:
-        typer.echo("\t".join(str(value) for value in row.values()).rstrip())
+        _echo("\t".join(str(value) for value in row.values()).rstrip())
 
 
 def _format(delimiter: str | None, encoding: str | None, columns: str | None) -> TextFormat:
@@ -291,3 +292,8 @@ def _text(rendered: Rendered) -> str:
     if rendered.choices is not None:
         lines.append(f"choices: {' | '.join(rendered.choices)}")
     return "\n".join(lines)
+
+
+def _echo(text: str) -> None:
+    """Print text from outside, without the control characters that a terminal would obey."""
+    typer.echo(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text))

@@ -46,11 +46,11 @@ def class_scores(predicted: Sequence[int], true: Sequence[int], names: Sequence[
     ]
 
 
-def classified_rows(predicted: Sequence[int], true: Sequence[int]) -> list[dict[str, Any]]:
-    """{id, label, predicted, accuracy} of each row that has a label: the lines of held_out.jsonl."""
+def classified_rows(predicted: Sequence[int], true: Sequence[int], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """{id, input, label, predicted, accuracy} of each row that has a label: the lines of held_out.jsonl."""
     return [
-        {"id": str(i), "label": label, "predicted": guess, "accuracy": float(guess == label)}
-        for i, (guess, label) in enumerate(zip(predicted, true, strict=True))
+        {"id": str(i), "input": text, "label": label, "predicted": guess, "accuracy": float(guess == label)}
+        for i, (guess, label, text) in enumerate(zip(predicted, true, texts, strict=True))
         if label >= 0
     ]
 

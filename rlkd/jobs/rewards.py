@@ -34,6 +34,7 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     students = {role: ModelSpec(request[role], role, **how) for role in STUDENTS if request[role]}
     for spec in students.values():
         check_pair(teacher.model, spec)
+        spec.check_lengths(request["max_input_tokens"], request["max_new_tokens"])
     names, examples = _examples(request, teacher.tokenizer)
     loaded = teacher.load()
     return reward_view(
@@ -80,13 +81,17 @@ def _examples(request: dict[str, Any], tokenizer: Any) -> tuple[list[str], list[
     flaws.add_rows(rows, source.render.template_names)
     for line in flaws.lines():
         logger.warning("%s", line)
-    if failed := [prompt.error for row in rows for prompt in row.prompts if prompt.status == "failed"]:
-        raise DataError(str(failed[0]))
+    failed = [next((p.error for p in row.prompts if p.status == "failed"), None) for row in rows]
+    errors = [error for error in failed if error is not None]
     examples = [
         Example(row.id, row.student_input, tuple(str(prompt.text) for prompt in row.prompts), row.references)
         for row in rows
         if all(prompt.text for prompt in row.prompts)
     ]
+    if errors and not examples:
+        raise DataError(errors[0])
+    if errors:
+        logger.warning("left out %d of %d rows, on which a template fails: %s", len(errors), len(rows), errors[0])
     if not examples:
         raise DataError(
             f"'{request['dataset']}': no row has an input under every template. Choose other templates or columns."

@@ -206,6 +206,8 @@ def prepare(
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
     check_pair(theirs, ours)
+    for spec in (theirs, ours):
+        spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
     if student.use_peft and ours.adapter:
         check_same_settings(ours.adapter, _peft_config(student))
     train, evaluation, labels, note = load_data(data, ours.tokenizer)
@@ -330,8 +332,8 @@ def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets
     student = reading.student_template
     settings = {"input": reading.input_column, "row_map": reading.row_map.to_json(),
                 "student_template": student.source if student else None}  # fmt: skip
-    if Path(data.dataset).exists():
-        settings |= {"sha256": train.stream("skip").identity()["sha256"]}
+    if Path(data.dataset).exists() or is_pattern(data.dataset):
+        settings |= {"sha256": train.stream(()).identity()["sha256"]}
     found = differences(labels, dataset=data.dataset, templates=reading.templates, settings=settings)
     if found:
         logger.warning(

@@ -148,8 +148,8 @@ def row_source(settings: Mapping[str, Any]) -> RowSource:
 
 
 def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
-    """The teacher that a command's settings name, its configuration and tokenizer checked. Raises ModelError; no
-    weights are loaded.
+    """The teacher that a command's settings name, its configuration, tokenizer and positions checked. Raises ModelError
+    or ConfigError; no weights are loaded.
     """
     from ..models.loading import quantization_config
 
@@ -164,6 +164,8 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         tgt_lang=settings.get("tgt_lang"),
     )
     model.check()
+    ranked = settings.get("strategy") == "rank"
+    model.check_lengths(settings["max_input_tokens"], None if ranked else settings.get("max_new_tokens"))
     return TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])
 
 

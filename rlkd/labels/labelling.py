@@ -159,9 +159,11 @@ class Labeller:
         return usable
 
     def _rankable(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
-        """The prompts whose answer choices have different tokens; the others fail."""
+        """The prompts whose answer choices have different tokens, and not too many; the others fail."""
+        longest = getattr(self.teacher, "longest_answer", None)
         found = {
-            choices: choice_problem(self.teacher.tokenizer, choices) for choices in {s.choices or () for s in slots}
+            choices: choice_problem(self.teacher.tokenizer, choices, longest)
+            for choices in {s.choices or () for s in slots}
         }
         for slot in slots:
             if problem := found[slot.choices or ()]:

@@ -48,6 +48,7 @@ def generate_pseudolabels(
     source = ListedExamples(examples, template_names)
     if isinstance(teacher, TeacherSpec):
         teacher.model.check()
+        teacher.model.check_lengths(teacher.max_input_tokens, decoding.max_new_tokens)
         model: ModelSource = teacher.model
         torch = EngineSettings("torch")
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -111,7 +112,14 @@ def attach(adapter: Adapter, base: Any, *, trainable: bool = False) -> Any:
 
 
 def merge(adapter: Adapter, model: Any) -> Any:
-    """The base model with the adapter in its weights."""
+    """The base model with the adapter in its weights. Raises ModelError for an adapter of weights that several parts of
+    the model share: each part has its own adapter, and merged they would add up.
+    """
+    if shared := _adapted_and_shared(model):
+        raise ModelError(
+            f"{adapter.role} '{adapter.name}' adapts {shared}, whose weights the model shares with another part, and "
+            "cannot be merged. Train an adapter without the embeddings and the tied head (lora_target_modules)."
+        )
     with warnings.catch_warnings():
         # PEFT takes an untied head, which it corrects in the configuration, for a surprise.
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
@@ -148,9 +156,15 @@ def add_adapter(model: Any, config: Any) -> Any:
 
     config.revision = getattr(model.config, "_commit_hash", None)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"use_peft: PEFT cannot adapt this student: {' '.join(str(error).split())[:200]}") from error
+    if shared := _adapted_and_shared(adapted):
+        raise ConfigError(
+            f"use_peft: {shared} would be adapted, whose weights the model shares with another part, so that "
+            "the adapter could never be merged. Leave the embeddings and the tied head out of lora_target_modules."
+        )
+    return adapted
 
 
 def without_dropout(model: Any) -> Any:
@@ -168,6 +182,18 @@ def record_base(folder: Path, base: str) -> None:
     if Path(base).is_dir():
         record = {"base_model": base, "sha256": weights_files(Path(base))}
         write_durably(folder / BASE_RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _adapted_and_shared(model: Any) -> str | None:
+    """The name of an adapted part whose weights another part of the PEFT model has too, None if there is none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    places = Counter(weight.data_ptr() for _, weight in model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        adapted: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+        if hasattr(adapted, "weight") and places[adapted.weight.data_ptr()] > 1:
+            return name
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from .encoder_decoder import BART_FAMILY, M2M_FAMILY, NOISE, T5_FAMILY, EncoderDecoder, check_precision
+from .encoder_decoder import BART_FAMILY, M2M_FAMILY, NOISE, T5_FAMILY, EncoderDecoder, check_precision, positions
 from .generation import check_supported
 from .language_model import LanguageModel
 from .vocabulary import check_vocabulary_fits, valid_vocab
@@ -26,6 +26,7 @@ class Architecture:
     lora_task_type      what PEFT calls it
     noise               configuration fields that `load_model` sets to 0: those that make a forward random
     check               (configuration, role, name, dtype): raises ModelError if the model cannot be used that way
+    positions           configuration -> longest prompt and longest answer in tokens, None where there is no limit
     """
 
     wrap: Callable[[Any, int], LanguageModel]
@@ -35,6 +36,7 @@ class Architecture:
     lora_task_type: str
     noise: tuple[str, ...]
     check: Callable[[Any, str, str, torch.dtype], None]
+    positions: Callable[[Any], tuple[int | None, int | None]] = lambda config: (None, None)
 
     def takes(self, config: Any) -> bool:
         """Whether models with this configuration have this architecture."""
@@ -50,6 +52,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
         lora_task_type="SEQ_2_SEQ_LM",
         noise=NOISE,
         check=check_precision,
+        positions=positions,
     ),
 }
 

@@ -40,6 +40,23 @@ def check_precision(config: Any, role: str, name: str, dtype: torch.dtype) -> No
         )
 
 
+def check_positions(length: int, limit: int | None, what: str) -> None:
+    """Raises ModelError if a text is longer than the positions of its model."""
+    if limit is not None and length > limit:
+        raise ModelError(
+            f"{'an' if what == 'answer' else 'a'} {what} has {length} tokens, the model {limit} positions: set "
+            f"{'max_input_tokens' if what == 'prompt' else 'max_new_tokens'} to at most {limit}."
+        )
+
+
+def positions(config: Any) -> tuple[int | None, int | None]:
+    """The longest prompt and the longest answer, in tokens, that the model has position embeddings for; None: any."""
+    if config.model_type == "led":
+        return config.max_encoder_position_embeddings, config.max_decoder_position_embeddings
+    limit = config.max_position_embeddings if config.model_type in BART_FAMILY else None
+    return limit, limit
+
+
 @dataclass(frozen=True)
 class EncoderDecoder:
     """`LanguageModel` of an encoder-decoder; the state of a prompt is its encoder states [P_i, D].
@@ -97,10 +114,11 @@ class EncoderDecoder:
         # BART adds a buffer to its logits; T5's head has no bias.
         bias = getattr(base, "final_logits_bias", None)
         bias = projection.bias if bias is None else bias.view(-1)
-        return Head(weight, bias, _output_scale(base.config), self.valid_vocab, self.rules)
+        return Head(weight, bias, output_scale(base.config), self.valid_vocab, self.rules)
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool."""
+        """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool. Raises ModelError if they are too long."""
+        check_positions(input_ids.shape[1], positions(self.config)[0], "prompt")
         return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
 
     def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
@@ -118,6 +136,7 @@ class EncoderDecoder:
         Args: states [B, P, D], mask [B, P] bool: encoder states and which of them count. Answers are right-padded and
         attention is causal, so padding after an answer changes nothing before it.
         """
+        check_positions(answer_ids.shape[1], positions(self.config)[1], "answer")
         # The decoder reads the answer shifted by one: position t predicts token t from the tokens before it.
         start = torch.full_like(answer_ids[:, :1], self.start_id)
         shifted = torch.cat([start, answer_ids[:, :-1]], dim=1)
@@ -160,7 +179,9 @@ class EncoderDecoder:
         from transformers import GenerationConfig
 
         rules = self.rules
+        check_positions(max_new_tokens, positions(self.config)[1], "answer")
         ids, mask = pad_rows(prompts, rules.pad_id, self.device)
+        check_positions(ids.shape[1], positions(self.config)[0], "prompt")
         # Rows beyond the tokenizer (T5 pads its embedding) are not tokens.
         banned = [*rules.banned, *range(self.valid_vocab, self.config.vocab_size)]
         with own_generation_config(self.model):
@@ -202,10 +223,13 @@ class _Decoding:
         self.encoded = pad_stack(states)
         self.mask = length_mask([len(s) for s in states]).to(lm.device)
         self.cache: Any = None
+        self.length, self.limit = 0, positions(lm.config)[1]
 
     def step(self, tokens: Tensor | None) -> Tensor:
         if tokens is None:
             tokens = torch.full((len(self.encoded),), self.lm.start_id, device=self.lm.device)
+        self.length += 1
+        check_positions(self.length, self.limit, "answer")
         out = self.decoder(
             input_ids=tokens[:, None],
             encoder_hidden_states=self.encoded,
@@ -227,7 +251,7 @@ class _Decoding:
                 layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
 
 
-def _output_scale(config: Any) -> float:
+def output_scale(config: Any) -> float:
     """T5 multiplies decoder states by d_model^-0.5 before the head; v1.1, Flan, T0 and every mT5 do not."""
     if config.model_type not in T5_FAMILY or config.model_type == "mt5":
         return 1.0

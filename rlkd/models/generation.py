@@ -217,8 +217,8 @@ def forbidden(logits: Tensor, limits: Tensor) -> Tensor:
     return torch.where(forced < 0, banned[:, :-1], others)
 
 
-def read_rules(config: Any, generation: Any, role: str, name: str, size: int | None = None) -> AnswerRules:
-    """The rules of a checkpoint with `size` ids, from its configuration and its transformers.GenerationConfig.
+def read_rules(config: Any, generation: Any, role: str, name: str, valid_vocab: int) -> AnswerRules:
+    """The rules of a checkpoint with `valid_vocab` tokens, from its configuration and transformers.GenerationConfig.
 
     Raises ModelError for ids that are no tokens, and if no token starts or ends an answer.
     """
@@ -242,10 +242,14 @@ def read_rules(config: Any, generation: Any, role: str, name: str, size: int | N
         )
     ends, pad = _ids(eos), value("pad_token_id")
     phrases = [tuple(phrase) for phrase in getattr(generation, "bad_words_ids", None) or ()]
-    phrases = [phrase for phrase in phrases if not (len(phrase) == 1 and phrase[0] in ends)]
+    phrases = [p for p in phrases if not (len(p) == 1 and (p[0] in ends or valid_vocab <= p[0] < config.vocab_size))]
 
     def get(key: str, default: Any = None) -> Any:
         return getattr(generation, key, None) or default
+
+    def tokens(key: str) -> tuple[int, ...]:
+        """Without rows of the embedding that are no tokens: nothing can be said of them."""
+        return tuple(token for token in _ids(get(key)) if not valid_vocab <= token < config.vocab_size)
 
     rules = AnswerRules(
         start_id=_ids(start)[0],
@@ -253,8 +257,8 @@ def read_rules(config: Any, generation: Any, role: str, name: str, size: int | N
         pad_id=ends[0] if pad is None else _ids(pad)[0],
         first=getattr(generation, "forced_bos_token_id", None),
         last=(_ids(getattr(generation, "forced_eos_token_id", None)) or (None,))[0],
-        banned=tuple(dict.fromkeys([*_ids(get("suppress_tokens")), *(p[0] for p in phrases if len(p) == 1)])),
-        banned_at_start=_ids(get("begin_suppress_tokens")),
+        banned=tuple(dict.fromkeys([*tokens("suppress_tokens"), *(p[0] for p in phrases if len(p) == 1)])),
+        banned_at_start=tokens("begin_suppress_tokens"),
         banned_phrases=tuple(phrase for phrase in phrases if len(phrase) > 1),
         # min_length counts the start token.
         min_tokens=max(get("min_length", 0) - 1, get("min_new_tokens", 0)),
@@ -262,7 +266,7 @@ def read_rules(config: Any, generation: Any, role: str, name: str, size: int | N
         length_penalty=1.0 if (penalty := getattr(generation, "length_penalty", None)) is None else penalty,
         early_stopping=get("early_stopping", False),
     )
-    _check_ids(rules, where, size)
+    _check_ids(rules, where, valid_vocab)
     return rules
 
 
@@ -320,7 +324,7 @@ def _ids(value: Any) -> tuple[int, ...]:
     return () if value is None else tuple(map(int, value)) if isinstance(value, (list, tuple)) else (int(value),)
 
 
-def _check_ids(rules: AnswerRules, where: str, size: int | None) -> None:
+def _check_ids(rules: AnswerRules, where: str, size: int) -> None:
     ids = {
         "decoder_start_token_id": (rules.start_id,),
         "eos_token_id": rules.eos_ids,
@@ -332,9 +336,11 @@ def _check_ids(rules: AnswerRules, where: str, size: int | None) -> None:
         "bad_words_ids": sum(rules.banned_phrases, ()),
     }
     for key, tokens in ids.items():
-        if wrong := [token for token in tokens if token < 0 or (size is not None and token >= size)]:
-            limit = "" if size is None else f" of its {size:,} tokens"
-            raise ModelError(f"{where}{key} has {_short(wrong)}, which is none{limit}. Correct generation_config.json.")
+        if wrong := [token for token in tokens if not 0 <= token < size]:
+            raise ModelError(
+                f"{where}{key} has {_short(wrong)}, which is none of its {size:,} tokens. "
+                "Correct generation_config.json."
+            )
 
 
 def _short(value: Any) -> str:

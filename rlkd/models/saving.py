@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig
 
 from ..errors import ConfigError, ModelError
 from ..io.files import check_folder
 from .adapters import record_base
+from .encoder_decoder import T5_FAMILY, output_scale
 from .generation import rules_of
 from .language_model import LanguageModel
 from .spec import ModelSpec
@@ -35,15 +39,41 @@ def save_student(model: Any, folder: str | Path, generation: Any = None) -> None
     if generation is not None:
         base.generation_config = generation
     try:
-        model.save_pretrained(folder)
+        with as_weights_are(base) as weights:
+            model.save_pretrained(folder, **({"state_dict": weights} if base is model and weights else {}))
         if base is not model:
-            (config,) = model.peft_config.values()
+            config = next(iter(model.peft_config.values()))
             if base.can_generate():
                 base.generation_config.save_pretrained(folder)
             record_base(Path(folder), str(config.base_model_name_or_path))
     finally:
         if generation is not None:
             base.generation_config = kept
+
+
+@contextmanager
+def as_weights_are(model: Any) -> Iterator[dict[str, Tensor] | None]:
+    """The configuration of a T5 model says meanwhile whether its head is tied; yields the weights to save, None for its
+    own.
+
+    transformers 5 sets tie_word_embeddings to True for all of them, reads False as "no output scale", and ties by what
+    the file of weights holds. transformers 4 and converters tie and scale by the field alone. So an untied, unscaled
+    head is saved as False, and mT5's, which transformers 5 never scales, with a copy of its own where it is tied.
+    """
+    config, head = model.config, model.get_output_embeddings()
+    if config.model_type not in T5_FAMILY or head is None or output_scale(config) != 1.0:
+        yield None
+        return
+    embedding = model.get_input_embeddings().weight
+    tied = head.weight is embedding
+    if tied and config.model_type != "mt5":
+        yield None
+        return
+    kept, config.tie_word_embeddings = config.tie_word_embeddings, False
+    try:
+        yield {**model.state_dict(), "lm_head.weight": embedding.detach().clone()} if tied else None
+    finally:
+        config.tie_word_embeddings = kept
 
 
 def evaluated_generation(lm: LanguageModel, max_new_tokens: int) -> Any:

@@ -134,6 +134,25 @@ class ModelSpec:
         _ = self.config, self.valid_vocab, self.rules
 
     @property
+    def positions(self) -> tuple[int | None, int | None]:
+        """Tokens of the longest prompt and of the longest answer that the model has positions for; None: any length."""
+        from .architectures import architecture_of
+
+        return architecture_of(self.config, self.role, self.name).positions(self.config)
+
+    def check_lengths(self, max_input_tokens: int, max_new_tokens: int | None = None) -> None:
+        """Raises ConfigError if the model has fewer positions than prompts or answers of these lengths need."""
+        from ..errors import ConfigError
+
+        given = {"max_input_tokens": max_input_tokens, "max_new_tokens": max_new_tokens}
+        for (field, value), limit in zip(given.items(), self.positions, strict=True):
+            if value is not None and limit is not None and value > limit:
+                raise ConfigError(
+                    f"{field} = {value}: {self.role} '{self.name}' ('{self.config.model_type}') has {limit} positions. "
+                    f"Set {field} to at most {limit}; longer texts are cut."
+                )
+
+    @property
     def quantized(self) -> bool:
         return self.quantization is not None or getattr(self.config, "quantization_config", None) is not None
 
@@ -226,6 +245,11 @@ class TeacherSpec:
     @property
     def rules(self) -> AnswerRules:
         return self.model.rules
+
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens of the longest answer that the model has positions for; None: any length."""
+        return self.model.positions[1]
 
     def load(self) -> Teacher:
         """The teacher in PyTorch. Raises as `ModelSpec.language_model` does."""

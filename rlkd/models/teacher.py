@@ -21,6 +21,7 @@ from ..errors import DivergenceError, ModelError
 from ..objectives.rewards import average_templates, token_scores
 from ..records import TeacherSignal, given
 from ..tensors import unpack
+from .encoder_decoder import positions
 from .generation import AnswerRules, rules_of
 from .heads import HeadOverStates
 from .language_model import LanguageModel
@@ -93,6 +94,11 @@ class Teacher:
     def rules(self) -> AnswerRules:
         """What its checkpoint says of answers."""
         return rules_of(self.lm)
+
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens of the longest answer that the model has positions for; None: any length."""
+        return positions(self.lm.model.config)[1]
 
     @property
     def model(self) -> Any:

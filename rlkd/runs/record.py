@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "b
 # memory, which checkpoint is the best, or whether the run stops earlier, and nothing that affects the
 # weights. When and what is evaluated is not among them: evaluation draws from the same random numbers as dropout.
 FREE = {
-    "alarms", "allow_config_change", "dataloader_num_workers", "dataloader_persistent_workers",
+    "alarms", "allow_bin", "allow_config_change", "dataloader_num_workers", "dataloader_persistent_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout", "disable_tqdm", "do_eval", "do_predict",
     "do_train", "early_stopping_patience", "greater_is_better", "hub_always_push", "hub_model_id", "hub_private_repo",
     "hub_revision", "hub_strategy", "hub_token", "ignore_data_skip", "load_best_model_at_end", "local_rank",

@@ -13,8 +13,9 @@ from .engines.protocol import Engine
 from .schedule import Budget, in_batches
 
 
-def choice_problem(tokenizer: Any, choices: Sequence[str]) -> str | None:
-    """Why ranking these answer choices would say nothing, as a clause; None if their tokens differ.
+def choice_problem(tokenizer: Any, choices: Sequence[str], longest: int | None = None) -> str | None:
+    """Why ranking these answer choices would say nothing, as a clause; None if their tokens differ. longest: the most
+    tokens of an answer that the teacher has positions for.
 
     A choice without tokens of its own (empty, or characters that the vocabulary lacks) has no probability to compare;
     choices with the same tokens are an exact tie. A choice that is given twice is one choice.
@@ -26,6 +27,8 @@ def choice_problem(tokenizer: Any, choices: Sequence[str]) -> str | None:
     for choice, ids, read in zip(choices, encoded, decode_texts(tokenizer, encoded), strict=True):
         if not choice.strip():
             return "an answer choice is empty"
+        if longest is not None and len(ids) > longest:
+            return f"the answer choice '{choice[:40]}' has {len(ids)} tokens, the teacher {longest} positions"
         if not read.strip():
             return f"the tokenizer has no tokens for the answer choice '{choice}'"
         if (other := first.setdefault(tuple(ids), choice)) != choice:

@@ -45,7 +45,7 @@ NODES = frozenset(
 
 
 def fixed(meter: Meter, *args: Any, **kwargs: Any) -> None:
-    """Takes the same time for every value, or only that of the arguments or of the result, which are counted too."""
+    """Takes the same time for every value, or that of its arguments and its result, which are counted too."""
 
 
 def _reads(meter: Meter, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -207,8 +207,6 @@ def contains(meter: Meter, value: Any, container: Any) -> None:
     compares(meter, value, container)
 
 
-# What is allowed.
-
 # Those that count the rest of the items read them through a counted loop.
 LOOP: dict[str, Cost] = _all(
     fixed, "index index0 revindex revindex0 first last length previtem nextitem depth depth0 cycle changed"
@@ -237,11 +235,12 @@ METHODS: dict[type, dict[str, Cost]] = {
 }
 HIDDEN = {kind: frozenset(dir(kind)) - methods.keys() for kind, methods in METHODS.items()}
 
-# Filters that read only the ends of a value, or its items one by one, each of them counted as it is read.
+# Filters that read only the ends of a value, or its items one by one, which are counted as they are read.
 LAZY_FILTERS: dict[str, Cost] = _all(
     fixed,
     """choice count d default first items last length list map random reject rejectattr reverse select selectattr""",
 ) | {"batch": _batches, "slice": _cuts}
+PER_ITEM = _words("map reject rejectattr select selectattr")
 WHOLE_FILTERS: dict[str, Cost] = (
     _all(_weighs, "abs capitalize float int lower max min string truncate upper")
     | _all(_splits_words, "title wordcount")
@@ -270,9 +269,6 @@ TESTS: dict[str, Cost] = (
     | _all(_is_number, "odd even divisibleby")
     | {"in": contains}
 )
-
-
-# Operators and functions.
 
 
 def _adds(meter: Meter, left: Any, right: Any) -> None:
@@ -362,8 +358,12 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
                 meter.charge(len(value) * cost)
         elif name == "slice":
             value = meter.settled(value, cost)
+        elif name in PER_ITEM and value:
+            value = meter.loop(value, cost)  # also items that the result leaves out
         charge(meter, value, *args, **kwargs)
         result = call(context, value, *args, **kwargs)
+        if result is value:
+            return result
         return meter.made(str(result) if name == "tojson" else result, 1 + cost)
 
     return guarded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ FIELDS: dict[str, type] = {"name": str, "jinja": str, "answer_choices": str, "me
 METADATA: dict[str, type] = {"original_task": bool, "choices_in_prompt": bool, "metrics": list, "languages": list}
 REQUIRED = ("name", "jinja")
 MAX_NAME = 200
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # which a terminal obeys
 UNUSED = ("reference", "task_template")
 
 
@@ -130,7 +132,7 @@ def _with_lines(entry: dict[str, Any], line: int) -> Entry:
 
 def _dataset(tree: dict[str, Any]) -> str | None:
     dataset, subset = tree.get("dataset"), tree.get("subset")
-    if not isinstance(dataset, str):
+    if not isinstance(dataset, str) or len(dataset) > MAX_NAME or CONTROL.search(dataset):
         return None
     # snli and multi_nli have `subset: None`, which is a string.
     return f"{dataset}/{subset}" if isinstance(subset, str) and subset != "None" else dataset
@@ -151,7 +153,7 @@ def _check(key: str, entry: Any, line: int) -> Iterator[Problem]:
     entry = _with_lines(entry, line)
     yield from _fields(entry, FIELDS, place, UNUSED)
     for what, text in (("id", key), ("name", entry.get("name"))):
-        if isinstance(text, str) and not (len(text) <= MAX_NAME and text.isprintable()):
+        if isinstance(text, str) and (len(text) > MAX_NAME or CONTROL.search(text)):
             yield Problem(line, "error", f"{place}: its {what} must be one line of at most {MAX_NAME} characters.")
     metadata = entry.get("metadata")
     if isinstance(metadata, dict):

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import jinja2
 
-from .meter import SCALARS, Limits, SandboxError
+from .meter import MAX_HASHED_BITS, SCALARS, Limits, SandboxError
 
 SEPARATOR = "|||"
 # promptsource's replacement for a separator inside a text of the row, which templates of multi_news look for.
@@ -43,38 +43,50 @@ def plain_row(row: Mapping[str, Any], names: Iterable[str], limits: Limits, *, p
     Raises SandboxError for strings or nesting beyond the limits.
     """
     found = {name: row[name] for name in names if name in row}
+    copy = _Copy(limits)
     return {
-        name: _plain(value.replace(SEPARATOR, PIPE_PROTECTOR) if protect and isinstance(value, str) else value, limits)
+        name: copy(value.replace(SEPARATOR, PIPE_PROTECTOR) if protect and isinstance(value, str) else value)
         for name, value in found.items()
     }
 
 
-def _plain(value: Any, limits: Limits, depth: int = 0) -> Any:
-    if isinstance(value, str):
-        if len(value) > limits.value:
-            raise limits.exceeded("value")
-        return str.__str__(value)
-    if type(value) in SCALARS:
-        return value
-    if depth > limits.nesting:
-        raise limits.exceeded("nesting")
-    if isinstance(value, Mapping):
-        return {
-            _plain(key if type(key) in SCALARS else str(key), limits, depth): _plain(item, limits, depth + 1)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, limits, depth + 1) for item in value]
-    for kind in (bool, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, (date, time, timedelta, Decimal, UUID)):
-        return _plain(str(value), limits, depth)
-    if hasattr(value, "tolist"):  # arrays and tensors
-        return _plain(value.tolist(), limits, depth + 1)
-    return jinja2.StrictUndefined(
-        f"the row holds a {type(value).__name__}; templates read text, numbers, lists and dicts. Convert the column."
-    )
+class _Copy:
+    """Copies values to plain ones, as many items as a list may have in total: a value may hold another repeatedly."""
+
+    def __init__(self, limits: Limits):
+        self.limits, self.left = limits, limits.value
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        if isinstance(value, str):
+            if len(value) > self.limits.value:
+                raise self.limits.exceeded("value")
+            return str.__str__(value)
+        if type(value) in SCALARS:
+            return value
+        if depth > self.limits.nesting:
+            raise self.limits.exceeded("nesting")
+        if isinstance(value, (Mapping, list, tuple)):
+            self.left -= len(value)
+            if self.left < 0:
+                raise self.limits.exceeded("value")
+        if isinstance(value, Mapping):
+            return {self._key(key): self(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self(item, depth + 1) for item in value]
+        for kind in (bool, int, float):
+            if isinstance(value, kind):
+                return kind(value)
+        if isinstance(value, (date, time, timedelta, Decimal, UUID)):
+            return self(str(value), depth)
+        if hasattr(value, "tolist"):  # arrays and tensors
+            return self(value.tolist(), depth + 1)
+        return jinja2.StrictUndefined(
+            f"the row holds a {type(value).__name__}; templates read text, numbers, lists and dicts. Convert it."
+        )
+
+    def _key(self, key: Any) -> Any:
+        large = type(key) is int and key.bit_length() > MAX_HASHED_BITS
+        return key if type(key) in SCALARS - {str} and not large else self(str(key))
 
 
 def own_separator(values: Mapping[str, Any]) -> str:
@@ -93,11 +105,14 @@ def own_separator(values: Mapping[str, Any]) -> str:
     return "".join(drawn)
 
 
-def shown_bars(text: str, separator: str) -> str:
-    """The text with "|" for the characters of an own separator that a template has cut, and "|||" for the row's."""
+def shown_bars(text: str, separator: str, protect: bool) -> str:
+    """The text with "|" for the characters of an own separator that a template has cut.
+
+    protect: as in `plain_row`; the row's "|||" are put back.
+    """
     for character in separator:
         text = text.replace(character, "|")
-    return text.replace(PIPE_PROTECTOR, SEPARATOR)
+    return text.replace(PIPE_PROTECTOR, SEPARATOR) if protect else text
 
 
 def _texts(value: Any) -> Iterator[str]:

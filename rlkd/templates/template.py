@@ -109,9 +109,8 @@ class Template:
 
             return untrusted_parts(self, row, seed)
         meter, random = Meter(self.limits), RowRandom(seed, self.id or self.name, row)
-        separator = SEPARATOR
+        separator, protect = SEPARATOR, self.strict_compat or PIPE_PROTECTOR in self.source
         try:
-            protect = self.strict_compat or PIPE_PROTECTOR in self.source
             values = plain_row(row, self.names, self.limits, protect=protect)
             if not self.strict_compat:
                 separator = own_separator(values)
@@ -119,7 +118,7 @@ class Template:
             if self._choices is not None:
                 choices = self._choices.render(values, meter, random, separator).split(separator)
                 if self.strict_compat:
-                    choices = [shown_bars(choice, separator) for choice in choices]
+                    choices = [shown_bars(choice, separator, protect) for choice in choices]
                 values["answer_choices"] = [choice.strip() for choice in choices]
             rendered = self._compiled.render(values, meter, random, separator)
         except SandboxError as error:
@@ -128,7 +127,7 @@ class Template:
             raise self._refused(self.limits.exceeded("memory_mb")) from error
         # Expressions run arbitrary operations on the row's values and can raise any exception.
         except Exception as error:
-            said = cut(shown_bars(str(error), separator), 300)
+            said = cut(shown_bars(str(error), separator, protect), 300)
             raise DataError(
                 f"{self} cannot be rendered: {type(error).__name__}: {encodable(said)}.\n  row: {shown(dict(row))}\n"
                 "Check that the row's values have the types the template expects."
@@ -138,7 +137,7 @@ class Template:
                 f"{self} prints half a surrogate pair, which is no text.\n  row: {shown(dict(row))}\n"
                 "Fix the template or the row."
             )
-        return [shown_bars(part, separator).strip() for part in rendered.split(separator)]
+        return [shown_bars(part, separator, protect).strip() for part in rendered.split(separator)]
 
     def render(self, row: Mapping[str, Any], *, seed: int = 0) -> Rendered:
         """Input, target and answer choices of a row. Raises DataError as `parts` does.

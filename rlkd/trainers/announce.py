@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
 
 class Announcement(TrainerCallback):
-    """Prints them when training starts. checkpoint: what the run continues from, None for a new one."""
+    """Prints them when training starts; with disable_tqdm for a whole job (`run`) only.
+
+    checkpoint: what the run continues from, None for a new one.
+    """
 
     def __init__(self, trainer: StudentTrainer):
-        self.trainer = trainer
+        self.trainer, self.whole_job = trainer, False
         self.checkpoint: Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or (args.disable_tqdm and not self.whole_job):
             return
         if self.checkpoint is not None:
             at = f"step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.3g}"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 
@@ -59,9 +60,10 @@ def test_labels_and_rewards(source, tmp_path, capsys):
 
 def test_recipes_and_probes(source, tmp_path):
     settings = FORMAT | {"columns": ["text", "y", "other"]}
+    held_out = shutil.copy(source, tmp_path / "held_out.csv.gz")
     data = DataArguments(
         dataset=source,
-        eval_dataset=source,
+        eval_dataset=str(held_out),
         input_column="text",
         reference_column=None,
         templates=[f"{tmp_path}/t.yaml"],
@@ -87,9 +89,26 @@ def test_bad_rows_can_be_skipped_in_recipes(tmp_path):
         LabelledDataArguments(train_file=f"{tmp_path}/a.csv", dev_file=f"{tmp_path}/a.csv", **settings)
     )
     assert len(labelled.train) == 4
-    data = {"dataset": f"{tmp_path}/a.csv", "eval_dataset": f"{tmp_path}/a.csv", "input_column": "text"}
+    shutil.copy(tmp_path / "a.csv", tmp_path / "b.csv")
+    data = {"dataset": f"{tmp_path}/a.csv", "eval_dataset": f"{tmp_path}/b.csv", "input_column": "text"}
     (tmp_path / "t.yaml").write_text(
         TEMPLATE.replace("{{text}}", "{{text}} {{ 1 // (label - 1) }}").replace("{{y}}", "x")
     )
     spec = {"templates": [f"{tmp_path}/t.yaml"], "reference_column": None}
     assert [e.student_input for e in load_data(DataArguments(**data, **spec, **settings))[0]] == ["a", "c"]
+
+
+def test_one_row_that_fails_ends_no_inspection(tmp_path, capsys, caplog):
+    teacher, _ = save_pair(tmp_path)
+    (tmp_path / "t.yaml").write_text(TEMPLATE.replace("{{text}}", "{{text}} {{ 1 // y }}"))
+    command = ["inspect-rewards", "--teacher", teacher, "--input-column", "text", "--templates", f"{tmp_path}/t.yaml"]
+    command += ["--max-new-tokens", "2", "--json", "--dataset", f"{tmp_path}/a.csv"]
+    (tmp_path / "a.csv").write_text("text,y\na,1\nb,0\n")
+    run(*command)
+    assert {sample["input"] for sample in json.loads(capsys.readouterr().out)["samples"]} == {"a"}
+    assert "left out 1 of 2 rows, on which a template fails: template 't'" in caplog.text
+    (tmp_path / "a.csv").write_text("text,y\nb,0\n")
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 3
+    assert "cannot be rendered: ZeroDivisionError" in capsys.readouterr().err

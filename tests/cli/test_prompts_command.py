@@ -167,3 +167,20 @@ def test_lint_for_a_tokenizer(tmp_path):
 def test_download_says_where_the_archive_is(monkeypatch, tmp_path):
     monkeypatch.setattr("rlkd.templates.download.download", lambda: (tmp_path / "a.tar.gz", False))
     assert invoke("download") == f"{tmp_path / 'a.tar.gz'} (already there)\n"
+
+
+def test_what_a_terminal_would_obey_is_shown_as_text(tmp_path):
+    path = tmp_path / "templates.yaml"
+    path.write_text(
+        'templates:\n  1: !Template {name: one, jinja: "\\e[2JSay {{ t }}", metadata: {metrics: ["\\e[31m"]}}\n'
+    )
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"t": "a\x1b]0;b\x07\tc\nd"}) + "\n")
+    for shown in (
+        invoke("show", str(path)),
+        invoke("list", str(path)),
+        invoke("render", str(path), "--dataset", str(data)),
+    ):
+        assert "\x1b" not in shown
+        assert "\\x1b[" in shown
+    assert "Say a\\x1b]0;b\\x07\tc\nd" in shown

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import datasets
 import pytest
@@ -172,10 +173,11 @@ def settings(tmp_path):
     [({}, "012"), ({"skip_missing": True}, "02"), ({"skip_unknown": True}, "01"),
      ({"skip_missing": True, "skip_unknown": True}, "0")],
 )  # fmt: skip
-def test_training_counts_and_skips(settings, skip, kept, caplog):
+def test_training_counts_and_skips(settings, tmp_path, skip, kept, caplog):
     tokenizer = tiny_tokenizer([*tiny_tokenizer().get_vocab(), "None"])
     with caplog.at_level(logging.WARNING):
-        train, *_ = load_data(DataArguments(**settings, **skip, reference_column=None), tokenizer)
+        held_out = shutil.copy(settings["dataset"], tmp_path / "held_out.jsonl")
+        train, *_ = load_data(DataArguments(**settings, **skip, eval_dataset=str(held_out)), tokenizer)
     assert "".join(example.id for example in train) == kept
     assert any(
         line.endswith("print a missing value as a word such as None, by column: c 1") for line in caplog.messages

@@ -14,14 +14,18 @@ from typer.testing import CliRunner
 
 from rlkd.cli.main import app
 from rlkd.errors import ConfigError, ModelError
-from rlkd.models.adapters import adapter_of
+from rlkd.models.adapters import adapter_of, add_adapter, check_same_settings
 from rlkd.models.loading import load_model
 from rlkd.models.saving import merge_adapter, save_student
 from rlkd.models.spec import ModelSpec
 from tiny import save_pretrained, tiny_bart, tiny_t5, tiny_tokenizer
 
 # PEFT's, in the oracle.
-pytestmark = pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+]
 IDS = torch.tensor([[3, 4, 5, 1]])
 
 
@@ -208,6 +212,33 @@ def test_an_adapter_without_its_base_is_refused(base, adapter, damage):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("options", "merges"),
+    [
+        ({"target_modules": ["q", "wo"], "use_dora": True}, True),
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["embed_tokens"]}, False),
+        ({"target_modules": ["shared"]}, False),
+    ],
+    ids=str,
+)
+def test_what_is_merged_is_the_adapted_model(tmp_path, tied, options, merges):
+    """Adapters of weights that two parts share would add up: they are refused."""
+    base = save_pretrained(tmp_path / "base", tiny_t5(tied=tied))
+    adapter = new_adapter(tmp_path / "adapter", base, **options)
+    spec = ModelSpec(adapter, "student")
+    if not merges:
+        with pytest.raises(ModelError, match=r"adapts .*, whose weights the model shares with another part"):
+            spec.load()
+        return
+    expected = logits(PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), adapter))
+    torch.testing.assert_close(logits(spec.load()), expected, rtol=0, atol=1e-4)
+    merge_adapter(adapter, tmp_path / "merged")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-4)
+
+
 def test_prompts_that_are_learned_are_no_weights(tmp_path, base):
     config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2)
     get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(base), config).save_pretrained(tmp_path / "prefix")
@@ -219,3 +250,36 @@ def test_pickled_adapters_load_on_request(base, adapter):
     expected = logits(by_peft(base, adapter))
     pickled(base, adapter)
     torch.testing.assert_close(logits(ModelSpec(adapter, "student", allow_bin=True).load()), expected)
+
+
+def test_an_adapter_is_trained_further_with_its_own_settings_only(adapter):
+    known = adapter_of(adapter, "student")
+    check_same_settings(known, LoraConfig(r=2, target_modules={"v", "q"}))
+    check_same_settings(known, LoraConfig(r=2))
+    with pytest.raises(ConfigError, match=r"settings differ: r 8 \(the adapter has 2\), lora_alpha 9 \(the adapter"):
+        check_same_settings(known, LoraConfig(lora_alpha=9))
+
+
+def test_modules_that_the_student_lacks_or_shares():
+    with pytest.raises(ConfigError, match="use_peft: PEFT cannot adapt this student: Target modules"):
+        add_adapter(tiny_t5(), LoraConfig(target_modules=["nothing", "such"]))
+    with pytest.raises(ConfigError, match=r"use_peft: .*lm_head would be adapted, whose weights the model shares"):
+        add_adapter(tiny_t5(), LoraConfig(target_modules=["lm_head"]))
+
+
+def test_a_hub_adapter_is_found_by_its_configuration(monkeypatch, base, adapter):
+    """No `config.json` on the hub, but an `adapter_config.json`: the base model is what it names."""
+    path = f"{adapter}/adapter_config.json"
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", lambda name, revision: path)
+    found = adapter_of("someone/adapter", "teacher", "v1")
+    assert (found.base, found.revision, found.base_role) == (base, "v1", "teacher 'someone/adapter': its base model")
+    assert ModelSpec("someone/adapter", "teacher", "v1").tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_pickles_of_the_hub_are_named(monkeypatch, base):
+    def load(*_, use_safetensors, **__):
+        raise OSError("no file named model.safetensors. Please do not set `use_safetensors=True`.")
+
+    monkeypatch.setattr("transformers.AutoModelForSeq2SeqLM.from_pretrained", load)
+    with pytest.raises(ModelError, match=r"holds its weights only as pickles .*--allow-bin"):
+        ModelSpec(base, "teacher").load()

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlkd import EncoderStudentArguments, EncoderTeacherArguments, LabelledDataArguments, TKDArguments
 from rlkd.cli.main import main
 from rlkd.errors import ModelError
+from rlkd.jobs.encoder_setup import prepare_encoders
 from rlkd.models import folders
 from rlkd.models.encoders.representations import load_encoder, load_encoder_config
 from rlkd.models.spec import ModelSpec
@@ -337,6 +339,47 @@ def test_pickles_never_run_code(tmp_path, whole):
     with pytest.raises(ModelError, match="the model cannot be loaded"):
         ModelSpec(str(folder), "teacher", allow_bin=True).load()
     assert not (tmp_path / "ran").exists()
+
+
+TKD = {
+    "a weight of a layer missing": (
+        {},
+        tensors(lambda held: held.pop("bert.encoder.layer.1.output.dense.weight")),
+        "random",
+    ),
+    "a head missing": ({}, tensors(lambda held: held.pop("classifier.weight")), None),
+    "a head of another task": ({}, edit(CONFIG, id2label={"0": "a", "1": "b", "2": "c"}), None),
+    "a fine-tuned head missing": (
+        {"teacher_finetuned": True},
+        tensors(lambda held: held.pop("classifier.weight")),
+        "which would stay random: classifier.weight",
+    ),
+    "cut off": ({}, cut(WEIGHTS, -1), f"{WEIGHTS} has "),
+    "pickled": ({}, pickled, "only as pickles"),
+    "pickled, on request": ({"allow_bin": True}, pickled, None),
+}
+
+
+@pytest.mark.parametrize("name", TKD)
+def test_a_damaged_teacher_of_a_classifier(tmp_path, whole, name):
+    """Only the head of a model that is fine-tuned for another task may be new."""
+    options, damage, message = TKD[name]
+    folder = Path(shutil.copytree(whole / "encoder", tmp_path / "model"))
+    damage(folder)
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "a,LABEL_0\nb,LABEL_1\n" * 3)
+    data = LabelledDataArguments(train_file=str(rows), dev_file=str(rows), text_column="text", label_column="label")
+    training = TKDArguments(str(tmp_path / "run"), use_cpu=True, max_length=16)
+
+    def read(folder):
+        teacher = EncoderTeacherArguments(str(folder), **options)
+        setup = prepare_encoders(data, teacher, EncoderStudentArguments(student_layers=2), training)
+        return setup.load_teacher(str(folder))
+
+    if message is None:
+        assert read(folder).config.num_labels == 2
+    else:
+        assert message in refused(read, folder)
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 import copy
+import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, LongT5Config, MT5Config, T5Config, UMT5Config
 
 from rlkd.models.encoder_decoder import EncoderDecoder
+from rlkd.models.loading import load_model, protect_untied_head
 from rlkd.models.policy import VALUE_HEAD_FILE, Policy
+from rlkd.models.saving import save_student
 from rlkd.objectives.policy import ppo_loss, reduce_tokens
 from rlkd.sampling.decode import decode, sampler
 from tiny import EOS, KINDS, PAD, VALID, tiny_model, tiny_t5
@@ -190,3 +193,51 @@ def test_adapters_are_scored_trained_saved_and_loaded(tmp_path):
         torch.testing.assert_close(other(*BATCH)[0][0], logps)
         merged = Policy(EncoderDecoder(copy.deepcopy(saved.student).merge_and_unload(), VALID))
         torch.testing.assert_close(merged(*BATCH)[0][0], logps, atol=1e-5, rtol=1e-5)
+
+
+SHAPE = {
+    "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+    "relative_attention_num_buckets": 8, "decoder_start_token_id": 0, "dropout_rate": 0.0,
+}  # fmt: skip
+FORMS = {
+    "t5": (T5Config, True, "relu"),
+    "t5 gated": (T5Config, True, "gated-gelu"),
+    "t5 v1.1": (T5Config, False, "gated-gelu"),
+    "t5 untied": (T5Config, False, "relu"),
+    "mt5": (MT5Config, False, "gated-gelu"),
+    "mt5 tied": (MT5Config, True, "gated-gelu"),
+    "umt5": (UMT5Config, True, "gated-gelu"),
+    "umt5 untied": (UMT5Config, False, "gated-gelu"),
+    "longt5": (LongT5Config, True, "relu"),
+    "longt5 untied": (LongT5Config, False, "gated-gelu"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_saved_config_says_what_older_versions_read_in_it(form, tmp_path):
+    """transformers 4 and converters tie the head, and scale its input by 1 / sqrt(d_model), by one field alone."""
+    kind, tied, activation = FORMS[form]
+    torch.manual_seed(0)
+    options = SHAPE | {"feed_forward_proj": activation} | ({} if tied else {"tie_word_embeddings": False})
+    model = AutoModelForSeq2SeqLM.from_config(kind(**options)).eval()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(40, 16))
+        protect_untied_head(model)
+    before = (model.config.tie_word_embeddings, {name: w.clone() for name, w in model.state_dict().items()})
+    save_student(model, tmp_path)
+    field = json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    weights = load_file(tmp_path / "model.safetensors")
+    ids, decoder_ids = torch.tensor([[5, 6, 7, 8, 1]]), torch.tensor([[0, 5, 6]])
+    with torch.no_grad():
+        out = model(input_ids=ids, decoder_input_ids=decoder_ids, output_hidden_states=True)
+    # The rule of transformers 4, for what the decoder gives.
+    hidden = out.decoder_hidden_states[-1]
+    hidden = hidden * 16**-0.5 if field else hidden
+    head = weights["shared.weight"] if field else weights["lm_head.weight"]
+    torch.testing.assert_close(hidden @ head.T, out.logits, atol=1e-5, rtol=1e-5)
+    # And that of this version, by which a run resumes.
+    again = load_model(str(tmp_path), "student").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids, decoder_input_ids=decoder_ids).logits, out.logits)
+    assert model.config.tie_word_embeddings == before[0]
+    assert all(torch.equal(w, before[1][name]) for name, w in model.state_dict().items())

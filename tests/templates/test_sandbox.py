@@ -140,6 +140,7 @@ ATTACKS = {
     "star arguments": "{{ range(*xs) }}",
     "tuple lookup": "{{ d[(1, 2)] }}",
     "callable test": "{{ a is callable }}",
+    "searches in a chain": "{{ 1 in [1] in [[1]] }}",
     "a format as a number": "{% if '%2000000000d' is odd %}{% endif %}",
     "a format as a divisor": "{% if '%2000000000d' is divisibleby(3) %}{% endif %}",
     "a dead branch": "{% if false %}{{ a | attr('x') }}{% endif %}",
@@ -221,6 +222,16 @@ def test_rows_become_plain_values():
     }
     assert type(plain["shout"]) is str
     assert Template("T", "{{ shout.upper() }}").parts(row) == ["X"]
+
+
+def test_values_that_hold_others_repeatedly():
+    value = ["x"]
+    for _ in range(40):
+        value = [value, value]
+    for row in ({"v": value}, {"v": [value] * 9}):
+        with pytest.raises(SandboxError, match="exceeds the limit value"):
+            plain_row(row, row, Limits())
+    assert plain_row({"v": {2**70: "a", 3: "b"}}, ["v"], Limits()) == {"v": {str(2**70): "a", 3: "b"}}
 
 
 def test_separators_of_a_row():

@@ -48,7 +48,11 @@ PIECES = {
     "center": ("{{ 'x'.center(7, a) }}", {"a": "|"}, "|||x|||"),
     "a key": ("{% for k in d %}{{ k }}{% endfor %}", {"d": {"x ||": 1, "| evil": 2}}, "x ||| evil"),
     "both ends of whole separators": ("{{ a }}{{ b }}", {"a": "||||", "b": "||"}, "||||||"),
-    "the protector in pieces": ("{{ a }}{{ b }}", {"a": PIPE_PROTECTOR[:9], "b": PIPE_PROTECTOR[9:]}, "|||"),
+    "promptsource's placeholder": (
+        "{{ a }}{{ b }}",
+        {"a": PIPE_PROTECTOR[:9], "b": PIPE_PROTECTOR[9:]},
+        PIPE_PROTECTOR,
+    ),
     "rare symbols": ("{{ a }}", {"a": "\U0001d800\U0001d9ff ||"}, "\U0001d800\U0001d9ff ||"),
 }
 
@@ -112,6 +116,12 @@ def test_choices_made_from_the_row(choices, expected):
 )
 def test_own_bars_are_bars(source, parts):
     assert Template("T", source).parts({"a": "x|||y"}) == [part.strip() for part in parts]
+
+
+def test_a_template_that_looks_for_promptsource_s_placeholder_finds_it():
+    """As those of multi_news do, whose documents are separated by five bars."""
+    template = Template("T", "{{ a.split('" + PIPE_PROTECTOR + "||') | join('/') }} ||| {{ b }}")
+    assert template.parts({"a": "x|||||y|||z", "b": "p|||q"}) == ["x/y|||z", "p|||q"]
 
 
 def test_errors_show_bars():

@@ -323,12 +323,12 @@ def test_the_first_lines_say_what_a_run_sees(tmp_path, capsys, kind, options, li
     else:
         prompts = trainer.prompts
         trainer.prompts = lambda index: (seen.extend(found := prompts(index)), found)[1]
-    trainer.train()
+    trainer.run()
     said = capsys.readouterr().out
     assert said.splitlines()[0] == line
     assert f"sees {len(seen)} " in line
-    again = make(kind, tmp_path, **options, save_strategy="steps", save_steps=4)
-    again.train(resume_from_checkpoint=True)
+    again = make(kind, tmp_path, **options, save_strategy="steps", save_steps=4, resume_from_checkpoint="auto")
+    again.run()
     total = trainer.state.max_steps
     assert capsys.readouterr().out.startswith(
         f"resuming from {tmp_path / f'checkpoint-{total}'}: step {total} of {total}, "

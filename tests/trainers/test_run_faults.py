@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_tkd import make as make_tkd
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import WandbCallback
 
@@ -691,3 +692,17 @@ def test_a_read_only_file_system(tmp_path, server, whole):
             assert "is on a read-only file system. Name another folder." in message.splitlines()[-1]
     finally:
         subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_a_full_disk_for_the_outputs_of_a_teacher(tmp_path, monkeypatch):
+    """A sparse file would be filled through a mapping, and the process die of SIGBUS."""
+
+    def full(handle, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(RlkdError, match=r"no space left for .*logits\.npy: it needs 0\.01 MB"):
+            make_tkd(tmp_path, preset="kd", teacher_cache="logits").train()
+    assert not list((tmp_path / "teacher_cache").iterdir())
+    make_tkd(tmp_path, preset="kd", teacher_cache="logits").train()

@@ -284,6 +284,27 @@ def test_runs_that_share_a_cache_do_not_trip_over_each_other(tmp_path, monkeypat
     assert name in folders(tmp_path / "cache")
 
 
+@pytest.mark.parametrize("name", ["logits.npy", "states.npy", "offsets.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_damaged_cache_is_computed_again(tmp_path, caplog, name, damage):
+    def outputs():
+        trainer = make(tmp_path, preset="pkd", teacher_cache="hidden")
+        trainer.open_teacher_cache()
+        out = trainer.teacher_cache.batch(range(12), max(trainer.train_dataset.lengths))
+        return [tensor.clone() for tensor in (out.logits, *out.hidden)]
+
+    before = outputs()
+    (path,) = (tmp_path / "teacher_cache").glob(f"*/{name}")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "flipped" else content[:-9])
+    if damage == "missing":
+        path.unlink()
+    after = outputs()
+    assert "are damaged: computing them again" in caplog.text
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 def test_a_cache_of_another_precision_or_batch_is_another(tmp_path, monkeypatch):
     """Each decides the last bits. The precision is the accelerator's: a setting is not the only way to it."""
     made = set()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -14,9 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...io.files import explained
+from ...io.files import sha256 as file_sha256
 from ...tensors import pad_stack
-from ..digests import tokenizer_digest, weights_digest
+from ..digests import configuration_digest, tokenizer_digest, weights_digest
 from .classifiers import EncoderOutputs
+
+logger = logging.getLogger(__name__)
 
 CacheKind = Literal["logits", "cls", "hidden"]
 FORMAT = 2
@@ -66,7 +72,7 @@ def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, *
         "format": FORMAT,
         "data": data_digest,
         "teacher": weights_digest(teacher),
-        "architecture": teacher.config.model_type,
+        "configuration": configuration_digest(teacher),
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": max_length,
         **choices,
@@ -76,20 +82,23 @@ def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, *
 def cached_outputs(
     root: Path, key: dict[str, Any], kind: CacheKind, lengths: list[int], compute: Compute, batch_rows: int
 ) -> TeacherOutputs:
-    """The outputs cached under `root` for `key`, computed if they are missing.
+    """The outputs cached under `root` for `key`, computed if they are missing or have changed since.
 
     Rows go through the teacher by length. They are written next to the final folder and renamed into place, so an
     interrupted run leaves nothing that looks complete.
     """
     key = {**key, "kind": kind}
     folder = root / sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    if folder.is_dir() and not _is_intact(folder, key):
+        logger.warning("the teacher's outputs in %s are damaged: computing them again", folder)
+        shutil.rmtree(folder)
     if not (folder / META_FILE).exists():
         # Not named by process: a process id can occur again, after a kill or in another container.
         partial = root / f"{folder.name}.partial-{uuid4().hex}"
         partial.mkdir(parents=True)
         try:
             _write(partial, kind, lengths, compute, batch_rows)
-            (partial / META_FILE).write_text(json.dumps(key, indent=2))
+            (partial / META_FILE).write_text(json.dumps({**key, "files": _checksums(partial)}, indent=2))
             partial.rename(folder)
         except OSError:
             if not (folder / META_FILE).exists():  # else another run was faster
@@ -99,6 +108,17 @@ def cached_outputs(
     return TeacherOutputs(folder)
 
 
+def _is_intact(folder: Path, key: dict[str, Any]) -> bool:
+    try:
+        return json.loads((folder / META_FILE).read_text()) == {**key, "files": _checksums(folder)}
+    except (OSError, ValueError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*.npy"))}
+
+
 def _write(folder: Path, kind: CacheKind, lengths: list[int], compute: Compute, batch_rows: int) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
@@ -106,9 +126,9 @@ def _write(folder: Path, kind: CacheKind, lengths: list[int], compute: Compute, 
 
     def array(name: str, rows: int, like: Tensor) -> np.memmap:
         if name not in arrays:
-            arrays[name] = np.lib.format.open_memmap(
-                folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(rows, *like.shape)
-            )
+            path = folder / f"{name}.npy"
+            arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, *like.shape))
+            _reserve(path)
         return arrays[name]
 
     for start in range(0, len(order), batch_rows):
@@ -127,3 +147,15 @@ def _write(folder: Path, kind: CacheKind, lengths: list[int], compute: Compute, 
     for written in arrays.values():
         written.flush()
     np.save(folder / "offsets.npy", offsets)
+
+
+def _reserve(path: Path) -> None:
+    """Give a sparse file its space: writing to a mapping of a full disk would kill the process. Raises RlkdError if the
+    disk is full.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise explained(error, path, size) from error

@@ -22,7 +22,7 @@ import torch
 from ...errors import ConfigError, RlkdError
 from ...io.files import sha256
 from ...models.digests import configuration_digest, weights_digest
-from ...models.encoder_decoder import T5_FAMILY
+from ...models.encoder_decoder import T5_FAMILY, check_positions, positions
 from ...models.generation import FORBIDDEN, NO_RULES, AnswerRules, rules_of
 from ...models.language_model import LanguageModel
 from ...models.spec import LoadedModel, ModelSource
@@ -56,7 +56,7 @@ class CTranslate2Engine:
         import ctranslate2
 
         self.exact = compute_type == LoadedModel(lm).dtype
-        self._rules = rules_of(lm)
+        self._rules, self._positions = rules_of(lm), positions(lm.model.config)
         self._identity = {
             "teacher": lm.model.name_or_path,
             "teacher_weights": weights_digest(lm.model),
@@ -77,7 +77,8 @@ class CTranslate2Engine:
     def objection(model: ModelSource, decoding: Decoding | None, settings: EngineSettings) -> str | None:
         precision = settings.compute_type or model.dtype
         where = torch.device(model.device or "cpu")
-        return _objection(model, precision, where) or _unable(decoding) or _unruly(getattr(model, "rules", NO_RULES))
+        rules, limit = getattr(model, "rules", NO_RULES), positions(model.config)[1]
+        return _objection(model, precision, where) or _unable(decoding, limit) or _unruly(rules)
 
     @staticmethod
     def reservation(decoding: Decoding | None) -> str | None:
@@ -103,7 +104,7 @@ class CTranslate2Engine:
         """As `Engine.answer`, for greedy and beam. Raises ConfigError for other strategies, RlkdError if CTranslate2
         gives no answer to a prompt.
         """
-        if reason := _unable(decoding):
+        if reason := _unable(decoding, self._positions[1]):
             raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
         if decoding.strategy == "beam":
             return self._beam(prompts, decoding)
@@ -119,11 +120,16 @@ class CTranslate2Engine:
 
     def score(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[float]]:
         """As Engine.score; every answer encodes its prompt."""
+        # CTranslate2 scores an end after what it is given, at a position of its own.
+        self._check_lengths(prompts, 1 + max(map(len, answers), default=0))
         results = self._translator.score_batch(_tokens(prompts), _tokens(answers), max_input_length=0)
         _check([result.log_probs for result in results])
-        # CTranslate2 scores an end after what it is given.
         logps = [result.log_probs[: len(answer)] for result, answer in zip(results, answers, strict=True)]
         return self._certain(answers, logps)
+
+    def _check_lengths(self, prompts: list[list[int]], longest_answer: int) -> None:
+        check_positions(max(map(len, prompts), default=0), self._positions[0], "prompt")
+        check_positions(longest_answer, self._positions[1], "answer")
 
     def _certain(self, answers: list[list[int]], logps: list[list[float]]) -> list[list[float]]:
         """The log-probabilities of answers, of which a forced first token has 0."""
@@ -143,6 +149,7 @@ class CTranslate2Engine:
 
     def _translate(self, prompts: list[list[int]], decoding: Decoding, **options: Any) -> list[list[list[int]]]:
         rules = self._rules
+        self._check_lengths(prompts, decoding.max_new_tokens)
         results = self._translator.translate_batch(
             _tokens(prompts),
             target_prefix=None if rules.first is None else _tokens([[rules.first]] * len(prompts)),
@@ -191,8 +198,10 @@ def _objection(model: ModelSource, compute_type: str, device: torch.device) -> s
     return None
 
 
-def _unable(decoding: Decoding | None) -> str | None:
-    """Why CTranslate2 cannot decode this way."""
+def _unable(decoding: Decoding | None, limit: int | None) -> str | None:
+    """Why CTranslate2 cannot decode this way, with a model of `limit` positions."""
+    if decoding is not None and decoding.strategy == "beam" and limit is not None and decoding.max_new_tokens >= limit:
+        return f"it scores answers of less than {limit} tokens, the teacher's positions."
     if decoding is not None and decoding.strategy == "sample":
         return "its samples are not reproducible: they depend on the batch, not on a row's seed."
     if decoding is not None and decoding.top_k_logprobs:

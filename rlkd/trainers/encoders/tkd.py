@@ -347,10 +347,7 @@ class TKDTrainer(StudentTrainer):
         # Rows sorted by length come in another order and cannot be matched to their ids.
         if options.get("metric_key_prefix", "eval") != "eval" or labels is None or labels.tolist() != rows.labels:
             return out
-        evaluated = [
-            {**row, "input": self.held_out_texts[int(row["id"])]}
-            for row in classified_rows(logits.argmax(-1).tolist(), rows.labels)
-        ]
+        evaluated = classified_rows(logits.argmax(-1).tolist(), rows.labels, self.held_out_texts)
         if self.is_world_process_zero():
             keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, evaluated)
             self._warn_of_one_class([row["predicted"] for row in evaluated])
