@@ -364,7 +364,7 @@ def mistakes(folder: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
         "given labels, one found": ("--train_file one.csv --labels take leave", 3, ("only the label 'take'",)),
         "no dev labels": ("--train_file train.csv --dev_file unlabelled.csv", 3, ("unlabelled.csv", "no row has a")),
         "nothing to split off": ("--train_file twins.csv", 3, ("twins.csv", "too few rows", "dev_file")),
-        "missing file": ("--train_file trainn.csv", 3, ("trainn.csv", "does not exist", "train.csv")),
+        "missing file": ("--train_file trainn.csv", 3, ("trainn.csv", "no such file", "train.csv")),
         "not a file": ("--train_file reviews", 3, ("reviews", "no such file", "task")),
         "pairs as single sentences": ("--train_file pairs.csv", 3, ("pairs.csv", "pair_column: text_pair")),
         "single sentences as pairs": ("--pair_column text_pare", 3, ("labelled.csv", "single sentences", "text_pare")),

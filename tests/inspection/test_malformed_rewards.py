@@ -133,3 +133,17 @@ def test_the_worst_are_taken_from_all_held_out_rows(tmp_path):
     (folder / "held_out.jsonl").write_text((folder / "held_out.jsonl").read_text() + "{\n")
     with pytest.raises(DataError, match=r"held_out\.jsonl:61 is not a sample"):
         from_run(folder)
+
+
+def test_a_file_that_cannot_be_read(tmp_path, capsys, monkeypatch):
+    folder = run_with(tmp_path / "run")
+    opened = Path.open
+
+    def denied(self, *args, **options):
+        if self.name == "token_rewards.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    code, screen = screen_of(["inspect-rewards", "--run", str(folder)], capsys)
+    assert (code, "cannot be read: Permission denied" in " ".join(screen.split())) == (3, True)

@@ -250,3 +250,12 @@ def test_a_million_log_lines_take_less_than_300_mb(tmp_path, command):
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 300
     assert (tmp_path / "page.html").stat().st_size < 5e6
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, capsys, monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    assert code(["report", str(tmp_path)]) == 3
+    assert "cannot be read: Permission denied" in " ".join(capsys.readouterr().err.split())
