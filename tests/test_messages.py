@@ -21,7 +21,7 @@ PROGRAMMING = {
     "__init__.py": {"AttributeError"},
     "settings/parsing.py": {"TypeError"},
     "templates/allowed.py": {"TypeError"},  # becomes a DataError where the template is rendered
-    "data/files.py": {"JSONDecodeError"},  # becomes a DataError, as in templates
+    "data/readers.py": {"JSONDecodeError", "Error"},  # of json and csv: becomes a DataError
     "io/bounded_yaml.py": {"ComposerError", "ConstructorError", "OSError"},  # all of them caught by its callers
     "templates/parsing.py": {"ConstructorError"},
     "models/folders.py": {"ValueError"},  # becomes a ModelError that names the file

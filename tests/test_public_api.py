@@ -42,7 +42,9 @@ def test_every_error_is_public():
     from rlkd import errors
 
     kinds = {
-        name for name, kind in vars(errors).items() if inspect.isclass(kind) and kind.__module__ == errors.__name__
+        name
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and kind.__module__ == errors.__name__ and issubclass(kind, Exception)
     }
     assert kinds <= set(rlkd.__all__)
 

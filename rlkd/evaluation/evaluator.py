@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.policy import Policy
 from ..models.teacher import Teacher
-from ..models.vocabulary import token_pieces
+from ..models.vocabulary import decode_texts, token_pieces
 from ..objectives.advantages import regret_per_sequence
 from ..objectives.policy import kl_k3
 from ..objectives.rewards import induced_advantage
@@ -115,13 +115,11 @@ class Evaluator:
 
     def texts(self, ids: Tensor, mask: Tensor) -> list[str]:
         """Answers as text, special tokens removed."""
-        return self.tokenizer.batch_decode(
-            [row[m].tolist() for row, m in zip(ids, mask, strict=True)], skip_special_tokens=True
-        )
+        return decode_texts(self.tokenizer, [row[m].tolist() for row, m in zip(ids, mask, strict=True)])
 
     def teacher_answers(self, examples: Sequence[Example]) -> list[str]:
         """The teacher's greedy answer to each example under its first template."""
-        return self.tokenizer.batch_decode(self._teacher_ids(examples), skip_special_tokens=True)
+        return decode_texts(self.tokenizer, self._teacher_ids(examples))
 
     def _teacher_ids(self, examples: Sequence[Example]) -> list[list[int]]:
         # By prompt: ids need not be unique in examples made in memory.

@@ -64,6 +64,11 @@ def languages(tokenizer: Any) -> list[str]:
     return [token for token in special if len(token) > 4 and token[3] == "_"]  # NLLB: eng_Latn
 
 
+def language_ids(tokenizer: Any) -> set[int]:
+    """The ids of all languages' tokens."""
+    return {language_id(tokenizer, code) for code in languages(tokenizer)}
+
+
 def language_id(tokenizer: Any, code: str) -> int:
     """The id of a language's token."""
     codes = getattr(tokenizer, "lang_code_to_id", None)

@@ -9,7 +9,7 @@ from ..errors import ModelError
 from .adapters import adapter_of
 from .folders import AGAIN, check_place, check_tokenizer, explained, has_tokenizer
 from .generation import AnswerRules
-from .languages import has_languages
+from .languages import has_languages, language_ids
 
 NO_LIMIT = 2**30  # tokens of a text that is not to be cut
 
@@ -153,8 +153,11 @@ class UnknownText:
 
 def decode_texts(tokenizer: Any, rows: list[list[int]]) -> list[str]:
     """The text of each row of token ids, special tokens left out, spaces as they are."""
+    if has_languages(tokenizer):  # not all of their tokenizers count the languages as special tokens
+        marks = language_ids(tokenizer)
+        rows = [[token for token in row if token not in marks] for row in rows]
     if not tokenizer.is_fast:
-        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
     # What tokenizer.decode calls for each row, at a fifth of the time.
     return tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
 

@@ -291,7 +291,8 @@ class StudentTrainer(ResumableTrainer):
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `ResumableTrainer`; run.json is saved next to the student."""
         shutil.copy(self.run_folder / RUN_FILE, folder)
-        return {**super().save_extras(folder), "best_rows": self.alarms.best_rows.state()}
+        extras, best = super().save_extras(folder), self.alarms.best_rows
+        return extras | {"best_rows": best.state()} if best.evaluations else extras
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

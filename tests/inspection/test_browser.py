@@ -95,7 +95,7 @@ def test_a_token_tells_its_numbers(opened):
     page.locator("article").first.locator(".t b").nth(2).hover()
     page.wait_for_selector("#detail:not([hidden])")
     shown = {row.locator("th").inner_text(): row.locator("td").inner_text() for row in page.locator("#detail tr").all()}
-    first = view(4).cases()[0].samples[0]
+    first = view(4).worst_first()[0][1].samples[0]
     assert float(shown["teacher log-prob"]) == pytest.approx(first.logprobs[2], abs=1e-3)
     assert float(shown["reward"]) == pytest.approx(first.rewards[2], abs=1e-3)
     page.mouse.move(1, 1)
@@ -106,7 +106,8 @@ def test_the_keyboard_reaches_everything(opened):
     page = opened()
     for _ in range(2):
         page.keyboard.press("j")
-    assert page.evaluate("document.activeElement.querySelector('h2').textContent") == "row 1"
+    second = view(4).worst_first()[1][1]
+    assert page.evaluate("document.activeElement.querySelector('h2').textContent") == second.id
     page.keyboard.press("k")
     page.keyboard.press("Tab")  # the prompts
     page.keyboard.press("Tab")

@@ -140,6 +140,7 @@ ATTACKS = {
     "star arguments": "{{ range(*xs) }}",
     "tuple lookup": "{{ d[(1, 2)] }}",
     "callable test": "{{ a is callable }}",
+    "searches in a chain": "{{ 1 in [1] in [[1]] }}",
     "a format as a number": "{% if '%2000000000d' is odd %}{% endif %}",
     "a format as a divisor": "{% if '%2000000000d' is divisibleby(3) %}{% endif %}",
     "a dead branch": "{% if false %}{{ a | attr('x') }}{% endif %}",
