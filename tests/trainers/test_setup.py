@@ -162,7 +162,8 @@ def test_an_adapter_is_the_next_stage(tmp_path, load):
 
     def prepared(model, teacher=teacher, **options):
         told = TeacherArguments(teacher, teacher_dtype="float32")
-        training = SupervisedArguments(str(tmp_path / "run"), use_cpu=True, max_steps=1, learning_rate=0.1)
+        out = tmp_path / ("second" if (tmp_path / "run").exists() else "run")
+        training = SupervisedArguments(str(out), use_cpu=True, max_steps=1, learning_rate=0.1)
         return prepare(data, told, ModelConfig(model, dtype=None, **options), training), training
 
     setup, training = prepared(student, **lora)
