@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import faults_table
 import pytest
 import torch
 from test_tkd import make as make_tkd
@@ -23,7 +24,6 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import WandbCallback
 
 import chaos
-import faults_table
 from rlkd.errors import CheckpointError, ConfigError, InterruptedRunError, LockedError, RlkdError
 from rlkd.runs import checkpoints
 from rlkd.runs.checkpoints import LOGS, MANIFEST, SET_ASIDE, STATE_FILE, UNFINISHED, damage
