@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..checks import check_choice
 from ..choices import OnBadRow
 from ..errors import ConfigError, DataError
 from ..records import Prompt, PromptedRow
@@ -42,6 +43,7 @@ class RowRenderer:
     on_bad_row: OnBadRow = "fail"
 
     def __post_init__(self) -> None:
+        check_choice("on_bad_row", self.on_bad_row, OnBadRow)
         without = [str(template) for template in self.templates if not template.answer_choices]
         if self.with_choices and (without or not self.templates):
             raise ConfigError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import check_choice
 from ..choices import OnBadRow
 from ..data.examples import Examples, PromptedRows, RowRenderer
 from ..data.row_maps import RowMap, parse_row_map
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowSource:
-    """Where rows come from; fields as in `load_rows`."""
+    """Where rows come from; fields as in `load_rows`. Raises ConfigError for another on_bad_row."""
 
     dataset: str
     split: str = "train"
@@ -34,6 +35,9 @@ class RowSource:
     limit: int | None = None
     text_format: TextFormat = PLAIN
     on_bad_row: OnBadRow = "fail"
+
+    def __post_init__(self) -> None:
+        check_choice("on_bad_row", self.on_bad_row, OnBadRow)
 
     def table(self, only: Collection[str] | None = None) -> tuple[datasets.Dataset, list[str]]:
         """All rows in memory, with the columns `only`, and the names of all columns. Raises as `load_rows` does."""
