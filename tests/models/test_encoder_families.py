@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+from contextlib import suppress
 
 import pytest
 import torch
 from encoder_families import ENCODERS, tiny_config
-from transformers import AutoModelForSequenceClassification, GPT2Config, ModernBertConfig, PreTrainedConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, GPT2Config, ModernBertConfig, PreTrainedConfig
 
 from rlkd import (
     EncoderStudentArguments,
@@ -28,9 +29,10 @@ SUPPORTED = ("bert", "roberta", "distilbert", "electra", "xlm-roberta", "camembe
 
 
 def prepare(folder, config, preset, init, **more):
-    """The recipe's setup for a checkpoint of which only config.json and the tokenizer are there."""
-    config.architectures = None
+    """The recipe's setup for a checkpoint without a classifier."""
     config.save_pretrained(folder / "model")
+    with suppress(Exception):  # what transformers cannot build is refused
+        AutoModel.from_config(config).save_pretrained(folder / "model")
     classifier_tokenizer(model_max_length=60).save_pretrained(folder / "model")
     rows = [{"text": f"{a} {b}", "label": ("no", "yes")[a < b]} for a in "abcd" for b in "abcd"]
     with (folder / "rows.csv").open("w", newline="") as file:
