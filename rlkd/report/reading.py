@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -251,7 +252,8 @@ def _record(path: Path, notes: list[str]) -> Row:
 def _held_out(path: Path, notes: list[str]) -> dict[int, list[Row]]:
     rows: dict[int, list[Row]] = {}
     passed: set[int] = set()
-    bad, more = 0, 0
+    more: Counter[int] = Counter()
+    bad = 0
     for offset, row in json_lines(path, notes):
         step, name = step_of(row), row.get("id")
         if step is None or isinstance(name, (list, dict, type(None))):
@@ -261,15 +263,15 @@ def _held_out(path: Path, notes: list[str]) -> dict[int, list[Row]]:
             if len(own) < ROWS_KEPT:
                 own.append(_short(row) | {"id": str(name), "step": step, "offset": offset})
             else:
-                more += 1
+                more[step] += 1
             if len(rows) > 2:  # neither the first nor the newest
                 between = sorted(rows)[1]
                 passed.add(between)
                 del rows[between]
     if bad:
         notes.append(f"{path.name}: {bad} lines without a step or an id are skipped.")
-    if more:
-        notes.append(f"{path.name}: of an evaluation {ROWS_KEPT:,} rows are read; {more:,} more are left out.")
+    if left := sum(more[step] for step in rows):
+        notes.append(f"{path.name}: of an evaluation {ROWS_KEPT:,} rows are read; {left:,} more are left out.")
     return rows
 
 
