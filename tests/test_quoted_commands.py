@@ -53,7 +53,7 @@ ELSEWHERE = {
     r"pip install": ("Makefile", "pip install"),
     r"rlkd data merge labels$": ("tests/test_quoted_commands.py", '_run("rlkd data merge labels"'),
     r".* --task rte ": ("tests/data/test_glue.py", "rte"),  # the flags; its data are on the hub
-    r"TEACHER=": ("tests/test_quoted_commands.py", "test_the_worked_labelling_runs"),
+    r"TEACHER=": ("tests/test_recipes.py", '("classify_agnews", "agnews"'),
 }
 PLACEHOLDERS = {
     "FILE": "recipes/reinforce_t0_to_t5.tiny.yaml", "OUT": "runs/out", "RUN": "runs/ppo", "T": "google/flan-t5-large",
@@ -233,26 +233,3 @@ def _has_archive() -> bool:
     from rlkd.templates.sources import cached_archive
 
     return cached_archive().exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["classify_agnews", "paraphrase_quora"])
-def test_the_worked_labelling_runs(script, world):
-    """recipes/pseudolabels: as their README quotes them."""
-    notes = [json.loads(line)["note"] for line in (world / "runs/tiny/train.jsonl").read_text().splitlines()]
-    _write(world / "data/agnews/test.jsonl", [{"text": note, "label": "Sports"} for note in notes])
-    _write(world / "data/quora_para/test.jsonl", [{"source": note, "target": note} for note in notes])
-    environment = os.environ | {
-        "TEACHER": "google/flan-t5-large", "DATA": "data", "LIMIT": "4", "MAX_INPUT_TOKENS": "128",
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["bash", f"recipes/pseudolabels/{script}.sh"],
-        cwd=world,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

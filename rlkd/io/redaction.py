@@ -64,7 +64,8 @@ PAIR = re.compile(
     re.IGNORECASE,
 )
 FLAG = re.compile(r"(?P<name>(?<!\S)--[\w-]+)(?P<sign>\s+)(?P<quote>)(?P<value>[^\s-]\S*)")
-WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # a git commit looks the same
+WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # a git commit looks the same, and is named before it
+NAMED_COMMIT = re.compile(r"\b(?:commit|revision|sha1?)\b[^\n]{0,60}\Z", re.IGNORECASE)
 COMMIT_WORDS = {"revision", "revisions", "commit", "sha", "sha1"}
 
 
@@ -135,7 +136,7 @@ def _redacted_text(text: str, name: str) -> str:
         text = text.replace(secret, REDACTED)
     text = FORMS.sub(REDACTED, text)
     if not COMMIT_WORDS & _words(name):
-        text = WANDB_KEY.sub(REDACTED, text)
+        text = WANDB_KEY.sub(lambda key: key[0] if NAMED_COMMIT.search(text[: key.start()]) else REDACTED, text)
     return FLAG.sub(_redacted_pair, PAIR.sub(_redacted_pair, text))
 
 

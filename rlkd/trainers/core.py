@@ -256,6 +256,8 @@ class StudentTrainer(ResumableTrainer):
             raise explained_save(error, folder, self._bytes(student_only=True), checkpoint=False) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # the Trainer calls this on every process
+            return
         folder = Path(output_dir) if output_dir else self.run_folder
         folder.mkdir(parents=True, exist_ok=True)
         save_student(self.trained.student, folder, self.generation_config())

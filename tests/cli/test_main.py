@@ -118,7 +118,7 @@ def failing(capsys, args):
         (
             ["--templates", "x", "--templates-dir", "nowhere"],
             3,
-            "templates 'nowhere' does not exist. It must be a folder",
+            "templates_dir = 'nowhere': there is no such file or folder",
         ),
         (["--labels-per-input", "2"], 2, "labels_per_input = 2 with strategy = 'greedy'"),
         (["--teacher", "no/such-model"], 2, "teacher 'no/such-model' is neither a local folder"),

@@ -105,6 +105,9 @@ def test_a_commit_is_not_a_key():
         "git": {"commit": WANDB},
         "revisions": {"teacher": WANDB},
     }
+    named = f"git commit {WANDB} -> {WANDB[::-1]} with changes"
+    assert redacted(named) == named
+    assert redacted(f"commit it. The key is in the next line\n{WANDB}").endswith(REDACTED)
     assert redacted(["--teacher_revision", WANDB, "--run_name", WANDB])[1::2] == [WANDB, REDACTED]
 
 
