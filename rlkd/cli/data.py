@@ -63,7 +63,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score the labels against the references stored with them, for each template."""
-    from ..errors import ConfigError, nearest
+    from ..errors import ConfigError, DataError, nearest
     from ..evaluation.task_metrics import TASK_METRICS, score_labels
     from ..labels.store import load_pseudolabels
 
@@ -73,7 +73,10 @@ def score(
             f"--metric '{unknown[0]}': allowed are {', '.join(TASK_METRICS)}.{nearest(unknown[0], list(TASK_METRICS))}"
         )
 
-    scores = score_labels(load_pseudolabels(folder).to_list(), chosen)
+    rows = load_pseudolabels(folder).to_list()
+    if not rows:
+        raise DataError(f"{folder}: no row has a label (status ok), so there is nothing to score. README.md says why.")
+    scores = score_labels(rows, chosen)
     if as_json:
         typer.echo(json.dumps(scores))
         return

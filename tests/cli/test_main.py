@@ -54,6 +54,14 @@ def test_usage_errors_keep_secrets_and_exit_codes(folder, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_labels_without_one_that_is_ok_have_no_score(folder, capsys, monkeypatch):
+    monkeypatch.setattr("rlkd.labels.store.load_pseudolabels", lambda path: type("Rows", (), {"to_list": list})())
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "score", "labels"])
+    assert stopped.value.code == 3
+    assert "labels: no row has a label (status ok)" in capsys.readouterr().err
+
+
 def test_json_on_stdout_is_json_whatever_the_environment(folder, teacher):
     """transformers prints a line on stdout when it is imported under WANDB_MODE=offline."""
     environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
