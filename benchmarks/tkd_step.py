@@ -15,7 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from common import arguments, interleave, report, show
@@ -28,21 +31,12 @@ TEACHER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12
 STUDENT_LAYERS = 3
 
 
-class WordIds:
+def number_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose texts are token ids in decimal."""
-
-    pad_token_id, cls_token_id, sep_token_id = 0, 101, 102
-
-    class backend_tokenizer:  # noqa: N801
-        @staticmethod
-        def to_str() -> str:
-            return "{}"
-
-    def __call__(self, texts: list[str], *_: Any, **__: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[int(token) for token in text.split()] for text in texts]}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {str(token): token for token in range(VOCAB)}
+    backend = Tokenizer(WordLevel({str(token): token for token in range(VOCAB)}, unk_token="100"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "0", "cls_token": "101", "sep_token": "102", "unk_token": "100"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def texts(length: int, seed: int) -> list[dict[str, Any]]:
@@ -75,7 +69,7 @@ def main() -> None:
             copy.deepcopy(student),
             settings,
             teacher=teacher,
-            tokenizer=WordIds(),
+            tokenizer=number_tokenizer(),
             train_rows=texts(length, args.seed),
         )
         trainer.open_teacher_cache()
