@@ -18,7 +18,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from common import arguments, report, show
@@ -38,19 +41,11 @@ GUARDS = {
 }
 
 
-class Numbers:
-    """A tokenizer whose texts are token ids in writing."""
-
-    def get_vocab(self) -> dict[str, int]:
-        return {str(i): i for i in range(VALID_VOCAB)}
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[int(token) for token in text.split()] for text in texts]}
-
-    pad_token_id, eos_token_id = 0, EOS
-
-    def save_pretrained(self, folder: Any) -> None:
-        """Nothing to write: a real tokenizer has about 1 MB."""
+def number_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose texts are token ids in decimal."""
+    backend = Tokenizer(WordLevel({str(i): i for i in range(VALID_VOCAB)}, unk_token="2"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token=str(EOS), unk_token="2")
 
 
 @dataclass
@@ -135,11 +130,12 @@ def build(folder: str, steps: int, seed: int) -> ReinforceTrainer:
         weak_start="ignore",
         seed=seed,
     )
+    tokenizer = number_tokenizer()
     return ReinforceTrainer(
         student,
         settings,
-        teacher=Teacher(language_model(teacher, Numbers()), Numbers()),
-        tokenizer=Numbers(),
+        teacher=Teacher(language_model(teacher, tokenizer), tokenizer),
+        tokenizer=tokenizer,
         train_examples=[Example(str(i), text, (text,)) for i, text in enumerate(texts)],
     )
 

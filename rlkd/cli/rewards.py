@@ -117,10 +117,7 @@ def inspect_rewards(
 
 def _show(view: RewardView, out: Path | None, as_json: bool) -> None:
     if out is not None:
-        try:
-            view.to_html(out)
-        except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written: {error.strerror}. Name another file.") from None
+        view.to_html(out)
     if as_json:
         typer.echo(view.to_json())
     elif out is not None:

@@ -106,6 +106,12 @@ def test_a_log_has_no_half_line_after_a_failed_write(tmp_path, monkeypatch):
     assert path.read_text() == "one\ntwo\n"
 
 
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match=r"cannot be written: permission denied\. Name another folder\."):
+        check_folder(tmp_path / "a" / "b")
+
+
 def test_a_folder_that_is_gone(tmp_path):
     with pytest.raises(RlkdError, match=r"x.txt cannot be written: the folder .*gone was removed"):
         write_durably(tmp_path / "gone" / "x.txt", b"")

@@ -2,6 +2,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -83,6 +84,18 @@ def test_a_child_that_dies_is_replaced(worker):
     worker._process.wait()
     found = list(worker.parts(Template("T", "{{ n }}"), rows(3)))
     assert found == [["0"], ["1"], ["2"]]
+
+
+def test_a_child_that_is_killed_while_it_renders_costs_that_row(worker, caplog):
+    list(worker.parts(Template("T", "{{ n }}"), rows(1)))
+    killer = threading.Timer(0.3, worker._process.kill)  # as the system does when memory runs out
+    killer.start()
+    (found,) = worker.parts(Template("T", SPIN, limits=dataclasses.replace(LIFTED, seconds=30)), rows(4)[3:])
+    killer.join()
+    assert isinstance(found, SandboxError)
+    assert "memory_mb" in str(found)
+    assert "killed the process that rendered it" in caplog.text
+    assert list(worker.parts(Template("T", "{{ n }}"), rows(2))) == [["0"], ["1"]]
 
 
 def test_untrusted_templates_never_render_here(monkeypatch):
