@@ -97,8 +97,9 @@ def _check_outputs(model: Any, role: str, states: bool) -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)
     training = model.training
     try:
-        with torch.no_grad():
-            out = run_encoder(model.eval(), {"input_ids": ids, "attention_mask": mask}, hidden=states)
+        with torch.no_grad(), torch.random.fork_rng():
+            for mode in (True, False):  # some families take other texts in training
+                out = run_encoder(model.train(mode), {"input_ids": ids, "attention_mask": mask}, hidden=states)
     finally:
         model.train(training)
     if out.logits.shape != (2, config.num_labels):
