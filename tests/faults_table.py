@@ -35,7 +35,11 @@ def run(proofs: list[str]) -> tuple[Counter[str], Counter[str]]:
         marks = "not gpu and not net"
         command = [sys.executable, "-m", "pytest", *proofs, "-m", marks, "--junitxml", str(report), "-o", "addopts="]
         options = ["-q", "-n", "2", "--dist", "loadfile", "--timeout", "600", "--disable-socket", "--allow-unix-socket"]
-        subprocess.run([*command, *options], cwd=ROOT, env=os.environ, check=False)
+        # A test may run this: what pytest tells its own processes is not for others.
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "RLKD_MESSAGES"))
+        }
+        subprocess.run([*command, *options], cwd=ROOT, env=environment, check=False)
         cases = ElementTree.parse(report).getroot().iter("testcase")
         tried: Counter[str] = Counter()
         held: Counter[str] = Counter()
