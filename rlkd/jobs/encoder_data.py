@@ -17,6 +17,7 @@ from ..data.splits import split_off
 from ..data.text import text_format
 from ..errors import ConfigError, DataError, nearest
 from ..evaluation.task_metrics import CLASSIFICATION_METRICS, classification_metrics
+from .text_files import TextFileArguments
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ PAIRED = {"sentence1": "sentence2", "question1": "question2", "premise": "hypoth
 
 
 @dataclass
-class LabelledDataArguments:
+class LabelledDataArguments(TextFileArguments):
     """Labelled sentences or pairs: a task from the hub, or your own files, which take precedence."""
 
     task: Annotated[str, OneOf(TASKS)] | None = field(
@@ -36,15 +37,6 @@ class LabelledDataArguments:
         default=None, metadata={"help": "Your own .csv, .tsv, .jsonl or .parquet file, instead of a task."}
     )
     dev_file: str | None = field(default=None, metadata={"help": "Held-out rows; null splits them off train_file."})
-    delimiter: str | None = field(
-        default=None, metadata={"help": "Delimiter of .csv and .tsv files, one character or tab; null: found in them."}
-    )
-    encoding: str | None = field(
-        default=None, metadata={"help": "Encoding of text files; null: UTF-8, or what a byte order mark says."}
-    )
-    columns: list[str] = field(
-        default_factory=list, metadata={"help": "Column names of .csv and .tsv files without a header."}
-    )
     on_bad_row: OnBadRow = field(
         default="fail", metadata={"help": "Rows that cannot be read: fail, or skip and count them."}
     )

@@ -27,6 +27,7 @@ from ..models.teacher import Teacher, TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.arguments import DistillationArguments
+from .text_files import TextFileArguments
 from .wiring import Reading, RowSource
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DataArguments:
+class DataArguments(TextFileArguments):
     """Unlabeled inputs for training, held-out inputs for evaluation, and how each model sees them."""
 
     dataset: str = field(
@@ -58,15 +59,6 @@ class DataArguments:
     eval_split: str = field(default="validation", metadata={"help": "Split of held-out inputs."})
     eval_fraction: Share = field(
         default=0.1, metadata={"help": "Share of the inputs that is held out of a dataset without splits."}
-    )
-    delimiter: str | None = field(
-        default=None, metadata={"help": "Delimiter of .csv and .tsv files, one character or tab; null: found in them."}
-    )
-    encoding: str | None = field(
-        default=None, metadata={"help": "Encoding of text files; null: UTF-8, or what a byte order mark says."}
-    )
-    columns: list[str] = field(
-        default_factory=list, metadata={"help": "Column names of .csv and .tsv files without a header."}
     )
     on_bad_row: OnBadRow = field(
         default="fail", metadata={"help": "Rows that cannot be read or rendered: fail, or skip and count them."}
