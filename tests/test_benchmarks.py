@@ -23,22 +23,16 @@ def test_readme_quotes_benchmarks_that_exist():
 @pytest.mark.parametrize("name", QUOTED)
 def test_a_benchmark_runs_and_reports_its_figures(name):
     small = ["--inputs", "20", "--tokens", "16"] if name == "page" else []
-    done = _run(name, small)
-    if done.returncode:  # a machine busy with other tests can starve a measurement, not twice
-        done = _run(name, small)
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures
-    # The page's paint time is null without a browser.
-    assert all(value is None or math.isfinite(value) for value in figures.values())
-
-
-def _run(name, small):
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, f"benchmarks/{name}.py", "--quick", *small],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures
+    # The page's paint time is null without a browser.
+    assert all(value is None or math.isfinite(value) for value in figures.values())
