@@ -50,7 +50,7 @@ FORMS = re.compile(
     r"|\bSG\.[\w-]{16,}\.[\w-]{16,}|\b(?:AC|SK)[a-z0-9]{32}\b|\b[0-9a-z]{32}-us\d{1,2}\b"
     r"|\b\d{8,10}:[\w-]{35}(?![\w-])|\bhv[sb]\.[\w-]{20,}|\bAGE-SECRET-KEY-1[A-Z0-9]{20,}"
     r"|\bAKC[a-zA-Z0-9]{10,}|\bAP[\dA-F][a-zA-Z0-9]{40,}"
-    r"|\beyJ[\w=-]{8,}\.[\w=-]+(?:\.[\w.+/=-]*)?|\beyJ[A-Za-z0-9+/_-]{60,}=*"
+    r"|\beyJ[\w=-]{8,4096}\.[\w=-]+(?:\.[\w.+/=-]*)?|\beyJ[A-Za-z0-9+/_-]{60,}=*"
     r"|(?<=\bBearer )[\w.~+/-]{8,}=*|(?<=\bBasic )[A-Za-z0-9+/]{8,}=*"
     r"|-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----|\Z)"
     r"|(?:(?<=://)|(?<=:/)(?!/))(?:[^\s/@:]*:[^\s/]+|[\w.~%-]{20,})(?=@)",  # a Path has one slash
@@ -58,8 +58,9 @@ FORMS = re.compile(
 )
 # name=value, name: value, "name": "value", --name value; the name decides in `is_secret`.
 PAIR = re.compile(
-    r"(?P<name>(?<![\w.])[\w.-]*(?:token|key|pass|pwd|pat|auth|secret|credential|cookie|sig|dsn|webhook)[\w.-]*)"
-    r"(?P<sign>[\"']?\s*[:=]\s*)"
+    # Bounded and possessive, so that a long text without spaces costs no more than its length.
+    r"(?<![\w.-])(?=[\w.-]{0,80}?(?:token|key|pass|pwd|pat|auth|secret|credential|cookie|sig|dsn|webhook))"
+    r"(?P<name>[\w.-]++)(?P<sign>[\"']?\s{0,9}[:=]\s{0,9})"
     r"(?P<quote>[\"']?)(?P<value>(?<=[\"'])[^\"'\n]+|(?<![\"'])[^\s\"',;&<>()\[\]{}]+)",
     re.IGNORECASE,
 )
@@ -136,8 +137,13 @@ def _redacted_text(text: str, name: str) -> str:
         text = text.replace(secret, REDACTED)
     text = FORMS.sub(REDACTED, text)
     if not COMMIT_WORDS & _words(name):
-        text = WANDB_KEY.sub(lambda key: key[0] if NAMED_COMMIT.search(text[: key.start()]) else REDACTED, text)
+        text = WANDB_KEY.sub(_redacted_key, text)
     return FLAG.sub(_redacted_pair, PAIR.sub(_redacted_pair, text))
+
+
+def _redacted_key(found: re.Match[str]) -> str:
+    before = found.string[max(found.start() - 100, 0) : found.start()]
+    return found[0] if NAMED_COMMIT.search(before) else REDACTED
 
 
 def _redacted_pair(found: re.Match[str]) -> str:
