@@ -42,10 +42,8 @@ ELSEWHERE = {
     r"python benchmarks/\w+.py( --quick)?$": ("tests/test_benchmarks.py", "--quick"),
     r"python -m rlkd.metrics docs/metrics.md$": ("tests/test_metrics_table.py", "docs"),
     r"python tests/trainers/golden_runs.py": ("tests/trainers/test_golden.py", "golden_runs"),
-    r"make test-faults$": (
-        ".ci/run",
-        "-m 'not gpu and not net",
-    ),  # its tests; chaos.py: a sample of them in test_run_faults
+    # Its tests; of chaos.py a sample, in test_run_faults.
+    r"make test-faults$": (".ci/run", "-m 'not gpu and not net"),
     r"python tests/trainers/chaos.py": ("tests/trainers/test_run_faults.py", "chaos"),
     r"make notebooks$": ("tests/test_notebooks.py", "nbclient"),
     r"make docker-check$": ("tests/test_docker.py", "build stage"),
