@@ -199,6 +199,7 @@ def prepare_encoders(
         student.options(config, training.layer_map),
         states=training.teacher_needs in ("cls", "hidden"),
         trees=training.tree_roles,
+        token_types={"teacher": _token_types(teacher_tokenizer, loaded), "student": _token_types(tokenizer, loaded)},
         gradient_checkpointing=bool(training.gradient_checkpointing),
     )
     check_distillation(training, own, config, tokenizer, teacher_tokenizer)
@@ -206,6 +207,12 @@ def prepare_encoders(
     if student.student_init == "pretrained":
         check_saved_weights(str(student.student_pretrained), "student", allow_bin=teacher.allow_bin)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)
+
+
+def _token_types(tokenizer: Any, data: LabelledData) -> list[int]:
+    """The token_type_ids that a tokenizer gives texts, or pairs of texts; none where it gives no such input."""
+    texts = ["a"] if data.train[0].get("text_pair") is None else ["a", "a"]
+    return sorted(set(tokenizer(*texts).get("token_type_ids", ())))
 
 
 def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments) -> None:

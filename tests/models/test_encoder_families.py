@@ -100,6 +100,16 @@ REFUSED = {
     "big_bird, tree": ("big_bird", {"layers": 2}, {"trees": ("teacher",)}, "does not expose its attention"),
     "canine, states": ("canine", {"layers": 2}, {"states": True}, "gives .* hidden states, which cannot be compared"),
     "funnel": ("funnel", {"layers": 2}, {}, "a 'funnel' model cannot be distilled here"),
+    "tapas, token types": ("tapas", {"layers": 2}, {"token_types": {"student": [0]}}, "a .tapas. model cannot"),
+    "roberta, pairs": (
+        lambda: tiny_config("roberta", type_vocab_size=1),
+        {"layers": 2},
+        {"token_types": {"teacher": [0, 1]}},
+        "teacher: a 'roberta' model cannot be distilled here: index out of range",
+    ),
+    "roberta, single texts": (
+        lambda: tiny_config("roberta", type_vocab_size=1), {"layers": 2}, {"token_types": {"teacher": [0]}}, None
+    ),
     "xmod": (lambda: tiny_config("xmod", default_language=None), {"layers": 2}, {}, "language"),
     "checkpointing": ("fnet", {"layers": 2}, {"gradient_checkpointing": True}, None),
     "an image model": ("vit", {"layers": 2}, {}, "a 'vit' model cannot be distilled here"),

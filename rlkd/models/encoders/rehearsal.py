@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,13 +34,15 @@ def rehearse(
     *,
     states: bool = False,
     trees: Collection[str] = (),
+    token_types: Mapping[str, Sequence[int]] = MappingProxyType({}),
     gradient_checkpointing: bool = False,
 ) -> Any:
     """The configuration of the student that `build_student` will make with `options` of a model of `teacher_config`.
 
     Both are built, without weights: the student must take the teacher's layers, be the same model when its
     configuration is saved and read again, and give logits [B, C]. states: also hidden states [B, L, D] of every layer;
-    trees: the roles ("teacher", "student") whose attention must be readable. Raises ConfigError or ModelError.
+    trees: the roles ("teacher", "student") whose attention must be readable; token_types: the token_type_ids that a
+    role's tokenizer gives, at most 4, none where it gives no such input. Raises ConfigError or ModelError.
     """
     with _naming("student", teacher_config):
         own = student_config(teacher_config, **options)
@@ -60,7 +63,7 @@ def rehearse(
                 model = _model(model.config)
             if role in trees:
                 prepare_attention(model, role)
-            _check_outputs(model, role, states)
+            _check_outputs(model, role, states, token_types.get(role, ()))
     return own
 
 
@@ -91,15 +94,18 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _check_outputs(model: Any, role: str, states: bool) -> None:
+def _check_outputs(model: Any, role: str, states: bool, token_types: Sequence[int] = ()) -> None:
     config, device = model.config, next(model.parameters()).device
     ids = torch.ones(2, 4, dtype=torch.long, device=device)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)}
+    if token_types:
+        row = [*token_types, *[token_types[-1]] * 4][:4]
+        inputs["token_type_ids"] = torch.tensor([row, row], device=device)
     training = model.training
     try:
         with torch.no_grad(), torch.random.fork_rng():
             for mode in (True, False):  # some families take other texts in training
-                out = run_encoder(model.train(mode), {"input_ids": ids, "attention_mask": mask}, hidden=states)
+                out = run_encoder(model.train(mode), inputs, hidden=states)
     finally:
         model.train(training)
     if out.logits.shape != (2, config.num_labels):
