@@ -31,7 +31,8 @@ TaskMetric = Callable[[list[str], list[Example]], dict[str, float]]
 class Evaluator:
     """Answers `examples` with a policy and scores the answers with the teacher; its own answers are computed once.
 
-    Both greedy and sampled answers are scored: a user runs the student greedily, training improves its samples.
+    Both greedy and sampled answers are scored: a user runs the student greedily, training improves its samples. Models
+    run in the precision of their weights, as the saved student will, whatever mixed precision the training uses.
     """
 
     teacher: Teacher
@@ -93,7 +94,8 @@ class Evaluator:
         scores = self.teacher.score(inputs, answers.answer_ids, mask, ids=[e.id for e in answers.examples])
         regret = induced_advantage(scores, "max")
         with torch.no_grad():
-            (logps, entropy), _ = policy(*answers.policy_inputs)
+            # `forward` itself: the Trainer's mixed precision is wrapped around the policy's call.
+            (logps, entropy), _ = Policy.forward(policy, *answers.policy_inputs)
             kl = torch.zeros_like(logps)
             if reference is not None:
                 (reference_logps, _), _ = reference(*answers.policy_inputs)

@@ -206,11 +206,13 @@ class DistillationTrainer(StudentTrainer):
         needs, reads = self.objective.needs, self.objective.reads
         signal = self.score(answers, distribution="distribution" in needs) if needs else None
         reference_logps, values, extra = None, None, ()
-        if "reference_logps" in reads:
-            assert self.reference is not None
-            (reference_logps, _), _ = self.reference(*answers.policy_inputs)
-        if reads & {"values", "expected"}:
-            (_, _, *extra), values = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+        # In the precision of the loss, of which they are differences; the teacher keeps its own (`teacher_dtype`).
+        with self.accelerator.autocast():
+            if "reference_logps" in reads:
+                assert self.reference is not None
+                (reference_logps, _), _ = self.reference(*answers.policy_inputs)
+            if reads & {"values", "expected"}:
+                (_, _, *extra), values = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
         return Evidence(
             signal=signal,
             reference_logps=reference_logps,
