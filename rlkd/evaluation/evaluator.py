@@ -68,7 +68,7 @@ class Evaluator:
         out: list[dict[str, Any]] = []
         for start in range(0, len(indices), self.batch_rows):
             examples = [self.examples[i] for i in indices[start : start + self.batch_rows]]
-            limits = {"max_input_tokens": self.max_input_tokens, "max_new_tokens": self.max_new_tokens}
+            limits: dict[str, Any] = {"max_input_tokens": self.max_input_tokens, "max_new_tokens": self.max_new_tokens}
             best = greedy_answers(policy, self.tokenizer, examples, **limits)
             drawn = sample_rollouts(
                 policy, self.tokenizer, examples, rollouts_per_prompt=1, seed=(self.seed, "evaluation"), **limits

@@ -147,6 +147,17 @@ class OnPolicyArguments(DistillationArguments):
     sync_every: Count = field(
         default=1, metadata={"help": "Rollout batches between copies of the student into the behaviour policy."}
     )
+    rollout_temperature: Positive = field(
+        default=1.0, metadata={"help": "Temperature of rollouts, at most 10; corrected for by importance_weight."}
+    )
+    rollout_top_p: Fraction = field(
+        default=1.0,
+        metadata={"help": "Rollouts draw from the most probable tokens that reach this probability; 1: from all."},
+    )
+    teacher_mix: Fraction = field(
+        default=0.0,
+        metadata={"help": "Share of the teacher in the distribution that rollouts are drawn from (MiniLLM: 0.2)."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,6 +169,13 @@ class OnPolicyArguments(DistillationArguments):
             f"must divide the {rows} answers of a rollout batch (per_device_train_batch_size x "
             "gradient_accumulation_steps x minibatches_per_rollout)",
         )
+        _require(self.rollout_temperature <= 10, "rollout_temperature", self.rollout_temperature, "must be at most 10")
+        _require(
+            self.rollout_top_p > 0, "rollout_top_p", self.rollout_top_p, "must be above 0 (1 draws from all tokens)"
+        )
+        _require(
+            self.teacher_mix < 1, "teacher_mix", self.teacher_mix, "must be below 1 (labels are the teacher's own)"
+        )
         # The Trainer also saves at max_steps.
         for name in {"steps": ("save_steps", "max_steps"), "best": ("eval_steps",)}.get(self.save_strategy, ()):
             steps = getattr(self, name) or 0
@@ -168,6 +186,11 @@ class OnPolicyArguments(DistillationArguments):
                 f"checkpoints fall between rollout batches: use a multiple of {self.updates_per_rollout} "
                 "(epochs_per_rollout x minibatches_per_rollout)",
             )
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether rollouts are drawn from the behaviour policy as it is."""
+        return self.rollout_temperature == 1 and self.rollout_top_p == 1 and self.teacher_mix == 0
 
     @property
     def rows_per_rollout(self) -> int:
@@ -224,6 +247,14 @@ class RLArguments(OnPolicyArguments):
     kl_in: Literal["loss", "reward"] = field(
         default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
     )
+    importance_weight: Literal["none", "token", "cumulative"] = field(
+        default="cumulative",
+        metadata={
+            "help": "Importance weights for answers that the student did not draw: of an older policy (REINFORCE; "
+            "PPO's ratio is one), of another temperature, of the teacher's share."
+        },
+    )
+    importance_cap: Positive = field(default=2.0, metadata={"help": "Upper bound of the importance weights."})
     value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
     value_clip_range: Positive = field(
         default=5.0, metadata={"help": "Clip range of the critic's change per rollout batch, nats."}
@@ -265,6 +296,12 @@ class RLArguments(OnPolicyArguments):
             f"with one_step exact the advantages hold the future only, which is 0 under gamma = {self.gamma:g}, lam = "
             f"{self.lam:g} and k_step = {self.k_step}: there is nothing to scale. Set it to false, or raise lam",
         )
+        _require(
+            self.importance_weight != "none" or self.importance_cap == RLArguments.importance_cap,
+            "importance_cap",
+            self.importance_cap,
+            "importance_weight none has no weights to truncate: leave it out",
+        )
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
 
@@ -272,11 +309,6 @@ class RLArguments(OnPolicyArguments):
 @dataclass
 class ReinforceArguments(RLArguments):
     """REINFORCE: one pass over fresh rollouts, off-policy weights when the behaviour policy lags."""
-
-    importance_weight: Literal["none", "token", "cumulative"] = field(
-        default="cumulative", metadata={"help": "Importance weights for a behaviour policy older than the student."}
-    )
-    importance_cap: Positive = field(default=2.0, metadata={"help": "Upper bound of the importance weights."})
 
 
 @dataclass
@@ -289,3 +321,15 @@ class PPOArguments(RLArguments):
         default="critic", metadata={"help": "Subtracted from the credit; critic is GAE with a learned value head."}
     )
     clip_range: Positive = field(default=0.2, metadata={"help": "PPO's clip range: ratios are clipped to 1 +- this."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("importance_weight", "importance_cap"):
+            value = getattr(self, name)
+            _require(
+                not self.samples_itself or value == getattr(RLArguments, name),
+                name,
+                value,
+                "PPO weights answers for rollout_temperature, rollout_top_p and teacher_mix alone, none of which is "
+                "set: leave it out",
+            )

@@ -241,12 +241,10 @@ class DistillationTrainer(StudentTrainer):
         loss, logged = self.objective.token_loss(student, minibatch)
         total = reduce_tokens(loss, mask, self.objective.loss_reduction, minibatch.denominator)
         watched = {"the loss": torch.where(mask, loss, 0.0), "the summed loss": total}
-        if answers.behaviour_logps is not None:
-            log_ratio = (logps.detach() - answers.behaviour_logps) * mask
+        if answers.own_logps is not None:
+            log_ratio = (logps.detach() - answers.own_logps) * mask
             watched = {"the log-ratio": log_ratio, **watched}
-            ratio = log_ratio.exp()
-            self.record_tokens(mask, ratio_mean=ratio)
-            self.record(ratio_max=ratio.max())
+            self.record_tokens(mask, ratio_mean=log_ratio.exp(), ratio_max=log_ratio.exp())
         self.finite.watch(watched, answers.ids, minibatch)
         self.record_tokens(mask, entropy=entropy, **logged)
         return total if minibatch.denominator is None else self.scale_to_global(total)

@@ -18,10 +18,17 @@ import torch
 from torch import Tensor
 
 from ..models.heads import TokenFunction
-from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence
+from ..objectives.advantages import (
+    BASELINES,
+    CreditInputs,
+    explained_variance,
+    importance_weights,
+    per_decision,
+    regret_per_sequence,
+)
 from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k3, token_statistics, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Answers, Batched, Minibatch, TeacherSignal
+from ..records import Answers, Batched, Minibatch, TeacherSignal, given
 from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
 from .arguments import RLArguments
 from .objective import Evidence, Objective, Processes, StudentTokens
@@ -119,8 +126,7 @@ class PolicyGradient(Objective):
         """One-sample estimate of KL(pi || reference) at each sampled token, [B, R]; 0 without a KL penalty."""
         if evidence.reference_logps is None:
             return torch.zeros(answers.answer_mask.shape, device=answers.answer_mask.device)
-        assert answers.behaviour_logps is not None
-        return kl_k1(answers.behaviour_logps, evidence.reference_logps) * answers.answer_mask
+        return kl_k1(given(answers.own_logps), evidence.reference_logps) * answers.answer_mask
 
     def over_batch(
         self, annotations: Credit, answers: Answers, evidence: Evidence, processes: Processes
@@ -198,21 +204,50 @@ class PolicyGradient(Objective):
         return with_expectation, (self.reward.state_value(signal), *distribution.token_args)
 
     @abstractmethod
-    def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss of the sampled tokens [B, R] from their log-probabilities under the student [B, R]; what is logged."""
+    def policy_loss(self, logps: Tensor, advantages: Tensor, answers: Answers) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of the sampled tokens [B, R] from their log-probabilities under the student and their (weighted)
+        advantages, [B, R]; what is logged.
+        """
 
-    def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:
-        """Weight [B, R] of the exact one-step term at states an older policy reached; 1 unless a subclass corrects."""
-        return 1.0
+    # Answers that another policy drew
+
+    def stands_for(self, logps: Tensor, answers: Answers) -> Tensor:
+        """Log-probabilities [B, R] of the policy that importance weights make the answers those of: the student's.
+
+        Another one if the objective corrects for the rest, as PPO's ratio does for the updates since the rollouts.
+        """
+        return logps
+
+    def weighted(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
+        """The advantages [B, R] with importance weights, the weight of each state, and what is logged, [B, R] each.
+
+        token: w_t adv_t, and 1; cumulative: a weight per reward (`per_decision`), and that of the tokens before t.
+        """
+        args, credit, answers = self.args, minibatch.annotations, minibatch.answers
+        mask, mu, kind = answers.answer_mask, given(answers.behaviour_logps), args.importance_weight
+        whole = importance_weights(self.stands_for(logps, answers), mu, mask, kind, torch.finfo(mu.dtype).max)
+        weights = whole.clamp(max=args.importance_cap)
+        logged = {
+            "weight_mean": weights,
+            "weight_square": weights.square(),
+            "weight_max": whole,
+            "weight_truncated": whole > args.importance_cap,
+        }
+        if kind != "cumulative":
+            return weights * credit.advantages, 1.0, logged
+        before = torch.cat([torch.ones_like(weights[:, :1]), weights[:, :-1]], dim=1)
+        decay = args.gamma * args.lam
+        return per_decision(credit.advantages, credit.rewards, weights, mask, decay, args.k_step), before, logged
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """policy loss - exact one-step term - entropy bonus + KL penalty + critic loss, [B, R]."""
         args = self.args
         credit: Credit = minibatch.annotations
-        loss, logged = self.policy_loss(student.logps, minibatch)
+        advantages, state_weights, weights = self.weighted(student.logps, minibatch)
+        loss, logged = self.policy_loss(student.logps, advantages, minibatch.answers)
         # The exact term: gradient of E_{a ~ pi}[r(s_t, a)] over the whole vocabulary, without sampling variance.
         if self.exact:
-            loss = loss - credit.scale * self.state_weights(student.logps, minibatch) * student.extra[0]
+            loss = loss - credit.scale * state_weights * student.extra[0]
         loss = loss - args.entropy_coef * student.entropy
         # k3 in the loss: non-negative per token; its expected gradient is that of KL(pi_0 || pi).
         if credit.kl_coef > 0 and args.kl_in == "loss" and credit.reference_logps is not None:
@@ -221,7 +256,7 @@ class PolicyGradient(Objective):
             critic = value_loss(student.values, credit.values, credit.returns, args.value_clip_range)
             loss = loss + args.value_coef * critic
             logged = {**logged, "value_loss": critic}
-        return loss, logged
+        return loss, {**logged, **weights}
 
     # kl_coef changes during training, so checkpoints keep it
 
@@ -237,6 +272,13 @@ class PolicyGradientTrainer(OnPolicyTrainer):
 
     args: RLArguments
     start_checks = (StartCheck,)
+
+    def recorded(self) -> dict[str, float]:
+        """As in `StudentTrainer`, with the effective sample size of all weights since the last line."""
+        logs = super().recorded()
+        if square := logs.pop("weight_square", 0.0):
+            logs["effective_sample_size"] = logs["weight_mean"] ** 2 / square
+        return logs
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:

@@ -65,7 +65,8 @@ class StartCheck(TrainerCallback):
     def measure(self) -> dict[str, float]:
         """Regret per sequence, cost of an early end, length and finish rate of the first rollout batch."""
         trainer = self.trainer
-        rollouts, eos = trainer.sample(0), trainer.policy.lm.eos_id
+        # Of the student itself, whatever rollouts are drawn from.
+        rollouts, eos = trainer.answers(0), trainer.policy.lm.eos_id
         mask = rollouts.answer_mask
         scores = trainer.score(rollouts, distribution=True)
         assert isinstance(scores.distribution, HeadOverStates)

@@ -16,13 +16,14 @@ from rlkd.models.policy import Policy
 from tiny import tiny_tokenizer
 from tiny_runs import WORDS, assert_same, examples, logged, make, student, tiny_teacher, weights
 
-# The trainers of the table's labels, as this file runs them: PPO with its critic, REINFORCE without one.
+# The trainers of the table's labels, as this file runs them: PPO with its critic, REINFORCE without one, with top-p.
 KINDS = {
     metrics.ALL: {"supervised", "reinforce", "ppo", "tkd"},
     metrics.GENERATING: {"supervised", "reinforce", "ppo"},
     metrics.RL: {"reinforce", "ppo"},
     metrics.CRITIC: {"ppo"},
     metrics.PPO: {"ppo"},
+    metrics.TRUNCATED: {"reinforce"},
     metrics.TKD: {"tkd"},
 }
 
@@ -35,6 +36,7 @@ def run(kind, folder):
     """The lines of runs that log all that a trainer can log."""
     if kind != "tkd":
         options = {} if kind == "supervised" else {"weak_start": "warn"}
+        options |= {"rollout_top_p": 0.9} if kind == "reinforce" else {}
         make(
             kind, folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
             task_metric=every_metric, **options,
