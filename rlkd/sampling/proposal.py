@@ -61,7 +61,7 @@ def truncate(log_probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     outside = probabilities.cumsum(-1) - probabilities >= top_p
     kept = log_probs.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
     log_mass = kept.logsumexp(-1, keepdim=True)
-    return kept - log_mass, -torch.expm1(log_mass).squeeze(-1).clamp(min=0)
+    return kept - log_mass, (1 - log_mass.exp()).squeeze(-1).clamp(min=0)
 
 
 def mix(log_probs: Tensor, teacher_log_probs: Tensor, share: float) -> Tensor:
