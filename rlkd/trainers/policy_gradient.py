@@ -137,7 +137,9 @@ class PolicyGradient(Objective):
         args, credit, mask = self.args, annotations, answers.answer_mask
         if args.whiten_advantages:
             credit = self.whitened(credit, mask, processes.sum(masked_moments(credit.advantages, mask)))
-        kl, everywhere = processes.gather(self.kl(answers, evidence)), processes.gather(mask)
+        # Of tokens that the policy itself would draw.
+        ratio = (given(answers.own_logps) - given(answers.behaviour_logps)).exp()
+        kl, everywhere = processes.gather(ratio * self.kl(answers, evidence)), processes.gather(mask)
         mean_kl = masked_mean(kl, everywhere)
         moments = masked_moments(processes.gather(credit.advantages), everywhere)
         logged: dict[str, Tensor | float] = {

@@ -40,6 +40,8 @@ def main(kind: str, folder: str) -> None:
         "ppo": {"kl_target": 0.01, "whiten_advantages": True, "max_steps": 8},
         "reinforce": {
             "sync_every": 2,
+            "teacher_mix": 0.2,
+            "rollout_top_p": 0.9,
             "loss_reduction": "sequence_mean",
             "max_steps": 4,
             "gradient_accumulation_steps": 2,
