@@ -298,6 +298,6 @@ class PPOArguments(RLArguments):
     epochs_per_rollout: Count = field(default=2, metadata={"help": "Passes over each batch of rollouts."})
     minibatches_per_rollout: Count = field(default=2, metadata={"help": "Optimizer steps per pass."})
     baseline: Annotated[str, OneOf(BASELINES)] = field(
-        default="critic", metadata={"help": "Subtracted from the credit; critic is GAE with a learned value head."}
+        default="critic", metadata={"help": "Subtracted from the credit; critic: a learned value head."}
     )
     clip_range: Positive = field(default=0.2, metadata={"help": "PPO's clip range: ratios are clipped to 1 +- this."})

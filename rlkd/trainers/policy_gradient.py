@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..models.heads import TokenFunction
-from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence
+from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence, value_gain
 from ..objectives.divergences import reverse_kl
 from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
@@ -150,6 +150,7 @@ class PolicyGradient(Objective):
         if credit.values is not None and credit.returns is not None:
             values, returns = processes.gather(credit.values), processes.gather(credit.returns)
             logged["explained_variance"] = explained_variance(values, returns, everywhere)
+            logged["value_gain"] = value_gain(values, returns, everywhere)
         # For the next batch: `credit` already holds the coefficient of this one.
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)

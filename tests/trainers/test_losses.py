@@ -79,7 +79,7 @@ def baselines(args, rows):
         others = [r for r in rows if r.example.id == row.example.id and r is not row]
         for t in range(row.n):
             if args.baseline == "critic":
-                b.append(row.old_values[t] + (row.a[t] - row.expected[t] if exact else 0.0))
+                b.append(row.old_values[t] + (row.a[t] if exact else 0.0))
                 continue
             immediate = row.a[t] if exact else 0.0
             if args.baseline == "none":
@@ -138,7 +138,7 @@ def oracle_loss(trainer, rows, ppo):
                 loss = loss + row.kl_coef * reached * kl
             if args.baseline == "critic":
                 value = trainer.policy.value_head(hidden[t])[0]
-                old, target = row.old_values[t], row.to_go(args, t)
+                old, target = row.old_values[t], row.to_go(args, t) - (row.a[t] if args.one_step == "exact" else 0.0)
                 clipped = old + (value - old).clamp(-args.value_clip_range, args.value_clip_range)
                 loss = loss + args.value_coef * 0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2)
             row_loss = row_loss + loss
