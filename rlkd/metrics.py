@@ -158,7 +158,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                title="Explained variance of the critic",
                meaning="1 - Var(target - value) / Var(target), which a constant error of the critic does not change."),
         Metric(name="value_gain", unit="share", better="up", per="batch", logged={LOG: CRITIC},
-               meaning="1 - mean (target - value)^2 / mean target^2, 0.01 nats^2 added to both: a constant error lowers "
+               meaning="1 - mean (target - value)^2 / mean target^2, 0.01 nats^2 added to both: constant errors lower "
                        "it; 0 for no critic (the teacher baseline), below 0 the critic adds variance."),
     ),
     "Task scores": (

@@ -207,7 +207,10 @@ class RLArguments(OnPolicyArguments):
         },
     )
     whiten_advantages: bool = field(
-        default=False, metadata={"help": "Scale advantages to mean 0, standard deviation 1 over valid tokens."}
+        default=False,
+        metadata={
+            "help": "Advantages to mean 0 over the batch's tokens, divided by the deviation of the whole credit."
+        },
     )
     # Loss
     loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = field(
@@ -261,15 +264,6 @@ class RLArguments(OnPolicyArguments):
             "one_step",
             self.one_step,
             f"reward_value {self.reward_value} has no exact expectation: use sampled",
-        )
-        sums_nothing = self.gamma * self.lam == 0 or self.k_step >= self.max_new_tokens
-        other_credit = self.kl_in == "reward" or BASELINES[self.baseline].reads & {"values", "state_value"}
-        _require(
-            not (self.whiten_advantages and self.one_step == "exact" and sums_nothing) or bool(other_credit),
-            "whiten_advantages",
-            self.whiten_advantages,
-            f"with one_step exact the advantages hold the future only, which is 0 under gamma = {self.gamma:g}, lam = "
-            f"{self.lam:g} and k_step = {self.k_step}: there is nothing to scale. Set it to false, or raise lam",
         )
         _require(
             self.kl_estimator is None or (self.kl_coef > 0 and self.kl_in == "loss"),

@@ -24,7 +24,7 @@ from ..objectives.divergences import reverse_kl
 from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
 from ..records import Answers, Batched, Distribution, Minibatch, TeacherSignal, given
-from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
+from ..tensors import masked_mean, masked_moments, moments_to_mean_std
 from .arguments import RLArguments
 from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
 from .on_policy import OnPolicyTrainer
@@ -44,7 +44,7 @@ class Credit(Batched):
     returns          targets of the critic, and values, its predictions at rollout time; None without a critic
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
     reference        the reference policy's distributions, where the KL penalty is exact; else None
-    scale            1 / (standard deviation the advantages were whitened with), else 1
+    scale            what whitening multiplied the advantages and rewards with, for the exact one-step term; else 1
     kl_coef          weight of the KL penalty for this batch
     """
 
@@ -137,7 +137,7 @@ class PolicyGradient(Objective):
         """
         args, credit, mask = self.args, annotations, answers.answer_mask
         if args.whiten_advantages:
-            credit = self.whitened(credit, mask, processes.sum(masked_moments(credit.advantages, mask)))
+            credit = self.whitened(credit, evidence, mask, processes)
         kl, everywhere = processes.gather(self.kl(answers, evidence)), processes.gather(mask)
         mean_kl = masked_mean(kl, everywhere)
         moments = masked_moments(processes.gather(credit.advantages), everywhere)
@@ -156,24 +156,30 @@ class PolicyGradient(Objective):
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
         return credit, logged
 
-    def whitened(self, credit: Credit, mask: Tensor, moments: Tensor) -> Credit:
-        """The credit at mean 0 and standard deviation 1; as it is if it does not vary.
+    def whitened(self, credit: Credit, evidence: Evidence, mask: Tensor, processes: Processes) -> Credit:
+        """The advantages at mean 0, divided by the standard deviation of the whole credit, if that varies.
 
-        The exact term and the rewards get the same scale as the advantages, so that their ratio is kept.
+        The whole credit has the immediate term, also where the loss carries that exactly: the deviation of the future
+        alone vanishes with lam, and dividing the exact term by it would raise it over entropy bonus and KL penalty
+        without bound. The exact term and the rewards get the same scale, so that their ratio is kept.
         """
-        deviation = moments_to_mean_std(moments)[1]
+        whole = credit.advantages
+        if self.exact:
+            whole = whole + self.reward.per_token(given(evidence.signal)) * mask
+        moments = processes.sum(torch.stack([masked_moments(x, mask) for x in (credit.advantages, whole)]))
+        mean, deviation = moments_to_mean_std(moments[0])[0], moments_to_mean_std(moments[1])[1]
         if deviation < SMALLEST_DEVIATION:
             # A floor in place of the deviation would multiply the exact term by its inverse.
             if not self.flat:
                 logger.warning(
-                    f"whiten_advantages: the advantages of a batch have a standard deviation of {deviation:.2g} nats, "
-                    f"too small to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Raise "
-                    "lam, take more rollouts_per_prompt, or set whiten_advantages to false."
+                    f"whiten_advantages: the credit in a batch has a standard deviation of {deviation:.2g} nats, too "
+                    f"small to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Set "
+                    "whiten_advantages to false."
                 )
             self.flat = True
             return credit
         scale = 1.0 / deviation
-        advantages = whiten(credit.advantages, mask, moments)
+        advantages = scale * (credit.advantages - mean) * mask
         return replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
 
     def numbers(self, annotations: Credit) -> dict[str, Tensor | None]:
