@@ -42,6 +42,7 @@ GENERATING = "supervised and RL"
 RL = "RL"
 CRITIC = "RL with a critic"
 PPO = "PPO"
+DUAL_CLIP = "PPO with `dual_clip`"
 TKD = "TKD"
 HELD_OUT = {GREEDY: GENERATING, SAMPLED: GENERATING}
 TERM = {LOG: TKD, WEIGHTED: TKD}
@@ -152,6 +153,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="The largest such ratio since the last line."),
         Metric(name="clip_fraction", unit="share", better="neither", per="token", logged={LOG: PPO},
                title="Clipped tokens", meaning="Tokens whose ratio is outside 1 +- `clip_range`."),
+        Metric(name="dual_clip_fraction", unit="share", better="neither", per="token", logged={LOG: DUAL_CLIP},
+               meaning="Tokens of negative advantage whose ratio is above `dual_clip`: they have no gradient."),
         Metric(name="value_loss", unit="nats^2", better="down", per="token", logged={LOG: CRITIC},
                meaning="The critic's squared error, clipped, divided by 2."),
         Metric(name="explained_variance", unit="share", better="up", per="batch", logged={LOG: CRITIC},

@@ -237,6 +237,12 @@ class RLArguments(OnPolicyArguments):
     value_clip_range: Positive = field(
         default=5.0, metadata={"help": "Clip range of the critic's change per rollout batch, nats."}
     )
+    value_learning_rate: Positive | None = field(
+        default=None, metadata={"help": "Peak learning rate of the critic; null: that of the student."}
+    )
+    value_warmup_updates: Natural = field(
+        default=0, metadata={"help": "First updates, in which only the critic is trained (the schedule runs on)."}
+    )
     weak_start: Literal["warn", "refuse", "ignore"] = field(
         default="warn",
         metadata={"help": "If regret per sequence is not well below the cost of an early end-of-sequence."},
@@ -264,6 +270,19 @@ class RLArguments(OnPolicyArguments):
             "one_step",
             self.one_step,
             f"reward_value {self.reward_value} has no exact expectation: use sampled",
+        )
+        for name, unset in (("value_learning_rate", None), ("value_warmup_updates", 0)):
+            _require(
+                getattr(self, name) == unset or (BASELINES[self.baseline].critic and self.value_coef > 0),
+                name,
+                getattr(self, name),
+                "of the critic, which only baseline critic with value_coef > 0 trains: leave it out",
+            )
+        _require(
+            not 0 < self.max_steps <= self.value_warmup_updates,
+            "value_warmup_updates",
+            self.value_warmup_updates,
+            f"the student would never be trained in max_steps = {self.max_steps}: use fewer",
         )
         _require(
             self.kl_estimator is None or (self.kl_coef > 0 and self.kl_in == "loss"),
@@ -295,3 +314,11 @@ class PPOArguments(RLArguments):
         default="critic", metadata={"help": "Subtracted from the credit; critic: a learned value head."}
     )
     clip_range: Positive = field(default=0.2, metadata={"help": "PPO's clip range: ratios are clipped to 1 +- this."})
+    dual_clip: Positive | None = field(
+        default=None,
+        metadata={"help": "Bound c > 1 of the loss of a token with a negative advantage, c |advantage|; null: none."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "must be above 1")

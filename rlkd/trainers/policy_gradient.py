@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..objectives.rewards import REWARDS, teacher_value
 from ..records import Answers, Batched, Distribution, Minibatch, TeacherSignal, given
 from ..tensors import masked_mean, masked_moments, moments_to_mean_std
 from .arguments import RLArguments
+from .critic import critic_alone, give_own_learning_rate
 from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
@@ -281,6 +283,20 @@ class PolicyGradientTrainer(OnPolicyTrainer):
 
     args: RLArguments
     start_checks = (StartCheck,)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As in Trainer, with the critic's own learning rate."""
+        made, rate = self.optimizer is None, self.args.value_learning_rate
+        optimizer = super().create_optimizer(model)
+        if made and rate is not None and self.policy.value_head is not None:
+            give_own_learning_rate(optimizer, self.policy.value_head, rate)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Trainer; the first `value_warmup_updates` train the critic alone."""
+        warming_up = self.state.global_step < self.args.value_warmup_updates
+        with critic_alone(self.policy) if warming_up else nullcontext():
+            return super().training_step(*args, **kwargs)
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:

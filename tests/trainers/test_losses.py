@@ -123,6 +123,8 @@ def oracle_loss(trainer, rows, ppo):
                 rho, credit = (log_pi[t, a] - row.mu[t]).exp(), (adv[i][t] - mean) / std
                 clipped = rho.clamp(1 - args.clip_range, 1 + args.clip_range)
                 loss = -torch.minimum(rho * credit, clipped * credit)
+                if args.dual_clip is not None and credit < 0 and rho > args.dual_clip:
+                    loss = torch.tensor(-args.dual_clip * credit)
             elif args.importance_weight == "cumulative":
                 credit = (row.to_go(args, t, weight) - weight[t] * (b[i][t] + mean)) / std
                 reached = 1.0 if t == 0 else weight[t - 1]
@@ -168,6 +170,9 @@ def check_ratios(trainer, rows):
     if "clip_fraction" in means:
         outside = sum(abs(r - 1) > trainer.args.clip_range for r in ratios)
         assert means["clip_fraction"] == pytest.approx(outside / len(ratios))
+    if trainer.args.to_dict().get("dual_clip") is not None:
+        above = sum(r > trainer.args.dual_clip for r in ratios)
+        assert 0 < means["dual_clip_fraction"] < above / len(ratios)  # those of negative advantage
 
 
 def compare(trainer, *, ppo, drift=0.05):
@@ -221,7 +226,7 @@ def name(options):
     return ",".join(f"{k}={v}" for k, v in options.items())
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=name)
+@pytest.mark.parametrize("options", [*VARIANTS, {"dual_clip": 1.02}], ids=name)
 def test_ppo_loss_and_gradient_equal_plain_loops(tmp_path, options):
     options = {"minibatches_per_rollout": 1, "clip_range": 0.1, **options}
     compare(make("ppo", tmp_path, **options), ppo=True)
