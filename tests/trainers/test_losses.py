@@ -172,7 +172,7 @@ def check_ratios(trainer, rows):
         assert means["clip_fraction"] == pytest.approx(outside / len(ratios))
     if trainer.args.to_dict().get("dual_clip") is not None:
         above = sum(r > trainer.args.dual_clip for r in ratios)
-        assert 0 < means["dual_clip_fraction"] < above / len(ratios)  # those of negative advantage
+        assert 0 < means["dual_clip_fraction"] <= above / len(ratios)  # those of negative advantage
 
 
 def compare(trainer, *, ppo, drift=0.05):
@@ -226,7 +226,7 @@ def name(options):
     return ",".join(f"{k}={v}" for k, v in options.items())
 
 
-@pytest.mark.parametrize("options", [*VARIANTS, {"dual_clip": 1.02}], ids=name)
+@pytest.mark.parametrize("options", [*VARIANTS, {"dual_clip": 1.02, "baseline": "teacher", "one_step": "sampled"}], ids=name)
 def test_ppo_loss_and_gradient_equal_plain_loops(tmp_path, options):
     options = {"minibatches_per_rollout": 1, "clip_range": 0.1, **options}
     compare(make("ppo", tmp_path, **options), ppo=True)
