@@ -200,10 +200,21 @@ class RLArguments(OnPolicyArguments):
         metadata={"help": "Credit horizon: 0 own regret only .. 1 full return (docs/method.md, Choosing lam)."},
     )
     k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
+    length_normalised: bool = field(
+        default=False,
+        metadata={"help": "Divide the credit of what follows a token by the number of tokens that follow (MiniLLM)."},
+    )
     one_step: Literal["exact", "sampled"] = field(
         default="exact",
         metadata={
             "help": "exact: the immediate term's gradient over the whole vocabulary; sampled: of the drawn token."
+        },
+    )
+    cut_answers: Literal["keep", "drop", "end_price"] = field(
+        default="keep",
+        metadata={
+            "help": "Answers without an end: keep adds nothing beyond the cut, drop leaves them out of the loss, "
+            "end_price charges the last token the reward of the missing end (max: its regret)."
         },
     )
     whiten_advantages: bool = field(
@@ -265,6 +276,13 @@ class RLArguments(OnPolicyArguments):
                 self.baseline,
                 "k_step > 1 does not support a critic: choose another baseline or k_step 1",
             )
+        if self.length_normalised:
+            for name, value, fits, why in (
+                ("baseline", self.baseline, self.baseline != "none", "V(s_t) is a part of the sum, not of a mean"),
+                ("k_step", self.k_step, self.k_step == 1, "its number of terms is not what follows"),
+                ("lam", self.lam, self.gamma * self.lam > 0, "with gamma or lam 0 there is no future to normalise"),
+            ):
+                _require(fits, name, value, f"length_normalised does not take it ({why}): change one of the two")
         _require(
             self.one_step != "exact" or REWARDS[self.reward_value].expected is not None,
             "one_step",

@@ -30,6 +30,7 @@ class Evidence:
     reference_logps  [B, R] log-probability of each token under the reference policy
     reference        the reference policy's next-token distributions
     values           [B, R] the critic's C(s_t)
+    ending           the teacher's signal for end-of-sequence after each answer that was cut, fields [B, 1]
     extra            [B, R] each: what `Objective.token_function` gives beyond log-probability and entropy
     """
 
@@ -37,6 +38,7 @@ class Evidence:
     reference_logps: Tensor | None = None
     reference: Distribution | None = None
     values: Tensor | None = None
+    ending: TeacherSignal | None = None
     extra: tuple[Tensor, ...] = ()
 
 
@@ -114,6 +116,10 @@ class Objective(ABC):
     def annotate(self, answers: Answers, evidence: Evidence) -> Any:
         """What the loss needs and later updates must not change: a `Batched` record, or None."""
         return None
+
+    def learned(self, answers: Answers) -> Answers:
+        """The answers as they enter the loss: the mask may lose tokens."""
+        return answers
 
     def over_batch(
         self, annotations: Any, answers: Answers, evidence: Evidence, processes: Processes

@@ -67,6 +67,10 @@ class Row:
     def to_go(self, args, t, w=None):
         """sum over k = t, t + K, t + 2K ... of (gamma lambda)^(k - t) w_k x_k."""
         w = w or [1.0] * self.n
+        if args.length_normalised:
+            later = range(t + 1, self.n)
+            future = sum((args.gamma * args.lam) ** (k - t) * self.x[k] for k in later) / max(len(later), 1)
+            return w[t] * self.x[t] + w[-1] * future
         return sum((args.gamma * args.lam) ** (k - t) * w[k] * self.x[k] for k in range(t, self.n, args.k_step))
 
 
@@ -218,6 +222,8 @@ VARIANTS = [
     {"baseline": "leave_one_out", "whiten_advantages": True, "lam": 0.0},
     {"baseline": "teacher", "k_step": 2, "lam": 1.0, "kl_in": "reward", "kl_coef": 0.3},
     {"kl_estimator": "k2", "kl_coef": 0.5},
+    *({"length_normalised": True, "baseline": b, "lam": 0.9} for b in ("leave_one_out", "critic")),
+    {"length_normalised": True, "one_step": "sampled", "baseline": "closed_form", "lam": 1.0},
     {"kl_estimator": "exact", "kl_coef": 0.5, "one_step": "sampled", "baseline": "closed_form"},
 ]
 
@@ -226,7 +232,9 @@ def name(options):
     return ",".join(f"{k}={v}" for k, v in options.items())
 
 
-@pytest.mark.parametrize("options", [*VARIANTS, {"dual_clip": 1.02, "baseline": "teacher", "one_step": "sampled"}], ids=name)
+@pytest.mark.parametrize(
+    "options", [*VARIANTS, {"dual_clip": 1.02, "baseline": "teacher", "one_step": "sampled"}], ids=name
+)
 def test_ppo_loss_and_gradient_equal_plain_loops(tmp_path, options):
     options = {"minibatches_per_rollout": 1, "clip_range": 0.1, **options}
     compare(make("ppo", tmp_path, **options), ppo=True)
