@@ -231,6 +231,13 @@ def test_every_baseline_takes_its_own_number_from_the_same_credit():
         torch.testing.assert_close(future * x.mask, exact * x.mask)
 
 
+def test_beside_the_exact_term_the_closed_form_is_the_teacher_baseline_and_reads_nothing():
+    x = inputs()
+    x = replace(x, immediate=x.reward, expected=None)
+    assert BASELINES["closed_form"].inputs(exact=True) == frozenset()
+    assert torch.equal(BASELINES["closed_form"].credit(x)[0], BASELINES["teacher"].credit(x)[0])
+
+
 def test_a_critic_learns_what_it_is_compared_with():
     x = inputs()
     for immediate in (None, x.reward):
