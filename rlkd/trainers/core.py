@@ -186,7 +186,7 @@ class StudentTrainer(ResumableTrainer):
         """Add every token [B, R] of `mask` to the means written at the next log line, as `record` adds numbers."""
         for name, value in values.items():
             if name.endswith("_max"):
-                self.record(**{name: value.detach().masked_fill(~mask, -torch.inf).amax()})
+                self.record(**{name: value.detach().masked_fill(~mask, 0.0).amax()})
                 continue
             pair = torch.stack([(value.detach() * mask).double().sum(), mask.double().sum()])
             self._recorded.setdefault(name, []).append(pair)

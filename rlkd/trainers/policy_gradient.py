@@ -3,20 +3,23 @@
     loss_t = policy_loss(credit_t) - w_t E_{a ~ pi}[r(s_t, a)] - c_H H(pi(.|s_t)) + c_KL KL_t + c_V critic_t
 
 The second term replaces the sampled immediate reward by its exact gradient (`one_step: exact`); the credit then holds
-the future only.
+the future only. KL_t is the penalty in the loss (`PolicyGradient.kl_penalty`); with `kl_in: reward` it is a part of the
+reward instead.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..models.heads import TokenFunction
 from ..objectives.advantages import (
     BASELINES,
@@ -25,13 +28,17 @@ from ..objectives.advantages import (
     importance_weights,
     per_decision,
     regret_per_sequence,
+    value_gain,
 )
-from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k3, token_statistics, value_loss
+from ..objectives.divergences import reverse_kl
+from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Answers, Batched, Minibatch, TeacherSignal, given
-from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
+from ..records import Answers, Batched, Distribution, Minibatch, TeacherSignal, given
+from ..tensors import masked_mean, masked_moments, moments_to_mean_std
 from .arguments import RLArguments
-from .objective import Evidence, Objective, Processes, StudentTokens
+from .critic import critic_alone, give_own_learning_rate
+from .cut_answers import cut_rows, end_price, without_cut
+from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
 
@@ -48,7 +55,8 @@ class Credit(Batched):
     rewards          the terms whose discounted sum is the credit before its baseline
     returns          targets of the critic, and values, its predictions at rollout time; None without a critic
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
-    scale            1 / (standard deviation the advantages were whitened with), else 1
+    reference        the reference policy's distributions, where the KL penalty is exact; else None
+    scale            what whitening multiplied the advantages and rewards with, for the exact one-step term; else 1
     kl_coef          weight of the KL penalty for this batch
     """
 
@@ -57,6 +65,7 @@ class Credit(Batched):
     returns: Tensor | None = None
     values: Tensor | None = None
     reference_logps: Tensor | None = None
+    reference: Distribution | None = None
     scale: float = 1.0
     kl_coef: float = 0.0
 
@@ -87,6 +96,11 @@ class PolicyGradient(Objective):
         self.reads = frozenset({"values", "expected"} & self.inputs)
         if args.kl_coef > 0:
             self.reads |= {"reference_logps"}
+            if args.kl_in == "loss" and args.kl_estimator != "k2":
+                self.reads |= {"reference"}
+
+        if args.cut_answers == "end_price":
+            self.reads |= {"ending"}
 
     # Before the first update on a batch of rollouts
 
@@ -98,13 +112,16 @@ class PolicyGradient(Objective):
         # k1 in the reward: its expected gradient is that of the KL, which k1 in the loss would not give.
         reward = per_token
         if args.kl_in == "reward":
-            reward = per_token - self.kl_coef * self.kl(answers, evidence)
+            reward = reward - self.kl_coef * self.kl(answers, evidence)
+        if evidence.ending is not None:
+            reward = reward + end_price(self.reward.per_token(evidence.ending), answers)
         credit, returns = self.baseline.credit(
             CreditInputs(
                 reward=reward,
                 mask=mask,
                 decay=args.gamma * args.lam,
                 stride=args.k_step,
+                length_normalised=args.length_normalised,
                 rollouts_per_prompt=args.rollouts_per_prompt,
                 # Without the KL term of the reward: `expected` has no KL, so its sample stays in the credit.
                 immediate=per_token if self.exact else None,
@@ -119,6 +136,7 @@ class PolicyGradient(Objective):
             returns=returns,
             values=evidence.values,
             reference_logps=evidence.reference_logps,
+            reference=evidence.reference,
             kl_coef=self.kl_coef,
         )
 
@@ -128,22 +146,28 @@ class PolicyGradient(Objective):
             return torch.zeros(answers.answer_mask.shape, device=answers.answer_mask.device)
         return kl_k1(given(answers.own_logps), evidence.reference_logps) * answers.answer_mask
 
+    def learned(self, answers: Answers) -> Answers:
+        """With `cut_answers: drop`, none of a cut answer's tokens; `leave_one_out` still compares with it."""
+        return without_cut(answers) if self.args.cut_answers == "drop" else answers
+
     def over_batch(
         self, annotations: Credit, answers: Answers, evidence: Evidence, processes: Processes
     ) -> tuple[Credit, Mapping[str, Tensor | float]]:
         """Whiten advantages and adapt the weight of the KL penalty over the global batch; docs/metrics.md defines the
         logged names.
         """
-        args, credit, mask = self.args, annotations, answers.answer_mask
+        args, credit, mask = self.args, annotations, self.learned(answers).answer_mask
         if args.whiten_advantages:
-            credit = self.whitened(credit, mask, processes.sum(masked_moments(credit.advantages, mask)))
+            credit = self.whitened(credit, evidence, mask, processes)
         # Of tokens that the policy itself would draw.
         ratio = (given(answers.own_logps) - given(answers.behaviour_logps)).exp()
-        kl, everywhere = processes.gather(ratio * self.kl(answers, evidence)), processes.gather(mask)
-        mean_kl = masked_mean(kl, everywhere)
+        kl = processes.gather(ratio * self.kl(answers, evidence))
+        mean_kl = masked_mean(kl, processes.gather(answers.answer_mask))
+        everywhere = processes.gather(mask)
         moments = masked_moments(processes.gather(credit.advantages), everywhere)
         logged: dict[str, Tensor | float] = {
-            **_of_signal(evidence.signal, mask),
+            **_of_signal(evidence.signal, answers.answer_mask),
+            **self._of_cut(answers, evidence),
             "kl_coef": self.kl_coef,
             "kl": mean_kl,
             "advantage_std": moments_to_mean_std(moments)[1],
@@ -151,29 +175,44 @@ class PolicyGradient(Objective):
         if credit.values is not None and credit.returns is not None:
             values, returns = processes.gather(credit.values), processes.gather(credit.returns)
             logged["explained_variance"] = explained_variance(values, returns, everywhere)
+            logged["value_gain"] = value_gain(values, returns, everywhere)
         # For the next batch: `credit` already holds the coefficient of this one.
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
         return credit, logged
 
-    def whitened(self, credit: Credit, mask: Tensor, moments: Tensor) -> Credit:
-        """The credit at mean 0 and standard deviation 1; as it is if it does not vary.
+    def _of_cut(self, answers: Answers, evidence: Evidence) -> dict[str, Tensor | float]:
+        if self.args.cut_answers == "drop":
+            return {"dropped": cut_rows(answers).double().mean()}
+        if self.args.cut_answers == "end_price":
+            price = 0.0 if evidence.ending is None else -self.reward.per_token(evidence.ending)
+            return {"end_price": (price * cut_rows(answers)[:, None]).double().sum() / len(answers.examples)}
+        return {}
 
-        The exact term and the rewards get the same scale as the advantages, so that their ratio is kept.
+    def whitened(self, credit: Credit, evidence: Evidence, mask: Tensor, processes: Processes) -> Credit:
+        """The advantages at mean 0, divided by the standard deviation of the whole credit, if that varies.
+
+        The whole credit has the immediate term, also where the loss carries that exactly: the deviation of the future
+        alone vanishes with lam, and dividing the exact term by it would raise it over entropy bonus and KL penalty
+        without bound. The exact term and the rewards get the same scale, so that their ratio is kept.
         """
-        deviation = moments_to_mean_std(moments)[1]
+        whole = credit.advantages
+        if self.exact:
+            whole = whole + self.reward.per_token(given(evidence.signal)) * mask
+        moments = processes.sum(torch.stack([masked_moments(x, mask) for x in (credit.advantages, whole)]))
+        mean, deviation = moments_to_mean_std(moments[0])[0], moments_to_mean_std(moments[1])[1]
         if deviation < SMALLEST_DEVIATION:
             # A floor in place of the deviation would multiply the exact term by its inverse.
             if not self.flat:
                 logger.warning(
-                    f"whiten_advantages: the advantages of a batch have a standard deviation of {deviation:.2g} nats, "
-                    f"too small to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Raise "
-                    "lam, take more rollouts_per_prompt, or set whiten_advantages to false."
+                    f"whiten_advantages: the credit in a batch has a standard deviation of {deviation:.2g} nats, too "
+                    f"small to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Set "
+                    "whiten_advantages to false."
                 )
             self.flat = True
             return credit
         scale = 1.0 / deviation
-        advantages = whiten(credit.advantages, mask, moments)
+        advantages = scale * (credit.advantages - mean) * mask
         return replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
 
     def numbers(self, annotations: Credit) -> dict[str, Tensor | None]:
@@ -192,18 +231,30 @@ class PolicyGradient(Objective):
 
     # The loss
 
-    def token_function(self, signal: TeacherSignal | None) -> tuple[TokenFunction, tuple[Tensor, ...]]:
-        if "distribution" not in self.needs:
-            return token_statistics, ()
-        assert signal is not None
-        assert signal.distribution is not None
-        expected, distribution = self.reward.expected, signal.distribution
-        assert expected is not None
+    def token_function(
+        self, signal: TeacherSignal | None, annotations: Credit | None = None
+    ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+        """In `extra`: E_{a ~ pi}[r(s_t, a)] where it is exact or a baseline, then KL(pi || reference) where exact."""
+        terms = []
+        if self.exact or (annotations is None and "expected" in self.reads):
+            terms.append(self.expectation(given(signal)))
+        if annotations is not None and annotations.reference is not None:
+            reference = annotations.reference
 
-        def with_expectation(logits: Tensor, ids: Tensor, value: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-            return *token_statistics(logits, ids), expected(logits, distribution.logits(*states), value)
+            def kl(logits: Tensor, *states: Tensor) -> Tensor:
+                return reverse_kl(logits, reference.logits(*states))
 
-        return with_expectation, (self.reward.state_value(signal), *distribution.token_args)
+            terms.append((kl, reference.token_args))
+        return with_terms(*terms)
+
+    def expectation(self, signal: TeacherSignal) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """E_{a ~ pi}[r(s_t, a)] as a term of `with_terms`."""
+        expected, distribution = given(self.reward.expected), given(signal.distribution)
+
+        def of_chunk(logits: Tensor, value: Tensor, *states: Tensor) -> Tensor:
+            return expected(logits, distribution.logits(*states), value)
+
+        return of_chunk, (self.reward.state_value(signal), *distribution.token_args)
 
     @abstractmethod
     def policy_loss(self, logps: Tensor, advantages: Tensor, answers: Answers) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -238,8 +289,10 @@ class PolicyGradient(Objective):
         if kind != "cumulative":
             return weights * credit.advantages, 1.0, logged
         before = torch.cat([torch.ones_like(weights[:, :1]), weights[:, :-1]], dim=1)
-        decay = args.gamma * args.lam
-        return per_decision(credit.advantages, credit.rewards, weights, mask, decay, args.k_step), before, logged
+        advantages = per_decision(
+            credit.advantages, credit.rewards, weights, mask, args.gamma * args.lam, args.k_step, args.length_normalised
+        )
+        return advantages, before, logged
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """policy loss - exact one-step term - entropy bonus + KL penalty + critic loss, [B, R]."""
@@ -251,14 +304,29 @@ class PolicyGradient(Objective):
         if self.exact:
             loss = loss - credit.scale * state_weights * student.extra[0]
         loss = loss - args.entropy_coef * student.entropy
-        # k3 in the loss: non-negative per token; its expected gradient is that of KL(pi_0 || pi).
-        if credit.kl_coef > 0 and args.kl_in == "loss" and credit.reference_logps is not None:
-            loss = loss + credit.kl_coef * kl_k3(student.logps, credit.reference_logps)
+        if args.kl_coef > 0 and args.kl_in == "loss":
+            loss = loss + credit.kl_coef * state_weights * self.kl_penalty(student, minibatch)
         if credit.values is not None and credit.returns is not None:
             critic = value_loss(student.values, credit.values, credit.returns, args.value_clip_range)
             loss = loss + args.value_coef * critic
             logged = {**logged, "value_loss": critic}
         return loss, {**logged, **weights}
+
+    def kl_penalty(self, student: StudentTokens, minibatch: Minibatch) -> Tensor:
+        """KL(pi || reference) at every visited state, [B, R]: its gradient there, not its effect on later states.
+
+            exact   sum_a pi(a|s_t) (log pi(a|s_t) - log reference(a|s_t)) over the vocabulary, nothing sampled
+            k2      rho_t (log pi(a_t|s_t) - log reference(a_t|s_t))^2 / 2, rho_t = pi / mu without gradient: unbiased
+                    for that gradient whatever mu the token was drawn from
+
+        The states of both are those that mu reached; they get the weights of the exact one-step term (`weighted`).
+        """
+        credit: Credit = minibatch.annotations
+        if credit.reference is not None:
+            return student.extra[-1]
+        mask = minibatch.answers.answer_mask
+        ratio = ((student.logps.detach() - given(minibatch.answers.behaviour_logps)) * mask).exp()
+        return ratio * kl_k2(student.logps, given(credit.reference_logps))
 
     # kl_coef changes during training, so checkpoints keep it
 
@@ -273,6 +341,7 @@ class PolicyGradientTrainer(OnPolicyTrainer):
     """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start."""
 
     args: RLArguments
+    objective: PolicyGradient
     start_checks = (StartCheck,)
 
     def recorded(self) -> dict[str, float]:
@@ -281,6 +350,30 @@ class PolicyGradientTrainer(OnPolicyTrainer):
         if square := logs.pop("weight_square", 0.0):
             logs["effective_sample_size"] = logs["weight_mean"] ** 2 / square
         return logs
+
+    def check_teacher(self) -> None:
+        """As in `DistillationTrainer`; end_price scores one token beyond the longest answer."""
+        super().check_teacher()
+        args, longest = self.objective.args, getattr(self.teacher, "longest_answer", None)
+        if args.cut_answers == "end_price" and longest is not None and args.max_new_tokens >= longest:
+            raise ConfigError(
+                f"cut_answers = 'end_price': the teacher has {longest} positions for an answer and its end: set "
+                f"max_new_tokens to at most {longest - 1}, or cut_answers to keep or drop"
+            )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As in Trainer, with the critic's own learning rate."""
+        made, rate = self.optimizer is None, self.args.value_learning_rate
+        optimizer = super().create_optimizer(model)
+        if made and rate is not None and self.policy.value_head is not None:
+            give_own_learning_rate(optimizer, self.policy.value_head, rate)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Trainer; the first `value_warmup_updates` train the critic alone."""
+        warming_up = self.state.global_step < self.args.value_warmup_updates
+        with critic_alone(self.policy) if warming_up else nullcontext():
+            return super().training_step(*args, **kwargs)
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:

@@ -1,4 +1,4 @@
-"""PPO on the induced reward: several passes over each rollout batch, clipped ratio, GAE with a residual critic."""
+"""PPO on the induced reward: several passes over each rollout batch, clipped ratio, learned critic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .policy_gradient import PolicyGradient, PolicyGradientTrainer
 
 class PPO(PolicyGradient):
     """loss_t = -min(rho_t adv_t, clip(rho_t, 1 - eps, 1 + eps) adv_t), [B, R], rho = pi / pi_old from the
-    log-probabilities recorded while sampling (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+    log-probabilities recorded while sampling (Schulman et al. 2017, arXiv 1707.06347, eq. 7); `dual_clip` bounds it
+    (`ppo_loss`).
 
     Where answers were drawn from another distribution mu than the policy pi_old that sampled (a temperature, top_p, the
     teacher's share), importance weights pi_old / mu are in adv and the clip is about pi_old: it bounds how far the
@@ -29,11 +30,14 @@ class PPO(PolicyGradient):
         return given(answers.own_logps)
 
     def policy_loss(self, logps: Tensor, advantages: Tensor, answers: Answers) -> tuple[Tensor, Mapping[str, Tensor]]:
-        old, clip = given(answers.own_logps), self.args.clip_range
+        old, clip, dual = given(answers.own_logps), self.args.clip_range, self.args.dual_clip
         ratio = (logps.detach() - old).exp()
         # Padding has log-probability 0 under both policies, hence ratio 1; `reduce_tokens` drops it.
         own = torch.where(answers.answer_mask, logps, 0)
-        return ppo_loss(own, old, advantages, clip), {"clip_fraction": (ratio - 1).abs() > clip}
+        logged = {"clip_fraction": (ratio - 1).abs() > clip}
+        if dual is not None:
+            logged["dual_clip_fraction"] = (advantages < 0) & (ratio > dual)
+        return ppo_loss(own, old, advantages, clip, dual), logged
 
 
 class PPOTrainer(PolicyGradientTrainer):

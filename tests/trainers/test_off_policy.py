@@ -61,7 +61,7 @@ class Enumerated:
     def of_the_loss(self, trainer):
         """The expectation, over the proposal, of the gradient of the trainer's loss of one answer."""
         minibatch = trainer.annotate(self.answers)
-        function, token_args = trainer.objective.token_function(minibatch.signal)
+        function, token_args = trainer.objective.token_function(minibatch.signal, minibatch.annotations)
         (logps, entropy, *extra), values = trainer.policy(*self.answers.policy_inputs, function, token_args)
         student = StudentTokens(logps=logps, entropy=entropy, values=values, extra=tuple(extra))
         loss = trainer.objective.token_loss(student, minibatch)[0] * self.answers.answer_mask
