@@ -100,24 +100,27 @@ class DistillationArguments(StudentArguments):
 
 
 @dataclass
-class SupervisedArguments(DistillationArguments):
-    """Warm-up on pseudo-labels, or word-level distillation on their prefixes."""
+class DivergenceArguments(DistillationArguments):
+    """A divergence between teacher and student at every prefix of given answers, and its parameters."""
 
-    objective: Annotated[str, OneOf(IMITATION)] = field(
-        default="sequence",
-        metadata={
-            "help": "sequence: cross-entropy on the labels (SeqKD). Others: that divergence to the teacher at every "
-            "label prefix."
-        },
+    objective: Annotated[str, OneOf(DIVERGENCES)] = field(
+        default="jensen_shannon", metadata={"help": "Divergence to the teacher at every prefix (docs/method.md)."}
     )
     temperature: Positive = field(default=1.0, metadata={"help": "Divergences: temperature of both softmaxes."})
     alpha: Fraction | None = field(
-        default=None, metadata={"help": "Weight of the teacher in the mixture of skew_forward_kl; null is 0.1."}
+        default=None,
+        metadata={
+            "help": "skew_forward_kl, skew_reverse_kl: weight of the first distribution in the mixture (null: 0.1); "
+            "alpha_beta: exponent of the teacher (null: 0.2)."
+        },
     )
     beta: Fraction | None = field(
-        default=None, metadata={"help": "Weight of the teacher in the mixture of jensen_shannon; null is 0.5."}
+        default=None,
+        metadata={
+            "help": "jensen_shannon: weight of the teacher in the mixture (null: 0.5); alpha_beta: exponent of the "
+            "student (null: 0.7)."
+        },
     )
-    learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,9 +135,33 @@ class SupervisedArguments(DistillationArguments):
                 f"objective = {self.objective!r} does not take it: leave it out"
                 + (f"; it takes {', '.join(takes)}" if takes else ""),
             )
+            # A mixture with weight 0 or 1 is no mixture; an exponent may be either.
             _require(
-                name == "temperature" or value not in (0.0, 1.0), name, value, "must be between 0 and 1, both excluded"
+                name == "temperature" or self.objective == "alpha_beta" or value not in (0.0, 1.0),
+                name,
+                value,
+                "must be between 0 and 1, both excluded",
             )
+        _require(
+            not (self.alpha == 0 and self.beta == 0),
+            "alpha",
+            self.alpha,
+            "beta is 0, too, and alpha_beta has no such divergence: raise one of them",
+        )
+
+
+@dataclass
+class SupervisedArguments(DivergenceArguments):
+    """Warm-up on pseudo-labels, or word-level distillation on their prefixes."""
+
+    objective: Annotated[str, OneOf(IMITATION)] = field(
+        default="sequence",
+        metadata={
+            "help": "sequence: cross-entropy on the labels (SeqKD). Others: that divergence to the teacher at every "
+            "label prefix."
+        },
+    )
+    learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
 
 
 @dataclass
