@@ -41,7 +41,10 @@ ALL = "all"
 GENERATING = "supervised and RL"
 RL = "RL"
 CRITIC = "RL with a critic"
+ON_POLICY = "RL and GKD"
 PPO = "PPO"
+GKD = "GKD"
+IMITATING = "RL with `imitation_coef`"
 TKD = "TKD"
 HELD_OUT = {GREEDY: GENERATING, SAMPLED: GENERATING}
 TERM = {LOG: TKD, WEIGHTED: TKD}
@@ -119,10 +122,11 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="log p(answer) under the teacher."),
         Metric(name="teacher_logprob", unit="nats", better="up", per="answer", logged={LOG: RL},
                meaning="The same for the answers sampled in training."),
-        Metric(name="length", unit="tokens", better="neither", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
+        Metric(name="length", unit="tokens", better="neither", per="answer",
+               logged={LOG: ON_POLICY, START: RL, **HELD_OUT},
                title="Length of answers", meaning="Tokens of an answer, end-of-sequence included."),
         Metric(name="finish_rate", unit="share", better="up", per="answer",
-               logged={LOG: RL, START: RL, **HELD_OUT}, title="Finished answers",
+               logged={LOG: ON_POLICY, START: RL, **HELD_OUT}, title="Finished answers",
                meaning="Answers that ended before `max_new_tokens`."),
         Metric(name="entropy", unit="nats", better="neither", per="token", logged={LOG: GENERATING, **HELD_OUT},
                title="Entropy of the student",
@@ -145,13 +149,17 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="Weight of the KL penalty to the reference policy; it moves only with `kl_target`."),
         Metric(name="advantage_std", unit="nats", better="neither", per="batch", logged={LOG: RL},
                meaning="Standard deviation of the advantages that enter the loss."),
-        Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: RL},
+        Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: ON_POLICY},
                meaning="pi / mu, the probability under the student over that when sampled; 1 at the first update "
                        "after the behaviour policy is synchronised."),
-        Metric(name="ratio_max", unit="", better="neither", per="log line", logged={LOG: RL},
+        Metric(name="ratio_max", unit="", better="neither", per="log line", logged={LOG: ON_POLICY},
                meaning="The largest such ratio since the last line."),
         Metric(name="clip_fraction", unit="share", better="neither", per="token", logged={LOG: PPO},
                title="Clipped tokens", meaning="Tokens whose ratio is outside 1 +- `clip_range`."),
+        Metric(name="imitation_loss", unit="nats", better="down", per="token", logged={LOG: IMITATING},
+               meaning="-log pi of the labels that an update imitates beside its answers."),
+        Metric(name="on_policy", unit="share", better="neither", per="batch", logged={LOG: GKD},
+               meaning="Batches whose answers were the student's, the others being labels."),
         Metric(name="value_loss", unit="nats^2", better="down", per="token", logged={LOG: CRITIC},
                meaning="The critic's squared error, clipped, divided by 2."),
         Metric(name="explained_variance", unit="share", better="up", per="batch", logged={LOG: CRITIC},
@@ -200,7 +208,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                        "last line, over all processes; at the end, those after the last log line."),
         Metric(name="tokens_per_second", unit="tokens per second", better="up", per="log line",
                logged={LOG: GENERATING}, title="Speed", meaning="`tokens` divided by the time since the last line."),
-        Metric(name="rollout_seconds", unit="seconds", better="down", per="batch", logged={LOG: RL},
+        Metric(name="rollout_seconds", unit="seconds", better="down", per="batch", logged={LOG: ON_POLICY},
                meaning="Wall-clock seconds to sample and score one rollout batch."),
         Metric(name="seconds", unit="seconds", better="down", per="evaluation", logged={GREEDY: GENERATING},
                meaning="Wall-clock seconds of the evaluation."),

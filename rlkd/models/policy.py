@@ -54,12 +54,15 @@ class Policy(nn.Module):
         answer_mask: Tensor,
         statistics: TokenFunction = token_statistics,
         token_args: tuple[Tensor, ...] = (),
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        labels: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Any, ...]:
         """Token statistics and critic values of given answers.
 
         Args: input_ids, input_mask [B, P]; answer_ids, answer_mask [B, R]; statistics, a function of
-        (logits [n, V], ids [n], *token_args [n, ...]) returning a tuple of [n]; token_args, tensors [B, R, ...].
-        Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding.
+        (logits [n, V], ids [n], *token_args [n, ...]) returning a tuple of [n]; token_args, tensors [B, R, ...];
+        labels, the same four tensors of other answers [B', R'].
+        Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding; with
+        labels also their log-probabilities [B', R'], in the same forward as DistributedDataParallel allows only one.
         """
         hidden = self.lm.answer_hidden(self._prompt_states(input_ids, input_mask), answer_ids, answer_mask)
         token_args = tuple(a[answer_mask] for a in token_args)
@@ -71,7 +74,8 @@ class Policy(nn.Module):
             if self.value_head is None
             else self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
         )
-        return tuple(unpack(o, answer_mask) for o in outputs), unpack(values, answer_mask)
+        found = tuple(unpack(o, answer_mask) for o in outputs), unpack(values, answer_mask)
+        return found if labels is None else (*found, self.forward(*labels)[0][0])
 
     def _prompt_states(self, input_ids: Tensor, input_mask: Tensor) -> list[Tensor]:
         """The state of each row's prompt; one that several rollouts share is computed once."""

@@ -92,11 +92,39 @@ class DistillationArguments(StudentArguments):
         default=4, metadata={"help": "Rows of the prompt / student / teacher / reward table shown at each evaluation."}
     )
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the trainer learns from pseudo-labels."""
+        return False
+
+    @property
+    def label_setting(self) -> str | None:
+        """The setting that makes it read labels, with its value; None if none does."""
+        return None
+
     def __post_init__(self) -> None:
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "regret"
         super().__post_init__()
         check_half_precision(self.mixed_precision, setting=self.fp16)
+
+
+def check_labels(args: DistillationArguments, *, given: bool, name: str) -> None:
+    """Raise ConfigError if labels are missing that the settings read, or given and not read. `name` is how they are
+    given: a setting or an argument.
+    """
+    reason = f" ({args.label_setting})" if args.label_setting else ""
+    if args.reads_labels and not given:
+        raise ConfigError(
+            f"{name} is not set, and the trainer learns from them{reason}: name a folder written by "
+            "`rlkd generate-pseudolabels --out FOLDER`"
+            + ("" if name == "pseudo_labels" else ", read with load_pseudolabels")
+        )
+    if given and not args.reads_labels:
+        raise ConfigError(
+            f"{name} is set, but labels have no effect{reason}: leave it out"
+            + (f", or change {args.label_setting.split()[0]}" if args.label_setting else "")
+        )
 
 
 @dataclass
@@ -163,6 +191,10 @@ class SupervisedArguments(DivergenceArguments):
     )
     learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
 
+    @property
+    def reads_labels(self) -> bool:
+        return True
+
 
 @dataclass
 class OnPolicyArguments(DistillationArguments):
@@ -205,6 +237,26 @@ class OnPolicyArguments(DistillationArguments):
     def updates_per_rollout(self) -> int:
         """Optimizer steps taken on one rollout batch."""
         return self.epochs_per_rollout * self.minibatches_per_rollout
+
+
+@dataclass
+class GKDArguments(OnPolicyArguments, DivergenceArguments):
+    """GKD: a divergence at every prefix of the student's own answers or of labels."""
+
+    on_policy_fraction: Fraction = field(
+        default=1.0,
+        metadata={"help": "Probability that a batch's answers are the student's and not labels (lambda of GKD)."},
+    )
+    rollouts_per_prompt: Count = field(default=1, metadata={"help": "Answers sampled for each prompt."})
+    learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
+
+    @property
+    def reads_labels(self) -> bool:
+        return self.on_policy_fraction < 1
+
+    @property
+    def label_setting(self) -> str:
+        return f"on_policy_fraction = {self.on_policy_fraction:g}"
 
 
 @dataclass
@@ -251,6 +303,13 @@ class RLArguments(OnPolicyArguments):
     kl_in: Literal["loss", "reward"] = field(
         default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
     )
+    imitation_coef: NonNegative = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the cross-entropy on as many pseudo-labels as answers in the same update, nats per "
+            "label token."
+        },
+    )
     value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
     value_clip_range: Positive = field(
         default=5.0, metadata={"help": "Clip range of the critic's change per rollout batch, nats."}
@@ -260,6 +319,14 @@ class RLArguments(OnPolicyArguments):
         metadata={"help": "If regret per sequence is not well below the cost of an early end-of-sequence."},
     )
     learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
+
+    @property
+    def reads_labels(self) -> bool:
+        return self.imitation_coef > 0
+
+    @property
+    def label_setting(self) -> str:
+        return f"imitation_coef = {self.imitation_coef:g}"
 
     def __post_init__(self) -> None:
         super().__post_init__()

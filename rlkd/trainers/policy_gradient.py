@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..models.heads import TokenFunction
 from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence
 from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k3, token_statistics, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Answers, Batched, Minibatch, TeacherSignal
+from ..records import Answers, Batched, Imitation, Minibatch, TeacherSignal, select_rows
 from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
 from .arguments import RLArguments
 from .objective import Evidence, Objective, Processes, StudentTokens
@@ -237,6 +237,30 @@ class PolicyGradientTrainer(OnPolicyTrainer):
 
     args: RLArguments
     start_checks = (StartCheck,)
+
+    def minibatches(self, batch: Minibatch, index: int) -> Iterator[Minibatch]:
+        """As in `OnPolicyTrainer`; with `imitation_coef`, every update also has as many labels as answers."""
+        args, own = self.args, super().minibatches(batch, index)
+        if self.label_batches is None:
+            yield from own
+            return
+        for update in range(index * args.updates_per_rollout, (index + 1) * args.updates_per_rollout):
+            labels = self.labelled(update, args.per_device_train_batch_size * args.gradient_accumulation_steps)
+            own_tokens = labels.answer_mask.sum()
+            self.tokens_since_log += int(own_tokens)
+            tokens = float(self.sum(own_tokens))
+            lengths = labels.answer_mask.sum(1) + labels.input_mask.sum(1)
+            for rows in lengths.argsort(stable=True).chunk(args.gradient_accumulation_steps):
+                part = Imitation(labels=select_rows(labels, rows), tokens=tokens, coef=args.imitation_coef)
+                yield replace(next(own), imitation=part)
+
+    def describe_run(self, steps: int, epochs: float) -> str:
+        """As in `OnPolicyTrainer`, and how many labels are imitated."""
+        described, args = super().describe_run(steps, epochs), self.args
+        if self.label_batches is None:
+            return described
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return f"{described}; every update also imitates {rows} of {len(self.label_batches)} labels"
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:

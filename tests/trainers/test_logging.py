@@ -14,12 +14,15 @@ from rlkd.jobs.encoder_data import LabelledData
 from rlkd.models.architectures import language_model
 from rlkd.models.policy import Policy
 from tiny import tiny_tokenizer
-from tiny_runs import WORDS, assert_same, examples, logged, make, student, tiny_teacher, weights
+from tiny_runs import WORDS, assert_same, examples, labels, logged, make, student, tiny_teacher, weights
 
-# The trainers of the table's labels, as this file runs them: PPO with its critic, REINFORCE without one.
+# The trainers of the table's labels, as this file runs them: PPO with its critic and with labels, REINFORCE without.
 KINDS = {
-    metrics.ALL: {"supervised", "reinforce", "ppo", "tkd"},
-    metrics.GENERATING: {"supervised", "reinforce", "ppo"},
+    metrics.ALL: {"supervised", "reinforce", "ppo", "gkd", "tkd"},
+    metrics.GENERATING: {"supervised", "reinforce", "ppo", "gkd"},
+    metrics.ON_POLICY: {"reinforce", "ppo", "gkd"},
+    metrics.GKD: {"gkd"},
+    metrics.IMITATING: {"ppo"},
     metrics.RL: {"reinforce", "ppo"},
     metrics.CRITIC: {"ppo"},
     metrics.PPO: {"ppo"},
@@ -34,7 +37,12 @@ def every_metric(predictions, rows):
 def run(kind, folder):
     """The lines of runs that log all that a trainer can log."""
     if kind != "tkd":
-        options = {} if kind == "supervised" else {"weak_start": "warn"}
+        options = {
+            "supervised": {},
+            "gkd": {"on_policy_fraction": 0.5, "labels": labels()},
+            "reinforce": {"weak_start": "warn"},
+            "ppo": {"weak_start": "warn", "imitation_coef": 0.1, "labels": labels()},
+        }[kind]  # fmt: skip
         make(
             kind, folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
             task_metric=every_metric, **options,
