@@ -3,13 +3,16 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from test_losses import full_logits, prompt_ids
 
 from rlkd.errors import ConfigError, DataError
-from rlkd.trainers.arguments import GKDArguments, ReinforceArguments
+from rlkd.jobs.setup import DataArguments, TeacherArguments, prepare
+from rlkd.settings.trl_compat import ModelConfig
+from rlkd.trainers.arguments import GKDArguments, ReinforceArguments, SupervisedArguments
 from tiny import tiny_bart
 from tiny_runs import PADDED, assert_same, differ, examples, labels, logged, make, tiny_teacher, weights
 
@@ -174,7 +177,7 @@ def test_every_pass_over_the_labels_has_each_once(tmp_path):
     trainer = make("ppo", tmp_path, imitation_coef=0.1, labels=labels(6), per_device_train_batch_size=4)
     batches = [trainer.label_batches.batch(i, 4, 0, 1).ids for i in range(6)]
     experience = trainer.experience()
-    for batch in batches:
+    for batch in batches[:4]:  # the updates of the first rollout batch
         imitated = next(experience)["minibatch"].imitation.labels
         assert sorted(imitated.ids) == sorted(batch)
     seen = [name for batch in batches for name in batch]
@@ -224,6 +227,28 @@ def test_other_labels_are_another_run(tmp_path):
 def test_labels_that_are_missing_or_have_no_effect_are_refused(tmp_path, kind, options, message):
     with pytest.raises(ConfigError, match=message):
         make(kind, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("training", "folder", "message"),
+    [
+        (SupervisedArguments, None, r"^pseudo_labels is not set, and the trainer learns from them: name a folder"),
+        (
+            partial(GKDArguments, on_policy_fraction=0.5),
+            None,
+            r"^pseudo_labels is not set.*\(on_policy_fraction = 0.5\)",
+        ),
+        (
+            ReinforceArguments,
+            "labels",
+            r"^pseudo_labels is set, but .* \(imitation_coef = 0\): leave it out, or change",
+        ),
+    ],
+)
+def test_recipes_refuse_them_before_anything_is_read(tmp_path, training, folder, message):
+    data, args = DataArguments("no such data", "text", pseudo_labels=folder), training(output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=message):
+        prepare(data, TeacherArguments(), ModelConfig("no such student"), args)
 
 
 def test_rows_that_are_no_labels_are_refused(tmp_path):
