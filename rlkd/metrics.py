@@ -164,7 +164,10 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="The critic's squared error, clipped, divided by 2."),
         Metric(name="explained_variance", unit="share", better="up", per="batch", logged={LOG: CRITIC},
                title="Explained variance of the critic",
-               meaning="1 - Var(target - value) / Var(target); below 0 the critic is worse than a constant."),
+               meaning="1 - Var(target - value) / Var(target), which a constant error of the critic does not change."),
+        Metric(name="value_gain", unit="share", better="up", per="batch", logged={LOG: CRITIC},
+               meaning="1 - mean (target - value)^2 / mean target^2, 0.01 nats^2 added to both: a constant error lowers "
+                       "it; 0 for no critic (the teacher baseline), below 0 the critic adds variance."),
     ),
     "Task scores": (
         Metric(name="exact_match", unit="share", better="up", per="answer", logged=HELD_OUT, task=True,

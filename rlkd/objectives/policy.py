@@ -51,9 +51,18 @@ def kl_k1(logps: Tensor, reference_logps: Tensor) -> Tensor:
     return logps - reference_logps
 
 
+def kl_k2(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """(log pi(a|s) - log pi_0(a|s))^2 / 2, [B, R] (Schulman 2020, joschu.net/blog/kl-approx.html), as a loss.
+
+    For a ~ pi(.|s) its expected gradient, E[(log pi - log pi_0) grad log pi], is that of KL(pi || pi_0) at s. Its value
+    is not that KL; the expected gradient of k1 is 0, and that of k3 is the gradient of KL(pi_0 || pi).
+    """
+    return 0.5 * (logps - reference_logps).square()
+
+
 def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """exp(d) - 1 - d with d = log pi_0 - log pi: the non-negative one-sample estimate (Schulman 2020), used in the
-    loss, [B, R].
+    """exp(d) - 1 - d, d = log pi_0 - log pi, [B, R]: the unbiased, non-negative one-sample estimate of KL(pi || pi_0)
+    (Schulman 2020). For reports, not as a loss: its expected gradient is that of KL(pi_0 || pi).
     """
     difference = reference_logps - logps
     return difference.exp() - 1 - difference

@@ -15,7 +15,7 @@ from ..metrics import held_out, in_order, metric
 
 REWARD = (
     "reward_value", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
-    "entropy_coef", "whiten_advantages", "loss_reduction", "rollouts_per_prompt",
+    "kl_estimator", "entropy_coef", "whiten_advantages", "loss_reduction", "rollouts_per_prompt",
     "imitation_coef",
 )  # fmt: skip
 METHODS = {

@@ -301,7 +301,13 @@ class RLArguments(OnPolicyArguments):
         default=None, metadata={"help": "Target KL per token, reached by adapting kl_coef; null: kl_coef is fixed."}
     )
     kl_in: Literal["loss", "reward"] = field(
-        default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
+        default="loss", metadata={"help": "KL penalty as a term of the loss, or in the reward (the sampled k1)."}
+    )
+    kl_estimator: Literal["exact", "k2"] | None = field(
+        default=None,
+        metadata={
+            "help": "KL in the loss: exact, over the vocabulary (as null), or k2 of the sampled token (cheaper)."
+        },
     )
     imitation_coef: NonNegative = field(
         default=0.0,
@@ -359,6 +365,12 @@ class RLArguments(OnPolicyArguments):
             f"with one_step exact the advantages hold the future only, which is 0 under gamma = {self.gamma:g}, lam = "
             f"{self.lam:g} and k_step = {self.k_step}: there is nothing to scale. Set it to false, or raise lam",
         )
+        _require(
+            self.kl_estimator is None or (self.kl_coef > 0 and self.kl_in == "loss"),
+            "kl_estimator",
+            self.kl_estimator,
+            "of the KL penalty in the loss, which kl_coef 0 and kl_in reward do not have: leave it out",
+        )
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
 
@@ -380,6 +392,6 @@ class PPOArguments(RLArguments):
     epochs_per_rollout: Count = field(default=2, metadata={"help": "Passes over each batch of rollouts."})
     minibatches_per_rollout: Count = field(default=2, metadata={"help": "Optimizer steps per pass."})
     baseline: Annotated[str, OneOf(BASELINES)] = field(
-        default="critic", metadata={"help": "Subtracted from the credit; critic is GAE with a learned value head."}
+        default="critic", metadata={"help": "Subtracted from the credit; critic: a learned value head."}
     )
     clip_range: Positive = field(default=0.2, metadata={"help": "PPO's clip range: ratios are clipped to 1 +- this."})

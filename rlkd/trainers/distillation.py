@@ -215,16 +215,17 @@ class DistillationTrainer(StudentTrainer):
         """
         needs, reads = self.objective.needs, self.objective.reads
         signal = self.score(answers, distribution="distribution" in needs) if needs else None
-        reference_logps, values, extra = None, None, ()
-        if "reference_logps" in reads:
+        reference_logps, reference, extra = None, None, ()
+        if reads & {"reference_logps", "reference"}:
             assert self.reference is not None
-            (reference_logps, _), _ = self.reference(*answers.policy_inputs)
-        if reads & {"values", "expected"}:
-            (_, _, *extra), values = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+            reference_logps, reference = self.reference.score(*answers.policy_inputs)
+        if "expected" in reads:
+            (_, _, *extra), _ = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
         return Evidence(
             signal=signal,
             reference_logps=reference_logps,
-            values=values if "values" in reads else None,
+            reference=reference if "reference" in reads else None,
+            values=self.policy.values(*answers.policy_inputs) if "values" in reads else None,
             extra=tuple(extra),
         )
 
@@ -243,7 +244,7 @@ class DistillationTrainer(StudentTrainer):
         """The objective's token losses, reduced over the global minibatch `inputs["minibatch"]`."""
         minibatch: Minibatch = inputs["minibatch"]
         answers, mask = minibatch.answers, minibatch.answers.answer_mask
-        function, token_args = self.objective.token_function(minibatch.signal)
+        function, token_args = self.objective.token_function(minibatch.signal, minibatch.annotations)
         labels = None if minibatch.imitation is None else minibatch.imitation.labels.policy_inputs
         (logps, entropy, *extra), values, *of_labels = model(*answers.policy_inputs, function, token_args, labels)
         student = StudentTokens(logps=logps, entropy=entropy, values=values, extra=tuple(extra))

@@ -3,14 +3,15 @@
     loss_t = policy_loss(credit_t) - w_t E_{a ~ pi}[r(s_t, a)] - c_H H(pi(.|s_t)) + c_KL KL_t + c_V critic_t
 
 The second term replaces the sampled immediate reward by its exact gradient (`one_step: exact`); the credit then holds
-the future only.
+the future only. KL_t is the penalty in the loss (`PolicyGradient.kl_penalty`); with `kl_in: reward` it is a part of the
+reward instead.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from ..models.heads import TokenFunction
-from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence
-from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k3, token_statistics, value_loss
+from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence, value_gain
+from ..objectives.divergences import reverse_kl
+from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Answers, Batched, Imitation, Minibatch, TeacherSignal, select_rows
+from ..records import Answers, Batched, Distribution, Imitation, Minibatch, TeacherSignal, given, select_rows
 from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
 from .arguments import RLArguments
-from .objective import Evidence, Objective, Processes, StudentTokens
+from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
 
@@ -41,6 +43,7 @@ class Credit(Batched):
     rewards          the terms whose discounted sum is the credit before its baseline
     returns          targets of the critic, and values, its predictions at rollout time; None without a critic
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
+    reference        the reference policy's distributions, where the KL penalty is exact; else None
     scale            1 / (standard deviation the advantages were whitened with), else 1
     kl_coef          weight of the KL penalty for this batch
     """
@@ -50,6 +53,7 @@ class Credit(Batched):
     returns: Tensor | None = None
     values: Tensor | None = None
     reference_logps: Tensor | None = None
+    reference: Distribution | None = None
     scale: float = 1.0
     kl_coef: float = 0.0
 
@@ -80,6 +84,8 @@ class PolicyGradient(Objective):
         self.reads = frozenset({"values", "expected"} & self.inputs)
         if args.kl_coef > 0:
             self.reads |= {"reference_logps"}
+            if args.kl_in == "loss" and args.kl_estimator != "k2":
+                self.reads |= {"reference"}
 
     # Before the first update on a batch of rollouts
 
@@ -112,6 +118,7 @@ class PolicyGradient(Objective):
             returns=returns,
             values=evidence.values,
             reference_logps=evidence.reference_logps,
+            reference=evidence.reference,
             kl_coef=self.kl_coef,
         )
 
@@ -143,6 +150,7 @@ class PolicyGradient(Objective):
         if credit.values is not None and credit.returns is not None:
             values, returns = processes.gather(credit.values), processes.gather(credit.returns)
             logged["explained_variance"] = explained_variance(values, returns, everywhere)
+            logged["value_gain"] = value_gain(values, returns, everywhere)
         # For the next batch: `credit` already holds the coefficient of this one.
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
@@ -184,25 +192,37 @@ class PolicyGradient(Objective):
 
     # The loss
 
-    def token_function(self, signal: TeacherSignal | None) -> tuple[TokenFunction, tuple[Tensor, ...]]:
-        if "distribution" not in self.needs:
-            return token_statistics, ()
-        assert signal is not None
-        assert signal.distribution is not None
-        expected, distribution = self.reward.expected, signal.distribution
-        assert expected is not None
+    def token_function(
+        self, signal: TeacherSignal | None, annotations: Credit | None = None
+    ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+        """In `extra`: E_{a ~ pi}[r(s_t, a)] where it is exact or a baseline, then KL(pi || reference) where exact."""
+        terms = []
+        if self.exact or (annotations is None and "expected" in self.reads):
+            terms.append(self.expectation(given(signal)))
+        if annotations is not None and annotations.reference is not None:
+            reference = annotations.reference
 
-        def with_expectation(logits: Tensor, ids: Tensor, value: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-            return *token_statistics(logits, ids), expected(logits, distribution.logits(*states), value)
+            def kl(logits: Tensor, *states: Tensor) -> Tensor:
+                return reverse_kl(logits, reference.logits(*states))
 
-        return with_expectation, (self.reward.state_value(signal), *distribution.token_args)
+            terms.append((kl, reference.token_args))
+        return with_terms(*terms)
+
+    def expectation(self, signal: TeacherSignal) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """E_{a ~ pi}[r(s_t, a)] as a term of `with_terms`."""
+        expected, distribution = given(self.reward.expected), given(signal.distribution)
+
+        def of_chunk(logits: Tensor, value: Tensor, *states: Tensor) -> Tensor:
+            return expected(logits, distribution.logits(*states), value)
+
+        return of_chunk, (self.reward.state_value(signal), *distribution.token_args)
 
     @abstractmethod
     def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss of the sampled tokens [B, R] from their log-probabilities under the student [B, R]; what is logged."""
 
     def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:
-        """Weight [B, R] of the exact one-step term at states an older policy reached; 1 unless a subclass corrects."""
+        """Weight [B, R] of the exact terms at states an older policy reached; 1 unless a subclass corrects."""
         return 1.0
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -214,14 +234,32 @@ class PolicyGradient(Objective):
         if self.exact:
             loss = loss - credit.scale * self.state_weights(student.logps, minibatch) * student.extra[0]
         loss = loss - args.entropy_coef * student.entropy
-        # k3 in the loss: non-negative per token; its expected gradient is that of KL(pi_0 || pi).
-        if credit.kl_coef > 0 and args.kl_in == "loss" and credit.reference_logps is not None:
-            loss = loss + credit.kl_coef * kl_k3(student.logps, credit.reference_logps)
+        if args.kl_coef > 0 and args.kl_in == "loss":
+            loss = loss + credit.kl_coef * self.kl_penalty(student, minibatch)
         if credit.values is not None and credit.returns is not None:
             critic = value_loss(student.values, credit.values, credit.returns, args.value_clip_range)
             loss = loss + args.value_coef * critic
             logged = {**logged, "value_loss": critic}
         return loss, logged
+
+    def kl_penalty(self, student: StudentTokens, minibatch: Minibatch) -> Tensor:
+        """KL(pi || reference) at every visited state, [B, R]: its gradient there, not its effect on later states.
+
+            exact   sum_a pi(a|s_t) (log pi(a|s_t) - log reference(a|s_t)) over the vocabulary, nothing sampled
+            k2      rho_t (log pi(a_t|s_t) - log reference(a_t|s_t))^2 / 2, rho_t = pi / mu without gradient: unbiased
+                    for that gradient whatever mu the token was drawn from
+
+        When the behaviour policy mu lags (later passes of PPO, `sync_every` > 1) the states of both are those that mu
+        reached; `state_weights` corrects that where the algorithm corrects the exact one-step term.
+        """
+        credit: Credit = minibatch.annotations
+        if credit.reference is not None:
+            kl = student.extra[-1]
+        else:
+            mask = minibatch.answers.answer_mask
+            ratio = ((student.logps.detach() - given(minibatch.answers.behaviour_logps)) * mask).exp()
+            kl = ratio * kl_k2(student.logps, given(credit.reference_logps))
+        return self.state_weights(student.logps, minibatch) * kl
 
     # kl_coef changes during training, so checkpoints keep it
 

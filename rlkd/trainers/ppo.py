@@ -1,4 +1,4 @@
-"""PPO on the induced reward: several passes over each rollout batch, clipped ratio, GAE with a residual critic."""
+"""PPO on the induced reward: several passes over each rollout batch, clipped ratio, learned critic."""
 
 from __future__ import annotations
 

@@ -9,7 +9,14 @@ import itertools
 import pytest
 import torch
 
-from rlkd.objectives.advantages import discounted_sum, importance_weights, leave_one_out, per_decision
+from rlkd.objectives.advantages import (
+    BASELINES,
+    CreditInputs,
+    discounted_sum,
+    importance_weights,
+    leave_one_out,
+    per_decision,
+)
 from rlkd.objectives.policy import reinforce_loss
 from rlkd.objectives.rewards import expected_advantage, induced_advantage, induced_reward, teacher_value
 from trees import build_tree, hand_advantages, hand_value, random_policy, random_q
@@ -154,6 +161,67 @@ def test_a_discount_in_the_return_that_the_reward_lacks_breaks_the_invariance():
         for g in GAUGES
     ]
     assert not close(problem.mean_gradient(mixed[0]), problem.mean_gradient(mixed[2]), 1e-2)
+
+
+# -- the critic beside the exact one-step term -----------------------------------------------------------------------
+
+
+def with_critic(problem, critic, decay):
+    """The gradient [Y, D, A] of each answer: exact one-step term, and the credit of the future less `critic` [S]."""
+    tree, mask = problem.tree, problem.mask
+    inputs = CreditInputs(
+        reward=problem.immediate, mask=mask, decay=decay, immediate=problem.immediate, values=tree.along(critic)
+    )
+    credit, targets = BASELINES["critic"].credit(inputs)
+    log_pi = problem.policy.logits.log_softmax(-1)
+    exact = tree.along(problem.expected_immediate()).sum(1)
+    sampled = (credit * mask * tree.along(log_pi)).sum(1)
+    rows = [torch.autograd.grad(row, problem.policy.theta, retain_graph=True)[0] for row in exact + sampled]
+    return torch.stack(rows), targets
+
+
+def future_of(problem, decay):
+    """E_pi[sum_{k>t} decay^(k-t) A_k] of every state [S], by backward induction over loops."""
+    number = {p: i for i, p in enumerate(problem.tree.prefixes)}
+    pi, expected = problem.policy.logits.softmax(-1).tolist(), problem.expected_immediate().tolist()
+    future = [0.0] * len(pi)
+    for s in reversed(range(len(pi))):
+        for a in range(1, ACTIONS):
+            child = number.get((*problem.tree.prefixes[s], a))
+            if child is not None:
+                future[s] += pi[s][a] * decay * (expected[child] + future[child])
+    return torch.tensor(future, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.7, 1.0])
+def test_a_critic_of_the_future_is_unbiased_and_the_perfect_one_has_the_least_variance(decay):
+    """For any critic the mean gradient is that of the immediate term and of the discounted future; none (C = 0), the
+    mean future, and a critic that also predicts the immediate term vary more than the perfect one.
+    """
+    total: dict[str, float] = {}
+    for seed in range(4):
+        problem = Problem(seed=seed, depth=3)
+        pi, perfect = problem.pi[:, None, None], future_of(problem, decay)
+        future = discounted_sum(problem.immediate, problem.mask, decay) - problem.immediate
+        weight = problem.pi[:, None] * problem.mask
+        critics = {
+            "perfect": perfect,
+            "none": torch.zeros_like(perfect),
+            "mean": torch.full_like(perfect, float((weight * future).sum() / weight.sum())),
+            "whole": perfect + problem.expected_immediate().detach(),
+        }
+        means = {}
+        for name, critic in critics.items():
+            gradients, targets = with_critic(problem, critic, decay)
+            assert close(targets, future)
+            means[name] = (pi * gradients).sum(0)
+            total[name] = total.get(name, 0.0) + float((pi * (gradients - means[name]).square()).sum())
+        for mean in means.values():
+            assert close(mean, means["none"])
+        if decay == 1.0:
+            assert close(means["perfect"], problem.true_gradient())
+    rest = [total[name] for name in ("none", "mean") if decay > 0] + [total["whole"]]
+    assert total["perfect"] < 0.99 * min(rest)
 
 
 # -- off-policy ----------------------------------------------------------------------------------------------------

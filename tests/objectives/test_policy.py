@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from rlkd.errors import ConfigError
 from rlkd.objectives.advantages import discounted_sum
+from rlkd.objectives.divergences import reverse_kl
 from rlkd.objectives.policy import (
     adapt_kl_coef,
     kl_k1,
+    kl_k2,
     kl_k3,
     ppo_loss,
     reduce_tokens,
@@ -126,6 +128,39 @@ def test_both_kl_estimates_have_the_enumerated_kl_as_expectation():
     assert (kl_k3(logps, reference_logps) >= 0).all()
     assert (kl_k1(logps, reference_logps) < 0).any()
     assert not kl_k3(logps, logps).any()
+
+
+def gradients_of_the_kl():
+    """The gradient of sum_y pi(y) sum_t KL_t(theta) with pi(y), which decides the states, held fixed: of each direction
+    of the KL by autograd over the actions, and of each estimate from sampled actions.
+    """
+    tree = build_tree(3, 4)
+    policy, reference = random_policy(tree, 3, seed=0), random_policy(tree, 3, seed=1)
+    pi, log_0 = policy.probabilities().detach(), reference.logits.detach().log_softmax(-1)
+    logps, log_pi = policy.logps(), policy.logits.log_softmax(-1)
+    estimates = {name: estimate(logps, tree.along(log_0)) for name, estimate in ESTIMATES.items()}
+    divergences = {
+        "KL(pi || pi_0)": tree.along((log_pi.exp() * (log_pi - log_0)).sum(-1)),
+        "KL(pi_0 || pi)": tree.along((log_0.exp() * (log_0 - log_pi)).sum(-1)),
+        "exact": tree.along(reverse_kl(policy.logits, reference.logits.detach())),
+    }
+    return {
+        name: torch.autograd.grad((pi[:, None] * x * tree.mask).sum(), policy.theta, retain_graph=True)[0]
+        for name, x in {**estimates, **divergences}.items()
+    }
+
+
+ESTIMATES = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def test_the_exact_term_and_k2_have_the_gradient_of_the_kl_and_k1_and_k3_have_not():
+    found = gradients_of_the_kl()
+    right, wrong = found["KL(pi || pi_0)"], found["KL(pi_0 || pi)"]
+    assert float((right - wrong).abs().max()) > 0.1
+    for name in ("exact", "k2"):
+        torch.testing.assert_close(found[name], right, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found["k3"], wrong, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found["k1"], torch.zeros_like(right), rtol=0, atol=1e-12)
 
 
 @given(st.floats(0, 100), st.floats(0.01, 10))

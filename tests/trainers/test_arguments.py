@@ -44,6 +44,8 @@ WRONG = [
     (ReinforceArguments, "baseline", "critic", {"k_step": 2}),
     (ReinforceArguments, "kl_target", 0.0, {}),
     (ReinforceArguments, "kl_target", 0.1, {"kl_coef": 0.0}),
+    (ReinforceArguments, "kl_estimator", "k2", {"kl_in": "reward"}),
+    (ReinforceArguments, "kl_estimator", "exact", {"kl_coef": 0.0}),
     (ReinforceArguments, "rollouts_per_prompt", 3, {"per_device_train_batch_size": 8}),
     (ReinforceArguments, "importance_cap", 0.0, {}),
     (PPOArguments, "clip_range", 0.0, {}),

@@ -189,6 +189,15 @@ def test_lora_trains_saves_and_resumes_its_adapter_only(tmp_path, kind):
     assert_same(weights(straight.policy), weights(resumed.policy))
 
 
+def test_copies_share_what_lora_does_not_train(tmp_path):
+    trainer = make("reinforce", tmp_path, model=lora(), sync_every=2)
+    own = {name: p.data_ptr() for name, p in trainer.policy.named_parameters()}
+    for copied in (trainer.reference, trainer.behaviour):
+        for name, parameter in copied.named_parameters():
+            assert (parameter.data_ptr() == own[name]) == ("lora_" not in name)
+            assert not parameter.requires_grad
+
+
 def test_patience_continues_after_a_resume(tmp_path):
     """A student that learns nothing: the second evaluation without a better one is at step 3, resumed or not."""
     options = {

@@ -38,8 +38,9 @@ def state_value(q, kind):
 class Row:
     """One answer with everything the credit needs, as Python numbers."""
 
-    def __init__(self, trainer, minibatch, i):
+    def __init__(self, trainer, minibatch, i, kl_coef=0.0):
         rollouts, args = minibatch.answers, trainer.args
+        self.kl_coef = kl_coef
         self.example = rollouts.examples[i]
         self.n = int(rollouts.answer_mask[i].sum())
         self.answer = rollouts.answer_ids[i, : self.n].tolist()
@@ -51,14 +52,16 @@ class Row:
             old, hidden = full_logits(trainer.policy.student, self.prompt, self.answer)
             head = trainer.policy.value_head
             self.old_values = [0.0] * self.n if head is None else head(hidden).squeeze(-1).tolist()
-        self.reference = [float(reference[t].log_softmax(0)[a]) for t, a in enumerate(self.answer)]
+        self.reference_logps = reference.log_softmax(-1)
+        self.reference = [float(self.reference_logps[t, a]) for t, a in enumerate(self.answer)]
         self.v = [float(state_value(q, args.reward_value)) for q in self.q]
         self.a = [float(q[a]) - v for q, a, v in zip(self.q, self.answer, self.v, strict=True)]
         self.expected = [float(old[t].softmax(0) @ self.q[t]) - self.v[t] for t in range(self.n)]
         self.log_prob_v = [v - float(q.logsumexp(0)) for q, v in zip(self.q, self.v, strict=True)]
         self.reward = list(self.a)
         if args.kl_in == "reward":
-            self.reward = [a - args.kl_coef * (m - r) for a, m, r in zip(self.a, self.mu, self.reference, strict=True)]
+            kl = [m - r for m, r in zip(self.mu, self.reference, strict=True)]
+            self.reward = [a - kl_coef * k for a, k in zip(self.a, kl, strict=True)]
         self.x = self.reward
 
     def to_go(self, args, t, w=None):
@@ -76,7 +79,7 @@ def baselines(args, rows):
         others = [r for r in rows if r.example.id == row.example.id and r is not row]
         for t in range(row.n):
             if args.baseline == "critic":
-                b.append(row.old_values[t] + (row.a[t] - row.expected[t] if exact else 0.0))
+                b.append(row.old_values[t] + (row.a[t] if exact else 0.0))
                 continue
             immediate = row.a[t] if exact else 0.0
             if args.baseline == "none":
@@ -128,12 +131,14 @@ def oracle_loss(trainer, rows, ppo):
             if args.one_step == "exact":
                 loss = loss - reached * ((log_pi[t].exp() @ row.q[t]) - row.v[t]) / std
             loss = loss + args.entropy_coef * (log_pi[t].exp() * log_pi[t]).sum()
-            if args.kl_in == "loss":
-                d = row.reference[t] - log_pi[t, a]
-                loss = loss + args.kl_coef * (d.exp() - 1 - d)
+            if args.kl_in == "loss" and args.kl_estimator == "k2":
+                loss = loss + row.kl_coef * reached * ratio[t] * (log_pi[t, a] - row.reference[t]) ** 2 / 2
+            elif args.kl_in == "loss":
+                kl = (log_pi[t].exp() * (log_pi[t] - row.reference_logps[t])).sum()
+                loss = loss + row.kl_coef * reached * kl
             if args.baseline == "critic":
                 value = trainer.policy.value_head(hidden[t])[0]
-                old, target = row.old_values[t], row.to_go(args, t)
+                old, target = row.old_values[t], row.to_go(args, t) - (row.a[t] if args.one_step == "exact" else 0.0)
                 clipped = old + (value - old).clamp(-args.value_clip_range, args.value_clip_range)
                 loss = loss + args.value_coef * 0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2)
             row_loss = row_loss + loss
@@ -149,15 +154,35 @@ def perturb(module, scale):
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
+def check_ratios(trainer, rows):
+    """The logged ratios are pi / mu: probabilities under the student over those when sampled."""
+    ratios = []
+    for row in rows:
+        log_pi = full_logits(trainer.policy.student, row.prompt, row.answer)[0].detach().log_softmax(-1)
+        ratios += [float(log_pi[t, a].exp()) / math.exp(row.mu[t]) for t, a in enumerate(row.answer)]
+    found = {name: torch.stack(pairs).T for name, pairs in trainer._recorded.items()}
+    means = {name: float(total.sum() / count.sum()) for name, (total, count) in found.items()}
+    assert means["ratio_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert means["ratio_max"] == pytest.approx(max(ratios), rel=1e-4)
+    if "clip_fraction" in means:
+        outside = sum(abs(r - 1) > trainer.args.clip_range for r in ratios)
+        assert means["clip_fraction"] == pytest.approx(outside / len(ratios))
+
+
 def compare(trainer, *, ppo, drift=0.05):
-    """Loss and gradient of the trainer and of the oracle after the student has moved since the rollouts."""
+    """Loss and gradient of the trainer and of the oracle where reference, behaviour policy and student all differ, and
+    the weight of the KL penalty has moved.
+    """
     trainer.current_gradient_accumulation_steps = 1
     if trainer.policy.value_head is not None:
         perturb(trainer.policy.value_head, 0.5)
+    perturb(trainer.policy.student, 0.1)
+    trainer.objective.kl_coef = 1.5 * trainer.args.kl_coef
     minibatch = next(trainer.experience())["minibatch"]
-    rows = [Row(trainer, minibatch, i) for i in range(len(minibatch.answers.examples))]
+    rows = [Row(trainer, minibatch, i, trainer.objective.kl_coef) for i in range(len(minibatch.answers.examples))]
     assert len({row.n for row in rows}) > 1
     perturb(trainer.policy, drift)
+    trainer._recorded.clear()
     losses, gradients = [], []
     for loss in (
         lambda: trainer.compute_loss(trainer.policy, {"minibatch": minibatch}),
@@ -169,6 +194,7 @@ def compare(trainer, *, ppo, drift=0.05):
         losses.append(value.item())
         gradients.append({name: p.grad.clone() for name, p in trainer.policy.named_parameters()})
     assert losses[0] == pytest.approx(losses[1], rel=2e-5, abs=1e-6)
+    check_ratios(trainer, rows)
     scale = max(float(g.abs().max()) for g in gradients[1].values())
     assert scale > 1e-3
     for name in gradients[1]:
@@ -183,7 +209,9 @@ VARIANTS = [
     {"baseline": "critic", "kl_in": "reward", "kl_coef": 0.3, "entropy_coef": 0.2, "value_clip_range": 0.05},
     {"baseline": "leave_one_out", "one_step": "sampled", "whiten_advantages": True, "loss_reduction": "sequence_sum"},
     {"baseline": "critic", "whiten_advantages": True, "entropy_coef": 0.1, "kl_coef": 0.5},
-    {"baseline": "teacher", "k_step": 2, "lam": 1.0, "kl_in": "reward"},
+    {"baseline": "teacher", "k_step": 2, "lam": 1.0, "kl_in": "reward", "kl_coef": 0.3},
+    {"kl_estimator": "k2", "kl_coef": 0.5},
+    {"kl_estimator": "exact", "kl_coef": 0.5, "one_step": "sampled", "baseline": "closed_form"},
 ]
 
 
