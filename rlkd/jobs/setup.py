@@ -26,7 +26,7 @@ from ..models.spec import Dtype, ModelSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
-from ..trainers.arguments import DistillationArguments, check_labels
+from ..trainers.base_arguments import DistillationArguments, check_labels
 from .text_files import TextFileArguments
 from .wiring import Reading, RowSource
 

@@ -31,7 +31,7 @@ from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
 from .announce import Announcement
-from .arguments import StudentArguments
+from .base_arguments import StudentArguments
 from .environment import describe_environment, warn_of_ignored
 from .inputs import describe_inputs, weights_of
 from .last import LastEvaluation

@@ -28,7 +28,7 @@ from ..objectives.policy import reduce_tokens
 from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
 from ..runs.sample_tables import SampleTables, print_samples
-from .arguments import DistillationArguments
+from .base_arguments import DistillationArguments
 from .core import StudentTrainer
 from .environment import check_half_precision
 from .objective import Evidence, Objective, StudentTokens

@@ -35,7 +35,8 @@ from ..objectives.policy import reduction_count
 from ..records import Answers, Example, Minibatch, select_rows
 from ..sampling.decode import row_seed
 from ..sampling.rollouts import sample_rollouts
-from .arguments import OnPolicyArguments, check_labels
+from .arguments import OnPolicyArguments
+from .base_arguments import check_labels
 from .distillation import DistillationTrainer, TrainerInputs
 from .inputs import weights_of
 from .labelled import LabelBatches
