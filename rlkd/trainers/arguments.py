@@ -183,6 +183,13 @@ class RLArguments(OnPolicyArguments):
         default="token_mean", metadata={"help": "How token losses are averaged; determines the weight of long answers."}
     )
     entropy_coef: NonNegative = field(default=0.0, metadata={"help": "Weight of the entropy bonus, nats per token."})
+    entropy_in: Literal["loss", "reward"] = field(
+        default="loss",
+        metadata={
+            "help": "loss: the exact entropy at each visited state; reward: -log pi of each token, so that credit also "
+            "counts the entropy of what follows (with entropy_coef 1 and lse the reward is log p - log pi)."
+        },
+    )
     kl_coef: NonNegative = field(
         default=0.05,
         metadata={"help": "Weight of the KL penalty to the reference policy (initial student); 0: off."},
@@ -247,6 +254,19 @@ class RLArguments(OnPolicyArguments):
             f"reward_value {self.reward_value} has no exact expectation: use sampled",
         )
         sums_nothing = self.gamma * self.lam == 0 or self.k_step >= self.max_new_tokens
+        _require(
+            self.entropy_in == "loss" or self.entropy_coef > 0,
+            "entropy_in",
+            self.entropy_in,
+            "entropy_coef is 0: raise it, or leave entropy_in out",
+        )
+        _require(
+            self.entropy_in == "loss" or self.one_step == "sampled" or not sums_nothing,
+            "entropy_in",
+            self.entropy_in,
+            f"with one_step exact and no credit for what follows (gamma = {self.gamma:g}, lam = {self.lam:g}, k_step = "
+            f"{self.k_step}) it is the same as loss: leave it out, or raise lam",
+        )
         other_credit = self.kl_in == "reward" or BASELINES[self.baseline].reads & {"values", "state_value"}
         _require(
             not (self.whiten_advantages and self.one_step == "exact" and sums_nothing) or bool(other_credit),

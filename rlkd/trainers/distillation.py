@@ -215,17 +215,18 @@ class DistillationTrainer(StudentTrainer):
         """
         needs, reads = self.objective.needs, self.objective.reads
         signal = self.score(answers, distribution="distribution" in needs) if needs else None
-        reference_logps, reference, extra = None, None, ()
+        reference_logps, reference, entropy, extra = None, None, None, ()
         if reads & {"reference_logps", "reference"}:
             assert self.reference is not None
             reference_logps, reference = self.reference.score(*answers.policy_inputs)
         if "expected" in reads:
-            (_, _, *extra), _ = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+            (_, entropy, *extra), _ = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
         return Evidence(
             signal=signal,
             reference_logps=reference_logps,
             reference=reference if "reference" in reads else None,
             values=self.policy.values(*answers.policy_inputs) if "values" in reads else None,
+            entropy=entropy,
             extra=tuple(extra),
         )
 

@@ -4,7 +4,7 @@
 
 The second term replaces the sampled immediate reward by its exact gradient (`one_step: exact`); the credit then holds
 the future only. KL_t is the penalty in the loss (`PolicyGradient.kl_penalty`); with `kl_in: reward` it is a part of the
-reward instead.
+reward instead, as is -c_H log pi(a_t|s_t) with `entropy_in: reward`.
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ class PolicyGradient(Objective):
         args, signal, mask = self.args, evidence.signal, answers.answer_mask
         assert signal is not None
         per_token = self.reward.per_token(signal)
+        # Maximum-entropy RL: a return of r - c log pi has the gradient of E[sum r] + c times the entropy of answers.
+        if args.entropy_in == "reward":
+            per_token = per_token - args.entropy_coef * given(answers.behaviour_logps)
         # k1 in the reward: its expected gradient is that of the KL, which k1 in the loss would not give.
         reward = per_token
         if args.kl_in == "reward":
@@ -107,7 +110,7 @@ class PolicyGradient(Objective):
                 rollouts_per_prompt=args.rollouts_per_prompt,
                 # Without the KL term of the reward: `expected` has no KL, so its sample stays in the credit.
                 immediate=per_token if self.exact else None,
-                expected=evidence.extra[0] if "expected" in self.reads else None,
+                expected=self.expected(evidence.extra[0], evidence.entropy) if "expected" in self.reads else None,
                 values=evidence.values,
                 state_value=teacher_value(signal, args.reward_value) if "state_value" in self.inputs else None,
             )
@@ -121,6 +124,10 @@ class PolicyGradient(Objective):
             reference=evidence.reference,
             kl_coef=self.kl_coef,
         )
+
+    def expected(self, reward: Tensor, entropy: Tensor | None) -> Tensor:
+        """E_{a ~ pi}[r(s_t, a)], [B, R]; of r - c log pi it is E_{a ~ pi}[r] + c H(pi) under `entropy_in: reward`."""
+        return reward + self.args.entropy_coef * given(entropy) if self.args.entropy_in == "reward" else reward
 
     def kl(self, answers: Answers, evidence: Evidence) -> Tensor:
         """One-sample estimate of KL(pi || reference) at each sampled token, [B, R]; 0 without a KL penalty."""
@@ -232,8 +239,10 @@ class PolicyGradient(Objective):
         loss, logged = self.policy_loss(student.logps, minibatch)
         # The exact term: gradient of E_{a ~ pi}[r(s_t, a)] over the whole vocabulary, without sampling variance.
         if self.exact:
-            loss = loss - credit.scale * self.state_weights(student.logps, minibatch) * student.extra[0]
-        loss = loss - args.entropy_coef * student.entropy
+            expected = self.expected(student.extra[0], student.entropy)
+            loss = loss - credit.scale * self.state_weights(student.logps, minibatch) * expected
+        if args.entropy_in == "loss":
+            loss = loss - args.entropy_coef * student.entropy
         if args.kl_coef > 0 and args.kl_in == "loss":
             loss = loss + credit.kl_coef * self.kl_penalty(student, minibatch)
         if credit.values is not None and credit.returns is not None:
