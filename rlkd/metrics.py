@@ -45,6 +45,7 @@ ON_POLICY = "RL and GKD"
 PPO = "PPO"
 GKD = "GKD"
 IMITATING = "RL with `imitation_coef`"
+DUAL_CLIP = "PPO with `dual_clip`"
 TKD = "TKD"
 HELD_OUT = {GREEDY: GENERATING, SAMPLED: GENERATING}
 TERM = {LOG: TKD, WEIGHTED: TKD}
@@ -160,13 +161,15 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="-log pi of the labels that an update imitates beside its answers."),
         Metric(name="on_policy", unit="share", better="neither", per="batch", logged={LOG: GKD},
                meaning="Batches whose answers were the student's, the others being labels."),
+        Metric(name="dual_clip_fraction", unit="share", better="neither", per="token", logged={LOG: DUAL_CLIP},
+               meaning="Tokens of negative advantage whose ratio is above `dual_clip`: they have no gradient."),
         Metric(name="value_loss", unit="nats^2", better="down", per="token", logged={LOG: CRITIC},
                meaning="The critic's squared error, clipped, divided by 2."),
         Metric(name="explained_variance", unit="share", better="up", per="batch", logged={LOG: CRITIC},
                title="Explained variance of the critic",
                meaning="1 - Var(target - value) / Var(target), which a constant error of the critic does not change."),
         Metric(name="value_gain", unit="share", better="up", per="batch", logged={LOG: CRITIC},
-               meaning="1 - mean (target - value)^2 / mean target^2, 0.01 nats^2 added to both: a constant error lowers "
+               meaning="1 - mean (target - value)^2 / mean target^2, 0.01 nats^2 added to both: constant errors lower "
                        "it; 0 for no critic (the teacher baseline), below 0 the critic adds variance."),
     ),
     "Task scores": (

@@ -26,14 +26,20 @@ def reinforce_loss(logps: Tensor, advantages: Tensor, weights: Tensor) -> Tensor
     return -(weights * advantages).detach() * logps
 
 
-def ppo_loss(logps: Tensor, behaviour_logps: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+def ppo_loss(
+    logps: Tensor, behaviour_logps: Tensor, advantages: Tensor, clip_range: float, dual_clip: float | None = None
+) -> Tensor:
     """-min(rho adv, clip(rho, 1 - eps, 1 + eps) adv), rho = pi / mu (Schulman et al. 2017, arXiv 1707.06347, eq. 7),
     [B, R].
+
+    With dual_clip = c > 1, at most c |adv| where adv < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 5): a token that the
+    policy has come to prefer strongly over mu cannot dominate the batch.
     """
     # The minimum is pessimistic: clipping removes the gain of a larger step, never the penalty of a bad one.
     ratio = (logps - behaviour_logps).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    return loss if dual_clip is None else torch.where(advantages < 0, loss.minimum(-dual_clip * advantages), loss)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:

@@ -6,7 +6,7 @@ from collections import ChainMap
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from ..checks import Count, Fraction, NonNegative, OneOf, Positive
+from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive
 from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
@@ -176,7 +176,10 @@ class RLArguments(OnPolicyArguments):
         },
     )
     whiten_advantages: bool = field(
-        default=False, metadata={"help": "Scale advantages to mean 0, standard deviation 1 over valid tokens."}
+        default=False,
+        metadata={
+            "help": "Advantages to mean 0 over the batch's tokens, divided by the deviation of the whole credit."
+        },
     )
     # Loss
     loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = field(
@@ -216,6 +219,12 @@ class RLArguments(OnPolicyArguments):
     value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
     value_clip_range: Positive = field(
         default=5.0, metadata={"help": "Clip range of the critic's change per rollout batch, nats."}
+    )
+    value_learning_rate: Positive | None = field(
+        default=None, metadata={"help": "Peak learning rate of the critic; null: that of the student."}
+    )
+    value_warmup_updates: Natural = field(
+        default=0, metadata={"help": "First updates, in which only the critic is trained (the schedule runs on)."}
     )
     weak_start: Literal["warn", "refuse", "ignore"] = field(
         default="warn",
@@ -267,13 +276,18 @@ class RLArguments(OnPolicyArguments):
             f"with one_step exact and no credit for what follows (gamma = {self.gamma:g}, lam = {self.lam:g}, k_step = "
             f"{self.k_step}) it is the same as loss: leave it out, or raise lam",
         )
-        other_credit = self.kl_in == "reward" or BASELINES[self.baseline].reads & {"values", "state_value"}
+        for name, unset in (("value_learning_rate", None), ("value_warmup_updates", 0)):
+            _require(
+                getattr(self, name) == unset or (BASELINES[self.baseline].critic and self.value_coef > 0),
+                name,
+                getattr(self, name),
+                "of the critic, which only baseline critic with value_coef > 0 trains: leave it out",
+            )
         _require(
-            not (self.whiten_advantages and self.one_step == "exact" and sums_nothing) or bool(other_credit),
-            "whiten_advantages",
-            self.whiten_advantages,
-            f"with one_step exact the advantages hold the future only, which is 0 under gamma = {self.gamma:g}, lam = "
-            f"{self.lam:g} and k_step = {self.k_step}: there is nothing to scale. Set it to false, or raise lam",
+            not 0 < self.max_steps <= self.value_warmup_updates,
+            "value_warmup_updates",
+            self.value_warmup_updates,
+            f"the student would never be trained in max_steps = {self.max_steps}: use fewer",
         )
         _require(
             self.kl_estimator is None or (self.kl_coef > 0 and self.kl_in == "loss"),
@@ -305,3 +319,11 @@ class PPOArguments(RLArguments):
         default="critic", metadata={"help": "Subtracted from the credit; critic: a learned value head."}
     )
     clip_range: Positive = field(default=0.2, metadata={"help": "PPO's clip range: ratios are clipped to 1 +- this."})
+    dual_clip: Positive | None = field(
+        default=None,
+        metadata={"help": "Bound c > 1 of the loss of a token with a negative advantage, c |advantage|; null: none."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "must be above 1")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +25,9 @@ from ..objectives.divergences import reverse_kl
 from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
 from ..records import Answers, Batched, Distribution, Imitation, Minibatch, TeacherSignal, given, select_rows
-from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
+from ..tensors import masked_mean, masked_moments, moments_to_mean_std
 from .arguments import RLArguments
+from .critic import critic_alone, give_own_learning_rate
 from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
@@ -44,7 +46,7 @@ class Credit(Batched):
     returns          targets of the critic, and values, its predictions at rollout time; None without a critic
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
     reference        the reference policy's distributions, where the KL penalty is exact; else None
-    scale            1 / (standard deviation the advantages were whitened with), else 1
+    scale            what whitening multiplied the advantages and rewards with, for the exact one-step term; else 1
     kl_coef          weight of the KL penalty for this batch
     """
 
@@ -93,10 +95,7 @@ class PolicyGradient(Objective):
         """Reward of each token, and its credit: the discounted sum of rewards less the baseline."""
         args, signal, mask = self.args, evidence.signal, answers.answer_mask
         assert signal is not None
-        per_token = self.reward.per_token(signal)
-        # Maximum-entropy RL: a return of r - c log pi has the gradient of E[sum r] + c times the entropy of answers.
-        if args.entropy_in == "reward":
-            per_token = per_token - args.entropy_coef * given(answers.behaviour_logps)
+        per_token = self.per_token(answers, signal)
         # k1 in the reward: its expected gradient is that of the KL, which k1 in the loss would not give.
         reward = per_token
         if args.kl_in == "reward":
@@ -125,6 +124,14 @@ class PolicyGradient(Objective):
             kl_coef=self.kl_coef,
         )
 
+    def per_token(self, answers: Answers, signal: TeacherSignal) -> Tensor:
+        """r(s_t, a_t), [B, R]: the teacher's, and with `entropy_in: reward` - c log pi(a_t|s_t) of the rollout.
+
+        The return of the latter has the gradient of E[sum r] + c times the entropy of whole answers.
+        """
+        reward, args = self.reward.per_token(signal), self.args
+        return reward - args.entropy_coef * given(answers.behaviour_logps) if args.entropy_in == "reward" else reward
+
     def expected(self, reward: Tensor, entropy: Tensor | None) -> Tensor:
         """E_{a ~ pi}[r(s_t, a)], [B, R]; of r - c log pi it is E_{a ~ pi}[r] + c H(pi) under `entropy_in: reward`."""
         return reward + self.args.entropy_coef * given(entropy) if self.args.entropy_in == "reward" else reward
@@ -144,7 +151,7 @@ class PolicyGradient(Objective):
         """
         args, credit, mask = self.args, annotations, answers.answer_mask
         if args.whiten_advantages:
-            credit = self.whitened(credit, mask, processes.sum(masked_moments(credit.advantages, mask)))
+            credit = self.whitened(credit, answers, given(evidence.signal), processes)
         kl, everywhere = processes.gather(self.kl(answers, evidence)), processes.gather(mask)
         mean_kl = masked_mean(kl, everywhere)
         moments = masked_moments(processes.gather(credit.advantages), everywhere)
@@ -163,24 +170,30 @@ class PolicyGradient(Objective):
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
         return credit, logged
 
-    def whitened(self, credit: Credit, mask: Tensor, moments: Tensor) -> Credit:
-        """The credit at mean 0 and standard deviation 1; as it is if it does not vary.
+    def whitened(self, credit: Credit, answers: Answers, signal: TeacherSignal, processes: Processes) -> Credit:
+        """The advantages at mean 0, divided by the standard deviation of the whole credit, if that varies.
 
-        The exact term and the rewards get the same scale as the advantages, so that their ratio is kept.
+        The whole credit has the immediate term, also where the loss carries that exactly: the deviation of the future
+        alone vanishes with lam, and dividing the exact term by it would raise it over entropy bonus and KL penalty
+        without bound. The exact term and the rewards get the same scale, so that their ratio is kept.
         """
-        deviation = moments_to_mean_std(moments)[1]
+        whole, mask = credit.advantages, answers.answer_mask
+        if self.exact:
+            whole = whole + self.per_token(answers, signal) * mask
+        moments = processes.sum(torch.stack([masked_moments(x, mask) for x in (credit.advantages, whole)]))
+        mean, deviation = moments_to_mean_std(moments[0])[0], moments_to_mean_std(moments[1])[1]
         if deviation < SMALLEST_DEVIATION:
             # A floor in place of the deviation would multiply the exact term by its inverse.
             if not self.flat:
                 logger.warning(
-                    f"whiten_advantages: the advantages of a batch have a standard deviation of {deviation:.2g} nats, "
-                    f"too small to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Raise "
-                    "lam, take more rollouts_per_prompt, or set whiten_advantages to false."
+                    f"whiten_advantages: the credit in a batch has a standard deviation of {deviation:.2g} nats, too "
+                    f"small to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Set "
+                    "whiten_advantages to false."
                 )
             self.flat = True
             return credit
         scale = 1.0 / deviation
-        advantages = whiten(credit.advantages, mask, moments)
+        advantages = scale * (credit.advantages - mean) * mask
         return replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
 
     def numbers(self, annotations: Credit) -> dict[str, Tensor | None]:
@@ -308,6 +321,20 @@ class PolicyGradientTrainer(OnPolicyTrainer):
             return described
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return f"{described}; every update also imitates {rows} of {len(self.label_batches)} labels"
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As in Trainer, with the critic's own learning rate."""
+        made, rate = self.optimizer is None, self.args.value_learning_rate
+        optimizer = super().create_optimizer(model)
+        if made and rate is not None and self.policy.value_head is not None:
+            give_own_learning_rate(optimizer, self.policy.value_head, rate)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Trainer; the first `value_warmup_updates` train the critic alone."""
+        warming_up = self.state.global_step < self.args.value_warmup_updates
+        with critic_alone(self.policy) if warming_up else nullcontext():
+            return super().training_step(*args, **kwargs)
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:

@@ -99,6 +99,23 @@ def test_ppo_gradient_vanishes_exactly_where_the_clip_binds(ratio, advantage, cl
     assert float(logps.grad) == pytest.approx(0.0 if clipped else -advantage * ratio)
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.9, 1.1, 2.9, 3.1, 50.0])
+@pytest.mark.parametrize("advantage", [-2.0, 0.5])
+def test_dual_clip_bounds_the_loss_of_negative_advantages_alone(ratio, advantage):
+    logps = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    values = (logps, torch.zeros(1, 1), torch.tensor([[advantage]]))
+    loss = ppo_loss(*values, clip_range=0.2, dual_clip=3.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    free = ppo_loss(*values, clip_range=0.2)
+    if advantage > 0 or ratio < 3:
+        torch.testing.assert_close(loss, free)
+        torch.testing.assert_close(gradient, torch.autograd.grad(free.sum(), logps)[0])
+    else:
+        assert float(loss.detach()) == pytest.approx(6.0)
+        assert float(free.detach()) > 6
+        assert float(gradient) == 0
+
+
 def test_value_loss_takes_the_worse_of_the_free_and_the_clipped_error():
     values, old, returns = (x.requires_grad_(i == 0) for i, x in enumerate(grid(s) for s in range(3)))
     loss = value_loss(values, old, returns, clip_range=0.3)

@@ -22,6 +22,10 @@ TIMES = {"time", "rollout_seconds", "tokens_per_second", "eval_seconds"}
 RUNS = {
     "ppo": ("ppo", {"kl_target": 0.01, "max_steps": 8, "save_steps": 4}),
     "ppo behind": ("ppo", {"sync_every": 3, "max_steps": 16, "save_steps": 4}),
+    "ppo warm-up": (
+        "ppo",
+        {"value_warmup_updates": 6, "value_learning_rate": 0.05, "max_steps": 12, "save_steps": 4, "weight_decay": 0.1},
+    ),
     "reinforce": ("reinforce", {"max_steps": 5, "save_steps": 3}),
     "reinforce behind": ("reinforce", {"sync_every": 3, "max_steps": 7, "save_steps": 2}),
     "accumulation": (

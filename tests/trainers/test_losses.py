@@ -2,6 +2,7 @@
 
 import logging
 import math
+import statistics
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -10,10 +11,9 @@ import pytest
 import torch
 import yaml
 
-from rlkd.errors import ConfigError
 from rlkd.records import Answers, Example, select_rows
 from tiny import tiny_tokenizer
-from tiny_runs import EOS, VALID, WORDS, assert_same, logged, make, student, weights
+from tiny_runs import EOS, VALID, WORDS, assert_same, logged, make, student, tiny_teacher, weights
 
 
 def full_logits(model, prompt, answer):
@@ -107,9 +107,10 @@ def oracle_loss(trainer, rows, ppo):
     adv = [[row.to_go(args, t) - b[i][t] for t in range(row.n)] for i, row in enumerate(rows)]
     mean, std = 0.0, 1.0
     if args.whiten_advantages:
-        flat = [x for row in adv for x in row]
-        mean = sum(flat) / len(flat)
-        std = math.sqrt(sum((x - mean) ** 2 for x in flat) / len(flat))
+        mean = statistics.fmean(x for row in adv for x in row)
+        exact = args.one_step == "exact"
+        whole = [x + (a if exact else 0.0) for i, row in enumerate(rows) for x, a in zip(adv[i], row.now, strict=True)]
+        std = statistics.pstdev(whole)
     total, tokens = 0.0, sum(row.n for row in rows)
     for i, row in enumerate(rows):
         logits, hidden = full_logits(trainer.policy.student, row.prompt, row.answer)
@@ -127,6 +128,8 @@ def oracle_loss(trainer, rows, ppo):
                 rho, credit = (log_pi[t, a] - row.mu[t]).exp(), (adv[i][t] - mean) / std
                 clipped = rho.clamp(1 - args.clip_range, 1 + args.clip_range)
                 loss = -torch.minimum(rho * credit, clipped * credit)
+                if args.dual_clip is not None and credit < 0 and rho > args.dual_clip:
+                    loss = torch.tensor(-args.dual_clip * credit)
             elif args.importance_weight == "cumulative":
                 credit = (row.to_go(args, t, weight) - weight[t] * (b[i][t] + mean)) / std
                 reached = 1.0 if t == 0 else weight[t - 1]
@@ -176,6 +179,9 @@ def check_ratios(trainer, rows):
     if "clip_fraction" in means:
         outside = sum(abs(r - 1) > trainer.args.clip_range for r in ratios)
         assert means["clip_fraction"] == pytest.approx(outside / len(ratios))
+    if trainer.args.to_dict().get("dual_clip") is not None:
+        above = sum(r > trainer.args.dual_clip for r in ratios)
+        assert 0 < means["dual_clip_fraction"] <= above / len(ratios)  # those of negative advantage
 
 
 def compare(trainer, *, ppo, drift=0.05):
@@ -218,6 +224,7 @@ VARIANTS = [
     {"baseline": "critic", "kl_in": "reward", "kl_coef": 0.3, "entropy_coef": 0.2, "value_clip_range": 0.05},
     {"baseline": "leave_one_out", "one_step": "sampled", "whiten_advantages": True, "loss_reduction": "sequence_sum"},
     {"baseline": "critic", "whiten_advantages": True, "entropy_coef": 0.1, "kl_coef": 0.5},
+    {"baseline": "leave_one_out", "whiten_advantages": True, "lam": 0.0},
     {"baseline": "teacher", "k_step": 2, "lam": 1.0, "kl_in": "reward", "kl_coef": 0.3},
     {"kl_estimator": "k2", "kl_coef": 0.5},
     *(
@@ -232,7 +239,9 @@ def name(options):
     return ",".join(f"{k}={v}" for k, v in options.items())
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=name)
+@pytest.mark.parametrize(
+    "options", [*VARIANTS, {"dual_clip": 1.02, "baseline": "teacher", "one_step": "sampled"}], ids=name
+)
 def test_ppo_loss_and_gradient_equal_plain_loops(tmp_path, options):
     options = {"minibatches_per_rollout": 1, "clip_range": 0.1, **options}
     compare(make("ppo", tmp_path, **options), ppo=True)
@@ -380,28 +389,37 @@ def test_the_opd_recipe_is_the_reverse_kl_at_the_students_own_prefixes(tmp_path)
         torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-# A deviation of 0 is no scale
+# The scale of whitened advantages
+
+
+def scale_of(folder, **options):
+    trainer = make("reinforce", folder, whiten_advantages=True, baseline="teacher", n=32, **options)
+    return trainer.annotate(trainer.sample(0)).annotations.scale
+
+
+def test_whitening_does_not_blow_up_the_exact_term_as_the_horizon_vanishes(tmp_path):
+    """kl_coef and entropy_coef keep their weight: the scale is that of the sampled one-step term, near lam = 0 that of
+    the reward itself.
+    """
+    rewards = make("reinforce", tmp_path, n=32)
+    batch = rewards.annotate(rewards.sample(0))
+    alone = 1 / float(batch.annotations.rewards[batch.answers.answer_mask].std(unbiased=False))
+    for lam in (0.0, 1e-6, 0.1, 0.7):
+        exact, sampled = (scale_of(tmp_path, lam=lam, one_step=kind) for kind in ("exact", "sampled"))
+        assert exact == pytest.approx(sampled, rel=1e-5)
+        if lam <= 1e-6:
+            assert exact == pytest.approx(alone, rel=1e-4)
+        assert alone / 3 < exact <= alone * 1.0001
 
 
 @pytest.mark.parametrize("kind", ["reinforce", "ppo"])
-@pytest.mark.parametrize("settings", [{"lam": 0.0}, {"gamma": 0.0}, {"k_step": 5}])
-def test_advantages_that_are_always_0_cannot_be_whitened(tmp_path, kind, settings):
-    options = {"whiten_advantages": True, "baseline": "leave_one_out", "kl_in": "loss", **settings}
-    with pytest.raises(
-        ConfigError, match=r"whiten_advantages = True: with one_step exact the advantages hold the future"
-    ):
-        make(kind, tmp_path, **options)
-    make(kind, tmp_path, **options, one_step="sampled")
-    make(kind, tmp_path, **{**options, "kl_in": "reward"})
-    if settings != {"k_step": 5}:
-        make(kind, tmp_path, **{**options, "baseline": "critic"})
-
-
-@pytest.mark.parametrize("kind", ["reinforce", "ppo"])
-def test_advantages_that_hardly_vary_are_left_as_they_are(tmp_path, kind, caplog, monkeypatch):
-    """Divided by their deviation, they would multiply the exact term, and so the gradient, by its inverse."""
+def test_credit_that_does_not_vary_is_left_as_it_is(tmp_path, kind, caplog, monkeypatch):
+    """Divided by its deviation, it would multiply the exact term, and so the gradient, by its inverse."""
     monkeypatch.setattr("rlkd.trainers.policy_gradient.logger.propagate", True, raising=False)
-    options = {"lam": 1e-7, "baseline": "leave_one_out", "max_steps": 4}
+    indifferent = tiny_teacher()  # to it all tokens are equally good
+    with torch.no_grad():
+        indifferent.lm.model.lm_head.weight.mul_(1e-6)
+    options = {"baseline": "leave_one_out", "max_steps": 4, "teacher": indifferent}
     runs = [make(kind, tmp_path / str(whiten), **options, whiten_advantages=whiten) for whiten in (True, False)]
     with caplog.at_level(logging.WARNING):
         for run in runs:

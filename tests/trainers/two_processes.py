@@ -40,6 +40,7 @@ def main(kind: str, folder: str) -> None:
         "ppo": {
             "kl_target": 0.01,
             "whiten_advantages": True,
+            "value_warmup_updates": 3,
             "max_steps": 8,
             "imitation_coef": 0.5,
             "labels": labels(11),
