@@ -46,6 +46,8 @@ PPO = "PPO"
 GKD = "GKD"
 IMITATING = "RL with `imitation_coef`"
 DUAL_CLIP = "PPO with `dual_clip`"
+DROP = "RL with `cut_answers: drop`"
+END_PRICE = "RL with `cut_answers: end_price`"
 TKD = "TKD"
 HELD_OUT = {GREEDY: GENERATING, SAMPLED: GENERATING}
 TERM = {LOG: TKD, WEIGHTED: TKD}
@@ -150,6 +152,10 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="Weight of the KL penalty to the reference policy; it moves only with `kl_target`."),
         Metric(name="advantage_std", unit="nats", better="neither", per="batch", logged={LOG: RL},
                meaning="Standard deviation of the advantages that enter the loss."),
+        Metric(name="dropped", unit="share", better="neither", per="answer", logged={LOG: DROP},
+               meaning="Answers left out of the loss because `max_new_tokens` cut them."),
+        Metric(name="end_price", unit="nats", better="neither", per="answer", logged={LOG: END_PRICE},
+               meaning="What answers were charged for a missing end, 0 for those that ended."),
         Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: ON_POLICY},
                meaning="pi / mu, the probability under the student over that when sampled; 1 at the first update "
                        "after the behaviour policy is synchronised."),

@@ -35,8 +35,26 @@ def discounted_sum(x: Tensor, mask: Tensor, decay: float, stride: int = 1) -> Te
     return total * mask
 
 
+def length_normalised_sum(x: Tensor, mask: Tensor, decay: float) -> Tensor:
+    """x_t + 1 / (n - t) sum_{t<k<=n} decay^{k-t} x_k over the n True positions t = 1 .. n of a row, [B, R]; x_n at n.
+
+    MiniLLM (Gu et al. 2024, arXiv 2306.08543, eq. 8): the future is a mean over what follows, so that an early end
+    does not save a sum of regrets and going on is not free. Not a return: it does not telescope, and it is no gradient
+    of an expected reward.
+    """
+    future = discounted_sum(x, mask, decay) - x * mask
+    following = mask.flip(1).cumsum(1).flip(1) - 1
+    return (x + future / following.clamp(min=1)) * mask
+
+
 def per_decision(
-    advantages: Tensor, rewards: Tensor, weights: Tensor, mask: Tensor, decay: float, stride: int = 1
+    advantages: Tensor,
+    rewards: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    decay: float,
+    stride: int = 1,
+    length_normalised: bool = False,
 ) -> Tensor:
     """Off-policy credit with per-decision weights (Precup et al. 2000), [B, R].
 
@@ -44,8 +62,13 @@ def per_decision(
 
     for advantages adv = S(x) - b, S = `discounted_sum` with the same decay and stride: each reward is weighted by the
     ratio of the tokens up to its own step, the baseline by that of step t. Weighting the sum instead, w_t adv_t, is
-    biased: the future was still sampled from the older policy.
+    biased: the future was still sampled from the older policy. With S = `length_normalised_sum` the whole future of t
+    has the weight of the whole answer, w_n: its length, which divides it, is decided by the last token.
     """
+    if length_normalised:
+        future = length_normalised_sum(rewards, mask, decay) - rewards * mask
+        ends = mask.sum(1, keepdim=True).clamp(min=1) - 1
+        return weights * advantages + (weights.gather(1, ends) - weights) * future
     # S(w x) - w S(x): 0 on policy, where all weights are 1.
     drift = discounted_sum(weights * rewards, mask, decay, stride) - weights * discounted_sum(
         rewards, mask, decay, stride
@@ -94,9 +117,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over the valid tokens of [B, R]; 0 if returns do not vary by more than
     rounding (a thousandth of a nat, or a millionth of their size). Scalar.
     """
-    known = returns[mask].double()
-    variance, error = known.var(unbiased=False), (known - values[mask].double()).var(unbiased=False)
-    varies = variance > torch.maximum(variance.new_tensor(1e-6), 1e-12 * known.square().mean())
+
+    def variance_of(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+    known = returns.double()
+    variance, error = variance_of(known), variance_of(known - values)
+    varies = variance > (1e-12 * masked_mean(known.square(), mask)).clamp(min=1e-6)
     return torch.where(varies, 1 - error / torch.where(varies, variance, 1.0), 0.0).to(returns.dtype)
 
 
@@ -106,8 +133,8 @@ def value_gain(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     Errors of less than a tenth of a nat do not matter: 0.01 nats^2 are added to both means.
     """
-    known = returns[mask].double()
-    size, error = known.square().mean(), (known - values[mask].double()).square().mean()
+    size = masked_mean(returns.double().square(), mask)
+    error = masked_mean((returns - values).double().square(), mask)
     return (1 - (error + 0.01) / (size + 0.01)).to(returns.dtype)
 
 
@@ -137,6 +164,7 @@ class CreditInputs:
                          would reintroduce, at any lambda, the early end-of-sequence that a short horizon rules out:
                          ending a row saves -C(s_t)
     stride               keep every stride-th reward (K-step)
+    length_normalised    S_t is a `length_normalised_sum` (stride 1)
     rollouts_per_prompt  K adjacent rows of one prompt
     immediate            [B, R] r_t where the loss carries the exact one-step term: it is taken out of the credit, which
                          keeps the future only; else None
@@ -148,6 +176,7 @@ class CreditInputs:
     mask: Tensor
     decay: float
     stride: int = 1
+    length_normalised: bool = False
     rollouts_per_prompt: int = 1
     immediate: Tensor | None = None
     expected: Tensor | None = None
@@ -155,8 +184,13 @@ class CreditInputs:
     state_value: Tensor | None = None
 
     def to_go(self) -> Tensor:
-        """S_t = sum_{k>=t} decay^{k-t} r_k, [B, R]; without its first term where the loss carries that exactly."""
-        credit = discounted_sum(self.reward, self.mask, self.decay, self.stride)
+        """S_t = sum_{k>=t} decay^{k-t} r_k, [B, R], or its length-normalised form; without its first term where the
+        loss carries that exactly.
+        """
+        if self.length_normalised:
+            credit = length_normalised_sum(self.reward, self.mask, self.decay)
+        else:
+            credit = discounted_sum(self.reward, self.mask, self.decay, self.stride)
         return credit if self.immediate is None else credit - self.immediate
 
 

@@ -14,9 +14,9 @@ from ..io.files import write_text
 from ..metrics import held_out, in_order, metric
 
 REWARD = (
-    "reward_value", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
-    "kl_estimator", "entropy_coef", "whiten_advantages", "loss_reduction", "rollouts_per_prompt",
-    "imitation_coef", "entropy_in",
+    "reward_value", "lam", "gamma", "k_step", "length_normalised", "one_step", "cut_answers", "baseline",
+    "kl_coef", "kl_target", "kl_in", "kl_estimator", "entropy_coef", "whiten_advantages", "loss_reduction",
+    "rollouts_per_prompt", "imitation_coef", "entropy_in",
 )  # fmt: skip
 METHODS = {
     "GKDTrainer": "GKD: a divergence to the teacher on the student's own answers or on labels",

@@ -119,9 +119,14 @@ class OnPolicyArguments(DistillationArguments):
             )
 
     @property
+    def rows_per_update(self) -> int:
+        """Answers of one process that an optimizer step is on."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def rows_per_rollout(self) -> int:
         """Answers one process samples for one rollout batch."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.minibatches_per_rollout
+        return self.rows_per_update * self.minibatches_per_rollout
 
     @property
     def updates_per_rollout(self) -> int:
@@ -169,10 +174,21 @@ class RLArguments(OnPolicyArguments):
         metadata={"help": "Credit horizon: 0 own regret only .. 1 full return (docs/method.md, Choosing lam)."},
     )
     k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
+    length_normalised: bool = field(
+        default=False,
+        metadata={"help": "Divide the credit of what follows a token by the number of tokens that follow (MiniLLM)."},
+    )
     one_step: Literal["exact", "sampled"] = field(
         default="exact",
         metadata={
             "help": "exact: the immediate term's gradient over the whole vocabulary; sampled: of the drawn token."
+        },
+    )
+    cut_answers: Literal["keep", "drop", "end_price"] = field(
+        default="keep",
+        metadata={
+            "help": "Answers without an end: keep adds nothing beyond the cut, drop leaves them out of the loss, "
+            "end_price charges the last token the reward of the missing end (max: its regret)."
         },
     )
     whiten_advantages: bool = field(
@@ -256,26 +272,20 @@ class RLArguments(OnPolicyArguments):
                 self.baseline,
                 "k_step > 1 does not support a critic: choose another baseline or k_step 1",
             )
+        if self.length_normalised:
+            for name, value, fits, why in (
+                ("baseline", self.baseline, self.baseline != "none", "V(s_t) is a part of the sum, not of a mean"),
+                ("k_step", self.k_step, self.k_step == 1, "its number of terms is not what follows"),
+                ("lam", self.lam, self.gamma * self.lam > 0, "with gamma or lam 0 there is no future to normalise"),
+            ):
+                _require(fits, name, value, f"length_normalised does not take it ({why}): change one of the two")
         _require(
             self.one_step != "exact" or REWARDS[self.reward_value].expected is not None,
             "one_step",
             self.one_step,
             f"reward_value {self.reward_value} has no exact expectation: use sampled",
         )
-        sums_nothing = self.gamma * self.lam == 0 or self.k_step >= self.max_new_tokens
-        _require(
-            self.entropy_in == "loss" or self.entropy_coef > 0,
-            "entropy_in",
-            self.entropy_in,
-            "entropy_coef is 0: raise it, or leave entropy_in out",
-        )
-        _require(
-            self.entropy_in == "loss" or self.one_step == "sampled" or not sums_nothing,
-            "entropy_in",
-            self.entropy_in,
-            f"with one_step exact and no credit for what follows (gamma = {self.gamma:g}, lam = {self.lam:g}, k_step = "
-            f"{self.k_step}) it is the same as loss: leave it out, or raise lam",
-        )
+        self._check_entropy()
         for name, unset in (("value_learning_rate", None), ("value_warmup_updates", 0)):
             _require(
                 getattr(self, name) == unset or (BASELINES[self.baseline].critic and self.value_coef > 0),
@@ -297,6 +307,22 @@ class RLArguments(OnPolicyArguments):
         )
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
+
+    def _check_entropy(self) -> None:
+        sums_nothing = self.gamma * self.lam == 0 or self.k_step >= self.max_new_tokens
+        _require(
+            self.entropy_in == "loss" or self.entropy_coef > 0,
+            "entropy_in",
+            self.entropy_in,
+            "entropy_coef is 0: raise it, or leave entropy_in out",
+        )
+        _require(
+            self.entropy_in == "loss" or self.one_step == "sampled" or not sums_nothing,
+            "entropy_in",
+            self.entropy_in,
+            f"with one_step exact and no credit for what follows (gamma = {self.gamma:g}, lam = {self.lam:g}, k_step = "
+            f"{self.k_step}) it is the same as loss: leave it out, or raise lam",
+        )
 
 
 @dataclass

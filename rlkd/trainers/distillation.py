@@ -30,6 +30,7 @@ from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_fi
 from ..runs.sample_tables import SampleTables, print_samples
 from .base_arguments import DistillationArguments
 from .core import StudentTrainer
+from .cut_answers import ending_signal
 from .environment import check_half_precision
 from .objective import Evidence, Objective, StudentTokens
 
@@ -227,8 +228,15 @@ class DistillationTrainer(StudentTrainer):
             reference=reference if "reference" in reads else None,
             values=self.policy.values(*answers.policy_inputs) if "values" in reads else None,
             entropy=entropy,
+            ending=self.ending(answers) if "ending" in reads else None,
             extra=tuple(extra),
         )
+
+    def ending(self, answers: Answers) -> TeacherSignal | None:
+        """As `ending_signal`. Raises DivergenceError on every process if it fails on one."""
+        assert self.teacher is not None
+        with self.finite.together(answers.ids, answers):
+            return ending_signal(self.teacher, answers, self.policy.lm.eos_id)
 
     def score(self, answers: Answers, *, distribution: bool) -> TeacherSignal:
         """The teacher's signal for the answers. Raises DivergenceError on every process if it fails on one."""

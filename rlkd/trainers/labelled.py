@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,9 +13,12 @@ from torch import Tensor
 from ..labels.tokens import own_generations
 from ..models.generation import rules_of
 from ..models.policy import Policy
-from ..records import Answers
+from ..records import Answers, Imitation, Minibatch, select_rows
 from .arguments import OnPolicyArguments
 from .supervised import PseudoLabelCollator, check_label_rows
+
+if TYPE_CHECKING:
+    from .policy_gradient import PolicyGradientTrainer
 
 
 class LabelBatches:
@@ -43,3 +48,21 @@ class LabelBatches:
 
     def _shuffled(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(self.seed + epoch))
+
+
+def with_imitation(trainer: PolicyGradientTrainer, minibatches: Iterator[Minibatch], index: int) -> Iterator[Minibatch]:
+    """The minibatches of rollout batch `index`, each with its part of the labels that its update imitates.
+
+    An update has as many labels as answers, and labels of its own; its denominator is their tokens over all processes
+    and accumulation steps.
+    """
+    args = trainer.args
+    for update in range(index * args.updates_per_rollout, (index + 1) * args.updates_per_rollout):
+        labels = trainer.labelled(update, args.rows_per_update)
+        own_tokens = labels.answer_mask.sum()
+        trainer.tokens_since_log += int(own_tokens)
+        tokens = float(trainer.sum(own_tokens))
+        lengths = labels.answer_mask.sum(1) + labels.input_mask.sum(1)
+        for rows in lengths.argsort(stable=True).chunk(args.gradient_accumulation_steps):
+            part = Imitation(labels=select_rows(labels, rows), tokens=tokens, coef=args.imitation_coef)
+            yield replace(next(minibatches), imitation=part)

@@ -31,6 +31,7 @@ class Evidence:
     reference        the reference policy's next-token distributions
     values           [B, R] the critic's C(s_t)
     entropy          [B, R] of pi(.|s_t), where the objective reads `expected`
+    ending           the teacher's signal for end-of-sequence after each answer that was cut, fields [B, 1]
     extra            [B, R] each: what `Objective.token_function` gives beyond log-probability and entropy
     """
 
@@ -39,6 +40,7 @@ class Evidence:
     reference: Distribution | None = None
     values: Tensor | None = None
     entropy: Tensor | None = None
+    ending: TeacherSignal | None = None
     extra: tuple[Tensor, ...] = ()
 
 
@@ -116,6 +118,10 @@ class Objective(ABC):
     def annotate(self, answers: Answers, evidence: Evidence) -> Any:
         """What the loss needs and later updates must not change: a `Batched` record, or None."""
         return None
+
+    def learned(self, answers: Answers) -> Answers:
+        """The answers as they enter the loss: the mask may lose tokens."""
+        return answers
 
     def over_batch(
         self, annotations: Any, answers: Answers, evidence: Evidence, processes: Processes

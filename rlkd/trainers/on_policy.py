@@ -180,7 +180,7 @@ class OnPolicyTrainer(DistillationTrainer):
         batch = Minibatch(answers=answers, signal=evidence.signal, annotations=annotations)
         shown = torch.arange(min(len(answers.examples), self.args.sample_table_rows))
         self.newest = None if answers.finished is None else select_rows(batch, shown)
-        return batch
+        return replace(batch, answers=self.objective.learned(answers))
 
     def check_experience(self, answers: Answers, annotations: Any) -> None:
         """Raise DivergenceError, on every process, if a number [B, R] of a rollout batch is not finite."""

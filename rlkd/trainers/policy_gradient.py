@@ -19,15 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..models.heads import TokenFunction
 from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence, value_gain
 from ..objectives.divergences import reverse_kl
 from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Answers, Batched, Distribution, Imitation, Minibatch, TeacherSignal, given, select_rows
+from ..records import Answers, Batched, Distribution, Minibatch, TeacherSignal, given
 from ..tensors import masked_mean, masked_moments, moments_to_mean_std
 from .arguments import RLArguments
 from .critic import critic_alone, give_own_learning_rate
+from .cut_answers import cut_rows, end_price, without_cut
+from .labelled import with_imitation
 from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
@@ -89,6 +92,9 @@ class PolicyGradient(Objective):
             if args.kl_in == "loss" and args.kl_estimator != "k2":
                 self.reads |= {"reference"}
 
+        if args.cut_answers == "end_price":
+            self.reads |= {"ending"}
+
     # Before the first update on a batch of rollouts
 
     def annotate(self, answers: Answers, evidence: Evidence) -> Credit:
@@ -99,13 +105,16 @@ class PolicyGradient(Objective):
         # k1 in the reward: its expected gradient is that of the KL, which k1 in the loss would not give.
         reward = per_token
         if args.kl_in == "reward":
-            reward = per_token - self.kl_coef * self.kl(answers, evidence)
+            reward = reward - self.kl_coef * self.kl(answers, evidence)
+        if evidence.ending is not None:
+            reward = reward + end_price(self.reward.per_token(evidence.ending), answers)
         credit, returns = self.baseline.credit(
             CreditInputs(
                 reward=reward,
                 mask=mask,
                 decay=args.gamma * args.lam,
                 stride=args.k_step,
+                length_normalised=args.length_normalised,
                 rollouts_per_prompt=args.rollouts_per_prompt,
                 # Without the KL term of the reward: `expected` has no KL, so its sample stays in the credit.
                 immediate=per_token if self.exact else None,
@@ -143,20 +152,25 @@ class PolicyGradient(Objective):
         assert answers.behaviour_logps is not None
         return kl_k1(answers.behaviour_logps, evidence.reference_logps) * answers.answer_mask
 
+    def learned(self, answers: Answers) -> Answers:
+        """With `cut_answers: drop`, none of a cut answer's tokens; `leave_one_out` still compares with it."""
+        return without_cut(answers) if self.args.cut_answers == "drop" else answers
+
     def over_batch(
         self, annotations: Credit, answers: Answers, evidence: Evidence, processes: Processes
     ) -> tuple[Credit, Mapping[str, Tensor | float]]:
         """Whiten advantages and adapt the weight of the KL penalty over the global batch; docs/metrics.md defines the
         logged names.
         """
-        args, credit, mask = self.args, annotations, answers.answer_mask
+        args, credit, mask = self.args, annotations, self.learned(answers).answer_mask
         if args.whiten_advantages:
-            credit = self.whitened(credit, answers, given(evidence.signal), processes)
-        kl, everywhere = processes.gather(self.kl(answers, evidence)), processes.gather(mask)
-        mean_kl = masked_mean(kl, everywhere)
+            credit = self.whitened(credit, self.learned(answers), given(evidence.signal), processes)
+        mean_kl = masked_mean(processes.gather(self.kl(answers, evidence)), processes.gather(answers.answer_mask))
+        everywhere = processes.gather(mask)
         moments = masked_moments(processes.gather(credit.advantages), everywhere)
         logged: dict[str, Tensor | float] = {
-            **_of_signal(evidence.signal, mask),
+            **_of_signal(evidence.signal, answers.answer_mask),
+            **self._of_cut(answers, evidence),
             "kl_coef": self.kl_coef,
             "kl": mean_kl,
             "advantage_std": moments_to_mean_std(moments)[1],
@@ -169,6 +183,14 @@ class PolicyGradient(Objective):
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
         return credit, logged
+
+    def _of_cut(self, answers: Answers, evidence: Evidence) -> dict[str, Tensor | float]:
+        if self.args.cut_answers == "drop":
+            return {"dropped": cut_rows(answers).double().mean()}
+        if self.args.cut_answers == "end_price":
+            price = 0.0 if evidence.ending is None else -self.reward.per_token(evidence.ending)
+            return {"end_price": (price * cut_rows(answers)[:, None]).double().sum() / len(answers.examples)}
+        return {}
 
     def whitened(self, credit: Credit, answers: Answers, signal: TeacherSignal, processes: Processes) -> Credit:
         """The advantages at mean 0, divided by the standard deviation of the whole credit, if that varies.
@@ -296,31 +318,31 @@ class PolicyGradientTrainer(OnPolicyTrainer):
     """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start."""
 
     args: RLArguments
+    objective: PolicyGradient
     start_checks = (StartCheck,)
 
     def minibatches(self, batch: Minibatch, index: int) -> Iterator[Minibatch]:
         """As in `OnPolicyTrainer`; with `imitation_coef`, every update also has as many labels as answers."""
-        args, own = self.args, super().minibatches(batch, index)
-        if self.label_batches is None:
-            yield from own
-            return
-        for update in range(index * args.updates_per_rollout, (index + 1) * args.updates_per_rollout):
-            labels = self.labelled(update, args.per_device_train_batch_size * args.gradient_accumulation_steps)
-            own_tokens = labels.answer_mask.sum()
-            self.tokens_since_log += int(own_tokens)
-            tokens = float(self.sum(own_tokens))
-            lengths = labels.answer_mask.sum(1) + labels.input_mask.sum(1)
-            for rows in lengths.argsort(stable=True).chunk(args.gradient_accumulation_steps):
-                part = Imitation(labels=select_rows(labels, rows), tokens=tokens, coef=args.imitation_coef)
-                yield replace(next(own), imitation=part)
+        own = super().minibatches(batch, index)
+        return own if self.label_batches is None else with_imitation(self, own, index)
 
     def describe_run(self, steps: int, epochs: float) -> str:
         """As in `OnPolicyTrainer`, and how many labels are imitated."""
-        described, args = super().describe_run(steps, epochs), self.args
+        described = super().describe_run(steps, epochs)
         if self.label_batches is None:
             return described
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        rows = self.args.rows_per_update * self.accelerator.num_processes
         return f"{described}; every update also imitates {rows} of {len(self.label_batches)} labels"
+
+    def check_teacher(self) -> None:
+        """As in `DistillationTrainer`; end_price scores one token beyond the longest answer."""
+        super().check_teacher()
+        args, longest = self.objective.args, getattr(self.teacher, "longest_answer", None)
+        if args.cut_answers == "end_price" and longest is not None and args.max_new_tokens >= longest:
+            raise ConfigError(
+                f"cut_answers = 'end_price': the teacher has {longest} positions for an answer and its end: set "
+                f"max_new_tokens to at most {longest - 1}, or cut_answers to keep or drop"
+            )
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As in Trainer, with the critic's own learning rate."""

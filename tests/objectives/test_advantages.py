@@ -14,6 +14,7 @@ from rlkd.objectives.advantages import (
     explained_variance,
     importance_weights,
     leave_one_out,
+    length_normalised_sum,
     per_decision,
     price_of_stopping,
     regret_per_sequence,
@@ -51,6 +52,18 @@ def test_stride_one_is_the_full_return_and_a_stride_beyond_the_row_the_immediate
     torch.testing.assert_close(discounted_sum(x, mask, 1.0, stride=1), full)
     for stride in (x.shape[1], x.shape[1] + 5):
         torch.testing.assert_close(discounted_sum(x, mask, 1.0, stride=stride), x * mask)
+
+
+@given(seeds, st.sampled_from([0.5, 1.0]))
+@few
+def test_a_length_normalised_sum_is_the_reward_and_the_mean_of_what_follows(seed, decay):
+    x, _, mask = batch(seed)
+    got = length_normalised_sum(x, mask, decay)
+    for b, t in np.ndindex(*x.shape):
+        n = int(mask[b].sum())
+        later = [decay ** (k - t) * float(x[b, k]) for k in range(t + 1, n)]
+        want = float(x[b, t]) + sum(later) / max(len(later), 1) if t < n else 0.0
+        assert float(got[b, t]) == pytest.approx(want, abs=1e-12)
 
 
 def test_discounted_sum_leaves_its_input_alone():
@@ -216,6 +229,13 @@ def test_every_baseline_takes_its_own_number_from_the_same_credit():
         other_future = ((to_go - x.reward).view(3, 2, -1).flip(1)).reshape(to_go.shape)
         exact = {**want, "closed_form": to_go, "leave_one_out": to_go - other_future * x.mask}[name] - x.reward
         torch.testing.assert_close(future * x.mask, exact * x.mask)
+
+
+def test_beside_the_exact_term_the_closed_form_is_the_teacher_baseline_and_reads_nothing():
+    x = inputs()
+    x = replace(x, immediate=x.reward, expected=None)
+    assert BASELINES["closed_form"].inputs(exact=True) == frozenset()
+    assert torch.equal(BASELINES["closed_form"].credit(x)[0], BASELINES["teacher"].credit(x)[0])
 
 
 def test_a_critic_learns_what_it_is_compared_with():

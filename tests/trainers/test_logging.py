@@ -16,17 +16,26 @@ from rlkd.models.policy import Policy
 from tiny import tiny_tokenizer
 from tiny_runs import WORDS, assert_same, examples, labels, logged, make, student, tiny_teacher, weights
 
-# The trainers of the table's labels, as this file runs them: PPO with its critic and with labels, REINFORCE without.
+# The trainers of the table's labels, as this file runs them: PPO with its critic, REINFORCE without one.
+REINFORCE, PPO = {"reinforce", "reinforce drop"}, {"ppo", "ppo dual_clip end_price"}
 KINDS = {
-    metrics.ALL: {"supervised", "reinforce", "ppo", "gkd", "tkd"},
-    metrics.GENERATING: {"supervised", "reinforce", "ppo", "gkd"},
-    metrics.ON_POLICY: {"reinforce", "ppo", "gkd"},
+    metrics.ALL: {"supervised", *REINFORCE, *PPO, "gkd", "tkd"},
+    metrics.GENERATING: {"supervised", *REINFORCE, *PPO, "gkd"},
+    metrics.ON_POLICY: {*REINFORCE, *PPO, "gkd"},
     metrics.GKD: {"gkd"},
-    metrics.IMITATING: {"ppo"},
-    metrics.RL: {"reinforce", "ppo"},
-    metrics.CRITIC: {"ppo"},
-    metrics.PPO: {"ppo"},
+    metrics.RL: {*REINFORCE, *PPO},
+    metrics.CRITIC: PPO,
+    metrics.PPO: PPO,
+    metrics.DROP: {"reinforce drop"},
+    metrics.END_PRICE: {"ppo dual_clip end_price"},
+    metrics.DUAL_CLIP: {"ppo dual_clip end_price"},
+    metrics.IMITATING: {"reinforce drop"},
     metrics.TKD: {"tkd"},
+}
+SETTINGS = {
+    "gkd": {"on_policy_fraction": 0.5, "labels": labels()},
+    "reinforce drop": {"cut_answers": "drop", "imitation_coef": 0.1, "labels": labels()},
+    "ppo dual_clip end_price": {"cut_answers": "end_price", "dual_clip": 3.0},
 }
 
 
@@ -37,14 +46,10 @@ def every_metric(predictions, rows):
 def run(kind, folder):
     """The lines of runs that log all that a trainer can log."""
     if kind != "tkd":
-        options = {
-            "supervised": {},
-            "gkd": {"on_policy_fraction": 0.5, "labels": labels()},
-            "reinforce": {"weak_start": "warn"},
-            "ppo": {"weak_start": "warn", "imitation_coef": 0.1, "labels": labels()},
-        }[kind]  # fmt: skip
+        options = {} if kind in ("supervised", "gkd") else {"weak_start": "warn"}
+        options |= SETTINGS.get(kind, {})
         make(
-            kind, folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
+            kind.split()[0], folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
             task_metric=every_metric, **options,
         ).train()  # fmt: skip
         return logged(folder)

@@ -72,6 +72,10 @@ class Row:
     def to_go(self, args, t, w=None):
         """sum over k = t, t + K, t + 2K ... of (gamma lambda)^(k - t) w_k x_k."""
         w = w or [1.0] * self.n
+        if args.length_normalised:
+            later = range(t + 1, self.n)
+            future = sum((args.gamma * args.lam) ** (k - t) * self.x[k] for k in later) / max(len(later), 1)
+            return w[t] * self.x[t] + w[-1] * future
         return sum((args.gamma * args.lam) ** (k - t) * w[k] * self.x[k] for k in range(t, self.n, args.k_step))
 
 
@@ -231,6 +235,8 @@ VARIANTS = [
         {"entropy_in": "reward", "entropy_coef": 0.4, "lam": 0.7, "baseline": b, "one_step": s, "whiten_advantages": w}
         for b, s, w in (("closed_form", "sampled", False), ("critic", "exact", True), ("leave_one_out", "exact", False))
     ),
+    *({"length_normalised": True, "baseline": b, "lam": 0.9} for b in ("leave_one_out", "critic")),
+    {"length_normalised": True, "one_step": "sampled", "baseline": "closed_form", "lam": 1.0},
     {"kl_estimator": "exact", "kl_coef": 0.5, "one_step": "sampled", "baseline": "closed_form"},
 ]
 
