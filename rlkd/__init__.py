@@ -102,6 +102,7 @@ _MODULES = {
     "settings.trl_compat": ("ModelConfig",),
     "templates.template": ("load_templates", "Rendered", "Template"),
     "trainers.arguments": (
+        "GKDArguments",
         "OnPolicyArguments",
         "PPOArguments",
         "ReinforceArguments",
@@ -110,6 +111,7 @@ _MODULES = {
     ),
     "trainers.encoders.arguments": ("TKDArguments",),
     "trainers.encoders.tkd": ("check_distillation", "distil_chain", "TKDTrainer"),
+    "trainers.gkd": ("GKDTrainer",),
     "trainers.objective": ("Evidence", "Objective", "StudentTokens"),
     "trainers.on_policy": ("OnPolicyTrainer",),
     "trainers.policy_gradient": ("Credit", "PolicyGradient", "PolicyGradientTrainer"),
@@ -246,6 +248,7 @@ if TYPE_CHECKING:
     from .templates.template import Rendered as Rendered
     from .templates.template import Template as Template
     from .templates.template import load_templates as load_templates
+    from .trainers.arguments import GKDArguments as GKDArguments
     from .trainers.arguments import OnPolicyArguments as OnPolicyArguments
     from .trainers.arguments import PPOArguments as PPOArguments
     from .trainers.arguments import ReinforceArguments as ReinforceArguments
@@ -255,6 +258,7 @@ if TYPE_CHECKING:
     from .trainers.encoders.tkd import TKDTrainer as TKDTrainer
     from .trainers.encoders.tkd import check_distillation as check_distillation
     from .trainers.encoders.tkd import distil_chain as distil_chain
+    from .trainers.gkd import GKDTrainer as GKDTrainer
     from .trainers.objective import Evidence as Evidence
     from .trainers.objective import Objective as Objective
     from .trainers.objective import StudentTokens as StudentTokens

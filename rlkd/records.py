@@ -195,6 +195,18 @@ class TeacherSignal(Batched):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Imitation:
+    """Labels imitated in the same update: coef / tokens * sum -log pi(label) is added to the loss.
+
+    labels  rows of their own;  tokens  of all labels of the update, over all processes and accumulation steps
+    """
+
+    labels: Answers
+    tokens: float
+    coef: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Minibatch(Batched):
     """Rows of one evaluation of the loss.
 
@@ -202,12 +214,14 @@ class Minibatch(Batched):
     signal       the teacher's signal for them; None if the objective uses no teacher
     annotations  what the objective derived from them before the first update, a `Batched` record or None
     denominator  what the summed loss is divided by, over all processes and accumulation steps; None: this batch's own
+    imitation    labels to learn in the same update; None without
     """
 
     answers: Answers
     signal: TeacherSignal | None = None
     annotations: Any = None
     denominator: float | None = None
+    imitation: Imitation | None = None
 
 
 def given(value: Known | None) -> Known:

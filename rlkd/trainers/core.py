@@ -31,7 +31,7 @@ from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
 from .announce import Announcement
-from .arguments import StudentArguments
+from .base_arguments import StudentArguments
 from .environment import describe_environment, warn_of_ignored
 from .inputs import describe_inputs, weights_of
 from .last import LastEvaluation
@@ -105,7 +105,7 @@ class StudentTrainer(ResumableTrainer):
         named = [getattr(getattr(model, "config", None), "name_or_path", None) for model in self.models().values()]
         check_run_folder(self.run_folder, named)
         sections = [*self.settings, self.args]
-        data = {"train": self.train_dataset, "eval": self.eval_dataset}
+        data = {**self.training_data(), "eval": self.eval_dataset}
         described = {role: describe_data(rows) for role, rows in data.items() if rows is not None}
         if shared := self.shared_inputs():
             described["eval"]["also_in_training"] = shared
@@ -137,10 +137,15 @@ class StudentTrainer(ResumableTrainer):
             warn_of_ignored(self.args)
             record.write(self.run_folder)
 
+    def training_data(self) -> dict[str, Any]:
+        """Role in run.json -> rows that are learned from."""
+        return {"train": self.train_dataset}
+
     def shared_inputs(self) -> int:
         """The number of held-out inputs that are training inputs, too, said in a warning."""
         held_out: Any = self.eval_dataset
-        shared = [] if held_out is None else shared_inputs(self.train_dataset, held_out)
+        learnt = [] if held_out is None else self.training_data().values()
+        shared = sorted({i for rows in learnt for i in shared_inputs(rows, held_out)})
         if shared and self.is_world_process_zero():
             logger.warning(
                 f"{len(shared)} of {len(held_out)} held-out inputs are also training inputs (the first is held-out row "

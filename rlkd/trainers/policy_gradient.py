@@ -4,14 +4,14 @@
 
 The second term replaces the sampled immediate reward by its exact gradient (`one_step: exact`); the credit then holds
 the future only. KL_t is the penalty in the loss (`PolicyGradient.kl_penalty`); with `kl_in: reward` it is a part of the
-reward instead.
+reward instead, as is -c_H log pi(a_t|s_t) with `entropy_in: reward`.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,8 +25,6 @@ from ..objectives.advantages import (
     BASELINES,
     CreditInputs,
     explained_variance,
-    importance_weights,
-    per_decision,
     regret_per_sequence,
     value_gain,
 )
@@ -38,7 +36,9 @@ from ..tensors import masked_mean, masked_moments, moments_to_mean_std
 from .arguments import RLArguments
 from .critic import critic_alone, give_own_learning_rate
 from .cut_answers import cut_rows, end_price, without_cut
+from .labelled import with_imitation
 from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
+from .off_policy import weighted, with_effective_sample_size
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
 
@@ -108,7 +108,7 @@ class PolicyGradient(Objective):
         """Reward of each token, and its credit: the discounted sum of rewards less the baseline."""
         args, signal, mask = self.args, evidence.signal, answers.answer_mask
         assert signal is not None
-        per_token = self.reward.per_token(signal)
+        per_token = self.per_token(answers, signal)
         # k1 in the reward: its expected gradient is that of the KL, which k1 in the loss would not give.
         reward = per_token
         if args.kl_in == "reward":
@@ -125,7 +125,7 @@ class PolicyGradient(Objective):
                 rollouts_per_prompt=args.rollouts_per_prompt,
                 # Without the KL term of the reward: `expected` has no KL, so its sample stays in the credit.
                 immediate=per_token if self.exact else None,
-                expected=evidence.extra[0] if "expected" in self.reads else None,
+                expected=self.expected(evidence.extra[0], evidence.entropy) if "expected" in self.reads else None,
                 values=evidence.values,
                 state_value=teacher_value(signal, args.reward_value) if "state_value" in self.inputs else None,
             )
@@ -139,6 +139,18 @@ class PolicyGradient(Objective):
             reference=evidence.reference,
             kl_coef=self.kl_coef,
         )
+
+    def per_token(self, answers: Answers, signal: TeacherSignal) -> Tensor:
+        """r(s_t, a_t), [B, R]: the teacher's, and with `entropy_in: reward` - c log pi(a_t|s_t) of the rollout.
+
+        The return of the latter has the gradient of E[sum r] + c times the entropy of whole answers.
+        """
+        reward, args = self.reward.per_token(signal), self.args
+        return reward - args.entropy_coef * given(answers.behaviour_logps) if args.entropy_in == "reward" else reward
+
+    def expected(self, reward: Tensor, entropy: Tensor | None) -> Tensor:
+        """E_{a ~ pi}[r(s_t, a)], [B, R]; of r - c log pi it is E_{a ~ pi}[r] + c H(pi) under `entropy_in: reward`."""
+        return reward + self.args.entropy_coef * given(entropy) if self.args.entropy_in == "reward" else reward
 
     def kl(self, answers: Answers, evidence: Evidence) -> Tensor:
         """One-sample estimate of KL(pi || reference) at each sampled token, [B, R]; 0 without a KL penalty."""
@@ -158,7 +170,7 @@ class PolicyGradient(Objective):
         """
         args, credit, mask = self.args, annotations, self.learned(answers).answer_mask
         if args.whiten_advantages:
-            credit = self.whitened(credit, evidence, mask, processes)
+            credit = self.whitened(credit, self.learned(answers), given(evidence.signal), processes)
         # Of tokens that the policy itself would draw.
         ratio = (given(answers.own_logps) - given(answers.behaviour_logps)).exp()
         kl = processes.gather(ratio * self.kl(answers, evidence))
@@ -189,16 +201,16 @@ class PolicyGradient(Objective):
             return {"end_price": (price * cut_rows(answers)[:, None]).double().sum() / len(answers.examples)}
         return {}
 
-    def whitened(self, credit: Credit, evidence: Evidence, mask: Tensor, processes: Processes) -> Credit:
+    def whitened(self, credit: Credit, answers: Answers, signal: TeacherSignal, processes: Processes) -> Credit:
         """The advantages at mean 0, divided by the standard deviation of the whole credit, if that varies.
 
         The whole credit has the immediate term, also where the loss carries that exactly: the deviation of the future
         alone vanishes with lam, and dividing the exact term by it would raise it over entropy bonus and KL penalty
         without bound. The exact term and the rewards get the same scale, so that their ratio is kept.
         """
-        whole = credit.advantages
+        whole, mask = credit.advantages, answers.answer_mask
         if self.exact:
-            whole = whole + self.reward.per_token(given(evidence.signal)) * mask
+            whole = whole + self.per_token(answers, signal) * mask
         moments = processes.sum(torch.stack([masked_moments(x, mask) for x in (credit.advantages, whole)]))
         mean, deviation = moments_to_mean_std(moments[0])[0], moments_to_mean_std(moments[1])[1]
         if deviation < SMALLEST_DEVIATION:
@@ -262,8 +274,6 @@ class PolicyGradient(Objective):
         advantages, [B, R]; what is logged.
         """
 
-    # Answers that another policy drew
-
     def stands_for(self, logps: Tensor, answers: Answers) -> Tensor:
         """Log-probabilities [B, R] of the policy that importance weights make the answers those of: the student's.
 
@@ -271,46 +281,25 @@ class PolicyGradient(Objective):
         """
         return logps
 
-    def weighted(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
-        """The advantages [B, R] with importance weights, the weight of each state, and what is logged, [B, R] each.
-
-        token: w_t adv_t, and 1; cumulative: a weight per reward (`per_decision`), and that of the tokens before t.
-        """
-        args, credit, answers = self.args, minibatch.annotations, minibatch.answers
-        mask, mu, kind = answers.answer_mask, given(answers.behaviour_logps), args.importance_weight
-        whole = importance_weights(self.stands_for(logps, answers), mu, mask, kind, torch.finfo(mu.dtype).max)
-        weights = whole.clamp(max=args.importance_cap)
-        logged = {
-            "weight_mean": weights,
-            "weight_square": weights.square(),
-            "weight_max": whole,
-            "weight_truncated": whole > args.importance_cap,
-        }
-        if kind != "cumulative":
-            return weights * credit.advantages, 1.0, logged
-        before = torch.cat([torch.ones_like(weights[:, :1]), weights[:, :-1]], dim=1)
-        advantages = per_decision(
-            credit.advantages, credit.rewards, weights, mask, args.gamma * args.lam, args.k_step, args.length_normalised
-        )
-        return advantages, before, logged
-
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """policy loss - exact one-step term - entropy bonus + KL penalty + critic loss, [B, R]."""
         args = self.args
         credit: Credit = minibatch.annotations
-        advantages, state_weights, weights = self.weighted(student.logps, minibatch)
-        loss, logged = self.policy_loss(student.logps, advantages, minibatch.answers)
+        corrected = weighted(args, self.stands_for(student.logps, minibatch.answers), minibatch)
+        loss, logged = self.policy_loss(student.logps, corrected.advantages, minibatch.answers)
         # The exact term: gradient of E_{a ~ pi}[r(s_t, a)] over the whole vocabulary, without sampling variance.
         if self.exact:
-            loss = loss - credit.scale * state_weights * student.extra[0]
-        loss = loss - args.entropy_coef * student.entropy
+            expected = self.expected(student.extra[0], student.entropy)
+            loss = loss - credit.scale * corrected.states * expected
+        if args.entropy_in == "loss":
+            loss = loss - args.entropy_coef * student.entropy
         if args.kl_coef > 0 and args.kl_in == "loss":
-            loss = loss + credit.kl_coef * state_weights * self.kl_penalty(student, minibatch)
+            loss = loss + credit.kl_coef * corrected.states * self.kl_penalty(student, minibatch)
         if credit.values is not None and credit.returns is not None:
             critic = value_loss(student.values, credit.values, credit.returns, args.value_clip_range)
             loss = loss + args.value_coef * critic
             logged = {**logged, "value_loss": critic}
-        return loss, {**logged, **weights}
+        return loss, {**logged, **corrected.logged}
 
     def kl_penalty(self, student: StudentTokens, minibatch: Minibatch) -> Tensor:
         """KL(pi || reference) at every visited state, [B, R]: its gradient there, not its effect on later states.
@@ -346,10 +335,20 @@ class PolicyGradientTrainer(OnPolicyTrainer):
 
     def recorded(self) -> dict[str, float]:
         """As in `StudentTrainer`, with the effective sample size of all weights since the last line."""
-        logs = super().recorded()
-        if square := logs.pop("weight_square", 0.0):
-            logs["effective_sample_size"] = logs["weight_mean"] ** 2 / square
-        return logs
+        return with_effective_sample_size(super().recorded())
+
+    def minibatches(self, batch: Minibatch, index: int) -> Iterator[Minibatch]:
+        """As in `OnPolicyTrainer`; with `imitation_coef`, every update also has as many labels as answers."""
+        own = super().minibatches(batch, index)
+        return own if self.label_batches is None else with_imitation(self, own, index)
+
+    def describe_run(self, steps: int, epochs: float) -> str:
+        """As in `OnPolicyTrainer`, and how many labels are imitated."""
+        described = super().describe_run(steps, epochs)
+        if self.label_batches is None:
+            return described
+        rows = self.args.rows_per_update * self.accelerator.num_processes
+        return f"{described}; every update also imitates {rows} of {len(self.label_batches)} labels"
 
     def check_teacher(self) -> None:
         """As in `DistillationTrainer`; end_price scores one token beyond the longest answer."""

@@ -11,6 +11,7 @@ from rlkd.errors import ConfigError
 from rlkd.models.signals import SIGNAL
 from rlkd.records import Answers, Example, given
 from rlkd.trainers.objective import StudentTokens
+from rlkd.trainers.off_policy import weighted
 from tiny_runs import EOS, VALID, logged, make, tiny_teacher
 
 MIXED = {"teacher_mix": 0.3}
@@ -98,7 +99,7 @@ def test_ppo_clips_about_the_policy_that_sampled(tmp_path):
     products = weights.cumprod(1).clamp(max=2.0)
     for move in (0.0, 0.5, -0.5):
         moved = answers.policy_logps + move
-        advantages = trainer.objective.weighted(moved, minibatch)[0]
+        advantages = weighted(trainer.args, trainer.objective.stands_for(moved, answers), minibatch).advantages
         loss, said = trainer.objective.policy_loss(moved, advantages, answers)
         for i, t in answers.answer_mask.nonzero().tolist():
             n = int(answers.answer_mask[i].sum())
