@@ -14,7 +14,7 @@ from ..labels.tokens import own_generations
 from ..models.generation import rules_of
 from ..models.policy import Policy
 from ..records import Answers, Imitation, Minibatch, select_rows
-from .arguments import OnPolicyArguments
+from .arguments import GKDArguments, OnPolicyArguments
 from .supervised import PseudoLabelCollator, check_label_rows
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class LabelBatches:
     """
 
     def __init__(self, labels: Any, policy: Policy, tokenizer: Any, args: OnPolicyArguments):
-        check_label_rows(labels)
+        check_label_rows(labels, "labels", scored=isinstance(args, GKDArguments))
         self.labels, self.seed, self.device = labels, args.seed, policy.lm.device
         own, rules = own_generations(labels, tokenizer), rules_of(policy.lm)
         self.collate = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens, own, rules)

@@ -13,7 +13,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,19 +20,14 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..models.heads import TokenFunction
-from ..objectives.advantages import (
-    BASELINES,
-    CreditInputs,
-    explained_variance,
-    regret_per_sequence,
-    value_gain,
-)
+from ..objectives.advantages import BASELINES, CreditInputs
 from ..objectives.divergences import reverse_kl
 from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Answers, Batched, Distribution, Minibatch, TeacherSignal, given
-from ..tensors import masked_mean, masked_moments, moments_to_mean_std
+from ..records import Answers, Minibatch, TeacherSignal, given
+from ..tensors import masked_mean
 from .arguments import RLArguments
+from .credit import SMALLEST_DEVIATION, Credit, numbers_of_credit, numbers_of_signal, whitened
 from .critic import critic_alone, give_own_learning_rate
 from .cut_answers import cut_rows, end_price, without_cut
 from .labelled import with_imitation
@@ -43,31 +37,6 @@ from .on_policy import OnPolicyTrainer
 from .start import StartCheck
 
 logger = logging.getLogger(__name__)
-
-SMALLEST_DEVIATION = 1e-3  # nats; differences of float32 log-probabilities are 1e-6 to 1e-4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Credit(Batched):
-    """The annotations of a policy gradient, [B, R] each.
-
-    advantages       credit of each sampled token after its baseline
-    rewards          the terms whose discounted sum is the credit before its baseline
-    returns          targets of the critic, and values, its predictions at rollout time; None without a critic
-    reference_logps  log-probabilities under the reference policy; None without a KL penalty
-    reference        the reference policy's distributions, where the KL penalty is exact; else None
-    scale            what whitening multiplied the advantages and rewards with, for the exact one-step term; else 1
-    kl_coef          weight of the KL penalty for this batch
-    """
-
-    advantages: Tensor
-    rewards: Tensor
-    returns: Tensor | None = None
-    values: Tensor | None = None
-    reference_logps: Tensor | None = None
-    reference: Distribution | None = None
-    scale: float = 1.0
-    kl_coef: float = 0.0
 
 
 class PolicyGradient(Objective):
@@ -98,7 +67,6 @@ class PolicyGradient(Objective):
             self.reads |= {"reference_logps"}
             if args.kl_in == "loss" and args.kl_estimator != "k2":
                 self.reads |= {"reference"}
-
         if args.cut_answers == "end_price":
             self.reads |= {"ending"}
 
@@ -175,25 +143,20 @@ class PolicyGradient(Objective):
         ratio = (given(answers.own_logps) - given(answers.behaviour_logps)).exp()
         kl = processes.gather(ratio * self.kl(answers, evidence))
         mean_kl = masked_mean(kl, processes.gather(answers.answer_mask))
-        everywhere = processes.gather(mask)
-        moments = masked_moments(processes.gather(credit.advantages), everywhere)
         logged: dict[str, Tensor | float] = {
-            **_of_signal(evidence.signal, answers.answer_mask),
-            **self._of_cut(answers, evidence),
+            **numbers_of_signal(given(evidence.signal), answers.answer_mask),
+            **numbers_of_credit(credit, mask, processes),
+            **self.numbers_of_cut(answers, evidence),
             "kl_coef": self.kl_coef,
             "kl": mean_kl,
-            "advantage_std": moments_to_mean_std(moments)[1],
         }
-        if credit.values is not None and credit.returns is not None:
-            values, returns = processes.gather(credit.values), processes.gather(credit.returns)
-            logged["explained_variance"] = explained_variance(values, returns, everywhere)
-            logged["value_gain"] = value_gain(values, returns, everywhere)
         # For the next batch: `credit` already holds the coefficient of this one.
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
         return credit, logged
 
-    def _of_cut(self, answers: Answers, evidence: Evidence) -> dict[str, Tensor | float]:
+    def numbers_of_cut(self, answers: Answers, evidence: Evidence) -> dict[str, Tensor | float]:
+        """How many answers were dropped, or what they were charged for a missing end."""
         if self.args.cut_answers == "drop":
             return {"dropped": cut_rows(answers).double().mean()}
         if self.args.cut_answers == "end_price":
@@ -202,30 +165,17 @@ class PolicyGradient(Objective):
         return {}
 
     def whitened(self, credit: Credit, answers: Answers, signal: TeacherSignal, processes: Processes) -> Credit:
-        """The advantages at mean 0, divided by the standard deviation of the whole credit, if that varies.
-
-        The whole credit has the immediate term, also where the loss carries that exactly: the deviation of the future
-        alone vanishes with lam, and dividing the exact term by it would raise it over entropy bonus and KL penalty
-        without bound. The exact term and the rewards get the same scale, so that their ratio is kept.
-        """
-        whole, mask = credit.advantages, answers.answer_mask
-        if self.exact:
-            whole = whole + self.per_token(answers, signal) * mask
-        moments = processes.sum(torch.stack([masked_moments(x, mask) for x in (credit.advantages, whole)]))
-        mean, deviation = moments_to_mean_std(moments[0])[0], moments_to_mean_std(moments[1])[1]
-        if deviation < SMALLEST_DEVIATION:
-            # A floor in place of the deviation would multiply the exact term by its inverse.
-            if not self.flat:
-                logger.warning(
-                    f"whiten_advantages: the credit in a batch has a standard deviation of {deviation:.2g} nats, too "
-                    f"small to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Set "
-                    "whiten_advantages to false."
-                )
+        """As `whitened`; says once that a batch had nothing to divide by."""
+        immediate = self.per_token(answers, signal) if self.exact else None
+        credit, deviation = whitened(credit, immediate, answers.answer_mask, processes)
+        if deviation < SMALLEST_DEVIATION and not self.flat:
             self.flat = True
-            return credit
-        scale = 1.0 / deviation
-        advantages = scale * (credit.advantages - mean) * mask
-        return replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
+            logger.warning(
+                f"whiten_advantages: the credit in a batch has a standard deviation of {deviation:.2g} nats, too small "
+                f"to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Set "
+                "whiten_advantages to false."
+            )
+        return credit
 
     def numbers(self, annotations: Credit) -> dict[str, Tensor | None]:
         return {
@@ -370,19 +320,18 @@ class PolicyGradientTrainer(OnPolicyTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in Trainer; the first `value_warmup_updates` train the critic alone."""
-        warming_up = self.state.global_step < self.args.value_warmup_updates
-        with critic_alone(self.policy) if warming_up else nullcontext():
+        with critic_alone(self.policy) if self.critic_warms_up else nullcontext():
             return super().training_step(*args, **kwargs)
 
+    def annotate(self, answers: Answers) -> Minibatch:
+        """As in `OnPolicyTrainer`; while the critic is trained alone, kl_coef does not move."""
+        kl_coef = self.objective.kl_coef
+        batch = super().annotate(answers)
+        if self.critic_warms_up:
+            self.objective.kl_coef = kl_coef
+        return batch
 
-def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:
-    """Regret and the teacher's log-probability per answer, its entropy per token, as far as the signal has them."""
-    assert signal is not None
-    logged: dict[str, Tensor | float] = {}
-    if signal.max is not None:
-        logged["regret"] = regret_per_sequence(signal.chosen - signal.max, mask).mean()
-    if signal.logsumexp is not None:
-        logged["teacher_logprob"] = ((signal.chosen - signal.logsumexp) * mask).sum(1).mean()
-    if signal.entropy is not None:
-        logged["teacher_entropy"] = signal.entropy
-    return logged
+    @property
+    def critic_warms_up(self) -> bool:
+        """Whether the coming update is one of the first `value_warmup_updates`."""
+        return self.state.global_step < self.args.value_warmup_updates

@@ -202,11 +202,12 @@ def vopd(w, steps, t):
 
 
 def minillm(w: World, y: int):
-    """MiniLLM eqs 3 and 6: the single step exactly, the sum of what follows by the sampled token."""
+    """MiniLLM eqs 6 and 8: the single step exactly, the mean of what follows by the sampled token."""
     steps = w.steps(y)
     total = 0.0
     for t, (s, a) in enumerate(steps):
-        future = sum(float(log_ratio(w, *step)) for step in steps[t + 1 :])
+        following = [float(log_ratio(w, *step)) for step in steps[t + 1 :]]
+        future = sum(following) / max(len(following), 1)
         total = total + kl(w.log_pi[s], w.log_p[s]) - future * w.log_pi[s, a]
     return total
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiny_runs import assert_same, make, weights
+from tiny_runs import assert_same, logged, make, weights
 
 HEAD = {"value_head.weight", "value_head.bias"}
 
@@ -56,6 +56,16 @@ def test_a_warm_up_trains_the_critic_alone(tmp_path, options):
     student = {name: change for name, change in changed.items() if name not in HEAD}
     largest = max(float(change.abs().max()) for change in student.values())
     assert 0.9e-3 < largest < 1.3e-3  # one step of Adam, which begins with lr for each weight; and decay
+
+
+def test_the_weight_of_the_kl_penalty_waits_for_the_student(tmp_path):
+    options = {"kl_target": 1.0, "kl_coef": 0.1, "max_steps": 12, "value_warmup_updates": 8}
+    make("ppo", tmp_path, **options).train()
+    coefs = [line["kl_coef"] for line in logged(tmp_path) if "kl_coef" in line]
+    assert coefs == pytest.approx([0.1] * 3)
+    trainer = make("ppo", tmp_path / "without", **{**options, "value_warmup_updates": 0})
+    trainer.train()
+    assert trainer.objective.kl_coef < 0.1
 
 
 def test_without_a_warm_up_nothing_changes(tmp_path):

@@ -252,8 +252,14 @@ def test_recipes_refuse_them_before_anything_is_read(tmp_path, training, folder,
 
 
 def test_rows_that_are_no_labels_are_refused(tmp_path):
-    with pytest.raises(DataError, match="'label' is not text"):
+    with pytest.raises(DataError, match="labels: 'label' is not text"):
         make("gkd", tmp_path, on_policy_fraction=0.5, labels=[{"student_input": "a", "label": None}])
+    unprompted = [{name: row[name] for name in ("student_input", "label")} for row in labels()]
+    with pytest.raises(DataError, match="labels: 'teacher_input' is not text in 8 rows"):
+        make("gkd", tmp_path, on_policy_fraction=0.5, labels=unprompted)
+    with pytest.raises(DataError, match="train_dataset: 'teacher_input' is not text in 8 rows"):
+        make("supervised", tmp_path, objective="forward_kl", data=unprompted)
+    make("reinforce", tmp_path, imitation_coef=0.5, labels=unprompted)
 
 
 def test_settings_out_of_range(tmp_path):
