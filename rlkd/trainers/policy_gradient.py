@@ -114,7 +114,7 @@ class PolicyGradient(Objective):
         The return of the latter has the gradient of E[sum r] + c times the entropy of whole answers.
         """
         reward, args = self.reward.per_token(signal), self.args
-        return reward - args.entropy_coef * given(answers.behaviour_logps) if args.entropy_in == "reward" else reward
+        return reward - args.entropy_coef * given(answers.own_logps) if args.entropy_in == "reward" else reward
 
     def expected(self, reward: Tensor, entropy: Tensor | None) -> Tensor:
         """E_{a ~ pi}[r(s_t, a)], [B, R]; of r - c log pi it is E_{a ~ pi}[r] + c H(pi) under `entropy_in: reward`."""
