@@ -208,8 +208,8 @@ def vopd(w, steps, t):
 
 
 def minillm(w: World, y: int):
-    """MiniLLM eqs 5, 6 and 8: the single step exactly, the mean of what follows by the sampled token with its weight, pi
-    over the mixture. The paper's single step has that weight, too; given the state its mean is 1.
+    """MiniLLM eqs 5, 6 and 8: the single step exactly, the mean of what follows by the sampled token with its weight,
+    pi over the mixture. The paper's single step has that weight, too; given the state its mean is 1.
     """
     steps, drawn = w.steps(y), w.drawn({"teacher_mix": 0.2})
     total = 0.0
