@@ -43,6 +43,7 @@ RL = "RL"
 CRITIC = "RL with a critic"
 ON_POLICY = "RL and GKD"
 PPO = "PPO"
+TRUNCATED = "on-policy with rollout_top_p"
 GKD = "GKD"
 IMITATING = "RL with `imitation_coef`"
 DUAL_CLIP = "PPO with `dual_clip`"
@@ -157,10 +158,25 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric(name="end_price", unit="nats", better="neither", per="answer", logged={LOG: END_PRICE},
                meaning="What answers were charged for a missing end, 0 for those that ended."),
         Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: ON_POLICY},
-               meaning="pi / mu, the probability under the student over that when sampled; 1 at the first update "
-                       "after the behaviour policy is synchronised."),
+               meaning="pi / pi_old, the probability under the student over that under the policy that sampled; 1 "
+                       "at the first update after the behaviour policy is synchronised."),
         Metric(name="ratio_max", unit="", better="neither", per="log line", logged={LOG: ON_POLICY},
                meaning="The largest such ratio since the last line."),
+        Metric(name="weight_mean", unit="", better="neither", per="token", logged={LOG: RL},
+               meaning="Importance weight after truncation (`importance_weight`, `importance_cap`): of the student "
+                       "over what answers were drawn from; in PPO, whose ratio does the rest, of pi_old over that."),
+        Metric(name="weight_max", unit="", better="neither", per="log line", logged={LOG: RL},
+               meaning="The largest weight before truncation since the last line."),
+        Metric(name="weight_truncated", unit="share", better="down", per="token", logged={LOG: RL},
+               title="Truncated weights", meaning="Tokens whose weight was above `importance_cap`."),
+        Metric(name="effective_sample_size", unit="share", better="up", per="token", logged={LOG: RL},
+               title="Effective sample size",
+               meaning="(sum w)^2 / (n sum w^2) of the n tokens since the last line: the share of them that, weighted "
+                       "equally, would give as precise a mean."),
+        Metric(name="cut_mass", unit="share", better="down", per="token", logged={LOG: TRUNCATED},
+               title="Probability cut by top-p",
+               meaning="The student's probability of the tokens that `rollout_top_p` leaves out. No weight corrects "
+                       "for it: what is never drawn is never credited."),
         Metric(name="clip_fraction", unit="share", better="neither", per="token", logged={LOG: PPO},
                title="Clipped tokens", meaning="Tokens whose ratio is outside 1 +- `clip_range`."),
         Metric(name="imitation_loss", unit="nats", better="down", per="token", logged={LOG: IMITATING},

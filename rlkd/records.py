@@ -124,7 +124,11 @@ class Answers(Batched):
     examples         the B inputs, one per row (repeated for several rollouts of a prompt)
     input_ids        [B, P] student prompt, right-padded;  input_mask [B, P] bool
     answer_ids       [B, R] tokens, end-of-sequence included;  answer_mask [B, R] bool
-    behaviour_logps  [B, R] natural log-probability of each sampled token when it was sampled; None for labels
+    behaviour_logps  [B, R] log mu, natural log-probability of each sampled token under the distribution that it was
+                     drawn from; None for labels
+    policy_logps     [B, R] that under the policy which sampled, at temperature 1; None where it is behaviour_logps: a
+                     temperature, top_p or the teacher's share makes the difference
+    cut_mass         [B, R] probability of the tokens that top_p left out; None without
     finished         [B] bool, False where max_new_tokens cut the answer (not a terminal state); None for labels
     """
 
@@ -135,6 +139,13 @@ class Answers(Batched):
     answer_mask: Tensor
     behaviour_logps: Tensor | None = None
     finished: Tensor | None = None
+    policy_logps: Tensor | None = None
+    cut_mass: Tensor | None = None
+
+    @property
+    def own_logps(self) -> Tensor | None:
+        """[B, R] log-probability of each token under the policy that sampled; None for labels."""
+        return self.behaviour_logps if self.policy_logps is None else self.policy_logps
 
     @property
     def ids(self) -> list[str]:

@@ -96,6 +96,14 @@ class OnPolicyArguments(DistillationArguments):
     sync_every: Count = field(
         default=1, metadata={"help": "Rollout batches between copies of the student into the behaviour policy."}
     )
+    rollout_temperature: Positive = field(default=1.0, metadata={"help": "Temperature of rollouts, at most 10."})
+    rollout_top_p: Fraction = field(
+        default=1.0,
+        metadata={"help": "Rollouts draw from the most probable tokens that reach this probability; 1: from all."},
+    )
+    teacher_mix: Fraction = field(
+        default=0.0, metadata={"help": "Share of the teacher in what rollouts are drawn from (MiniLLM: 0.2)."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +115,10 @@ class OnPolicyArguments(DistillationArguments):
             f"must divide the {rows} answers of a rollout batch (per_device_train_batch_size x "
             "gradient_accumulation_steps x minibatches_per_rollout)",
         )
+        heat, top_p, mix = self.rollout_temperature, self.rollout_top_p, self.teacher_mix
+        _require(heat <= 10, "rollout_temperature", heat, "must be at most 10")
+        _require(top_p > 0, "rollout_top_p", top_p, "must be above 0 (1 draws from all tokens)")
+        _require(mix < 1, "teacher_mix", mix, "must be below 1 (labels are the teacher's own answers)")
         # The Trainer also saves at max_steps.
         for name in {"steps": ("save_steps", "max_steps"), "best": ("eval_steps",)}.get(self.save_strategy, ()):
             steps = getattr(self, name) or 0
@@ -117,6 +129,11 @@ class OnPolicyArguments(DistillationArguments):
                 f"checkpoints fall between rollout batches: use a multiple of {self.updates_per_rollout} "
                 "(epochs_per_rollout x minibatches_per_rollout)",
             )
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether rollouts are drawn from the behaviour policy as it is."""
+        return self.rollout_temperature == 1 and self.rollout_top_p == 1 and self.teacher_mix == 0
 
     @property
     def rows_per_update(self) -> int:
@@ -144,6 +161,15 @@ class GKDArguments(OnPolicyArguments, DivergenceArguments):
     )
     rollouts_per_prompt: Count = field(default=1, metadata={"help": "Answers sampled for each prompt."})
     learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            self.samples_itself or self.on_policy_fraction > 0,
+            "on_policy_fraction",
+            self.on_policy_fraction,
+            "there are no rollouts for rollout_temperature, rollout_top_p or teacher_mix: leave them out",
+        )
 
     @property
     def reads_labels(self) -> bool:
@@ -225,6 +251,11 @@ class RLArguments(OnPolicyArguments):
             "help": "KL in the loss: exact, over the vocabulary (as null), or k2 of the sampled token (cheaper)."
         },
     )
+    importance_weight: Literal["none", "token", "cumulative"] = field(
+        default="cumulative",
+        metadata={"help": "Weights of answers of an older policy (REINFORCE), a temperature or the teacher's share."},
+    )
+    importance_cap: Positive = field(default=2.0, metadata={"help": "Upper bound of the importance weights."})
     imitation_coef: NonNegative = field(
         default=0.0,
         metadata={
@@ -305,6 +336,12 @@ class RLArguments(OnPolicyArguments):
             self.kl_estimator,
             "of the KL penalty in the loss, which kl_coef 0 and kl_in reward do not have: leave it out",
         )
+        _require(
+            self.importance_weight != "none" or self.importance_cap == RLArguments.importance_cap,
+            "importance_cap",
+            self.importance_cap,
+            "importance_weight none has no weights to truncate: leave it out",
+        )
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
 
@@ -329,11 +366,6 @@ class RLArguments(OnPolicyArguments):
 class ReinforceArguments(RLArguments):
     """REINFORCE: one pass over fresh rollouts, off-policy weights when the behaviour policy lags."""
 
-    importance_weight: Literal["none", "token", "cumulative"] = field(
-        default="cumulative", metadata={"help": "Importance weights for a behaviour policy older than the student."}
-    )
-    importance_cap: Positive = field(default=2.0, metadata={"help": "Upper bound of the importance weights."})
-
 
 @dataclass
 class PPOArguments(RLArguments):
@@ -353,3 +385,11 @@ class PPOArguments(RLArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "must be above 1")
+        for name in ("importance_weight", "importance_cap"):
+            value = getattr(self, name)
+            _require(
+                not self.samples_itself or value == getattr(RLArguments, name),
+                name,
+                value,
+                "PPO weights answers of rollout_temperature, rollout_top_p and teacher_mix alone: leave it out",
+            )

@@ -188,20 +188,17 @@ class StudentTrainer(ResumableTrainer):
             self._recorded.setdefault(name, []).append(torch.stack([number, torch.ones_like(number)]))
 
     def record_tokens(self, mask: Tensor, **values: Tensor) -> None:
-        """Add every token [B, R] of `mask` to the means written at the next log line."""
+        """Add every token [B, R] of `mask` to the means written at the next log line, as `record` adds numbers."""
         for name, value in values.items():
+            if name.endswith("_max"):
+                self.record(**{name: value.detach().masked_fill(~mask, 0.0).amax()})
+                continue
             pair = torch.stack([(value.detach() * mask).double().sum(), mask.double().sum()])
             self._recorded.setdefault(name, []).append(pair)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._recorded:
-            for name in sorted(self._recorded):
-                total, count = torch.stack(self._recorded[name]).T
-                if name.endswith("_max"):
-                    logs[name] = float(self.accelerator.gather(total.max()).max())
-                else:
-                    sums = self.accelerator.reduce(torch.stack([total.sum(), count.sum()]), reduction="sum")
-                    logs[name] = float(sums[0] / sums[1].clamp(min=1))
+            logs.update(self.recorded())
             self._recorded.clear()
         if "train_runtime" in logs:
             logs["train_cpu_seconds"] = time.process_time() - self._cpu_started
@@ -210,6 +207,18 @@ class StudentTrainer(ResumableTrainer):
             self.per_row = {}
         self.alarms.observe(logs)
         super().log(logs, start_time)
+
+    def recorded(self) -> dict[str, float]:
+        """What was recorded since the last log line, over all processes; every process must call it."""
+        logs = {}
+        for name in sorted(self._recorded):
+            total, count = torch.stack(self._recorded[name]).T
+            if name.endswith("_max"):
+                logs[name] = float(self.accelerator.gather(total.max()).max())
+            else:
+                sums = self.accelerator.reduce(torch.stack([total.sum(), count.sum()]), reduction="sum")
+                logs[name] = float(sums[0] / sums[1].clamp(min=1))
+        return logs
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:

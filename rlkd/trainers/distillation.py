@@ -217,16 +217,19 @@ class DistillationTrainer(StudentTrainer):
         needs, reads = self.objective.needs, self.objective.reads
         signal = self.score(answers, distribution="distribution" in needs) if needs else None
         reference_logps, reference, entropy, extra = None, None, None, ()
-        if reads & {"reference_logps", "reference"}:
-            assert self.reference is not None
-            reference_logps, reference = self.reference.score(*answers.policy_inputs)
-        if "expected" in reads:
-            (_, entropy, *extra), _ = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+        # In the precision of the loss, of which they are differences; the teacher keeps its own (`teacher_dtype`).
+        with self.accelerator.autocast():
+            if reads & {"reference_logps", "reference"}:
+                assert self.reference is not None
+                reference_logps, reference = self.reference.score(*answers.policy_inputs)
+            if "expected" in reads:
+                (_, entropy, *extra), _ = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+            values = self.policy.values(*answers.policy_inputs) if "values" in reads else None
         return Evidence(
             signal=signal,
             reference_logps=reference_logps,
             reference=reference if "reference" in reads else None,
-            values=self.policy.values(*answers.policy_inputs) if "values" in reads else None,
+            values=values,
             entropy=entropy,
             ending=self.ending(answers) if "ending" in reads else None,
             extra=tuple(extra),
@@ -262,12 +265,10 @@ class DistillationTrainer(StudentTrainer):
         if minibatch.imitation is not None:
             total = total + self.imitation_loss(minibatch.imitation, *of_labels)
         watched = {"the loss": torch.where(mask, loss, 0.0), "the summed loss": total}
-        if answers.behaviour_logps is not None:
-            log_ratio = (logps.detach() - answers.behaviour_logps) * mask
+        if answers.own_logps is not None:
+            log_ratio = (logps.detach() - answers.own_logps) * mask
             watched = {"the log-ratio": log_ratio, **watched}
-            ratio = log_ratio.exp()
-            self.record_tokens(mask, ratio_mean=ratio)
-            self.record(ratio_max=ratio.max())
+            self.record_tokens(mask, ratio_mean=log_ratio.exp(), ratio_max=log_ratio.exp())
         self.finite.watch(watched, answers.ids, minibatch)
         self.record_tokens(mask, entropy=entropy, **logged)
         return total if minibatch.denominator is None else self.scale_to_global(total)

@@ -34,6 +34,7 @@ from ..models.teacher import Teacher
 from ..objectives.policy import reduction_count
 from ..records import Answers, Example, Minibatch, select_rows
 from ..sampling.decode import row_seed
+from ..sampling.proposal import PLAIN, Proposal
 from ..sampling.rollouts import sample_rollouts
 from .arguments import OnPolicyArguments
 from .base_arguments import check_labels
@@ -75,6 +76,7 @@ class OnPolicyTrainer(DistillationTrainer):
         # Both are exact copies of the initial student; with sync_every = 1 the student itself samples.
         self.reference = self.policy.frozen_copy()
         self.behaviour = self.policy if args.sync_every == 1 else self.policy.frozen_copy()
+        self.proposal = self.make_proposal()
         self.newest: Minibatch | None = None
         self.prompts_per_process = args.rows_per_rollout // args.rollouts_per_prompt
         self.prompts_per_rollout = self.prompts_per_process * self.accelerator.num_processes
@@ -100,6 +102,21 @@ class OnPolicyTrainer(DistillationTrainer):
             announce(described(self.label_batches.labels), self.teacher.model, self.inputs.get(weights_of("teacher")))
 
     # The loop
+
+    def make_proposal(self) -> Proposal:
+        """What rollouts are drawn from. Raises ConfigError if the teacher should have a share and cannot answer."""
+        args, teacher = self.args, self.teacher
+        if args.teacher_mix > 0 and not isinstance(teacher, Teacher):
+            raise ConfigError(
+                f"teacher_mix = {args.teacher_mix}: the teacher takes part in every step of the rollouts: give a local "
+                "Teacher, or set it to 0"
+            )
+        return Proposal(
+            temperature=args.rollout_temperature,
+            top_p=args.rollout_top_p,
+            teacher_mix=args.teacher_mix,
+            teacher=teacher if isinstance(teacher, Teacher) else None,
+        )
 
     def get_train_dataloader(self) -> ExperienceLoader:  # type: ignore[override]
         rollouts_per_epoch = len(self.train_examples) // self.prompts_per_rollout
@@ -149,18 +166,27 @@ class OnPolicyTrainer(DistillationTrainer):
         return [self.train_examples[i] for i in order[start : start + self.prompts_per_process].tolist()]
 
     def sample(self, index: int) -> Answers:
-        """Answers of the behaviour policy to this process's prompts."""
-        # Sampled and recomputed log-probabilities must agree, so that the first ratio pi / mu is 1.
+        """Answers to this process's prompts, drawn from the behaviour policy as the settings of rollouts say."""
+        return self.answers(index, self.proposal)
+
+    def answers(self, index: int, proposal: Proposal = PLAIN) -> Answers:
+        """Answers to the prompts of rollout batch `index` from a proposal, by default the behaviour policy itself."""
+        # In the precision of the loss, so that the first ratio pi / mu is 1 within rounding. Attention may run another
+        # kernel with a gradient than without (T5's trained position bias, on a CPU), which in bfloat16 moves single
+        # ratios by up to 0.03. What is recorded is what was drawn from, so the weights pi / mu hold all the same; a
+        # forward more would hide the difference, not correct it.
         self.behaviour.eval()
-        return sample_rollouts(
-            self.behaviour,
-            self.tokenizer,
-            self.prompts(index),
-            rollouts_per_prompt=self.args.rollouts_per_prompt,
-            max_input_tokens=self.args.max_input_tokens,
-            max_new_tokens=self.args.max_new_tokens,
-            seed=(self.args.seed, "rollout", index),
-        )
+        with self.accelerator.autocast():
+            return sample_rollouts(
+                self.behaviour,
+                self.tokenizer,
+                self.prompts(index),
+                rollouts_per_prompt=self.args.rollouts_per_prompt,
+                max_input_tokens=self.args.max_input_tokens,
+                max_new_tokens=self.args.max_new_tokens,
+                seed=(self.args.seed, "rollout", index),
+                proposal=proposal,
+            )
 
     def labelled(self, index: int, rows: int) -> Answers:
         """This process's `rows` of label batch `index`."""
@@ -227,6 +253,8 @@ class OnPolicyTrainer(DistillationTrainer):
         mask = answers.answer_mask
         if answers.finished is not None:  # labels have no length of the student's
             self.record(length=mask.sum(1).double().mean(), finish_rate=answers.finished.double().mean())
+        if answers.cut_mass is not None:
+            self.record_tokens(mask, cut_mass=answers.cut_mass)
         for name, value in logged.items():
             if isinstance(value, Tensor) and value.dim():
                 self.record_tokens(mask, **{name: value})

@@ -32,6 +32,7 @@ from .critic import critic_alone, give_own_learning_rate
 from .cut_answers import cut_rows, end_price, without_cut
 from .labelled import with_imitation
 from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
+from .off_policy import weighted, with_effective_sample_size
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
 
@@ -113,7 +114,7 @@ class PolicyGradient(Objective):
         The return of the latter has the gradient of E[sum r] + c times the entropy of whole answers.
         """
         reward, args = self.reward.per_token(signal), self.args
-        return reward - args.entropy_coef * given(answers.behaviour_logps) if args.entropy_in == "reward" else reward
+        return reward - args.entropy_coef * given(answers.own_logps) if args.entropy_in == "reward" else reward
 
     def expected(self, reward: Tensor, entropy: Tensor | None) -> Tensor:
         """E_{a ~ pi}[r(s_t, a)], [B, R]; of r - c log pi it is E_{a ~ pi}[r] + c H(pi) under `entropy_in: reward`."""
@@ -123,8 +124,7 @@ class PolicyGradient(Objective):
         """One-sample estimate of KL(pi || reference) at each sampled token, [B, R]; 0 without a KL penalty."""
         if evidence.reference_logps is None:
             return torch.zeros(answers.answer_mask.shape, device=answers.answer_mask.device)
-        assert answers.behaviour_logps is not None
-        return kl_k1(answers.behaviour_logps, evidence.reference_logps) * answers.answer_mask
+        return kl_k1(given(answers.own_logps), evidence.reference_logps) * answers.answer_mask
 
     def learned(self, answers: Answers) -> Answers:
         """With `cut_answers: drop`, none of a cut answer's tokens; `leave_one_out` still compares with it."""
@@ -139,7 +139,10 @@ class PolicyGradient(Objective):
         args, credit, mask = self.args, annotations, self.learned(answers).answer_mask
         if args.whiten_advantages:
             credit = self.whitened(credit, self.learned(answers), given(evidence.signal), processes)
-        mean_kl = masked_mean(processes.gather(self.kl(answers, evidence)), processes.gather(answers.answer_mask))
+        # Of tokens that the policy itself would draw.
+        ratio = (given(answers.own_logps) - given(answers.behaviour_logps)).exp()
+        kl = processes.gather(ratio * self.kl(answers, evidence))
+        mean_kl = masked_mean(kl, processes.gather(answers.answer_mask))
         logged: dict[str, Tensor | float] = {
             **numbers_of_signal(given(evidence.signal), answers.answer_mask),
             **numbers_of_credit(credit, mask, processes),
@@ -216,31 +219,37 @@ class PolicyGradient(Objective):
         return of_chunk, (self.reward.state_value(signal), *distribution.token_args)
 
     @abstractmethod
-    def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss of the sampled tokens [B, R] from their log-probabilities under the student [B, R]; what is logged."""
+    def policy_loss(self, logps: Tensor, advantages: Tensor, answers: Answers) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of the sampled tokens [B, R] from their log-probabilities under the student and their (weighted)
+        advantages, [B, R]; what is logged.
+        """
 
-    def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:
-        """Weight [B, R] of the exact terms at states an older policy reached; 1 unless a subclass corrects."""
-        return 1.0
+    def stands_for(self, logps: Tensor, answers: Answers) -> Tensor:
+        """Log-probabilities [B, R] of the policy that importance weights make the answers those of: the student's.
+
+        Another one if the objective corrects for the rest, as PPO's ratio does for the updates since the rollouts.
+        """
+        return logps
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """policy loss - exact one-step term - entropy bonus + KL penalty + critic loss, [B, R]."""
         args = self.args
         credit: Credit = minibatch.annotations
-        loss, logged = self.policy_loss(student.logps, minibatch)
+        corrected = weighted(args, self.stands_for(student.logps, minibatch.answers), minibatch)
+        loss, logged = self.policy_loss(student.logps, corrected.advantages, minibatch.answers)
         # The exact term: gradient of E_{a ~ pi}[r(s_t, a)] over the whole vocabulary, without sampling variance.
         if self.exact:
             expected = self.expected(student.extra[0], student.entropy)
-            loss = loss - credit.scale * self.state_weights(student.logps, minibatch) * expected
+            loss = loss - credit.scale * corrected.states * expected
         if args.entropy_in == "loss":
             loss = loss - args.entropy_coef * student.entropy
         if args.kl_coef > 0 and args.kl_in == "loss":
-            loss = loss + credit.kl_coef * self.kl_penalty(student, minibatch)
+            loss = loss + credit.kl_coef * corrected.states * self.kl_penalty(student, minibatch)
         if credit.values is not None and credit.returns is not None:
             critic = value_loss(student.values, credit.values, credit.returns, args.value_clip_range)
             loss = loss + args.value_coef * critic
             logged = {**logged, "value_loss": critic}
-        return loss, logged
+        return loss, {**logged, **corrected.logged}
 
     def kl_penalty(self, student: StudentTokens, minibatch: Minibatch) -> Tensor:
         """KL(pi || reference) at every visited state, [B, R]: its gradient there, not its effect on later states.
@@ -249,17 +258,14 @@ class PolicyGradient(Objective):
             k2      rho_t (log pi(a_t|s_t) - log reference(a_t|s_t))^2 / 2, rho_t = pi / mu without gradient: unbiased
                     for that gradient whatever mu the token was drawn from
 
-        When the behaviour policy mu lags (later passes of PPO, `sync_every` > 1) the states of both are those that mu
-        reached; `state_weights` corrects that where the algorithm corrects the exact one-step term.
+        The states of both are those that mu reached; they get the weights of the exact one-step term (`weighted`).
         """
         credit: Credit = minibatch.annotations
         if credit.reference is not None:
-            kl = student.extra[-1]
-        else:
-            mask = minibatch.answers.answer_mask
-            ratio = ((student.logps.detach() - given(minibatch.answers.behaviour_logps)) * mask).exp()
-            kl = ratio * kl_k2(student.logps, given(credit.reference_logps))
-        return self.state_weights(student.logps, minibatch) * kl
+            return student.extra[-1]
+        mask = minibatch.answers.answer_mask
+        ratio = ((student.logps.detach() - given(minibatch.answers.behaviour_logps)) * mask).exp()
+        return ratio * kl_k2(student.logps, given(credit.reference_logps))
 
     # kl_coef changes during training, so checkpoints keep it
 
@@ -276,6 +282,10 @@ class PolicyGradientTrainer(OnPolicyTrainer):
     args: RLArguments
     objective: PolicyGradient
     start_checks = (StartCheck,)
+
+    def recorded(self) -> dict[str, float]:
+        """As in `StudentTrainer`, with the effective sample size of all weights since the last line."""
+        return with_effective_sample_size(super().recorded())
 
     def minibatches(self, batch: Minibatch, index: int) -> Iterator[Minibatch]:
         """As in `OnPolicyTrainer`; with `imitation_coef`, every update also has as many labels as answers."""

@@ -59,6 +59,11 @@ class World:
         n = int(self.tree.mask[y].sum())
         return list(zip(self.tree.state[y, :n].tolist(), self.tree.ids[y, :n].tolist(), strict=True))
 
+    def drawn_from(self, settings: dict):
+        """The log-probabilities [S, A] that rollouts are drawn from, without gradient."""
+        mix = settings.get("teacher_mix", 0.0)
+        return (mix * self.log_p.exp() + (1 - mix) * self.log_pi.exp()).log().detach()
+
     def chance(self, table):
         """Probability of every answer under a table of log-probabilities [S, A]."""
         return torch.stack([sum(table[s, a] for s, a in self.steps(y)) for y in range(len(self.tree.answers))]).exp()
@@ -93,10 +98,11 @@ def losses(w: World, trainer: str, settings: dict, tuples: torch.Tensor):
     objective = kind.objective_type(args)
     state, ids, mask = w.tree.state[rows], w.tree.ids[rows], w.tree.mask[rows]
     own = torch.where(mask, w.policy.logps()[rows], 0.0)
+    mu = torch.where(mask, w.tree.along(w.drawn_from(settings))[rows], 0.0)
     labels = trainer in ("SupervisedTrainer", "GKDTrainer")
     answers = Answers(
         [Example("x", "x", ("x",))] * len(rows), ids, mask, ids, mask,
-        None if labels else own.detach(), None if labels else w.tree.finished[rows],
+        None if labels else mu, None if labels else w.tree.finished[rows], None if labels else own.detach(),
     )  # fmt: skip
     scores, names = w.tree.scores(w.q), ("chosen", "max", "logsumexp", "mean", "entropy")
     signal = TeacherSignal(**{name: getattr(scores, name)[rows] for name in names}, distribution=Table(w.q, state))
@@ -120,7 +126,7 @@ def expected_gradient(w: World, trainer: str, settings: dict):
     k = settings.get("rollouts_per_prompt", 1)
     groups = torch.tensor(list(itertools.product(range(len(w.tree.answers)), repeat=k)))
     loss = losses(w, trainer, settings, groups).mean(1)
-    pi, p = w.chance(w.log_pi).detach(), w.chance(w.log_p)
+    pi, p = w.chance(w.drawn_from(settings)), w.chance(w.log_p)
     share = {"SupervisedTrainer": 0.0, "GKDTrainer": settings.get("on_policy_fraction", 1.0)}.get(trainer, 1.0)
     drawn = (share * pi + (1 - share) * p)[groups].prod(1) if k == 1 else pi[groups].prod(1)
     total = (drawn * loss).sum()
@@ -202,13 +208,15 @@ def vopd(w, steps, t):
 
 
 def minillm(w: World, y: int):
-    """MiniLLM eqs 6 and 8: the single step exactly, the mean of what follows by the sampled token."""
+    """MiniLLM eqs 4 to 8: the single step exactly, the mean of what follows by the token drawn from a mixture."""
     steps = w.steps(y)
     total = 0.0
     for t, (s, a) in enumerate(steps):
+        pi, p = w.log_pi[s, a].exp().detach(), w.log_p[s, a].exp()
+        weight = pi / (0.2 * p + 0.8 * pi)
         following = [float(log_ratio(w, *step)) for step in steps[t + 1 :]]
         future = sum(following) / max(len(following), 1)
-        total = total + kl(w.log_pi[s], w.log_p[s]) - future * w.log_pi[s, a]
+        total = total + kl(w.log_pi[s], w.log_p[s]) - weight * future * w.log_pi[s, a]
     return total
 
 
@@ -259,7 +267,7 @@ def published_gradient(w: World, name: str):
     formula, _ = PUBLISHED[name]
     trainer, settings = TABLE[name]
     share = {"SupervisedTrainer": 0.0, "GKDTrainer": settings.get("on_policy_fraction", 1.0)}.get(trainer, 1.0)
-    pi, p = w.chance(w.log_pi).detach(), w.chance(w.log_p)
+    pi, p = w.chance(w.drawn_from(settings)), w.chance(w.log_p)
     per_answer = torch.stack([formula(w, y) for y in range(len(pi))])
     total = ((share * pi + (1 - share) * p) * per_answer).sum()
     imitated = settings.get("imitation_coef", 0.0) * (p * torch.stack([sequence(w, y) for y in range(len(p))])).sum()

@@ -10,6 +10,7 @@ from rlkd.errors import ConfigError
 from rlkd.objectives.rewards import REWARDS
 from rlkd.trainers.arguments import (
     DistillationArguments,
+    GKDArguments,
     PPOArguments,
     ReinforceArguments,
     RLArguments,
@@ -57,6 +58,14 @@ WRONG = [
     (ReinforceArguments, "kl_estimator", "exact", {"kl_coef": 0.0}),
     (ReinforceArguments, "rollouts_per_prompt", 3, {"per_device_train_batch_size": 8}),
     (ReinforceArguments, "importance_cap", 0.0, {}),
+    (ReinforceArguments, "importance_cap", 3.0, {"importance_weight": "none"}),
+    (ReinforceArguments, "rollout_temperature", 0.0, {}),
+    (ReinforceArguments, "rollout_temperature", 11.0, {}),
+    (ReinforceArguments, "rollout_top_p", 0.0, {}),
+    (ReinforceArguments, "teacher_mix", 1.0, {}),
+    (GKDArguments, "on_policy_fraction", 0.0, {"objective": "reverse_kl", "teacher_mix": 0.2}),
+    (PPOArguments, "importance_weight", "token", {}),
+    (PPOArguments, "importance_cap", 3.0, {"sync_every": 2}),
     (PPOArguments, "clip_range", 0.0, {}),
     (PPOArguments, "entropy_in", "reward", {}),
     (PPOArguments, "entropy_in", "reward", {"entropy_coef": 0.1, "lam": 0.0}),

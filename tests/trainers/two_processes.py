@@ -48,6 +48,8 @@ def main(kind: str, folder: str) -> None:
         "gkd": {"on_policy_fraction": 0.5, "max_steps": 4, "labels": labels(11)},
         "reinforce": {
             "sync_every": 2,
+            "teacher_mix": 0.2,
+            "rollout_top_p": 0.9,
             "loss_reduction": "sequence_mean",
             "max_steps": 4,
             "gradient_accumulation_steps": 2,
