@@ -74,6 +74,14 @@ def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
     return difference.exp() - 1 - difference
 
 
+def expected_log_reference(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """E_{a ~ pi}[log pi_0(a|s)] = sum_a pi(a|s) l_0(a) - logsumexp l_0, [N], of logits and reference_logits l_0 [N, V].
+
+    With the entropy, which the loss has, it gives KL(pi || pi_0) = -H(pi) - E_pi[log pi_0] at half the cost.
+    """
+    return (logits.softmax(-1) * reference_logits).sum(-1) - reference_logits.logsumexp(-1)
+
+
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, gain: float = 0.1) -> float:
     """beta (1 + gain clip(KL / target - 1, -0.2, 0.2)): proportional control (Ziegler et al. 2019, arXiv 1909.08593,
     sec. 2.2).

@@ -21,8 +21,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..models.heads import TokenFunction
 from ..objectives.advantages import BASELINES, CreditInputs
-from ..objectives.divergences import reverse_kl
-from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
+from ..objectives.policy import adapt_kl_coef, expected_log_reference, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
 from ..records import Answers, Minibatch, TeacherSignal, given
 from ..tensors import masked_mean
@@ -196,17 +195,19 @@ class PolicyGradient(Objective):
     def token_function(
         self, signal: TeacherSignal | None, annotations: Credit | None = None
     ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
-        """In `extra`: E_{a ~ pi}[r(s_t, a)] where it is exact or a baseline, then KL(pi || reference) where exact."""
+        """In `extra`: E_{a ~ pi}[r(s_t, a)] where it is exact or a baseline, then E_{a ~ pi}[log reference(a|s_t)]
+        where the KL penalty is exact.
+        """
         terms = []
         if self.exact or (annotations is None and "expected" in self.reads):
             terms.append(self.expectation(given(signal)))
         if annotations is not None and annotations.reference is not None:
             reference = annotations.reference
 
-            def kl(logits: Tensor, *states: Tensor) -> Tensor:
-                return reverse_kl(logits, reference.logits(*states))
+            def log_reference(logits: Tensor, *states: Tensor) -> Tensor:
+                return expected_log_reference(logits, reference.logits(*states))
 
-            terms.append((kl, reference.token_args))
+            terms.append((log_reference, reference.token_args))
         return with_terms(*terms)
 
     def expectation(self, signal: TeacherSignal) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -262,7 +263,7 @@ class PolicyGradient(Objective):
         """
         credit: Credit = minibatch.annotations
         if credit.reference is not None:
-            return student.extra[-1]
+            return -student.entropy - student.extra[-1]
         mask = minibatch.answers.answer_mask
         ratio = ((student.logps.detach() - given(minibatch.answers.behaviour_logps)) * mask).exp()
         return ratio * kl_k2(student.logps, given(credit.reference_logps))
