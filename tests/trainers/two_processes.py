@@ -40,6 +40,7 @@ def main(kind: str, folder: str) -> None:
         "ppo": {"kl_target": 0.01, "whiten_advantages": True, "value_warmup_updates": 3, "max_steps": 8},
         "reinforce": {
             "sync_every": 2,
+            "cut_answers": "end_price",
             "loss_reduction": "sequence_mean",
             "max_steps": 4,
             "gradient_accumulation_steps": 2,
