@@ -65,7 +65,9 @@ class StartCheck(TrainerCallback):
     def measure(self) -> dict[str, float]:
         """Regret per sequence, cost of an early end, length and finish rate of the first rollout batch."""
         trainer = self.trainer
-        rollouts, eos = trainer.sample(0), trainer.policy.lm.eos_id
+        # Its strength is that of the student itself; lengths are compared with those of later rollouts.
+        rollouts, eos = trainer.answers(0), trainer.policy.lm.eos_id
+        drawn = rollouts if trainer.args.samples_itself else trainer.sample(0)
         mask = rollouts.answer_mask
         scores = trainer.score(rollouts, distribution=True)
         assert isinstance(scores.distribution, HeadOverStates)
@@ -79,6 +81,6 @@ class StartCheck(TrainerCallback):
         return {
             "start_regret": float(trainer.gather(regret[:, None]).mean()),
             "start_eos_price": float(price_of_stopping(trainer.gather(gap), trainer.gather(going_on))),
-            "start_length": float(trainer.gather(mask).sum(1).float().mean()),
-            "start_finish_rate": float(trainer.gather(given(rollouts.finished)[:, None]).float().mean()),
+            "start_length": float(trainer.gather(drawn.answer_mask).sum(1).float().mean()),
+            "start_finish_rate": float(trainer.gather(given(drawn.finished)[:, None]).float().mean()),
         }
