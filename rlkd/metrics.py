@@ -30,7 +30,12 @@ class Occasion:
 
 LOG = Occasion("log", "", "training since the last log line (`logging_steps`)")
 WEIGHTED = Occasion("log", "weighted_", "the same, times the weight of the term in the loss")
-START = Occasion("once", "start_", "the first rollout batch, before the first update")
+START = Occasion(
+    "once",
+    "start_",
+    "sampled answers to the first rollout batch, before the first update (RL); to held-out inputs, at the end "
+    "(`until_ready`)",
+)
 GREEDY = Occasion("evaluation", "eval_", "greedy answers to held-out inputs; predictions for held-out rows (TKD)")
 SAMPLED = Occasion("evaluation", "eval_sample_", "one answer per held-out input, sampled at temperature 1")
 END = Occasion("end", "", "the whole run")
@@ -40,9 +45,11 @@ OCCASIONS = (LOG, WEIGHTED, START, GREEDY, SAMPLED, END)
 ALL = "all"
 GENERATING = "supervised and RL"
 RL = "RL"
+START_CHECKED = "RL, and supervised with `until_ready`"
 CRITIC = "RL with a critic"
 PPO = "PPO"
 TKD = "TKD"
+STARTS = {START: START_CHECKED}
 HELD_OUT = {GREEDY: GENERATING, SAMPLED: GENERATING}
 TERM = {LOG: TKD, WEIGHTED: TKD}
 
@@ -111,7 +118,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="Alarms fired so far, this line included; absent with `alarms: off` ([guards.md](guards.md))."),
     ),
     "Answers and their regret": (
-        Metric(name="regret", unit="nats", better="down", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
+        Metric(name="regret", unit="nats", better="down", per="answer", logged={LOG: RL, **STARTS, **HELD_OUT},
                title="Regret",
                meaning="-sum_t A_max(s_t, a_t): the cost of an answer relative to the teacher's greedy token at every "
                        "state it visits; 0 is best."),
@@ -119,10 +126,10 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="log p(answer) under the teacher."),
         Metric(name="teacher_logprob", unit="nats", better="up", per="answer", logged={LOG: RL},
                meaning="The same for the answers sampled in training."),
-        Metric(name="length", unit="tokens", better="neither", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
+        Metric(name="length", unit="tokens", better="neither", per="answer", logged={LOG: RL, **STARTS, **HELD_OUT},
                title="Length of answers", meaning="Tokens of an answer, end-of-sequence included."),
         Metric(name="finish_rate", unit="share", better="up", per="answer",
-               logged={LOG: RL, START: RL, **HELD_OUT}, title="Finished answers",
+               logged={LOG: RL, **STARTS, **HELD_OUT}, title="Finished answers",
                meaning="Answers that ended before `max_new_tokens`."),
         Metric(name="entropy", unit="nats", better="neither", per="token", logged={LOG: GENERATING, **HELD_OUT},
                title="Entropy of the student",
@@ -136,7 +143,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                        "estimate (0 in supervised runs, which have no reference policy)."),
         Metric(name="match", unit="share", better="up", per="answer", logged={GREEDY: GENERATING},
                meaning="Greedy answers equal, as text, to the teacher's greedy answer under its first template."),
-        Metric(name="eos_price", unit="nats", better="neither", per="token", logged={START: RL},
+        Metric(name="eos_price", unit="nats", better="neither", per="token", logged={**STARTS},
                meaning="Regret of ending an answer where the student continued; a start is weak when `start_regret` "
                        "exceeds half of it."),
     ),

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..records import given
-from ..tensors import masked_mean
 
 
 def discounted_sum(x: Tensor, mask: Tensor, decay: float, stride: int = 1) -> Tensor:
@@ -127,15 +126,6 @@ def regret_per_sequence(advantage_max: Tensor, mask: Tensor) -> Tensor:
     state.
     """
     return -(advantage_max * mask).sum(1)
-
-
-def price_of_stopping(eos_logit_gap: Tensor, mask: Tensor) -> Tensor:
-    """Mean regret of ending the answer at a state where the teacher would continue, scalar, nats.
-
-    Args: eos_logit_gap [B, R] = max_a q(s_t, a) - q(s_t, EOS); mask [B, R] the non-final answer positions.
-    While a policy's regret per sequence exceeds this, ending early has the better return (docs/method.md).
-    """
-    return masked_mean(eos_logit_gap, mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
 from .environment import check_half_precision, check_launch, use_one_gpu
+from .plateau import complete_schedule, prepare_warm_up
 
 # Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
 IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
@@ -117,10 +118,21 @@ class SupervisedArguments(DistillationArguments):
     beta: Fraction | None = field(
         default=None, metadata={"help": "Weight of the teacher in the mixture of jensen_shannon; null is 0.5."}
     )
+    until_ready: bool = field(
+        default=False,
+        metadata={
+            "help": "Train until held-out regret stops falling, lowering the rate on the way, and say whether the "
+            "student is ready for RL; max_steps or num_train_epochs is the upper bound."
+        },
+    )
     learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
+        if self.until_ready:
+            prepare_warm_up(self)
         super().__post_init__()
+        if self.until_ready:
+            complete_schedule(self)
         divergence = DIVERGENCES.get(self.objective)
         takes = [] if divergence is None else ["temperature", *(name for name, _ in divergence.parameters)]
         for name, default in (("temperature", 1.0), ("alpha", None), ("beta", None)):

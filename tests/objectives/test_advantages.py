@@ -15,7 +15,6 @@ from rlkd.objectives.advantages import (
     importance_weights,
     leave_one_out,
     per_decision,
-    price_of_stopping,
     regret_per_sequence,
     temporal_difference,
 )
@@ -184,12 +183,11 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_
         assert float(explained_variance(returns, almost, mask)) == 0
 
 
-def test_regret_and_price_of_stopping_count_valid_tokens_only():
+def test_regret_counts_valid_tokens_only():
     gap, _, mask = batch(7)
     gap = gap.abs()
     want = [sum(row[:n]) for row, n in zip(gap.tolist(), mask.sum(1).tolist(), strict=True)]
     np.testing.assert_allclose(regret_per_sequence(-gap, mask).numpy(), want)
-    assert float(price_of_stopping(gap, mask)) == pytest.approx(sum(want) / int(mask.sum()))
 
 
 def inputs(seed=9, **more):

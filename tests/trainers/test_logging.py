@@ -21,6 +21,7 @@ KINDS = {
     metrics.ALL: {"supervised", "reinforce", "ppo", "tkd"},
     metrics.GENERATING: {"supervised", "reinforce", "ppo"},
     metrics.RL: {"reinforce", "ppo"},
+    metrics.START_CHECKED: {"supervised", "reinforce", "ppo"},
     metrics.CRITIC: {"ppo"},
     metrics.PPO: {"ppo"},
     metrics.TKD: {"tkd"},
@@ -34,7 +35,8 @@ def every_metric(predictions, rows):
 def run(kind, folder):
     """The lines of runs that log all that a trainer can log."""
     if kind != "tkd":
-        options = {} if kind == "supervised" else {"weak_start": "warn"}
+        warm_up = {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"}
+        options = warm_up if kind == "supervised" else {"weak_start": "warn"}
         make(
             kind, folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
             task_metric=every_metric, **options,

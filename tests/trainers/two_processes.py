@@ -44,7 +44,8 @@ def main(kind: str, folder: str) -> None:
             "max_steps": 4,
             "gradient_accumulation_steps": 2,
         },
-        "supervised": {"max_steps": 4, "dataloader_drop_last": True},
+        "supervised": {"max_steps": 4, "dataloader_drop_last": True}
+        | {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"},
     }[kind]
     if kind != "supervised":
         options["weak_start"] = "warn"
