@@ -46,6 +46,7 @@ ALL = "all"
 GENERATING = "supervised and RL"
 RL = "RL"
 START_CHECKED = "RL, and supervised with `until_ready`"
+TASKED = "RL with `task_reward`"
 CRITIC = "RL with a critic"
 PPO = "PPO"
 TKD = "TKD"
@@ -148,6 +149,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                        "exceeds half of it."),
     ),
     "Policy updates": (
+        Metric(name="task_reward", unit="", better="up", per="answer", logged={LOG: TASKED}, title="Task reward",
+               meaning="Score of sampled answers by `task_reward`, in its own unit, before its weight."),
         Metric(name="kl_coef", unit="", better="neither", per="batch", logged={LOG: RL},
                meaning="Weight of the KL penalty to the reference policy; it moves only with `kl_target`."),
         Metric(name="advantage_std", unit="nats", better="neither", per="batch", logged={LOG: RL},

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive, check_settings
 from ..errors import ConfigError
+from ..evaluation.task_reward import check_task_reward
 from ..io.redaction import redacted
 from ..metrics import held_out
 from ..objectives.advantages import BASELINES
@@ -201,6 +202,16 @@ class RLArguments(OnPolicyArguments):
         default="max",
         metadata={"help": "V of the induced reward: max (regret, length-neutral), lse (log-likelihood), softmax."},
     )
+    task_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "A score of each sampled answer beside the teacher's reward: rouge1, rouge2, rougeL, exact_match, "
+            "or module:function of (answers, examples), one number per answer."
+        },
+    )
+    task_reward_coef: NonNegative = field(
+        default=1.0, metadata={"help": "Weight of task_reward, which is in its own unit; 0 only logs it."}
+    )
     # Credit
     baseline: Annotated[str, OneOf(BASELINES)] = field(
         default="leave_one_out",
@@ -269,7 +280,11 @@ class RLArguments(OnPolicyArguments):
             f"reward_value {self.reward_value} has no exact expectation: use sampled",
         )
         sums_nothing = self.gamma * self.lam == 0 or self.k_step >= self.max_new_tokens
-        other_credit = self.kl_in == "reward" or BASELINES[self.baseline].reads & {"values", "state_value"}
+        other_credit = (
+            self.kl_in == "reward"
+            or self.task_reward is not None
+            or BASELINES[self.baseline].reads & {"values", "state_value"}
+        )
         _require(
             not (self.whiten_advantages and self.one_step == "exact" and sums_nothing) or bool(other_credit),
             "whiten_advantages",
@@ -277,6 +292,21 @@ class RLArguments(OnPolicyArguments):
             f"with one_step exact the advantages hold the future only, which is 0 under gamma = {self.gamma:g}, lam = "
             f"{self.lam:g} and k_step = {self.k_step}: there is nothing to scale. Set it to false, or raise lam",
         )
+        if self.task_reward is not None:
+            check_task_reward(self.task_reward)
+            _require(
+                self.rollouts_per_prompt >= 2,
+                "rollouts_per_prompt",
+                self.rollouts_per_prompt,
+                "task_reward compares the answers to a prompt: it needs at least 2",
+            )
+        else:
+            _require(
+                self.task_reward_coef == 1.0,
+                "task_reward_coef",
+                self.task_reward_coef,
+                "weighs nothing: name a task_reward",
+            )
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
 

@@ -28,12 +28,14 @@ class Evidence:
     signal           the teacher's
     reference_logps  [B, R] log-probability of each token under the reference policy
     values           [B, R] the critic's C(s_t)
+    task_scores      [B] the task's score of each answer
     extra            [B, R] each: what `Objective.token_function` gives beyond log-probability and entropy
     """
 
     signal: TeacherSignal | None = None
     reference_logps: Tensor | None = None
     values: Tensor | None = None
+    task_scores: Tensor | None = None
     extra: tuple[Tensor, ...] = ()
 
 

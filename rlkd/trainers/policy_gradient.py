@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..evaluation.samples import Sample
+from ..evaluation.task_reward import TaskReward
 from ..models.heads import TokenFunction
-from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence
+from ..models.vocabulary import decode_texts
+from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence, sequence_credit
 from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k3, token_statistics, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
 from ..records import Answers, Batched, Minibatch, TeacherSignal
@@ -43,6 +46,8 @@ class Credit(Batched):
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
     scale            1 / (standard deviation the advantages were whitened with), else 1
     kl_coef          weight of the KL penalty for this batch
+    task_scores      [B] the task's score of each answer, and task_credit, [B, 1], the part of the advantages of all its
+                     tokens that comes from it; None without a task reward
     """
 
     advantages: Tensor
@@ -52,6 +57,8 @@ class Credit(Batched):
     reference_logps: Tensor | None = None
     scale: float = 1.0
     kl_coef: float = 0.0
+    task_scores: Tensor | None = None
+    task_credit: Tensor | None = None
 
 
 class PolicyGradient(Objective):
@@ -106,6 +113,12 @@ class PolicyGradient(Objective):
                 state_value=teacher_value(signal, args.reward_value) if "state_value" in self.inputs else None,
             )
         )
+        task_credit = None
+        if evidence.task_scores is not None:
+            task_credit = (
+                args.task_reward_coef * sequence_credit(evidence.task_scores, args.rollouts_per_prompt)[:, None]
+            )
+            credit = credit + task_credit
         return Credit(
             advantages=credit * mask,
             rewards=reward * mask,
@@ -113,6 +126,8 @@ class PolicyGradient(Objective):
             values=evidence.values,
             reference_logps=evidence.reference_logps,
             kl_coef=self.kl_coef,
+            task_scores=evidence.task_scores,
+            task_credit=task_credit,
         )
 
     def kl(self, answers: Answers, evidence: Evidence) -> Tensor:
@@ -143,6 +158,8 @@ class PolicyGradient(Objective):
         if credit.values is not None and credit.returns is not None:
             values, returns = processes.gather(credit.values), processes.gather(credit.returns)
             logged["explained_variance"] = explained_variance(values, returns, everywhere)
+        if evidence.task_scores is not None:
+            logged["task_reward"] = evidence.task_scores.mean()
         # For the next batch: `credit` already holds the coefficient of this one.
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
@@ -166,7 +183,8 @@ class PolicyGradient(Objective):
             return credit
         scale = 1.0 / deviation
         advantages = whiten(credit.advantages, mask, moments)
-        return replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
+        task = None if credit.task_credit is None else scale * credit.task_credit
+        return replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale, task_credit=task)
 
     def numbers(self, annotations: Credit) -> dict[str, Tensor | None]:
         return {
@@ -233,10 +251,44 @@ class PolicyGradient(Objective):
 
 
 class PolicyGradientTrainer(OnPolicyTrainer):
-    """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start."""
+    """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start.
+
+    Raises as `TaskReward` does if the task reward cannot score the training data.
+    """
 
     args: RLArguments
     start_checks = (StartCheck,)
+
+    def __init__(self, student: Any, args: RLArguments, **inputs: Any):
+        self.task_reward = None if args.task_reward is None else TaskReward.of(args.task_reward)
+        if self.task_reward is not None:
+            self.task_reward.try_on(inputs["train_examples"])
+        super().__init__(student, args, **inputs)
+
+    def evidence(self, answers: Answers) -> Evidence:
+        """As in `DistillationTrainer`, with the task's scores."""
+        evidence = super().evidence(answers)
+        return evidence if self.task_reward is None else replace(evidence, task_scores=self.task_scores(answers))
+
+    def task_scores(self, answers: Answers) -> Tensor:
+        """[B]. Raises the errors of a `TaskReward` on every process."""
+        assert self.task_reward is not None
+        texts = [ids[mask].tolist() for ids, mask in zip(answers.answer_ids, answers.answer_mask, strict=True)]
+        scores: list[float] = []
+        with self.errors_on_all():
+            scores = self.task_reward(decode_texts(self.tokenizer, texts), answers.examples)
+        return torch.tensor(scores, device=answers.answer_ids.device)
+
+    def rollout_samples(self) -> list[Sample]:
+        """As in `OnPolicyTrainer`, with the task's scores as facts."""
+        samples = super().rollout_samples()
+        scores = None if self.newest is None else self.newest.annotations.task_scores
+        if scores is None:
+            return samples
+        return [
+            replace(sample, facts={**sample.facts, "task_reward": float(score)})
+            for sample, score in zip(samples, scores, strict=True)
+        ]
 
 
 def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:

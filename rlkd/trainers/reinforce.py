@@ -29,7 +29,10 @@ class Reinforce(PolicyGradient):
         if args.importance_weight != "cumulative":
             return reinforce_loss(logps, credit.advantages, weights), {}
         decay = args.gamma * args.lam
-        advantages = per_decision(credit.advantages, credit.rewards, weights, mask, decay, args.k_step)
+        task = 0.0 if credit.task_credit is None else credit.task_credit * mask
+        advantages = per_decision(credit.advantages - task, credit.rewards, weights, mask, decay, args.k_step)
+        # A score of the whole answer carries the weight of all its tokens.
+        advantages = advantages + task * weights.gather(1, mask.sum(1, keepdim=True) - 1)
         return reinforce_loss(logps, advantages, mask), {}
 
     def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:

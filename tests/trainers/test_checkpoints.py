@@ -24,6 +24,7 @@ RUNS = {
     "ppo behind": ("ppo", {"sync_every": 3, "max_steps": 16, "save_steps": 4}),
     "reinforce": ("reinforce", {"max_steps": 5, "save_steps": 3}),
     "reinforce behind": ("reinforce", {"sync_every": 3, "max_steps": 7, "save_steps": 2}),
+    "task reward": ("ppo", {"max_steps": 8, "save_steps": 4, "task_reward": "rouge1", "task_reward_coef": 0.01}),
     "accumulation": (
         "reinforce",
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 5, "save_steps": 3},

@@ -22,6 +22,7 @@ KINDS = {
     metrics.GENERATING: {"supervised", "reinforce", "ppo"},
     metrics.RL: {"reinforce", "ppo"},
     metrics.START_CHECKED: {"supervised", "reinforce", "ppo"},
+    metrics.TASKED: {"reinforce", "ppo"},
     metrics.CRITIC: {"ppo"},
     metrics.PPO: {"ppo"},
     metrics.TKD: {"tkd"},
@@ -36,7 +37,7 @@ def run(kind, folder):
     """The lines of runs that log all that a trainer can log."""
     if kind != "tkd":
         warm_up = {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"}
-        options = warm_up if kind == "supervised" else {"weak_start": "warn"}
+        options = warm_up if kind == "supervised" else {"weak_start": "warn", "task_reward": "rouge1"}
         make(
             kind, folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
             task_metric=every_metric, **options,
