@@ -310,7 +310,7 @@ def load_data(
         return train, evaluation, labels, f"held out: {len(evaluation)} inputs of {held_out.dataset} ({held_out.split})"
     whole = reading.examples(source)
     chosen = held_out_inputs(whole.inputs(), data.eval_fraction, data.dataset)
-    train, evaluation = whole.split(chosen)
+    train, evaluation = whole.split(chosen, references=references)
     note = (
         f"held out: {len(evaluation)} of {len(train) + len(evaluation)} inputs of {data.dataset}, split off "
         f"(eval_fraction {data.eval_fraction:g}; equal inputs stay together; eval_dataset names rows of your own)"
