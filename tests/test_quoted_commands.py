@@ -64,6 +64,7 @@ SMALL = {
     "generate-pseudolabels": ["--limit", "4", "--max-new-tokens", "4", "--batch-tokens", "512", "--quiet"],
     "config": ["--bf16", "false"],
     "probe": ["--max-length", "16"],
+    "train-vocabulary": ["--size", "270"],
 }
 SMALL_RUN = [
     *("--max_steps", "4", "--save_steps", "4", "--eval_steps", "4", "--report_to", "none", "--bf16", "false"),
