@@ -183,7 +183,8 @@ class SupervisedTrainer(DistillationTrainer):
         super().begin_run(checkpoint)
         if self.is_world_process_zero():
             model = None if self.teacher is None else self.teacher.model
-            announce(described(self.train_dataset), model, self.inputs.get(weights_of("teacher")))
+            weights, append_eos = self.inputs.get(weights_of("teacher")), getattr(self.teacher, "append_eos", None)
+            announce(described(self.train_dataset), model, weights, append_eos=append_eos)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.warm_up is None or kwargs.get("skip_scheduler"):
