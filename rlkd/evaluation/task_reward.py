@@ -25,7 +25,21 @@ OF_A_CORPUS = {"bleu": "rougeL, or module:function with a BLEU of sentences"}
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def check_task_reward(name: str) -> None:
+def check_task_reward(name: str | None, coef: float, rollouts_per_prompt: int) -> None:
+    """Raise ConfigError for settings of a task reward that have no effect, or cannot work."""
+    if name is None:
+        if coef != 1.0:
+            raise ConfigError(f"task_reward_coef = {coef}: weighs nothing: name a task_reward")
+        return
+    _check_name(name)
+    if rollouts_per_prompt < 2:
+        raise ConfigError(
+            f"rollouts_per_prompt = {rollouts_per_prompt}: task_reward compares the answers to a prompt: it needs at "
+            "least 2"
+        )
+
+
+def _check_name(name: str) -> None:
     """Raise ConfigError unless `name` is a metric with a score per answer, or has the form module:function."""
     if name in OF_A_CORPUS:
         raise ConfigError(
@@ -52,8 +66,8 @@ class TaskReward:
 
     @classmethod
     def of(cls, name: str) -> TaskReward:
-        """By the value of the setting. Raises ConfigError as `check_task_reward`, and if there is no such function."""
-        check_task_reward(name)
+        """By the value of the setting. Raises ConfigError for another name, and if there is no such function."""
+        _check_name(name)
         if name in BY_ROW:
             return cls(name, lambda answers, examples: BY_ROW[name](answers, examples)[name].rows, True)
         return cls(name, _function(name), False)

@@ -28,11 +28,18 @@ class Reinforce(PolicyGradient):
         weights = self.weights(logps, minibatch)
         if args.importance_weight != "cumulative":
             return reinforce_loss(logps, credit.advantages, weights), {}
-        decay = args.gamma * args.lam
         task = 0.0 if credit.task_credit is None else credit.task_credit * mask
-        advantages = per_decision(credit.advantages - task, credit.rewards, weights, mask, decay, args.k_step)
+        advantages = per_decision(
+            credit.advantages - task,
+            credit.rewards,
+            weights,
+            mask,
+            args.gamma * args.lam,
+            args.k_step,
+            args.length_normalised,
+        )
         # A score of the whole answer carries the weight of all its tokens.
-        advantages = advantages + task * weights.gather(1, mask.sum(1, keepdim=True) - 1)
+        advantages = advantages + task * weights.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))
         return reinforce_loss(logps, advantages, mask), {}
 
     def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:
