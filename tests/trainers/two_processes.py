@@ -54,8 +54,11 @@ def main(kind: str, folder: str) -> None:
             "loss_reduction": "sequence_mean",
             "max_steps": 4,
             "gradient_accumulation_steps": 2,
+            "task_reward": "rouge1",
+            "task_reward_coef": 0.01,
         },
-        "supervised": {"max_steps": 4, "dataloader_drop_last": True},
+        "supervised": {"max_steps": 4, "dataloader_drop_last": True}
+        | {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"},
     }[kind]
     if kind in ("ppo", "reinforce"):
         options["weak_start"] = "warn"
