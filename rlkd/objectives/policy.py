@@ -32,14 +32,14 @@ def ppo_loss(
     """-min(rho adv, clip(rho, 1 - eps, 1 + eps) adv), rho = pi / mu (Schulman et al. 2017, arXiv 1707.06347, eq. 7),
     [B, R].
 
-    With dual_clip = c > 1, at most c |adv| where adv < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 5): a token that the
-    policy has come to prefer strongly over mu cannot dominate the batch.
+    With dual_clip = c > 1, at most c |adv|, which binds where adv < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 5): a
+    token that the policy has come to prefer strongly over mu cannot dominate the batch.
     """
     # The minimum is pessimistic: clipping removes the gain of a larger step, never the penalty of a bad one.
     ratio = (logps - behaviour_logps).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    return loss if dual_clip is None else torch.where(advantages < 0, loss.minimum(-dual_clip * advantages), loss)
+    return loss if dual_clip is None else loss.minimum(dual_clip * advantages.abs())
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:

@@ -42,6 +42,7 @@ def main(kind: str, folder: str) -> None:
             "whiten_advantages": True,
             "value_warmup_updates": 3,
             "max_steps": 8,
+            "cut_answers": "end_price",
             "imitation_coef": 0.5,
             "labels": labels(11),
         },
