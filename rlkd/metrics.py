@@ -48,7 +48,11 @@ RL = "RL"
 START_CHECKED = "RL, and supervised with `until_ready`"
 TASKED = "RL with `task_reward`"
 CRITIC = "RL with a critic"
+ON_POLICY = "RL and GKD"
 PPO = "PPO"
+TRUNCATED = "RL and GKD with `rollout_top_p`"
+GKD = "GKD"
+IMITATING = "RL with `imitation_coef`"
 DUAL_CLIP = "PPO with `dual_clip`"
 DROP = "RL with `cut_answers: drop`"
 END_PRICE = "RL with `cut_answers: end_price`"
@@ -130,10 +134,11 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="log p(answer) under the teacher."),
         Metric(name="teacher_logprob", unit="nats", better="up", per="answer", logged={LOG: RL},
                meaning="The same for the answers sampled in training."),
-        Metric(name="length", unit="tokens", better="neither", per="answer", logged={LOG: RL, **STARTS, **HELD_OUT},
+        Metric(name="length", unit="tokens", better="neither", per="answer",
+               logged={LOG: ON_POLICY, **STARTS, **HELD_OUT},
                title="Length of answers", meaning="Tokens of an answer, end-of-sequence included."),
         Metric(name="finish_rate", unit="share", better="up", per="answer",
-               logged={LOG: RL, **STARTS, **HELD_OUT}, title="Finished answers",
+               logged={LOG: ON_POLICY, **STARTS, **HELD_OUT}, title="Finished answers",
                meaning="Answers that ended before `max_new_tokens`."),
         Metric(name="entropy", unit="nats", better="neither", per="token", logged={LOG: GENERATING, **HELD_OUT},
                title="Entropy of the student",
@@ -162,13 +167,32 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="Answers left out of the loss because `max_new_tokens` cut them."),
         Metric(name="end_price", unit="nats", better="neither", per="answer", logged={LOG: END_PRICE},
                meaning="What answers were charged for a missing end, 0 for those that ended."),
-        Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: RL},
-               meaning="pi / mu, the probability under the student over that when sampled; 1 at the first update "
-                       "after the behaviour policy is synchronised."),
-        Metric(name="ratio_max", unit="", better="neither", per="log line", logged={LOG: RL},
+        Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: ON_POLICY},
+               meaning="pi / pi_old, the probability under the student over that under the policy that sampled; 1 "
+                       "at the first update after the behaviour policy is synchronised."),
+        Metric(name="ratio_max", unit="", better="neither", per="log line", logged={LOG: ON_POLICY},
                meaning="The largest such ratio since the last line."),
+        Metric(name="weight_mean", unit="", better="neither", per="token", logged={LOG: RL},
+               meaning="Importance weight after truncation (`importance_weight`, `importance_cap`): of the student "
+                       "over what answers were drawn from; in PPO, whose ratio does the rest, of pi_old over that."),
+        Metric(name="weight_max", unit="", better="neither", per="log line", logged={LOG: RL},
+               meaning="The largest weight before truncation since the last line."),
+        Metric(name="weight_truncated", unit="share", better="down", per="token", logged={LOG: RL},
+               title="Truncated weights", meaning="Tokens whose weight was above `importance_cap`."),
+        Metric(name="effective_sample_size", unit="share", better="up", per="token", logged={LOG: RL},
+               title="Effective sample size",
+               meaning="(sum w)^2 / (n sum w^2) of the n tokens since the last line: the share of them that, weighted "
+                       "equally, would give as precise a mean."),
+        Metric(name="cut_mass", unit="share", better="down", per="token", logged={LOG: TRUNCATED},
+               title="Probability cut by top-p",
+               meaning="The student's probability of the tokens that `rollout_top_p` leaves out. No weight corrects "
+                       "for it: what is never drawn is never credited."),
         Metric(name="clip_fraction", unit="share", better="neither", per="token", logged={LOG: PPO},
                title="Clipped tokens", meaning="Tokens whose ratio is outside 1 +- `clip_range`."),
+        Metric(name="imitation_loss", unit="nats", better="down", per="token", logged={LOG: IMITATING},
+               meaning="-log pi of the labels that an update imitates beside its answers."),
+        Metric(name="on_policy", unit="share", better="neither", per="batch", logged={LOG: GKD},
+               meaning="Batches whose answers were the student's, the others being labels."),
         Metric(name="dual_clip_fraction", unit="share", better="neither", per="token", logged={LOG: DUAL_CLIP},
                meaning="Tokens of negative advantage whose ratio is above `dual_clip`: they have no gradient."),
         Metric(name="value_loss", unit="nats^2", better="down", per="token", logged={LOG: CRITIC},
@@ -222,7 +246,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                        "last line, over all processes; at the end, those after the last log line."),
         Metric(name="tokens_per_second", unit="tokens per second", better="up", per="log line",
                logged={LOG: GENERATING}, title="Speed", meaning="`tokens` divided by the time since the last line."),
-        Metric(name="rollout_seconds", unit="seconds", better="down", per="batch", logged={LOG: RL},
+        Metric(name="rollout_seconds", unit="seconds", better="down", per="batch", logged={LOG: ON_POLICY},
                meaning="Wall-clock seconds to sample and score one rollout batch."),
         Metric(name="seconds", unit="seconds", better="down", per="evaluation", logged={GREEDY: GENERATING},
                meaning="Wall-clock seconds of the evaluation."),

@@ -20,6 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, GPT2Config
 
 from rlkd import (
     DataArguments,
+    GKDArguments,
     PPOArguments,
     ReinforceArguments,
     SupervisedArguments,
@@ -36,6 +37,7 @@ KINDS = {
     "reinforce": ReinforceArguments,
     "seqkd": SupervisedArguments,
     "opd": ReinforceArguments,
+    "gkd": GKDArguments,
 }
 SCRIPTS = {"opd": "reinforce"}  # configurations that another recipe's script runs
 

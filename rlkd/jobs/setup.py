@@ -27,7 +27,7 @@ from ..models.spec import Dtype, ModelSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
-from ..trainers.arguments import DistillationArguments
+from ..trainers.base_arguments import DistillationArguments, check_labels
 from .text_files import TextFileArguments
 from .wiring import Reading, RowSource
 
@@ -108,7 +108,10 @@ class DataArguments(TextFileArguments):
         default=None, metadata={"help": "One template for the student; null: it reads the raw input_column."}
     )
     pseudo_labels: str | None = field(
-        default=None, metadata={"help": "Folder written by `rlkd generate-pseudolabels` (supervised recipes)."}
+        default=None,
+        metadata={
+            "help": "Folder written by `rlkd generate-pseudolabels` (supervised recipes, GKD and imitation_coef)."
+        },
     )
     task_metric: Literal["none", "rouge", "bleu", "exact_match"] = field(
         default="none", metadata={"help": "Task metric, computed on greedy and sampled answers at every evaluation."}
@@ -192,6 +195,7 @@ def prepare(
     that was written with other settings.
     """
     settings = (data, teacher, student)
+    check_labels(training, given=data.pseudo_labels is not None, name="pseudo_labels")
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
     ours, theirs = _student_spec(student, teacher), _teacher_spec(teacher, training)

@@ -54,19 +54,23 @@ class Policy(nn.Module):
         answer_mask: Tensor,
         statistics: TokenFunction = token_statistics,
         token_args: tuple[Tensor, ...] = (),
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        labels: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Any, ...]:
         """Token statistics and critic values of given answers.
 
         Args: input_ids, input_mask [B, P]; answer_ids, answer_mask [B, R]; statistics, a function of
-        (logits [n, V], ids [n], *token_args [n, ...]) returning a tuple of [n]; token_args, tensors [B, R, ...].
-        Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding.
+        (logits [n, V], ids [n], *token_args [n, ...]) returning a tuple of [n]; token_args, tensors [B, R, ...];
+        labels, the same four tensors of other answers [B', R'].
+        Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding; with
+        labels also their log-probabilities [B', R'], in the same forward as DistributedDataParallel allows only one.
         """
         hidden = self._hidden(input_ids, input_mask, answer_ids, answer_mask)
         token_args = tuple(a[answer_mask] for a in token_args)
         head = self.lm.head()
         limits = head.rules.limits(answer_ids, answer_mask)
         outputs = head.map(statistics, hidden, answer_ids[answer_mask], *token_args, limits=limits)
-        return tuple(unpack(o, answer_mask) for o in outputs), self._values(hidden, answer_mask)
+        found = tuple(unpack(o, answer_mask) for o in outputs), self._values(hidden, answer_mask)
+        return found if labels is None else (*found, self.forward(*labels)[0][0])
 
     def values(self, input_ids: Tensor, input_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
         """The critic's values alone, [B, R], as `forward` gives them, without the vocabulary."""

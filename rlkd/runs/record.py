@@ -151,7 +151,8 @@ class RunRecord:
             )
 
     def _changed_inputs(self, before: RunRecord) -> list[str]:
-        pairs = {f"data.{role}": (_shown_data(before, role), _shown_data(self, role)) for role in ("train", "eval")}
+        roles = ("train", "labels", "eval")
+        pairs = {f"data.{role}": (_shown_data(before, role), _shown_data(self, role)) for role in roles}
         pairs["templates"] = _shown_templates(before), _shown_templates(self)
         pairs["models"] = ", ".join(sorted(before.models)), ", ".join(sorted(self.models))
         pairs |= {name: (then, self.inputs[name]) for name, then in before.inputs.items() if name in self.inputs}

@@ -1,4 +1,4 @@
-"""Settings of the trainers, on top of transformers' TrainingArguments (its fields are never repeated here)."""
+"""Settings of the trainers of generating students."""
 
 from __future__ import annotations
 
@@ -6,103 +6,21 @@ from collections import ChainMap
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from transformers import TrainingArguments
-
-from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive, check_settings
-from ..errors import ConfigError
+from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive
 from ..evaluation.task_reward import check_task_reward
-from ..io.redaction import redacted
-from ..metrics import held_out
 from ..objectives.advantages import BASELINES
 from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
-from .environment import check_half_precision, check_launch, use_one_gpu
+from .base_arguments import DistillationArguments, DivergenceArguments
+from .base_arguments import require as _require
 from .plateau import complete_schedule, prepare_warm_up
 
 # Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
 IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
 
 
-def _require(condition: bool, name: str, value: object, constraint: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} = {value!r}: {constraint}")
-
-
 @dataclass
-class StudentArguments(TrainingArguments):
-    """Settings of all rlkd trainers.
-
-    Where these differ from TrainingArguments' own defaults: NaN losses are shown (and stopped), nothing is reported
-    to a tracker unless requested, columns are kept for the collators, and a resumed run restores its callbacks.
-    """
-
-    allow_config_change: bool = field(
-        default=False, metadata={"help": "Resume a checkpoint that was written with other settings."}
-    )
-    alarms: Literal["warn", "stop", "off"] = field(
-        default="warn",
-        metadata={"help": "When a logged number crosses a threshold of docs/guards.md: warn, or save and exit with 5."},
-    )
-    early_stopping_patience: Count | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without improvement; null: never."}
-    )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Always on: a resumed run keeps its early-stopping count."}
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Always off: a NaN loss must not be hidden."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: the collators use all columns."})
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in TrainingArguments, without secrets: trackers get it."""
-        return redacted(super().to_dict())
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        check_launch(self)
-        self.run_name = redacted(self.run_name)
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = not held_out(self.metric_for_best_model).lower_is_better
-        super().__post_init__()
-        use_one_gpu(self)
-        patience = self.early_stopping_patience
-        if patience is not None:
-            _require(
-                self.load_best_model_at_end,
-                "early_stopping_patience",
-                patience,
-                "needs load_best_model_at_end: true (and eval_strategy, save_strategy: epoch or steps)",
-            )
-        _require(
-            not self.load_best_model_at_end or self.save_strategy != "steps" or self.save_steps == self.eval_steps,
-            "save_steps",
-            self.save_steps,
-            f"load_best_model_at_end keeps an evaluated step only if it is saved: set it to eval_steps = "
-            f"{self.eval_steps}, or save_strategy to best",
-        )
-
-
-@dataclass
-class DistillationArguments(StudentArguments):
-    """Settings of all trainers of generating students."""
-
-    max_input_tokens: Count = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
-    max_new_tokens: Count = field(default=64, metadata={"help": "Answers are cut to this many tokens."})
-    eval_limit: Count | None = field(
-        default=512, metadata={"help": "Evaluate on at most this many inputs; null for all."}
-    )
-    sample_table_rows: Natural = field(
-        default=4, metadata={"help": "Rows of the prompt / student / teacher / reward table shown at each evaluation."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
-            self.metric_for_best_model = "regret"
-        super().__post_init__()
-        check_half_precision(self.mixed_precision, setting=self.fp16)
-
-
-@dataclass
-class SupervisedArguments(DistillationArguments):
+class SupervisedArguments(DivergenceArguments):
     """Warm-up on pseudo-labels, or word-level distillation on their prefixes."""
 
     objective: Annotated[str, OneOf(IMITATION)] = field(
@@ -111,13 +29,6 @@ class SupervisedArguments(DistillationArguments):
             "help": "sequence: cross-entropy on the labels (SeqKD). Others: that divergence to the teacher at every "
             "label prefix."
         },
-    )
-    temperature: Positive = field(default=1.0, metadata={"help": "Divergences: temperature of both softmaxes."})
-    alpha: Fraction | None = field(
-        default=None, metadata={"help": "Weight of the teacher in the mixture of skew_forward_kl; null is 0.1."}
-    )
-    beta: Fraction | None = field(
-        default=None, metadata={"help": "Weight of the teacher in the mixture of jensen_shannon; null is 0.5."}
     )
     until_ready: bool = field(
         default=False,
@@ -134,20 +45,10 @@ class SupervisedArguments(DistillationArguments):
         super().__post_init__()
         if self.until_ready:
             complete_schedule(self)
-        divergence = DIVERGENCES.get(self.objective)
-        takes = [] if divergence is None else ["temperature", *(name for name, _ in divergence.parameters)]
-        for name, default in (("temperature", 1.0), ("alpha", None), ("beta", None)):
-            value = getattr(self, name)
-            _require(
-                value == default or name in takes,
-                name,
-                value,
-                f"objective = {self.objective!r} does not take it: leave it out"
-                + (f"; it takes {', '.join(takes)}" if takes else ""),
-            )
-            _require(
-                name == "temperature" or value not in (0.0, 1.0), name, value, "must be between 0 and 1, both excluded"
-            )
+
+    @property
+    def reads_labels(self) -> bool:
+        return True
 
 
 @dataclass
@@ -160,6 +61,14 @@ class OnPolicyArguments(DistillationArguments):
     sync_every: Count = field(
         default=1, metadata={"help": "Rollout batches between copies of the student into the behaviour policy."}
     )
+    rollout_temperature: Positive = field(default=1.0, metadata={"help": "Temperature of rollouts, at most 10."})
+    rollout_top_p: Fraction = field(
+        default=1.0,
+        metadata={"help": "Rollouts draw from the most probable tokens that reach this probability; 1: from all."},
+    )
+    teacher_mix: Fraction = field(
+        default=0.0, metadata={"help": "Share of the teacher in what rollouts are drawn from (MiniLLM: 0.2)."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +80,10 @@ class OnPolicyArguments(DistillationArguments):
             f"must divide the {rows} answers of a rollout batch (per_device_train_batch_size x "
             "gradient_accumulation_steps x minibatches_per_rollout)",
         )
+        heat, top_p, mix = self.rollout_temperature, self.rollout_top_p, self.teacher_mix
+        _require(heat <= 10, "rollout_temperature", heat, "must be at most 10")
+        _require(top_p > 0, "rollout_top_p", top_p, "must be above 0 (1 draws from all tokens)")
+        _require(mix < 1, "teacher_mix", mix, "must be below 1 (labels are the teacher's own answers)")
         # The Trainer also saves at max_steps.
         for name in {"steps": ("save_steps", "max_steps"), "best": ("eval_steps",)}.get(self.save_strategy, ()):
             steps = getattr(self, name) or 0
@@ -183,14 +96,53 @@ class OnPolicyArguments(DistillationArguments):
             )
 
     @property
+    def samples_itself(self) -> bool:
+        """Whether rollouts are drawn from the behaviour policy as it is."""
+        return self.rollout_temperature == 1 and self.rollout_top_p == 1 and self.teacher_mix == 0
+
+    @property
+    def rows_per_update(self) -> int:
+        """Answers of one process that an optimizer step is on."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def rows_per_rollout(self) -> int:
         """Answers one process samples for one rollout batch."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.minibatches_per_rollout
+        return self.rows_per_update * self.minibatches_per_rollout
 
     @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps taken on one rollout batch."""
         return self.epochs_per_rollout * self.minibatches_per_rollout
+
+
+@dataclass
+class GKDArguments(OnPolicyArguments, DivergenceArguments):
+    """GKD: a divergence at every prefix of the student's own answers or of labels."""
+
+    on_policy_fraction: Fraction = field(
+        default=1.0,
+        metadata={"help": "Probability that a batch's answers are the student's and not labels (lambda of GKD)."},
+    )
+    rollouts_per_prompt: Count = field(default=1, metadata={"help": "Answers sampled for each prompt."})
+    learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            self.samples_itself or self.on_policy_fraction > 0,
+            "on_policy_fraction",
+            self.on_policy_fraction,
+            "there are no rollouts for rollout_temperature, rollout_top_p or teacher_mix: leave them out",
+        )
+
+    @property
+    def reads_labels(self) -> bool:
+        return self.on_policy_fraction < 1
+
+    @property
+    def label_setting(self) -> str:
+        return f"on_policy_fraction = {self.on_policy_fraction:g}"
 
 
 @dataclass
@@ -251,6 +203,13 @@ class RLArguments(OnPolicyArguments):
         default="token_mean", metadata={"help": "How token losses are averaged; determines the weight of long answers."}
     )
     entropy_coef: NonNegative = field(default=0.0, metadata={"help": "Weight of the entropy bonus, nats per token."})
+    entropy_in: Literal["loss", "reward"] = field(
+        default="loss",
+        metadata={
+            "help": "loss: the exact entropy at each visited state; reward: -log pi of each token, so that credit also "
+            "counts the entropy of what follows (with entropy_coef 1 and lse the reward is log p - log pi)."
+        },
+    )
     kl_coef: NonNegative = field(
         default=0.05,
         metadata={"help": "Weight of the KL penalty to the reference policy (initial student); 0: off."},
@@ -265,6 +224,18 @@ class RLArguments(OnPolicyArguments):
         default=None,
         metadata={
             "help": "KL in the loss: exact, over the vocabulary (as null), or k2 of the sampled token (cheaper)."
+        },
+    )
+    importance_weight: Literal["none", "token", "cumulative"] = field(
+        default="cumulative",
+        metadata={"help": "Weights of answers of an older policy (REINFORCE), a temperature or the teacher's share."},
+    )
+    importance_cap: Positive = field(default=2.0, metadata={"help": "Upper bound of the importance weights."})
+    imitation_coef: NonNegative = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the cross-entropy on as many pseudo-labels as answers in the same update, nats per "
+            "label token."
         },
     )
     value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
@@ -282,6 +253,14 @@ class RLArguments(OnPolicyArguments):
         metadata={"help": "If regret per sequence is not well below the cost of an early end-of-sequence."},
     )
     learning_rate: NonNegative = field(default=1e-5, metadata={"help": "Peak learning rate."})
+
+    @property
+    def reads_labels(self) -> bool:
+        return self.imitation_coef > 0
+
+    @property
+    def label_setting(self) -> str:
+        return f"imitation_coef = {self.imitation_coef:g}"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -312,6 +291,7 @@ class RLArguments(OnPolicyArguments):
             self.one_step,
             f"reward_value {self.reward_value} has no exact expectation: use sampled",
         )
+        self._check_entropy()
         for name, unset in (("value_learning_rate", None), ("value_warmup_updates", 0)):
             _require(
                 getattr(self, name) == unset or (BASELINES[self.baseline].critic and self.value_coef > 0),
@@ -332,18 +312,35 @@ class RLArguments(OnPolicyArguments):
             "of the KL penalty in the loss, which kl_coef 0 and kl_in reward do not have: leave it out",
         )
         check_task_reward(self.task_reward, self.task_reward_coef, self.rollouts_per_prompt)
+        _require(
+            self.importance_weight != "none" or self.importance_cap == RLArguments.importance_cap,
+            "importance_cap",
+            self.importance_cap,
+            "importance_weight none has no weights to truncate: leave it out",
+        )
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
+
+    def _check_entropy(self) -> None:
+        sums_nothing = self.gamma * self.lam == 0 or self.k_step >= self.max_new_tokens
+        _require(
+            self.entropy_in == "loss" or self.entropy_coef > 0,
+            "entropy_in",
+            self.entropy_in,
+            "entropy_coef is 0: raise it, or leave entropy_in out",
+        )
+        _require(
+            self.entropy_in == "loss" or self.one_step == "sampled" or not sums_nothing,
+            "entropy_in",
+            self.entropy_in,
+            f"with one_step exact and no credit for what follows (gamma = {self.gamma:g}, lam = {self.lam:g}, k_step = "
+            f"{self.k_step}) it is the same as loss: leave it out, or raise lam",
+        )
 
 
 @dataclass
 class ReinforceArguments(RLArguments):
     """REINFORCE: one pass over fresh rollouts, off-policy weights when the behaviour policy lags."""
-
-    importance_weight: Literal["none", "token", "cumulative"] = field(
-        default="cumulative", metadata={"help": "Importance weights for a behaviour policy older than the student."}
-    )
-    importance_cap: Positive = field(default=2.0, metadata={"help": "Upper bound of the importance weights."})
 
 
 @dataclass
@@ -364,3 +361,11 @@ class PPOArguments(RLArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "must be above 1")
+        for name in ("importance_weight", "importance_cap"):
+            value = getattr(self, name)
+            _require(
+                not self.samples_itself or value == getattr(RLArguments, name),
+                name,
+                value,
+                "PPO weights answers of rollout_temperature, rollout_top_p and teacher_mix alone: leave it out",
+            )

@@ -23,7 +23,7 @@ class Credit(Batched):
     rewards          the terms whose discounted sum is the credit before its baseline
     returns          targets of the critic, and values, its predictions at rollout time; None without a critic
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
-    reference        the reference policy's distributions, where the KL penalty is exact; else None
+    reference        the reference policy's distributions where the KL penalty is exact, else None
     scale            what whitening multiplied the advantages and rewards with, for the exact one-step term; else 1
     kl_coef          weight of the KL penalty for this batch
     task_scores      [B] the task's score of each answer, and task_credit, [B, 1], the part of the advantages of all its

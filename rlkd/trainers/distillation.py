@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from accelerate.utils import gather_object
@@ -25,14 +25,24 @@ from ..models.saving import evaluated_generation
 from ..models.signals import SignalSource, check_signal
 from ..models.teacher import Teacher
 from ..objectives.policy import reduce_tokens
-from ..records import Answers, Example, Minibatch, TeacherSignal
+from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
 from ..runs.sample_tables import SampleTables, print_samples
-from .arguments import DistillationArguments
+from .base_arguments import DistillationArguments
 from .core import StudentTrainer
 from .cut_answers import ending_signal
 from .environment import check_half_precision
 from .objective import Evidence, Objective, StudentTokens
+
+
+class TrainerInputs(TypedDict):
+    """What trainers of generating students take besides student, settings and training data."""
+
+    teacher: SignalSource
+    tokenizer: Any
+    eval_examples: NotRequired[Sequence[Example] | None]
+    task_metric: NotRequired[TaskMetric | None]
+    callbacks: NotRequired[list[TrainerCallback] | None]
 
 
 class DistillationTrainer(StudentTrainer):
@@ -206,17 +216,21 @@ class DistillationTrainer(StudentTrainer):
         """
         needs, reads = self.objective.needs, self.objective.reads
         signal = self.score(answers, distribution="distribution" in needs) if needs else None
-        reference_logps, reference, extra = None, None, ()
-        if reads & {"reference_logps", "reference"}:
-            assert self.reference is not None
-            reference_logps, reference = self.reference.score(*answers.policy_inputs)
-        if "expected" in reads:
-            (_, _, *extra), _ = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+        reference_logps, reference, entropy, extra = None, None, None, ()
+        # In the precision of the loss, of which they are differences; the teacher keeps its own (`teacher_dtype`).
+        with self.accelerator.autocast():
+            if reads & {"reference_logps", "reference"}:
+                assert self.reference is not None
+                reference_logps, reference = self.reference.score(*answers.policy_inputs)
+            if "expected" in reads:
+                (_, entropy, *extra), _ = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+            values = self.policy.values(*answers.policy_inputs) if "values" in reads else None
         return Evidence(
             signal=signal,
             reference_logps=reference_logps,
             reference=reference if "reference" in reads else None,
-            values=self.policy.values(*answers.policy_inputs) if "values" in reads else None,
+            values=values,
+            entropy=entropy,
             ending=self.ending(answers) if "ending" in reads else None,
             extra=tuple(extra),
         )
@@ -243,13 +257,16 @@ class DistillationTrainer(StudentTrainer):
         minibatch: Minibatch = inputs["minibatch"]
         answers, mask = minibatch.answers, minibatch.answers.answer_mask
         function, token_args = self.objective.token_function(minibatch.signal, minibatch.annotations)
-        (logps, entropy, *extra), values = model(*answers.policy_inputs, function, token_args)
+        labels = None if minibatch.imitation is None else minibatch.imitation.labels.policy_inputs
+        (logps, entropy, *extra), values, *of_labels = model(*answers.policy_inputs, function, token_args, labels)
         student = StudentTokens(logps=logps, entropy=entropy, values=values, extra=tuple(extra))
         loss, logged = self.objective.token_loss(student, minibatch)
         total = reduce_tokens(loss, mask, self.objective.loss_reduction, minibatch.denominator)
+        if minibatch.imitation is not None:
+            total = total + self.imitation_loss(minibatch.imitation, *of_labels)
         watched = {"the loss": torch.where(mask, loss, 0.0), "the summed loss": total}
-        if answers.behaviour_logps is not None:
-            log_ratio = (logps.detach() - answers.behaviour_logps) * mask
+        if answers.own_logps is not None:
+            log_ratio = (logps.detach() - answers.own_logps) * mask
             watched = {"the log-ratio": log_ratio, **watched}
             ratio = log_ratio.exp()
             self.record_tokens(mask, ratio_mean=ratio)
@@ -257,6 +274,13 @@ class DistillationTrainer(StudentTrainer):
         self.finite.watch(watched, answers.ids, minibatch)
         self.record_tokens(mask, entropy=entropy, **logged)
         return total if minibatch.denominator is None else self.scale_to_global(total)
+
+    def imitation_loss(self, imitation: Imitation, logps: Tensor) -> Tensor:
+        """coef * -log pi(label), a scalar: the mean over all label tokens of the update, of which these are a part."""
+        mask = imitation.labels.answer_mask
+        self.record_tokens(mask, imitation_loss=-logps)
+        self.finite.watch({"the imitation loss": logps}, imitation.labels.ids, imitation.labels)
+        return imitation.coef * reduce_tokens(-logps, mask, "token_mean", imitation.tokens)
 
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""

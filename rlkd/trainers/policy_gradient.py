@@ -4,14 +4,14 @@
 
 The second term replaces the sampled immediate reward by its exact gradient (`one_step: exact`); the credit then holds
 the future only. KL_t is the penalty in the loss (`PolicyGradient.kl_penalty`); with `kl_in: reward` it is a part of the
-reward instead.
+reward instead, as is -c_H log pi(a_t|s_t) with `entropy_in: reward`.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -23,8 +23,7 @@ from ..errors import ConfigError
 from ..evaluation.samples import Sample
 from ..models.heads import TokenFunction
 from ..objectives.advantages import BASELINES, CreditInputs
-from ..objectives.divergences import reverse_kl
-from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
+from ..objectives.policy import adapt_kl_coef, expected_log_reference, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
 from ..records import Answers, Minibatch, TeacherSignal, given
 from ..tensors import masked_mean
@@ -32,7 +31,9 @@ from .arguments import RLArguments
 from .credit import SMALLEST_DEVIATION, Credit, numbers_of_credit, numbers_of_signal, whitened
 from .critic import critic_alone, give_own_learning_rate
 from .cut_answers import cut_rows, end_price, without_cut
+from .labelled import with_imitation
 from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
+from .off_policy import weighted, with_effective_sample_size
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
 from .task import task_credit, task_reward_of, task_scores, with_scores
@@ -77,7 +78,7 @@ class PolicyGradient(Objective):
         """Reward of each token, and its credit: the discounted sum of rewards less the baseline."""
         args, signal, mask = self.args, evidence.signal, answers.answer_mask
         assert signal is not None
-        per_token = self.reward.per_token(signal)
+        per_token = self.per_token(answers, signal)
         # k1 in the reward: its expected gradient is that of the KL, which k1 in the loss would not give.
         reward = per_token
         if args.kl_in == "reward":
@@ -94,7 +95,7 @@ class PolicyGradient(Objective):
                 rollouts_per_prompt=args.rollouts_per_prompt,
                 # Without the KL term of the reward: `expected` has no KL, so its sample stays in the credit.
                 immediate=per_token if self.exact else None,
-                expected=evidence.extra[0] if "expected" in self.reads else None,
+                expected=self.expected(evidence.extra[0], evidence.entropy) if "expected" in self.reads else None,
                 values=evidence.values,
                 state_value=teacher_value(signal, args.reward_value) if "state_value" in self.inputs else None,
             )
@@ -112,12 +113,23 @@ class PolicyGradient(Objective):
             task_credit=of_task,
         )
 
+    def per_token(self, answers: Answers, signal: TeacherSignal) -> Tensor:
+        """r(s_t, a_t), [B, R]: the teacher's, and with `entropy_in: reward` - c log pi(a_t|s_t) of the rollout.
+
+        The return of the latter has the gradient of E[sum r] + c times the entropy of whole answers.
+        """
+        reward, args = self.reward.per_token(signal), self.args
+        return reward - args.entropy_coef * given(answers.own_logps) if args.entropy_in == "reward" else reward
+
+    def expected(self, reward: Tensor, entropy: Tensor | None) -> Tensor:
+        """E_{a ~ pi}[r(s_t, a)], [B, R]; of r - c log pi it is E_{a ~ pi}[r] + c H(pi) under `entropy_in: reward`."""
+        return reward + self.args.entropy_coef * given(entropy) if self.args.entropy_in == "reward" else reward
+
     def kl(self, answers: Answers, evidence: Evidence) -> Tensor:
         """One-sample estimate of KL(pi || reference) at each sampled token, [B, R]; 0 without a KL penalty."""
         if evidence.reference_logps is None:
             return torch.zeros(answers.answer_mask.shape, device=answers.answer_mask.device)
-        assert answers.behaviour_logps is not None
-        return kl_k1(answers.behaviour_logps, evidence.reference_logps) * answers.answer_mask
+        return kl_k1(given(answers.own_logps), evidence.reference_logps) * answers.answer_mask
 
     def learned(self, answers: Answers) -> Answers:
         """With `cut_answers: drop`, none of a cut answer's tokens; `leave_one_out` still compares with it."""
@@ -131,8 +143,11 @@ class PolicyGradient(Objective):
         """
         args, credit, mask = self.args, annotations, self.learned(answers).answer_mask
         if args.whiten_advantages:
-            credit = self.whitened(credit, evidence, mask, processes)
-        mean_kl = masked_mean(processes.gather(self.kl(answers, evidence)), processes.gather(answers.answer_mask))
+            credit = self.whitened(credit, self.learned(answers), given(evidence.signal), processes)
+        # Of tokens that the policy itself would draw.
+        ratio = (given(answers.own_logps) - given(answers.behaviour_logps)).exp()
+        kl = processes.gather(ratio * self.kl(answers, evidence))
+        mean_kl = masked_mean(kl, processes.gather(answers.answer_mask))
         logged: dict[str, Tensor | float] = {
             **numbers_of_signal(given(evidence.signal), answers.answer_mask),
             **numbers_of_credit(credit, mask, processes),
@@ -156,10 +171,10 @@ class PolicyGradient(Objective):
             return {"end_price": (price * cut_rows(answers)[:, None]).double().sum() / len(answers.examples)}
         return {}
 
-    def whitened(self, credit: Credit, evidence: Evidence, mask: Tensor, processes: Processes) -> Credit:
+    def whitened(self, credit: Credit, answers: Answers, signal: TeacherSignal, processes: Processes) -> Credit:
         """As `whitened`; says once that a batch had nothing to divide by."""
-        immediate = self.reward.per_token(given(evidence.signal)) if self.exact else None
-        credit, deviation = whitened(credit, immediate, mask, processes)
+        immediate = self.per_token(answers, signal) if self.exact else None
+        credit, deviation = whitened(credit, immediate, answers.answer_mask, processes)
         if deviation < SMALLEST_DEVIATION and not self.flat:
             self.flat = True
             logger.warning(
@@ -188,17 +203,19 @@ class PolicyGradient(Objective):
     def token_function(
         self, signal: TeacherSignal | None, annotations: Credit | None = None
     ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
-        """In `extra`: E_{a ~ pi}[r(s_t, a)] where it is exact or a baseline, then KL(pi || reference) where exact."""
+        """In `extra`: E_{a ~ pi}[r(s_t, a)] where it is exact or a baseline, then E_{a ~ pi}[log reference(a|s_t)]
+        where the KL penalty is exact.
+        """
         terms = []
         if self.exact or (annotations is None and "expected" in self.reads):
             terms.append(self.expectation(given(signal)))
         if annotations is not None and annotations.reference is not None:
             reference = annotations.reference
 
-            def kl(logits: Tensor, *states: Tensor) -> Tensor:
-                return reverse_kl(logits, reference.logits(*states))
+            def log_reference(logits: Tensor, *states: Tensor) -> Tensor:
+                return expected_log_reference(logits, reference.logits(*states))
 
-            terms.append((kl, reference.token_args))
+            terms.append((log_reference, reference.token_args))
         return with_terms(*terms)
 
     def expectation(self, signal: TeacherSignal) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -211,29 +228,37 @@ class PolicyGradient(Objective):
         return of_chunk, (self.reward.state_value(signal), *distribution.token_args)
 
     @abstractmethod
-    def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss of the sampled tokens [B, R] from their log-probabilities under the student [B, R]; what is logged."""
+    def policy_loss(self, logps: Tensor, advantages: Tensor, answers: Answers) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of the sampled tokens [B, R] from their log-probabilities under the student and their (weighted)
+        advantages, [B, R]; what is logged.
+        """
 
-    def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:
-        """Weight [B, R] of the exact terms at states an older policy reached; 1 unless a subclass corrects."""
-        return 1.0
+    def stands_for(self, logps: Tensor, answers: Answers) -> Tensor:
+        """Log-probabilities [B, R] of the policy that importance weights make the answers those of: the student's.
+
+        Another one if the objective corrects for the rest, as PPO's ratio does for the updates since the rollouts.
+        """
+        return logps
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """policy loss - exact one-step term - entropy bonus + KL penalty + critic loss, [B, R]."""
         args = self.args
         credit: Credit = minibatch.annotations
-        loss, logged = self.policy_loss(student.logps, minibatch)
+        corrected = weighted(args, self.stands_for(student.logps, minibatch.answers), minibatch)
+        loss, logged = self.policy_loss(student.logps, corrected.advantages, minibatch.answers)
         # The exact term: gradient of E_{a ~ pi}[r(s_t, a)] over the whole vocabulary, without sampling variance.
         if self.exact:
-            loss = loss - credit.scale * self.state_weights(student.logps, minibatch) * student.extra[0]
-        loss = loss - args.entropy_coef * student.entropy
+            expected = self.expected(student.extra[0], student.entropy)
+            loss = loss - credit.scale * corrected.states * expected
+        if args.entropy_in == "loss":
+            loss = loss - args.entropy_coef * student.entropy
         if args.kl_coef > 0 and args.kl_in == "loss":
-            loss = loss + credit.kl_coef * self.kl_penalty(student, minibatch)
+            loss = loss + credit.kl_coef * corrected.states * self.kl_penalty(student, minibatch)
         if credit.values is not None and credit.returns is not None:
             critic = value_loss(student.values, credit.values, credit.returns, args.value_clip_range)
             loss = loss + args.value_coef * critic
             logged = {**logged, "value_loss": critic}
-        return loss, logged
+        return loss, {**logged, **corrected.logged}
 
     def kl_penalty(self, student: StudentTokens, minibatch: Minibatch) -> Tensor:
         """KL(pi || reference) at every visited state, [B, R]: its gradient there, not its effect on later states.
@@ -242,17 +267,14 @@ class PolicyGradient(Objective):
             k2      rho_t (log pi(a_t|s_t) - log reference(a_t|s_t))^2 / 2, rho_t = pi / mu without gradient: unbiased
                     for that gradient whatever mu the token was drawn from
 
-        When the behaviour policy mu lags (later passes of PPO, `sync_every` > 1) the states of both are those that mu
-        reached; `state_weights` corrects that where the algorithm corrects the exact one-step term.
+        The states of both are those that mu reached; they get the weights of the exact one-step term (`weighted`).
         """
         credit: Credit = minibatch.annotations
         if credit.reference is not None:
-            kl = student.extra[-1]
-        else:
-            mask = minibatch.answers.answer_mask
-            ratio = ((student.logps.detach() - given(minibatch.answers.behaviour_logps)) * mask).exp()
-            kl = ratio * kl_k2(student.logps, given(credit.reference_logps))
-        return self.state_weights(student.logps, minibatch) * kl
+            return -student.entropy - student.extra[-1]
+        mask = minibatch.answers.answer_mask
+        ratio = ((student.logps.detach() - given(minibatch.answers.behaviour_logps)) * mask).exp()
+        return ratio * kl_k2(student.logps, given(credit.reference_logps))
 
     # kl_coef changes during training, so checkpoints keep it
 
@@ -285,6 +307,23 @@ class PolicyGradientTrainer(OnPolicyTrainer):
     def rollout_samples(self) -> list[Sample]:
         """As in `OnPolicyTrainer`, with the task's scores as facts."""
         return with_scores(super().rollout_samples(), None if self.newest is None else self.newest.annotations)
+
+    def recorded(self) -> dict[str, float]:
+        """As in `StudentTrainer`, with the effective sample size of all weights since the last line."""
+        return with_effective_sample_size(super().recorded())
+
+    def minibatches(self, batch: Minibatch, index: int) -> Iterator[Minibatch]:
+        """As in `OnPolicyTrainer`; with `imitation_coef`, every update also has as many labels as answers."""
+        own = super().minibatches(batch, index)
+        return own if self.label_batches is None else with_imitation(self, own, index)
+
+    def describe_run(self, steps: int, epochs: float) -> str:
+        """As in `OnPolicyTrainer`, and how many labels are imitated."""
+        described = super().describe_run(steps, epochs)
+        if self.label_batches is None:
+            return described
+        rows = self.args.rows_per_update * self.accelerator.num_processes
+        return f"{described}; every update also imitates {rows} of {len(self.label_batches)} labels"
 
     def check_teacher(self) -> None:
         """As in `DistillationTrainer`; end_price scores one token beyond the longest answer."""

@@ -98,9 +98,12 @@ class StartCheck(TrainerCallback):
             if state.is_world_process_zero:
                 logger.warning(f"{message} (weak_start: ignore silences this)")
             return
-        rollouts = self.trainer.sample(0)
+        # Its strength is that of the student itself; lengths are compared with those of later rollouts.
+        rollouts = self.trainer.answers(0)
+        drawn = rollouts if args.samples_itself else self.trainer.sample(0)
         with self.trainer.finite.together(rollouts.ids, rollouts):
             sums = start_sums(self.trainer, [rollouts])
+        sums[2], sums[3] = drawn.answer_mask.sum(), given(drawn.finished).sum()
         start = Start.of(self.trainer.sum(sums))
         self.trainer.log(start.logged())
         # With lam = 0 a token is credited with its own regret only, so stopping early gains nothing.

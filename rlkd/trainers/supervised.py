@@ -120,17 +120,19 @@ def _example(row: dict[str, Any], name: str) -> Example:
     return Example(str(row.get("id", name)), row["student_input"], prompts)
 
 
-def check_label_rows(rows: Any) -> None:
-    """Raise DataError unless every row has a text as student_input and as label."""
+def check_label_rows(rows: Any, what: str = "train_dataset", *, scored: bool = False) -> None:
+    """Raise DataError unless every row has a text as student_input and as label; as teacher_input, too, if the teacher
+    is to score the labels.
+    """
     names = getattr(rows, "column_names", None)
-    for name in ("student_input", "label"):
+    for name in ("student_input", "label", *(["teacher_input"] if scored else [])):
         if names is not None and name not in names:
-            raise DataError(f"train_dataset has no column '{name}'. Found: {', '.join(names)}.")
+            raise DataError(f"{what} has no column '{name}'. Found: {', '.join(names)}.")
         values = rows[name] if names is not None else (row.get(name) for row in rows)
         wrong = [(i, value) for i, value in enumerate(values) if not isinstance(value, str)]
         if wrong:
             raise DataError(
-                f"train_dataset: '{name}' is not text in {len(wrong)} rows (first: row {wrong[0][0]}, "
+                f"{what}: '{name}' is not text in {len(wrong)} rows (first: row {wrong[0][0]}, "
                 f"{wrong[0][1]!r:.40}). Convert or remove them."
             )
 
@@ -157,7 +159,7 @@ class SupervisedTrainer(DistillationTrainer):
         task_metric: TaskMetric | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        check_label_rows(train_dataset)
+        check_label_rows(train_dataset, scored=args.objective != "sequence")
         own = own_generations(train_dataset, tokenizer)
         super().__init__(
             student,

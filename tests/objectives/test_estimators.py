@@ -20,6 +20,7 @@ from rlkd.objectives.advantages import (
 )
 from rlkd.objectives.policy import reinforce_loss
 from rlkd.objectives.rewards import expected_advantage, induced_advantage, induced_reward, teacher_value
+from rlkd.sampling.proposal import Proposal, mix
 from trees import build_tree, hand_advantages, hand_value, random_policy, random_q
 
 ACTIONS = 3
@@ -279,13 +280,16 @@ def test_length_normalised_credit_is_compared_with_that_of_the_other_rollouts():
 
 
 class Stale:
-    """A problem with answers sampled from an older policy mu."""
+    """A problem with answers sampled from another policy mu: an older one, or log mu(.|s) of every state as given."""
 
-    def __init__(self, seed=5, depth=3):
+    def __init__(self, seed=5, depth=3, table=None):
         self.problem = Problem(seed=seed, depth=depth)
-        behaviour = random_policy(self.problem.tree, ACTIONS, seed + 50)
-        self.mu = behaviour.probabilities().detach()
-        self.logps, self.behaviour_logps = self.problem.policy.logps().detach(), behaviour.logps().detach()
+        if table is None:
+            table = random_policy(self.problem.tree, ACTIONS, seed + 50).logits.log_softmax(-1)
+        self.logps, self.behaviour_logps = (
+            self.problem.tree.along(x).detach() for x in (self.problem.policy.logits.log_softmax(-1), table)
+        )
+        self.mu = self.behaviour_logps.sum(1).exp()
 
     def weights(self, kind, cap=float("inf")):
         return importance_weights(self.logps, self.behaviour_logps, self.problem.mask, kind, cap)
@@ -359,6 +363,47 @@ def test_exact_one_step_term_weighted_by_the_tokens_before_it_is_unbiased_under_
     exact = (before * problem.tree.along(problem.expected_immediate())).sum(1)
     exact_gradient = problem.policy.gradient((stale.mu * exact).sum())
     assert close(exact_gradient + stale.inside("cumulative", baseline=problem.immediate), problem.true_gradient())
+
+
+PROPOSALS = {
+    "a share of the teacher": {"teacher_mix": 0.3},
+    "hot": {"temperature": 2.0},
+    "cold, with a share of the teacher": {"temperature": 0.5, "teacher_mix": 0.2},
+    "truncated, with a share of the teacher": {"top_p": 0.7, "teacher_mix": 0.2},
+}
+
+
+def from_proposal(teacher_mix=0.0, seed=5, **settings):
+    """Answers drawn from a proposal, as `decode` makes it of the logits of policy and teacher."""
+    problem = Problem(seed=seed)
+    log_mu, cut = Proposal(**settings).own_share(problem.policy.logits.detach())
+    if teacher_mix:
+        log_mu = mix(log_mu, problem.q.log_softmax(-1), teacher_mix)
+    return Stale(seed, table=log_mu), cut
+
+
+@pytest.mark.parametrize("settings", PROPOSALS.values(), ids=PROPOSALS)
+def test_weights_make_answers_of_a_proposal_those_of_the_policy(settings):
+    """The exact one-step term, too, and its own control: token weights leave a bias."""
+    stale, _ = from_proposal(**settings)
+    problem, weights = stale.problem, stale.weights("cumulative")
+    assert float(stale.mu.sum()) == pytest.approx(1, abs=1e-12)
+    truth = problem.true_gradient()
+    assert close(stale.inside("cumulative"), truth)
+    before = torch.cat([torch.ones_like(weights[:, :1]), weights[:, :-1]], 1) * problem.mask
+    exact = problem.policy.gradient(
+        (stale.mu * (before * problem.tree.along(problem.expected_immediate())).sum(1)).sum()
+    )
+    assert close(exact + stale.inside("cumulative", baseline=problem.immediate), truth)
+    assert not close(stale.inside("token"), truth, 1e-3)
+    assert not close(stale.inside("none"), truth, 1e-3)
+
+
+def test_no_weight_corrects_for_truncation_alone():
+    stale, cut = from_proposal(top_p=0.7)
+    assert float(cut.max()) > 0.1
+    for kind in ("cumulative", "token"):
+        assert not close(stale.inside(kind), stale.problem.true_gradient(), 1e-2)
 
 
 # -- variance ------------------------------------------------------------------------------------------------------

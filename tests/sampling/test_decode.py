@@ -6,6 +6,7 @@ import torch
 
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.sampling.decode import decode, greedy, row_seed, sampler
+from rlkd.sampling.proposal import Proposal
 from rlkd.tensors import pad_rows
 from tiny import EOS, KINDS, PAD, VALID, tiny_bart, tiny_model, tiny_t5
 
@@ -66,7 +67,7 @@ def test_recorded_log_probs_are_those_of_teacher_forcing(kind, temperature):
         states_of(lm),
         sampler(list(seeds), 8, CPU),
         max_new_tokens=8,
-        temperature=temperature,
+        proposal=Proposal(temperature=temperature),
     )
     for prompt, answer, logps, mask in zip(PROMPTS, answers_of(out), out.logps, out.mask, strict=True):
         decoder_input = torch.tensor([[lm.start_id, *answer[:-1]]])
@@ -178,7 +179,9 @@ def test_sampled_frequencies_match_the_distribution():
 def test_the_models_first_token_is_sampled_at_the_given_temperature(temperature):
     lm, n = EncoderDecoder(tiny_t5(seed=1), VALID), 4000
     (state,) = states_of(lm, [[5, 6, EOS]])
-    out = decode(lm, [state] * n, sampler(list(range(n)), 1, CPU), max_new_tokens=1, temperature=temperature)
+    out = decode(
+        lm, [state] * n, sampler(list(range(n)), 1, CPU), max_new_tokens=1, proposal=Proposal(temperature=temperature)
+    )
     start = torch.tensor([[lm.start_id]])
     logits = lm.model(input_ids=torch.tensor([[5, 6, EOS]]), decoder_input_ids=start).logits[0, 0, :VALID]
     p = (logits / temperature).softmax(-1).double().numpy()

@@ -58,10 +58,15 @@ class Row:
         self.a = [float(q[a]) - v for q, a, v in zip(self.q, self.answer, self.v, strict=True)]
         self.expected = [float(old[t].softmax(0) @ self.q[t]) - self.v[t] for t in range(self.n)]
         self.log_prob_v = [v - float(q.logsumexp(0)) for q, v in zip(self.q, self.v, strict=True)]
-        self.reward = list(self.a)
+        self.now = list(self.a)  # the terms of the step itself
+        if args.entropy_in == "reward":
+            entropy = [-float(old[t].softmax(0) @ old[t].log_softmax(0)) for t in range(self.n)]
+            self.now = [a - args.entropy_coef * m for a, m in zip(self.a, self.mu, strict=True)]
+            self.expected = [e + args.entropy_coef * h for e, h in zip(self.expected, entropy, strict=True)]
+        self.reward = list(self.now)
         if args.kl_in == "reward":
             kl = [m - r for m, r in zip(self.mu, self.reference, strict=True)]
-            self.reward = [a - kl_coef * k for a, k in zip(self.a, kl, strict=True)]
+            self.reward = [r - kl_coef * k for r, k in zip(self.now, kl, strict=True)]
         self.x = self.reward
 
     def to_go(self, args, t, w=None):
@@ -83,9 +88,9 @@ def baselines(args, rows):
         others = [r for r in rows if r.example.id == row.example.id and r is not row]
         for t in range(row.n):
             if args.baseline == "critic":
-                b.append(row.old_values[t] + (row.a[t] if exact else 0.0))
+                b.append(row.old_values[t] + (row.now[t] if exact else 0.0))
                 continue
-            immediate = row.a[t] if exact else 0.0
+            immediate = row.now[t] if exact else 0.0
             if args.baseline == "none":
                 b.append(immediate - row.log_prob_v[t])
             elif args.baseline == "teacher":
@@ -93,7 +98,7 @@ def baselines(args, rows):
             elif args.baseline == "closed_form":
                 b.append(immediate if exact else row.expected[t])
             else:
-                rest = [r.to_go(args, t) - (r.a[t] if exact else 0.0) for r in others if t < r.n]
+                rest = [r.to_go(args, t) - (r.now[t] if exact else 0.0) for r in others if t < r.n]
                 b.append(immediate + sum(rest) / len(others))
         out.append(b)
     return out
@@ -108,7 +113,7 @@ def oracle_loss(trainer, rows, ppo):
     if args.whiten_advantages:
         mean = statistics.fmean(x for row in adv for x in row)
         exact = args.one_step == "exact"
-        whole = [x + (a if exact else 0.0) for i, row in enumerate(rows) for x, a in zip(adv[i], row.a, strict=True)]
+        whole = [x + (a if exact else 0.0) for i, row in enumerate(rows) for x, a in zip(adv[i], row.now, strict=True)]
         std = statistics.pstdev(whole)
     total, tokens = 0.0, sum(row.n for row in rows)
     for i, row in enumerate(rows):
@@ -137,7 +142,11 @@ def oracle_loss(trainer, rows, ppo):
                 loss = -weight[t] * (adv[i][t] - mean) / std * log_pi[t, a]
             if args.one_step == "exact":
                 loss = loss - reached * ((log_pi[t].exp() @ row.q[t]) - row.v[t]) / std
-            loss = loss + args.entropy_coef * (log_pi[t].exp() * log_pi[t]).sum()
+            minus_entropy = (log_pi[t].exp() * log_pi[t]).sum()
+            if args.entropy_in == "loss":
+                loss = loss + args.entropy_coef * minus_entropy
+            elif args.one_step == "exact":
+                loss = loss + reached * args.entropy_coef * minus_entropy / std
             if args.kl_in == "loss" and args.kl_estimator == "k2":
                 loss = loss + row.kl_coef * reached * ratio[t] * (log_pi[t, a] - row.reference[t]) ** 2 / 2
             elif args.kl_in == "loss":
@@ -145,7 +154,7 @@ def oracle_loss(trainer, rows, ppo):
                 loss = loss + row.kl_coef * reached * kl
             if args.baseline == "critic":
                 value = trainer.policy.value_head(hidden[t])[0]
-                old, target = row.old_values[t], row.to_go(args, t) - (row.a[t] if args.one_step == "exact" else 0.0)
+                old, target = row.old_values[t], row.to_go(args, t) - (row.now[t] if args.one_step == "exact" else 0.0)
                 clipped = old + (value - old).clamp(-args.value_clip_range, args.value_clip_range)
                 loss = loss + args.value_coef * 0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2)
             row_loss = row_loss + loss
@@ -222,6 +231,10 @@ VARIANTS = [
     {"baseline": "leave_one_out", "whiten_advantages": True, "lam": 0.0},
     {"baseline": "teacher", "k_step": 2, "lam": 1.0, "kl_in": "reward", "kl_coef": 0.3},
     {"kl_estimator": "k2", "kl_coef": 0.5},
+    *(
+        {"entropy_in": "reward", "entropy_coef": 0.4, "lam": 0.7, "baseline": b, "one_step": s, "whiten_advantages": w}
+        for b, s, w in (("closed_form", "sampled", False), ("critic", "exact", True), ("leave_one_out", "exact", False))
+    ),
     *({"length_normalised": True, "baseline": b, "lam": 0.9} for b in ("leave_one_out", "critic")),
     {"length_normalised": True, "one_step": "sampled", "baseline": "closed_form", "lam": 1.0},
     {"kl_estimator": "exact", "kl_coef": 0.5, "one_step": "sampled", "baseline": "closed_form"},
@@ -247,7 +260,8 @@ def test_reinforce_loss_and_gradient_equal_plain_loops(tmp_path, options):
 
 @pytest.mark.parametrize("kind", ["none", "token"])
 def test_reinforce_with_simpler_weights_equals_plain_loops(tmp_path, kind):
-    compare(make("reinforce", tmp_path, importance_weight=kind, importance_cap=1.1, lam=1.0), ppo=False)
+    cap = {} if kind == "none" else {"importance_cap": 1.1}
+    compare(make("reinforce", tmp_path, importance_weight=kind, lam=1.0, **cap), ppo=False)
 
 
 def test_one_pass_of_ppo_with_an_infinite_clip_is_reinforce(tmp_path):
