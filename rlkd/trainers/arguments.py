@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive
 from ..evaluation.task_reward import check_task_reward
 from ..objectives.advantages import BASELINES
-from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
-from .base_arguments import DistillationArguments, DivergenceArguments
+from .base_arguments import DistillationArguments
 from .base_arguments import require as _require
-from .plateau import complete_schedule, prepare_warm_up
-
-# Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
-IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
-
-
-@dataclass
-class SupervisedArguments(DivergenceArguments):
-    """Warm-up on pseudo-labels, or word-level distillation on their prefixes."""
-
-    objective: Annotated[str, OneOf(IMITATION)] = field(
-        default="sequence",
-        metadata={
-            "help": "sequence: cross-entropy on the labels (SeqKD). Others: that divergence to the teacher at every "
-            "label prefix."
-        },
-    )
-    until_ready: bool = field(
-        default=False,
-        metadata={
-            "help": "Train until held-out regret stops falling, lowering the rate on the way, and say whether the "
-            "student is ready for RL; max_steps or num_train_epochs is the upper bound."
-        },
-    )
-    learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
-
-    def __post_init__(self) -> None:
-        if self.until_ready:
-            prepare_warm_up(self)
-        super().__post_init__()
-        if self.until_ready:
-            complete_schedule(self)
-
-    @property
-    def reads_labels(self) -> bool:
-        return True
+from .supervised_arguments import DivergenceArguments
+from .supervised_arguments import SupervisedArguments as SupervisedArguments
 
 
 @dataclass
@@ -311,13 +275,13 @@ class RLArguments(OnPolicyArguments):
             self.kl_estimator,
             "of the KL penalty in the loss, which kl_coef 0 and kl_in reward do not have: leave it out",
         )
-        check_task_reward(self.task_reward, self.task_reward_coef, self.rollouts_per_prompt)
         _require(
             self.importance_weight != "none" or self.importance_cap == RLArguments.importance_cap,
             "importance_cap",
             self.importance_cap,
             "importance_weight none has no weights to truncate: leave it out",
         )
+        check_task_reward(self.task_reward, self.task_reward_coef, self.rollouts_per_prompt)
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from ..checks import Count, Fraction, Natural, OneOf, Positive, check_settings
+from ..checks import Count, Natural, check_settings
 from ..errors import ConfigError
 from ..io.redaction import redacted
 from ..metrics import held_out
-from ..objectives.divergences import DIVERGENCES
 from .environment import check_half_precision, check_launch, use_one_gpu
 
 
@@ -119,55 +118,4 @@ def check_labels(args: DistillationArguments, *, given: bool, name: str) -> None
         raise ConfigError(
             f"{name} is set, but labels have no effect{reason}: leave it out"
             + (f", or change {args.label_setting.split()[0]}" if args.label_setting else "")
-        )
-
-
-@dataclass
-class DivergenceArguments(DistillationArguments):
-    """A divergence between teacher and student at every prefix of given answers, and its parameters."""
-
-    objective: Annotated[str, OneOf(DIVERGENCES)] = field(
-        default="jensen_shannon", metadata={"help": "Divergence to the teacher at every prefix (docs/method.md)."}
-    )
-    temperature: Positive = field(default=1.0, metadata={"help": "Divergences: temperature of both softmaxes."})
-    alpha: Fraction | None = field(
-        default=None,
-        metadata={
-            "help": "skew_forward_kl, skew_reverse_kl: weight of the first distribution in the mixture (null: 0.1); "
-            "alpha_beta: exponent of the teacher (null: 0.2)."
-        },
-    )
-    beta: Fraction | None = field(
-        default=None,
-        metadata={
-            "help": "jensen_shannon: weight of the teacher in the mixture (null: 0.5); alpha_beta: exponent of the "
-            "student (null: 0.7)."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        divergence = DIVERGENCES.get(self.objective)
-        takes = [] if divergence is None else ["temperature", *(name for name, _ in divergence.parameters)]
-        for name, default in (("temperature", 1.0), ("alpha", None), ("beta", None)):
-            value = getattr(self, name)
-            require(
-                value == default or name in takes,
-                name,
-                value,
-                f"objective = {self.objective!r} does not take it: leave it out"
-                + (f"; it takes {', '.join(takes)}" if takes else ""),
-            )
-            # A mixture with weight 0 or 1 is no mixture; an exponent may be either.
-            require(
-                name == "temperature" or self.objective == "alpha_beta" or value not in (0.0, 1.0),
-                name,
-                value,
-                "must be between 0 and 1, both excluded",
-            )
-        require(
-            not (self.alpha == 0 and self.beta == 0),
-            "alpha",
-            self.alpha,
-            "beta is 0, too, and alpha_beta has no such divergence: raise one of them",
         )

@@ -30,8 +30,8 @@ class Evidence:
     reference_logps  [B, R] log-probability of each token under the reference policy
     reference        the reference policy's next-token distributions
     values           [B, R] the critic's C(s_t)
-    task_scores      [B] the task's score of each answer
     entropy          [B, R] of pi(.|s_t), where the objective reads `expected`
+    task_scores      [B] the task's score of each answer
     ending           the teacher's signal for end-of-sequence after each answer that was cut, fields [B, 1]
     extra            [B, R] each: what `Objective.token_function` gives beyond log-probability and entropy
     """
@@ -40,8 +40,8 @@ class Evidence:
     reference_logps: Tensor | None = None
     reference: Distribution | None = None
     values: Tensor | None = None
-    task_scores: Tensor | None = None
     entropy: Tensor | None = None
+    task_scores: Tensor | None = None
     ending: TeacherSignal | None = None
     extra: tuple[Tensor, ...] = ()
 

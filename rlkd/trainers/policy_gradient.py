@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -25,12 +25,13 @@ from ..models.heads import TokenFunction
 from ..objectives.advantages import BASELINES, CreditInputs
 from ..objectives.policy import adapt_kl_coef, expected_log_reference, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Answers, Minibatch, TeacherSignal, given
+from ..records import Answers, Example, Minibatch, TeacherSignal, given
 from ..tensors import masked_mean
 from .arguments import RLArguments
 from .credit import SMALLEST_DEVIATION, Credit, numbers_of_credit, numbers_of_signal, whitened
 from .critic import critic_alone, give_own_learning_rate
 from .cut_answers import cut_rows, end_price, without_cut
+from .distillation import TrainerInputs
 from .labelled import with_imitation
 from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
 from .off_policy import weighted, with_effective_sample_size
@@ -295,9 +296,17 @@ class PolicyGradientTrainer(OnPolicyTrainer):
     objective: PolicyGradient
     start_checks = (StartCheck,)
 
-    def __init__(self, student: Any, args: RLArguments, **inputs: Any):
-        self.task_reward = task_reward_of(args, inputs["train_examples"])
-        super().__init__(student, args, **inputs)
+    def __init__(
+        self,
+        student: Any,
+        args: RLArguments,
+        *,
+        train_examples: Sequence[Example],
+        labels: Any = None,
+        **inputs: Unpack[TrainerInputs],
+    ):
+        self.task_reward = task_reward_of(args, train_examples)
+        super().__init__(student, args, train_examples=train_examples, labels=labels, **inputs)
 
     def evidence(self, answers: Answers) -> Evidence:
         """As in `DistillationTrainer`, with the task's scores."""

@@ -51,8 +51,7 @@ def run(kind, folder):
     if kind != "tkd":
         warm_up = {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"}
         task = {"weak_start": "warn", "task_reward": "rouge1"}
-        options = warm_up if kind == "supervised" else {} if kind == "gkd" else task
-        options = options | SETTINGS.get(kind, {})
+        options = {"supervised": warm_up, "gkd": {}}.get(kind, task) | SETTINGS.get(kind, {})
         make(
             kind.split()[0], folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
             task_metric=every_metric, **options,
