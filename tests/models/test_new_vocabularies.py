@@ -131,6 +131,23 @@ def test_a_cut_tokenizer_splits_the_texts_as_before_and_can_spell_others(kind, t
         )
 
 
+def test_bytes_stay_and_so_does_what_bart_puts_around_a_text():
+    """`<s> text </s>` of a RobertaProcessing, whose ids move; characters that the texts do not have come back."""
+    tokenizer = byte_level()
+    backend = tokenizer.backend_tokenizer
+    backend.add_special_tokens(["<s>"])
+    start = backend.token_to_id("<s>")
+    backend.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", start), add_prefix_space=False)
+    keep = kept_ids(tokenizer, lambda: TEXTS, [])
+    cut = cut_tokenizer(tokenizer, keep, lambda: TEXTS)
+    moved = cut.convert_tokens_to_ids("<s>")
+    assert moved == keep.index(start) != start
+    for text in ODD[:3]:
+        row = cut(text)["input_ids"]
+        assert (row[0], row[-1]) == (moved, 1)
+        assert decode_texts(cut, [row]) == [text]
+
+
 def test_the_merges_on_the_way_to_a_piece_are_kept():
     """The text has the whole word only."""
     tokenizer = TOKENIZERS["BPE"]()
