@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..objectives.policy import token_statistics
 from ..tensors import unpack
-from .heads import TokenFunction
+from .heads import RowLoss, TokenFunction
 from .language_model import LanguageModel
 from .loading import load_pretrained
 from .saving import save_student
@@ -54,24 +54,38 @@ class Policy(nn.Module):
         answer_mask: Tensor,
         statistics: TokenFunction = token_statistics,
         token_args: tuple[Tensor, ...] = (),
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Token statistics and critic values of given answers.
+        loss: RowLoss | None = None,
+    ) -> Any:
+        """Token statistics and critic values of given answers, or a loss made of them.
 
         Args: input_ids, input_mask [B, P]; answer_ids, answer_mask [B, R]; statistics, a function of
         (logits [n, V], ids [n], *token_args [n, ...]) returning a tuple of [n]; token_args, tensors [B, R, ...].
         Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding.
+        With a `loss`, called with rows, their statistics and values [b, R], what `Head.loss` returns: gradients go
+        through the loss alone.
         """
         hidden = self.lm.answer_hidden(self._prompt_states(input_ids, input_mask), answer_ids, answer_mask)
         token_args = tuple(a[answer_mask] for a in token_args)
         head = self.lm.head()
         limits = head.rules.limits(answer_ids, answer_mask)
-        outputs = head.map(statistics, hidden, answer_ids[answer_mask], *token_args, limits=limits)
-        values = (
-            torch.zeros_like(outputs[0])
-            if self.value_head is None
-            else self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
-        )
-        return tuple(unpack(o, answer_mask) for o in outputs), unpack(values, answer_mask)
+        token_args = (answer_ids[answer_mask], *token_args)
+        values = self._values(hidden)
+        if loss is None:
+            outputs = head.map(statistics, hidden, *token_args, limits=limits)
+            return tuple(unpack(o, answer_mask) for o in outputs), unpack(values, answer_mask)
+
+        def of_rows(rows: slice, outputs: tuple[Tensor, ...], values: Tensor) -> tuple[Tensor, Any]:
+            mask = answer_mask[rows]
+            return loss(rows, tuple(unpack(o, mask) for o in outputs), unpack(values, mask))
+
+        row_tokens = answer_mask.sum(1).tolist()
+        return head.loss(statistics, of_rows, hidden, *token_args, row_tokens=row_tokens, values=values, limits=limits)
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        """The critic's values [N] of hidden [N, D]; zeros without a critic."""
+        if self.value_head is None:
+            return hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
     def _prompt_states(self, input_ids: Tensor, input_mask: Tensor) -> list[Tensor]:
         """The state of each row's prompt; one that several rollouts share is computed once."""
