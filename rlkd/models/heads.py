@@ -20,7 +20,7 @@ from .generation import NO_RULES, AnswerRules, forbidden, restrict
 
 # One chunk of logits, at least: 32 MiB in float32, or 262 tokens at V = 32,100. From that size on glibc maps every
 # buffer by itself and gives it back when freed; smaller ones share a heap that fragments to many times their size.
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**23
 
 TokenFunction = Callable[..., tuple[Tensor, ...]]
 # (rows, one [n] tensor per output of a TokenFunction, values [n]) -> (their part of the loss, whatever else is wanted).

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .closed_form import closed_form
+
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
@@ -38,14 +40,36 @@ class Divergence:
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """[N]: KL(p || pi) = sum_a p (log p - log pi)."""
+    return closed_form(_forward_kl, _forward_kl_gradient, student, teacher)[0]
+
+
+def _forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
     log_p, log_pi = teacher.log_softmax(-1), student.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_pi)).sum(-1)
+    return ((log_p - log_pi).mul_(log_p.exp_()).sum(-1),)
+
+
+def _forward_kl_gradient(grads: tuple[Tensor], student: Tensor, teacher: Tensor) -> Tensor:
+    """pi - p."""
+    return student.softmax(-1).sub_(teacher.softmax(-1)).mul_(grads[0][:, None])
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """[N]: KL(pi || p) = sum_a pi (log pi - log p)."""
+    return closed_form(_reverse_kl, _reverse_kl_gradient, student, teacher)[0]
+
+
+def _reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
     log_p, log_pi = teacher.log_softmax(-1), student.log_softmax(-1)
-    return (log_pi.exp() * (log_pi - log_p)).sum(-1)
+    return ((log_pi - log_p).mul_(log_pi.exp_()).sum(-1),)
+
+
+def _reverse_kl_gradient(grads: tuple[Tensor], student: Tensor, teacher: Tensor) -> Tensor:
+    """pi (log pi - log p - KL(pi || p))."""
+    log_pi = student.log_softmax(-1)
+    apart = log_pi - teacher.log_softmax(-1)
+    pi = log_pi.exp_()
+    mean = (pi * apart).sum(-1, keepdim=True)
+    return pi.mul_(apart.sub_(mean).mul_(grads[0][:, None]))
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
