@@ -190,7 +190,9 @@ class _LossHead(torch.autograd.Function):
             logits = restrict(head.logits(hidden[tokens]), cut)
             own_values = values[tokens].detach()
             with torch.set_grad_enabled(any(needed)):
-                leaves = [leaf.requires_grad_(leaf.is_floating_point() and any(needed)) for leaf in (logits, own_values)]
+                leaves = [
+                    leaf.requires_grad_(leaf.is_floating_point() and any(needed)) for leaf in (logits, own_values)
+                ]
                 part, other = loss(rows, function(logits, *(a[tokens] for a in args)), own_values)
             total += part.detach()
             others.append(other)
