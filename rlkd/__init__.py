@@ -96,6 +96,7 @@ _MODULES = {
     "runs.alarms": ("Alarm", "ALARMS"),
     "sampling.engines.protocol": ("Answer", "Decoding", "Engine", "EngineKind", "EngineSettings"),
     "sampling.engines.registry": ("ENGINES",),
+    "sampling.proposal": ("Proposal",),
     "sampling.rollouts": ("greedy_answers", "sample_rollouts"),
     "settings.parsing": ("parse_config", "run_main"),
     "settings.paths": ("refuse_missing_paths",),
@@ -239,6 +240,7 @@ if TYPE_CHECKING:
     from .sampling.engines.protocol import EngineKind as EngineKind
     from .sampling.engines.protocol import EngineSettings as EngineSettings
     from .sampling.engines.registry import ENGINES as ENGINES
+    from .sampling.proposal import Proposal as Proposal
     from .sampling.rollouts import greedy_answers as greedy_answers
     from .sampling.rollouts import sample_rollouts as sample_rollouts
     from .settings.parsing import parse_config as parse_config

@@ -30,7 +30,12 @@ class Occasion:
 
 LOG = Occasion("log", "", "training since the last log line (`logging_steps`)")
 WEIGHTED = Occasion("log", "weighted_", "the same, times the weight of the term in the loss")
-START = Occasion("once", "start_", "the first rollout batch, before the first update")
+START = Occasion(
+    "once",
+    "start_",
+    "sampled answers to the first rollout batch, before the first update (RL); to held-out inputs, at the end "
+    "(`until_ready`)",
+)
 GREEDY = Occasion("evaluation", "eval_", "greedy answers to held-out inputs; predictions for held-out rows (TKD)")
 SAMPLED = Occasion("evaluation", "eval_sample_", "one answer per held-out input, sampled at temperature 1")
 END = Occasion("end", "", "the whole run")
@@ -40,16 +45,19 @@ OCCASIONS = (LOG, WEIGHTED, START, GREEDY, SAMPLED, END)
 ALL = "all"
 GENERATING = "supervised and RL"
 RL = "RL"
+START_CHECKED = "RL, and supervised with `until_ready`"
+TASKED = "RL with `task_reward`"
 CRITIC = "RL with a critic"
 ON_POLICY = "RL and GKD"
 PPO = "PPO"
-TRUNCATED = "on-policy with rollout_top_p"
+TRUNCATED = "RL and GKD with `rollout_top_p`"
 GKD = "GKD"
 IMITATING = "RL with `imitation_coef`"
 DUAL_CLIP = "PPO with `dual_clip`"
 DROP = "RL with `cut_answers: drop`"
 END_PRICE = "RL with `cut_answers: end_price`"
 TKD = "TKD"
+STARTS = {START: START_CHECKED}
 HELD_OUT = {GREEDY: GENERATING, SAMPLED: GENERATING}
 TERM = {LOG: TKD, WEIGHTED: TKD}
 
@@ -118,7 +126,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="Alarms fired so far, this line included; absent with `alarms: off` ([guards.md](guards.md))."),
     ),
     "Answers and their regret": (
-        Metric(name="regret", unit="nats", better="down", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
+        Metric(name="regret", unit="nats", better="down", per="answer", logged={LOG: RL, **STARTS, **HELD_OUT},
                title="Regret",
                meaning="-sum_t A_max(s_t, a_t): the cost of an answer relative to the teacher's greedy token at every "
                        "state it visits; 0 is best."),
@@ -127,10 +135,10 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric(name="teacher_logprob", unit="nats", better="up", per="answer", logged={LOG: RL},
                meaning="The same for the answers sampled in training."),
         Metric(name="length", unit="tokens", better="neither", per="answer",
-               logged={LOG: ON_POLICY, START: RL, **HELD_OUT},
+               logged={LOG: ON_POLICY, **STARTS, **HELD_OUT},
                title="Length of answers", meaning="Tokens of an answer, end-of-sequence included."),
         Metric(name="finish_rate", unit="share", better="up", per="answer",
-               logged={LOG: ON_POLICY, START: RL, **HELD_OUT}, title="Finished answers",
+               logged={LOG: ON_POLICY, **STARTS, **HELD_OUT}, title="Finished answers",
                meaning="Answers that ended before `max_new_tokens`."),
         Metric(name="entropy", unit="nats", better="neither", per="token", logged={LOG: GENERATING, **HELD_OUT},
                title="Entropy of the student",
@@ -144,11 +152,13 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                        "estimate (0 in supervised runs, which have no reference policy)."),
         Metric(name="match", unit="share", better="up", per="answer", logged={GREEDY: GENERATING},
                meaning="Greedy answers equal, as text, to the teacher's greedy answer under its first template."),
-        Metric(name="eos_price", unit="nats", better="neither", per="token", logged={START: RL},
+        Metric(name="eos_price", unit="nats", better="neither", per="token", logged={**STARTS},
                meaning="Regret of ending an answer where the student continued; a start is weak when `start_regret` "
                        "exceeds half of it."),
     ),
     "Policy updates": (
+        Metric(name="task_reward", unit="", better="up", per="answer", logged={LOG: TASKED}, title="Task reward",
+               meaning="Score of sampled answers by `task_reward`, in its own unit, before its weight."),
         Metric(name="kl_coef", unit="", better="neither", per="batch", logged={LOG: RL},
                meaning="Weight of the KL penalty to the reference policy; it moves only with `kl_target`."),
         Metric(name="advantage_std", unit="nats", better="neither", per="batch", logged={LOG: RL},

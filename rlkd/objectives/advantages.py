@@ -93,6 +93,17 @@ def leave_one_out(returns: Tensor, mask: Tensor, k: int) -> Tensor:
     return others.view_as(returns) * mask
 
 
+def sequence_credit(scores: Tensor, k: int) -> Tensor:
+    """Credit of a score of whole answers, [B]: R_i less the mean of the other k - 1 answers to the prompt.
+
+    RLOO (Ahmadian et al. 2024, arXiv 2402.14740, eq. 8). Every token of answer i gets it, undiscounted: summed over
+    tokens, sum_t credit_i grad log pi(a_t|s_t) is an unbiased gradient of E[R].
+    Args: scores [B] with the k answers to a prompt adjacent. Raises ValueError unless k >= 2 divides B.
+    """
+    scores = scores[:, None]
+    return (scores - leave_one_out(scores, torch.ones_like(scores, dtype=torch.bool), k))[:, 0]
+
+
 def importance_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, kind: str, cap: float) -> Tensor:
     """Detached off-policy weight of each token, [B, R], for answers sampled from an older policy.
 
@@ -143,15 +154,6 @@ def regret_per_sequence(advantage_max: Tensor, mask: Tensor) -> Tensor:
     state.
     """
     return -(advantage_max * mask).sum(1)
-
-
-def price_of_stopping(eos_logit_gap: Tensor, mask: Tensor) -> Tensor:
-    """Mean regret of ending the answer at a state where the teacher would continue, scalar, nats.
-
-    Args: eos_logit_gap [B, R] = max_a q(s_t, a) - q(s_t, EOS); mask [B, R] the non-final answer positions.
-    While a policy's regret per sequence exceeds this, ending early has the better return (docs/method.md).
-    """
-    return masked_mean(eos_logit_gap, mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,14 +54,14 @@ def ppo_loss(
     """-min(rho adv, clip(rho, 1 - eps, 1 + eps) adv), rho = pi / mu (Schulman et al. 2017, arXiv 1707.06347, eq. 7),
     [B, R].
 
-    With dual_clip = c > 1, at most c |adv| where adv < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 5): a token that the
-    policy has come to prefer strongly over mu cannot dominate the batch.
+    With dual_clip = c > 1, at most c |adv|, which binds where adv < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 5): a
+    token that the policy has come to prefer strongly over mu cannot dominate the batch.
     """
     # The minimum is pessimistic: clipping removes the gain of a larger step, never the penalty of a bad one.
     ratio = (logps - behaviour_logps).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    return loss if dual_clip is None else torch.where(advantages < 0, loss.minimum(-dual_clip * advantages), loss)
+    return loss if dual_clip is None else loss.minimum(dual_clip * advantages.abs())
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
@@ -94,6 +94,14 @@ def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """
     difference = reference_logps - logps
     return difference.exp() - 1 - difference
+
+
+def expected_log_reference(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """E_{a ~ pi}[log pi_0(a|s)] = sum_a pi(a|s) l_0(a) - logsumexp l_0, [N], of logits and reference_logits l_0 [N, V].
+
+    With the entropy, which the loss has, it gives KL(pi || pi_0) = -H(pi) - E_pi[log pi_0] at half the cost.
+    """
+    return (logits.softmax(-1) * reference_logits).sum(-1) - reference_logits.logsumexp(-1)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, gain: float = 0.1) -> float:

@@ -16,7 +16,8 @@ from ..metrics import held_out, in_order, metric
 REWARD = (
     "reward_value", "lam", "gamma", "k_step", "length_normalised", "one_step", "cut_answers", "baseline",
     "kl_coef", "kl_target", "kl_in", "kl_estimator", "entropy_coef", "whiten_advantages", "loss_reduction",
-    "rollouts_per_prompt", "imitation_coef", "entropy_in",
+    "rollouts_per_prompt", "rollout_temperature", "rollout_top_p", "teacher_mix", "importance_weight", "importance_cap",
+    "imitation_coef", "entropy_in",
 )  # fmt: skip
 METHODS = {
     "GKDTrainer": "GKD: a divergence to the teacher on the student's own answers or on labels",

@@ -2,88 +2,17 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from ..checks import Count, Fraction, Natural, NonNegative, OneOf, Positive
+from ..evaluation.task_reward import check_task_reward
 from ..objectives.advantages import BASELINES
-from ..objectives.divergences import DIVERGENCES
 from ..objectives.rewards import REWARDS
 from .base_arguments import DistillationArguments
 from .base_arguments import require as _require
-
-# Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
-IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
-
-
-@dataclass
-class DivergenceArguments(DistillationArguments):
-    """A divergence between teacher and student at every prefix of given answers, and its parameters."""
-
-    objective: Annotated[str, OneOf(DIVERGENCES)] = field(
-        default="jensen_shannon", metadata={"help": "Divergence to the teacher at every prefix (docs/method.md)."}
-    )
-    temperature: Positive = field(default=1.0, metadata={"help": "Divergences: temperature of both softmaxes."})
-    alpha: Fraction | None = field(
-        default=None,
-        metadata={
-            "help": "skew_forward_kl, skew_reverse_kl: weight of the first distribution in the mixture (null: 0.1); "
-            "alpha_beta: exponent of the teacher (null: 0.2)."
-        },
-    )
-    beta: Fraction | None = field(
-        default=None,
-        metadata={
-            "help": "jensen_shannon: weight of the teacher in the mixture (null: 0.5); alpha_beta: exponent of the "
-            "student (null: 0.7)."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        divergence = DIVERGENCES.get(self.objective)
-        takes = [] if divergence is None else ["temperature", *(name for name, _ in divergence.parameters)]
-        for name, default in (("temperature", 1.0), ("alpha", None), ("beta", None)):
-            value = getattr(self, name)
-            _require(
-                value == default or name in takes,
-                name,
-                value,
-                f"objective = {self.objective!r} does not take it: leave it out"
-                + (f"; it takes {', '.join(takes)}" if takes else ""),
-            )
-            # A mixture with weight 0 or 1 is no mixture; an exponent may be either.
-            _require(
-                name == "temperature" or self.objective == "alpha_beta" or value not in (0.0, 1.0),
-                name,
-                value,
-                "must be between 0 and 1, both excluded",
-            )
-        _require(
-            not (self.alpha == 0 and self.beta == 0),
-            "alpha",
-            self.alpha,
-            "beta is 0, too, and alpha_beta has no such divergence: raise one of them",
-        )
-
-
-@dataclass
-class SupervisedArguments(DivergenceArguments):
-    """Warm-up on pseudo-labels, or word-level distillation on their prefixes."""
-
-    objective: Annotated[str, OneOf(IMITATION)] = field(
-        default="sequence",
-        metadata={
-            "help": "sequence: cross-entropy on the labels (SeqKD). Others: that divergence to the teacher at every "
-            "label prefix."
-        },
-    )
-    learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
-
-    @property
-    def reads_labels(self) -> bool:
-        return True
+from .supervised_arguments import DivergenceArguments
+from .supervised_arguments import SupervisedArguments as SupervisedArguments
 
 
 @dataclass
@@ -188,6 +117,16 @@ class RLArguments(OnPolicyArguments):
     reward_value: Annotated[str, OneOf(REWARDS)] = field(
         default="max",
         metadata={"help": "V of the induced reward: max (regret, length-neutral), lse (log-likelihood), softmax."},
+    )
+    task_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "A score of each sampled answer beside the teacher's reward: rouge1, rouge2, rougeL, exact_match, "
+            "or module:function of (answers, examples), one number per answer."
+        },
+    )
+    task_reward_coef: NonNegative = field(
+        default=1.0, metadata={"help": "Weight of task_reward, which is in its own unit; 0 only logs it."}
     )
     # Credit
     baseline: Annotated[str, OneOf(BASELINES)] = field(
@@ -342,6 +281,7 @@ class RLArguments(OnPolicyArguments):
             self.importance_cap,
             "importance_weight none has no weights to truncate: leave it out",
         )
+        check_task_reward(self.task_reward, self.task_reward_coef, self.rollouts_per_prompt)
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
 

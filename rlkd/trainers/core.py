@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..data.splits import shared_inputs
+from ..errors import RlkdError
 from ..io import bounded_yaml
 from ..io.redaction import redacted
 from ..io.versions import describe_machine
@@ -244,6 +247,18 @@ class StudentTrainer(ResumableTrainer):
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), reduction="sum") > 0)
+
+    @contextmanager
+    def errors_on_all(self) -> Iterator[None]:
+        """An RlkdError raised inside, on any process, is raised on all of them; every process must enter."""
+        error = None
+        try:
+            yield
+        except RlkdError as caught:
+            error = caught
+        found = [error] if self.accelerator.num_processes == 1 else gather_object([error])
+        if raised := [one for one in found if one is not None]:
+            raise raised[0]
 
     def held_out_names(self) -> list[str] | None:
         """Names of the numbers an evaluation yields, without `eval_`; None if they are unknown before it runs."""

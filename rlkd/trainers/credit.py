@@ -23,9 +23,11 @@ class Credit(Batched):
     rewards          the terms whose discounted sum is the credit before its baseline
     returns          targets of the critic, and values, its predictions at rollout time; None without a critic
     reference_logps  log-probabilities under the reference policy; None without a KL penalty
-    reference        the reference policy's distributions, where the KL penalty is exact; else None
+    reference        the reference policy's distributions where the KL penalty is exact, else None
     scale            what whitening multiplied the advantages and rewards with, for the exact one-step term; else 1
     kl_coef          weight of the KL penalty for this batch
+    task_scores      [B] the task's score of each answer, and task_credit, [B, 1], the part of the advantages of all its
+                     tokens that comes from it; None without a task reward
     """
 
     advantages: Tensor
@@ -36,6 +38,8 @@ class Credit(Batched):
     reference: Distribution | None = None
     scale: float = 1.0
     kl_coef: float = 0.0
+    task_scores: Tensor | None = None
+    task_credit: Tensor | None = None
 
 
 def whitened(credit: Credit, immediate: Tensor | None, mask: Tensor, processes: Processes) -> tuple[Credit, float]:
@@ -54,7 +58,9 @@ def whitened(credit: Credit, immediate: Tensor | None, mask: Tensor, processes: 
         return credit, deviation
     scale = 1.0 / deviation
     advantages = scale * (credit.advantages - mean) * mask
-    return replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale), deviation
+    task = None if credit.task_credit is None else scale * credit.task_credit
+    rewards = scale * credit.rewards
+    return replace(credit, advantages=advantages, rewards=rewards, scale=scale, task_credit=task), deviation
 
 
 def numbers_of_credit(credit: Credit, mask: Tensor, processes: Processes) -> dict[str, Tensor | float]:

@@ -269,7 +269,9 @@ class DistillationTrainer(StudentTrainer):
         if answers.own_logps is not None:
             log_ratio = (logps - answers.own_logps) * mask
             watched = {"the log-ratio": log_ratio, **watched}
-            self.record_tokens(mask, ratio_mean=log_ratio.exp(), ratio_max=log_ratio.exp())
+            ratio = log_ratio.exp()
+            self.record_tokens(mask, ratio_mean=ratio)
+            self.record(ratio_max=ratio.max())
         self.finite.watch(watched, answers.ids, minibatch)
         self.record_tokens(mask, **tokens)
         return total if minibatch.denominator is None else self.scale_to_global(total)

@@ -31,6 +31,7 @@ class Evidence:
     reference        the reference policy's next-token distributions
     values           [B, R] the critic's C(s_t)
     entropy          [B, R] of pi(.|s_t), where the objective reads `expected`
+    task_scores      [B] the task's score of each answer
     ending           the teacher's signal for end-of-sequence after each answer that was cut, fields [B, 1]
     extra            [B, R] each: what `Objective.token_function` gives beyond log-probability and entropy
     """
@@ -40,6 +41,7 @@ class Evidence:
     reference: Distribution | None = None
     values: Tensor | None = None
     entropy: Tensor | None = None
+    task_scores: Tensor | None = None
     ending: TeacherSignal | None = None
     extra: tuple[Tensor, ...] = ()
 

@@ -42,9 +42,12 @@ def weighted(args: RLArguments, logps: Tensor, minibatch: Minibatch) -> Weighted
     if kind != "cumulative":
         return Weighted(advantages=weights * credit.advantages, states=1.0, logged=logged)
     decay = args.gamma * args.lam
+    task = 0.0 if credit.task_credit is None else credit.task_credit * mask
     advantages = per_decision(
-        credit.advantages, credit.rewards, weights, mask, decay, args.k_step, args.length_normalised
+        credit.advantages - task, credit.rewards, weights, mask, decay, args.k_step, args.length_normalised
     )
+    # A score of the whole answer carries the weight of all its tokens.
+    advantages = advantages + task * weights.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))
     states = torch.cat([torch.ones_like(weights[:, :1]), weights[:, :-1]], dim=1)
     return Weighted(advantages=advantages, states=states, logged=logged)
 

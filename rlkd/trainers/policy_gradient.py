@@ -11,30 +11,33 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..evaluation.samples import Sample
 from ..models.heads import TokenFunction
 from ..objectives.advantages import BASELINES, CreditInputs
-from ..objectives.divergences import reverse_kl
-from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k2, value_loss
+from ..objectives.policy import adapt_kl_coef, expected_log_reference, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Answers, Minibatch, TeacherSignal, given
+from ..records import Answers, Example, Minibatch, TeacherSignal, given
 from ..tensors import masked_mean
 from .arguments import RLArguments
 from .credit import SMALLEST_DEVIATION, Credit, numbers_of_credit, numbers_of_signal, whitened
 from .critic import critic_alone, give_own_learning_rate
 from .cut_answers import cut_rows, end_price, without_cut
+from .distillation import TrainerInputs
 from .labelled import with_imitation
 from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
 from .off_policy import weighted, with_effective_sample_size
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
+from .task import task_credit, task_reward_of, task_scores, with_scores
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +101,17 @@ class PolicyGradient(Objective):
                 state_value=teacher_value(signal, args.reward_value) if "state_value" in self.inputs else None,
             )
         )
+        of_task = task_credit(evidence.task_scores, args)
         return Credit(
-            advantages=credit * mask,
+            advantages=(credit if of_task is None else credit + of_task) * mask,
             rewards=reward * mask,
             returns=returns,
             values=evidence.values,
             reference_logps=evidence.reference_logps,
             reference=evidence.reference,
             kl_coef=self.kl_coef,
+            task_scores=evidence.task_scores,
+            task_credit=of_task,
         )
 
     def per_token(self, answers: Answers, signal: TeacherSignal) -> Tensor:
@@ -150,6 +156,8 @@ class PolicyGradient(Objective):
             "kl_coef": self.kl_coef,
             "kl": mean_kl,
         }
+        if evidence.task_scores is not None:
+            logged["task_reward"] = evidence.task_scores.mean()
         # For the next batch: `credit` already holds the coefficient of this one.
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
@@ -196,17 +204,19 @@ class PolicyGradient(Objective):
     def token_function(
         self, signal: TeacherSignal | None, annotations: Credit | None = None
     ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
-        """In `extra`: E_{a ~ pi}[r(s_t, a)] where it is exact or a baseline, then KL(pi || reference) where exact."""
+        """In `extra`: E_{a ~ pi}[r(s_t, a)] where it is exact or a baseline, then E_{a ~ pi}[log reference(a|s_t)]
+        where the KL penalty is exact.
+        """
         terms = []
         if self.exact or (annotations is None and "expected" in self.reads):
             terms.append(self.expectation(given(signal)))
         if annotations is not None and annotations.reference is not None:
             reference = annotations.reference
 
-            def kl(logits: Tensor, *states: Tensor) -> Tensor:
-                return reverse_kl(logits, reference.logits(*states))
+            def log_reference(logits: Tensor, *states: Tensor) -> Tensor:
+                return expected_log_reference(logits, reference.logits(*states))
 
-            terms.append((kl, reference.token_args))
+            terms.append((log_reference, reference.token_args))
         return with_terms(*terms)
 
     def expectation(self, signal: TeacherSignal) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -262,7 +272,7 @@ class PolicyGradient(Objective):
         """
         credit: Credit = minibatch.annotations
         if credit.reference is not None:
-            return student.extra[-1]
+            return -student.entropy - student.extra[-1]
         mask = minibatch.answers.answer_mask
         ratio = ((student.logps.detach() - given(minibatch.answers.behaviour_logps)) * mask).exp()
         return ratio * kl_k2(student.logps, given(credit.reference_logps))
@@ -277,11 +287,35 @@ class PolicyGradient(Objective):
 
 
 class PolicyGradientTrainer(OnPolicyTrainer):
-    """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start."""
+    """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start.
+
+    Raises as `TaskReward` does if the task reward cannot score the training data.
+    """
 
     args: RLArguments
     objective: PolicyGradient
     start_checks = (StartCheck,)
+
+    def __init__(
+        self,
+        student: Any,
+        args: RLArguments,
+        *,
+        train_examples: Sequence[Example],
+        labels: Any = None,
+        **inputs: Unpack[TrainerInputs],
+    ):
+        self.task_reward = task_reward_of(args, train_examples)
+        super().__init__(student, args, train_examples=train_examples, labels=labels, **inputs)
+
+    def evidence(self, answers: Answers) -> Evidence:
+        """As in `DistillationTrainer`, with the task's scores."""
+        evidence, reward = super().evidence(answers), self.task_reward
+        return evidence if reward is None else replace(evidence, task_scores=task_scores(self, reward, answers))
+
+    def rollout_samples(self) -> list[Sample]:
+        """As in `OnPolicyTrainer`, with the task's scores as facts."""
+        return with_scores(super().rollout_samples(), None if self.newest is None else self.newest.annotations)
 
     def recorded(self) -> dict[str, float]:
         """As in `StudentTrainer`, with the effective sample size of all weights since the last line."""

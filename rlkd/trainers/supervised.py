@@ -26,6 +26,7 @@ from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
 from .inputs import weights_of
 from .objective import Objective, StudentTokens, with_terms
+from .warm_up import WarmUp
 
 
 class SequenceKD(Objective):
@@ -172,6 +173,9 @@ class SupervisedTrainer(DistillationTrainer):
         )
         rules = rules_of(self.policy.lm)
         self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens, own, rules)
+        self.warm_up = WarmUp(self) if args.until_ready else None
+        if self.warm_up is not None:
+            self.callback_handler.callbacks.insert(0, self.warm_up)  # trackers close their runs when training ends
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         return self.labels(rows)
@@ -183,6 +187,22 @@ class SupervisedTrainer(DistillationTrainer):
             model = None if self.teacher is None else self.teacher.model
             weights, append_eos = self.inputs.get(weights_of("teacher")), getattr(self.teacher, "append_eos", None)
             announce(described(self.train_dataset), model, weights, append_eos=append_eos)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.warm_up is None or kwargs.get("skip_scheduler"):
+            return super()._evaluate(*args, **kwargs)
+        with self.warm_up.evaluation():
+            return super()._evaluate(*args, **kwargs)
+
+    def save_extras(self, folder: Path) -> dict[str, Any]:
+        """As in `DistillationTrainer`, with whether a warm-up is done."""
+        extras = super().save_extras(folder)
+        return extras if self.warm_up is None else {**extras, "saturated": self.warm_up.saturated}
+
+    def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
+        super().load_extras(extras, folder)
+        if self.warm_up is not None:
+            self.warm_up.saturated = extras.get("saturated", False)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""

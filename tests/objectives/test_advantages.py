@@ -16,7 +16,6 @@ from rlkd.objectives.advantages import (
     leave_one_out,
     length_normalised_sum,
     per_decision,
-    price_of_stopping,
     regret_per_sequence,
     value_gain,
 )
@@ -180,12 +179,11 @@ def test_the_gain_of_a_critic_sees_the_constant_error_that_its_explained_varianc
     assert float(value_gain(returns - 40.0, spoiled, mask)) < -100
 
 
-def test_regret_and_price_of_stopping_count_valid_tokens_only():
+def test_regret_counts_valid_tokens_only():
     gap, _, mask = batch(7)
     gap = gap.abs()
     want = [sum(row[:n]) for row, n in zip(gap.tolist(), mask.sum(1).tolist(), strict=True)]
     np.testing.assert_allclose(regret_per_sequence(-gap, mask).numpy(), want)
-    assert float(price_of_stopping(gap, mask)) == pytest.approx(sum(want) / int(mask.sum()))
 
 
 def inputs(seed=9, **more):

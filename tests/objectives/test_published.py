@@ -59,10 +59,10 @@ class World:
         n = int(self.tree.mask[y].sum())
         return list(zip(self.tree.state[y, :n].tolist(), self.tree.ids[y, :n].tolist(), strict=True))
 
-    def drawn_from(self, settings: dict):
-        """The log-probabilities [S, A] that rollouts are drawn from, without gradient."""
-        mix = settings.get("teacher_mix", 0.0)
-        return (mix * self.log_p.exp() + (1 - mix) * self.log_pi.exp()).log().detach()
+    def drawn(self, settings: dict):
+        """log mu [S, A], without gradient: what rollouts are drawn from (MiniLLM eq. 4)."""
+        share = settings.get("teacher_mix", 0.0)
+        return (share * self.log_p.exp() + (1 - share) * self.log_pi.exp()).log().detach()
 
     def chance(self, table):
         """Probability of every answer under a table of log-probabilities [S, A]."""
@@ -98,7 +98,7 @@ def losses(w: World, trainer: str, settings: dict, tuples: torch.Tensor):
     objective = kind.objective_type(args)
     state, ids, mask = w.tree.state[rows], w.tree.ids[rows], w.tree.mask[rows]
     own = torch.where(mask, w.policy.logps()[rows], 0.0)
-    mu = torch.where(mask, w.tree.along(w.drawn_from(settings))[rows], 0.0)
+    mu = w.tree.along(w.drawn(settings))[rows]
     labels = trainer in ("SupervisedTrainer", "GKDTrainer")
     answers = Answers(
         [Example("x", "x", ("x",))] * len(rows), ids, mask, ids, mask,
@@ -126,7 +126,7 @@ def expected_gradient(w: World, trainer: str, settings: dict):
     k = settings.get("rollouts_per_prompt", 1)
     groups = torch.tensor(list(itertools.product(range(len(w.tree.answers)), repeat=k)))
     loss = losses(w, trainer, settings, groups).mean(1)
-    pi, p = w.chance(w.drawn_from(settings)), w.chance(w.log_p)
+    pi, p = w.chance(w.drawn(settings)), w.chance(w.log_p)
     share = {"SupervisedTrainer": 0.0, "GKDTrainer": settings.get("on_policy_fraction", 1.0)}.get(trainer, 1.0)
     drawn = (share * pi + (1 - share) * p)[groups].prod(1) if k == 1 else pi[groups].prod(1)
     total = (drawn * loss).sum()
@@ -208,14 +208,15 @@ def vopd(w, steps, t):
 
 
 def minillm(w: World, y: int):
-    """MiniLLM eqs 4 to 8: the single step exactly, the mean of what follows by the token drawn from a mixture."""
-    steps = w.steps(y)
+    """MiniLLM eqs 5, 6 and 8: the single step exactly, the mean of what follows by the sampled token with its weight,
+    pi over the mixture. The paper's single step has that weight, too; given the state its mean is 1.
+    """
+    steps, drawn = w.steps(y), w.drawn({"teacher_mix": 0.2})
     total = 0.0
     for t, (s, a) in enumerate(steps):
-        pi, p = w.log_pi[s, a].exp().detach(), w.log_p[s, a].exp()
-        weight = pi / (0.2 * p + 0.8 * pi)
         following = [float(log_ratio(w, *step)) for step in steps[t + 1 :]]
         future = sum(following) / max(len(following), 1)
+        weight = float((w.log_pi[s, a] - drawn[s, a]).exp().detach())
         total = total + kl(w.log_pi[s], w.log_p[s]) - weight * future * w.log_pi[s, a]
     return total
 
@@ -267,7 +268,7 @@ def published_gradient(w: World, name: str):
     formula, _ = PUBLISHED[name]
     trainer, settings = TABLE[name]
     share = {"SupervisedTrainer": 0.0, "GKDTrainer": settings.get("on_policy_fraction", 1.0)}.get(trainer, 1.0)
-    pi, p = w.chance(w.drawn_from(settings)), w.chance(w.log_p)
+    pi, p = w.chance(w.drawn(settings)), w.chance(w.log_p)
     per_answer = torch.stack([formula(w, y) for y in range(len(pi))])
     total = ((share * pi + (1 - share) * p) * per_answer).sum()
     imitated = settings.get("imitation_coef", 0.0) * (p * torch.stack([sequence(w, y) for y in range(len(p))])).sum()
@@ -325,6 +326,23 @@ def test_its_full_return_has_the_gradient_of_the_kl_of_whole_answers(trainer, on
     # The entropy of the visited states alone is another objective.
     other = expected_gradient(w, trainer, {**settings, "entropy_in": "loss"})
     assert float((other - want).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("trainer", ["ReinforceTrainer", "PPOTrainer"])
+@pytest.mark.parametrize("one_step", ["exact", "sampled"])
+@pytest.mark.parametrize("settings", [{"length_normalised": True}, {"k_step": 2}, {"baseline": "closed_form"}], ids=str)
+def test_answers_of_a_mixture_are_made_the_policys_own_by_their_weights(trainer, one_step, settings):
+    """Cumulative weights that no cap truncates, for any credit: the gradient is that of rollouts without a teacher."""
+    settings = {
+        "reward_value": "lse", "entropy_coef": 0.5, "entropy_in": "reward", "lam": 0.9, "kl_coef": 0.0,
+        "one_step": one_step, "baseline": "teacher", "rollouts_per_prompt": 1, **settings,
+    }  # fmt: skip
+    mixed = {**settings, "teacher_mix": 0.3, "importance_weight": "cumulative", "importance_cap": 1e9}
+    w = world()
+    want = expected_gradient(w, trainer, settings)
+    torch.testing.assert_close(expected_gradient(w, trainer, mixed), want, rtol=0, atol=1e-10)
+    capped = expected_gradient(w, trainer, {**mixed, "importance_cap": 1.0})
+    assert float((capped - want).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("value", ["max", "softmax"])

@@ -34,6 +34,7 @@ RUNS = {
         {"teacher_mix": 0.3, "rollout_temperature": 1.5, "rollout_top_p": 0.9, "sync_every": 2, "max_steps": 5,
          "save_steps": 3},
     ),
+    "task reward": ("ppo", {"max_steps": 8, "save_steps": 4, "task_reward": "rouge1", "task_reward_coef": 0.01}),
     "accumulation": (
         "reinforce",
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 5, "save_steps": 3},

@@ -10,7 +10,7 @@ from rlkd.errors import ConfigError
 from rlkd.models.architectures import language_model
 from rlkd.models.teacher import Teacher
 from rlkd.records import select_rows
-from rlkd.trainers.cut_answers import cut_rows
+from rlkd.trainers.cut_answers import cut_rows, end_price
 from tiny import tiny_bart, tiny_tokenizer
 from tiny_runs import EOS, PADDED, WORDS, assert_same, logged, make, weights
 
@@ -93,6 +93,14 @@ def test_a_batch_of_cut_answers_alone_teaches_nothing(tmp_path, kind):
     lines = [line for line in logged(tmp_path) if "loss" in line]
     assert {line["dropped"] for line in lines if "dropped" in line} == {1.0}
     assert all(line["loss"] == 0 for line in lines)
+
+
+def test_only_the_last_token_of_a_cut_answer_is_charged(tmp_path):
+    """Whatever a reward makes of answers that ended: here 1."""
+    _, answers, _ = annotated(tmp_path)
+    charged = end_price(torch.ones(len(answers.examples), 1), answers)
+    for row, mask, ended in zip(charged.tolist(), answers.answer_mask, answers.finished.tolist(), strict=True):
+        assert row == [float(not ended and t == int(mask.sum()) - 1) for t in range(len(row))]
 
 
 def test_labels_were_not_cut(tmp_path):

@@ -24,6 +24,8 @@ KINDS = {
     metrics.ON_POLICY: {*REINFORCE, *PPO, "gkd"},
     metrics.GKD: {"gkd"},
     metrics.RL: {*REINFORCE, *PPO},
+    metrics.START_CHECKED: {"supervised", *REINFORCE, *PPO},
+    metrics.TASKED: {*REINFORCE, *PPO},
     metrics.CRITIC: PPO,
     metrics.PPO: PPO,
     metrics.DROP: {"reinforce drop"},
@@ -47,8 +49,9 @@ def every_metric(predictions, rows):
 def run(kind, folder):
     """The lines of runs that log all that a trainer can log."""
     if kind != "tkd":
-        options = {} if kind in ("supervised", "gkd") else {"weak_start": "warn"}
-        options |= SETTINGS.get(kind, {})
+        warm_up = {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"}
+        task = {"weak_start": "warn", "task_reward": "rouge1"}
+        options = {"supervised": warm_up, "gkd": {}}.get(kind, task) | SETTINGS.get(kind, {})
         make(
             kind.split()[0], folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
             task_metric=every_metric, **options,

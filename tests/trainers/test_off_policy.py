@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from test_losses import perturb, prompt_ids
+from test_losses import full_logits, perturb, prompt_ids
 
 from rlkd.errors import ConfigError
 from rlkd.models.signals import SIGNAL
@@ -143,6 +143,26 @@ def test_logged_weights_are_those_of_the_answers(tmp_path, kind, accumulation):
     assert line["ratio_max"] == pytest.approx(1, abs=1e-5)
     assert line["kl"] == pytest.approx(0, abs=1e-6)  # of the student's own probabilities
     assert "weight_square" not in line
+
+
+def test_the_logged_kl_is_that_of_the_students_own_tokens(tmp_path):
+    """2,000 first tokens of a mixture against the KL of the whole distribution; without its weight it is far off."""
+    k = 2000
+    trainer = make("reinforce", tmp_path, n=1, per_device_train_batch_size=k, rollouts_per_prompt=k, max_new_tokens=1,
+                   teacher_mix=0.5)  # fmt: skip
+    perturb(trainer.policy, 0.2)
+    answers = trainer.sample(0)
+    evidence = trainer.evidence(answers)
+    _, said = trainer.objective.over_batch(trainer.objective.annotate(answers, evidence), answers, evidence, trainer)
+    prompt = prompt_ids(answers.examples[0].student_input)
+    with torch.no_grad():
+        pi, reference = (
+            full_logits(policy.student, prompt, [0])[0][0].log_softmax(-1)
+            for policy in (trainer.policy, trainer.reference)
+        )
+    kl = float((pi.exp() * (pi - reference)).sum())
+    assert float(said["kl"]) == pytest.approx(kl, abs=0.05)
+    assert abs(float(trainer.objective.kl(answers, evidence).mean()) - kl) > 0.2
 
 
 def test_plain_rollouts_have_weight_1(tmp_path):

@@ -42,6 +42,7 @@ def main(kind: str, folder: str) -> None:
             "whiten_advantages": True,
             "value_warmup_updates": 3,
             "max_steps": 8,
+            "cut_answers": "end_price",
             "imitation_coef": 0.5,
             "labels": labels(11),
         },
@@ -53,8 +54,11 @@ def main(kind: str, folder: str) -> None:
             "loss_reduction": "sequence_mean",
             "max_steps": 4,
             "gradient_accumulation_steps": 2,
+            "task_reward": "rouge1",
+            "task_reward_coef": 0.01,
         },
-        "supervised": {"max_steps": 4, "dataloader_drop_last": True},
+        "supervised": {"max_steps": 4, "dataloader_drop_last": True}
+        | {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"},
     }[kind]
     if kind in ("ppo", "reinforce"):
         options["weak_start"] = "warn"
