@@ -6,8 +6,9 @@ An update is one optimizer step on ROWS answers of ANSWER tokens, with everythin
 and of the reference policy, loss, gradient and AdamW. On-policy arms also sample their answers. They do so as their
 settings say: REINFORCE once for every update, four answers to a prompt; PPO once for four updates, on all of which the
 cost is spread; exact on-policy distillation (OPD) once for every update, one answer to a prompt. SeqKD and divergences
-read labels, which are counted as given. Every prompt is new, so the teacher's prompt cache never helps; within an update
-it does. Random weights and a learning rate of 0, so that all updates do the same work; updates go through the trainers' own code, without logging, evaluation and checkpoints.
+read labels, which are counted as given. Every prompt is new to the teacher's prompt cache. Random weights, and a
+learning rate of 0 so that all updates do the same work; they go through the trainers' own code, without logging,
+evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from overhead import number_tokenizer
 from transformers.utils import logging
 
 from common import arguments, interleave, report, show
-from overhead import number_tokenizer
 from rl_step import EOS, VALID_VOCAB, t5
 from rlkd.models.architectures import language_model
 from rlkd.models.teacher import Teacher
@@ -37,7 +38,8 @@ STUDENT = {"d_model": 384, "d_kv": 64, "d_ff": 1536, "num_layers": 4, "num_heads
 TEACHER = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}  # t5-small's
 # KL(pi || p) over the vocabulary at the student's own prefixes, as recipes/opd_t0_to_t5.yaml has it.
 OPD = {
-    "rollouts_per_prompt": 1, "reward_value": "lse", "lam": 0.0, "entropy_coef": 1.0, "kl_coef": 0.0, "baseline": "teacher",
+    "rollouts_per_prompt": 1, "reward_value": "lse", "lam": 0.0, "entropy_coef": 1.0, "kl_coef": 0.0,
+    "baseline": "teacher",
 }  # fmt: skip
 
 SEQKD = "seqkd"

@@ -1,7 +1,7 @@
 """Functions of next-token logits whose gradients are known in closed form.
 
-Autograd would keep several [n, V] tensors for each and fetch them from memory again. Here the logits alone are kept, and
-both directions take a few rows at a time, so that what lies between stays in a CPU's cache.
+Autograd would keep several [n, V] tensors for each and fetch them from memory again. Here the logits alone are kept,
+and both directions take a few rows at a time, so that what lies between stays in a CPU's cache.
 """
 
 from __future__ import annotations
