@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -90,12 +90,9 @@ class Head:
         Returns: the total, a scalar differentiable in hidden, values and the head's own parameters; and the list.
         """
         groups = _groups(row_tokens, self._chunk_tokens)
-        others: list[Any] = []
-        gradients = torch.is_grad_enabled()
-        total = _LossHead.apply(
-            self, function, loss, groups, others, gradients, limits, hidden, self.weight, self.bias, values, token_args
-        )
-        return total, others
+        task = _Rows(self, function, loss, groups, token_args, limits, torch.is_grad_enabled())
+        total = _LossHead.apply(task, hidden, self.weight, self.bias, values)
+        return total, task.others
 
     @property
     def _chunk_tokens(self) -> int:
@@ -167,56 +164,52 @@ class _ChunkedHead(torch.autograd.Function):
         return (None, None, None, None, *gradients.of, *(None for _ in args))
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What `Head.loss` computes: `others` is filled while it does."""
+
+    head: Head
+    function: TokenFunction
+    loss: RowLoss
+    groups: list[tuple[slice, slice]]
+    token_args: tuple[Tensor, ...]
+    limits: Tensor | None
+    with_gradients: bool
+    others: list[Any] = field(default_factory=list)
+
+
 class _LossHead(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        head: Head,
-        function: TokenFunction,
-        loss: RowLoss,
-        groups: list[tuple[slice, slice]],
-        others: list[Any],
-        with_gradients: bool,
-        limits: Tensor | None,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        values: Tensor,
-        args: tuple[Tensor, ...],
-    ) -> Tensor:
-        needed = [with_gradients and need for need in ctx.needs_input_grad[7:11]]
-        gradients = _HeadGradients(head, hidden, weight, bias, needed[:3])
+    def forward(ctx: Any, task: _Rows, hidden: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor) -> Tensor:
+        needed = [task.with_gradients and need for need in ctx.needs_input_grad[1:]]
+        gradients = _HeadGradients(task.head, hidden, weight, bias, needed[:3])
         d_values = torch.zeros_like(values) if needed[3] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for rows, tokens in groups:
-            cut = _cut(limits, tokens)
-            logits = restrict(head.logits(hidden[tokens]), cut)
-            own_values = values[tokens].detach()
+        for rows, tokens in task.groups:
+            limits = _cut(task.limits, tokens)
+            leaves = (restrict(task.head.logits(hidden[tokens]), limits), values[tokens].detach())
             with torch.set_grad_enabled(any(needed)):
-                leaves = [
-                    leaf.requires_grad_(leaf.is_floating_point() and any(needed)) for leaf in (logits, own_values)
-                ]
-                part, other = loss(rows, function(logits, *(a[tokens] for a in args)), own_values)
+                logits, own_values = (leaf.requires_grad_(any(needed)) for leaf in leaves)
+                outputs = task.function(logits, *(a[tokens] for a in task.token_args))
+                part, other = task.loss(rows, outputs, own_values)
             total += part.detach()
-            others.append(other)
+            task.others.append(other)
             if any(needed):
                 d_logits, d_own = torch.autograd.grad(part, leaves, allow_unused=True)
-                banned = None if cut is None else forbidden(logits, cut)
-                del logits, leaves, part  # with the graph: what follows needs the gradient alone
+                banned = None if limits is None else forbidden(logits, limits)
+                del leaves, logits, outputs, part  # with the graph: what follows needs the gradient alone
                 if d_values is not None and d_own is not None:
                     d_values[tokens] = d_own
                 if d_logits is not None:
-                    d_logits = d_logits if banned is None else d_logits.masked_fill_(banned, 0.0)
-                    gradients.add(tokens, d_logits)
-                del d_logits, d_own
+                    gradients.add(tokens, d_logits if banned is None else d_logits.masked_fill_(banned, 0.0))
+                del d_logits
         ctx.save_for_backward(*gradients.of, d_values)
         return total.to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         # The gradient of the loss itself is there; what follows the loss in the graph scales it, by 1 as a rule.
-        scaled = [None if g is None else g if grad == 1 else grad.to(g.dtype) * g for g in ctx.saved_tensors]
-        return (*(None for _ in range(7)), *scaled, None)
+        return None, *(None if g is None else g if grad == 1 else grad.to(g.dtype) * g for g in ctx.saved_tensors)
 
 
 class _HeadGradients:

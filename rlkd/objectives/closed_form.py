@@ -1,7 +1,7 @@
 """Functions of next-token logits whose gradients are known in closed form.
 
-Autograd would keep several [n, V] tensors for each and fetch them from memory again. Here the logits alone are kept, and
-both directions take a few rows at a time, so that what lies between stays in a CPU's cache.
+Autograd would keep several [n, V] tensors for each and fetch them from memory again. Here the logits alone are kept,
+and both directions take a few rows at a time, so that what lies between stays in a CPU's cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _ClosedForm(torch.autograd.Function):
         ctx.gradient = gradient
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, *args)
-        parts = [values(*(x[rows] for x in (logits, *args))) for rows in _blocks(logits)]
+        parts = [values(*(x[rows] for x in (logits, *args))) for rows in blocks(logits)]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @staticmethod
@@ -48,13 +48,13 @@ class _ClosedForm(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return None, None, None, *(None for _ in args)
         out = torch.empty_like(logits)
-        for rows in _blocks(logits):
+        for rows in blocks(logits):
             own = tuple(None if grad is None else grad[rows] for grad in grads)
             out[rows] = ctx.gradient(own, logits[rows], *(x[rows] for x in args))
         return None, None, out, *(None for _ in args)
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def blocks(logits: Tensor) -> Iterator[slice]:
     """A few rows at a time; all of them, if none or not on a CPU."""
     n, vocabulary = logits.shape
     size = max(n, 1) if logits.device.type != "cpu" else max(1, CACHED_ELEMENTS // max(vocabulary, 1))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..checks import OneOf, check_choice
 from ..records import TeacherSignal, given
-from .closed_form import closed_form
+from .closed_form import blocks, closed_form
 
 Gauge = Literal["log_prob", "centered_logit", "raw_logit"]
 
@@ -53,6 +53,12 @@ def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     Returns: chosen logit, max, logsumexp, mean logit and entropy (nats), each [N] float32 (or float64 as given).
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    parts = [_scores(logits[rows], ids[rows]) for rows in blocks(logits)]
+    chosen, maximum, logsumexp, mean, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return chosen, maximum, logsumexp, mean, entropy
+
+
+def _scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     maximum = logits.amax(-1)
     # One exponential serves the normaliser and the entropy H = logsumexp d - sum_a p(a) d(a), with d = q - max q <= 0
     # so that large logits do not cancel.
