@@ -64,21 +64,28 @@ class Case:
         self._require_gradients()
         log_probs = self.full_logits().log_softmax(-1)
         logps = log_probs.gather(-1, self.ids[..., None]).squeeze(-1)
-        return self._backward(logps, -(log_probs.exp() * log_probs).sum(-1))
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        loss = (-self.advantages * logps - ENTROPY_WEIGHT * entropy).mean()
+        loss.backward()
+        return loss.detach()
 
     def train_chunked(self) -> Tensor:
         self._require_gradients()
-        logps, entropy = self.head.map(token_statistics, self.hidden.flatten(0, 1), self.ids.flatten())
-        return self._backward(logps.view_as(self.ids), entropy.view_as(self.ids))
+        tokens = self.ids.numel()
+
+        def loss_of(rows: slice, outputs: tuple[Tensor, ...], values: Tensor) -> tuple[Tensor, None]:
+            logps, entropy = (output.view(-1, TOKENS) for output in outputs)
+            return (-self.advantages[rows] * logps - ENTROPY_WEIGHT * entropy).sum() / tokens, None
+
+        hidden, ids, values = self.hidden.flatten(0, 1), self.ids.flatten(), torch.zeros(tokens)
+        row_tokens = [TOKENS] * len(self.ids)
+        loss, _ = self.head.loss(token_statistics, loss_of, hidden, ids, row_tokens=row_tokens, values=values)
+        loss.backward()
+        return loss.detach()
 
     def _require_gradients(self) -> None:
         for tensor in (self.hidden, self.weight):
             tensor.requires_grad_().grad = None
-
-    def _backward(self, logps: Tensor, entropy: Tensor) -> Tensor:
-        loss = (-self.advantages * logps - ENTROPY_WEIGHT * entropy).mean()
-        loss.backward()
-        return loss.detach()
 
 
 def measure_memory(variant: str, width: int, rows: int, seed: int) -> int:

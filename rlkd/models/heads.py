@@ -1,14 +1,15 @@
 """The vocabulary projection, applied in chunks so that logits [B, R, V] are never held.
 
-`Head.map` is the one place where logits are computed: the teacher's scores, the student's log-probs,
-entropies, exact expectations and divergences are all functions of one chunk of logits.
+Logits are computed here alone: the teacher's scores, the student's log-probs, entropies, exact expectations and
+divergences are all functions of one chunk of logits. `Head.map` gives those numbers for whatever is made of them;
+`Head.loss` goes on to the loss and its gradient while the chunk is there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from .generation import NO_RULES, AnswerRules, forbidden, restrict
 CHUNK_ELEMENTS = 2**23
 
 TokenFunction = Callable[..., tuple[Tensor, ...]]
+# (rows, one [n] tensor per output of a TokenFunction, values [n]) -> (their part of the loss, whatever else is wanted).
+RowLoss = Callable[[slice, tuple[Tensor, ...], Tensor], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,36 @@ class Head:
         token_args: the backward pass computes each chunk's logits again.
         Returns: one [N] tensor per output of `function`.
         """
-        chunk = chunk_tokens or max(16, math.ceil(CHUNK_ELEMENTS / self.valid_vocab))
+        chunk = chunk_tokens or self._chunk_tokens
         outputs = _ChunkedHead.apply(self, function, chunk, limits, hidden, self.weight, self.bias, *token_args)
         return outputs
+
+    def loss(
+        self,
+        function: TokenFunction,
+        loss: RowLoss,
+        hidden: Tensor,
+        *token_args: Tensor,
+        row_tokens: list[int],
+        values: Tensor,
+        limits: Tensor | None = None,
+    ) -> tuple[Tensor, list[Any]]:
+        """The sum of `loss` over all rows, and what else it returned for each group of rows.
+
+        A loss knows the weight of every token as soon as it has a row's numbers, so each group's gradient is computed
+        beside its logits, which the backward pass of `map` has to compute a second time.
+        Args: as in `map`; hidden [N, D] of rows with `row_tokens` tokens each; loss, a sum of terms of single rows,
+        called with as many whole rows as fit in a chunk (one, if it is longer); values [N], which it may read, too.
+        Returns: the total, a scalar differentiable in hidden, values and the head's own parameters; and the list.
+        """
+        groups = _groups(row_tokens, self._chunk_tokens)
+        task = _Rows(self, function, loss, groups, token_args, limits, torch.is_grad_enabled())
+        total = _LossHead.apply(task, hidden, self.weight, self.bias, values)
+        return total, task.others
+
+    @property
+    def _chunk_tokens(self) -> int:
+        return max(16, math.ceil(CHUNK_ELEMENTS / self.valid_vocab))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,33 +151,104 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         head, chunk = ctx.head, ctx.chunk
         hidden, weight, bias, *args = ctx.saved_tensors
-        v = head.valid_vocab
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[4:7]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias) if need_bias else None
-        head_weight = weight[:v].to(hidden.dtype)  # once, not for every chunk
+        gradients = _HeadGradients(head, hidden, weight, bias, ctx.needs_input_grad[4:7])
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits, limits = head.logits(hidden[rows]), _cut(ctx.limits, rows)
             d_logits = _gradient(ctx.function, restrict(logits, limits), [a[rows] for a in args], grads, rows)
             if limits is not None:
                 d_logits.masked_fill_(forbidden(logits, limits), 0.0)
-            d_logits = d_logits.to(hidden.dtype)
             del logits
-            if grad_hidden is not None:
-                grad_hidden[rows] = head.scale * (d_logits @ head_weight)
-            if grad_weight is not None:
-                # Padded rows of the weight have no gradient. addmm_ adds in place, without a [V, D] temporary.
-                d_weight = grad_weight[:v]
-                if d_weight.dtype == d_logits.dtype:
-                    d_weight.addmm_(d_logits.T, hidden[rows], alpha=head.scale)
-                else:
-                    d_weight += head.scale * (d_logits.T @ hidden[rows])
-            if grad_bias is not None:
-                grad_bias[:v] += d_logits.sum(0)
+            gradients.add(rows, d_logits)
             del d_logits  # or it would add to the memory of the next chunk's logits
-        return (None, None, None, None, grad_hidden, grad_weight, grad_bias, *(None for _ in args))
+        return (None, None, None, None, *gradients.of, *(None for _ in args))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What `Head.loss` computes: `others` is filled while it does."""
+
+    head: Head
+    function: TokenFunction
+    loss: RowLoss
+    groups: list[tuple[slice, slice]]
+    token_args: tuple[Tensor, ...]
+    limits: Tensor | None
+    with_gradients: bool
+    others: list[Any] = field(default_factory=list)
+
+
+class _LossHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, task: _Rows, hidden: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor) -> Tensor:
+        needed = [task.with_gradients and need for need in ctx.needs_input_grad[1:]]
+        gradients = _HeadGradients(task.head, hidden, weight, bias, needed[:3])
+        d_values = torch.zeros_like(values) if needed[3] else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for rows, tokens in task.groups:
+            limits = _cut(task.limits, tokens)
+            leaves = (restrict(task.head.logits(hidden[tokens]), limits), values[tokens].detach())
+            with torch.set_grad_enabled(any(needed)):
+                logits, own_values = (leaf.requires_grad_(any(needed)) for leaf in leaves)
+                outputs = task.function(logits, *(a[tokens] for a in task.token_args))
+                part, other = task.loss(rows, outputs, own_values)
+            total += part.detach()
+            task.others.append(other)
+            if any(needed):
+                d_logits, d_own = torch.autograd.grad(part, leaves, allow_unused=True)
+                banned = None if limits is None else forbidden(logits, limits)
+                del leaves, logits, outputs, part  # with the graph: what follows needs the gradient alone
+                if d_values is not None and d_own is not None:
+                    d_values[tokens] = d_own
+                if d_logits is not None:
+                    gradients.add(tokens, d_logits if banned is None else d_logits.masked_fill_(banned, 0.0))
+                del d_logits
+        ctx.save_for_backward(*gradients.of, d_values)
+        return total.to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # The gradient of the loss itself is there; what follows the loss in the graph scales it, by 1 as a rule.
+        return None, *(None if g is None else g if grad == 1 else grad.to(g.dtype) * g for g in ctx.saved_tensors)
+
+
+class _HeadGradients:
+    """Sums the gradients of hidden states, weight and bias, as far as they are `needed`, over chunks of tokens."""
+
+    def __init__(self, head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]):
+        self.head, self.source = head, hidden
+        tensors = (hidden, weight, bias)
+        # Padded rows of the weight have no gradient, and an empty batch none at all.
+        self.of = [torch.zeros_like(t) if t is not None and n else None for t, n in zip(tensors, needed, strict=True)]
+        self.weight = weight.detach()[: head.valid_vocab].to(hidden.dtype)  # once, not for every chunk
+
+    def add(self, tokens: slice, d_logits: Tensor) -> None:
+        """Add what d_logits [n, V], the gradient in the logits of these tokens, gives."""
+        hidden, weight, bias = self.of
+        v, scale = self.head.valid_vocab, self.head.scale
+        d_logits, own = d_logits.to(self.source.dtype), self.source[tokens].detach()
+        if hidden is not None:
+            hidden[tokens] = scale * (d_logits @ self.weight)
+        if weight is not None:
+            # addmm_ adds in place, without a [V, D] temporary.
+            if weight.dtype == d_logits.dtype:
+                weight[:v].addmm_(d_logits.T, own, alpha=scale)
+            else:
+                weight[:v] += scale * (d_logits.T @ own)
+        if bias is not None:
+            bias[:v] += d_logits.sum(0)
+
+
+def _groups(row_tokens: list[int], most: int) -> list[tuple[slice, slice]]:
+    """(rows, their tokens): whole rows, at most `most` tokens together unless one row has more."""
+    groups = []
+    first, start, end = 0, 0, 0
+    for row, tokens in enumerate(row_tokens):
+        if end + tokens - start > most and row > first:
+            groups.append((slice(first, row), slice(start, end)))
+            first, start = row, end
+        end += tokens
+    return [*groups, (slice(first, len(row_tokens)), slice(start, end))]
 
 
 def _cut(limits: Tensor | None, rows: slice) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
+from .closed_form import closed_form
 
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
@@ -17,8 +18,29 @@ def token_statistics(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
     Args: logits [N, V] over valid ids; ids [N].
     """
+    logps, entropy = closed_form(_statistics, _statistics_gradient, logits, ids)
+    return logps, entropy
+
+
+def _statistics(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     log_probs = logits.log_softmax(-1)
-    return log_probs.gather(-1, ids[:, None]).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
+    logps = log_probs.gather(-1, ids[:, None]).squeeze(-1)
+    return logps, -(log_probs.exp().mul_(log_probs)).sum(-1)
+
+
+def _statistics_gradient(grads: tuple[Tensor | None, Tensor | None], logits: Tensor, ids: Tensor) -> Tensor:
+    """d log pi(a) = 1[a] - pi,  d H = -pi (log pi + H)."""
+    of_logps, of_entropy = grads
+    log_probs = logits.log_softmax(-1)
+    probs = log_probs.exp()
+    if of_entropy is None:
+        slope = torch.zeros_like(ids, dtype=logits.dtype)[:, None]
+    else:
+        entropy = -(probs * log_probs).sum(-1)
+        slope = log_probs.add_(entropy[:, None]).mul_(-of_entropy[:, None])
+    if of_logps is None:
+        return probs.mul_(slope)
+    return probs.mul_(slope - of_logps[:, None]).scatter_add_(-1, ids[:, None], of_logps[:, None])
 
 
 def reinforce_loss(logps: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:

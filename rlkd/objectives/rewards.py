@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..checks import OneOf, check_choice
 from ..records import TeacherSignal, given
+from .closed_form import blocks, closed_form
 
 Gauge = Literal["log_prob", "centered_logit", "raw_logit"]
 
@@ -52,6 +53,12 @@ def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     Returns: chosen logit, max, logsumexp, mean logit and entropy (nats), each [N] float32 (or float64 as given).
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    parts = [_scores(logits[rows], ids[rows]) for rows in blocks(logits)]
+    chosen, maximum, logsumexp, mean, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return chosen, maximum, logsumexp, mean, entropy
+
+
+def _scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     maximum = logits.amax(-1)
     # One exponential serves the normaliser and the entropy H = logsumexp d - sum_a p(a) d(a), with d = q - max q <= 0
     # so that large logits do not cancel.
@@ -59,7 +66,7 @@ def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     weights = below.exp()
     total = weights.sum(-1)
     logsumexp = maximum.detach() + total.log()
-    entropy = (total.log() - torch.einsum("nv,nv->n", weights, below) / total).clamp(min=0)
+    entropy = (total.log() - (weights * below).sum(-1) / total).clamp(min=0)
     chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
     return chosen, maximum, logsumexp, logits.mean(-1), entropy
 
@@ -70,7 +77,20 @@ def expected_advantage(student_logits: Tensor, teacher_logits: Tensor, teacher_v
     Args: student_logits, teacher_logits [N, V]; teacher_value [N] in the raw-logit gauge. It is the closed-form
     baseline and, differentiated, the exact gradient of the immediate term (all actions, no sampling).
     """
-    return (student_logits.softmax(-1) * teacher_logits).sum(-1) - teacher_value
+    (expected,) = closed_form(_expectation, _expectation_gradient, student_logits, teacher_logits)
+    return expected - teacher_value
+
+
+def _expectation(logits: Tensor, scores: Tensor) -> tuple[Tensor]:
+    """sum_a pi(a) q(a)."""
+    return (logits.softmax(-1).mul_(scores).sum(-1),)
+
+
+def _expectation_gradient(grads: tuple[Tensor], logits: Tensor, scores: Tensor) -> Tensor:
+    """pi (q - sum_a pi(a) q(a))."""
+    probs = logits.softmax(-1)
+    expected = (probs * scores).sum(-1, keepdim=True)
+    return probs.mul_((scores - expected).mul_(grads[0][:, None]))
 
 
 def induced(state_value: Callable[[TeacherSignal], Tensor], *needs: str) -> Reward:

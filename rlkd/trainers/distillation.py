@@ -20,12 +20,13 @@ from ..evaluation.recording import append_samples, evaluated_samples
 from ..evaluation.samples import Sample
 from ..io.progress import progress
 from ..models.architectures import language_model
+from ..models.heads import RowLoss
 from ..models.policy import Policy
 from ..models.saving import evaluated_generation
 from ..models.signals import SignalSource, check_signal
 from ..models.teacher import Teacher
-from ..objectives.policy import reduce_tokens
-from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal
+from ..objectives.policy import reduce_tokens, reduction_count
+from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal, select_rows
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
 from ..runs.sample_tables import SampleTables, print_samples
 from .base_arguments import DistillationArguments
@@ -258,21 +259,21 @@ class DistillationTrainer(StudentTrainer):
         answers, mask = minibatch.answers, minibatch.answers.answer_mask
         function, token_args = self.objective.token_function(minibatch.signal, minibatch.annotations)
         labels = None if minibatch.imitation is None else minibatch.imitation.labels.policy_inputs
-        (logps, entropy, *extra), values, *of_labels = model(*answers.policy_inputs, function, token_args, labels)
-        student = StudentTokens(logps=logps, entropy=entropy, values=values, extra=tuple(extra))
-        loss, logged = self.objective.token_loss(student, minibatch)
-        total = reduce_tokens(loss, mask, self.objective.loss_reduction, minibatch.denominator)
+        loss_of = self.row_loss(minibatch)
+        total, parts, *of_labels = model(*answers.policy_inputs, function, token_args, loss_of, labels)
+        tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        loss, logps = tokens.pop("loss"), tokens.pop("logps")
         if minibatch.imitation is not None:
             total = total + self.imitation_loss(minibatch.imitation, *of_labels)
         watched = {"the loss": torch.where(mask, loss, 0.0), "the summed loss": total}
         if answers.own_logps is not None:
-            log_ratio = (logps.detach() - answers.own_logps) * mask
+            log_ratio = (logps - answers.own_logps) * mask
             watched = {"the log-ratio": log_ratio, **watched}
             ratio = log_ratio.exp()
             self.record_tokens(mask, ratio_mean=ratio)
             self.record(ratio_max=ratio.max())
         self.finite.watch(watched, answers.ids, minibatch)
-        self.record_tokens(mask, entropy=entropy, **logged)
+        self.record_tokens(mask, **tokens)
         return total if minibatch.denominator is None else self.scale_to_global(total)
 
     def imitation_loss(self, imitation: Imitation, logps: Tensor) -> Tensor:
@@ -281,6 +282,26 @@ class DistillationTrainer(StudentTrainer):
         self.record_tokens(mask, imitation_loss=-logps)
         self.finite.watch({"the imitation loss": logps}, imitation.labels.ids, imitation.labels)
         return imitation.coef * reduce_tokens(-logps, mask, "token_mean", imitation.tokens)
+
+    def row_loss(self, minibatch: Minibatch) -> RowLoss:
+        """The loss of some rows of a minibatch, its share of the whole, and their numbers per token, [b, R] each."""
+        objective, mask = self.objective, minibatch.answers.answer_mask
+        reduction, denominator = objective.loss_reduction, minibatch.denominator
+        if denominator is None:
+            denominator = reduction_count(mask, reduction)
+
+        def of_rows(rows: slice, statistics: tuple[Tensor, ...], values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logps, entropy, *extra = statistics
+            student = StudentTokens(logps=logps, entropy=entropy, values=values.to(logps.dtype), extra=tuple(extra))
+            part = select_rows(minibatch, torch.arange(len(mask))[rows])
+            # In the precision of the statistics, whatever the model's: the loss is where small differences count.
+            with torch.autocast(mask.device.type, enabled=False):
+                loss, logged = objective.token_loss(student, part)
+                total = reduce_tokens(loss, mask[rows], reduction, denominator)
+            tokens = {"loss": loss, "logps": logps, "entropy": entropy, **logged}
+            return total, {name: value.detach() for name, value in tokens.items()}
+
+        return of_rows
 
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""

@@ -146,3 +146,126 @@ def test_half_precision_states_give_float32_logits_and_gradients_in_the_paramete
     want = torch.autograd.grad(plain(*leaves, 0.5, ids)[0].sum(), leaves)
     for got, exact in zip((hidden.grad, weight.grad, bias.grad), want, strict=True):
         torch.testing.assert_close(got.double(), exact, atol=0.05, rtol=0.05)
+
+
+# The loss beside the logits
+
+ROWS = [2, 0, 4, 1]  # tokens of each row, N together
+
+
+def row_loss(weights):
+    """A loss of rows that is not a sum over their tokens, and reads values: sum over rows of (sum_t w logp)^2 + ..."""
+
+    def loss(rows, outputs, values):
+        logps, entropy, best = outputs
+        start = sum(ROWS[: rows.start])
+        own = weights[start : start + len(logps)]
+        total = (values * entropy + 0.5 * values.square()).sum()
+        for part in (own * logps).split(ROWS[rows]):
+            total = total + part.sum().square()
+        return total, (rows, best)
+
+    return loss
+
+
+def with_best(logits, ids):
+    return *statistics(logits, ids), logits.argmax(-1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_loss_has_the_value_and_gradients_of_full_logits(chunk, bias, monkeypatch):
+    monkeypatch.setattr(Head, "_chunk_tokens", chunk)
+    hidden, weight, offset, ids = tensors(bias=bias)
+    values = torch.linspace(-1, 2, N, dtype=torch.float64).requires_grad_()
+    weights = torch.linspace(0.5, 2, N, dtype=torch.float64)
+    leaves = [x for x in (hidden, weight, offset, values) if x is not None]
+    head = Head(weight, offset, 0.5, VALID)
+    total, others = head.loss(with_best, row_loss(weights), hidden, ids, row_tokens=ROWS, values=values)
+    logits = 0.5 * hidden @ weight.T + (0 if offset is None else offset)
+    every = slice(0, len(ROWS))
+    want, _ = row_loss(weights)(every, with_best(logits[:, :VALID], ids), values)
+    torch.testing.assert_close(total, want, rtol=1e-12, atol=1e-12)
+    # What follows in the graph counts: the trainer scales the loss.
+    got = torch.autograd.grad(2.5 * total, leaves)
+    for one, other in zip(got, torch.autograd.grad(2.5 * want, leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    # All rows, in order and whole; each output as `map` has it.
+    assert [i for rows, _ in others for i in range(*rows.indices(99))] == list(range(len(ROWS)))
+    assert torch.equal(torch.cat([best for _, best in others]), logits[:, :VALID].argmax(-1))
+    largest = max(sum(ROWS[rows]) for rows, _ in others)
+    assert largest <= max(chunk, max(ROWS))
+
+
+def test_loss_without_gradients_and_of_frozen_weights():
+    hidden, weight, bias, ids = tensors()
+    values, weights = torch.zeros(N, dtype=torch.float64), torch.ones(N, dtype=torch.float64)
+
+    def total(weight, bias):
+        head = Head(weight, bias, 1.0, VALID)
+        return head.loss(with_best, row_loss(weights), hidden, ids, row_tokens=ROWS, values=values)[0]
+
+    with torch.no_grad():
+        assert not total(weight, bias).requires_grad
+    frozen = torch.autograd.grad(total(weight.detach(), bias.detach()), hidden)[0]
+    torch.testing.assert_close(frozen, torch.autograd.grad(total(weight, bias), hidden)[0])
+
+
+def test_loss_gives_forbidden_tokens_no_gradient(monkeypatch):
+    """As `map` does: the first token of every row is banned, and one more is forced."""
+    monkeypatch.setattr(Head, "_chunk_tokens", 3)
+    hidden, weight, bias, ids = tensors()
+    ids = ids.clamp(min=1)
+    limits = torch.full((N, 2), -1)
+    limits[:, 1] = 0
+    limits[4, 0] = ids[4]
+    head, w = Head(weight, bias, 1.0, VALID), torch.linspace(1, 2, N, dtype=torch.float64)
+
+    def loss(rows, outputs, values):
+        start = sum(ROWS[: rows.start])
+        return (w[start : start + len(outputs[0])] * (outputs[0] + outputs[1])).sum(), None
+
+    values = torch.zeros(N, dtype=torch.float64)
+    total, _ = head.loss(statistics, loss, hidden, ids, row_tokens=ROWS, values=values, limits=limits)
+    chosen, entropy = head.map(statistics, hidden, ids, limits=limits)
+    leaves = (hidden, weight, bias)
+    got, want = torch.autograd.grad(total, leaves), torch.autograd.grad((w * (chosen + entropy)).sum(), leaves)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert got[2][0] == 0
+    assert not got[0][4].any()  # one token may follow: nothing to learn
+
+
+def test_loss_of_no_tokens_at_all():
+    hidden, weight, bias, ids = tensors(n=0)
+    values = torch.zeros(0, dtype=torch.float64)
+
+    def loss(rows, outputs, values):
+        return outputs[0].sum(), outputs[0]
+
+    total, (part,) = Head(weight, bias, 1.0, VALID).loss(
+        statistics, loss, hidden, ids, row_tokens=[0, 0], values=values
+    )
+    total.backward()
+    assert part.shape == (0,)
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_loss_of_half_precision_states(weights):
+    hidden, weight, bias, ids = tensors()
+    hidden, bias = hidden.detach().bfloat16().requires_grad_(), bias.detach().to(weights).requires_grad_()
+    weight = weight.detach().to(weights).requires_grad_()
+
+    def loss(rows, outputs, values):
+        assert outputs[0].dtype == torch.float32
+        return outputs[0].sum(), None
+
+    head = Head(weight, bias, 0.5, VALID)
+    total, _ = head.loss(statistics, loss, hidden, ids, row_tokens=ROWS, values=torch.zeros(N))
+    total.backward()
+    chosen, _ = head.map(statistics, hidden, ids)
+    want = torch.autograd.grad(chosen.sum(), (hidden, weight, bias))
+    for leaf, other in zip((hidden, weight, bias), want, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        torch.testing.assert_close(leaf.grad, other)

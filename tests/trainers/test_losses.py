@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from rlkd.models.heads import Head
 from rlkd.records import Answers, Example, select_rows
 from tiny import tiny_tokenizer
 from tiny_runs import EOS, VALID, WORDS, assert_same, logged, make, student, tiny_teacher, weights
@@ -436,3 +437,26 @@ def test_credit_that_does_not_vary_is_left_as_it_is(tmp_path, kind, caplog, monk
     assert len(said) == 1
     norms = [row["grad_norm"] for row in logged(tmp_path / "True") if "grad_norm" in row]
     assert max(norms) < 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("supervised", {"objective": "forward_kl"}),
+        ("reinforce", {"sync_every": 2, "lam": 0.7, "entropy_coef": 0.1, "loss_reduction": "sequence_mean"}),
+        ("ppo", {}),
+    ],
+)
+def test_an_update_does_not_depend_on_how_many_rows_share_a_chunk(kind, options, tmp_path, monkeypatch):
+    """One row after the other, each longer than the chunk, against all rows at once."""
+    runs = []
+    for tokens in (1, 1000):
+        monkeypatch.setattr(Head, "_chunk_tokens", tokens)
+        trainer = make(kind, tmp_path / str(tokens), max_steps=4, optim="sgd", **options)
+        trainer.train()
+        runs.append((weights(trainer.policy), logged(tmp_path / str(tokens))[:4]))
+    (one, lines), (other, others) = runs
+    assert_same(one, other, tolerance=1e-6)
+    for line, same in zip(lines, others, strict=True):
+        for name in line.keys() - {"time", "rollout_seconds", "tokens_per_second"}:
+            assert line[name] == pytest.approx(same[name], rel=1e-4, abs=1e-6), name

@@ -1,0 +1,80 @@
+"""Gradients in closed form against autograd of the definitions, in float64 and over several blocks of rows."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from rlkd.objectives import closed_form
+from rlkd.objectives.divergences import forward_kl, reverse_kl
+from rlkd.objectives.policy import token_statistics
+from rlkd.objectives.rewards import expected_advantage
+
+N, V = 7, 5
+
+
+@pytest.fixture(autouse=True)
+def three_blocks(monkeypatch):
+    """3 + 3 + 1 rows."""
+    monkeypatch.setattr(closed_form, "CACHED_ELEMENTS", 3 * V)
+
+
+def inputs(*shape):
+    """Student and teacher logits [*shape, V], ids and teacher values [*shape]."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 2 * torch.randn(2, *shape, V, generator=generator, dtype=torch.float64)
+    ids = torch.randint(V, shape, generator=generator)
+    return student.requires_grad_(), teacher, ids, torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def definition(name, student, teacher, ids, value):
+    """Each function from probabilities."""
+    pi, p = student.exp() / student.exp().sum(-1, keepdim=True), teacher.exp() / teacher.exp().sum(-1, keepdim=True)
+    return {
+        "log-probability": lambda: pi.log().gather(-1, ids[..., None]).squeeze(-1),
+        "entropy": lambda: -(pi * pi.log()).sum(-1),
+        "both": lambda: pi.log().gather(-1, ids[..., None]).squeeze(-1) - 3 * (pi * pi.log()).sum(-1),
+        "expected": lambda: (pi * teacher).sum(-1) - value,
+        "forward_kl": lambda: (p * (p / pi).log()).sum(-1),
+        "reverse_kl": lambda: (pi * (pi / p).log()).sum(-1),
+    }[name]()
+
+
+CLOSED = {
+    "log-probability": lambda student, teacher, ids, value: token_statistics(student, ids)[0],
+    "entropy": lambda student, teacher, ids, value: token_statistics(student, ids)[1],
+    "both": lambda student, teacher, ids, value: sum(
+        w * x for w, x in zip((1, 3), token_statistics(student, ids), strict=True)
+    ),
+    "expected": lambda student, teacher, ids, value: expected_advantage(student, teacher, value),
+    "forward_kl": lambda student, teacher, ids, value: forward_kl(student, teacher),
+    "reverse_kl": lambda student, teacher, ids, value: reverse_kl(student, teacher),
+}
+
+
+@pytest.mark.parametrize("shape", [(N,), (2, N), (0,)])
+@pytest.mark.parametrize("name", CLOSED)
+def test_values_and_gradients_are_those_of_the_definition(name, shape):
+    if name in ("log-probability", "entropy", "both", "expected") and len(shape) > 1:
+        pytest.skip("of tokens, one dimension")
+    arguments = inputs(*shape)
+    weights = torch.linspace(-1, 2, N, dtype=torch.float64)[: shape[-1]].expand(shape)
+    got, want = CLOSED[name](*arguments), definition(name, *arguments)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    slopes = [torch.autograd.grad((weights * x).sum(), arguments[0])[0] for x in (got, want)]
+    torch.testing.assert_close(*slopes, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_gradients_pass_gradcheck(name):
+    student, *others = inputs(N)
+    assert gradcheck(lambda logits: CLOSED[name](logits, *others), (student,))
+
+
+def test_the_inputs_are_left_as_they_were():
+    """The gradients are computed in place, in tensors of their own."""
+    arguments = inputs(N)
+    before = [x.detach().clone() for x in arguments]
+    for function in CLOSED.values():
+        function(*arguments).sum().backward()
+    for x, kept in zip(arguments, before, strict=True):
+        assert torch.equal(x.detach(), kept)
