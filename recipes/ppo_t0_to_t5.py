@@ -16,7 +16,13 @@ SETTINGS = (DataArguments, TeacherArguments, ModelConfig, PPOArguments)
 def main() -> None:
     data, teacher, student, training = parse_config(SETTINGS)
     setup = prepare(data, teacher, student, training)
-    trainer = PPOTrainer(setup.student, training, train_examples=setup.train_examples, **setup.trainer_inputs())
+    trainer = PPOTrainer(
+        setup.student,
+        training,
+        train_examples=setup.train_examples,
+        labels=setup.pseudo_labels,
+        **setup.trainer_inputs(),
+    )
     trainer.run(setup.settings)
 
 

@@ -24,7 +24,13 @@ SETTINGS = (DataArguments, TeacherArguments, ModelConfig, ReinforceArguments)
 def main() -> None:
     data, teacher, student, training = parse_config(SETTINGS)
     setup = prepare(data, teacher, student, training)
-    trainer = ReinforceTrainer(setup.student, training, train_examples=setup.train_examples, **setup.trainer_inputs())
+    trainer = ReinforceTrainer(
+        setup.student,
+        training,
+        train_examples=setup.train_examples,
+        labels=setup.pseudo_labels,
+        **setup.trainer_inputs(),
+    )
     trainer.run(setup.settings)
 
 

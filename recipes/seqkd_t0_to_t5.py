@@ -10,7 +10,6 @@ if __name__ == "__main__":
     run_main(refuse_missing_paths)  # before the imports that take seconds
 
 from rlkd import (
-    ConfigError,
     DataArguments,
     ModelConfig,
     SupervisedArguments,
@@ -25,10 +24,6 @@ SETTINGS = (DataArguments, TeacherArguments, ModelConfig, SupervisedArguments)
 
 def main() -> None:
     data, teacher, student, training = parse_config(SETTINGS)
-    if data.pseudo_labels is None:
-        raise ConfigError(
-            "pseudo_labels is not set: name a folder written by `rlkd generate-pseudolabels --out FOLDER`"
-        )
     setup = prepare(data, teacher, student, training)
     trainer = SupervisedTrainer(setup.student, training, train_dataset=setup.pseudo_labels, **setup.trainer_inputs())
     trainer.run(setup.settings)

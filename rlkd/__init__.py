@@ -71,7 +71,7 @@ _MODULES = {
     "objectives.attention_tree": ("attention_tree", "rows_of_map"),
     "objectives.divergences": ("Divergence", "DIVERGENCES"),
     "objectives.encoder": ("PRESETS", "token_distance"),
-    "objectives.policy": ("kl_k3", "ppo_loss", "reduce_tokens", "reinforce_loss", "token_statistics"),
+    "objectives.policy": ("ppo_loss", "reduce_tokens", "reinforce_loss", "token_statistics"),
     "objectives.rewards": (
         "induced",
         "induced_advantage",
@@ -96,12 +96,14 @@ _MODULES = {
     "runs.alarms": ("Alarm", "ALARMS"),
     "sampling.engines.protocol": ("Answer", "Decoding", "Engine", "EngineKind", "EngineSettings"),
     "sampling.engines.registry": ("ENGINES",),
+    "sampling.proposal": ("Proposal",),
     "sampling.rollouts": ("greedy_answers", "sample_rollouts"),
     "settings.parsing": ("parse_config", "run_main"),
     "settings.paths": ("refuse_missing_paths",),
     "settings.trl_compat": ("ModelConfig",),
     "templates.template": ("load_templates", "Rendered", "Template"),
     "trainers.arguments": (
+        "GKDArguments",
         "OnPolicyArguments",
         "PPOArguments",
         "ReinforceArguments",
@@ -110,6 +112,7 @@ _MODULES = {
     ),
     "trainers.encoders.arguments": ("TKDArguments",),
     "trainers.encoders.tkd": ("check_distillation", "distil_chain", "TKDTrainer"),
+    "trainers.gkd": ("GKDTrainer",),
     "trainers.objective": ("Evidence", "Objective", "StudentTokens"),
     "trainers.on_policy": ("OnPolicyTrainer",),
     "trainers.policy_gradient": ("Credit", "PolicyGradient", "PolicyGradientTrainer"),
@@ -208,7 +211,6 @@ if TYPE_CHECKING:
     from .objectives.divergences import Divergence as Divergence
     from .objectives.encoder import PRESETS as PRESETS
     from .objectives.encoder import token_distance as token_distance
-    from .objectives.policy import kl_k3 as kl_k3
     from .objectives.policy import ppo_loss as ppo_loss
     from .objectives.policy import reduce_tokens as reduce_tokens
     from .objectives.policy import reinforce_loss as reinforce_loss
@@ -238,6 +240,7 @@ if TYPE_CHECKING:
     from .sampling.engines.protocol import EngineKind as EngineKind
     from .sampling.engines.protocol import EngineSettings as EngineSettings
     from .sampling.engines.registry import ENGINES as ENGINES
+    from .sampling.proposal import Proposal as Proposal
     from .sampling.rollouts import greedy_answers as greedy_answers
     from .sampling.rollouts import sample_rollouts as sample_rollouts
     from .settings.parsing import parse_config as parse_config
@@ -247,6 +250,7 @@ if TYPE_CHECKING:
     from .templates.template import Rendered as Rendered
     from .templates.template import Template as Template
     from .templates.template import load_templates as load_templates
+    from .trainers.arguments import GKDArguments as GKDArguments
     from .trainers.arguments import OnPolicyArguments as OnPolicyArguments
     from .trainers.arguments import PPOArguments as PPOArguments
     from .trainers.arguments import ReinforceArguments as ReinforceArguments
@@ -256,6 +260,7 @@ if TYPE_CHECKING:
     from .trainers.encoders.tkd import TKDTrainer as TKDTrainer
     from .trainers.encoders.tkd import check_distillation as check_distillation
     from .trainers.encoders.tkd import distil_chain as distil_chain
+    from .trainers.gkd import GKDTrainer as GKDTrainer
     from .trainers.objective import Evidence as Evidence
     from .trainers.objective import Objective as Objective
     from .trainers.objective import StudentTokens as StudentTokens

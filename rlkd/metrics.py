@@ -30,7 +30,12 @@ class Occasion:
 
 LOG = Occasion("log", "", "training since the last log line (`logging_steps`)")
 WEIGHTED = Occasion("log", "weighted_", "the same, times the weight of the term in the loss")
-START = Occasion("once", "start_", "the first rollout batch, before the first update")
+START = Occasion(
+    "once",
+    "start_",
+    "sampled answers to the first rollout batch, before the first update (RL); to held-out inputs, at the end "
+    "(`until_ready`)",
+)
 GREEDY = Occasion("evaluation", "eval_", "greedy answers to held-out inputs; predictions for held-out rows (TKD)")
 SAMPLED = Occasion("evaluation", "eval_sample_", "one answer per held-out input, sampled at temperature 1")
 END = Occasion("end", "", "the whole run")
@@ -40,9 +45,19 @@ OCCASIONS = (LOG, WEIGHTED, START, GREEDY, SAMPLED, END)
 ALL = "all"
 GENERATING = "supervised and RL"
 RL = "RL"
+START_CHECKED = "RL, and supervised with `until_ready`"
+TASKED = "RL with `task_reward`"
 CRITIC = "RL with a critic"
+ON_POLICY = "RL and GKD"
 PPO = "PPO"
+TRUNCATED = "RL and GKD with `rollout_top_p`"
+GKD = "GKD"
+IMITATING = "RL with `imitation_coef`"
+DUAL_CLIP = "PPO with `dual_clip`"
+DROP = "RL with `cut_answers: drop`"
+END_PRICE = "RL with `cut_answers: end_price`"
 TKD = "TKD"
+STARTS = {START: START_CHECKED}
 HELD_OUT = {GREEDY: GENERATING, SAMPLED: GENERATING}
 TERM = {LOG: TKD, WEIGHTED: TKD}
 
@@ -111,7 +126,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="Alarms fired so far, this line included; absent with `alarms: off` ([guards.md](guards.md))."),
     ),
     "Answers and their regret": (
-        Metric(name="regret", unit="nats", better="down", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
+        Metric(name="regret", unit="nats", better="down", per="answer", logged={LOG: RL, **STARTS, **HELD_OUT},
                title="Regret",
                meaning="-sum_t A_max(s_t, a_t): the cost of an answer relative to the teacher's greedy token at every "
                        "state it visits; 0 is best."),
@@ -119,10 +134,11 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="log p(answer) under the teacher."),
         Metric(name="teacher_logprob", unit="nats", better="up", per="answer", logged={LOG: RL},
                meaning="The same for the answers sampled in training."),
-        Metric(name="length", unit="tokens", better="neither", per="answer", logged={LOG: RL, START: RL, **HELD_OUT},
+        Metric(name="length", unit="tokens", better="neither", per="answer",
+               logged={LOG: ON_POLICY, **STARTS, **HELD_OUT},
                title="Length of answers", meaning="Tokens of an answer, end-of-sequence included."),
         Metric(name="finish_rate", unit="share", better="up", per="answer",
-               logged={LOG: RL, START: RL, **HELD_OUT}, title="Finished answers",
+               logged={LOG: ON_POLICY, **STARTS, **HELD_OUT}, title="Finished answers",
                meaning="Answers that ended before `max_new_tokens`."),
         Metric(name="entropy", unit="nats", better="neither", per="token", logged={LOG: GENERATING, **HELD_OUT},
                title="Entropy of the student",
@@ -136,27 +152,57 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                        "estimate (0 in supervised runs, which have no reference policy)."),
         Metric(name="match", unit="share", better="up", per="answer", logged={GREEDY: GENERATING},
                meaning="Greedy answers equal, as text, to the teacher's greedy answer under its first template."),
-        Metric(name="eos_price", unit="nats", better="neither", per="token", logged={START: RL},
+        Metric(name="eos_price", unit="nats", better="neither", per="token", logged={**STARTS},
                meaning="Regret of ending an answer where the student continued; a start is weak when `start_regret` "
                        "exceeds half of it."),
     ),
     "Policy updates": (
+        Metric(name="task_reward", unit="", better="up", per="answer", logged={LOG: TASKED}, title="Task reward",
+               meaning="Score of sampled answers by `task_reward`, in its own unit, before its weight."),
         Metric(name="kl_coef", unit="", better="neither", per="batch", logged={LOG: RL},
                meaning="Weight of the KL penalty to the reference policy; it moves only with `kl_target`."),
         Metric(name="advantage_std", unit="nats", better="neither", per="batch", logged={LOG: RL},
                meaning="Standard deviation of the advantages that enter the loss."),
-        Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: RL},
-               meaning="pi / mu, the probability under the student over that when sampled; 1 at the first update "
-                       "after the behaviour policy is synchronised."),
-        Metric(name="ratio_max", unit="", better="neither", per="log line", logged={LOG: RL},
+        Metric(name="dropped", unit="share", better="neither", per="answer", logged={LOG: DROP},
+               meaning="Answers left out of the loss because `max_new_tokens` cut them."),
+        Metric(name="end_price", unit="nats", better="neither", per="answer", logged={LOG: END_PRICE},
+               meaning="What answers were charged for a missing end, 0 for those that ended."),
+        Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: ON_POLICY},
+               meaning="pi / pi_old, the probability under the student over that under the policy that sampled; 1 "
+                       "at the first update after the behaviour policy is synchronised."),
+        Metric(name="ratio_max", unit="", better="neither", per="log line", logged={LOG: ON_POLICY},
                meaning="The largest such ratio since the last line."),
+        Metric(name="weight_mean", unit="", better="neither", per="token", logged={LOG: RL},
+               meaning="Importance weight after truncation (`importance_weight`, `importance_cap`): of the student "
+                       "over what answers were drawn from; in PPO, whose ratio does the rest, of pi_old over that."),
+        Metric(name="weight_max", unit="", better="neither", per="log line", logged={LOG: RL},
+               meaning="The largest weight before truncation since the last line."),
+        Metric(name="weight_truncated", unit="share", better="down", per="token", logged={LOG: RL},
+               title="Truncated weights", meaning="Tokens whose weight was above `importance_cap`."),
+        Metric(name="effective_sample_size", unit="share", better="up", per="token", logged={LOG: RL},
+               title="Effective sample size",
+               meaning="(sum w)^2 / (n sum w^2) of the n tokens since the last line: the share of them that, weighted "
+                       "equally, would give as precise a mean."),
+        Metric(name="cut_mass", unit="share", better="down", per="token", logged={LOG: TRUNCATED},
+               title="Probability cut by top-p",
+               meaning="The student's probability of the tokens that `rollout_top_p` leaves out. No weight corrects "
+                       "for it: what is never drawn is never credited."),
         Metric(name="clip_fraction", unit="share", better="neither", per="token", logged={LOG: PPO},
                title="Clipped tokens", meaning="Tokens whose ratio is outside 1 +- `clip_range`."),
+        Metric(name="imitation_loss", unit="nats", better="down", per="token", logged={LOG: IMITATING},
+               meaning="-log pi of the labels that an update imitates beside its answers."),
+        Metric(name="on_policy", unit="share", better="neither", per="batch", logged={LOG: GKD},
+               meaning="Batches whose answers were the student's, the others being labels."),
+        Metric(name="dual_clip_fraction", unit="share", better="neither", per="token", logged={LOG: DUAL_CLIP},
+               meaning="Tokens of negative advantage whose ratio is above `dual_clip`: they have no gradient."),
         Metric(name="value_loss", unit="nats^2", better="down", per="token", logged={LOG: CRITIC},
                meaning="The critic's squared error, clipped, divided by 2."),
         Metric(name="explained_variance", unit="share", better="up", per="batch", logged={LOG: CRITIC},
                title="Explained variance of the critic",
-               meaning="1 - Var(target - value) / Var(target); below 0 the critic is worse than a constant."),
+               meaning="1 - Var(target - value) / Var(target), which a constant error of the critic does not change."),
+        Metric(name="value_gain", unit="share", better="up", per="batch", logged={LOG: CRITIC},
+               meaning="1 - mean (target - value)^2 / mean target^2, 0.01 nats^2 added to both: constant errors lower "
+                       "it; 0 for no critic (the teacher baseline), below 0 the critic adds variance."),
     ),
     "Task scores": (
         Metric(name="exact_match", unit="share", better="up", per="answer", logged=HELD_OUT, task=True,
@@ -200,7 +246,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                        "last line, over all processes; at the end, those after the last log line."),
         Metric(name="tokens_per_second", unit="tokens per second", better="up", per="log line",
                logged={LOG: GENERATING}, title="Speed", meaning="`tokens` divided by the time since the last line."),
-        Metric(name="rollout_seconds", unit="seconds", better="down", per="batch", logged={LOG: RL},
+        Metric(name="rollout_seconds", unit="seconds", better="down", per="batch", logged={LOG: ON_POLICY},
                meaning="Wall-clock seconds to sample and score one rollout batch."),
         Metric(name="seconds", unit="seconds", better="down", per="evaluation", logged={GREEDY: GENERATING},
                meaning="Wall-clock seconds of the evaluation."),

@@ -7,10 +7,12 @@ rows -> PromptedRow -> PseudoLabel (to disk) -> answers -> loss
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Known = TypeVar("Known")
 
 
 class Batched:
@@ -122,7 +124,11 @@ class Answers(Batched):
     examples         the B inputs, one per row (repeated for several rollouts of a prompt)
     input_ids        [B, P] student prompt, right-padded;  input_mask [B, P] bool
     answer_ids       [B, R] tokens, end-of-sequence included;  answer_mask [B, R] bool
-    behaviour_logps  [B, R] natural log-probability of each sampled token when it was sampled; None for labels
+    behaviour_logps  [B, R] log mu, natural log-probability of each sampled token under the distribution that it was
+                     drawn from; None for labels
+    policy_logps     [B, R] that under the policy which sampled, at temperature 1; None where it is behaviour_logps: a
+                     temperature, top_p or the teacher's share makes the difference
+    cut_mass         [B, R] probability of the tokens that top_p left out; None without
     finished         [B] bool, False where max_new_tokens cut the answer (not a terminal state); None for labels
     """
 
@@ -133,6 +139,13 @@ class Answers(Batched):
     answer_mask: Tensor
     behaviour_logps: Tensor | None = None
     finished: Tensor | None = None
+    policy_logps: Tensor | None = None
+    cut_mass: Tensor | None = None
+
+    @property
+    def own_logps(self) -> Tensor | None:
+        """[B, R] log-probability of each token under the policy that sampled; None for labels."""
+        return self.behaviour_logps if self.policy_logps is None else self.policy_logps
 
     @property
     def ids(self) -> list[str]:
@@ -182,6 +195,18 @@ class TeacherSignal(Batched):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Imitation:
+    """Labels imitated in the same update: coef / tokens * sum -log pi(label) is added to the loss.
+
+    labels  rows of their own;  tokens  of all labels of the update, over all processes and accumulation steps
+    """
+
+    labels: Answers
+    tokens: float
+    coef: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Minibatch(Batched):
     """Rows of one evaluation of the loss.
 
@@ -189,15 +214,17 @@ class Minibatch(Batched):
     signal       the teacher's signal for them; None if the objective uses no teacher
     annotations  what the objective derived from them before the first update, a `Batched` record or None
     denominator  what the summed loss is divided by, over all processes and accumulation steps; None: this batch's own
+    imitation    labels to learn in the same update; None without
     """
 
     answers: Answers
     signal: TeacherSignal | None = None
     annotations: Any = None
     denominator: float | None = None
+    imitation: Imitation | None = None
 
 
-def given(value: Tensor | None) -> Tensor:
+def given(value: Known | None) -> Known:
     """A field of a record that the caller knows to be there."""
     assert value is not None
     return value

@@ -194,8 +194,10 @@ class Examples(Sequence[Example]):
         else:
             yield from (plain(self.render.student_template.parts(row, seed=self.render.seed)[0]) for row in rows)
 
-    def split(self, held_out: set[tuple[str, ...]]) -> tuple[Examples, Examples]:
-        """(The rows of all other inputs, without references; those of the inputs `held_out`); ids are kept."""
+    def split(self, held_out: set[tuple[str, ...]], *, references: bool = False) -> tuple[Examples, Examples]:
+        """(The rows of all other inputs, with their references or without; those of the inputs `held_out`); ids are
+        kept.
+        """
         mine = [texts in held_out for texts in self.inputs()]
         parts = []
         for wanted in (False, True):
@@ -203,7 +205,8 @@ class Examples(Sequence[Example]):
             part._kept, part._part = [n for n, out in zip(self._kept, mine, strict=True) if out is wanted], True
             part.__dict__.pop("fingerprint", None)
             parts.append(part)
-        parts[0].render = replace(self.render, reference_column=None)  # training never looks at references
+        if not references:
+            parts[0].render = replace(self.render, reference_column=None)
         return parts[0], parts[1]
 
     def __len__(self) -> int:

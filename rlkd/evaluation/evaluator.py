@@ -31,7 +31,8 @@ TaskMetric = Callable[[list[str], list[Example]], dict[str, float]]
 class Evaluator:
     """Answers `examples` with a policy and scores the answers with the teacher; its own answers are computed once.
 
-    Both greedy and sampled answers are scored: a user runs the student greedily, training improves its samples.
+    Both greedy and sampled answers are scored: a user runs the student greedily, training improves its samples. Models
+    run in the precision of their weights, as the saved student will, whatever mixed precision the training uses.
     """
 
     teacher: Teacher
@@ -67,7 +68,7 @@ class Evaluator:
         out: list[dict[str, Any]] = []
         for start in range(0, len(indices), self.batch_rows):
             examples = [self.examples[i] for i in indices[start : start + self.batch_rows]]
-            limits = {"max_input_tokens": self.max_input_tokens, "max_new_tokens": self.max_new_tokens}
+            limits: dict[str, Any] = {"max_input_tokens": self.max_input_tokens, "max_new_tokens": self.max_new_tokens}
             best = greedy_answers(policy, self.tokenizer, examples, **limits)
             drawn = sample_rollouts(
                 policy, self.tokenizer, examples, rollouts_per_prompt=1, seed=(self.seed, "evaluation"), **limits
@@ -93,7 +94,8 @@ class Evaluator:
         scores = self.teacher.score(inputs, answers.answer_ids, mask, ids=[e.id for e in answers.examples])
         regret = induced_advantage(scores, "max")
         with torch.no_grad():
-            (logps, entropy), _ = policy(*answers.policy_inputs)
+            # `forward` itself: the Trainer's mixed precision is wrapped around the policy's call.
+            (logps, entropy), _ = Policy.forward(policy, *answers.policy_inputs)
             kl = torch.zeros_like(logps)
             if reference is not None:
                 (reference_logps, _), _ = reference(*answers.policy_inputs)

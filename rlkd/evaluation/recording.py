@@ -35,8 +35,8 @@ def rollout_samples(
     teacher: Teacher, tokenizer: Any, answers: Answers, value: str, used: Mapping[str, Tensor]
 ) -> list[Sample]:
     """Answers of a rollout batch with the numbers that training uses: rewards, advantages, values, [B, R] each."""
-    if answers.behaviour_logps is not None:
-        used = {**used, "student_logprobs": answers.behaviour_logps}
+    if answers.own_logps is not None:
+        used = {**used, "student_logprobs": answers.own_logps}
     columns = {name: rows_of(numbers, answers.answer_mask) for name, numbers in used.items()}
     samples = score_rollouts(teacher, tokenizer, answers, source="rollout", value=value)
     return [

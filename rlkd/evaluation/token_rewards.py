@@ -47,7 +47,7 @@ def score_rollouts(
         columns["top"] = top_tokens(teacher, tokenizer, scores.distribution, mask)
     if policy is not None:
         with torch.no_grad():
-            (logps, _), values = policy(*rollouts.policy_inputs)
+            (logps, _), values = Policy.forward(policy, *rollouts.policy_inputs)  # see `Evaluator._scored`
         columns["student_logprobs"] = rows_of(logps, mask)
         if policy.value_head is not None:
             columns["values"] = rows_of(values, mask)

@@ -29,7 +29,7 @@ from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
 from ..runs.record import FREE, LENGTH, settings_of
 from ..settings.fields import own_names
-from ..trainers.arguments import StudentArguments
+from ..trainers.base_arguments import StudentArguments
 from ..trainers.encoders.arguments import TKDArguments
 from ..trainers.encoders.tkd import TKDTrainer, check_distillation
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data

@@ -18,6 +18,7 @@ from ..data.text import text_format
 from ..errors import ConfigError, DataError
 from ..evaluation.evaluator import TaskMetric
 from ..evaluation.task_metrics import TASK_METRICS, references_of
+from ..evaluation.task_reward import TaskReward
 from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
 from ..models.adapters import add_adapter, check_same_settings, without_dropout
@@ -26,7 +27,7 @@ from ..models.spec import Dtype, ModelSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
-from ..trainers.arguments import DistillationArguments
+from ..trainers.base_arguments import DistillationArguments, check_labels
 from .text_files import TextFileArguments
 from .wiring import Reading, RowSource
 
@@ -107,7 +108,10 @@ class DataArguments(TextFileArguments):
         default=None, metadata={"help": "One template for the student; null: it reads the raw input_column."}
     )
     pseudo_labels: str | None = field(
-        default=None, metadata={"help": "Folder written by `rlkd generate-pseudolabels` (supervised recipes)."}
+        default=None,
+        metadata={
+            "help": "Folder written by `rlkd generate-pseudolabels` (supervised recipes, GKD and imitation_coef)."
+        },
     )
     task_metric: Literal["none", "rouge", "bleu", "exact_match"] = field(
         default="none", metadata={"help": "Task metric, computed on greedy and sampled answers at every evaluation."}
@@ -191,6 +195,7 @@ def prepare(
     that was written with other settings.
     """
     settings = (data, teacher, student)
+    check_labels(training, given=data.pseudo_labels is not None, name="pseudo_labels")
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
     ours, theirs = _student_spec(student, teacher), _teacher_spec(teacher, training)
@@ -202,7 +207,10 @@ def prepare(
         spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
     if student.use_peft and ours.adapter:
         check_same_settings(ours.adapter, _peft_config(student))
-    train, evaluation, labels, note = load_data(data, ours.tokenizer)
+    task_reward = _task_reward(data, training)
+    train, evaluation, labels, note = load_data(data, ours.tokenizer, references=task_reward is not None)
+    if task_reward is not None:
+        task_reward.try_on(train)
     if data.task_metric != "none":
         rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
         references_of(evaluation[:rows])
@@ -274,23 +282,39 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
     )
 
 
-def load_data(data: DataArguments, tokenizer: Any = None) -> tuple[Examples, Examples, Any, str]:
+def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskReward | None:
+    """The task reward that the settings name. Raises ConfigError if it needs references and there are none."""
+    name = getattr(training, "task_reward", None)
+    task_reward = None if name is None else TaskReward.of(name)
+    if task_reward is not None and task_reward.needs_references and data.reference_column is None:
+        raise ConfigError(
+            f"task_reward = {name!r}: needs reference_column, the column with the answers to compare with. Name it, or "
+            "take module:function with one that needs none."
+        )
+    return task_reward
+
+
+def load_data(
+    data: DataArguments, tokenizer: Any = None, *, references: bool = False
+) -> tuple[Examples, Examples, Any, str]:
     """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; every column
     is checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
-    tokenizer: to count the characters that it does not know. Raises DataError or ConfigError.
+    tokenizer: to count the characters that it does not know. references: whether training reads them.
+    Raises DataError or ConfigError.
     """
     reading = Reading.of(vars(data), tokenizer)
     source = _source(data, data.dataset, data.train_split, data.train_limit)
     labels = None if data.pseudo_labels is None else _labels(data, reading, source)
     held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)
     if held_out != replace(source, limit=None):
-        # Training never looks at references.
-        train, evaluation = replace(reading, reference_column=None).examples(source), reading.examples(held_out)
+        # Without a task reward, training never looks at references.
+        training = reading if references else replace(reading, reference_column=None)
+        train, evaluation = training.examples(source), reading.examples(held_out)
         return train, evaluation, labels, f"held out: {len(evaluation)} inputs of {held_out.dataset} ({held_out.split})"
     whole = reading.examples(source)
     chosen = held_out_inputs(whole.inputs(), data.eval_fraction, data.dataset)
-    train, evaluation = whole.split(chosen)
+    train, evaluation = whole.split(chosen, references=references)
     note = (
         f"held out: {len(evaluation)} of {len(train) + len(evaluation)} inputs of {data.dataset}, split off "
         f"(eval_fraction {data.eval_fraction:g}; equal inputs stay together; eval_dataset names rows of your own)"

@@ -43,10 +43,13 @@ class Head:
     rules: AnswerRules = NO_RULES
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V] float32 (float64 stays)."""
+        """[..., D] -> [..., V] float32 (float64 stays), computed in the dtype of `hidden` whatever autocast says."""
         weight = self.weight[: self.valid_vocab]
         bias = None if self.bias is None else self.bias[: self.valid_vocab].to(hidden.dtype)
-        out = torch.nn.functional.linear(hidden * self.scale, weight.to(hidden.dtype), bias)
+        # bfloat16 would round logits of 8 to 16 to steps of 1/16 nat, and the backward pass, which computes them again,
+        # runs outside autocast (a float32 head in RL: MiniMax-M1, arXiv 2506.13585, sec. 3.2).
+        with torch.autocast(hidden.device.type, enabled=False):
+            out = torch.nn.functional.linear(hidden * self.scale, weight.to(hidden.dtype), bias)
         return out if out.dtype == torch.float64 else out.float()
 
     def map(
@@ -88,7 +91,9 @@ class Head:
         """
         groups = _groups(row_tokens, self._chunk_tokens)
         task = _Rows(self, function, loss, groups, token_args, limits, torch.is_grad_enabled())
-        total = _LossHead.apply(task, hidden, self.weight, self.bias, values)
+        # Gradients are computed here as in a backward pass, outside autocast.
+        with torch.autocast(hidden.device.type, enabled=False):
+            total = _LossHead.apply(task, hidden, self.weight, self.bias, values)
         return total, task.others
 
     @property

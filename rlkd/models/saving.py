@@ -103,18 +103,32 @@ def merge_adapter(name: str, out: str | Path, *, dtype: str = "float32", allow_b
     Raises ModelError if `name` is not an adapter that loads, ConfigError if `out` holds something.
     """
     out = Path(out)
-    check_folder(out.parent)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder: name a new one.")
+    check_new(out)
     spec = ModelSpec(name, "adapter", dtype=dtype, allow_bin=allow_bin)
     if spec.adapter is None:
         raise ModelError(f"adapter '{name}' is a whole model, not an adapter: there is nothing to merge.")
     spec.check()
     merged = spec.load()
+    with new_folder(out) as unfinished:
+        save_student(merged, unfinished)
+        spec.tokenizer.save_pretrained(unfinished)
+
+
+def check_new(out: Path) -> None:
+    """Raise ConfigError unless `out` is empty, or can be made."""
+    check_folder(out.parent)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder: name a new one.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `out` when all is written. Raises as `check_new`."""
+    check_new(out)
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_student(merged, unfinished)
-    spec.tokenizer.save_pretrained(unfinished)
+    unfinished.mkdir(parents=True)
+    yield unfinished
     if out.exists():
         out.rmdir()
     os.rename(unfinished, out)

@@ -14,10 +14,13 @@ from ..io.files import write_text
 from ..metrics import held_out, in_order, metric
 
 REWARD = (
-    "reward_value", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
-    "entropy_coef", "whiten_advantages", "loss_reduction", "rollouts_per_prompt",
+    "reward_value", "lam", "gamma", "k_step", "length_normalised", "one_step", "cut_answers", "baseline",
+    "kl_coef", "kl_target", "kl_in", "kl_estimator", "entropy_coef", "whiten_advantages", "loss_reduction",
+    "rollouts_per_prompt", "rollout_temperature", "rollout_top_p", "teacher_mix", "importance_weight", "importance_cap",
+    "imitation_coef", "entropy_in",
 )  # fmt: skip
 METHODS = {
+    "GKDTrainer": "GKD: a divergence to the teacher on the student's own answers or on labels",
     "PPOTrainer": "PPO on the reward that the teacher's own log-probabilities induce",
     "ReinforceTrainer": "REINFORCE on the reward that the teacher's own log-probabilities induce",
     "SupervisedTrainer": "imitation of the teacher (sequence-level distillation, or a divergence to it on its answers)",
@@ -126,6 +129,9 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
     if "reward_value" in settings:
         chosen = ", ".join(f"{name} {settings[name]}" for name in REWARD if name in settings)
         lines.append(f"- reward and credit: {cell(chosen)}")
+    if "on_policy_fraction" in settings:
+        names = ("objective", "on_policy_fraction", "alpha", "beta", "temperature")
+        lines.append("- divergence: " + cell(", ".join(f"{name} {settings.get(name)}" for name in names)))
     if "preset" in settings:
         lines.append(f"- loss: preset {cell(str(settings['preset']))}")
     shown = table(("data", "source", "rows", "fingerprint"), data) if data else "The data are not recorded."

@@ -44,7 +44,7 @@ FREE = {
 }  # fmt: skip
 # A run may be made longer under these schedules only: all others end where the run ends.
 LENGTH = {"max_steps", "num_train_epochs"}
-ENDLESS = {"constant", "constant_with_warmup", "inverse_sqrt"}
+ENDLESS = {"constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"}
 
 
 def now() -> str:
@@ -91,6 +91,7 @@ class RunRecord:
     environment     what accelerate's configuration and variables make the run do: precision, compiler, device ...
     machine         what decides the last bits: GPU, or the processor's instructions and threads
     processes       how many train together
+    readiness       of a warm-up (`until_ready`), at its end: {ready, saturated, step, words} and what was measured
     """
 
     trainer: str
@@ -110,6 +111,7 @@ class RunRecord:
     code: str | None = field(default_factory=code_digest)
     git: dict[str, Any] | None = field(default_factory=lambda: git_state(os.getcwd()))
     resumed: list[dict[str, Any]] = field(default_factory=list)
+    readiness: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write run.json into `folder`, atomically and without secrets. Raises RlkdError if the disk is full."""
@@ -149,7 +151,8 @@ class RunRecord:
             )
 
     def _changed_inputs(self, before: RunRecord) -> list[str]:
-        pairs = {f"data.{role}": (_shown_data(before, role), _shown_data(self, role)) for role in ("train", "eval")}
+        roles = ("train", "labels", "eval")
+        pairs = {f"data.{role}": (_shown_data(before, role), _shown_data(self, role)) for role in roles}
         pairs["templates"] = _shown_templates(before), _shown_templates(self)
         pairs["models"] = ", ".join(sorted(before.models)), ", ".join(sorted(self.models))
         pairs |= {name: (then, self.inputs[name]) for name, then in before.inputs.items() if name in self.inputs}
@@ -242,7 +245,7 @@ def describe_templates(*data: Any) -> list[dict[str, str]]:
 def _is_endless(settings: Mapping[str, Any]) -> bool:
     """Whether the learning rate of a step does not depend on the length of the run."""
     schedule, warmup = settings.get("lr_scheduler_type", "linear"), settings.get("warmup_steps", 0)
-    return schedule in ENDLESS and (schedule == "constant" or warmup == 0 or warmup >= 1)
+    return schedule in ENDLESS and (schedule in ("constant", "reduce_lr_on_plateau") or warmup == 0 or warmup >= 1)
 
 
 def _shown(value: Any) -> str:

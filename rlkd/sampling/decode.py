@@ -16,6 +16,7 @@ from torch import Tensor
 from ..models.generation import next_limits, restrict, rules_of
 from ..models.language_model import LanguageModel
 from ..tensors import length_mask
+from .proposal import PLAIN, Proposal, TeacherGuide, mix
 
 # Given log-probs [n, V], the original row of each of the n live rows [n] and the step, the chosen tokens [n].
 Chooser = Callable[[Tensor, Tensor, int], Tensor]
@@ -23,14 +24,19 @@ Chooser = Callable[[Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """ids [B, R] (end-of-sequence included), mask [B, R], logps [B, R] under the sampling distribution, finished
-    [B].
+    """Answers, [B, R] each unless said, 0 at padding.
+
+    ids       end-of-sequence included;  mask;  finished [B]
+    logps     log mu(a_t|s_t) under the distribution that the tokens were drawn from
+    own_logps log pi(a_t|s_t) of the model itself;  cut, the probability of the tokens that `top_p` left out at s_t
     """
 
     ids: Tensor
     mask: Tensor
     logps: Tensor
     finished: Tensor
+    own_logps: Tensor
+    cut: Tensor
 
 
 def greedy(log_probs: Tensor, rows: Tensor, step: int) -> Tensor:
@@ -41,8 +47,8 @@ def greedy(log_probs: Tensor, rows: Tensor, step: int) -> Tensor:
 def sampler(seeds: list[int], max_new_tokens: int, device: torch.device) -> Chooser:
     """Exact sampling by inverse transform, one uniform per (row, step) drawn from the row's own seed.
 
-    A row's answer therefore does not depend on its batch, its shard or its process. No top-k, no top-p: truncated
-    sampling biases the policy gradient whatever the importance weight.
+    A row's answer therefore does not depend on its batch, its shard or its process. It draws from all of the
+    distribution that it is given: there is no top-k, which transformers' `do_sample` sets to 50 unless told otherwise.
     """
     uniforms = torch.stack(
         [
@@ -75,13 +81,14 @@ def decode(
     choose: Chooser,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
+    proposal: Proposal = PLAIN,
+    guide: TeacherGuide | None = None,
     end_forced: bool = False,
 ) -> Decoded:
     """Decode one answer per entry of `states` (of `lm.prompt_states`).
 
-    Stops a row at end-of-sequence or after `max_new_tokens`; a row cut there has finished False. Recorded log-probs
-    are those of the distribution sampled from: temperature applied, restricted by the model's `AnswerRules`.
+    Stops a row at end-of-sequence or after `max_new_tokens`; a row cut there has finished False. Tokens are chosen from
+    `proposal`, with `guide`'s share of the teacher, under the `AnswerRules` of both models.
     end_forced: whether a cut row's last token is the one that the rules force there (`AnswerRules.last`).
     """
     device, head = lm.device, lm.head()
@@ -90,21 +97,25 @@ def decode(
     answers = rules.begin(n, max_new_tokens if end_forced else None)  # empty where nothing is restricted
     rows = torch.arange(n, device=device)  # original row of each live row
     ids = torch.full((n, max_new_tokens), lm.pad_id, device=device)
-    logps = torch.zeros((n, max_new_tokens), device=device)
+    # log-probability when drawn, the model's own, probability cut: filled step by step
+    recorded = torch.zeros((3, n, max_new_tokens), device=device)
     lengths = torch.full((n,), max_new_tokens, device=device)
     finished = torch.zeros(n, dtype=torch.bool, device=device)
     state, tokens = lm.start(states), None
     for t in range(max_new_tokens):
-        logits = head.logits(state.step(tokens))
-        if answers:
-            logits = restrict(logits, next_limits([answers[i] for i in rows.tolist()], device))
-        log_probs = (logits / temperature).log_softmax(-1)
+        limits = next_limits([answers[i] for i in rows.tolist()], device) if answers else None
+        logits = restrict(head.logits(state.step(tokens)), limits)
+        log_probs, cut = proposal.own_share(logits)
+        if guide is not None:
+            log_probs = mix(log_probs, restrict(guide.logits(tokens), limits).log_softmax(-1), guide.share)
         tokens = choose(log_probs, rows, t)
         if answers:
             for i, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 answers[i].append(token)
         ids[rows, t] = tokens
-        logps[rows, t] = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        own = log_probs if proposal.plain else logits.log_softmax(-1)
+        logps, own_logps = (x.gather(-1, tokens[:, None]).squeeze(-1) for x in (log_probs, own))
+        recorded[:, rows, t] = torch.stack([logps, own_logps, cut]).to(recorded.dtype)
         # Rows that have ended continue until they are dropped; their further tokens are masked at the end.
         ended = torch.isin(tokens, ends) & ~finished[rows]
         lengths[rows[ended]] = t + 1
@@ -118,9 +129,12 @@ def decode(
             keep = alive.nonzero().squeeze(-1)
             rows, tokens = rows[keep], tokens[keep]
             state.keep(keep)
+            if guide is not None:
+                guide.keep(keep)
     if end_forced and rules.last is not None:
         finished &= lengths < max_new_tokens  # an end that was forced was not chosen
     width = int(lengths.max())
     answer_mask = length_mask(lengths, width)
     ids = torch.where(answer_mask, ids[:, :width], lm.pad_id)
-    return Decoded(ids, answer_mask, logps[:, :width] * answer_mask, finished)
+    logps, own_logps, cut = recorded[:, :, :width] * answer_mask
+    return Decoded(ids, answer_mask, logps, finished, own_logps, cut)

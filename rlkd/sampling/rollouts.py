@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ..models.policy import Policy
 from ..models.vocabulary import encode_texts
 from ..records import Answers, Example
 from ..tensors import pad_rows
 from .decode import Decoded, decode, greedy, row_seed, sampler
+from .proposal import PLAIN, Proposal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sample_rollouts(
@@ -20,44 +25,50 @@ def sample_rollouts(
     max_input_tokens: int,
     max_new_tokens: int,
     seed: tuple[object, ...],
+    proposal: Proposal = PLAIN,
 ) -> Answers:
-    """K answers to each example by exact sampling at temperature 1; rows of one prompt are adjacent, B = K *
-    len(examples).
+    """K answers to each example by exact sampling from `proposal`, by default the policy itself; rows of one prompt are
+    adjacent, B = K * len(examples).
 
-    The state of each prompt is computed once. Row k of example e is drawn from `row_seed(*seed, e.id, k)`, so the
-    answers do not depend on how the examples are split over processes.
+    The state of each prompt is computed once, the teacher's too. Row k of example e is drawn from
+    `row_seed(*seed, e.id, k)`, so the answers do not depend on how the examples are split over processes.
     """
     k = rollouts_per_prompt
     repeated = [example for example in examples for _ in range(k)]
     seeds = [row_seed(*seed, example.id, j) for example in examples for j in range(k)]
     choose = sampler(seeds, max_new_tokens, policy.lm.device)
-    prompts, decoded = _answer(policy, tokenizer, examples, choose, max_input_tokens, max_new_tokens, k)
-    return _rollouts(policy, repeated, [prompt for prompt in prompts for _ in range(k)], decoded)
+    prompts, states = _prompts(policy, tokenizer, examples, max_input_tokens)
+    decoded = decode(
+        policy.lm,
+        [state for state in states for _ in range(k)],
+        choose,
+        max_new_tokens=max_new_tokens,
+        proposal=proposal,
+        guide=proposal.guide(repeated),
+    )
+    answers = _rollouts(policy, repeated, [prompt for prompt in prompts for _ in range(k)], decoded)
+    if proposal.plain:
+        return answers
+    return replace(answers, policy_logps=decoded.own_logps, cut_mass=decoded.cut if proposal.top_p < 1 else None)
 
 
 def greedy_answers(
     policy: Policy, tokenizer: Any, examples: list[Example], *, max_input_tokens: int, max_new_tokens: int
 ) -> Answers:
     """The most probable answer to each example, token by token, in the form of rollouts (B = len(examples))."""
-    prompts, decoded = _answer(policy, tokenizer, examples, greedy, max_input_tokens, max_new_tokens, 1)
-    return _rollouts(policy, examples, prompts, decoded)
+    prompts, states = _prompts(policy, tokenizer, examples, max_input_tokens)
+    return _rollouts(policy, examples, prompts, decode(policy.lm, states, greedy, max_new_tokens=max_new_tokens))
 
 
-def _answer(
-    policy: Policy,
-    tokenizer: Any,
-    examples: list[Example],
-    choose: Any,
-    max_input_tokens: int,
-    max_new_tokens: int,
-    k: int,
-) -> tuple[list[list[int]], Decoded]:
+def _prompts(
+    policy: Policy, tokenizer: Any, examples: list[Example], max_input_tokens: int
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Token ids of each prompt, and its state."""
     import torch
 
     prompts = encode_texts(tokenizer, [example.student_input for example in examples], max_input_tokens)
     with torch.no_grad():
-        states = policy.lm.prompt_states(prompts)
-    return prompts, decode(policy.lm, [s for s in states for _ in range(k)], choose, max_new_tokens=max_new_tokens)
+        return prompts, policy.lm.prompt_states(prompts)
 
 
 def _rollouts(policy: Policy, examples: list[Example], prompts: list[list[int]], decoded: Decoded) -> Answers:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..data.splits import shared_inputs
+from ..errors import RlkdError
 from ..io import bounded_yaml
 from ..io.redaction import redacted
 from ..io.versions import describe_machine
@@ -31,7 +34,7 @@ from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
 from .announce import Announcement
-from .arguments import StudentArguments
+from .base_arguments import StudentArguments
 from .environment import describe_environment, warn_of_ignored
 from .inputs import describe_inputs, weights_of
 from .last import LastEvaluation
@@ -105,7 +108,7 @@ class StudentTrainer(ResumableTrainer):
         named = [getattr(getattr(model, "config", None), "name_or_path", None) for model in self.models().values()]
         check_run_folder(self.run_folder, named)
         sections = [*self.settings, self.args]
-        data = {"train": self.train_dataset, "eval": self.eval_dataset}
+        data = {**self.training_data(), "eval": self.eval_dataset}
         described = {role: describe_data(rows) for role, rows in data.items() if rows is not None}
         if shared := self.shared_inputs():
             described["eval"]["also_in_training"] = shared
@@ -137,10 +140,15 @@ class StudentTrainer(ResumableTrainer):
             warn_of_ignored(self.args)
             record.write(self.run_folder)
 
+    def training_data(self) -> dict[str, Any]:
+        """Role in run.json -> rows that are learned from."""
+        return {"train": self.train_dataset}
+
     def shared_inputs(self) -> int:
         """The number of held-out inputs that are training inputs, too, said in a warning."""
         held_out: Any = self.eval_dataset
-        shared = [] if held_out is None else shared_inputs(self.train_dataset, held_out)
+        learnt = [] if held_out is None else self.training_data().values()
+        shared = sorted({i for rows in learnt for i in shared_inputs(rows, held_out)})
         if shared and self.is_world_process_zero():
             logger.warning(
                 f"{len(shared)} of {len(held_out)} held-out inputs are also training inputs (the first is held-out row "
@@ -183,20 +191,17 @@ class StudentTrainer(ResumableTrainer):
             self._recorded.setdefault(name, []).append(torch.stack([number, torch.ones_like(number)]))
 
     def record_tokens(self, mask: Tensor, **values: Tensor) -> None:
-        """Add every token [B, R] of `mask` to the means written at the next log line."""
+        """Add every token [B, R] of `mask` to the means written at the next log line, as `record` adds numbers."""
         for name, value in values.items():
+            if name.endswith("_max"):
+                self.record(**{name: value.detach().masked_fill(~mask, 0.0).amax()})
+                continue
             pair = torch.stack([(value.detach() * mask).double().sum(), mask.double().sum()])
             self._recorded.setdefault(name, []).append(pair)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._recorded:
-            for name in sorted(self._recorded):
-                total, count = torch.stack(self._recorded[name]).T
-                if name.endswith("_max"):
-                    logs[name] = float(self.accelerator.gather(total.max()).max())
-                else:
-                    sums = self.accelerator.reduce(torch.stack([total.sum(), count.sum()]), reduction="sum")
-                    logs[name] = float(sums[0] / sums[1].clamp(min=1))
+            logs.update(self.recorded())
             self._recorded.clear()
         if "train_runtime" in logs:
             logs["train_cpu_seconds"] = time.process_time() - self._cpu_started
@@ -205,6 +210,18 @@ class StudentTrainer(ResumableTrainer):
             self.per_row = {}
         self.alarms.observe(logs)
         super().log(logs, start_time)
+
+    def recorded(self) -> dict[str, float]:
+        """What was recorded since the last log line, over all processes; every process must call it."""
+        logs = {}
+        for name in sorted(self._recorded):
+            total, count = torch.stack(self._recorded[name]).T
+            if name.endswith("_max"):
+                logs[name] = float(self.accelerator.gather(total.max()).max())
+            else:
+                sums = self.accelerator.reduce(torch.stack([total.sum(), count.sum()]), reduction="sum")
+                logs[name] = float(sums[0] / sums[1].clamp(min=1))
+        return logs
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -230,6 +247,18 @@ class StudentTrainer(ResumableTrainer):
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), reduction="sum") > 0)
+
+    @contextmanager
+    def errors_on_all(self) -> Iterator[None]:
+        """An RlkdError raised inside, on any process, is raised on all of them; every process must enter."""
+        error = None
+        try:
+            yield
+        except RlkdError as caught:
+            error = caught
+        found = [error] if self.accelerator.num_processes == 1 else gather_object([error])
+        if raised := [one for one in found if one is not None]:
+            raise raised[0]
 
     def held_out_names(self) -> list[str] | None:
         """Names of the numbers an evaluation yields, without `eval_`; None if they are unknown before it runs."""

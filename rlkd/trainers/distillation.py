@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from accelerate.utils import gather_object
@@ -26,13 +27,24 @@ from ..models.saving import evaluated_generation
 from ..models.signals import SignalSource, check_signal
 from ..models.teacher import Teacher
 from ..objectives.policy import reduce_tokens, reduction_count
-from ..records import Answers, Example, Minibatch, TeacherSignal, select_rows
+from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal, select_rows
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
 from ..runs.sample_tables import SampleTables, print_samples
-from .arguments import DistillationArguments
+from .base_arguments import DistillationArguments
 from .core import StudentTrainer
+from .cut_answers import ending_signal
 from .environment import check_half_precision
 from .objective import Evidence, Objective, StudentTokens
+
+
+class TrainerInputs(TypedDict):
+    """What trainers of generating students take besides student, settings and training data."""
+
+    teacher: SignalSource
+    tokenizer: Any
+    eval_examples: NotRequired[Sequence[Example] | None]
+    task_metric: NotRequired[TaskMetric | None]
+    callbacks: NotRequired[list[TrainerCallback] | None]
 
 
 class DistillationTrainer(StudentTrainer):
@@ -206,18 +218,30 @@ class DistillationTrainer(StudentTrainer):
         """
         needs, reads = self.objective.needs, self.objective.reads
         signal = self.score(answers, distribution="distribution" in needs) if needs else None
-        reference_logps, values, extra = None, None, ()
-        if "reference_logps" in reads:
-            assert self.reference is not None
-            (reference_logps, _), _ = self.reference(*answers.policy_inputs)
-        if reads & {"values", "expected"}:
-            (_, _, *extra), values = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+        reference_logps, reference, entropy, extra = None, None, None, ()
+        # In the precision of the loss, of which they are differences; the teacher keeps its own (`teacher_dtype`).
+        with self.accelerator.autocast():
+            if reads & {"reference_logps", "reference"}:
+                assert self.reference is not None
+                reference_logps, reference = self.reference.score(*answers.policy_inputs)
+            if "expected" in reads:
+                (_, entropy, *extra), _ = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+            values = self.policy.values(*answers.policy_inputs) if "values" in reads else None
         return Evidence(
             signal=signal,
             reference_logps=reference_logps,
-            values=values if "values" in reads else None,
+            reference=reference if "reference" in reads else None,
+            values=values,
+            entropy=entropy,
+            ending=self.ending(answers) if "ending" in reads else None,
             extra=tuple(extra),
         )
+
+    def ending(self, answers: Answers) -> TeacherSignal | None:
+        """As `ending_signal`. Raises DivergenceError on every process if it fails on one."""
+        assert self.teacher is not None
+        with self.finite.together(answers.ids, answers):
+            return ending_signal(self.teacher, answers, self.policy.lm.eos_id)
 
     def score(self, answers: Answers, *, distribution: bool) -> TeacherSignal:
         """The teacher's signal for the answers. Raises DivergenceError on every process if it fails on one."""
@@ -234,13 +258,17 @@ class DistillationTrainer(StudentTrainer):
         """The objective's token losses, reduced over the global minibatch `inputs["minibatch"]`."""
         minibatch: Minibatch = inputs["minibatch"]
         answers, mask = minibatch.answers, minibatch.answers.answer_mask
-        function, token_args = self.objective.token_function(minibatch.signal)
-        total, parts = model(*answers.policy_inputs, function, token_args, self.row_loss(minibatch))
+        function, token_args = self.objective.token_function(minibatch.signal, minibatch.annotations)
+        labels = None if minibatch.imitation is None else minibatch.imitation.labels.policy_inputs
+        loss_of = self.row_loss(minibatch)
+        total, parts, *of_labels = model(*answers.policy_inputs, function, token_args, labels, loss_of)
         tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         loss, logps = tokens.pop("loss"), tokens.pop("logps")
+        if minibatch.imitation is not None:
+            total = total + self.imitation_loss(minibatch.imitation, *of_labels)
         watched = {"the loss": torch.where(mask, loss, 0.0), "the summed loss": total}
-        if answers.behaviour_logps is not None:
-            log_ratio = (logps - answers.behaviour_logps) * mask
+        if answers.own_logps is not None:
+            log_ratio = (logps - answers.own_logps) * mask
             watched = {"the log-ratio": log_ratio, **watched}
             ratio = log_ratio.exp()
             self.record_tokens(mask, ratio_mean=ratio)
@@ -255,19 +283,24 @@ class DistillationTrainer(StudentTrainer):
         reduction, denominator = objective.loss_reduction, minibatch.denominator
         if denominator is None:
             denominator = reduction_count(mask, reduction)
+        own = replace(minibatch, imitation=None)  # labels have rows of their own
 
         def of_rows(rows: slice, statistics: tuple[Tensor, ...], values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             logps, entropy, *extra = statistics
             student = StudentTokens(logps=logps, entropy=entropy, values=values.to(logps.dtype), extra=tuple(extra))
-            part = select_rows(minibatch, torch.arange(len(mask))[rows])
-            # In the precision of the statistics, whatever the model's: the loss is where small differences count.
-            with torch.autocast(mask.device.type, enabled=False):
-                loss, logged = objective.token_loss(student, part)
-                total = reduce_tokens(loss, mask[rows], reduction, denominator)
+            loss, logged = objective.token_loss(student, select_rows(own, torch.arange(len(mask))[rows]))
+            total = reduce_tokens(loss, mask[rows], reduction, denominator)
             tokens = {"loss": loss, "logps": logps, "entropy": entropy, **logged}
             return total, {name: value.detach() for name, value in tokens.items()}
 
         return of_rows
+
+    def imitation_loss(self, imitation: Imitation, logps: Tensor) -> Tensor:
+        """coef * -log pi(label), a scalar: the mean over all label tokens of the update, of which these are a part."""
+        mask = imitation.labels.answer_mask
+        self.record_tokens(mask, imitation_loss=-logps)
+        self.finite.watch({"the imitation loss": logps}, imitation.labels.ids, imitation.labels)
+        return imitation.coef * reduce_tokens(-logps, mask, "token_mean", imitation.tokens)
 
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""

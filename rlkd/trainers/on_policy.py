@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -26,17 +26,21 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import ConfigError
-from ..evaluation.evaluator import TaskMetric
 from ..evaluation.recording import rollout_samples
 from ..evaluation.samples import Sample
-from ..models.signals import SignalSource
+from ..io.provenance import described
+from ..labels.makers import announce
 from ..models.teacher import Teacher
 from ..objectives.policy import reduction_count
 from ..records import Answers, Example, Minibatch, select_rows
 from ..sampling.decode import row_seed
+from ..sampling.proposal import PLAIN, Proposal
 from ..sampling.rollouts import sample_rollouts
 from .arguments import OnPolicyArguments
-from .distillation import DistillationTrainer
+from .base_arguments import check_labels
+from .distillation import DistillationTrainer, TrainerInputs
+from .inputs import weights_of
+from .labelled import LabelBatches
 
 BEHAVIOUR_FILE = "behaviour.safetensors"
 
@@ -44,7 +48,9 @@ BEHAVIOUR_FILE = "behaviour.safetensors"
 class OnPolicyTrainer(DistillationTrainer):
     """Trains `student` on its own answers to `train_examples`, the unlabeled inputs; subclasses name the objective.
 
-    The student given here is also the reference policy of the KL penalty. Other arguments as in `DistillationTrainer`.
+    The student given here is also the reference policy of the KL penalty. labels: rows of a label folder, for settings
+    that read them (`args.reads_labels`). Other arguments as in `DistillationTrainer`.
+    Raises ConfigError if there are no labels that the settings need, or labels that they do not read.
     """
 
     args: OnPolicyArguments
@@ -56,23 +62,13 @@ class OnPolicyTrainer(DistillationTrainer):
         student: Any,
         args: OnPolicyArguments,
         *,
-        teacher: SignalSource,
-        tokenizer: Any,
         train_examples: Sequence[Example],
-        eval_examples: Sequence[Example] | None = None,
-        task_metric: TaskMetric | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        labels: Any = None,
+        **inputs: Unpack[TrainerInputs],
     ):
-        super().__init__(
-            student,
-            args,
-            teacher=teacher,
-            tokenizer=tokenizer,
-            train_dataset=train_examples,
-            eval_examples=eval_examples,
-            task_metric=task_metric,
-            callbacks=callbacks,
-        )
+        check_labels(args, given=labels is not None, name="labels")
+        super().__init__(student, args, train_dataset=train_examples, **inputs)
+        self.label_batches = None if labels is None else LabelBatches(labels, self.policy, self.tokenizer, args)
         # `ExperienceLoader` finds its position from the step count on resume, so the Trainer must not skip batches.
         self.args.ignore_data_skip = True
         self.steps_between_checkpoints = args.updates_per_rollout
@@ -80,6 +76,7 @@ class OnPolicyTrainer(DistillationTrainer):
         # Both are exact copies of the initial student; with sync_every = 1 the student itself samples.
         self.reference = self.policy.frozen_copy()
         self.behaviour = self.policy if args.sync_every == 1 else self.policy.frozen_copy()
+        self.proposal = self.make_proposal()
         self.newest: Minibatch | None = None
         self.prompts_per_process = args.rows_per_rollout // args.rollouts_per_prompt
         self.prompts_per_rollout = self.prompts_per_process * self.accelerator.num_processes
@@ -93,7 +90,33 @@ class OnPolicyTrainer(DistillationTrainer):
         for check in self.start_checks:
             self.add_callback(check(self))
 
+    def training_data(self) -> dict[str, Any]:
+        """As in `StudentTrainer`; the labels, if any, have a role of their own."""
+        batches = self.label_batches
+        return {**super().training_data(), **({} if batches is None else {"labels": batches.labels})}
+
+    def begin_run(self, checkpoint: Path | None) -> None:
+        """As in `StudentTrainer`; says whose labels the student learns, and warns of those of another teacher."""
+        super().begin_run(checkpoint)
+        if self.label_batches is not None and self.is_world_process_zero():
+            announce(described(self.label_batches.labels), self.teacher.model, self.inputs.get(weights_of("teacher")))
+
     # The loop
+
+    def make_proposal(self) -> Proposal:
+        """What rollouts are drawn from. Raises ConfigError if the teacher should have a share and cannot answer."""
+        args, teacher = self.args, self.teacher
+        if args.teacher_mix > 0 and not isinstance(teacher, Teacher):
+            raise ConfigError(
+                f"teacher_mix = {args.teacher_mix}: the teacher takes part in every step of the rollouts: give a local "
+                "Teacher, or set it to 0"
+            )
+        return Proposal(
+            temperature=args.rollout_temperature,
+            top_p=args.rollout_top_p,
+            teacher_mix=args.teacher_mix,
+            teacher=teacher if isinstance(teacher, Teacher) else None,
+        )
 
     def get_train_dataloader(self) -> ExperienceLoader:  # type: ignore[override]
         rollouts_per_epoch = len(self.train_examples) // self.prompts_per_rollout
@@ -143,18 +166,32 @@ class OnPolicyTrainer(DistillationTrainer):
         return [self.train_examples[i] for i in order[start : start + self.prompts_per_process].tolist()]
 
     def sample(self, index: int) -> Answers:
-        """Answers of the behaviour policy to this process's prompts."""
-        # Sampled and recomputed log-probabilities must agree, so that the first ratio pi / mu is 1.
+        """Answers to this process's prompts, drawn from the behaviour policy as the settings of rollouts say."""
+        return self.answers(index, self.proposal)
+
+    def answers(self, index: int, proposal: Proposal = PLAIN) -> Answers:
+        """Answers to the prompts of rollout batch `index` from a proposal, by default the behaviour policy itself."""
+        # In the precision of the loss, so that the first ratio pi / mu is 1 within rounding. Attention may run another
+        # kernel with a gradient than without (T5's trained position bias, on a CPU), which in bfloat16 moves single
+        # ratios by up to 0.03. What is recorded is what was drawn from, so the weights pi / mu hold all the same; a
+        # forward more would hide the difference, not correct it.
         self.behaviour.eval()
-        return sample_rollouts(
-            self.behaviour,
-            self.tokenizer,
-            self.prompts(index),
-            rollouts_per_prompt=self.args.rollouts_per_prompt,
-            max_input_tokens=self.args.max_input_tokens,
-            max_new_tokens=self.args.max_new_tokens,
-            seed=(self.args.seed, "rollout", index),
-        )
+        with self.accelerator.autocast():
+            return sample_rollouts(
+                self.behaviour,
+                self.tokenizer,
+                self.prompts(index),
+                rollouts_per_prompt=self.args.rollouts_per_prompt,
+                max_input_tokens=self.args.max_input_tokens,
+                max_new_tokens=self.args.max_new_tokens,
+                seed=(self.args.seed, "rollout", index),
+                proposal=proposal,
+            )
+
+    def labelled(self, index: int, rows: int) -> Answers:
+        """This process's `rows` of label batch `index`."""
+        assert self.label_batches is not None
+        return self.label_batches.batch(index, rows, self.accelerator.process_index, self.accelerator.num_processes)
 
     @torch.no_grad()
     def annotate(self, answers: Answers) -> Minibatch:
@@ -167,8 +204,9 @@ class OnPolicyTrainer(DistillationTrainer):
         annotations, logged = self.objective.over_batch(annotations, answers, evidence, self)
         self.record_batch(answers, logged)
         batch = Minibatch(answers=answers, signal=evidence.signal, annotations=annotations)
-        self.newest = select_rows(batch, torch.arange(min(len(answers.examples), self.args.sample_table_rows)))
-        return batch
+        shown = torch.arange(min(len(answers.examples), self.args.sample_table_rows))
+        self.newest = None if answers.finished is None else select_rows(batch, shown)
+        return replace(batch, answers=self.objective.learned(answers))
 
     def check_experience(self, answers: Answers, annotations: Any) -> None:
         """Raise DivergenceError, on every process, if a number [B, R] of a rollout batch is not finite."""
@@ -213,9 +251,10 @@ class OnPolicyTrainer(DistillationTrainer):
     def record_batch(self, answers: Answers, logged: Mapping[str, Tensor | float]) -> None:
         """Record what docs/metrics.md defines of a rollout batch: the objective's numbers, length and finish rate."""
         mask = answers.answer_mask
-        self.record(length=mask.sum(1).double().mean())
-        if answers.finished is not None:
-            self.record(finish_rate=answers.finished.double().mean())
+        if answers.finished is not None:  # labels have no length of the student's
+            self.record(length=mask.sum(1).double().mean(), finish_rate=answers.finished.double().mean())
+        if answers.cut_mass is not None:
+            self.record_tokens(mask, cut_mass=answers.cut_mass)
         for name, value in logged.items():
             if isinstance(value, Tensor) and value.dim():
                 self.record_tokens(mask, **{name: value})

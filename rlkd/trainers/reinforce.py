@@ -4,48 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from ..objectives.advantages import importance_weights, per_decision
 from ..objectives.policy import reinforce_loss
-from ..records import Minibatch
+from ..records import Answers
 from .arguments import ReinforceArguments
 from .policy_gradient import PolicyGradient, PolicyGradientTrainer
 
 
 class Reinforce(PolicyGradient):
-    """loss_t = -credit_t log pi(a_t|s_t), [B, R]; the credit is adv_t when the behaviour policy equals the
-    student.
-
-    When it lags, importance_weight = token: w_t adv_t; cumulative: `per_decision`, a weight per reward.
+    """loss_t = -credit_t log pi(a_t|s_t), [B, R]; the credit is adv_t when the student itself drew the answers, else as
+    in `PolicyGradient.weighted`.
     """
 
     args: ReinforceArguments
 
-    def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        args, credit, mask = self.args, minibatch.annotations, minibatch.answers.answer_mask
-        weights = self.weights(logps, minibatch)
-        if args.importance_weight != "cumulative":
-            return reinforce_loss(logps, credit.advantages, weights), {}
-        decay = args.gamma * args.lam
-        advantages = per_decision(credit.advantages, credit.rewards, weights, mask, decay, args.k_step)
-        return reinforce_loss(logps, advantages, mask), {}
-
-    def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:
-        if self.args.importance_weight != "cumulative":
-            return 1.0
-        # A state is reached by the tokens before it; a row starts with weight 1.
-        weights = self.weights(logps, minibatch)
-        return torch.cat([torch.ones_like(weights[:, :1]), weights[:, :-1]], dim=1)
-
-    def weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor:
-        """Truncated importance weight of each sampled token, [B, R]."""
-        answers, args = minibatch.answers, self.args
-        assert answers.behaviour_logps is not None
-        return importance_weights(
-            logps, answers.behaviour_logps, answers.answer_mask, args.importance_weight, args.importance_cap
-        )
+    def policy_loss(self, logps: Tensor, advantages: Tensor, answers: Answers) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return reinforce_loss(logps, advantages, answers.answer_mask), {}
 
 
 class ReinforceTrainer(PolicyGradientTrainer):

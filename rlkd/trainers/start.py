@@ -1,30 +1,84 @@
-"""Check once, before the first update, that the student is strong enough for long-horizon credit."""
+"""Whether a student is strong enough for long-horizon credit: measured before RL, and at the end of a warm-up."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import ConfigError
 from ..models.generation import rules_of
 from ..models.heads import HeadOverStates
-from ..objectives.advantages import price_of_stopping, regret_per_sequence
-from ..records import given
+from ..objectives.advantages import regret_per_sequence
+from ..records import Answers, given
 
 if TYPE_CHECKING:
+    from .distillation import DistillationTrainer
     from .policy_gradient import PolicyGradientTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class StartCheck(TrainerCallback):
-    """Warns (or refuses, `weak_start`) when the student is too weak for the chosen credit horizon.
+@dataclass(frozen=True)
+class Start:
+    """What a student's sampled answers cost it; docs/metrics.md defines the numbers (`start_*`).
 
     While a sequence's regret exceeds the cost of an early end, stopping early has the better return, and long-horizon
     credit learns it (docs/method.md, "the EOS shortcut").
+    """
+
+    regret: float
+    eos_price: float
+    length: float
+    finish_rate: float
+
+    @property
+    def weak(self) -> bool:
+        """Whether the regret of an answer is not well below the cost of an early end: more than half of it."""
+        return self.regret > 0.5 * self.eos_price
+
+    @classmethod
+    def of(cls, sums: Tensor) -> Start:
+        """From `start_sums` [6] over all processes."""
+        rows, regret, length, finished, states, gap = sums.tolist()
+        return cls(regret / rows, gap / max(states, 1), length / rows, finished / rows)
+
+    def logged(self) -> dict[str, float]:
+        """The numbers by their logged names."""
+        return {f"start_{name}": value for name, value in asdict(self).items()}
+
+
+@torch.no_grad()
+def start_sums(trainer: DistillationTrainer, batches: Iterable[Answers]) -> Tensor:
+    """[6]: answers sampled from the trainer's policy, their regret, tokens and ends; states at which they go on, and
+    the cost of an end there.
+    """
+    lm = trainer.policy.lm
+    sums = torch.zeros(6, dtype=torch.float64, device=trainer.args.device)
+    for answers in batches:
+        mask, prompts = answers.answer_mask, [example.teacher_inputs for example in answers.examples]
+        signal = trainer.teacher.score(prompts, answers.answer_ids, mask, distribution=True, ids=answers.ids)
+        assert isinstance(signal.distribution, HeadOverStates)
+        maximum, states = given(signal.max), signal.distribution.states[mask]
+        (eos_logits,) = signal.distribution.head.map(lambda logits: (logits[:, lm.eos_id],), states)
+        # max_a q(s_t, a) - q(s_t, EOS): the regret of ending here.
+        gap = torch.zeros_like(maximum).masked_scatter(mask, maximum[mask] - eos_logits)
+        going_on = mask & ~torch.isin(answers.answer_ids, torch.tensor(rules_of(lm).eos_ids, device=mask.device))
+        regret = regret_per_sequence(signal.chosen - maximum, mask)
+        ones = torch.ones_like(regret)
+        columns = (ones, regret, mask.sum(1), given(answers.finished), going_on.sum(1), (gap * going_on).sum(1))
+        sums += torch.stack([column.double().sum() for column in columns])
+    return sums
+
+
+class StartCheck(TrainerCallback):
+    """Warns (or refuses, `weak_start`) when the student is too weak for the chosen credit horizon: once, before the
+    first update, by the first rollout batch.
     """
 
     def __init__(self, trainer: PolicyGradientTrainer):
@@ -44,41 +98,24 @@ class StartCheck(TrainerCallback):
             if state.is_world_process_zero:
                 logger.warning(f"{message} (weak_start: ignore silences this)")
             return
-        start = self.measure()
-        self.trainer.log(dict(start))
-        regret, price = start["start_regret"], start["start_eos_price"]
+        # Its strength is that of the student itself; lengths are compared with those of later rollouts.
+        rollouts = self.trainer.answers(0)
+        drawn = rollouts if args.samples_itself else self.trainer.sample(0)
+        with self.trainer.finite.together(rollouts.ids, rollouts):
+            sums = start_sums(self.trainer, [rollouts])
+        sums[2], sums[3] = drawn.answer_mask.sum(), given(drawn.finished).sum()
+        start = Start.of(self.trainer.sum(sums))
+        self.trainer.log(start.logged())
         # With lam = 0 a token is credited with its own regret only, so stopping early gains nothing.
-        if regret <= 0.5 * price or args.lam == 0:
+        if not start.weak or args.lam == 0:
             return
         message = (
-            f"weak start: the student's regret is {regret:.1f} nats per sequence, an early end-of-sequence costs "
-            f"{price:.1f}. Until the first is below half of the second, credit over many tokens (lam = {args.lam}) may "
-            "teach the student to stop early, and credit over few to run on: no lam repairs it. Warm up longer on the "
-            "teacher's greedy labels (docs/method.md, Choosing lam)."
+            f"weak start: the student's regret is {start.regret:.1f} nats per sequence, an early end-of-sequence costs "
+            f"{start.eos_price:.1f}. Until the first is below half of the second, credit over many tokens (lam = "
+            f"{args.lam}) may teach the student to stop early, and credit over few to run on: no lam repairs it. Warm "
+            "up longer on the teacher's greedy labels (`until_ready: true`; docs/method.md, Choosing lam)."
         )
         if args.weak_start == "refuse":
             raise ConfigError(message + " (weak_start: refuse)")
         if state.is_world_process_zero:
             logger.warning(message)
-
-    @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Regret per sequence, cost of an early end, length and finish rate of the first rollout batch."""
-        trainer = self.trainer
-        rollouts, eos = trainer.sample(0), trainer.policy.lm.eos_id
-        mask = rollouts.answer_mask
-        scores = trainer.score(rollouts, distribution=True)
-        assert isinstance(scores.distribution, HeadOverStates)
-        maximum = given(scores.max)
-        states, head = scores.distribution.states, scores.distribution.head
-        (eos_logits,) = head.map(lambda logits: (logits[:, eos],), states[mask])
-        gap = maximum.masked_scatter(mask, maximum[mask] - eos_logits)
-        regret = regret_per_sequence(scores.chosen - maximum, mask)
-        ends = torch.tensor(rules_of(trainer.policy.lm).eos_ids, device=mask.device)
-        going_on = mask & ~torch.isin(rollouts.answer_ids, ends)
-        return {
-            "start_regret": float(trainer.gather(regret[:, None]).mean()),
-            "start_eos_price": float(price_of_stopping(trainer.gather(gap), trainer.gather(going_on))),
-            "start_length": float(trainer.gather(mask).sum(1).float().mean()),
-            "start_finish_rate": float(trainer.gather(given(rollouts.finished)[:, None]).float().mean()),
-        }

@@ -20,13 +20,13 @@ from ..models.heads import TokenFunction
 from ..models.signals import SignalSource
 from ..models.vocabulary import NO_LIMIT, encode_answers, encode_texts
 from ..objectives.divergences import DIVERGENCES
-from ..objectives.policy import token_statistics
 from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
 from .inputs import weights_of
-from .objective import Objective, StudentTokens
+from .objective import Objective, StudentTokens, with_terms
+from .warm_up import WarmUp
 
 
 class SequenceKD(Objective):
@@ -47,17 +47,18 @@ class DivergenceKD(Objective):
         self.parameters = {name: getattr(args, name) for name, _ in self.divergence.parameters}
         self.temperature = args.temperature
 
-    def token_function(self, signal: TeacherSignal | None) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+    def token_function(
+        self, signal: TeacherSignal | None, annotations: Any = None
+    ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
         assert signal is not None
         assert signal.distribution is not None
         distribution = signal.distribution
 
-        def with_divergence(logits: Tensor, ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        def divergence(logits: Tensor, *states: Tensor) -> Tensor:
             teacher = distribution.logits(*states)
-            apart = self.divergence(logits, teacher, temperature=self.temperature, **self.parameters)
-            return *token_statistics(logits, ids), apart
+            return self.divergence(logits, teacher, temperature=self.temperature, **self.parameters)
 
-        return with_divergence, distribution.token_args
+        return with_terms((divergence, distribution.token_args))
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         return student.extra[0], {}
@@ -119,17 +120,19 @@ def _example(row: dict[str, Any], name: str) -> Example:
     return Example(str(row.get("id", name)), row["student_input"], prompts)
 
 
-def check_label_rows(rows: Any) -> None:
-    """Raise DataError unless every row has a text as student_input and as label."""
+def check_label_rows(rows: Any, what: str = "train_dataset", *, scored: bool = False) -> None:
+    """Raise DataError unless every row has a text as student_input and as label; as teacher_input, too, if the teacher
+    is to score the labels.
+    """
     names = getattr(rows, "column_names", None)
-    for name in ("student_input", "label"):
+    for name in ("student_input", "label", *(["teacher_input"] if scored else [])):
         if names is not None and name not in names:
-            raise DataError(f"train_dataset has no column '{name}'. Found: {', '.join(names)}.")
+            raise DataError(f"{what} has no column '{name}'. Found: {', '.join(names)}.")
         values = rows[name] if names is not None else (row.get(name) for row in rows)
         wrong = [(i, value) for i, value in enumerate(values) if not isinstance(value, str)]
         if wrong:
             raise DataError(
-                f"train_dataset: '{name}' is not text in {len(wrong)} rows (first: row {wrong[0][0]}, "
+                f"{what}: '{name}' is not text in {len(wrong)} rows (first: row {wrong[0][0]}, "
                 f"{wrong[0][1]!r:.40}). Convert or remove them."
             )
 
@@ -156,7 +159,7 @@ class SupervisedTrainer(DistillationTrainer):
         task_metric: TaskMetric | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        check_label_rows(train_dataset)
+        check_label_rows(train_dataset, scored=args.objective != "sequence")
         own = own_generations(train_dataset, tokenizer)
         super().__init__(
             student,
@@ -170,6 +173,9 @@ class SupervisedTrainer(DistillationTrainer):
         )
         rules = rules_of(self.policy.lm)
         self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens, own, rules)
+        self.warm_up = WarmUp(self) if args.until_ready else None
+        if self.warm_up is not None:
+            self.callback_handler.callbacks.insert(0, self.warm_up)  # trackers close their runs when training ends
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         return self.labels(rows)
@@ -181,6 +187,22 @@ class SupervisedTrainer(DistillationTrainer):
             model = None if self.teacher is None else self.teacher.model
             weights, append_eos = self.inputs.get(weights_of("teacher")), getattr(self.teacher, "append_eos", None)
             announce(described(self.train_dataset), model, weights, append_eos=append_eos)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.warm_up is None or kwargs.get("skip_scheduler"):
+            return super()._evaluate(*args, **kwargs)
+        with self.warm_up.evaluation():
+            return super()._evaluate(*args, **kwargs)
+
+    def save_extras(self, folder: Path) -> dict[str, Any]:
+        """As in `DistillationTrainer`, with whether a warm-up is done."""
+        extras = super().save_extras(folder)
+        return extras if self.warm_up is None else {**extras, "saturated": self.warm_up.saturated}
+
+    def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
+        super().load_extras(extras, folder)
+        if self.warm_up is not None:
+            self.warm_up.saturated = extras.get("saturated", False)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""

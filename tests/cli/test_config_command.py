@@ -24,7 +24,7 @@ def run(capsys, *words):
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("recipe", ["ppo_t0_to_t5", "reinforce_t0_to_t5", "seqkd_t0_to_t5", "tkd_glue"])
+@pytest.mark.parametrize("recipe", ["ppo_t0_to_t5", "reinforce_t0_to_t5", "gkd_t0_to_t5", "seqkd_t0_to_t5", "tkd_glue"])
 @pytest.mark.parametrize("size", ["", ".tiny"])
 def test_shipped_files_can_work(capsys, recipe, size):
     file = RECIPES / f"{recipe}{size}.yaml"

@@ -123,6 +123,15 @@ def test_tied_weights_add_both_gradients():
     torch.testing.assert_close(got, want)
 
 
+def test_autocast_does_not_round_logits():
+    """The backward pass computes them again, outside autocast."""
+    head = Head(torch.randn(9, D), torch.randn(9), 0.5, VALID)
+    hidden, ids = 10 * torch.randn(N, D), torch.arange(N) % VALID
+    want = head.map(statistics, hidden, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, head.map(statistics, hidden, ids), want))
+
+
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_half_precision_states_give_float32_logits_and_gradients_in_the_parameters_own_types(weights):
     hidden, weight, bias, ids = tensors()

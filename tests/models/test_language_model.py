@@ -23,9 +23,12 @@ from rlkd.models.loading import load_model
 from rlkd.models.policy import Policy
 from rlkd.models.teacher import Teacher
 from rlkd.objectives.policy import reduce_tokens, reinforce_loss
+from rlkd.records import Example
 from rlkd.sampling.decode import decode, greedy, sampler
 from rlkd.sampling.engines.protocol import Decoding
 from rlkd.sampling.engines.torch_engine import TorchEngine
+from rlkd.sampling.proposal import Proposal
+from rlkd.sampling.rollouts import sample_rollouts
 from rlkd.tensors import length_mask, pad_rows, pad_stack
 from tiny import EOS, VALID, save_pretrained, tiny_tokenizer
 
@@ -310,6 +313,21 @@ def test_recorded_log_probs_are_those_the_loss_recomputes():
     drawn = decode(policy.lm, policy.lm.prompt_states(PROMPTS), sampler([*range(12)], 6, CPU), max_new_tokens=6)
     (logps, _), _ = policy(*pad_rows(PROMPTS, EOS), drawn.ids, drawn.mask)
     torch.testing.assert_close(logps, drawn.logps, atol=1e-5, rtol=0)
+
+
+def test_a_share_of_the_teacher_is_that_of_its_scores():
+    policy, teacher = Policy(lm_of()), Teacher(lm_of(3), tiny_tokenizer())
+    examples = [Example(f"row {i}", " ".join("abcde"[: 1 + i]), (f"copy {'xyz'[i % 3]} a",)) for i in range(4)]
+    answers = sample_rollouts(
+        policy, tiny_tokenizer(), examples, rollouts_per_prompt=3, max_input_tokens=16, max_new_tokens=6, seed=(0,),
+        proposal=Proposal(teacher_mix=0.4, teacher=teacher),
+    )  # fmt: skip
+    mask = answers.answer_mask
+    (own, _), _ = policy(*answers.policy_inputs)
+    signal = teacher.score([e.teacher_inputs for e in answers.examples], answers.answer_ids, mask)
+    mixed = torch.log(0.6 * own.exp() + 0.4 * (signal.chosen - signal.logsumexp).exp())
+    torch.testing.assert_close(answers.policy_logps, own.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(answers.behaviour_logps[mask], mixed.detach()[mask], atol=1e-5, rtol=0)
 
 
 def test_a_frozen_copy_has_its_own_model():

@@ -6,6 +6,7 @@ import torch
 
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.sampling.decode import decode, greedy, row_seed, sampler
+from rlkd.sampling.proposal import Proposal
 from rlkd.tensors import pad_rows
 from tiny import EOS, KINDS, PAD, VALID, tiny_bart, tiny_model, tiny_t5
 
@@ -66,7 +67,7 @@ def test_recorded_log_probs_are_those_of_teacher_forcing(kind, temperature):
         states_of(lm),
         sampler(list(seeds), 8, CPU),
         max_new_tokens=8,
-        temperature=temperature,
+        proposal=Proposal(temperature=temperature),
     )
     for prompt, answer, logps, mask in zip(PROMPTS, answers_of(out), out.logps, out.mask, strict=True):
         decoder_input = torch.tensor([[lm.start_id, *answer[:-1]]])
@@ -178,7 +179,9 @@ def test_sampled_frequencies_match_the_distribution():
 def test_the_models_first_token_is_sampled_at_the_given_temperature(temperature):
     lm, n = EncoderDecoder(tiny_t5(seed=1), VALID), 4000
     (state,) = states_of(lm, [[5, 6, EOS]])
-    out = decode(lm, [state] * n, sampler(list(range(n)), 1, CPU), max_new_tokens=1, temperature=temperature)
+    out = decode(
+        lm, [state] * n, sampler(list(range(n)), 1, CPU), max_new_tokens=1, proposal=Proposal(temperature=temperature)
+    )
     start = torch.tensor([[lm.start_id]])
     logits = lm.model(input_ids=torch.tensor([[5, 6, EOS]]), decoder_input_ids=start).logits[0, 0, :VALID]
     p = (logits / temperature).softmax(-1).double().numpy()
@@ -223,3 +226,18 @@ def test_row_seeds_are_stable_and_distinct():
     assert row_seed() == 0xE3B0C44298FC1C14 >> 1  # the empty SHA-256: the same on every machine
     assert len({row_seed(s, i, k) for s in range(3) for i in ("1", "11") for k in range(3)}) == 18
     assert row_seed(1, 23) != row_seed(12, 3)
+
+
+@torch.no_grad()
+def test_sampling_reaches_the_whole_of_a_large_vocabulary():
+    """Tokens beyond the 50 most probable ones, where transformers' own sampling stops, come as often as they should."""
+    model = tiny_t5(tied=False, vocab=300, seed=4)
+    model.lm_head.weight.mul_(0.05)
+    lm = EncoderDecoder(model, 300)
+    out = decode(lm, states_of(lm, [[3, EOS]] * 2000), sampler(list(range(2000)), 1, CPU), max_new_tokens=1)
+    p = model(input_ids=torch.tensor([[3, EOS]]), decoder_input_ids=torch.tensor([[PAD]])).logits[0, 0].softmax(-1)
+    beyond = p.argsort(descending=True)[50:]
+    mass, share = float(p[beyond].sum()), float(torch.isin(out.ids, beyond).float().mean())
+    assert 0.6 < mass < 0.9
+    assert abs(share - mass) < 4 * (mass * (1 - mass) / 2000) ** 0.5
+    torch.testing.assert_close(out.logps[:, 0], p.log()[out.ids[:, 0]], atol=1e-5, rtol=1e-5)

@@ -48,7 +48,7 @@ def test_what_may_be_on_the_hub_or_is_there_is_left_alone(tmp_path, monkeypatch,
     refuse_missing_paths(argv)
 
 
-@pytest.mark.parametrize("recipe", ["ppo_t0_to_t5", "reinforce_t0_to_t5", "seqkd_t0_to_t5", "tkd_glue"])
+@pytest.mark.parametrize("recipe", ["ppo_t0_to_t5", "reinforce_t0_to_t5", "gkd_t0_to_t5", "seqkd_t0_to_t5", "tkd_glue"])
 def test_recipes_name_them_before_torch_is_imported(tmp_path, recipe):
     """With a torch that cannot be imported."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")

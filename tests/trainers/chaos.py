@@ -43,7 +43,11 @@ RUNS = {
 # Three epochs of 12 prompts: from the second one on, the teacher's cache knows them. Trainer, and its settings.
 EPOCHS = {
     "reinforce": ("reinforce", {"sync_every": 2, "max_steps": 9, "save_steps": 1}),
-    "ppo": ("ppo", {"kl_target": 0.01, "per_device_train_batch_size": 4, "max_steps": 36, "save_steps": 4}),
+    "ppo": (
+        "ppo",
+        {"kl_target": 0.01, "imitation_coef": 0.3, "per_device_train_batch_size": 4, "max_steps": 36, "save_steps": 4},
+    ),
+    "gkd": ("gkd", {"on_policy_fraction": 0.5, "per_device_train_batch_size": 4, "max_steps": 9, "save_steps": 1}),
     "opd": (
         "reinforce",
         {"reward_value": "lse", "lam": 0.0, "entropy_coef": 1.0, "kl_coef": 0.0, "baseline": "teacher"}
@@ -86,6 +90,8 @@ def build_epochs(case: str, folder: Path, **teacher: Any) -> Any:
     labels = [{k: getattr(e, v) for k, v in names.items()} | {"teacher_input": e.teacher_inputs[0]} for e in rows]
     evaluation = {"eval_strategy": "steps", "eval_steps": 4 * options["save_steps"], "eval_examples": rows[:5]}
     data = labels if kind == "supervised" else rows
+    if kind == "gkd" or "imitation_coef" in options:
+        evaluation["labels"] = labels[:7]  # fewer than inputs: their passes end elsewhere
     return make(kind, folder, data=data, teacher=tiny_teacher(**teacher), **options, **evaluation)
 
 

@@ -25,7 +25,7 @@ from test_tkd import rows
 
 from rlkd import BiLSTMConfig, BiLSTMForSequenceClassification, Teacher, build_student, language_model
 from tiny import CLASSIFIER_WORDS, tiny_bart, tiny_classifier, tiny_tokenizer
-from tiny_runs import PADDED, WORDS, examples, logged, make, tiny_teacher
+from tiny_runs import PADDED, WORDS, examples, labels, logged, make, tiny_teacher
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STEPS = 20
@@ -44,6 +44,9 @@ SUPERVISED: dict[str, dict[str, Any]] = {
     "jensen_shannon": {"objective": "jensen_shannon"},
     "total_variation": {"objective": "total_variation"},
     "skew_forward_kl": {"objective": "skew_forward_kl", "evaluate": True},
+    "skew_reverse_kl": {"objective": "skew_reverse_kl"},
+    "alpha_beta": {"objective": "alpha_beta"},
+    "best_token": {"objective": "best_token"},
     "accumulation": {"objective": "forward_kl", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     "bart": {"objective": "forward_kl", "bart": True, "evaluate": True},
     "adam": {"objective": "reverse_kl", **ADAM},
@@ -74,10 +77,13 @@ REINFORCE: dict[str, dict[str, Any]] = {
     "no_leash": {"kl_coef": 0.0},
     "kl_in_reward": {"kl_in": "reward", "kl_coef": 0.5},
     "kl_target": {"kl_target": 0.02, "kl_coef": 0.1},
+    "credit": {"kl_estimator": "k2", "length_normalised": True, "cut_answers": "end_price", "lam": 0.9},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     "templates_average": {"templates": "average", "evaluate": True},
     "templates_pool": {"templates": "pool"},
     "bart": {"bart": True, "evaluate": True},
+    "entropy_in_reward": {"entropy_in": "reward", "entropy_coef": 0.3, "reward_value": "lse", "lam": 0.9},
+    "imitation": {"imitation_coef": 0.5, "labels": 6},
     "adam": ADAM,
 }
 PPO: dict[str, dict[str, Any]] = {
@@ -90,9 +96,14 @@ PPO: dict[str, dict[str, Any]] = {
     "entropy": {"entropy_coef": 0.1},
     "kl_target": {"kl_target": 0.02, "kl_coef": 0.1},
     "kl_in_reward": {"kl_in": "reward", "kl_coef": 0.5},
+    "critic": {"value_learning_rate": 0.1, "value_warmup_updates": 6, "dual_clip": 1.01, "cut_answers": "drop"},
     "narrow_clips": {"clip_range": 0.02, "value_clip_range": 0.05, "loss_reduction": "sequence_mean"},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "evaluate": True},
     "adam": ADAM,
+}
+GKD: dict[str, dict[str, Any]] = {
+    "half": {"on_policy_fraction": 0.5, "labels": 6},
+    "reverse_kl": {"objective": "reverse_kl", "sync_every": 2},
 }
 TKD: dict[str, dict[str, Any]] = {
     **{preset: {"preset": preset, "evaluate": preset in ("ft", "tkd")} for preset in PRESETS},
@@ -113,7 +124,7 @@ TKD: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CASES = {
     f"{kind}-{name}": (kind, options)
-    for kind, group in (("supervised", SUPERVISED), ("reinforce", REINFORCE), ("ppo", PPO), ("tkd", TKD))
+    for kind, group in (("supervised", SUPERVISED), ("reinforce", REINFORCE), ("ppo", PPO), ("gkd", GKD), ("tkd", TKD))
     for name, options in group.items()
 }
 
@@ -126,7 +137,7 @@ CLOCKS = ("seconds", "per_second", "runtime")
 
 
 def generating(kind: str, folder: Path, *, bart: bool = False, templates: str | None = None, **options: Any) -> Any:
-    """A supervised, reinforce or ppo trainer."""
+    """A supervised, gkd, reinforce or ppo trainer; `labels`, how many there are."""
     if bart:
         tokenizer = tiny_tokenizer(WORDS)
         teacher = Teacher(language_model(tiny_bart(seed=2, vocab=PADDED), tokenizer), tokenizer)
@@ -134,6 +145,8 @@ def generating(kind: str, folder: Path, *, bart: bool = False, templates: str | 
     if templates:
         options["data"] = [replace(e, teacher_inputs=(*e.teacher_inputs, e.student_input)) for e in examples(12)]
         options["teacher"] = tiny_teacher(combination=templates)
+    if "labels" in options:
+        options["labels"] = labels(options["labels"])
     return make(kind, folder, n=12, **{**PLAIN, "learning_rate": 0.1 if kind == "supervised" else 0.03, **options})
 
 

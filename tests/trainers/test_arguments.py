@@ -10,6 +10,7 @@ from rlkd.errors import ConfigError
 from rlkd.objectives.rewards import REWARDS
 from rlkd.trainers.arguments import (
     DistillationArguments,
+    GKDArguments,
     PPOArguments,
     ReinforceArguments,
     RLArguments,
@@ -44,9 +45,31 @@ WRONG = [
     (ReinforceArguments, "baseline", "critic", {"k_step": 2}),
     (ReinforceArguments, "kl_target", 0.0, {}),
     (ReinforceArguments, "kl_target", 0.1, {"kl_coef": 0.0}),
+    (ReinforceArguments, "kl_estimator", "k2", {"kl_in": "reward"}),
+    (ReinforceArguments, "baseline", "none", {"length_normalised": True}),
+    (ReinforceArguments, "k_step", 2, {"length_normalised": True, "baseline": "teacher"}),
+    (ReinforceArguments, "lam", 0.0, {"length_normalised": True}),
+    (PPOArguments, "dual_clip", 1.0, {}),
+    (PPOArguments, "value_learning_rate", 0.0, {}),
+    (PPOArguments, "value_learning_rate", 1e-3, {"baseline": "leave_one_out"}),
+    (PPOArguments, "value_warmup_updates", 4, {"value_coef": 0.0}),
+    (ReinforceArguments, "value_warmup_updates", 4, {}),
+    (PPOArguments, "value_warmup_updates", 4, {"max_steps": 4}),
+    (ReinforceArguments, "kl_estimator", "exact", {"kl_coef": 0.0}),
     (ReinforceArguments, "rollouts_per_prompt", 3, {"per_device_train_batch_size": 8}),
     (ReinforceArguments, "importance_cap", 0.0, {}),
+    (ReinforceArguments, "importance_cap", 3.0, {"importance_weight": "none"}),
+    (ReinforceArguments, "rollout_temperature", 0.0, {}),
+    (ReinforceArguments, "rollout_temperature", 11.0, {}),
+    (ReinforceArguments, "rollout_top_p", 0.0, {}),
+    (ReinforceArguments, "teacher_mix", 1.0, {}),
+    (GKDArguments, "on_policy_fraction", 0.0, {"objective": "reverse_kl", "teacher_mix": 0.2}),
+    (PPOArguments, "importance_weight", "token", {}),
+    (PPOArguments, "importance_cap", 3.0, {"sync_every": 2}),
     (PPOArguments, "clip_range", 0.0, {}),
+    (PPOArguments, "entropy_in", "reward", {}),
+    (PPOArguments, "entropy_in", "reward", {"entropy_coef": 0.1, "lam": 0.0}),
+    (ReinforceArguments, "entropy_in", "reward", {"entropy_coef": 0.1, "k_step": 64}),
     (PPOArguments, "save_steps", 6, {"save_strategy": "steps"}),
     (PPOArguments, "save_steps", 0.5, {"save_strategy": "steps"}),
     (PPOArguments, "max_steps", 6, {"save_strategy": "steps"}),
@@ -107,6 +130,10 @@ def test_every_field_of_ours_says_what_it_is_and_repeats_none_of_transformers():
         ({"objective": "jensen_shannon", "alpha": 0.3}, "alpha = 0.3: .*; it takes temperature, beta"),
         ({"objective": "jensen_shannon", "beta": 1.0}, "beta = 1.0: must be between 0 and 1"),
         ({"objective": "skew_forward_kl", "alpha": 0.0}, "alpha = 0.0: must be between 0 and 1"),
+        ({"objective": "skew_reverse_kl", "alpha": 1.0}, "alpha = 1.0: must be between 0 and 1"),
+        ({"objective": "best_token", "alpha": 0.5}, "alpha = 0.5: objective = 'best_token' does not take it"),
+        ({"objective": "alpha_beta", "alpha": 0.0, "beta": 0.0}, "alpha = 0.0: beta is 0, too"),
+        ({"objective": "alpha_beta", "alpha": 1.2}, "alpha = 1.2: must be at least 0 and at most 1"),
     ],
 )
 def test_a_parameter_that_the_divergence_does_not_take_is_refused(tmp_path, settings, problem):
@@ -114,6 +141,7 @@ def test_a_parameter_that_the_divergence_does_not_take_is_refused(tmp_path, sett
         SupervisedArguments(output_dir=str(tmp_path), **settings)
     SupervisedArguments(output_dir=str(tmp_path), objective="jensen_shannon", beta=0.3, temperature=2.0)
     SupervisedArguments(output_dir=str(tmp_path), objective="skew_forward_kl", alpha=0.3)
+    SupervisedArguments(output_dir=str(tmp_path), objective="alpha_beta", alpha=1.0, beta=0.0)
 
 
 def test_a_reward_without_an_exact_expectation_is_sampled(tmp_path, monkeypatch):

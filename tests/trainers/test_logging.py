@@ -14,16 +14,31 @@ from rlkd.jobs.encoder_data import LabelledData
 from rlkd.models.architectures import language_model
 from rlkd.models.policy import Policy
 from tiny import tiny_tokenizer
-from tiny_runs import WORDS, assert_same, examples, logged, make, student, tiny_teacher, weights
+from tiny_runs import WORDS, assert_same, examples, labels, logged, make, student, tiny_teacher, weights
 
 # The trainers of the table's labels, as this file runs them: PPO with its critic, REINFORCE without one.
+REINFORCE, PPO = {"reinforce", "reinforce drop"}, {"ppo", "ppo dual_clip end_price"}
 KINDS = {
-    metrics.ALL: {"supervised", "reinforce", "ppo", "tkd"},
-    metrics.GENERATING: {"supervised", "reinforce", "ppo"},
-    metrics.RL: {"reinforce", "ppo"},
-    metrics.CRITIC: {"ppo"},
-    metrics.PPO: {"ppo"},
+    metrics.ALL: {"supervised", *REINFORCE, *PPO, "gkd", "tkd"},
+    metrics.GENERATING: {"supervised", *REINFORCE, *PPO, "gkd"},
+    metrics.ON_POLICY: {*REINFORCE, *PPO, "gkd"},
+    metrics.GKD: {"gkd"},
+    metrics.RL: {*REINFORCE, *PPO},
+    metrics.START_CHECKED: {"supervised", *REINFORCE, *PPO},
+    metrics.TASKED: {*REINFORCE, *PPO},
+    metrics.CRITIC: PPO,
+    metrics.PPO: PPO,
+    metrics.DROP: {"reinforce drop"},
+    metrics.END_PRICE: {"ppo dual_clip end_price"},
+    metrics.DUAL_CLIP: {"ppo dual_clip end_price"},
+    metrics.IMITATING: {"reinforce drop"},
+    metrics.TRUNCATED: {"reinforce drop"},
     metrics.TKD: {"tkd"},
+}
+SETTINGS = {
+    "gkd": {"on_policy_fraction": 0.5, "labels": labels()},
+    "reinforce drop": {"cut_answers": "drop", "imitation_coef": 0.1, "labels": labels(), "rollout_top_p": 0.9},
+    "ppo dual_clip end_price": {"cut_answers": "end_price", "dual_clip": 3.0},
 }
 
 
@@ -34,9 +49,11 @@ def every_metric(predictions, rows):
 def run(kind, folder):
     """The lines of runs that log all that a trainer can log."""
     if kind != "tkd":
-        options = {} if kind == "supervised" else {"weak_start": "warn"}
+        warm_up = {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"}
+        task = {"weak_start": "warn", "task_reward": "rouge1"}
+        options = {"supervised": warm_up, "gkd": {}}.get(kind, task) | SETTINGS.get(kind, {})
         make(
-            kind, folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
+            kind.split()[0], folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
             task_metric=every_metric, **options,
         ).train()  # fmt: skip
         return logged(folder)

@@ -31,7 +31,7 @@ def launch(kind, folder, processes):
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["ppo", "reinforce", "supervised", "tkd"])
+@pytest.mark.parametrize("kind", ["ppo", "reinforce", "gkd", "supervised", "tkd"])
 def test_two_processes_are_one_run(tmp_path, kind):
     for processes in (1, 2):
         launch(kind, tmp_path / str(processes), processes)

@@ -127,8 +127,10 @@ def test_what_a_recipe_is_built_from(tmp_path, load):
     )  # fmt: skip
     told = TeacherArguments(teacher, teacher_dtype="float32", teacher_append_eos=False, teacher_cache_mb=1)
 
-    def prepared(seed=1, **options):
-        training = PPOArguments(str(tmp_path / "run"), use_cpu=True, seed=seed, max_input_tokens=9)
+    def prepared(seed=1, data=data, task_reward=None, **options):
+        training = PPOArguments(
+            str(tmp_path / "run"), use_cpu=True, seed=seed, max_input_tokens=9, task_reward=task_reward
+        )
         return prepare(data, told, ModelConfig(student, dtype=None, **options), training)
 
     setup = prepared()
@@ -140,6 +142,13 @@ def test_what_a_recipe_is_built_from(tmp_path, load):
     assert frozen.tokenizer is setup.tokenizer
     assert (setup.train_examples[0].teacher_inputs, setup.train_examples[0].references) == (("ask g",), ())
     assert setup.eval_examples[0].references == ("g",)
+
+    # A task reward reads the references of the training data; a metric without them is refused.
+    assert prepared(task_reward="rougeL").train_examples[0].references == ("g",)
+    with pytest.raises(ConfigError, match=r"^task_reward = 'exact_match': needs reference_column"):
+        prepared(task_reward="exact_match", data=replace(data, reference_column=None))
+    with pytest.raises(ConfigError, match="cannot import no_such_module"):
+        prepared(task_reward="no_such_module:f")
 
     lora = {"use_peft": True, "lora_target_modules": ["q", "v"]}
     adapters = [

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from rlkd.errors import ConfigError
 from rlkd.evaluation.task_metrics import exact_match
+from rlkd.objectives.divergences import DIVERGENCES
 from rlkd.records import Example
 from rlkd.trainers.arguments import SupervisedArguments
 from rlkd.trainers.supervised import PseudoLabelCollator, SupervisedTrainer
@@ -71,10 +72,13 @@ def hand_divergence(objective, log_pi, log_p):
         "jensen_shannon": lambda: 0.5 * kl(p, (p + pi) / 2) + 0.5 * kl(pi, (p + pi) / 2),
         "total_variation": lambda: (p - pi).abs().sum(-1) / 2,
         "skew_forward_kl": lambda: kl(p, 0.1 * p + 0.9 * pi),
+        "skew_reverse_kl": lambda: kl(pi, 0.1 * pi + 0.9 * p),
+        "alpha_beta": lambda: ((2 * p**0.9 + 7 * pi**0.9) / 9 - p**0.2 * pi**0.7).sum(-1) / 0.14,
+        "best_token": lambda: -log_pi.gather(-1, p.argmax(-1, keepdim=True)).squeeze(-1),
     }[objective]()
 
 
-OBJECTIVES = ["sequence", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_forward_kl"]
+OBJECTIVES = ["sequence", *DIVERGENCES]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

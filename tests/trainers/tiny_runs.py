@@ -12,7 +12,8 @@ from torch import Tensor
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.teacher import Teacher
 from rlkd.records import Example
-from rlkd.trainers.arguments import PPOArguments, ReinforceArguments, SupervisedArguments
+from rlkd.trainers.arguments import GKDArguments, PPOArguments, ReinforceArguments, SupervisedArguments
+from rlkd.trainers.gkd import GKDTrainer
 from rlkd.trainers.ppo import PPOTrainer
 from rlkd.trainers.reinforce import ReinforceTrainer
 from rlkd.trainers.supervised import SupervisedTrainer
@@ -23,8 +24,10 @@ VALID = len(WORDS)
 PADDED = VALID + 4
 EOS = 1
 
-ARGUMENTS = {"ppo": PPOArguments, "reinforce": ReinforceArguments, "supervised": SupervisedArguments}
-TRAINERS = {"ppo": PPOTrainer, "reinforce": ReinforceTrainer, "supervised": SupervisedTrainer}
+ARGUMENTS = {
+    "ppo": PPOArguments, "reinforce": ReinforceArguments, "gkd": GKDArguments, "supervised": SupervisedArguments,
+}  # fmt: skip
+TRAINERS = {"ppo": PPOTrainer, "reinforce": ReinforceTrainer, "gkd": GKDTrainer, "supervised": SupervisedTrainer}
 TINY = {
     "per_device_train_batch_size": 8,
     "max_new_tokens": 5,
@@ -64,10 +67,15 @@ def labels(n: int = 8) -> list[dict[str, Any]]:
 
 
 def make(kind: str, folder: Path, *, model: Any = None, teacher: Any = None, n: int = 8, **options: Any) -> Any:
-    """A trainer of `kind`; `options` are its arguments, or `data`, `eval_examples`, `task_metric`, `callbacks`."""
-    inputs = {name: options.pop(name) for name in ("eval_examples", "task_metric", "callbacks") if name in options}
+    """A trainer of `kind`; `options` are its arguments, or `data`, `labels`, `eval_examples`, `task_metric`,
+    `callbacks`.
+    """
+    names = ("labels", "eval_examples", "task_metric", "callbacks")
+    inputs = {name: options.pop(name) for name in names if name in options}
     data = options.pop("data", None)
     settings = {**TINY, **options}
+    if kind == "gkd":
+        settings.pop("weak_start")
     if kind == "supervised":
         for name in ("weak_start", "rollouts_per_prompt"):
             settings.pop(name)

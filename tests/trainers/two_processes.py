@@ -10,7 +10,7 @@ from test_tkd import rows
 from rlkd.evaluation.task_metrics import exact_match
 from rlkd.models.encoders.classifiers import build_student
 from tiny import tiny_classifier
-from tiny_runs import examples, make
+from tiny_runs import examples, labels, make
 
 
 def tkd(folder: str) -> None:
@@ -37,16 +37,30 @@ def tkd(folder: str) -> None:
 
 def main(kind: str, folder: str) -> None:
     options = {
-        "ppo": {"kl_target": 0.01, "whiten_advantages": True, "max_steps": 8},
+        "ppo": {
+            "kl_target": 0.01,
+            "whiten_advantages": True,
+            "value_warmup_updates": 3,
+            "max_steps": 8,
+            "cut_answers": "end_price",
+            "imitation_coef": 0.5,
+            "labels": labels(11),
+        },
+        "gkd": {"on_policy_fraction": 0.5, "max_steps": 4, "labels": labels(11)},
         "reinforce": {
             "sync_every": 2,
+            "teacher_mix": 0.2,
+            "rollout_top_p": 0.9,
             "loss_reduction": "sequence_mean",
             "max_steps": 4,
             "gradient_accumulation_steps": 2,
+            "task_reward": "rouge1",
+            "task_reward_coef": 0.01,
         },
-        "supervised": {"max_steps": 4, "dataloader_drop_last": True},
+        "supervised": {"max_steps": 4, "dataloader_drop_last": True}
+        | {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"},
     }[kind]
-    if kind != "supervised":
+    if kind in ("ppo", "reinforce"):
         options["weak_start"] = "warn"
     trainer = make(
         kind,

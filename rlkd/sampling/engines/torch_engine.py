@@ -16,6 +16,7 @@ from ...models.spec import ModelSource
 from ...objectives.rewards import token_scores
 from ...tensors import pad_rows
 from ..decode import decode, greedy, sampler
+from ..proposal import Proposal
 from .protocol import Answer, Decoding, EngineSettings, TopK
 
 
@@ -84,7 +85,14 @@ class TorchEngine:
     def _own_loop(self, states: list[Tensor], seeds: list[int], decoding: Decoding) -> list[Answer]:
         width = decoding.max_new_tokens
         choose = greedy if decoding.strategy == "greedy" else sampler(seeds, width, self.lm.device)
-        out = decode(self.lm, states, choose, max_new_tokens=width, temperature=decoding.temperature, end_forced=True)
+        out = decode(
+            self.lm,
+            states,
+            choose,
+            max_new_tokens=width,
+            proposal=Proposal(temperature=decoding.temperature),
+            end_forced=True,
+        )
         ids = [row[mask].tolist() for row, mask in zip(out.ids, out.mask, strict=True)]
         if decoding.temperature == 1.0:
             logps = [row[mask].tolist() for row, mask in zip(out.logps, out.mask, strict=True)]

@@ -10,7 +10,7 @@ from annotated_types import Ge
 from ...checks import Count, Fraction, NonNegative, OneOf, Positive
 from ...errors import ConfigError
 from ...objectives.encoder import PRESETS, TREE_TERMS
-from ..arguments import StudentArguments, _require
+from ..base_arguments import StudentArguments, require
 
 STUDENT_TREE = {"td_student", "td_random"}
 CACHE_ORDER = ("none", "logits", "cls", "hidden")
@@ -92,7 +92,7 @@ class TKDArguments(StudentArguments):
         self._check_weights()
         self._check_cache()
         if self.max_steps <= 0 and any(name in TREE_TERMS for name in self.weights):
-            _require(
+            require(
                 self.tree_start_epoch < self.num_train_epochs,
                 "tree_start_epoch",
                 self.tree_start_epoch,
@@ -106,7 +106,7 @@ class TKDArguments(StudentArguments):
             raise ConfigError(
                 f"preset = {self.preset!r}: no term has a weight above 0 at the start. Raise w_ce, w_kd or beta."
             )
-        _require(
+        require(
             bool(logits) or not self.auto_scale,
             "auto_scale",
             True,

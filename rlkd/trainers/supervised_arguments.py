@@ -1,0 +1,99 @@
+"""Settings of divergences, and of supervised distillation."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from ..checks import Fraction, NonNegative, OneOf, Positive
+from ..objectives.divergences import DIVERGENCES
+from .base_arguments import DistillationArguments
+from .base_arguments import require as _require
+from .plateau import complete_schedule, prepare_warm_up
+
+# Objectives of supervised distillation: cross-entropy on the labels, or a divergence, user-defined ones included.
+IMITATION: ChainMap[str, Any] = ChainMap(DIVERGENCES, {"sequence": None})
+
+
+@dataclass
+class DivergenceArguments(DistillationArguments):
+    """A divergence between teacher and student at every prefix of given answers, and its parameters."""
+
+    objective: Annotated[str, OneOf(DIVERGENCES)] = field(
+        default="jensen_shannon", metadata={"help": "Divergence to the teacher at every prefix (docs/method.md)."}
+    )
+    temperature: Positive = field(default=1.0, metadata={"help": "Divergences: temperature of both softmaxes."})
+    alpha: Fraction | None = field(
+        default=None,
+        metadata={
+            "help": "skew_forward_kl, skew_reverse_kl: weight of the first distribution in the mixture (null: 0.1); "
+            "alpha_beta: exponent of the teacher (null: 0.2)."
+        },
+    )
+    beta: Fraction | None = field(
+        default=None,
+        metadata={
+            "help": "jensen_shannon: weight of the teacher in the mixture (null: 0.5); alpha_beta: exponent of the "
+            "student (null: 0.7)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divergence = DIVERGENCES.get(self.objective)
+        takes = [] if divergence is None else ["temperature", *(name for name, _ in divergence.parameters)]
+        for name, default in (("temperature", 1.0), ("alpha", None), ("beta", None)):
+            value = getattr(self, name)
+            _require(
+                value == default or name in takes,
+                name,
+                value,
+                f"objective = {self.objective!r} does not take it: leave it out"
+                + (f"; it takes {', '.join(takes)}" if takes else ""),
+            )
+            # A mixture with weight 0 or 1 is no mixture; an exponent may be either.
+            _require(
+                name == "temperature" or self.objective == "alpha_beta" or value not in (0.0, 1.0),
+                name,
+                value,
+                "must be between 0 and 1, both excluded",
+            )
+        _require(
+            not (self.alpha == 0 and self.beta == 0),
+            "alpha",
+            self.alpha,
+            "beta is 0, too, and alpha_beta has no such divergence: raise one of them",
+        )
+
+
+@dataclass
+class SupervisedArguments(DivergenceArguments):
+    """Warm-up on pseudo-labels, or word-level distillation on their prefixes."""
+
+    objective: Annotated[str, OneOf(IMITATION)] = field(
+        default="sequence",
+        metadata={
+            "help": "sequence: cross-entropy on the labels (SeqKD). Others: that divergence to the teacher at every "
+            "label prefix."
+        },
+    )
+    until_ready: bool = field(
+        default=False,
+        metadata={
+            "help": "Train until held-out regret stops falling, lowering the rate on the way, and say whether the "
+            "student is ready for RL; max_steps or num_train_epochs is the upper bound."
+        },
+    )
+    learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
+
+    def __post_init__(self) -> None:
+        if self.until_ready:
+            prepare_warm_up(self)
+        super().__post_init__()
+        if self.until_ready:
+            complete_schedule(self)
+
+    @property
+    def reads_labels(self) -> bool:
+        return True
