@@ -66,12 +66,12 @@ class Case:
         with torch.no_grad():
             teacher = torch.nn.functional.linear(self.states * self.teacher.scale, self.teacher_weight[:VALID_VOCAB])
         logits = torch.nn.functional.linear(self.hidden * self.head.scale, self.weight[:VALID_VOCAB])
-        log_probs = logits.log_softmax(-1)
         if self.term in PLAIN:
-            loss = PLAIN[self.term](teacher.log_softmax(-1), log_probs).sum(-1).mean()
+            loss = PLAIN[self.term](teacher.log_softmax(-1), logits.log_softmax(-1)).sum(-1).mean()
         elif self.term in DIVERGENCES:
             loss = DIVERGENCES[self.term](logits, teacher).mean()
         else:
+            log_probs = logits.log_softmax(-1)
             probs = log_probs.exp()
             logps = log_probs.gather(-1, self.ids[:, None]).squeeze(-1)
             entropy = -(probs * log_probs).sum(-1)

@@ -91,7 +91,9 @@ class Head:
         """
         groups = _groups(row_tokens, self._chunk_tokens)
         task = _Rows(self, function, loss, groups, token_args, limits, torch.is_grad_enabled())
-        total = _LossHead.apply(task, hidden, self.weight, self.bias, values)
+        # Gradients are computed here as in a backward pass, outside autocast.
+        with torch.autocast(hidden.device.type, enabled=False):
+            total = _LossHead.apply(task, hidden, self.weight, self.bias, values)
         return total, task.others
 
     @property

@@ -54,41 +54,43 @@ class Policy(nn.Module):
         answer_mask: Tensor,
         statistics: TokenFunction = token_statistics,
         token_args: tuple[Tensor, ...] = (),
-        loss: RowLoss | None = None,
         labels: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    ) -> Any:
+        loss: RowLoss | None = None,
+    ) -> tuple[Any, ...]:
         """Token statistics and critic values of given answers, or a loss made of them.
 
         Args: input_ids, input_mask [B, P]; answer_ids, answer_mask [B, R]; statistics, a function of
         (logits [n, V], ids [n], *token_args [n, ...]) returning a tuple of [n]; token_args, tensors [B, R, ...];
-        labels, the same four tensors of other answers [B', R'].
-        Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding.
-        With a `loss`, called with rows, their statistics and values [b, R], what `Head.loss` returns: gradients go
-        through the loss alone. With labels also their log-probabilities [B', R'], in the same forward because
-        DistributedDataParallel allows only one.
+        labels, the same four tensors of other answers [B', R']; loss, called with rows, their statistics and values
+        [b, R].
+        Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding; with a
+        loss what `Head.loss` returns instead, and gradients go through it alone; with labels also their
+        log-probabilities [B', R'], in the same forward as DistributedDataParallel allows only one.
         """
         hidden = self._hidden(input_ids, input_mask, answer_ids, answer_mask)
         token_args = tuple(a[answer_mask] for a in token_args)
         head = self.lm.head()
         limits = head.rules.limits(answer_ids, answer_mask)
         token_args = (answer_ids[answer_mask], *token_args)
-        values = self._values(hidden)
+        found: tuple[Any, Any]
         if loss is None:
             outputs = head.map(statistics, hidden, *token_args, limits=limits)
-            found: Any = (tuple(unpack(o, answer_mask) for o in outputs), unpack(values, answer_mask))
+            found = tuple(unpack(o, answer_mask) for o in outputs), self._values(hidden, answer_mask)
         else:
 
             def of_rows(rows: slice, outputs: tuple[Tensor, ...], values: Tensor) -> tuple[Tensor, Any]:
                 mask = answer_mask[rows]
                 return loss(rows, tuple(unpack(o, mask) for o in outputs), unpack(values, mask))
 
-            tokens = answer_mask.sum(1).tolist()
-            found = head.loss(statistics, of_rows, hidden, *token_args, row_tokens=tokens, values=values, limits=limits)
+            values, row_tokens = self._values(hidden, answer_mask)[answer_mask], answer_mask.sum(1).tolist()
+            found = head.loss(
+                statistics, of_rows, hidden, *token_args, row_tokens=row_tokens, values=values, limits=limits
+            )
         return found if labels is None else (*found, self.forward(*labels)[0][0])
 
     def values(self, input_ids: Tensor, input_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
         """The critic's values alone, [B, R], as `forward` gives them, without the vocabulary."""
-        return unpack(self._values(self._hidden(input_ids, input_mask, answer_ids, answer_mask)), answer_mask)
+        return self._values(self._hidden(input_ids, input_mask, answer_ids, answer_mask), answer_mask)
 
     @torch.no_grad()
     def score(
@@ -105,11 +107,10 @@ class Policy(nn.Module):
         """The head's inputs at the answers' tokens, [N, D]."""
         return self.lm.answer_hidden(self._prompt_states(input_ids, input_mask), answer_ids, answer_mask)
 
-    def _values(self, hidden: Tensor) -> Tensor:
-        """The critic's values [N] of hidden [N, D]; zeros without a critic."""
+    def _values(self, hidden: Tensor, answer_mask: Tensor) -> Tensor:
         if self.value_head is None:
-            return hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+            return torch.zeros(answer_mask.shape, device=answer_mask.device)
+        return unpack(self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1), answer_mask)
 
     def _prompt_states(self, input_ids: Tensor, input_mask: Tensor) -> list[Tensor]:
         """The state of each row's prompt; one that several rollouts share is computed once."""

@@ -55,7 +55,7 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def blocks(logits: Tensor) -> Iterator[slice]:
-    """A few rows at a time; all of them, if none or not on a CPU."""
+    """Slices of a few rows of logits [n, V] at a time; of all of them, if there are none or not on a CPU."""
     n, vocabulary = logits.shape
     size = max(n, 1) if logits.device.type != "cpu" else max(1, CACHED_ELEMENTS // max(vocabulary, 1))
     yield from (slice(start, start + size) for start in range(0, max(n, 1), size))

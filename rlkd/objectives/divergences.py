@@ -49,18 +49,13 @@ def log_probs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.log_softmax(-1).clamp(min=LOG_ZERO), teacher.detach().log_softmax(-1).clamp(min=LOG_ZERO)
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    """The same of logits without a gradient, in place."""
-    return logits.log_softmax(-1).clamp_(min=LOG_ZERO)
-
-
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """[N]: KL(p || pi) = sum_a p (log p - log pi)."""
     return closed_form(_forward_kl, _forward_kl_gradient, student, teacher)[0]
 
 
 def _forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
-    log_p, log_pi = _log_softmax(teacher), _log_softmax(student)
+    log_pi, log_p = log_probs(student, teacher)
     return ((log_p - log_pi).mul_(log_p.exp_()).sum(-1),)
 
 
@@ -75,14 +70,14 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
-    log_p, log_pi = _log_softmax(teacher), _log_softmax(student)
+    log_pi, log_p = log_probs(student, teacher)
     return ((log_pi - log_p).mul_(log_pi.exp_()).sum(-1),)
 
 
 def _reverse_kl_gradient(grads: tuple[Tensor], student: Tensor, teacher: Tensor) -> Tensor:
     """pi (log pi - log p - KL(pi || p))."""
-    log_pi = _log_softmax(student)
-    apart = log_pi - _log_softmax(teacher)
+    log_pi, log_p = log_probs(student, teacher)
+    apart = log_pi - log_p
     pi = log_pi.exp_()
     mean = (pi * apart).sum(-1, keepdim=True)
     return pi.mul_(apart.sub_(mean).mul_(grads[0][:, None]))

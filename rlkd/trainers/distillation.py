@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -260,7 +261,7 @@ class DistillationTrainer(StudentTrainer):
         function, token_args = self.objective.token_function(minibatch.signal, minibatch.annotations)
         labels = None if minibatch.imitation is None else minibatch.imitation.labels.policy_inputs
         loss_of = self.row_loss(minibatch)
-        total, parts, *of_labels = model(*answers.policy_inputs, function, token_args, loss_of, labels)
+        total, parts, *of_labels = model(*answers.policy_inputs, function, token_args, labels, loss_of)
         tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         loss, logps = tokens.pop("loss"), tokens.pop("logps")
         if minibatch.imitation is not None:
@@ -276,32 +277,30 @@ class DistillationTrainer(StudentTrainer):
         self.record_tokens(mask, **tokens)
         return total if minibatch.denominator is None else self.scale_to_global(total)
 
-    def imitation_loss(self, imitation: Imitation, logps: Tensor) -> Tensor:
-        """coef * -log pi(label), a scalar: the mean over all label tokens of the update, of which these are a part."""
-        mask = imitation.labels.answer_mask
-        self.record_tokens(mask, imitation_loss=-logps)
-        self.finite.watch({"the imitation loss": logps}, imitation.labels.ids, imitation.labels)
-        return imitation.coef * reduce_tokens(-logps, mask, "token_mean", imitation.tokens)
-
     def row_loss(self, minibatch: Minibatch) -> RowLoss:
         """The loss of some rows of a minibatch, its share of the whole, and their numbers per token, [b, R] each."""
         objective, mask = self.objective, minibatch.answers.answer_mask
         reduction, denominator = objective.loss_reduction, minibatch.denominator
         if denominator is None:
             denominator = reduction_count(mask, reduction)
+        own = replace(minibatch, imitation=None)  # labels have rows of their own
 
         def of_rows(rows: slice, statistics: tuple[Tensor, ...], values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             logps, entropy, *extra = statistics
             student = StudentTokens(logps=logps, entropy=entropy, values=values.to(logps.dtype), extra=tuple(extra))
-            part = select_rows(minibatch, torch.arange(len(mask))[rows])
-            # In the precision of the statistics, whatever the model's: the loss is where small differences count.
-            with torch.autocast(mask.device.type, enabled=False):
-                loss, logged = objective.token_loss(student, part)
-                total = reduce_tokens(loss, mask[rows], reduction, denominator)
+            loss, logged = objective.token_loss(student, select_rows(own, torch.arange(len(mask))[rows]))
+            total = reduce_tokens(loss, mask[rows], reduction, denominator)
             tokens = {"loss": loss, "logps": logps, "entropy": entropy, **logged}
             return total, {name: value.detach() for name, value in tokens.items()}
 
         return of_rows
+
+    def imitation_loss(self, imitation: Imitation, logps: Tensor) -> Tensor:
+        """coef * -log pi(label), a scalar: the mean over all label tokens of the update, of which these are a part."""
+        mask = imitation.labels.answer_mask
+        self.record_tokens(mask, imitation_loss=-logps)
+        self.finite.watch({"the imitation loss": logps}, imitation.labels.ids, imitation.labels)
+        return imitation.coef * reduce_tokens(-logps, mask, "token_mean", imitation.tokens)
 
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""
