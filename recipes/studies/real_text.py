@@ -23,6 +23,7 @@ from typing import Any
 
 import real_text_report
 import real_text_task as task
+
 from rlkd import (
     Arm,
     Cell,
@@ -218,12 +219,10 @@ def study(plan: dict[str, Any], name: str, data: Path, out: Path) -> Study:
     own = plan["tasks"][name]
     shared = {key: own[key] for key in ("rows", "limits")} | {"batch": plan["batch"]}
     shared |= {"data": str(data), "files": file_digests(data, task.FILES[name])}
-    scratch = {"from_scratch": plan["from_scratch"]}
+    scratch, teacher = {"from_scratch": plan["from_scratch"]}, {key: own[key] for key in ("teacher", "pieces")}
     test, validation = {**shared, "split": "test"}, {**shared, "split": "validation"}
     arms = {
-        "teacher": Arm(
-            train_teacher, (), {**shared, **scratch, **{k: own[k] for k in ("teacher", "pieces")}}, seeds=()
-        ),
+        "teacher": Arm(train_teacher, (), {**shared, **scratch, **teacher}, seeds=()),
         "teacher-test": Arm(evaluate_teacher, ("teacher",), test, seeds=()),
     }
     for strategy, kind in (("greedy", "greedy"), ("sample", "sampled")):

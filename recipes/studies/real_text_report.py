@@ -120,21 +120,18 @@ def compare(
 
 def titles(plan: Mapping[str, Any], suffix: str) -> dict[str, str]:
     """Arm -> row of a table."""
-    arms = {"teacher-test": "teacher"}
-    arms |= {
-        start: "warm-up" if share == 1 else f"warm-up, {share:.0%} of labels" for start, share in plan["starts"].items()
+    starts = {
+        arm: "warm-up" if share == 1 else f"warm-up, {share:.0%} of labels" for arm, share in plan["starts"].items()
     }
-    return arms | {method + suffix: settings["title"] for method, settings in plan["methods"].items()}
+    methods = {method + suffix: settings["title"] for method, settings in plan["methods"].items()}
+    return {"teacher-test": "teacher", **starts, **methods}
 
 
 def table(study: Study, name: str, arms: Mapping[str, str]) -> str:
     """The finished results: mean and range over seeds."""
     runs = {title: found for arm, title in arms.items() if (found := list(study.results(arm, name).values()))}
-    shown = {
-        column: head
-        for column, head in COLUMNS.items()
-        if any(column in run for found in runs.values() for run in found)
-    }
+    known = {column for found in runs.values() for run in found for column in run}
+    shown = {column: form for column, form in COLUMNS.items() if column in known}
     rows = [
         [f"{title} ({len(found)})"]
         + [

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ SLOTS = {
     "area": {"riverside": r"river", "city centre": r"cent(re|er)|\bcity"},
 }
 FAMILY = r"famil|kid|child"
-NO_FAMILY = rf"(\bno\b|\bnon|\bnot\b|n't\b|\bisnt|never|without|unsuitable|unfriendly)[^.]{{0,40}}({FAMILY})|adult|({FAMILY})[\w -]{{0,12}}(\bnot\b|unfriendly)"
+NOT = r"\bno\b|\bnon|\bnot\b|n't\b|\bisnt|never|without|unsuitable|unfriendly"
+NO_FAMILY = rf"({NOT})[^.]{{0,40}}({FAMILY})|adult|({FAMILY})[\w -]{{0,12}}(\bnot\b|unfriendly)"
 
 
 def says(text: str, attribute: str, value: str) -> bool:
@@ -225,7 +227,7 @@ def _connected(rows: list[dict[str, str]]) -> list[list[str]]:
 
 def distinct_2(texts: Iterable[str]) -> float:
     """Distinct pairs of neighbouring words per pair (x 100), over all answers (Li et al. 2016)."""
-    pairs = [pair for text in texts for words in [text.split()] for pair in zip(words, words[1:], strict=False)]
+    pairs = [pair for text in texts for words in [text.split()] for pair in pairwise(words)]
     return 100 * len(set(pairs)) / max(len(pairs), 1)
 
 
