@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from rlkd import TASK_METRICS, ConfigError, Example, read_plan
-from rlkd.jobs.study import Done
+from rlkd.jobs.study import Done, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "recipes" / "studies"
@@ -240,14 +241,14 @@ def test_methods_are_treated_alike(study, plan, tmp_path):
             assert {(c.seed, c.settings["split"], c.settings["budget"]["seconds"]) for c in trials} == {
                 (1, "validation", of_task["seconds"]["trial"])
             }
-            for suffix, budget in (
-                ("", {"seconds": of_task["seconds"]["arm"]}),
-                ("-updates", {"updates": of_task["updates"]}),
-            ):
+            budgets = {"": {"seconds": of_task["seconds"]["arm"]}, "-updates": {"updates": of_task["updates"]}}
+            for suffix, budget in budgets.items():
+                if suffix and not plan["methods"][method].get("equal_updates", True):
+                    continue
                 cell = grid.cells[f"{name}/seed-3/{method}{suffix}"]
                 assert (cell.settings["split"], cell.settings["budget"]) == ("test", budget)
                 needed = grid.needed(cell)
-                assert needed["warm-up"].seed == 3
+                assert needed[plan["methods"][method]["start"]].seed == 3
                 assert [arm for arm in needed if "-trial-" in arm] == [f"{method}-trial-{i}" for i in range(3)]
 
 
@@ -255,6 +256,42 @@ def test_a_method_with_more_trials_is_refused(study, plan, tmp_path):
     plan["methods"]["ppo"]["trials"] = [*plan["trials"], {"learning_rate": 1.0}]
     with pytest.raises(ConfigError, match=r"methods\.ppo\.trials: must be as many as for the others, 3"):
         study.study(plan, "e2e", tmp_path, tmp_path / "out")
+
+
+def test_an_unknown_setting_of_a_method_is_refused(study, plan, tmp_path):
+    plan["methods"]["ppo"]["lam"] = 0.1
+    with pytest.raises(ConfigError, match=r"methods\.ppo\.lam: not a setting of a method; those are title"):
+        study.study(plan, "e2e", tmp_path, tmp_path / "out")
+
+
+def test_tables_are_of_what_is_finished(study, results, task, plan, tmp_path, monkeypatch, capsys):
+    """Without a second axis, and with seeds that have only some of the methods; SeqKD fails in one row."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    plan["tasks"]["e2e"]["updates"], plan["draws"] = None, 50
+    rows = [task.example(f"e2e-test-{i}", "food[French]", ["the one and only right answer"]) for i in range(3)]
+    grid = study.study(plan, "e2e", tmp_path, tmp_path / "out")
+    for cell in grid.cells.values():
+        if (cell.arm, cell.seed) == ("ppo", 3) or cell.arm == "reverse-kl" or (cell.seed or 0) > 3:
+            continue
+        write_record(cell, grid.digests(cell), {"bleu": 10.0 + (cell.seed or 0), "training": {}})
+        texts = ["the one and only right answer"] * 3
+        texts[0] = "no such answer at all" if cell.arm == "seqkd" else texts[0]
+        cell.folder.mkdir(parents=True)
+        lines = [{"id": e.id, "student": text, "sample_student": text} for e, text in zip(rows, texts, strict=True)]
+        (cell.folder / results.ANSWERS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results.report({"e2e": grid}, {"e2e": rows}, plan, tmp_path / "out")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| REINFORCE (3) | 12.0 [11.0, 13.0] |" in table
+    assert "| PPO (2) | 11.5 [11.0, 12.0] |" in table
+    assert "reverse KL" not in table
+    found = {
+        (c["first"], c["second"], c["metric"]): c
+        for c in json.loads((tmp_path / "out" / "results.json").read_text())["comparisons"]
+    }
+    worse, same = found["ppo", "seqkd", "BLEU"], found["ppo", "reinforce", "BLEU of samples"]
+    assert (worse["seeds"], worse["above_0"]) == (same["seeds"], 2) == (2, 2)
+    assert worse["mean"] > 20
+    assert same["mean"] == 0 < worse["p"] <= worse["p_holm"]
 
 
 def test_the_best_trial_has_the_best_bleu_greedy_and_sampled(study, plan, tmp_path, monkeypatch):
@@ -291,9 +328,11 @@ def test_quick_run(tmp_path):
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     plan = read_plan(STUDIES / "real_text.yaml", quick=True)
     for method in plan["methods"]:
-        for arm in (method, f"{method}-updates"):
+        arms = [method, f"{method}-updates"] if plan["methods"][method].get("equal_updates", True) else [method]
+        for arm in arms:
             result = record["e2e"]["results"][arm]["1"]
             assert result["training"] == plan["trials"][0]
             assert ("start_regret" in result) == (plan["methods"][method]["trainer"] != "supervised")
-        assert record["e2e"]["results"][f"{method}-updates"]["1"]["updates"] == 2
-    assert len(record["comparisons"]) == 2 * 2 * len(plan["comparisons"])
+            if arm != method:
+                assert result["updates"] == 2
+    assert {(c["first"], c["equal"]) for c in record["comparisons"]} > {("ppo", "updates"), ("ppo-5", "CPU seconds")}

@@ -57,6 +57,7 @@ TRAINERS: dict[str, Any] = {
     "reinforce": (ReinforceArguments, ReinforceTrainer),
     "ppo": (PPOArguments, PPOTrainer),
 }
+METHOD = ("title", "start", "trainer", "labels", "training", "trials", "equal_updates")  # keys of methods in the YAML
 ANSWERS = ("id", "student", "sample_student", "regret", "sample_regret")
 
 
@@ -214,13 +215,44 @@ def main_arm(cell: Cell) -> dict[str, Any]:
     return train_student(cell, start_of(cell), cell.settings["method"], best["training"])
 
 
+def method_arms(name: str, plan: dict[str, Any], own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Arm]:
+    """The trials of a method, and the method on each axis. own: settings of the task; shared: of all its arms.
+
+    Raises ConfigError for settings that a method does not have, and for another number of trials than the others'.
+    """
+    method = plan["methods"][name]
+    if unknown := sorted(method.keys() - METHOD):
+        raise ConfigError(f"methods.{name}.{unknown[0]}: not a setting of a method; those are {', '.join(METHOD)}.")
+    check_choice(f"methods.{name}.trainer", method["trainer"], TRAINERS)
+    check_choice(f"methods.{name}.start", method["start"], plan["starts"])
+    candidates = method.get("trials", plan["trials"])
+    if len(candidates) != len(plan["trials"]):
+        raise ConfigError(f"methods.{name}.trials: must be as many as for the others, {len(plan['trials'])}.")
+    what = {key: method[key] for key in ("start", "trainer", "labels", "training") if key in method}
+    common = {**shared, "method": {**what, "share": plan["starts"][method["start"]]}}
+    labels = [f"labels-{method['labels']}"] if "labels" in method else []
+    needs = ("teacher", *labels, method["start"])
+    budget = {"seconds": own["seconds"]["trial"]}
+    trials = {
+        f"{name}-trial-{number}": {**common, "split": "validation", "budget": budget, "training": training}
+        for number, training in enumerate(candidates)
+    }
+    arms = {arm: Arm(trial, needs, settings, tuple(plan["seeds"][:1])) for arm, settings in trials.items()}
+    budgets = {"": {"seconds": own["seconds"]["arm"]}, "-updates": {"updates": own["updates"]}}
+    for suffix in real_text_report.AXES:
+        if suffix == "" or (own["updates"] and method.get("equal_updates", True)):
+            settings = {**common, "split": "test", "budget": budgets[suffix]}
+            arms[name + suffix] = Arm(main_arm, (*needs, *trials), settings)
+    return arms
+
+
 def study(plan: dict[str, Any], name: str, data: Path, out: Path) -> Study:
     """The arms of one task."""
     own = plan["tasks"][name]
     shared = {key: own[key] for key in ("rows", "limits")} | {"batch": plan["batch"]}
     shared |= {"data": str(data), "files": file_digests(data, task.FILES[name])}
     scratch, teacher = {"from_scratch": plan["from_scratch"]}, {key: own[key] for key in ("teacher", "pieces")}
-    test, validation = {**shared, "split": "test"}, {**shared, "split": "validation"}
+    test = {**shared, "split": "test"}
     arms = {
         "teacher": Arm(train_teacher, (), {**shared, **scratch, **teacher}, seeds=()),
         "teacher-test": Arm(evaluate_teacher, ("teacher",), test, seeds=()),
@@ -232,24 +264,8 @@ def study(plan: dict[str, Any], name: str, data: Path, out: Path) -> Study:
         settings = {**test, **scratch, "student": own["student"], "share": share}
         settings["budget"] = {"seconds": own["seconds"]["warmup"]}
         arms[start] = Arm(warm_up, ("teacher", "labels-greedy"), settings)
-    for title, method in plan["methods"].items():
-        check_choice(f"methods.{title}.trainer", method["trainer"], TRAINERS)
-        check_choice(f"methods.{title}.start", method["start"], plan["starts"])
-        definition = {key: value for key, value in method.items() if key not in ("title", "trials")}
-        definition["share"] = plan["starts"][method["start"]]
-        needs = ("teacher", *(f"labels-{method[key]}" for key in ("labels",) if key in method), method["start"])
-        candidates = method.get("trials", plan["trials"])
-        if len(candidates) != len(plan["trials"]):
-            raise ConfigError(f"methods.{title}.trials: must be as many as for the others, {len(plan['trials'])}.")
-        trials = [f"{title}-trial-{number}" for number in range(len(candidates))]
-        for trial_name, training in zip(trials, candidates, strict=True):
-            settings = {**validation, "method": definition, "training": training}
-            settings["budget"] = {"seconds": own["seconds"]["trial"]}
-            arms[trial_name] = Arm(trial, needs, settings, tuple(plan["seeds"][:1]))
-        budgets = {title: {"seconds": own["seconds"]["arm"]}, f"{title}-updates": {"updates": own["updates"]}}
-        for arm, budget in budgets.items() if own["updates"] else [(title, budgets[title])]:
-            settings = {**test, "method": definition, "budget": budget}
-            arms[arm] = Arm(main_arm, (*needs, *trials), settings)
+    for title in plan["methods"]:
+        arms |= method_arms(title, plan, own, shared)
     return Study(out, arms, plan["seeds"], {name: {}}, headline=("bleu", "sample_bleu", "regret", "length"))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from rlkd import Example, Study, markdown_table, spread_text, spreads, write_json
 
 ANSWERS = "answers.jsonl"  # in a cell's folder: the answers to the held-out rows
+AXES = {"": "CPU seconds", "-updates": "updates"}  # end of an arm's name -> what all arms have alike
 COLUMNS = {
     "bleu": ("BLEU", 1, 1),
     "sample_bleu": ("of samples", 1, 1),
@@ -107,9 +108,11 @@ def compare(
         return counts[arm, seed, kind]
 
     found = []
-    for suffix, axis in (("", "CPU seconds"), ("-updates", "updates")):
+    for suffix, axis in AXES.items():
         for pair in pairs:
             first, second = (arm + suffix for arm in pair)
+            if not {first, second} <= study.arms.keys():
+                continue
             seeds = [s for s in study.results(first, name) if s in study.results(second, name) and s is not None]
             for kind, metric in (("student", "BLEU"), ("sample_student", "BLEU of samples")) if seeds else ():
                 mine, other = (np.stack([of(arm, seed, kind) for seed in seeds]) for arm in (first, second))
@@ -129,7 +132,8 @@ def titles(plan: Mapping[str, Any], suffix: str) -> dict[str, str]:
 
 def table(study: Study, name: str, arms: Mapping[str, str]) -> str:
     """The finished results: mean and range over seeds."""
-    runs = {title: found for arm, title in arms.items() if (found := list(study.results(arm, name).values()))}
+    runs = {title: list(study.results(arm, name).values()) for arm, title in arms.items() if arm in study.arms}
+    runs = {title: found for title, found in runs.items() if found}
     known = {column for found in runs.values() for run in found for column in run}
     shown = {column: form for column, form in COLUMNS.items() if column in known}
     rows = [
@@ -174,7 +178,7 @@ def report(
             "results": {arm: found for arm, found in results.items() if found},
             "spread": {arm: spreads(list(found.values())) for arm, found in results.items() if found},
         }
-        for suffix, axis in (("", "CPU seconds"), ("-updates", "updates")):
+        for suffix, axis in AXES.items():
             parts.append(f"{name}, equal {axis}\n\n{table(study, name, titles(plan, suffix))}")
         comparisons += compare(study, name, rows[name], plan["comparisons"], plan["draws"])
     for comparison, p in zip(comparisons, holm([c["p"] for c in comparisons]), strict=True):
