@@ -14,10 +14,14 @@ from .run import template_settings
 logger = logging.getLogger(__name__)
 
 
-def announce(labels: list[dict[str, Any]], teacher: Any, weights: str | None) -> None:
-    """Say who made the labels, and warn of those that are not the answers of `teacher`, a model or None.
+def announce(
+    labels: list[dict[str, Any]], teacher: Any, weights: str | None, *, append_eos: bool | None = None
+) -> None:
+    """Say who made the labels, and warn of those that are not the answers of `teacher`, a model or None, or are its
+    answers to prompts that ended otherwise.
 
-    labels: what `io.provenance.described` tells. weights: the digest of the teacher's.
+    labels: what `io.provenance.described` tells. weights: the digest of the teacher's; append_eos: whether its prompts
+    end with end-of-sequence, None if that is not known.
     """
     for made in labels:
         logger.info(
@@ -29,6 +33,12 @@ def announce(labels: list[dict[str, Any]], teacher: Any, weights: str | None) ->
             logger.warning(
                 "the labels are answers of %s (%s), not of this run's teacher %s: the student learns from the one and "
                 "is evaluated by the other", made["teacher"], made["revision"], teacher.config.name_or_path,
+            )  # fmt: skip
+        theirs = made.get("append_eos")
+        if None not in (theirs, append_eos) and theirs != append_eos:
+            logger.warning(
+                "the labels were written with teacher_append_eos: %s, but this run's teacher reads its prompts with %s",
+                str(theirs).lower(), str(append_eos).lower(),
             )  # fmt: skip
 
 

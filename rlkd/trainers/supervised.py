@@ -179,7 +179,8 @@ class SupervisedTrainer(DistillationTrainer):
         super().begin_run(checkpoint)
         if self.is_world_process_zero():
             model = None if self.teacher is None else self.teacher.model
-            announce(described(self.train_dataset), model, self.inputs.get(weights_of("teacher")))
+            weights, append_eos = self.inputs.get(weights_of("teacher")), getattr(self.teacher, "append_eos", None)
+            announce(described(self.train_dataset), model, weights, append_eos=append_eos)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The micro-batches of one update, and their label tokens over all processes: the denominator of the loss."""

@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 import stub
+from rlkd.io.provenance import origins
 from rlkd.jobs.setup import DataArguments, load_data
 from rlkd.labels.pseudolabels import generate_pseudolabels
 from rlkd.labels.store import load_pseudolabels
@@ -79,6 +80,15 @@ def test_another_teacher_is_told(folder, tmp_path, caplog, seed, name, told):
     train(load_pseudolabels(folder), tmp_path / "run", teacher)
     assert ("the labels are answers of owner/oracle" in caplog.text) is told
     assert (f"not of this run's teacher {name}" in caplog.text) is told
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_prompts_that_end_otherwise_are_told(folder, tmp_path, caplog, append_eos):
+    labels = load_pseudolabels(folder)
+    theirs = origins(labels)[0]["settings"]["append_eos"]
+    teacher = tiny_teacher(seed=3, append_eos=append_eos)
+    train(labels, tmp_path / "run", teacher)
+    assert ("were written with teacher_append_eos" in caplog.text) is (theirs != append_eos)
 
 
 TEMPLATES = "templates:\n  t1: !Template {name: some, jinja: 'copy {{ text }} ||| x'}\n"
