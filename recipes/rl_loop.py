@@ -19,17 +19,18 @@ import torch
 
 from rlkd import (
     BASELINES,
+    DIVERGENCES,
     REWARDS,
     CreditInputs,
     Example,
     Examples,
+    HeadOverStates,
     OneOf,
     Policy,
     Reward,
     Teacher,
     TeacherSignal,
     check_settings,
-    kl_k3,
     language_model,
     load_model,
     load_rows,
@@ -79,11 +80,18 @@ def prompts_of(step: int, examples: Sequence[Example], args: LoopArguments) -> l
     return [examples[i] for i in order[start : start + args.prompts_per_step].tolist()]
 
 
-def with_expectation(reward: Reward, signal: TeacherSignal) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Of a chunk of the student's logits: log pi(a_t|s_t), the entropy, and E_{a ~ pi}[r(s_t, a)], [n] each."""
+def with_expectations(
+    reward: Reward, signal: TeacherSignal, initial: HeadOverStates
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Of a chunk of the student's logits: log pi(a_t|s_t), the entropy, E_{a ~ pi}[r(s_t, a)], KL(pi || reference), [n]
+    each.
+    """
+    kl, teacher = DIVERGENCES["reverse_kl"], signal.distribution
 
     def statistics(logits, ids, value, *states):
-        return *token_statistics(logits, ids), reward.expected(logits, signal.distribution.logits(*states), value)
+        split = len(teacher.token_args)
+        expected = reward.expected(logits, teacher.logits(*states[:split]), value)
+        return *token_statistics(logits, ids), expected, kl(logits, initial.logits(*states[split:]))
 
     return statistics
 
@@ -126,17 +134,16 @@ def reinforce(
                 immediate=rewards,
             )
         )
-        with torch.no_grad():
-            (reference_logps, _), _ = reference(*answers.policy_inputs)
+        reference_logps, initial = reference.score(*answers.policy_inputs)
 
         # One forward of the student, whose logits exist for a chunk of tokens at a time.
         policy.train()
-        token_args = (reward.state_value(signal), *signal.distribution.token_args)
-        (logps, _, expected), _ = policy(*answers.policy_inputs, with_expectation(reward, signal), token_args)
+        statistics = with_expectations(reward, signal, initial)
+        token_args = (reward.state_value(signal), *signal.distribution.token_args, *initial.token_args)
+        (logps, _, expected, kl), _ = policy(*answers.policy_inputs, statistics, token_args)
 
         # -credit log pi(a_t|s_t) - E_{a ~ pi}[r(s_t, a)] + c KL(pi || reference), a mean over the batch's tokens.
-        loss = reinforce_loss(logps, advantages * mask, mask) - expected
-        loss = loss + args.kl_coef * kl_k3(logps, reference_logps)
+        loss = reinforce_loss(logps, advantages * mask, mask) - expected + args.kl_coef * kl
         total = reduce_tokens(loss, mask, "token_mean")
         optimizer.zero_grad()
         total.backward()

@@ -71,7 +71,7 @@ _MODULES = {
     "objectives.attention_tree": ("attention_tree", "rows_of_map"),
     "objectives.divergences": ("Divergence", "DIVERGENCES"),
     "objectives.encoder": ("PRESETS", "token_distance"),
-    "objectives.policy": ("kl_k3", "ppo_loss", "reduce_tokens", "reinforce_loss", "token_statistics"),
+    "objectives.policy": ("ppo_loss", "reduce_tokens", "reinforce_loss", "token_statistics"),
     "objectives.rewards": (
         "induced",
         "induced_advantage",
@@ -208,7 +208,6 @@ if TYPE_CHECKING:
     from .objectives.divergences import Divergence as Divergence
     from .objectives.encoder import PRESETS as PRESETS
     from .objectives.encoder import token_distance as token_distance
-    from .objectives.policy import kl_k3 as kl_k3
     from .objectives.policy import ppo_loss as ppo_loss
     from .objectives.policy import reduce_tokens as reduce_tokens
     from .objectives.policy import reinforce_loss as reinforce_loss

@@ -42,6 +42,9 @@ GENERATING = "supervised and RL"
 RL = "RL"
 CRITIC = "RL with a critic"
 PPO = "PPO"
+DUAL_CLIP = "PPO with `dual_clip`"
+DROP = "RL with `cut_answers: drop`"
+END_PRICE = "RL with `cut_answers: end_price`"
 TKD = "TKD"
 HELD_OUT = {GREEDY: GENERATING, SAMPLED: GENERATING}
 TERM = {LOG: TKD, WEIGHTED: TKD}
@@ -145,6 +148,10 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="Weight of the KL penalty to the reference policy; it moves only with `kl_target`."),
         Metric(name="advantage_std", unit="nats", better="neither", per="batch", logged={LOG: RL},
                meaning="Standard deviation of the advantages that enter the loss."),
+        Metric(name="dropped", unit="share", better="neither", per="answer", logged={LOG: DROP},
+               meaning="Answers left out of the loss because `max_new_tokens` cut them."),
+        Metric(name="end_price", unit="nats", better="neither", per="answer", logged={LOG: END_PRICE},
+               meaning="What answers were charged for a missing end, 0 for those that ended."),
         Metric(name="ratio_mean", unit="", better="neither", per="token", logged={LOG: RL},
                meaning="pi / mu, the probability under the student over that when sampled; 1 at the first update "
                        "after the behaviour policy is synchronised."),
@@ -152,11 +159,16 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="The largest such ratio since the last line."),
         Metric(name="clip_fraction", unit="share", better="neither", per="token", logged={LOG: PPO},
                title="Clipped tokens", meaning="Tokens whose ratio is outside 1 +- `clip_range`."),
+        Metric(name="dual_clip_fraction", unit="share", better="neither", per="token", logged={LOG: DUAL_CLIP},
+               meaning="Tokens of negative advantage whose ratio is above `dual_clip`: they have no gradient."),
         Metric(name="value_loss", unit="nats^2", better="down", per="token", logged={LOG: CRITIC},
                meaning="The critic's squared error, clipped, divided by 2."),
         Metric(name="explained_variance", unit="share", better="up", per="batch", logged={LOG: CRITIC},
                title="Explained variance of the critic",
-               meaning="1 - Var(target - value) / Var(target); below 0 the critic is worse than a constant."),
+               meaning="1 - Var(target - value) / Var(target), which a constant error of the critic does not change."),
+        Metric(name="value_gain", unit="share", better="up", per="batch", logged={LOG: CRITIC},
+               meaning="1 - mean (target - value)^2 / mean target^2, 0.01 nats^2 added to both: constant errors lower "
+                       "it; 0 for no critic (the teacher baseline), below 0 the critic adds variance."),
     ),
     "Task scores": (
         Metric(name="exact_match", unit="share", better="up", per="answer", logged=HELD_OUT, task=True,

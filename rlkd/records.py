@@ -7,10 +7,12 @@ rows -> PromptedRow -> PseudoLabel (to disk) -> answers -> loss
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Known = TypeVar("Known")
 
 
 class Batched:
@@ -197,7 +199,7 @@ class Minibatch(Batched):
     denominator: float | None = None
 
 
-def given(value: Tensor | None) -> Tensor:
+def given(value: Known | None) -> Known:
     """A field of a record that the caller knows to be there."""
     assert value is not None
     return value

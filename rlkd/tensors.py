@@ -49,15 +49,6 @@ def moments_to_mean_std(moments: Tensor) -> tuple[float, float]:
     return mean, max(variance, 0.0) ** 0.5
 
 
-def whiten(x: Tensor, mask: Tensor, moments: Tensor | None = None) -> Tensor:
-    """`(x - mean) / std` over True positions of `mask`, 0 elsewhere and if `x` does not vary.
-
-    `moments` are those of the global batch when several processes share it (see `masked_moments`).
-    """
-    mean, std = moments_to_mean_std(masked_moments(x, mask) if moments is None else moments)
-    return (x - mean) / std * mask if std > 0 else torch.zeros_like(x)
-
-
 def pad_stack(rows: list[Tensor], value: float | int = 0) -> Tensor:
     """Right-pad tensors [R_i, ...] with `value` and stack them to [B, max R_i, ...]."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

@@ -13,6 +13,14 @@ import messages
 torch.set_num_threads(1)
 
 
+# Files that take minutes go first, so that no process is left alone with one of them at the end.
+LONGEST = ("test_benchmarks.py", "test_quoted_commands.py", "test_run_faults.py", "test_quickstart.py", "test_recipes.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_addoption(parser):
     messages.add_option(parser)
 

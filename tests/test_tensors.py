@@ -12,7 +12,6 @@ from rlkd.tensors import (
     pad_rows,
     pad_stack,
     unpack,
-    whiten,
 )
 
 few = settings(max_examples=15, deadline=None)
@@ -32,19 +31,6 @@ def test_masked_mean_ignores_padding_and_is_zero_of_nothing():
     assert float(masked_mean(x, torch.zeros_like(mask))) == 0
 
 
-@given(st.integers(0, 10_000))
-@few
-def test_whitening_has_mean_zero_and_deviation_one_over_valid_tokens_only(seed):
-    x, mask = batch(seed)
-    white = whiten(x, mask)
-    valid = white[mask].double().numpy()
-    assert abs(valid.mean()) < 1e-5
-    assert valid.std() == pytest.approx(1, abs=1e-5)
-    assert not white[~mask].any()
-    # An increasing affine map: order and gauge do not matter.
-    torch.testing.assert_close(whiten(4 * x + 1, mask), white, atol=1e-4, rtol=1e-4)
-
-
 @given(st.integers(0, 10_000), st.integers(1, 4))
 @few
 def test_moments_of_the_parts_add_up_to_those_of_the_whole(seed, cut):
@@ -53,18 +39,10 @@ def test_moments_of_the_parts_add_up_to_those_of_the_whole(seed, cut):
     mean, std = moments_to_mean_std(moments)
     assert mean == pytest.approx(x[mask].double().numpy().mean())
     assert std == pytest.approx(np.std(x[mask].double().numpy()))
-    parts = [whiten(x[rows], mask[rows], moments) for rows in (slice(0, cut), slice(cut, None))]
-    torch.testing.assert_close(torch.cat(parts), whiten(x, mask))
 
 
 def test_a_deviation_is_not_bounded_below():
     assert moments_to_mean_std(masked_moments(torch.full((2, 3), 2.0), torch.ones(2, 3).bool())) == (2.0, 0.0)
-
-
-def test_whitening_a_constant_gives_zeros():
-    x = torch.full((2, 3), 5.0)
-    assert not whiten(x, torch.ones(2, 3).bool()).any()
-    assert not whiten(x, torch.zeros(2, 3).bool()).any()
 
 
 def test_token_ids_are_padded_on_the_right_and_masked_by_length():

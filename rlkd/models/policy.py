@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..objectives.policy import token_statistics
 from ..tensors import unpack
-from .heads import TokenFunction
+from .heads import HeadOverStates, TokenFunction
 from .language_model import LanguageModel
 from .loading import load_pretrained
 from .saving import save_student
@@ -61,17 +61,36 @@ class Policy(nn.Module):
         (logits [n, V], ids [n], *token_args [n, ...]) returning a tuple of [n]; token_args, tensors [B, R, ...].
         Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding.
         """
-        hidden = self.lm.answer_hidden(self._prompt_states(input_ids, input_mask), answer_ids, answer_mask)
+        hidden = self._hidden(input_ids, input_mask, answer_ids, answer_mask)
         token_args = tuple(a[answer_mask] for a in token_args)
         head = self.lm.head()
         limits = head.rules.limits(answer_ids, answer_mask)
         outputs = head.map(statistics, hidden, answer_ids[answer_mask], *token_args, limits=limits)
-        values = (
-            torch.zeros_like(outputs[0])
-            if self.value_head is None
-            else self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
-        )
-        return tuple(unpack(o, answer_mask) for o in outputs), unpack(values, answer_mask)
+        return tuple(unpack(o, answer_mask) for o in outputs), self._values(hidden, answer_mask)
+
+    def values(self, input_ids: Tensor, input_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        """The critic's values alone, [B, R], as `forward` gives them, without the vocabulary."""
+        return self._values(self._hidden(input_ids, input_mask, answer_ids, answer_mask), answer_mask)
+
+    @torch.no_grad()
+    def score(
+        self, input_ids: Tensor, input_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor
+    ) -> tuple[Tensor, HeadOverStates]:
+        """Log-probability of each answer token, [B, R], and the next-token distributions, kept as head inputs."""
+        hidden, head = self._hidden(input_ids, input_mask, answer_ids, answer_mask), self.lm.head()
+        limits = head.rules.limits(answer_ids, answer_mask)
+        logps, _ = head.map(token_statistics, hidden, answer_ids[answer_mask], limits=limits)
+        given_limits = None if limits is None else unpack(limits, answer_mask)
+        return unpack(logps, answer_mask), HeadOverStates(unpack(hidden, answer_mask), head, given_limits)
+
+    def _hidden(self, input_ids: Tensor, input_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        """The head's inputs at the answers' tokens, [N, D]."""
+        return self.lm.answer_hidden(self._prompt_states(input_ids, input_mask), answer_ids, answer_mask)
+
+    def _values(self, hidden: Tensor, answer_mask: Tensor) -> Tensor:
+        if self.value_head is None:
+            return torch.zeros(answer_mask.shape, device=answer_mask.device)
+        return unpack(self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1), answer_mask)
 
     def _prompt_states(self, input_ids: Tensor, input_mask: Tensor) -> list[Tensor]:
         """The state of each row's prompt; one that several rollouts share is computed once."""
@@ -86,8 +105,11 @@ class Policy(nn.Module):
         self.student.gradient_checkpointing_enable(**options)
 
     def frozen_copy(self) -> Policy:
-        """An independent copy without gradients: the behaviour policy or the reference policy."""
-        return copy.deepcopy(self).eval().requires_grad_(False)
+        """An independent copy without gradients: the behaviour policy or the reference policy. Parameters that are not
+        trained (PEFT's base model) are the same in both.
+        """
+        untrained = {id(p): p for p in self.parameters() if not p.requires_grad}
+        return copy.deepcopy(self, untrained).eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
         """Write the bare student as `from_pretrained` loads it."""

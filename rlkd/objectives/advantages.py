@@ -35,8 +35,26 @@ def discounted_sum(x: Tensor, mask: Tensor, decay: float, stride: int = 1) -> Te
     return total * mask
 
 
+def length_normalised_sum(x: Tensor, mask: Tensor, decay: float) -> Tensor:
+    """x_t + 1 / (n - t) sum_{t<k<=n} decay^{k-t} x_k over the n True positions t = 1 .. n of a row, [B, R]; x_n at n.
+
+    MiniLLM (Gu et al. 2024, arXiv 2306.08543, eq. 8): the future is a mean over what follows, so that an early end
+    does not save a sum of regrets and going on is not free. Not a return: it does not telescope, and it is no gradient
+    of an expected reward.
+    """
+    future = discounted_sum(x, mask, decay) - x * mask
+    following = mask.flip(1).cumsum(1).flip(1) - 1
+    return (x + future / following.clamp(min=1)) * mask
+
+
 def per_decision(
-    advantages: Tensor, rewards: Tensor, weights: Tensor, mask: Tensor, decay: float, stride: int = 1
+    advantages: Tensor,
+    rewards: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    decay: float,
+    stride: int = 1,
+    length_normalised: bool = False,
 ) -> Tensor:
     """Off-policy credit with per-decision weights (Precup et al. 2000), [B, R].
 
@@ -44,35 +62,18 @@ def per_decision(
 
     for advantages adv = S(x) - b, S = `discounted_sum` with the same decay and stride: each reward is weighted by the
     ratio of the tokens up to its own step, the baseline by that of step t. Weighting the sum instead, w_t adv_t, is
-    biased: the future was still sampled from the older policy.
+    biased: the future was still sampled from the older policy. With S = `length_normalised_sum` the whole future of t
+    has the weight of the whole answer, w_n: its length, which divides it, is decided by the last token.
     """
+    if length_normalised:
+        future = length_normalised_sum(rewards, mask, decay) - rewards * mask
+        ends = mask.sum(1, keepdim=True).clamp(min=1) - 1
+        return weights * advantages + (weights.gather(1, ends) - weights) * future
     # S(w x) - w S(x): 0 on policy, where all weights are 1.
     drift = discounted_sum(weights * rewards, mask, decay, stride) - weights * discounted_sum(
         rewards, mask, decay, stride
     )
     return weights * advantages + drift
-
-
-def temporal_difference(advantage: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """delta_t = A_V(s_t, a_t) + gamma C(s_{t+1}) - C(s_t), [B, R]; A_V itself where there is no critic (C = 0).
-
-    C is 0 after the last token, whether the answer ended or was cut (see `rlkd.objectives.rewards`).
-    """
-    values = values * mask
-    # Padding is already 0, so the shift gives C = 0 after the last token of every row.
-    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    return (advantage + gamma * following - values) * mask
-
-
-def gae(advantage: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation with a learned critic C of the residual E_pi[sum_k gamma^k A_V].
-
-        adv_t = sum_{k>=t} (gamma lam)^{k-t} delta_k,   delta as in `temporal_difference`
-
-    Args: advantage, values [B, R] (A_V and C), mask [B, R]. Returns: adv, and the critic's targets adv + C, [B, R].
-    """
-    adv = discounted_sum(temporal_difference(advantage, values, mask, gamma), mask, gamma * lam)
-    return adv, (adv + values) * mask
 
 
 def leave_one_out(returns: Tensor, mask: Tensor, k: int) -> Tensor:
@@ -116,10 +117,25 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over the valid tokens of [B, R]; 0 if returns do not vary by more than
     rounding (a thousandth of a nat, or a millionth of their size). Scalar.
     """
-    known = returns[mask].double()
-    variance, error = known.var(unbiased=False), (known - values[mask].double()).var(unbiased=False)
-    varies = variance > torch.maximum(variance.new_tensor(1e-6), 1e-12 * known.square().mean())
+
+    def variance_of(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+    known = returns.double()
+    variance, error = variance_of(known), variance_of(known - values)
+    varies = variance > (1e-12 * masked_mean(known.square(), mask)).clamp(min=1e-6)
     return torch.where(varies, 1 - error / torch.where(varies, variance, 1.0), 0.0).to(returns.dtype)
+
+
+def value_gain(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - mean (returns - values)^2 / mean returns^2 over the valid tokens of [B, R], scalar: what a critic takes from
+    the mean square of the credit, 0 for values of 0. Unlike `explained_variance` it sees a constant error.
+
+    Errors of less than a tenth of a nat do not matter: 0.01 nats^2 are added to both means.
+    """
+    size = masked_mean(returns.double().square(), mask)
+    error = masked_mean((returns - values).double().square(), mask)
+    return (1 - (error + 0.01) / (size + 0.01)).to(returns.dtype)
 
 
 def regret_per_sequence(advantage_max: Tensor, mask: Tensor) -> Tensor:
@@ -148,6 +164,7 @@ class CreditInputs:
                          would reintroduce, at any lambda, the early end-of-sequence that a short horizon rules out:
                          ending a row saves -C(s_t)
     stride               keep every stride-th reward (K-step)
+    length_normalised    S_t is a `length_normalised_sum` (stride 1)
     rollouts_per_prompt  K adjacent rows of one prompt
     immediate            [B, R] r_t where the loss carries the exact one-step term: it is taken out of the credit, which
                          keeps the future only; else None
@@ -159,6 +176,7 @@ class CreditInputs:
     mask: Tensor
     decay: float
     stride: int = 1
+    length_normalised: bool = False
     rollouts_per_prompt: int = 1
     immediate: Tensor | None = None
     expected: Tensor | None = None
@@ -166,8 +184,13 @@ class CreditInputs:
     state_value: Tensor | None = None
 
     def to_go(self) -> Tensor:
-        """S_t = sum_{k>=t} decay^{k-t} r_k, [B, R]; without its first term where the loss carries that exactly."""
-        credit = discounted_sum(self.reward, self.mask, self.decay, self.stride)
+        """S_t = sum_{k>=t} decay^{k-t} r_k, [B, R], or its length-normalised form; without its first term where the
+        loss carries that exactly.
+        """
+        if self.length_normalised:
+            credit = length_normalised_sum(self.reward, self.mask, self.decay)
+        else:
+            credit = discounted_sum(self.reward, self.mask, self.decay, self.stride)
         return credit if self.immediate is None else credit - self.immediate
 
 
@@ -194,16 +217,13 @@ def leave_one_out_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]
 
 
 def critic_baseline(inputs: CreditInputs) -> tuple[Tensor, Tensor | None]:
-    """S_t - C(s_t) and the targets of C, both [B, R]; C is a learned estimate of E_pi[S_t].
+    """S_t - C(s_t) and the targets of C, S_t itself, both [B, R].
 
-    Where the loss carries the exact one-step term, C predicts that term too: its expectation is added back, so that
-    only the future is compared.
+    S_t is what `CreditInputs.to_go` gives: where the loss carries the exact one-step term, C is a critic of the future
+    alone. C = 0, where it starts, is the teacher baseline. C does not bootstrap, see `CreditInputs.decay`.
     """
-    # The decay is the critic's own discount, so GAE's lambda on top of it is 1.
-    credit, returns = gae(inputs.reward, given(inputs.values), inputs.mask, inputs.decay, 1.0)
-    if inputs.immediate is not None:
-        credit = credit - inputs.immediate + given(inputs.expected)
-    return credit, returns
+    credit = inputs.to_go()
+    return credit - given(inputs.values), credit
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +232,12 @@ class Baseline:
 
     credit          `CreditInputs` -> the advantage [B, R] of each token and the critic's targets, None without one
     reads           fields of `CreditInputs` beyond reward and mask that it reads, whatever the one-step term is
-    reads_sampled   those it reads only where the one-step term is sampled; reads_exact, only where it is exact
+    reads_sampled   those it reads only where the one-step term is sampled
     """
 
     credit: Callable[[CreditInputs], tuple[Tensor, Tensor | None]]
     reads: frozenset[str] = frozenset()
     reads_sampled: frozenset[str] = frozenset()
-    reads_exact: frozenset[str] = frozenset()
 
     @property
     def critic(self) -> bool:
@@ -227,7 +246,7 @@ class Baseline:
 
     def inputs(self, *, exact: bool) -> frozenset[str]:
         """The fields it reads with an exact or a sampled one-step term."""
-        return self.reads | (self.reads_exact if exact else self.reads_sampled)
+        return self.reads if exact else self.reads | self.reads_sampled
 
 
 BASELINES: dict[str, Baseline] = {
@@ -235,5 +254,5 @@ BASELINES: dict[str, Baseline] = {
     "teacher": Baseline(teacher_baseline),
     "closed_form": Baseline(closed_form_baseline, reads_sampled=frozenset({"expected"})),
     "leave_one_out": Baseline(leave_one_out_baseline),
-    "critic": Baseline(critic_baseline, reads=frozenset({"values"}), reads_exact=frozenset({"expected"})),
+    "critic": Baseline(critic_baseline, reads=frozenset({"values"})),
 }

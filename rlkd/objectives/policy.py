@@ -26,14 +26,20 @@ def reinforce_loss(logps: Tensor, advantages: Tensor, weights: Tensor) -> Tensor
     return -(weights * advantages).detach() * logps
 
 
-def ppo_loss(logps: Tensor, behaviour_logps: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+def ppo_loss(
+    logps: Tensor, behaviour_logps: Tensor, advantages: Tensor, clip_range: float, dual_clip: float | None = None
+) -> Tensor:
     """-min(rho adv, clip(rho, 1 - eps, 1 + eps) adv), rho = pi / mu (Schulman et al. 2017, arXiv 1707.06347, eq. 7),
     [B, R].
+
+    With dual_clip = c > 1, at most c |adv|, which binds where adv < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 5): a
+    token that the policy has come to prefer strongly over mu cannot dominate the batch.
     """
     # The minimum is pessimistic: clipping removes the gain of a larger step, never the penalty of a bad one.
     ratio = (logps - behaviour_logps).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    return loss if dual_clip is None else loss.minimum(dual_clip * advantages.abs())
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
@@ -51,12 +57,29 @@ def kl_k1(logps: Tensor, reference_logps: Tensor) -> Tensor:
     return logps - reference_logps
 
 
+def kl_k2(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """(log pi(a|s) - log pi_0(a|s))^2 / 2, [B, R] (Schulman 2020, joschu.net/blog/kl-approx.html), as a loss.
+
+    For a ~ pi(.|s) its expected gradient, E[(log pi - log pi_0) grad log pi], is that of KL(pi || pi_0) at s. Its value
+    is not that KL; the expected gradient of k1 is 0, and that of k3 is the gradient of KL(pi_0 || pi).
+    """
+    return 0.5 * (logps - reference_logps).square()
+
+
 def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """exp(d) - 1 - d with d = log pi_0 - log pi: the non-negative one-sample estimate (Schulman 2020), used in the
-    loss, [B, R].
+    """exp(d) - 1 - d, d = log pi_0 - log pi, [B, R]: the unbiased, non-negative one-sample estimate of KL(pi || pi_0)
+    (Schulman 2020). For reports, not as a loss: its expected gradient is that of KL(pi_0 || pi).
     """
     difference = reference_logps - logps
     return difference.exp() - 1 - difference
+
+
+def expected_log_reference(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """E_{a ~ pi}[log pi_0(a|s)] = sum_a pi(a|s) l_0(a) - logsumexp l_0, [N], of logits and reference_logits l_0 [N, V].
+
+    With the entropy, which the loss has, it gives KL(pi || pi_0) = -H(pi) - E_pi[log pi_0] at half the cost.
+    """
+    return (logits.softmax(-1) * reference_logits).sum(-1) - reference_logits.logsumexp(-1)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, gain: float = 0.1) -> float:

@@ -185,9 +185,9 @@ def gradient_norm(history: History) -> Reading | None:
 
 
 def critic_fit(history: History) -> Reading | None:
-    """Explained variance of the critic."""
-    fit = history.recent("explained_variance", USUAL)
-    return None if fit is None else Reading(fit, f"the critic's explained variance is {fit:.2f}")
+    """What the critic takes from the mean square of the credit, constant errors included."""
+    gain = history.recent("value_gain", USUAL)
+    return None if gain is None else Reading(gain, f"the critic's gain over none is {gain:.2f}")
 
 
 def clipped(history: History) -> Reading | None:
@@ -336,9 +336,9 @@ ALARMS = {
         ),
         Alarm(
             name="critic_misled",
-            meaning="The critic remains worse than a constant baseline: it adds variance.",
-            advice=("lower learning_rate", "raise value_coef", "choose another baseline"),
-            reads=("explained_variance",),
+            meaning="The critic remains worse than none: it adds variance.",
+            advice=("raise value_learning_rate", "set value_warmup_updates", "choose another baseline"),
+            reads=("value_gain",),
             measure=critic_fit,
             threshold=-0.2,
             below=True,

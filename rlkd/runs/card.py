@@ -14,8 +14,9 @@ from ..io.files import write_text
 from ..metrics import held_out, in_order, metric
 
 REWARD = (
-    "reward_value", "lam", "gamma", "k_step", "one_step", "baseline", "kl_coef", "kl_target", "kl_in",
-    "entropy_coef", "whiten_advantages", "loss_reduction", "rollouts_per_prompt",
+    "reward_value", "lam", "gamma", "k_step", "length_normalised", "one_step", "cut_answers", "baseline",
+    "kl_coef", "kl_target", "kl_in", "kl_estimator", "entropy_coef", "whiten_advantages", "loss_reduction",
+    "rollouts_per_prompt",
 )  # fmt: skip
 METHODS = {
     "PPOTrainer": "PPO on the reward that the teacher's own log-probabilities induce",

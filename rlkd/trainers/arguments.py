@@ -200,14 +200,28 @@ class RLArguments(OnPolicyArguments):
         metadata={"help": "Credit horizon: 0 own regret only .. 1 full return (docs/method.md, Choosing lam)."},
     )
     k_step: Count = field(default=1, metadata={"help": "Keep every K-th regret of the return (K-step); 1 keeps all."})
+    length_normalised: bool = field(
+        default=False,
+        metadata={"help": "Divide the credit of what follows a token by the number of tokens that follow (MiniLLM)."},
+    )
     one_step: Literal["exact", "sampled"] = field(
         default="exact",
         metadata={
             "help": "exact: the immediate term's gradient over the whole vocabulary; sampled: of the drawn token."
         },
     )
+    cut_answers: Literal["keep", "drop", "end_price"] = field(
+        default="keep",
+        metadata={
+            "help": "Answers without an end: keep adds nothing beyond the cut, drop leaves them out of the loss, "
+            "end_price charges the last token the reward of the missing end (max: its regret)."
+        },
+    )
     whiten_advantages: bool = field(
-        default=False, metadata={"help": "Scale advantages to mean 0, standard deviation 1 over valid tokens."}
+        default=False,
+        metadata={
+            "help": "Advantages to mean 0 over the batch's tokens, divided by the deviation of the whole credit."
+        },
     )
     # Loss
     loss_reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = field(
@@ -222,11 +236,23 @@ class RLArguments(OnPolicyArguments):
         default=None, metadata={"help": "Target KL per token, reached by adapting kl_coef; null: kl_coef is fixed."}
     )
     kl_in: Literal["loss", "reward"] = field(
-        default="loss", metadata={"help": "k3 estimate in the loss, or k1 in the reward."}
+        default="loss", metadata={"help": "KL penalty as a term of the loss, or in the reward (the sampled k1)."}
+    )
+    kl_estimator: Literal["exact", "k2"] | None = field(
+        default=None,
+        metadata={
+            "help": "KL in the loss: exact, over the vocabulary (as null), or k2 of the sampled token (cheaper)."
+        },
     )
     value_coef: NonNegative = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
     value_clip_range: Positive = field(
         default=5.0, metadata={"help": "Clip range of the critic's change per rollout batch, nats."}
+    )
+    value_learning_rate: Positive | None = field(
+        default=None, metadata={"help": "Peak learning rate of the critic; null: that of the student."}
+    )
+    value_warmup_updates: Natural = field(
+        default=0, metadata={"help": "First updates, in which only the critic is trained (the schedule runs on)."}
     )
     weak_start: Literal["warn", "refuse", "ignore"] = field(
         default="warn",
@@ -250,20 +276,37 @@ class RLArguments(OnPolicyArguments):
                 self.baseline,
                 "k_step > 1 does not support a critic: choose another baseline or k_step 1",
             )
+        if self.length_normalised:
+            for name, value, fits, why in (
+                ("baseline", self.baseline, self.baseline != "none", "V(s_t) is a part of the sum, not of a mean"),
+                ("k_step", self.k_step, self.k_step == 1, "its number of terms is not what follows"),
+                ("lam", self.lam, self.gamma * self.lam > 0, "with gamma or lam 0 there is no future to normalise"),
+            ):
+                _require(fits, name, value, f"length_normalised does not take it ({why}): change one of the two")
         _require(
             self.one_step != "exact" or REWARDS[self.reward_value].expected is not None,
             "one_step",
             self.one_step,
             f"reward_value {self.reward_value} has no exact expectation: use sampled",
         )
-        sums_nothing = self.gamma * self.lam == 0 or self.k_step >= self.max_new_tokens
-        other_credit = self.kl_in == "reward" or BASELINES[self.baseline].reads & {"values", "state_value"}
+        for name, unset in (("value_learning_rate", None), ("value_warmup_updates", 0)):
+            _require(
+                getattr(self, name) == unset or (BASELINES[self.baseline].critic and self.value_coef > 0),
+                name,
+                getattr(self, name),
+                "of the critic, which only baseline critic with value_coef > 0 trains: leave it out",
+            )
         _require(
-            not (self.whiten_advantages and self.one_step == "exact" and sums_nothing) or bool(other_credit),
-            "whiten_advantages",
-            self.whiten_advantages,
-            f"with one_step exact the advantages hold the future only, which is 0 under gamma = {self.gamma:g}, lam = "
-            f"{self.lam:g} and k_step = {self.k_step}: there is nothing to scale. Set it to false, or raise lam",
+            not 0 < self.max_steps <= self.value_warmup_updates,
+            "value_warmup_updates",
+            self.value_warmup_updates,
+            f"the student would never be trained in max_steps = {self.max_steps}: use fewer",
+        )
+        _require(
+            self.kl_estimator is None or (self.kl_coef > 0 and self.kl_in == "loss"),
+            "kl_estimator",
+            self.kl_estimator,
+            "of the KL penalty in the loss, which kl_coef 0 and kl_in reward do not have: leave it out",
         )
         if self.kl_target is not None:
             _require(self.kl_coef > 0, "kl_target", self.kl_target, "needs a starting kl_coef > 0")
@@ -286,6 +329,14 @@ class PPOArguments(RLArguments):
     epochs_per_rollout: Count = field(default=2, metadata={"help": "Passes over each batch of rollouts."})
     minibatches_per_rollout: Count = field(default=2, metadata={"help": "Optimizer steps per pass."})
     baseline: Annotated[str, OneOf(BASELINES)] = field(
-        default="critic", metadata={"help": "Subtracted from the credit; critic is GAE with a learned value head."}
+        default="critic", metadata={"help": "Subtracted from the credit; critic: a learned value head."}
     )
     clip_range: Positive = field(default=0.2, metadata={"help": "PPO's clip range: ratios are clipped to 1 +- this."})
+    dual_clip: Positive | None = field(
+        default=None,
+        metadata={"help": "Bound c > 1 of the loss of a token with a negative advantage, c |advantage|; null: none."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "must be above 1")

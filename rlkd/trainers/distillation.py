@@ -30,6 +30,7 @@ from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_fi
 from ..runs.sample_tables import SampleTables, print_samples
 from .arguments import DistillationArguments
 from .core import StudentTrainer
+from .cut_answers import ending_signal
 from .environment import check_half_precision
 from .objective import Evidence, Objective, StudentTokens
 
@@ -205,18 +206,26 @@ class DistillationTrainer(StudentTrainer):
         """
         needs, reads = self.objective.needs, self.objective.reads
         signal = self.score(answers, distribution="distribution" in needs) if needs else None
-        reference_logps, values, extra = None, None, ()
-        if "reference_logps" in reads:
+        reference_logps, reference, extra = None, None, ()
+        if reads & {"reference_logps", "reference"}:
             assert self.reference is not None
-            (reference_logps, _), _ = self.reference(*answers.policy_inputs)
-        if reads & {"values", "expected"}:
-            (_, _, *extra), values = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
+            reference_logps, reference = self.reference.score(*answers.policy_inputs)
+        if "expected" in reads:
+            (_, _, *extra), _ = self.policy(*answers.policy_inputs, *self.objective.token_function(signal))
         return Evidence(
             signal=signal,
             reference_logps=reference_logps,
-            values=values if "values" in reads else None,
+            reference=reference if "reference" in reads else None,
+            values=self.policy.values(*answers.policy_inputs) if "values" in reads else None,
+            ending=self.ending(answers) if "ending" in reads else None,
             extra=tuple(extra),
         )
+
+    def ending(self, answers: Answers) -> TeacherSignal | None:
+        """As `ending_signal`. Raises DivergenceError on every process if it fails on one."""
+        assert self.teacher is not None
+        with self.finite.together(answers.ids, answers):
+            return ending_signal(self.teacher, answers, self.policy.lm.eos_id)
 
     def score(self, answers: Answers, *, distribution: bool) -> TeacherSignal:
         """The teacher's signal for the answers. Raises DivergenceError on every process if it fails on one."""
@@ -233,7 +242,7 @@ class DistillationTrainer(StudentTrainer):
         """The objective's token losses, reduced over the global minibatch `inputs["minibatch"]`."""
         minibatch: Minibatch = inputs["minibatch"]
         answers, mask = minibatch.answers, minibatch.answers.answer_mask
-        function, token_args = self.objective.token_function(minibatch.signal)
+        function, token_args = self.objective.token_function(minibatch.signal, minibatch.annotations)
         (logps, entropy, *extra), values = model(*answers.policy_inputs, function, token_args)
         student = StudentTokens(logps=logps, entropy=entropy, values=values, extra=tuple(extra))
         loss, logged = self.objective.token_loss(student, minibatch)

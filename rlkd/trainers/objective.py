@@ -10,15 +10,16 @@ For a batch of answers (from labels or from rollouts), in order:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..models.heads import TokenFunction
 from ..objectives.policy import Reduction, token_statistics
-from ..records import Answers, Minibatch, TeacherSignal
+from ..records import Answers, Distribution, Minibatch, TeacherSignal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +28,17 @@ class Evidence:
 
     signal           the teacher's
     reference_logps  [B, R] log-probability of each token under the reference policy
+    reference        the reference policy's next-token distributions
     values           [B, R] the critic's C(s_t)
+    ending           the teacher's signal for end-of-sequence after each answer that was cut, fields [B, 1]
     extra            [B, R] each: what `Objective.token_function` gives beyond log-probability and entropy
     """
 
     signal: TeacherSignal | None = None
     reference_logps: Tensor | None = None
+    reference: Distribution | None = None
     values: Tensor | None = None
+    ending: TeacherSignal | None = None
     extra: tuple[Tensor, ...] = ()
 
 
@@ -49,6 +54,23 @@ class StudentTokens:
     entropy: Tensor
     values: Tensor
     extra: tuple[Tensor, ...] = ()
+
+
+def with_terms(
+    *terms: tuple[Callable[..., Tensor], tuple[Tensor, ...]],
+) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+    """`token_statistics` and further terms of the same chunk of logits, as `Objective.token_function` returns them.
+
+    terms: (function, arguments) each: function(logits [n, V], *its arguments [n, ...]) -> [n]; arguments [B, R, ...].
+    """
+
+    def function(logits: Tensor, ids: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+        outputs, rest = [*token_statistics(logits, ids)], iter(args)
+        for term, own in terms:
+            outputs.append(term(logits, *islice(rest, len(own))))
+        return tuple(outputs)
+
+    return function, tuple(argument for _, own in terms for argument in own)
 
 
 class Processes(Protocol):
@@ -80,17 +102,24 @@ class Objective(ABC):
     critic: bool = False
     loss_reduction: Reduction = "token_mean"
 
-    def token_function(self, signal: TeacherSignal | None) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+    def token_function(
+        self, signal: TeacherSignal | None, annotations: Any = None
+    ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
         """The function of a chunk of the student's logits [n, V] that the loss reads, and its per-token arguments.
 
         It is called with (logits [n, V], ids [n], *arguments [n, ...]) and returns log-probability and entropy, [n]
-        each, and what else `token_loss` finds in `StudentTokens.extra`.
+        each, and what else `token_loss` finds in `StudentTokens.extra` (see `with_terms`). Without annotations: what
+        `annotate` finds in `Evidence.extra`.
         """
         return token_statistics, ()
 
     def annotate(self, answers: Answers, evidence: Evidence) -> Any:
         """What the loss needs and later updates must not change: a `Batched` record, or None."""
         return None
+
+    def learned(self, answers: Answers) -> Answers:
+        """The answers as they enter the loss: the mask may lose tokens."""
+        return answers
 
     def over_batch(
         self, annotations: Any, answers: Answers, evidence: Evidence, processes: Processes

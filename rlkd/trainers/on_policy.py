@@ -168,7 +168,7 @@ class OnPolicyTrainer(DistillationTrainer):
         self.record_batch(answers, logged)
         batch = Minibatch(answers=answers, signal=evidence.signal, annotations=annotations)
         self.newest = select_rows(batch, torch.arange(min(len(answers.examples), self.args.sample_table_rows)))
-        return batch
+        return replace(batch, answers=self.objective.learned(answers))
 
     def check_experience(self, answers: Answers, annotations: Any) -> None:
         """Raise DivergenceError, on every process, if a number [B, R] of a rollout batch is not finite."""

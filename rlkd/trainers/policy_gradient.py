@@ -3,55 +3,37 @@
     loss_t = policy_loss(credit_t) - w_t E_{a ~ pi}[r(s_t, a)] - c_H H(pi(.|s_t)) + c_KL KL_t + c_V critic_t
 
 The second term replaces the sampled immediate reward by its exact gradient (`one_step: exact`); the credit then holds
-the future only.
+the future only. KL_t is the penalty in the loss (`PolicyGradient.kl_penalty`); with `kl_in: reward` it is a part of the
+reward instead.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..models.heads import TokenFunction
-from ..objectives.advantages import BASELINES, CreditInputs, explained_variance, regret_per_sequence
-from ..objectives.policy import adapt_kl_coef, kl_k1, kl_k3, token_statistics, value_loss
+from ..objectives.advantages import BASELINES, CreditInputs
+from ..objectives.policy import adapt_kl_coef, expected_log_reference, kl_k1, kl_k2, value_loss
 from ..objectives.rewards import REWARDS, teacher_value
-from ..records import Answers, Batched, Minibatch, TeacherSignal
-from ..tensors import masked_mean, masked_moments, moments_to_mean_std, whiten
+from ..records import Answers, Minibatch, TeacherSignal, given
+from ..tensors import masked_mean
 from .arguments import RLArguments
-from .objective import Evidence, Objective, Processes, StudentTokens
+from .credit import SMALLEST_DEVIATION, Credit, numbers_of_credit, numbers_of_signal, whitened
+from .critic import critic_alone, give_own_learning_rate
+from .cut_answers import cut_rows, end_price, without_cut
+from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
 
 logger = logging.getLogger(__name__)
-
-SMALLEST_DEVIATION = 1e-3  # nats; differences of float32 log-probabilities are 1e-6 to 1e-4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Credit(Batched):
-    """The annotations of a policy gradient, [B, R] each.
-
-    advantages       credit of each sampled token after its baseline
-    rewards          the terms whose discounted sum is the credit before its baseline
-    returns          targets of the critic, and values, its predictions at rollout time; None without a critic
-    reference_logps  log-probabilities under the reference policy; None without a KL penalty
-    scale            1 / (standard deviation the advantages were whitened with), else 1
-    kl_coef          weight of the KL penalty for this batch
-    """
-
-    advantages: Tensor
-    rewards: Tensor
-    returns: Tensor | None = None
-    values: Tensor | None = None
-    reference_logps: Tensor | None = None
-    scale: float = 1.0
-    kl_coef: float = 0.0
 
 
 class PolicyGradient(Objective):
@@ -80,6 +62,10 @@ class PolicyGradient(Objective):
         self.reads = frozenset({"values", "expected"} & self.inputs)
         if args.kl_coef > 0:
             self.reads |= {"reference_logps"}
+            if args.kl_in == "loss" and args.kl_estimator != "k2":
+                self.reads |= {"reference"}
+        if args.cut_answers == "end_price":
+            self.reads |= {"ending"}
 
     # Before the first update on a batch of rollouts
 
@@ -91,13 +77,16 @@ class PolicyGradient(Objective):
         # k1 in the reward: its expected gradient is that of the KL, which k1 in the loss would not give.
         reward = per_token
         if args.kl_in == "reward":
-            reward = per_token - self.kl_coef * self.kl(answers, evidence)
+            reward = reward - self.kl_coef * self.kl(answers, evidence)
+        if evidence.ending is not None:
+            reward = reward + end_price(self.reward.per_token(evidence.ending), answers)
         credit, returns = self.baseline.credit(
             CreditInputs(
                 reward=reward,
                 mask=mask,
                 decay=args.gamma * args.lam,
                 stride=args.k_step,
+                length_normalised=args.length_normalised,
                 rollouts_per_prompt=args.rollouts_per_prompt,
                 # Without the KL term of the reward: `expected` has no KL, so its sample stays in the credit.
                 immediate=per_token if self.exact else None,
@@ -112,6 +101,7 @@ class PolicyGradient(Objective):
             returns=returns,
             values=evidence.values,
             reference_logps=evidence.reference_logps,
+            reference=evidence.reference,
             kl_coef=self.kl_coef,
         )
 
@@ -122,51 +112,53 @@ class PolicyGradient(Objective):
         assert answers.behaviour_logps is not None
         return kl_k1(answers.behaviour_logps, evidence.reference_logps) * answers.answer_mask
 
+    def learned(self, answers: Answers) -> Answers:
+        """With `cut_answers: drop`, none of a cut answer's tokens; `leave_one_out` still compares with it."""
+        return without_cut(answers) if self.args.cut_answers == "drop" else answers
+
     def over_batch(
         self, annotations: Credit, answers: Answers, evidence: Evidence, processes: Processes
     ) -> tuple[Credit, Mapping[str, Tensor | float]]:
         """Whiten advantages and adapt the weight of the KL penalty over the global batch; docs/metrics.md defines the
         logged names.
         """
-        args, credit, mask = self.args, annotations, answers.answer_mask
+        args, credit, mask = self.args, annotations, self.learned(answers).answer_mask
         if args.whiten_advantages:
-            credit = self.whitened(credit, mask, processes.sum(masked_moments(credit.advantages, mask)))
-        kl, everywhere = processes.gather(self.kl(answers, evidence)), processes.gather(mask)
-        mean_kl = masked_mean(kl, everywhere)
-        moments = masked_moments(processes.gather(credit.advantages), everywhere)
+            credit = self.whitened(credit, evidence, mask, processes)
+        mean_kl = masked_mean(processes.gather(self.kl(answers, evidence)), processes.gather(answers.answer_mask))
         logged: dict[str, Tensor | float] = {
-            **_of_signal(evidence.signal, mask),
+            **numbers_of_signal(given(evidence.signal), answers.answer_mask),
+            **numbers_of_credit(credit, mask, processes),
+            **self.numbers_of_cut(answers, evidence),
             "kl_coef": self.kl_coef,
             "kl": mean_kl,
-            "advantage_std": moments_to_mean_std(moments)[1],
         }
-        if credit.values is not None and credit.returns is not None:
-            values, returns = processes.gather(credit.values), processes.gather(credit.returns)
-            logged["explained_variance"] = explained_variance(values, returns, everywhere)
         # For the next batch: `credit` already holds the coefficient of this one.
         if args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(self.kl_coef, float(mean_kl), args.kl_target)
         return credit, logged
 
-    def whitened(self, credit: Credit, mask: Tensor, moments: Tensor) -> Credit:
-        """The credit at mean 0 and standard deviation 1; as it is if it does not vary.
+    def numbers_of_cut(self, answers: Answers, evidence: Evidence) -> dict[str, Tensor | float]:
+        """How many answers were dropped, or what they were charged for a missing end."""
+        if self.args.cut_answers == "drop":
+            return {"dropped": cut_rows(answers).double().mean()}
+        if self.args.cut_answers == "end_price":
+            price = 0.0 if evidence.ending is None else -self.reward.per_token(evidence.ending)
+            return {"end_price": (price * cut_rows(answers)[:, None]).double().sum() / len(answers.examples)}
+        return {}
 
-        The exact term and the rewards get the same scale as the advantages, so that their ratio is kept.
-        """
-        deviation = moments_to_mean_std(moments)[1]
-        if deviation < SMALLEST_DEVIATION:
-            # A floor in place of the deviation would multiply the exact term by its inverse.
-            if not self.flat:
-                logger.warning(
-                    f"whiten_advantages: the advantages of a batch have a standard deviation of {deviation:.2g} nats, "
-                    f"too small to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Raise "
-                    "lam, take more rollouts_per_prompt, or set whiten_advantages to false."
-                )
+    def whitened(self, credit: Credit, evidence: Evidence, mask: Tensor, processes: Processes) -> Credit:
+        """As `whitened`; says once that a batch had nothing to divide by."""
+        immediate = self.reward.per_token(given(evidence.signal)) if self.exact else None
+        credit, deviation = whitened(credit, immediate, mask, processes)
+        if deviation < SMALLEST_DEVIATION and not self.flat:
             self.flat = True
-            return credit
-        scale = 1.0 / deviation
-        advantages = whiten(credit.advantages, mask, moments)
-        return replace(credit, advantages=advantages, rewards=scale * credit.rewards, scale=scale)
+            logger.warning(
+                f"whiten_advantages: the credit in a batch has a standard deviation of {deviation:.2g} nats, too small "
+                f"to divide by (below {SMALLEST_DEVIATION:g}): such batches are left as they are. Set "
+                "whiten_advantages to false."
+            )
+        return credit
 
     def numbers(self, annotations: Credit) -> dict[str, Tensor | None]:
         return {
@@ -184,25 +176,39 @@ class PolicyGradient(Objective):
 
     # The loss
 
-    def token_function(self, signal: TeacherSignal | None) -> tuple[TokenFunction, tuple[Tensor, ...]]:
-        if "distribution" not in self.needs:
-            return token_statistics, ()
-        assert signal is not None
-        assert signal.distribution is not None
-        expected, distribution = self.reward.expected, signal.distribution
-        assert expected is not None
+    def token_function(
+        self, signal: TeacherSignal | None, annotations: Credit | None = None
+    ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+        """In `extra`: E_{a ~ pi}[r(s_t, a)] where it is exact or a baseline, then E_{a ~ pi}[log reference(a|s_t)]
+        where the KL penalty is exact.
+        """
+        terms = []
+        if self.exact or (annotations is None and "expected" in self.reads):
+            terms.append(self.expectation(given(signal)))
+        if annotations is not None and annotations.reference is not None:
+            reference = annotations.reference
 
-        def with_expectation(logits: Tensor, ids: Tensor, value: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-            return *token_statistics(logits, ids), expected(logits, distribution.logits(*states), value)
+            def log_reference(logits: Tensor, *states: Tensor) -> Tensor:
+                return expected_log_reference(logits, reference.logits(*states))
 
-        return with_expectation, (self.reward.state_value(signal), *distribution.token_args)
+            terms.append((log_reference, reference.token_args))
+        return with_terms(*terms)
+
+    def expectation(self, signal: TeacherSignal) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """E_{a ~ pi}[r(s_t, a)] as a term of `with_terms`."""
+        expected, distribution = given(self.reward.expected), given(signal.distribution)
+
+        def of_chunk(logits: Tensor, value: Tensor, *states: Tensor) -> Tensor:
+            return expected(logits, distribution.logits(*states), value)
+
+        return of_chunk, (self.reward.state_value(signal), *distribution.token_args)
 
     @abstractmethod
     def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss of the sampled tokens [B, R] from their log-probabilities under the student [B, R]; what is logged."""
 
     def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:
-        """Weight [B, R] of the exact one-step term at states an older policy reached; 1 unless a subclass corrects."""
+        """Weight [B, R] of the exact terms at states an older policy reached; 1 unless a subclass corrects."""
         return 1.0
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -214,14 +220,32 @@ class PolicyGradient(Objective):
         if self.exact:
             loss = loss - credit.scale * self.state_weights(student.logps, minibatch) * student.extra[0]
         loss = loss - args.entropy_coef * student.entropy
-        # k3 in the loss: non-negative per token; its expected gradient is that of KL(pi_0 || pi).
-        if credit.kl_coef > 0 and args.kl_in == "loss" and credit.reference_logps is not None:
-            loss = loss + credit.kl_coef * kl_k3(student.logps, credit.reference_logps)
+        if args.kl_coef > 0 and args.kl_in == "loss":
+            loss = loss + credit.kl_coef * self.kl_penalty(student, minibatch)
         if credit.values is not None and credit.returns is not None:
             critic = value_loss(student.values, credit.values, credit.returns, args.value_clip_range)
             loss = loss + args.value_coef * critic
             logged = {**logged, "value_loss": critic}
         return loss, logged
+
+    def kl_penalty(self, student: StudentTokens, minibatch: Minibatch) -> Tensor:
+        """KL(pi || reference) at every visited state, [B, R]: its gradient there, not its effect on later states.
+
+            exact   sum_a pi(a|s_t) (log pi(a|s_t) - log reference(a|s_t)) over the vocabulary, nothing sampled
+            k2      rho_t (log pi(a_t|s_t) - log reference(a_t|s_t))^2 / 2, rho_t = pi / mu without gradient: unbiased
+                    for that gradient whatever mu the token was drawn from
+
+        When the behaviour policy mu lags (later passes of PPO, `sync_every` > 1) the states of both are those that mu
+        reached; `state_weights` corrects that where the algorithm corrects the exact one-step term.
+        """
+        credit: Credit = minibatch.annotations
+        if credit.reference is not None:
+            kl = -student.entropy - student.extra[-1]
+        else:
+            mask = minibatch.answers.answer_mask
+            ratio = ((student.logps.detach() - given(minibatch.answers.behaviour_logps)) * mask).exp()
+            kl = ratio * kl_k2(student.logps, given(credit.reference_logps))
+        return self.state_weights(student.logps, minibatch) * kl
 
     # kl_coef changes during training, so checkpoints keep it
 
@@ -236,17 +260,41 @@ class PolicyGradientTrainer(OnPolicyTrainer):
     """On-policy training by a `PolicyGradient`; whether the student is strong enough for it is checked at the start."""
 
     args: RLArguments
+    objective: PolicyGradient
     start_checks = (StartCheck,)
 
+    def check_teacher(self) -> None:
+        """As in `DistillationTrainer`; end_price scores one token beyond the longest answer."""
+        super().check_teacher()
+        args, longest = self.objective.args, getattr(self.teacher, "longest_answer", None)
+        if args.cut_answers == "end_price" and longest is not None and args.max_new_tokens >= longest:
+            raise ConfigError(
+                f"cut_answers = 'end_price': the teacher has {longest} positions for an answer and its end: set "
+                f"max_new_tokens to at most {longest - 1}, or cut_answers to keep or drop"
+            )
 
-def _of_signal(signal: TeacherSignal | None, mask: Tensor) -> dict[str, Tensor | float]:
-    """Regret and the teacher's log-probability per answer, its entropy per token, as far as the signal has them."""
-    assert signal is not None
-    logged: dict[str, Tensor | float] = {}
-    if signal.max is not None:
-        logged["regret"] = regret_per_sequence(signal.chosen - signal.max, mask).mean()
-    if signal.logsumexp is not None:
-        logged["teacher_logprob"] = ((signal.chosen - signal.logsumexp) * mask).sum(1).mean()
-    if signal.entropy is not None:
-        logged["teacher_entropy"] = signal.entropy
-    return logged
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As in Trainer, with the critic's own learning rate."""
+        made, rate = self.optimizer is None, self.args.value_learning_rate
+        optimizer = super().create_optimizer(model)
+        if made and rate is not None and self.policy.value_head is not None:
+            give_own_learning_rate(optimizer, self.policy.value_head, rate)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Trainer; the first `value_warmup_updates` train the critic alone."""
+        with critic_alone(self.policy) if self.critic_warms_up else nullcontext():
+            return super().training_step(*args, **kwargs)
+
+    def annotate(self, answers: Answers) -> Minibatch:
+        """As in `OnPolicyTrainer`; while the critic is trained alone, kl_coef does not move."""
+        kl_coef = self.objective.kl_coef
+        batch = super().annotate(answers)
+        if self.critic_warms_up:
+            self.objective.kl_coef = kl_coef
+        return batch
+
+    @property
+    def critic_warms_up(self) -> bool:
+        """Whether the coming update is one of the first `value_warmup_updates`."""
+        return self.state.global_step < self.args.value_warmup_updates

@@ -1,4 +1,4 @@
-"""PPO on the induced reward: several passes over each rollout batch, clipped ratio, GAE with a residual critic."""
+"""PPO on the induced reward: several passes over each rollout batch, clipped ratio, learned critic."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from .policy_gradient import PolicyGradient, PolicyGradientTrainer
 
 class PPO(PolicyGradient):
     """loss_t = -min(rho_t adv_t, clip(rho_t, 1 - eps, 1 + eps) adv_t), [B, R], rho = pi / mu from the recorded
-    log-probabilities (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+    log-probabilities (Schulman et al. 2017, arXiv 1707.06347, eq. 7); `dual_clip` bounds it (`ppo_loss`).
     """
 
     args: PPOArguments
 
     def policy_loss(self, logps: Tensor, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        answers, clip = minibatch.answers, self.args.clip_range
+        answers, advantages = minibatch.answers, minibatch.annotations.advantages
+        clip, dual = self.args.clip_range, self.args.dual_clip
         assert answers.behaviour_logps is not None
         ratio = (logps.detach() - answers.behaviour_logps).exp()
         # Padding has log-probability 0 under both policies, hence ratio 1; `reduce_tokens` drops it.
         own = torch.where(answers.answer_mask, logps, 0)
-        loss = ppo_loss(own, answers.behaviour_logps, minibatch.annotations.advantages, clip)
-        return loss, {"clip_fraction": (ratio - 1).abs() > clip}
+        loss = ppo_loss(own, answers.behaviour_logps, advantages, clip, dual)
+        logged = {"clip_fraction": (ratio - 1).abs() > clip}
+        if dual is not None:
+            logged["dual_clip_fraction"] = (advantages < 0) & (ratio > dual)
+        return loss, logged
 
 
 class PPOTrainer(PolicyGradientTrainer):

@@ -28,8 +28,9 @@ class Reinforce(PolicyGradient):
         weights = self.weights(logps, minibatch)
         if args.importance_weight != "cumulative":
             return reinforce_loss(logps, credit.advantages, weights), {}
-        decay = args.gamma * args.lam
-        advantages = per_decision(credit.advantages, credit.rewards, weights, mask, decay, args.k_step)
+        advantages = per_decision(
+            credit.advantages, credit.rewards, weights, mask, args.gamma * args.lam, args.k_step, args.length_normalised
+        )
         return reinforce_loss(logps, advantages, mask), {}
 
     def state_weights(self, logps: Tensor, minibatch: Minibatch) -> Tensor | float:

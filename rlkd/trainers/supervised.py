@@ -20,13 +20,12 @@ from ..models.heads import TokenFunction
 from ..models.signals import SignalSource
 from ..models.vocabulary import NO_LIMIT, encode_answers, encode_texts
 from ..objectives.divergences import DIVERGENCES
-from ..objectives.policy import token_statistics
 from ..records import Answers, Example, Minibatch, TeacherSignal
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
 from .inputs import weights_of
-from .objective import Objective, StudentTokens
+from .objective import Objective, StudentTokens, with_terms
 
 
 class SequenceKD(Objective):
@@ -47,17 +46,18 @@ class DivergenceKD(Objective):
         self.parameters = {name: getattr(args, name) for name, _ in self.divergence.parameters}
         self.temperature = args.temperature
 
-    def token_function(self, signal: TeacherSignal | None) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+    def token_function(
+        self, signal: TeacherSignal | None, annotations: Any = None
+    ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
         assert signal is not None
         assert signal.distribution is not None
         distribution = signal.distribution
 
-        def with_divergence(logits: Tensor, ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        def divergence(logits: Tensor, *states: Tensor) -> Tensor:
             teacher = distribution.logits(*states)
-            apart = self.divergence(logits, teacher, temperature=self.temperature, **self.parameters)
-            return *token_statistics(logits, ids), apart
+            return self.divergence(logits, teacher, temperature=self.temperature, **self.parameters)
 
-        return with_divergence, distribution.token_args
+        return with_terms((divergence, distribution.token_args))
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         return student.extra[0], {}

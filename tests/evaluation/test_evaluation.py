@@ -169,3 +169,17 @@ def test_no_rows_no_error():
     scorer = evaluator(task_metric=exact_match)
     assert scorer.rows(policy(2), None, []) == []
     assert scorer.summarise([])["regret"] == 0
+
+
+@pytest.mark.parametrize("twin", [True, False])
+def test_match_compares_with_the_answer_of_the_teacher(twin):
+    """A student that is the teacher matches it everywhere, though no answer is the input; one that copies does not."""
+    examples = [Example(f"row {i}", f"copy : {i}", (f"copy : {i}",)) for i in range(4)]
+    scorer = Evaluator(tiny_teacher(seed=1), tiny_tokenizer(), examples, max_input_tokens=16, max_new_tokens=5)
+    student = Policy(EncoderDecoder(tiny_t5(tied=False, seed=1), VALID))
+    if not twin:
+        texts = iter([[e.student_input for e in examples]] * 2)
+        scorer.texts = lambda ids, mask: next(texts)
+    rows = scorer.rows(student, None, range(4))
+    assert [row["match"] for row in rows] == [float(twin)] * 4
+    assert not any(row["teacher"] in (row["input"], "") for row in rows)

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from rlkd.errors import DivergenceError, ModelError
-from rlkd.models.teacher import PromptCache
+from rlkd.models.encoder_decoder import EncoderDecoder
+from rlkd.models.teacher import PromptCache, Teacher
 from rlkd.objectives.rewards import expected_advantage, induced_advantage
-from tiny import EOS, KINDS, PAD, VALID, tiny_teacher
+from rlkd.tensors import pad_rows
+from tiny import EOS, KINDS, PAD, VALID, tiny_model, tiny_teacher, tiny_tokenizer
 
 ONE = ["copy a b c", "reverse d", "answer of 1 2 3 4 is", "m", "copy a b c"]
 TWO = ["a b c :", "d", "is 1 2 3 4", "answer of m is", "a b c :"]
@@ -288,3 +290,13 @@ def test_other_errors_of_the_teacher_are_not_taken_for_a_lack_of_memory(monkeypa
     with pytest.raises(ZeroDivisionError):
         teacher.score(PAIRS, ANSWERS, MASK)
     assert teacher.batch_tokens == 4096
+
+
+def test_a_teacher_given_in_training_mode_scores_without_dropout():
+    ids, mask = pad_rows([[3, 4, EOS], [5, EOS]], 0)
+    inputs = [("copy : 1",), ("copy : 2",)]
+    scores = []
+    for dropout in (0.0, 0.5):
+        teacher = Teacher(EncoderDecoder(tiny_model("t5", dropout=dropout).train(), VALID), tiny_tokenizer())
+        scores.append(teacher.score(inputs, ids, mask).chosen)
+    torch.testing.assert_close(*scores, rtol=0, atol=0)

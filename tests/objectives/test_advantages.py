@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,13 @@ from rlkd.objectives.advantages import (
     CreditInputs,
     discounted_sum,
     explained_variance,
-    gae,
     importance_weights,
     leave_one_out,
+    length_normalised_sum,
     per_decision,
     price_of_stopping,
     regret_per_sequence,
-    temporal_difference,
+    value_gain,
 )
 from rlkd.objectives.rewards import induced_advantage, induced_reward, teacher_value
 from trees import build_tree, random_q
@@ -53,6 +54,18 @@ def test_stride_one_is_the_full_return_and_a_stride_beyond_the_row_the_immediate
         torch.testing.assert_close(discounted_sum(x, mask, 1.0, stride=stride), x * mask)
 
 
+@given(seeds, st.sampled_from([0.5, 1.0]))
+@few
+def test_a_length_normalised_sum_is_the_reward_and_the_mean_of_what_follows(seed, decay):
+    x, _, mask = batch(seed)
+    got = length_normalised_sum(x, mask, decay)
+    for b, t in np.ndindex(*x.shape):
+        n = int(mask[b].sum())
+        later = [decay ** (k - t) * float(x[b, k]) for k in range(t + 1, n)]
+        want = float(x[b, t]) + sum(later) / max(len(later), 1) if t < n else 0.0
+        assert float(got[b, t]) == pytest.approx(want, abs=1e-12)
+
+
 def test_discounted_sum_leaves_its_input_alone():
     x, _, mask = batch(1)
     before = x.clone()
@@ -83,30 +96,6 @@ def test_gae_with_the_teachers_value_as_critic_is_a_discounted_sum_of_advantages
             following = v[y][t + 1] if t + 1 < len(answer) else 0.0
             carried = reward[y][t] + gamma * following - v[y][t] + gamma * lam * carried
             assert float(got[y, t]) == pytest.approx(carried, abs=1e-12)
-
-
-@given(seeds, st.sampled_from([1.0, 0.9]), st.sampled_from([0.0, 0.7, 1.0]))
-@few
-def test_gae_with_a_learned_critic_is_the_sum_of_discounted_residuals(seed, gamma, lam):
-    x, critic, mask = batch(seed)
-    got, targets = gae(x, critic, mask, gamma, lam)
-    for b, row in enumerate(mask):
-        n = int(row.sum())
-        c = [*critic[b, :n].tolist(), 0.0]
-        delta = [float(x[b, t]) + gamma * c[t + 1] - c[t] for t in range(n)]
-        for t in range(n):
-            want = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n))
-            assert float(got[b, t]) == pytest.approx(want, abs=1e-12)
-            assert float(targets[b, t]) == pytest.approx(want + c[t], abs=1e-12)
-    assert not got[~mask].any()
-    assert not targets[~mask].any()
-
-
-def test_gae_of_a_zero_critic_is_full_return_at_lambda_one_and_immediate_at_zero():
-    x, _, mask = batch(2)
-    zeros = torch.zeros_like(x)
-    torch.testing.assert_close(gae(x, zeros, mask, 1.0, 1.0)[0], discounted_sum(x, mask, 1.0))
-    torch.testing.assert_close(gae(x, zeros, mask, 1.0, 0.0)[0], x * mask)
 
 
 def test_leave_one_out_is_the_mean_of_the_other_rollouts_of_the_same_prompt():
@@ -141,12 +130,6 @@ def test_per_decision_weights_each_reward_at_its_step_and_the_baseline_at_this_o
     torch.testing.assert_close(in_step, advantages)
 
 
-def test_temporal_difference_without_a_critic_is_the_advantage_itself():
-    x, critic, mask = batch(8)
-    torch.testing.assert_close(temporal_difference(x, torch.zeros_like(x), mask, 1.0), x * mask)
-    torch.testing.assert_close(temporal_difference(x, critic, mask, 0.9), gae(x, critic, mask, 0.9, 0.0)[0])
-
-
 def test_importance_weights_are_products_of_ratios_and_carry_no_gradient():
     logps, behaviour, mask = batch(4)
     log_ratio = (logps - behaviour).numpy()
@@ -178,10 +161,23 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_
     want = 1 - np.var((returns - noise)[mask].numpy()) / np.var(returns[mask].numpy())
     assert float(explained_variance(noise, spoiled, mask)) == pytest.approx(want)
     assert float(explained_variance(noise, torch.ones_like(returns), mask)) == 0
+    assert abs(float(value_gain(0.01 * noise, 1e-4 * returns, mask))) < 0.1
     # Rounding of equal returns is not a variance to explain.
     for size in (1.0, 1e4):
         almost = size * (1 + 1e-7 * torch.rand_like(returns))
         assert float(explained_variance(returns, almost, mask)) == 0
+
+
+def test_the_gain_of_a_critic_sees_the_constant_error_that_its_explained_variance_cannot_see():
+    returns, noise, mask = batch(6)
+    spoiled = torch.where(mask, returns, 1e6)
+    fit = [float(explained_variance(noise + shift, spoiled, mask)) for shift in (0.0, -40.0)]
+    assert fit[0] == pytest.approx(fit[1])
+    for values in (noise, noise - 40.0, returns, torch.zeros_like(returns)):
+        error = np.square((returns - values)[mask].numpy()).mean()
+        want = 1 - (error + 0.01) / (np.square(returns[mask].numpy()).mean() + 0.01)
+        assert float(value_gain(values, spoiled, mask)) == pytest.approx(want, abs=1e-12)
+    assert float(value_gain(returns - 40.0, spoiled, mask)) < -100
 
 
 def test_regret_and_price_of_stopping_count_valid_tokens_only():
@@ -223,12 +219,29 @@ def test_every_baseline_takes_its_own_number_from_the_same_credit():
         "teacher": to_go,
         "closed_form": to_go - x.expected,
         "leave_one_out": to_go - other * x.mask,
-        "critic": discounted_sum(
-            x.reward + x.decay * torch.nn.functional.pad((x.values * x.mask)[:, 1:], (0, 1)) - x.values * x.mask,
-            x.mask,
-            x.decay,
-        ),
+        "critic": to_go - x.values,
     }
     assert want.keys() == BASELINES.keys()
     for name, baseline in BASELINES.items():
         torch.testing.assert_close(baseline.credit(x)[0] * x.mask, want[name] * x.mask)
+        # Beside the exact one-step term S_t is the future alone; for `closed_form`, the teacher baseline.
+        future = baseline.credit(replace(x, immediate=x.reward))[0]
+        other_future = ((to_go - x.reward).view(3, 2, -1).flip(1)).reshape(to_go.shape)
+        exact = {**want, "closed_form": to_go, "leave_one_out": to_go - other_future * x.mask}[name] - x.reward
+        torch.testing.assert_close(future * x.mask, exact * x.mask)
+
+
+def test_beside_the_exact_term_the_closed_form_is_the_teacher_baseline_and_reads_nothing():
+    x = inputs()
+    x = replace(x, immediate=x.reward, expected=None)
+    assert BASELINES["closed_form"].inputs(exact=True) == frozenset()
+    assert torch.equal(BASELINES["closed_form"].credit(x)[0], BASELINES["teacher"].credit(x)[0])
+
+
+def test_a_critic_learns_what_it_is_compared_with():
+    x = inputs()
+    for immediate in (None, x.reward):
+        x = replace(x, immediate=immediate)
+        credit, targets = BASELINES["critic"].credit(replace(x, values=torch.zeros_like(x.reward)))
+        assert torch.equal(credit, BASELINES["teacher"].credit(x)[0])
+        assert torch.equal(targets, credit)

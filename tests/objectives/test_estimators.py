@@ -9,7 +9,15 @@ import itertools
 import pytest
 import torch
 
-from rlkd.objectives.advantages import discounted_sum, importance_weights, leave_one_out, per_decision
+from rlkd.objectives.advantages import (
+    BASELINES,
+    CreditInputs,
+    discounted_sum,
+    importance_weights,
+    leave_one_out,
+    length_normalised_sum,
+    per_decision,
+)
 from rlkd.objectives.policy import reinforce_loss
 from rlkd.objectives.rewards import expected_advantage, induced_advantage, induced_reward, teacher_value
 from trees import build_tree, hand_advantages, hand_value, random_policy, random_q
@@ -156,14 +164,125 @@ def test_a_discount_in_the_return_that_the_reward_lacks_breaks_the_invariance():
     assert not close(problem.mean_gradient(mixed[0]), problem.mean_gradient(mixed[2]), 1e-2)
 
 
+# -- the critic beside the exact one-step term -----------------------------------------------------------------------
+
+
+def with_critic(problem, critic, decay):
+    """The gradient [Y, D, A] of each answer: exact one-step term, and the credit of the future less `critic` [S]."""
+    tree, mask = problem.tree, problem.mask
+    inputs = CreditInputs(
+        reward=problem.immediate, mask=mask, decay=decay, immediate=problem.immediate, values=tree.along(critic)
+    )
+    credit, targets = BASELINES["critic"].credit(inputs)
+    log_pi = problem.policy.logits.log_softmax(-1)
+    exact = tree.along(problem.expected_immediate()).sum(1)
+    sampled = (credit * mask * tree.along(log_pi)).sum(1)
+    rows = [torch.autograd.grad(row, problem.policy.theta, retain_graph=True)[0] for row in exact + sampled]
+    return torch.stack(rows), targets
+
+
+def future_of(problem, decay):
+    """E_pi[sum_{k>t} decay^(k-t) A_k] of every state [S], by backward induction over loops."""
+    number = {p: i for i, p in enumerate(problem.tree.prefixes)}
+    pi, expected = problem.policy.logits.softmax(-1).tolist(), problem.expected_immediate().tolist()
+    future = [0.0] * len(pi)
+    for s in reversed(range(len(pi))):
+        for a in range(1, ACTIONS):
+            child = number.get((*problem.tree.prefixes[s], a))
+            if child is not None:
+                future[s] += pi[s][a] * decay * (expected[child] + future[child])
+    return torch.tensor(future, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.7, 1.0])
+def test_a_critic_of_the_future_is_unbiased_and_the_perfect_one_has_the_least_variance(decay):
+    """For any critic the mean gradient is that of the immediate term and of the discounted future; none (C = 0), the
+    mean future, and a critic that also predicts the immediate term vary more than the perfect one.
+    """
+    total: dict[str, float] = {}
+    for seed in range(4):
+        problem = Problem(seed=seed, depth=3)
+        pi, perfect = problem.pi[:, None, None], future_of(problem, decay)
+        future = discounted_sum(problem.immediate, problem.mask, decay) - problem.immediate
+        weight = problem.pi[:, None] * problem.mask
+        critics = {
+            "perfect": perfect,
+            "none": torch.zeros_like(perfect),
+            "mean": torch.full_like(perfect, float((weight * future).sum() / weight.sum())),
+            "whole": perfect + problem.expected_immediate().detach(),
+        }
+        means = {}
+        for name, critic in critics.items():
+            gradients, targets = with_critic(problem, critic, decay)
+            assert close(targets, future)
+            means[name] = (pi * gradients).sum(0)
+            total[name] = total.get(name, 0.0) + float((pi * (gradients - means[name]).square()).sum())
+        for mean in means.values():
+            assert close(mean, means["none"])
+        if decay == 1.0:
+            assert close(means["perfect"], problem.true_gradient())
+    rest = [total[name] for name in ("none", "mean") if decay > 0] + [total["whole"]]
+    assert total["perfect"] < 0.99 * min(rest)
+
+
+# -- length-normalised credit ----------------------------------------------------------------------------------------
+
+
+def normalised_credit(problem, decay):
+    """MiniLLM's credit of every token of every answer [Y, T]: its reward and the mean of the discounted ones after."""
+    out = torch.zeros_like(problem.full)
+    for y, row in enumerate(hand_advantages(problem.tree, problem.q, problem.value)):
+        n = len(problem.tree.answers[y])
+        for t in range(n):
+            after = [decay ** (k - t) * row[k] for k in range(t + 1, n)]
+            out[y, t] = row[t] + (sum(after) / (n - 1 - t) if after else 0.0)
+    return out
+
+
+def normalised(problem, rows=slice(None), **more):
+    reward, mask = problem.immediate[rows], problem.mask[rows]
+    return CreditInputs(reward=reward, mask=mask, length_normalised=True, **more)
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+@pytest.mark.parametrize("exact", [False, True])
+def test_length_normalised_credit_has_the_gradient_of_its_formula_with_every_baseline(decay, exact):
+    problem = Problem(seed=6, depth=3)
+    want = problem.mean_gradient(normalised_credit(problem, decay))
+    assert not close(want, problem.mean_gradient(discounted_sum(problem.immediate, problem.mask, decay)), 1e-2)
+    term = problem.pi @ problem.tree.along(problem.expected_immediate()).sum(1)
+    one_step = problem.policy.gradient(term) if exact else 0.0
+    read = {"expected": problem.expected_immediate().detach(), "values": torch.linspace(-3, 2, len(problem.q)).double()}
+    for name in ("teacher", "closed_form", "critic"):
+        reads = {field: problem.tree.along(values) for field, values in read.items()}
+        immediate = problem.immediate if exact else None
+        credit, _ = BASELINES[name].credit(normalised(problem, decay=decay, immediate=immediate, **reads))
+        assert close(problem.mean_gradient(credit) + one_step, want)
+
+
+def test_length_normalised_credit_is_compared_with_that_of_the_other_rollouts():
+    problem = Problem(seed=6, depth=2)
+    want = problem.mean_gradient(normalised_credit(problem, 1.0))
+    tuples = torch.tensor(list(itertools.product(range(len(problem.pi)), repeat=2)))
+    rows = tuples.flatten()
+    credit, _ = BASELINES["leave_one_out"].credit(normalised(problem, rows, decay=1.0, rollouts_per_prompt=2))
+    alone = normalised_credit(problem, 1.0)[rows]
+    other = (alone.view(-1, 2, alone.shape[1]).flip(1)).reshape(alone.shape)
+    torch.testing.assert_close(credit * problem.mask[rows], (alone - other) * problem.mask[rows])
+    weight = problem.pi[tuples].prod(1)[:, None, None] / 2
+    share = weight * (credit * problem.mask[rows]).view(len(tuples), 2, -1)
+    per_row = torch.zeros_like(problem.full).index_add(0, rows, share.flatten(0, 1))
+    assert close(problem.policy.gradient((per_row * problem.policy.logps()).sum()), want)
+
+
 # -- off-policy ----------------------------------------------------------------------------------------------------
 
 
 class Stale:
     """A problem with answers sampled from an older policy mu."""
 
-    def __init__(self, seed=5):
-        self.problem = Problem(seed=seed)
+    def __init__(self, seed=5, depth=3):
+        self.problem = Problem(seed=seed, depth=depth)
         behaviour = random_policy(self.problem.tree, ACTIONS, seed + 50)
         self.mu = behaviour.probabilities().detach()
         self.logps, self.behaviour_logps = self.problem.policy.logps().detach(), behaviour.logps().detach()
@@ -205,6 +324,21 @@ def test_a_baseline_keeps_the_per_decision_estimator_unbiased():
     stale = Stale()
     baseline = stale.problem.tree.along(stale.problem.expected_immediate().detach())
     assert close(stale.inside("cumulative", baseline), stale.problem.true_gradient())
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_a_length_normalised_future_needs_the_weight_of_the_whole_answer(decay):
+    """Its divisor is the length, which the last token decides: weighted reward by reward it is biased."""
+    stale = Stale(depth=4)
+    problem, weights = stale.problem, stale.weights("cumulative")
+    credit = normalised_credit(problem, decay)
+    want = problem.mean_gradient(credit)
+    baseline = problem.tree.along(problem.expected_immediate().detach())
+    args = (problem.immediate, weights, problem.mask, decay)
+    right = per_decision((credit - baseline) * problem.mask, *args, length_normalised=True)
+    assert close(problem.mean_gradient(right, probabilities=stale.mu), want)
+    wrong = length_normalised_sum(weights * problem.immediate, problem.mask, decay) - weights * baseline
+    assert not close(problem.mean_gradient(wrong, probabilities=stale.mu), want, 1e-3)
 
 
 def test_a_baseline_without_the_weight_of_its_step_is_biased():

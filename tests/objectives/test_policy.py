@@ -10,7 +10,9 @@ from rlkd.errors import ConfigError
 from rlkd.objectives.advantages import discounted_sum
 from rlkd.objectives.policy import (
     adapt_kl_coef,
+    expected_log_reference,
     kl_k1,
+    kl_k2,
     kl_k3,
     ppo_loss,
     reduce_tokens,
@@ -97,6 +99,23 @@ def test_ppo_gradient_vanishes_exactly_where_the_clip_binds(ratio, advantage, cl
     assert float(logps.grad) == pytest.approx(0.0 if clipped else -advantage * ratio)
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.9, 1.1, 2.9, 3.1, 50.0])
+@pytest.mark.parametrize("advantage", [-2.0, 0.5])
+def test_dual_clip_bounds_the_loss_of_negative_advantages_alone(ratio, advantage):
+    logps = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    values = (logps, torch.zeros(1, 1), torch.tensor([[advantage]]))
+    loss = ppo_loss(*values, clip_range=0.2, dual_clip=3.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    free = ppo_loss(*values, clip_range=0.2)
+    if advantage > 0 or ratio < 3:
+        torch.testing.assert_close(loss, free)
+        torch.testing.assert_close(gradient, torch.autograd.grad(free.sum(), logps)[0])
+    else:
+        assert float(loss.detach()) == pytest.approx(6.0)
+        assert float(free.detach()) > 6
+        assert float(gradient) == 0
+
+
 def test_value_loss_takes_the_worse_of_the_free_and_the_clipped_error():
     values, old, returns = (x.requires_grad_(i == 0) for i, x in enumerate(grid(s) for s in range(3)))
     loss = value_loss(values, old, returns, clip_range=0.3)
@@ -126,6 +145,41 @@ def test_both_kl_estimates_have_the_enumerated_kl_as_expectation():
     assert (kl_k3(logps, reference_logps) >= 0).all()
     assert (kl_k1(logps, reference_logps) < 0).any()
     assert not kl_k3(logps, logps).any()
+
+
+def gradients_of_the_kl():
+    """The gradient of sum_y pi(y) sum_t KL_t(theta) with pi(y), which decides the states, held fixed: of each direction
+    of the KL by autograd over the actions, and of each estimate from sampled actions.
+    """
+    tree = build_tree(3, 4)
+    policy, reference = random_policy(tree, 3, seed=0), random_policy(tree, 3, seed=1)
+    pi, log_0 = policy.probabilities().detach(), reference.logits.detach().log_softmax(-1)
+    logps, log_pi = policy.logps(), policy.logits.log_softmax(-1)
+    _, entropy = token_statistics(policy.logits, torch.zeros(len(tree.prefixes), dtype=torch.long))
+    estimates = {name: estimate(logps, tree.along(log_0)) for name, estimate in ESTIMATES.items()}
+    divergences = {
+        "KL(pi || pi_0)": tree.along((log_pi.exp() * (log_pi - log_0)).sum(-1)),
+        "KL(pi_0 || pi)": tree.along((log_0.exp() * (log_0 - log_pi)).sum(-1)),
+        "exact": tree.along(-entropy - expected_log_reference(policy.logits, reference.logits.detach())),
+    }
+    torch.testing.assert_close(divergences["exact"], divergences["KL(pi || pi_0)"])
+    return {
+        name: torch.autograd.grad((pi[:, None] * x * tree.mask).sum(), policy.theta, retain_graph=True)[0]
+        for name, x in {**estimates, **divergences}.items()
+    }
+
+
+ESTIMATES = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def test_the_exact_term_and_k2_have_the_gradient_of_the_kl_and_k1_and_k3_have_not():
+    found = gradients_of_the_kl()
+    right, wrong = found["KL(pi || pi_0)"], found["KL(pi_0 || pi)"]
+    assert float((right - wrong).abs().max()) > 0.1
+    for name in ("exact", "k2"):
+        torch.testing.assert_close(found[name], right, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found["k3"], wrong, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found["k1"], torch.zeros_like(right), rtol=0, atol=1e-12)
 
 
 @given(st.floats(0, 100), st.floats(0.01, 10))

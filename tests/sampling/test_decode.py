@@ -223,3 +223,18 @@ def test_row_seeds_are_stable_and_distinct():
     assert row_seed() == 0xE3B0C44298FC1C14 >> 1  # the empty SHA-256: the same on every machine
     assert len({row_seed(s, i, k) for s in range(3) for i in ("1", "11") for k in range(3)}) == 18
     assert row_seed(1, 23) != row_seed(12, 3)
+
+
+@torch.no_grad()
+def test_sampling_reaches_the_whole_of_a_large_vocabulary():
+    """Tokens beyond the 50 most probable ones, where transformers' own sampling stops, come as often as they should."""
+    model = tiny_t5(tied=False, vocab=300, seed=4)
+    model.lm_head.weight.mul_(0.05)
+    lm = EncoderDecoder(model, 300)
+    out = decode(lm, states_of(lm, [[3, EOS]] * 2000), sampler(list(range(2000)), 1, CPU), max_new_tokens=1)
+    p = model(input_ids=torch.tensor([[3, EOS]]), decoder_input_ids=torch.tensor([[PAD]])).logits[0, 0].softmax(-1)
+    beyond = p.argsort(descending=True)[50:]
+    mass, share = float(p[beyond].sum()), float(torch.isin(out.ids, beyond).float().mean())
+    assert 0.6 < mass < 0.9
+    assert abs(share - mass) < 4 * (mass * (1 - mass) / 2000) ** 0.5
+    torch.testing.assert_close(out.logps[:, 0], p.log()[out.ids[:, 0]], atol=1e-5, rtol=1e-5)

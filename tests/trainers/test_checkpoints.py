@@ -22,6 +22,10 @@ TIMES = {"time", "rollout_seconds", "tokens_per_second", "eval_seconds"}
 RUNS = {
     "ppo": ("ppo", {"kl_target": 0.01, "max_steps": 8, "save_steps": 4}),
     "ppo behind": ("ppo", {"sync_every": 3, "max_steps": 16, "save_steps": 4}),
+    "ppo warm-up": (
+        "ppo",
+        {"value_warmup_updates": 6, "value_learning_rate": 0.05, "max_steps": 12, "save_steps": 4, "weight_decay": 0.1},
+    ),
     "reinforce": ("reinforce", {"max_steps": 5, "save_steps": 3}),
     "reinforce behind": ("reinforce", {"sync_every": 3, "max_steps": 7, "save_steps": 2}),
     "accumulation": (
@@ -187,6 +191,15 @@ def test_lora_trains_saves_and_resumes_its_adapter_only(tmp_path, kind):
     resumed = make(kind, tmp_path / "two", model=lora(), **options)
     resumed.train(resume_from_checkpoint=str(folder))
     assert_same(weights(straight.policy), weights(resumed.policy))
+
+
+def test_copies_share_what_lora_does_not_train(tmp_path):
+    trainer = make("reinforce", tmp_path, model=lora(), sync_every=2)
+    own = {name: p.data_ptr() for name, p in trainer.policy.named_parameters()}
+    for copied in (trainer.reference, trainer.behaviour):
+        for name, parameter in copied.named_parameters():
+            assert (parameter.data_ptr() == own[name]) == ("lora_" not in name)
+            assert not parameter.requires_grad
 
 
 def test_patience_continues_after_a_resume(tmp_path):

@@ -187,7 +187,7 @@ class BestToken(Objective):
     def __init__(self, args):
         self.args = args
 
-    def token_function(self, signal):
+    def token_function(self, signal, annotations=None):
         def best(logits, ids, *states):
             target = signal.distribution.logits(*states).argmax(-1)
             return *token_statistics(logits, ids), -logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)

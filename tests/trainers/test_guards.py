@@ -123,7 +123,10 @@ STREAMS = {
         stream(value_loss=[3, 2, 2, 1, 1, 1, 30, 40, 50]),
         stream(value_loss=[60, 30, 9, 3, 1, 1, 30, 1, 1, 8]),
     ),
-    "critic_misled": (stream(explained_variance=[-0.5] * 5), stream(explained_variance=[-0.5, -0.1, 0, 0.1, 0.2, 0.3])),
+    "critic_misled": (
+        stream(explained_variance=[0.9] * 5, value_gain=[-3.0] * 5),  # right but for a constant
+        stream(explained_variance=[-0.5] * 6, value_gain=[-0.5, 0, 0.1, 0.2, 0.3, 0.4]),
+    ),
     "clip_saturated": (stream(clip_fraction=[0.2, 0.4, 0.5]), stream(clip_fraction=[0.1, 0.6, 0.1, 0.1])),
     "gradient_spikes": (
         stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 15]),

@@ -18,12 +18,19 @@ from tiny_runs import WORDS, assert_same, examples, logged, make, student, tiny_
 
 # The trainers of the table's labels, as this file runs them: PPO with its critic, REINFORCE without one.
 KINDS = {
-    metrics.ALL: {"supervised", "reinforce", "ppo", "tkd"},
-    metrics.GENERATING: {"supervised", "reinforce", "ppo"},
-    metrics.RL: {"reinforce", "ppo"},
-    metrics.CRITIC: {"ppo"},
-    metrics.PPO: {"ppo"},
+    metrics.ALL: {"supervised", "reinforce", "reinforce drop", "ppo", "ppo dual_clip end_price", "tkd"},
+    metrics.GENERATING: {"supervised", "reinforce", "reinforce drop", "ppo", "ppo dual_clip end_price"},
+    metrics.RL: {"reinforce", "reinforce drop", "ppo", "ppo dual_clip end_price"},
+    metrics.CRITIC: {"ppo", "ppo dual_clip end_price"},
+    metrics.PPO: {"ppo", "ppo dual_clip end_price"},
+    metrics.DROP: {"reinforce drop"},
+    metrics.END_PRICE: {"ppo dual_clip end_price"},
+    metrics.DUAL_CLIP: {"ppo dual_clip end_price"},
     metrics.TKD: {"tkd"},
+}
+SETTINGS = {
+    "reinforce drop": {"cut_answers": "drop"},
+    "ppo dual_clip end_price": {"cut_answers": "end_price", "dual_clip": 3.0},
 }
 
 
@@ -34,9 +41,9 @@ def every_metric(predictions, rows):
 def run(kind, folder):
     """The lines of runs that log all that a trainer can log."""
     if kind != "tkd":
-        options = {} if kind == "supervised" else {"weak_start": "warn"}
+        options = {} if kind == "supervised" else {"weak_start": "warn", **SETTINGS.get(kind, {})}
         make(
-            kind, folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
+            kind.split()[0], folder, max_steps=4, eval_strategy="steps", eval_steps=4, eval_examples=examples(4),
             task_metric=every_metric, **options,
         ).train()  # fmt: skip
         return logged(folder)

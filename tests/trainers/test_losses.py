@@ -2,6 +2,7 @@
 
 import logging
 import math
+import statistics
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -10,10 +11,9 @@ import pytest
 import torch
 import yaml
 
-from rlkd.errors import ConfigError
 from rlkd.records import Answers, Example, select_rows
 from tiny import tiny_tokenizer
-from tiny_runs import EOS, VALID, WORDS, assert_same, logged, make, student, weights
+from tiny_runs import EOS, VALID, WORDS, assert_same, logged, make, student, tiny_teacher, weights
 
 
 def full_logits(model, prompt, answer):
@@ -38,8 +38,9 @@ def state_value(q, kind):
 class Row:
     """One answer with everything the credit needs, as Python numbers."""
 
-    def __init__(self, trainer, minibatch, i):
+    def __init__(self, trainer, minibatch, i, kl_coef=0.0):
         rollouts, args = minibatch.answers, trainer.args
+        self.kl_coef = kl_coef
         self.example = rollouts.examples[i]
         self.n = int(rollouts.answer_mask[i].sum())
         self.answer = rollouts.answer_ids[i, : self.n].tolist()
@@ -51,19 +52,25 @@ class Row:
             old, hidden = full_logits(trainer.policy.student, self.prompt, self.answer)
             head = trainer.policy.value_head
             self.old_values = [0.0] * self.n if head is None else head(hidden).squeeze(-1).tolist()
-        self.reference = [float(reference[t].log_softmax(0)[a]) for t, a in enumerate(self.answer)]
+        self.reference_logps = reference.log_softmax(-1)
+        self.reference = [float(self.reference_logps[t, a]) for t, a in enumerate(self.answer)]
         self.v = [float(state_value(q, args.reward_value)) for q in self.q]
         self.a = [float(q[a]) - v for q, a, v in zip(self.q, self.answer, self.v, strict=True)]
         self.expected = [float(old[t].softmax(0) @ self.q[t]) - self.v[t] for t in range(self.n)]
         self.log_prob_v = [v - float(q.logsumexp(0)) for q, v in zip(self.q, self.v, strict=True)]
         self.reward = list(self.a)
         if args.kl_in == "reward":
-            self.reward = [a - args.kl_coef * (m - r) for a, m, r in zip(self.a, self.mu, self.reference, strict=True)]
+            kl = [m - r for m, r in zip(self.mu, self.reference, strict=True)]
+            self.reward = [a - kl_coef * k for a, k in zip(self.a, kl, strict=True)]
         self.x = self.reward
 
     def to_go(self, args, t, w=None):
         """sum over k = t, t + K, t + 2K ... of (gamma lambda)^(k - t) w_k x_k."""
         w = w or [1.0] * self.n
+        if args.length_normalised:
+            later = range(t + 1, self.n)
+            future = sum((args.gamma * args.lam) ** (k - t) * self.x[k] for k in later) / max(len(later), 1)
+            return w[t] * self.x[t] + w[-1] * future
         return sum((args.gamma * args.lam) ** (k - t) * w[k] * self.x[k] for k in range(t, self.n, args.k_step))
 
 
@@ -76,7 +83,7 @@ def baselines(args, rows):
         others = [r for r in rows if r.example.id == row.example.id and r is not row]
         for t in range(row.n):
             if args.baseline == "critic":
-                b.append(row.old_values[t] + (row.a[t] - row.expected[t] if exact else 0.0))
+                b.append(row.old_values[t] + (row.a[t] if exact else 0.0))
                 continue
             immediate = row.a[t] if exact else 0.0
             if args.baseline == "none":
@@ -99,9 +106,10 @@ def oracle_loss(trainer, rows, ppo):
     adv = [[row.to_go(args, t) - b[i][t] for t in range(row.n)] for i, row in enumerate(rows)]
     mean, std = 0.0, 1.0
     if args.whiten_advantages:
-        flat = [x for row in adv for x in row]
-        mean = sum(flat) / len(flat)
-        std = math.sqrt(sum((x - mean) ** 2 for x in flat) / len(flat))
+        mean = statistics.fmean(x for row in adv for x in row)
+        exact = args.one_step == "exact"
+        whole = [x + (a if exact else 0.0) for i, row in enumerate(rows) for x, a in zip(adv[i], row.a, strict=True)]
+        std = statistics.pstdev(whole)
     total, tokens = 0.0, sum(row.n for row in rows)
     for i, row in enumerate(rows):
         logits, hidden = full_logits(trainer.policy.student, row.prompt, row.answer)
@@ -119,6 +127,8 @@ def oracle_loss(trainer, rows, ppo):
                 rho, credit = (log_pi[t, a] - row.mu[t]).exp(), (adv[i][t] - mean) / std
                 clipped = rho.clamp(1 - args.clip_range, 1 + args.clip_range)
                 loss = -torch.minimum(rho * credit, clipped * credit)
+                if args.dual_clip is not None and credit < 0 and rho > args.dual_clip:
+                    loss = torch.tensor(-args.dual_clip * credit)
             elif args.importance_weight == "cumulative":
                 credit = (row.to_go(args, t, weight) - weight[t] * (b[i][t] + mean)) / std
                 reached = 1.0 if t == 0 else weight[t - 1]
@@ -128,12 +138,14 @@ def oracle_loss(trainer, rows, ppo):
             if args.one_step == "exact":
                 loss = loss - reached * ((log_pi[t].exp() @ row.q[t]) - row.v[t]) / std
             loss = loss + args.entropy_coef * (log_pi[t].exp() * log_pi[t]).sum()
-            if args.kl_in == "loss":
-                d = row.reference[t] - log_pi[t, a]
-                loss = loss + args.kl_coef * (d.exp() - 1 - d)
+            if args.kl_in == "loss" and args.kl_estimator == "k2":
+                loss = loss + row.kl_coef * reached * ratio[t] * (log_pi[t, a] - row.reference[t]) ** 2 / 2
+            elif args.kl_in == "loss":
+                kl = (log_pi[t].exp() * (log_pi[t] - row.reference_logps[t])).sum()
+                loss = loss + row.kl_coef * reached * kl
             if args.baseline == "critic":
                 value = trainer.policy.value_head(hidden[t])[0]
-                old, target = row.old_values[t], row.to_go(args, t)
+                old, target = row.old_values[t], row.to_go(args, t) - (row.a[t] if args.one_step == "exact" else 0.0)
                 clipped = old + (value - old).clamp(-args.value_clip_range, args.value_clip_range)
                 loss = loss + args.value_coef * 0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2)
             row_loss = row_loss + loss
@@ -149,15 +161,38 @@ def perturb(module, scale):
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
+def check_ratios(trainer, rows):
+    """The logged ratios are pi / mu: probabilities under the student over those when sampled."""
+    ratios = []
+    for row in rows:
+        log_pi = full_logits(trainer.policy.student, row.prompt, row.answer)[0].detach().log_softmax(-1)
+        ratios += [float(log_pi[t, a].exp()) / math.exp(row.mu[t]) for t, a in enumerate(row.answer)]
+    found = {name: torch.stack(pairs).T for name, pairs in trainer._recorded.items()}
+    means = {name: float(total.sum() / count.sum()) for name, (total, count) in found.items()}
+    assert means["ratio_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert means["ratio_max"] == pytest.approx(max(ratios), rel=1e-4)
+    if "clip_fraction" in means:
+        outside = sum(abs(r - 1) > trainer.args.clip_range for r in ratios)
+        assert means["clip_fraction"] == pytest.approx(outside / len(ratios))
+    if trainer.args.to_dict().get("dual_clip") is not None:
+        above = sum(r > trainer.args.dual_clip for r in ratios)
+        assert 0 < means["dual_clip_fraction"] <= above / len(ratios)  # those of negative advantage
+
+
 def compare(trainer, *, ppo, drift=0.05):
-    """Loss and gradient of the trainer and of the oracle after the student has moved since the rollouts."""
+    """Loss and gradient of the trainer and of the oracle where reference, behaviour policy and student all differ, and
+    the weight of the KL penalty has moved.
+    """
     trainer.current_gradient_accumulation_steps = 1
     if trainer.policy.value_head is not None:
         perturb(trainer.policy.value_head, 0.5)
+    perturb(trainer.policy.student, 0.1)
+    trainer.objective.kl_coef = 1.5 * trainer.args.kl_coef
     minibatch = next(trainer.experience())["minibatch"]
-    rows = [Row(trainer, minibatch, i) for i in range(len(minibatch.answers.examples))]
+    rows = [Row(trainer, minibatch, i, trainer.objective.kl_coef) for i in range(len(minibatch.answers.examples))]
     assert len({row.n for row in rows}) > 1
     perturb(trainer.policy, drift)
+    trainer._recorded.clear()
     losses, gradients = [], []
     for loss in (
         lambda: trainer.compute_loss(trainer.policy, {"minibatch": minibatch}),
@@ -169,6 +204,7 @@ def compare(trainer, *, ppo, drift=0.05):
         losses.append(value.item())
         gradients.append({name: p.grad.clone() for name, p in trainer.policy.named_parameters()})
     assert losses[0] == pytest.approx(losses[1], rel=2e-5, abs=1e-6)
+    check_ratios(trainer, rows)
     scale = max(float(g.abs().max()) for g in gradients[1].values())
     assert scale > 1e-3
     for name in gradients[1]:
@@ -183,7 +219,12 @@ VARIANTS = [
     {"baseline": "critic", "kl_in": "reward", "kl_coef": 0.3, "entropy_coef": 0.2, "value_clip_range": 0.05},
     {"baseline": "leave_one_out", "one_step": "sampled", "whiten_advantages": True, "loss_reduction": "sequence_sum"},
     {"baseline": "critic", "whiten_advantages": True, "entropy_coef": 0.1, "kl_coef": 0.5},
-    {"baseline": "teacher", "k_step": 2, "lam": 1.0, "kl_in": "reward"},
+    {"baseline": "leave_one_out", "whiten_advantages": True, "lam": 0.0},
+    {"baseline": "teacher", "k_step": 2, "lam": 1.0, "kl_in": "reward", "kl_coef": 0.3},
+    {"kl_estimator": "k2", "kl_coef": 0.5},
+    *({"length_normalised": True, "baseline": b, "lam": 0.9} for b in ("leave_one_out", "critic")),
+    {"length_normalised": True, "one_step": "sampled", "baseline": "closed_form", "lam": 1.0},
+    {"kl_estimator": "exact", "kl_coef": 0.5, "one_step": "sampled", "baseline": "closed_form"},
 ]
 
 
@@ -191,7 +232,9 @@ def name(options):
     return ",".join(f"{k}={v}" for k, v in options.items())
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=name)
+@pytest.mark.parametrize(
+    "options", [*VARIANTS, {"dual_clip": 1.02, "baseline": "teacher", "one_step": "sampled"}], ids=name
+)
 def test_ppo_loss_and_gradient_equal_plain_loops(tmp_path, options):
     options = {"minibatches_per_rollout": 1, "clip_range": 0.1, **options}
     compare(make("ppo", tmp_path, **options), ppo=True)
@@ -339,28 +382,37 @@ def test_the_opd_recipe_is_the_reverse_kl_at_the_students_own_prefixes(tmp_path)
         torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-# A deviation of 0 is no scale
+# The scale of whitened advantages
+
+
+def scale_of(folder, **options):
+    trainer = make("reinforce", folder, whiten_advantages=True, baseline="teacher", n=32, **options)
+    return trainer.annotate(trainer.sample(0)).annotations.scale
+
+
+def test_whitening_does_not_blow_up_the_exact_term_as_the_horizon_vanishes(tmp_path):
+    """kl_coef and entropy_coef keep their weight: the scale is that of the sampled one-step term, near lam = 0 that of
+    the reward itself.
+    """
+    rewards = make("reinforce", tmp_path, n=32)
+    batch = rewards.annotate(rewards.sample(0))
+    alone = 1 / float(batch.annotations.rewards[batch.answers.answer_mask].std(unbiased=False))
+    for lam in (0.0, 1e-6, 0.1, 0.7):
+        exact, sampled = (scale_of(tmp_path, lam=lam, one_step=kind) for kind in ("exact", "sampled"))
+        assert exact == pytest.approx(sampled, rel=1e-5)
+        if lam <= 1e-6:
+            assert exact == pytest.approx(alone, rel=1e-4)
+        assert alone / 3 < exact <= alone * 1.0001
 
 
 @pytest.mark.parametrize("kind", ["reinforce", "ppo"])
-@pytest.mark.parametrize("settings", [{"lam": 0.0}, {"gamma": 0.0}, {"k_step": 5}])
-def test_advantages_that_are_always_0_cannot_be_whitened(tmp_path, kind, settings):
-    options = {"whiten_advantages": True, "baseline": "leave_one_out", "kl_in": "loss", **settings}
-    with pytest.raises(
-        ConfigError, match=r"whiten_advantages = True: with one_step exact the advantages hold the future"
-    ):
-        make(kind, tmp_path, **options)
-    make(kind, tmp_path, **options, one_step="sampled")
-    make(kind, tmp_path, **{**options, "kl_in": "reward"})
-    if settings != {"k_step": 5}:
-        make(kind, tmp_path, **{**options, "baseline": "critic"})
-
-
-@pytest.mark.parametrize("kind", ["reinforce", "ppo"])
-def test_advantages_that_hardly_vary_are_left_as_they_are(tmp_path, kind, caplog, monkeypatch):
-    """Divided by their deviation, they would multiply the exact term, and so the gradient, by its inverse."""
+def test_credit_that_does_not_vary_is_left_as_it_is(tmp_path, kind, caplog, monkeypatch):
+    """Divided by its deviation, it would multiply the exact term, and so the gradient, by its inverse."""
     monkeypatch.setattr("rlkd.trainers.policy_gradient.logger.propagate", True, raising=False)
-    options = {"lam": 1e-7, "baseline": "leave_one_out", "max_steps": 4}
+    indifferent = tiny_teacher()  # to it all tokens are equally good
+    with torch.no_grad():
+        indifferent.lm.model.lm_head.weight.mul_(1e-6)
+    options = {"baseline": "leave_one_out", "max_steps": 4, "teacher": indifferent}
     runs = [make(kind, tmp_path / str(whiten), **options, whiten_advantages=whiten) for whiten in (True, False)]
     with caplog.at_level(logging.WARNING):
         for run in runs:

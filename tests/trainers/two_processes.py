@@ -37,7 +37,13 @@ def tkd(folder: str) -> None:
 
 def main(kind: str, folder: str) -> None:
     options = {
-        "ppo": {"kl_target": 0.01, "whiten_advantages": True, "max_steps": 8},
+        "ppo": {
+            "kl_target": 0.01,
+            "whiten_advantages": True,
+            "value_warmup_updates": 3,
+            "max_steps": 8,
+            "cut_answers": "end_price",
+        },
         "reinforce": {
             "sync_every": 2,
             "loss_reduction": "sequence_mean",
