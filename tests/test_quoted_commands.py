@@ -49,6 +49,7 @@ ELSEWHERE = {
     r"make docker-check$": ("tests/test_docker.py", "build stage"),
     r"docker (build|run)": ("tests/test_docker.py", "Dockerfile"),
     r"python recipes/studies/quora_agnews.py": ("tests/test_studies.py", "quora_agnews"),
+    r"python recipes/studies/real_text.py": ("tests/test_real_text_study.py", "real_text.py"),
     r"python recipes/studies/tkd_presets.py": ("tests/test_tkd_study.py", "tkd_presets"),
     r"pip install": ("Makefile", "pip install"),
     r"rlkd data merge labels$": ("tests/test_quoted_commands.py", '_run("rlkd data merge labels"'),
