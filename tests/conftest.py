@@ -1,5 +1,6 @@
 """One thread per test process: the suite runs in two of them, and tiny models gain nothing from more."""
 
+import gc
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,6 +26,22 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def _freeze():
+    """Every training run collects garbage; going through all that was imported takes most of a tiny run's time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish(session):
+    _freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.path != item.path:
+        _freeze()
 
 
 def pytest_addoption(parser):
