@@ -40,7 +40,7 @@ def test_select_rows_takes_the_same_rows_of_everything_nested_or_not():
                 yield one, other
 
     tensors = list(pairs(batch, picked))
-    assert len(tensors) == 6 + 6 + 5
+    assert len(tensors) == 6 + 6 + 7  # of answers, signal and credit
     for before, after in tensors:
         assert torch.equal(after, torch.stack([before[2], before[0]]))
     credit = picked.annotations

@@ -49,7 +49,8 @@ def pair(tmp_path_factory):
         [row[mask].tolist() for row, mask in zip(answers.ids, answers.mask, strict=True)], skip_special_tokens=True
     )
     student = tiny_t5(tied=False, seed=1, width=16, vocab=VALID)
-    fit(folder / "student", student, list(zip(inputs, texts, strict=True)), 150, 1e-2)
+    # Until its regret is about 1 nat: from a weaker start the full return teaches it to end early.
+    fit(folder / "student", student, list(zip(inputs, texts, strict=True)), 400, 1e-2)
     return teacher, student.state_dict()
 
 
@@ -109,7 +110,9 @@ def test_lse_reward_shortens_answers(runs):
 
 
 def test_the_random_pair_of_the_other_tests_learns_too(tmp_path):
-    """A few steps on the tiny random pair lower the regret of samples: a sign error anywhere would raise it."""
+    """A few steps on the tiny random pair lower the regret per token of samples: a sign error would raise it. From such
+    a weak start answers run on, so that a sequence's regret may not fall.
+    """
     for kind in ("ppo", "reinforce"):
         trainer = make(
             kind, tmp_path / kind, teacher=tiny_teacher(), max_steps=16, n=16, per_device_train_batch_size=16,
@@ -118,5 +121,8 @@ def test_the_random_pair_of_the_other_tests_learns_too(tmp_path):
         start = trainer.annotate(trainer.sample(99))
         trainer.train()
         end = trainer.annotate(trainer.sample(99))
-        regret = [float(((b.signal.max - b.signal.chosen) * b.answers.answer_mask).sum(1).mean()) for b in (start, end)]
-        assert regret[1] < 0.9 * regret[0]
+        masks = [b.answers.answer_mask for b in (start, end)]
+        regret = [
+            ((b.signal.max - b.signal.chosen) * m).sum() / m.sum() for b, m in zip((start, end), masks, strict=True)
+        ]
+        assert regret[1] < 0.85 * regret[0]

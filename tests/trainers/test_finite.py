@@ -112,19 +112,23 @@ def test_numbers_of_a_rollout_batch(tmp_path, monkeypatch, part):
 @pytest.mark.parametrize("kind", ["ppo", "reinforce", "supervised"])
 def test_only_the_bad_rows_are_named(tmp_path, kind):
     trainer = make(kind, tmp_path, max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=4)
-    forward, calls = trainer.policy.forward, []
+    row_loss, calls = trainer.row_loss, []
 
-    def broken(*args, **kwargs):
-        (logps, *more), values = forward(*args, **kwargs)
-        if trainer.state.global_step == 2 and logps.requires_grad:
-            calls.append(logps)
-            if len(calls) == 2:
-                spoil = torch.ones_like(logps)
-                spoil[1] = INF
-                logps = logps * spoil
-        return (logps, *more), values
+    def spoiled(minibatch):
+        of_rows = row_loss(minibatch)
 
-    trainer.policy.forward = broken
+        def broken(rows, statistics, values):
+            (logps, *more) = statistics
+            if trainer.state.global_step == 2:
+                calls.append(rows)
+                if len(calls) == 2:
+                    assert rows.start == 0
+                    logps = logps * torch.ones_like(logps).index_fill_(0, torch.tensor(1), INF)
+            return of_rows(rows, (logps, *more), values)
+
+        return broken
+
+    trainer.row_loss = spoiled
     tensors, plain, message = diverges(trainer, "^step 2: the (loss|log-ratio) is not finite")
     assert f"(rows {plain['ids'][1]})" in message
     assert len(plain["ids"]) == 4  # of the second micro-batch alone

@@ -15,6 +15,7 @@ from test_tkd import rows as labelled_rows
 from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
+import stub
 import tiny_runs
 from rlkd import (
     DataArguments,
@@ -165,8 +166,10 @@ def test_an_adapter_is_the_next_stage(tmp_path, load):
     teacher, student = save_pair(tmp_path / "models")
     data = DataArguments(
         dataset=str(tmp_path / "rows.jsonl"), input_column="body", reference_column="text", templates=["mine:ask"],
-        templates_dir=str(tmp_path), column_map=["gold=text"],
+        templates_dir=str(tmp_path), column_map=["gold=text"], pseudo_labels=str(tmp_path / "labels"),
     )  # fmt: skip
+    (tmp_path / "labelled.jsonl").write_text(json.dumps({"text": "a b", "n": 1}) + "\n")
+    stub.label(tmp_path / "labelled.jsonl", tmp_path / "labels")
     lora = {"use_peft": True, "lora_r": 2, "lora_alpha": 4, "lora_target_modules": ["q"]}
 
     def prepared(model, teacher=teacher, **options):
