@@ -22,7 +22,7 @@ import torch
 from overhead import number_tokenizer
 from transformers.utils import logging
 
-from common import arguments, interleave, report, show
+from common import arguments, interleave, repetitions, report, show
 from rl_step import EOS, VALID_VOCAB, t5
 from rlkd.models.architectures import language_model
 from rlkd.models.teacher import Teacher
@@ -119,7 +119,7 @@ def texts(count: int, tokens: int, random: torch.Generator) -> list[str]:
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     logging.set_verbosity_error()
-    repetitions = 3 if args.quick else 9
+    turns_each = repetitions(args, quick=3, full=9)
     random = torch.Generator().manual_seed(args.seed)
     prompts, answers = texts(ROWS, PROMPT, random), texts(ROWS, ANSWER - 1, random)
     examples = [Example(str(i), text, (text,)) for i, text in enumerate(prompts)]
@@ -134,7 +134,7 @@ def main() -> None:
             arm.updates()  # warms up, and makes AdamW's state
         turns = {name: arm.updates for name, arm in arms.items()}
         encoder = arms[SEQKD]  # whose teacher is not asked otherwise
-        seconds = interleave({**turns, "prompts": lambda: encoder.encode(prompts)}, repetitions)
+        seconds = interleave({**turns, "prompts": lambda: encoder.encode(prompts)}, turns_each)
 
     per_prompt = seconds.pop("prompts") / ROWS
     seconds = {name: value / arms[name].turn for name, value in seconds.items()}
@@ -154,7 +154,7 @@ def main() -> None:
         f"An update: {ROWS} answers of {ANSWER} tokens, prompts of {PROMPT}, rollouts included",
         ["arm", "CPU s", "over SeqKD", "in a first pass over the inputs"],
         [[name, f"{value:.3f}", f"{over[name]:.2f}", f"{first[name]:.2f}"] for name, value in seconds.items()],
-        f"Medians of {repetitions} turns, CPU seconds of one thread.",
+        f"Medians of {turns_each} turns, CPU seconds of one thread.",
     )
     report(figures)
 

@@ -22,8 +22,14 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few repetitions, within 3 minutes on 2 cores")
+    parser.add_argument("--once", action="store_true", help="one repetition: shows that it runs, measures nothing")
     parser.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def repetitions(args: argparse.Namespace, *, quick: int, full: int) -> int:
+    """How often a measurement is repeated under the options of `arguments`."""
+    return 1 if args.once else quick if args.quick else full
 
 
 def cpu_seconds(function: Callable[[], Any]) -> tuple[float, Any]:

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from common import arguments, interleave, peak_extra_memory, report, show
+from common import arguments, interleave, peak_extra_memory, repetitions, report, show
 from rlkd.models.heads import Head
 from rlkd.objectives.divergences import DIVERGENCES
 from rlkd.objectives.policy import token_statistics
@@ -124,17 +124,17 @@ def measure_memory(way: str, term: str, widths: tuple[int, int], rows: int, seed
     return peak_extra_memory(getattr(Case(term, widths, rows, seed), way))
 
 
-def measure_time(term: str, widths: tuple[int, int], rows: int, repetitions: int, seed: int) -> tuple[float, ...]:
+def measure_time(term: str, widths: tuple[int, int], rows: int, turns: int, seed: int) -> tuple[float, ...]:
     """Median CPU seconds of full logits and of chunks, and how far they differ."""
     case = Case(term, widths, rows, seed)
     difference = case.difference()  # warms up
-    seconds = interleave({"full": case.full, "chunked": case.chunked}, repetitions)
+    seconds = interleave({"full": case.full, "chunked": case.chunked}, turns)
     return seconds["full"], seconds["chunked"], difference
 
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
-    time_rows, repetitions = (ROWS // 4, 3) if args.quick else (ROWS, 5)
+    time_rows, turns = ROWS // 4 if args.quick else ROWS, repetitions(args, quick=3, full=5)
     # --quick: every term at one width, three at the other, and the memory of those three.
     cases = [
         (term, widths) for widths in WIDTHS for term in TERMS if widths == WIDTHS[0] or term in QUICK or not args.quick
@@ -143,7 +143,7 @@ def main() -> None:
     processes.set_forkserver_preload(["rlkd.models.heads", "rlkd.objectives.divergences"])
     # A fresh process for every job, two at a time; their imports are those of one server.
     with ProcessPoolExecutor(2, processes, max_tasks_per_child=1) as pool:
-        timing = {case: pool.submit(measure_time, *case, time_rows, repetitions, args.seed) for case in cases}
+        timing = {case: pool.submit(measure_time, *case, time_rows, turns, args.seed) for case in cases}
         memory = {
             (way, *case): pool.submit(measure_memory, way, *case, ROWS, args.seed)
             for case in cases

@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from common import arguments, report, show
+from common import arguments, repetitions, report, show
 from rl_step import EOS, STUDENT, VALID_VOCAB, t5
 from rlkd.models.architectures import language_model
 from rlkd.models.teacher import Teacher
@@ -145,7 +145,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
-    clock, rounds = Clock(), 3 if args.quick else 12
+    clock, rounds = Clock(), repetitions(args, quick=3, full=12)
     with TemporaryDirectory() as folder:
         # One round warms up, and the last step has no end.
         trainer = build(folder, 3 * (rounds + 1) + 1, args.seed)

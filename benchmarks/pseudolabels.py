@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
-from common import arguments, interleave, report, show
+from common import arguments, interleave, repetitions, report, show
 from label_pipeline import overhead, two_processes
 from rl_step import EOS, PAD, PADDED_VOCAB, STUDENT, TEACHER, VALID_VOCAB, log_normal_lengths
 from rlkd.models.architectures import language_model
@@ -161,7 +161,7 @@ class Result:
     lengths: dict[str, float]
 
 
-def measure_speed(name: str, rows: int, repetitions: int, seed: int) -> Result:
+def measure_speed(name: str, rows: int, turns: int, seed: int) -> Result:
     """Label the same prompts in every way, taking turns."""
     logging.set_verbosity_error()
     shape, tied = SHAPES[name]
@@ -182,7 +182,7 @@ def measure_speed(name: str, rows: int, repetitions: int, seed: int) -> Result:
 
     variants: dict[str, Callable[[], None]] = {"hf": reference}
     variants |= {key: lambda key=key: label(key) for key in engines}
-    seconds = interleave(variants, repetitions)
+    seconds = interleave(variants, turns)
     return Result(
         seconds,
         {k: sum(a.ids == b for a, b in zip(made[k], made["hf"], strict=True)) / rows for k in engines},
@@ -251,23 +251,24 @@ def measure_agreement(steps: int, prompts: int, seed: int) -> dict[str, float]:
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
-    sizes = ((64, 2), (32, 1)) if args.quick else ((256, 5), (128, 3))
+    rows = (64, 32) if args.quick else (256, 128)
+    sizes = ((rows[0], repetitions(args, quick=2, full=5)), (rows[1], repetitions(args, quick=1, full=3)))
     steps, held_out = (400, 200) if args.quick else (1500, 1000)
     # Converted models are of no use to a later run.
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(2, get_context("spawn")) as pool:
         os.environ["RLKD_CACHE"] = cache
         jobs = {
-            name: pool.submit(measure_speed, name, rows, repetitions, args.seed)
-            for (name, (rows, repetitions)) in reversed(list(zip(SHAPES, sizes, strict=True)))
+            name: pool.submit(measure_speed, name, count, turns, args.seed)
+            for (name, (count, turns)) in reversed(list(zip(SHAPES, sizes, strict=True)))
         }
         trained = pool.submit(measure_agreement, steps, held_out, args.seed).result()
         results = {name: jobs[name].result() for name in SHAPES}
-    for (name, result), (rows, _) in zip(results.items(), sizes, strict=True):
+    for (name, result), (count, _) in zip(results.items(), sizes, strict=True):
         lines = [
             [
                 key,
                 f"{seconds:.1f}",
-                f"{rows / seconds:.1f}",
+                f"{count / seconds:.1f}",
                 f"{result.seconds['hf'] / seconds:.2f}",
                 f"{result.lengths[key]:.1f}",
                 f"{result.equal[key]:.0%}" if key in result.equal else "",
@@ -276,7 +277,7 @@ def main() -> None:
             for key, seconds in result.seconds.items()
         ]
         columns = ["variant", "CPU s", "labels/s", "speed-up", "mean answer", "equal", "log-prob off"]
-        show(f"{name}: {rows} prompts, random weights with a clock, greedy, one thread", columns, lines)
+        show(f"{name}: {count} prompts, random weights with a clock, greedy, one thread", columns, lines)
     exact = [(r.equal[k], r.difference[k]) for r in results.values() for k in ("torch", "ct2 float32")]
     # Random weights have ties that rounding decides.
     off = max(trained["difference"], *(off for _, off in exact))
@@ -301,7 +302,11 @@ def main() -> None:
     figures = (
         worst
         | figures
-        | (overhead(100_000) | two_processes(20_000, repetitions=2) if args.quick else overhead() | two_processes())
+        | (
+            overhead(100_000) | two_processes(20_000, repetitions=1 if args.once else 2)
+            if args.quick
+            else overhead() | two_processes()
+        )
     )
     show(
         "Figures (speed-ups: the worse of the two shapes)",

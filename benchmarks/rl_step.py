@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
-from common import arguments, interleave, report, show
+from common import arguments, interleave, repetitions, report, show
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.policy import Policy
 from rlkd.models.teacher import Teacher
@@ -179,7 +179,7 @@ def main() -> None:
         rewards: list[Tensor] = []
         count = flops(lambda step=step, rewards=rewards: rewards.append(step()))
         results[name] = count, rewards[0], gradient(student)
-    seconds = interleave(variants, 3 if args.quick else 9)
+    seconds = interleave(variants, repetitions(args, quick=3, full=9))
 
     work, rewards, grads = (dict(zip(results, column, strict=True)) for column in zip(*results.values(), strict=True))
     cosine = torch.nn.functional.cosine_similarity

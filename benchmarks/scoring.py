@@ -15,7 +15,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from common import arguments, interleave, peak_extra_memory, report, show
+from common import arguments, interleave, peak_extra_memory, repetitions, report, show
 from rlkd.models.heads import Head
 from rlkd.objectives.policy import token_statistics
 from rlkd.objectives.rewards import token_scores
@@ -96,7 +96,7 @@ def measure_memory(variant: str, width: int, rows: int, seed: int) -> int:
     return peak_extra_memory(function)
 
 
-def measure_times(width: int, rows: int, repetitions: int, seed: int) -> tuple[dict[str, float], float, float]:
+def measure_times(width: int, rows: int, turns: int, seed: int) -> tuple[dict[str, float], float, float]:
     """Median CPU seconds of each variant, and how far the two ways differ (scores, gradients)."""
     case = Case(width, rows, seed)
     chunked, full = case.score_chunked(), case.score_full()
@@ -112,12 +112,12 @@ def measure_times(width: int, rows: int, repetitions: int, seed: int) -> tuple[d
         "train_full": case.train_full,
         "train_chunked": case.train_chunked,
     }
-    return interleave(variants, repetitions), score_difference, gradient_difference
+    return interleave(variants, turns), score_difference, gradient_difference
 
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
-    time_rows, repetitions = (ROWS // 8, 3) if args.quick else (ROWS, 5)
+    time_rows, turns = ROWS // 8 if args.quick else ROWS, repetitions(args, quick=3, full=5)
     jobs = [
         (variant, width, rows)
         for width in WIDTHS
@@ -131,7 +131,7 @@ def main() -> None:
     ]
     # A fresh process for every job, two at a time.
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        timing = {width: pool.submit(measure_times, width, time_rows, repetitions, args.seed) for width in WIDTHS}
+        timing = {width: pool.submit(measure_times, width, time_rows, turns, args.seed) for width in WIDTHS}
         memory = {job: pool.submit(measure_memory, *job, args.seed) for job in jobs}
 
     figures: dict[str, float] = {}

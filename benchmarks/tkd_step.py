@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from common import arguments, interleave, report, show
+from common import arguments, interleave, repetitions, report, show
 from rlkd.models.encoders.classifiers import build_student
 from rlkd.trainers.encoders.arguments import TKDArguments
 from rlkd.trainers.encoders.tkd import TKDTrainer
@@ -93,7 +93,7 @@ def main() -> None:
             losses[name] = run()
         if abs(losses["cached kd"] - losses[f"kd {LENGTH}"]) > 1e-4:
             raise SystemExit("the cached teacher disagrees with the teacher: their times cannot be compared")
-        seconds = interleave(variants, 5 if args.quick else 15)
+        seconds = interleave(variants, repetitions(args, quick=5, full=15))
 
     base, tree = f"kd {LENGTH}", f"tkd {LENGTH}"
     figures = {
