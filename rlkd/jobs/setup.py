@@ -23,11 +23,13 @@ from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
 from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
+from ..models.signals import SignalSource
 from ..models.spec import Dtype, ModelSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
+from .teachers import check_recorded_signal, recorded_teacher, refuse_other_templates
 from .text_files import TextFileArguments
 from .wiring import Reading, RowSource
 
@@ -158,9 +160,21 @@ class TeacherArguments:
         default=False,
         metadata={"help": "Teacher and student may be pickled .bin files (read with weights_only)."},
     )
+    teacher_signal: Literal["model", "recorded"] = field(
+        default="model",
+        metadata={
+            "help": "Where the teacher's probabilities come from: the model, or what pseudo_labels recorded of them "
+            "(--top-k-logprobs; no teacher is loaded)."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.teacher_signal != "model" and self.template_combination == "pool":
+            raise ConfigError(
+                f"template_combination = 'pool': takes the teacher's model, and teacher_signal is "
+                f"{self.teacher_signal!r}: set it to average"
+            )
 
 
 @dataclass
@@ -168,7 +182,7 @@ class Setup:
     """What a trainer is built from."""
 
     student: Any
-    teacher: Teacher
+    teacher: SignalSource | None
     tokenizer: Any
     train_examples: Examples
     eval_examples: Examples
@@ -198,17 +212,26 @@ def prepare(
     check_labels(training, given=data.pseudo_labels is not None, name="pseudo_labels")
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
-    ours, theirs = _student_spec(student, teacher), _teacher_spec(teacher, training)
+    recorded = teacher.teacher_signal == "recorded"
+    if recorded:
+        check_recorded_signal(training)
+    ours, theirs = _student_spec(student, teacher), None if recorded else _teacher_spec(teacher, training)
     if student.use_peft:
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
-    check_pair(theirs, ours)
-    for spec in (theirs, ours):
-        spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
+    if theirs is None:
+        ours.check()
+    else:
+        check_pair(theirs, ours)
+        theirs.check_lengths(training.max_input_tokens, training.max_new_tokens)
+    ours.check_lengths(training.max_input_tokens, training.max_new_tokens)
     if student.use_peft and ours.adapter:
         check_same_settings(ours.adapter, _peft_config(student))
     task_reward = _task_reward(data, training)
-    train, evaluation, labels, note = load_data(data, ours.tokenizer, references=task_reward is not None)
+    train, evaluation, labels, note = load_data(
+        data, ours.tokenizer, references=task_reward is not None, same_templates=recorded
+    )
+    frozen: SignalSource | None = recorded_teacher(labels, training, ours.tokenizer) if recorded else None
     if task_reward is not None:
         task_reward.try_on(train)
     if data.task_metric != "none":
@@ -223,14 +246,15 @@ def prepare(
         model = add_adapter(model, _peft_config(student))
     if student.use_peft:
         model = without_dropout(model)
-    frozen = Teacher(
-        theirs.language_model(),
-        ours.tokenizer,
-        max_input_tokens=training.max_input_tokens,
-        append_eos=teacher.teacher_append_eos,
-        combination=teacher.template_combination,
-        cache_bytes=teacher.teacher_cache_mb * 2**20,
-    )
+    if theirs is not None:
+        frozen = Teacher(
+            theirs.language_model(),
+            ours.tokenizer,
+            max_input_tokens=training.max_input_tokens,
+            append_eos=teacher.teacher_append_eos,
+            combination=teacher.template_combination,
+            cache_bytes=teacher.teacher_cache_mb * 2**20,
+        )
     return Setup(
         student=model,
         teacher=frozen,
@@ -295,17 +319,18 @@ def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskRe
 
 
 def load_data(
-    data: DataArguments, tokenizer: Any = None, *, references: bool = False
+    data: DataArguments, tokenizer: Any = None, *, references: bool = False, same_templates: bool = False
 ) -> tuple[Examples, Examples, Any, str]:
     """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; every column
     is checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
-    tokenizer: to count the characters that it does not know. references: whether training reads them.
+    tokenizer: to count the characters that it does not know. references: whether training reads them. same_templates:
+    whether labels must have been made under the templates of the settings.
     Raises DataError or ConfigError.
     """
     reading = Reading.of(vars(data), tokenizer)
     source = _source(data, data.dataset, data.train_split, data.train_limit)
-    labels = None if data.pseudo_labels is None else _labels(data, reading, source)
+    labels = None if data.pseudo_labels is None else _labels(data, reading, source, same_templates)
     held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)
     if held_out != replace(source, limit=None):
         # Without a task reward, training never looks at references.
@@ -342,7 +367,7 @@ def _source(data: DataArguments, dataset: str, split: str, limit: int | None) ->
     )
 
 
-def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets.Dataset:
+def _labels(data: DataArguments, reading: Reading, train: RowSource, same_templates: bool) -> datasets.Dataset:
     """The labels to learn; warns where they were made otherwise than the settings say."""
     labels = load_pseudolabels(str(data.pseudo_labels))
     student = reading.student_template
@@ -351,6 +376,8 @@ def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets
     if Path(data.dataset).exists() or is_pattern(data.dataset):
         settings |= {"sha256": train.stream(()).identity()["sha256"]}
     found = differences(labels, dataset=data.dataset, templates=reading.templates, settings=settings)
+    if same_templates:
+        refuse_other_templates(found, str(data.pseudo_labels))
     if found:
         logger.warning(
             "%s: the labels were made otherwise than this run's settings say; they count for training, the settings "

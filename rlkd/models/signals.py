@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..records import TeacherSignal
 
-# All that a signal can hold, by name.
-SIGNAL = frozenset(field.name for field in fields(TeacherSignal))
+# All that a local model gives: `top_k` is for those who do not have the whole distribution.
+SIGNAL = frozenset(field.name for field in fields(TeacherSignal)) - {"top_k"}
 
 
 class SignalSource(Protocol):
@@ -51,7 +51,8 @@ def check_signal(needs: Iterable[str], gives: Iterable[str], what: str, remedy: 
     """
     missing = sorted(set(needs) - set(gives))
     if missing:
+        known = f"{', '.join(sorted(gives))} only" if gives else "nothing"
         raise ConfigError(
-            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher provides "
-            f"{', '.join(sorted(gives))} only: {remedy}"
+            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher provides {known}: "
+            f"{remedy}"
         )

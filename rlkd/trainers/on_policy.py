@@ -30,6 +30,7 @@ from ..evaluation.recording import rollout_samples
 from ..evaluation.samples import Sample
 from ..io.provenance import described
 from ..labels.makers import announce
+from ..labels.recorded import RecordedTeacher
 from ..models.teacher import Teacher
 from ..objectives.policy import reduction_count
 from ..records import Answers, Example, Minibatch, select_rows
@@ -42,6 +43,10 @@ from .distillation import DistillationTrainer, TrainerInputs
 from .inputs import weights_of
 from .labelled import LabelBatches
 
+RECORDED_ONLY = (
+    "teacher_signal = 'recorded': the teacher's probabilities are known for its own labels only, not for the student's "
+    "answers: train with SupervisedTrainer (recipes/seqkd_t0_to_t5.py), or set teacher_signal to model or server."
+)
 BEHAVIOUR_FILE = "behaviour.safetensors"
 
 
@@ -100,6 +105,12 @@ class OnPolicyTrainer(DistillationTrainer):
         super().begin_run(checkpoint)
         if self.label_batches is not None and self.is_world_process_zero():
             announce(described(self.label_batches.labels), self.teacher.model, self.inputs.get(weights_of("teacher")))
+
+    def check_teacher(self) -> None:
+        """As in `DistillationTrainer`; a recorded teacher knows nothing of the student's answers."""
+        if isinstance(self.teacher, RecordedTeacher):
+            raise ConfigError(RECORDED_ONLY)
+        super().check_teacher()
 
     # The loop
 
