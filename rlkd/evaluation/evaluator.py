@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.policy import Policy
-from ..models.signals import SignalSource
+from ..models.signals import AnsweringSource, SignalSource
 from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, token_pieces
 from ..objectives.advantages import regret_per_sequence
@@ -75,7 +75,7 @@ class Evaluator:
     @property
     def answers(self) -> bool:
         """Whether the teacher answers the examples itself."""
-        return isinstance(self.teacher, Teacher)
+        return isinstance(self.teacher, Teacher | AnsweringSource)
 
     @property
     def means(self) -> list[str]:
@@ -178,12 +178,17 @@ class Evaluator:
         # By prompt: ids need not be unique in examples made in memory.
         missing = [e for e in examples if e.teacher_inputs[0] not in self._teacher_answers]
         if missing:
-            teacher: Any = self.teacher
-            states = teacher.prompt_states([e.teacher_inputs[0] for e in missing])
-            answer = decode(teacher.lm, states, greedy, max_new_tokens=self.max_new_tokens)
-            for example, ids, mask in zip(missing, answer.ids, answer.mask, strict=True):
-                self._teacher_answers[example.teacher_inputs[0]] = ids[mask].tolist()
+            prompts = [example.teacher_inputs[0] for example in missing]
+            self._teacher_answers.update(zip(prompts, self._greedy(prompts), strict=True))
         return [self._teacher_answers[e.teacher_inputs[0]] for e in examples]
+
+    def _greedy(self, prompts: list[str]) -> list[list[int]]:
+        if isinstance(self.teacher, Teacher):
+            states = self.teacher.prompt_states(prompts)
+            answer = decode(self.teacher.lm, states, greedy, max_new_tokens=self.max_new_tokens)
+            return [ids[mask].tolist() for ids, mask in zip(answer.ids, answer.mask, strict=True)]
+        assert isinstance(self.teacher, AnsweringSource)
+        return self.teacher.greedy(prompts, self.max_new_tokens)
 
     def names(self) -> list[str]:
         """The names that `summarise` gives, once the metric was tried (`check`)."""

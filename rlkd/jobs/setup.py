@@ -24,12 +24,18 @@ from ..labels.store import load_pseudolabels
 from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.signals import SignalSource
-from ..models.spec import Dtype, ModelSpec, check_pair
+from ..models.spec import Dtype, ModelSpec, TeacherSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
-from .teachers import check_recorded_signal, recorded_teacher, refuse_other_templates
+from .teachers import (
+    SignalArguments,
+    check_recorded_signal,
+    recorded_teacher,
+    refuse_other_templates,
+    served_teacher,
+)
 from .text_files import TextFileArguments
 from .wiring import Reading, RowSource
 
@@ -129,7 +135,7 @@ class DataArguments(TextFileArguments):
 
 
 @dataclass
-class TeacherArguments:
+class TeacherArguments(SignalArguments):
     """The prompted teacher. The student is TRL's ModelConfig (model_name_or_path, dtype, use_peft, ...)."""
 
     teacher: str = field(
@@ -160,16 +166,10 @@ class TeacherArguments:
         default=False,
         metadata={"help": "Teacher and student may be pickled .bin files (read with weights_only)."},
     )
-    teacher_signal: Literal["model", "recorded"] = field(
-        default="model",
-        metadata={
-            "help": "Where the teacher's probabilities come from: the model, or what pseudo_labels recorded of them "
-            "(--top-k-logprobs; no teacher is loaded)."
-        },
-    )
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self.check_signal()
         if self.teacher_signal != "model" and self.template_combination == "pool":
             raise ConfigError(
                 f"template_combination = 'pool': takes the teacher's model, and teacher_signal is "
@@ -212,7 +212,7 @@ def prepare(
     check_labels(training, given=data.pseudo_labels is not None, name="pseudo_labels")
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
-    recorded = teacher.teacher_signal == "recorded"
+    recorded, served = (teacher.teacher_signal == kind for kind in ("recorded", "server"))
     if recorded:
         check_recorded_signal(training)
     ours, theirs = _student_spec(student, teacher), None if recorded else _teacher_spec(teacher, training)
@@ -231,7 +231,12 @@ def prepare(
     train, evaluation, labels, note = load_data(
         data, ours.tokenizer, references=task_reward is not None, same_templates=recorded
     )
-    frozen: SignalSource | None = recorded_teacher(labels, training, ours.tokenizer) if recorded else None
+    frozen: SignalSource | None = None
+    if recorded:
+        frozen = recorded_teacher(labels, training, ours.tokenizer)
+    elif served and theirs is not None:
+        reading = TeacherSpec(theirs, training.max_input_tokens, teacher.teacher_append_eos)
+        frozen = served_teacher(reading, teacher.server, training)
     if task_reward is not None:
         task_reward.try_on(train)
     if data.task_metric != "none":
@@ -246,7 +251,7 @@ def prepare(
         model = add_adapter(model, _peft_config(student))
     if student.use_peft:
         model = without_dropout(model)
-    if theirs is not None:
+    if theirs is not None and not served:
         frozen = Teacher(
             theirs.language_model(),
             ours.tokenizer,
@@ -301,6 +306,7 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
         dtype=teacher.teacher_dtype,
         device=str(training.device),
         allow_bin=teacher.allow_bin,
+        served=teacher.teacher_signal == "server",
         src_lang=teacher.src_lang,
         tgt_lang=teacher.tgt_lang,
     )

@@ -3,17 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
+from ..checks import Count, Positive
 from ..errors import ConfigError, DataError
 from ..labels.recorded import RecordedTeacher
+from ..models.served import ServerTeacher
+from ..models.server import ServerSettings
+from ..models.spec import TeacherSpec
 from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
 from ..trainers.base_arguments import DistillationArguments
 from ..trainers.objective import Objective
-from ..trainers.on_policy import RECORDED_ONLY
+from ..trainers.on_policy import RECORDED_ONLY, check_mix
 from ..trainers.ppo import PPO
 from ..trainers.reinforce import Reinforce
 from ..trainers.supervised import DivergenceKD, check_readiness, imitation
+
+
+@dataclass(kw_only=True)
+class SignalArguments:
+    """Where the teacher's probabilities come from."""
+
+    teacher_signal: Literal["model", "recorded", "server"] = field(
+        default="model",
+        metadata={
+            "help": "Where the teacher's probabilities come from: the model; recorded, what pseudo_labels hold of them "
+            "(--top-k-logprobs; no teacher is read); server, one with vLLM's API (only the teacher's configuration and "
+            "tokenizer are read here)."
+        },
+    )
+    server_url: str | None = field(
+        default=None,
+        metadata={"help": "The server's API: http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."},
+    )
+    server_model: str | None = field(
+        default=None, metadata={"help": "The teacher's name on the server; null: the only model there."}
+    )
+    server_concurrency: Count = field(default=8, metadata={"help": "Requests to the server at a time."})
+    server_timeout: Positive = field(default=60.0, metadata={"help": "Seconds that one request may take."})
+
+    def check_signal(self) -> None:
+        """Raise ConfigError for settings that contradict each other."""
+        own = [field for field in fields(SignalArguments) if field.name.startswith("server_")]
+        given = [field.name for field in own if getattr(self, field.name) != field.default]
+        if given and self.teacher_signal != "server":
+            raise ConfigError(f"{given[0]} is set, and teacher_signal is {self.teacher_signal!r}: set it to server")
+        if self.teacher_signal == "server":
+            _ = self.server
+
+    @property
+    def server(self) -> ServerSettings:
+        """Where the teacher is served. Raises ConfigError as `ServerSettings`, or if there is no url."""
+        if self.server_url is None:
+            raise ConfigError("teacher_signal = 'server': server_url is not set: name it, http://localhost:8000/v1")
+        return ServerSettings(self.server_url, self.server_model, self.server_concurrency, self.server_timeout)
+
 
 # The settings of a trainer -> its objective.
 OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
@@ -38,6 +83,20 @@ def check_recorded_signal(training: DistillationArguments) -> None:
     if isinstance(training, OnPolicyArguments):
         raise ConfigError(RECORDED_ONLY)
     check_objective(training, RecordedTeacher.gives)
+
+
+def served_teacher(spec: TeacherSpec, settings: ServerSettings, training: DistillationArguments) -> ServerTeacher:
+    """The teacher on a server, which was asked for it, and is enough for these settings.
+
+    No weights are loaded. Raises ModelError and ServerError as `Server` does, ConfigError if they need more of the
+    teacher, or a longer context window.
+    """
+    teacher = ServerTeacher.of(spec, settings)
+    check_objective(training, teacher.gives)
+    if isinstance(training, OnPolicyArguments):
+        check_mix(training, local=False)
+    teacher.server.check_window(training.max_input_tokens, training.max_new_tokens)
+    return teacher
 
 
 def recorded_teacher(labels: Any, training: DistillationArguments, tokenizer: Any) -> RecordedTeacher | None:

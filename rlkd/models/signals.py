@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -42,6 +42,15 @@ class SignalSource(Protocol):
         distribution: whether the next-token distributions are needed, too; ids name the rows in errors.
         Raises DivergenceError if a number is not finite.
         """
+        ...
+
+
+@runtime_checkable
+class AnsweringSource(SignalSource, Protocol):
+    """A teacher without a model here that also answers held-out inputs."""
+
+    def greedy(self, texts: list[str], max_new_tokens: int) -> list[list[int]]:
+        """The token ids of its greedy answer to each text, end-of-sequence included."""
         ...
 
 

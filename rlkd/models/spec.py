@@ -65,6 +65,7 @@ class ModelSpec:
     device        where the weights go; None: where they load. bitsandbytes places quantized weights itself
     allow_bin     load pickled weights (.bin) where there are no safetensors
     keep_adapter  an adapter is trained further, not merged into its base
+    served        a server has the weights: none need be here
     src_lang, tgt_lang    languages of prompts and answers, for models that translate; None: the checkpoint's
     """
 
@@ -77,6 +78,7 @@ class ModelSpec:
     device: str | None = None
     allow_bin: bool = False
     keep_adapter: bool = False
+    served: bool = False
     src_lang: str | None = None
     tgt_lang: str | None = None
 
@@ -89,7 +91,8 @@ class ModelSpec:
 
         config = load_config(self.name, self.role, self.revision)
         check_config(config, self.role, self.name, resolve_dtype(self.dtype, f"{self.role}_dtype"))
-        check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
+        if not self.served:
+            check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
         return config
 
     @cached_property

@@ -177,7 +177,8 @@ class DistillationTrainer(StudentTrainer):
         share = range(self.accelerator.process_index, total, self.accelerator.num_processes)
         self.policy.eval()
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        with self.finite.together([], None), progress(len(share), what="evaluation", quiet=quiet) as advance:
+        shown = progress(len(share), what="evaluation", quiet=quiet)
+        with self.errors_on_all(), self.finite.together([], None), shown as advance:
             rows = self.evaluator.rows(self.policy, self.reference, list(share), advance)
         if self.accelerator.num_processes > 1:
             rows = gather_object(rows)
@@ -251,15 +252,15 @@ class DistillationTrainer(StudentTrainer):
         )
 
     def ending(self, answers: Answers) -> TeacherSignal | None:
-        """As `ending_signal`. Raises DivergenceError on every process if it fails on one."""
+        """As `ending_signal`. An error on one process is raised on all."""
         assert self.teacher is not None
-        with self.finite.together(answers.ids, answers):
+        with self.errors_on_all(), self.finite.together(answers.ids, answers):
             return ending_signal(self.teacher, answers, self.policy.lm.eos_id)
 
     def score(self, answers: Answers, *, distribution: bool) -> TeacherSignal:
-        """The teacher's signal for the answers. Raises DivergenceError on every process if it fails on one."""
+        """The teacher's signal for the answers. An error on one process is raised on all."""
         assert self.teacher is not None
-        with self.finite.together(answers.ids, answers):
+        with self.errors_on_all(), self.finite.together(answers.ids, answers):
             prompts = [example.teacher_inputs for example in answers.examples]
             return self.teacher.score(
                 prompts, answers.answer_ids, answers.answer_mask, distribution=distribution, ids=answers.ids

@@ -50,6 +50,15 @@ RECORDED_ONLY = (
 BEHAVIOUR_FILE = "behaviour.safetensors"
 
 
+def check_mix(args: OnPolicyArguments, *, local: bool) -> None:
+    """Raise ConfigError if rollouts should have a share of the tokens of a teacher that is not a local model."""
+    if args.teacher_mix > 0 and not local:
+        raise ConfigError(
+            f"teacher_mix = {args.teacher_mix}: the teacher takes part in every step of the rollouts: give a local "
+            "Teacher, or set it to 0"
+        )
+
+
 class OnPolicyTrainer(DistillationTrainer):
     """Trains `student` on its own answers to `train_examples`, the unlabeled inputs; subclasses name the objective.
 
@@ -117,11 +126,7 @@ class OnPolicyTrainer(DistillationTrainer):
     def make_proposal(self) -> Proposal:
         """What rollouts are drawn from. Raises ConfigError if the teacher should have a share and cannot answer."""
         args, teacher = self.args, self.teacher
-        if args.teacher_mix > 0 and not isinstance(teacher, Teacher):
-            raise ConfigError(
-                f"teacher_mix = {args.teacher_mix}: the teacher takes part in every step of the rollouts: give a local "
-                "Teacher, or set it to 0"
-            )
+        check_mix(args, local=isinstance(teacher, Teacher))
         return Proposal(
             temperature=args.rollout_temperature,
             top_p=args.rollout_top_p,
