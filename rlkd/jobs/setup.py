@@ -24,13 +24,14 @@ from ..labels.store import load_pseudolabels
 from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.signals import SignalSource
-from ..models.spec import Dtype, ModelSpec, TeacherSpec, check_pair
+from ..models.spec import Dtype, ModelSpec, TeacherSpec
 from ..models.teacher import Teacher, TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
 from .teachers import (
     SignalArguments,
+    check_models,
     check_recorded_signal,
     recorded_teacher,
     refuse_other_templates,
@@ -139,14 +140,19 @@ class TeacherArguments(SignalArguments):
     """The prompted teacher. The student is TRL's ModelConfig (model_name_or_path, dtype, use_peft, ...)."""
 
     teacher: str = field(
-        default="bigscience/T0_3B", metadata={"help": "Hub id or folder of a T5- or BART-family model."}
+        default="bigscience/T0_3B",
+        metadata={"help": "Hub id or folder of a language model: T5, BART, Llama, Qwen, Gemma, GPT-2 ..."},
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_dtype: Dtype = field(
         default="bfloat16", metadata={"help": "Precision of the teacher; float16 is refused for T5."}
     )
-    teacher_append_eos: bool = field(
-        default=True, metadata={"help": "End the teacher's inputs with end-of-sequence: T5 and Flan-T5 yes, T0 no."}
+    teacher_append_eos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "End the teacher's inputs with end-of-sequence: T5 and Flan-T5 yes, T0 no. null: encoder-decoders "
+            "yes; decoder-only models continue their prompts."
+        },
     )
     src_lang: str | None = field(
         default=None,
@@ -212,19 +218,14 @@ def prepare(
     check_labels(training, given=data.pseudo_labels is not None, name="pseudo_labels")
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
-    recorded, served = (teacher.teacher_signal == kind for kind in ("recorded", "server"))
+    recorded = teacher.teacher_signal == "recorded"
     if recorded:
         check_recorded_signal(training)
     ours, theirs = _student_spec(student, teacher), None if recorded else _teacher_spec(teacher, training)
     if student.use_peft:
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
-    if theirs is None:
-        ours.check()
-    else:
-        check_pair(theirs, ours)
-        theirs.check_lengths(training.max_input_tokens, training.max_new_tokens)
-    ours.check_lengths(training.max_input_tokens, training.max_new_tokens)
+    check_models(theirs, ours, training)
     if student.use_peft and ours.adapter:
         check_same_settings(ours.adapter, _peft_config(student))
     task_reward = _task_reward(data, training)
@@ -232,11 +233,10 @@ def prepare(
         data, ours.tokenizer, references=task_reward is not None, same_templates=recorded
     )
     frozen: SignalSource | None = None
-    if recorded:
+    if theirs is None:
         frozen = recorded_teacher(labels, training, ours.tokenizer)
-    elif served and theirs is not None:
-        reading = TeacherSpec(theirs, training.max_input_tokens, teacher.teacher_append_eos)
-        frozen = served_teacher(reading, teacher.server, training)
+    elif theirs.model.served:
+        frozen = served_teacher(theirs, teacher.server, training)
     if task_reward is not None:
         task_reward.try_on(train)
     if data.task_metric != "none":
@@ -251,12 +251,12 @@ def prepare(
         model = add_adapter(model, _peft_config(student))
     if student.use_peft:
         model = without_dropout(model)
-    if theirs is not None and not served:
+    if theirs is not None and not theirs.model.served:
         frozen = Teacher(
-            theirs.language_model(),
+            theirs.model.language_model(),
             ours.tokenizer,
-            max_input_tokens=training.max_input_tokens,
-            append_eos=teacher.teacher_append_eos,
+            max_input_tokens=theirs.max_input_tokens,
+            append_eos=theirs.append_eos,
             combination=teacher.template_combination,
             cache_bytes=teacher.teacher_cache_mb * 2**20,
         )
@@ -298,8 +298,8 @@ def _peft_config(student: ModelConfig) -> Any:
     return config
 
 
-def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> ModelSpec:
-    return ModelSpec(
+def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> TeacherSpec:
+    model = ModelSpec(
         teacher.teacher,
         "teacher",
         revision=teacher.teacher_revision,
@@ -310,6 +310,7 @@ def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) ->
         src_lang=teacher.src_lang,
         tgt_lang=teacher.tgt_lang,
     )
+    return TeacherSpec(model, training.max_input_tokens, teacher.teacher_append_eos)
 
 
 def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskReward | None:

@@ -11,7 +11,7 @@ from ..errors import ConfigError, DataError
 from ..labels.recorded import RecordedTeacher
 from ..models.served import ServerTeacher
 from ..models.server import ServerSettings
-from ..models.spec import TeacherSpec
+from ..models.spec import ModelSpec, TeacherSpec, check_pair
 from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
 from ..trainers.base_arguments import DistillationArguments
 from ..trainers.objective import Objective
@@ -67,6 +67,17 @@ OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
     ReinforceArguments: Reinforce,
     SupervisedArguments: imitation,
 }
+
+
+def check_models(teacher: TeacherSpec | None, student: ModelSpec, training: DistillationArguments) -> None:
+    """Raise ModelError or ConfigError if one cannot take its role, or they do not go together."""
+    if teacher is None:
+        student.check()
+    else:
+        check_pair(teacher.model, student)
+        _ = teacher.append_eos
+    for spec in (student,) if teacher is None else (teacher.model, student):
+        spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
 
 
 def check_objective(training: DistillationArguments, gives: frozenset[str]) -> None:

@@ -122,9 +122,9 @@ def normalises(model: Any) -> bool:
 
 def unservable(model: Any) -> str | None:
     """Why a server's numbers are not those of this model (a `ModelSource`), as a sentence; None if they are."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "servers score prompt and answer as one sequence, as decoder-only models read them, which it is not."
     rules = model.rules
+    if rules.end_of_prompts:
+        return "servers score prompt and answer as one sequence, as decoder-only models read them, which it is not."
     changed = {**rules.moving, "forced_bos_token_id": rules.first, "forced_eos_token_id": rules.last,
                "suppress_tokens": rules.banned}  # fmt: skip
     if named := [name for name, value in changed.items() if value not in (None, ())]:
