@@ -30,6 +30,7 @@ _MODULES = {
         "LockedError",
         "ModelError",
         "RlkdError",
+        "ServerError",
     ),
     "evaluation.evaluator": ("Evaluator",),
     "evaluation.probing": ("linear_probe", "majority_baseline", "ProbeScore", "Split"),
@@ -64,6 +65,8 @@ _MODULES = {
     "models.language_model": ("DecodingState", "LanguageModel"),
     "models.loading": ("load_model",),
     "models.policy": ("Policy",),
+    "models.served": ("ServerTeacher",),
+    "models.server": ("ServerSettings",),
     "models.signals": ("SignalSource",),
     "models.spec": ("ModelSource", "ModelSpec", "TeacherSpec"),
     "models.teacher": ("Teacher",),
@@ -145,6 +148,7 @@ if TYPE_CHECKING:
     from .errors import LockedError as LockedError
     from .errors import ModelError as ModelError
     from .errors import RlkdError as RlkdError
+    from .errors import ServerError as ServerError
     from .evaluation.evaluator import Evaluator as Evaluator
     from .evaluation.probing import ProbeScore as ProbeScore
     from .evaluation.probing import Split as Split
@@ -197,6 +201,8 @@ if TYPE_CHECKING:
     from .models.language_model import LanguageModel as LanguageModel
     from .models.loading import load_model as load_model
     from .models.policy import Policy as Policy
+    from .models.served import ServerTeacher as ServerTeacher
+    from .models.server import ServerSettings as ServerSettings
     from .models.signals import SignalSource as SignalSource
     from .models.spec import ModelSource as ModelSource
     from .models.spec import ModelSpec as ModelSpec
