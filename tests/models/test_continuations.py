@@ -96,6 +96,18 @@ def test_it_is_refused_before_weights_load(tmp_path):
     assert TeacherSpec(ModelSpec(save_pretrained(tmp_path / "t5", tiny_t5()), "teacher")).append_eos is True
 
 
+def test_a_start_is_no_part_of_an_answer_and_an_end_is():
+    """T5Gemma's answers begin after `<bos>`, which its tokenizer writes; it writes no end."""
+    tokenizer = continuing_tokenizer(HAS_WORDS)
+    rules = AnswerRules(start_id=0, eos_ids=(1,))
+    assert encode_answers(tokenizer, ["a b", ""], 9, rules) == [[3, 4, 1], [1]]
+    assert encode_answers(tokenizer, ["a b c"], 2, rules) == [[3, 1]]
+    # T5's are as they were.
+    a, b = (WORDS.index(word) for word in "ab")
+    assert encode_answers(tiny_tokenizer(), ["a b"], 2, AnswerRules(start_id=0, eos_ids=(1,))) == [[a, 1]]
+    assert encode_answers(tiny_tokenizer(), ["a b"], 9, AnswerRules(start_id=0, eos_ids=(1,))) == [[a, b, 1]]
+
+
 # -- the context window ------------------------------------------------------------------------------------------------
 
 
