@@ -250,6 +250,9 @@ def test_what_the_recipe_refuses(tmp_path, job):
         job(objective="best_token")
     with pytest.raises(ConfigError, match=r"^until_ready needs the teacher's chosen, distribution"):
         job(**READY)
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(ConfigError, match=r"^metric_for_best_model = 'regret': takes the teacher's model"):
+        job(**best)
     with pytest.raises(ConfigError, match=r"^template_combination = 'pool': takes the teacher's model"):
         TeacherArguments(teacher_signal="recorded", template_combination="pool")
     assert job.loaded == [job.student]
