@@ -114,8 +114,14 @@ class Server:
         """The server's description of the model: its id there, and what else it tells. Raises ModelError if it does not
         serve it.
         """
-        models = self._listed(self._ask("GET", "models").get("data"))
-        wanted, names = self.settings.model, [str(model.get("id")) for model in models]
+        wanted = self.settings.model
+        try:
+            models = self._listed(self._ask("GET", "models").get("data"))
+        except ModelError:
+            if wanted is None:
+                raise
+            return {"id": wanted}  # a server without a list refuses a wrong name later
+        names = [str(model.get("id")) for model in models]
         if wanted is None and len(models) == 1:
             return models[0]
         for model, name in zip(models, names, strict=True):
@@ -256,10 +262,13 @@ class Server:
 
     def _token(self, entry: Any, token: int, k: int) -> TokenScores:
         """The scores of one token, from its entry of `prompt_logprobs`."""
-        found = {int(i): value for i, value in entry.items()} if isinstance(entry, dict) else {}
+        try:
+            found = {int(i): value for i, value in entry.items()}
+            logps = {i: float(value["logprob"]) for i, value in found.items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise self._unlike(f"an entry of its prompt_logprobs is {cut(repr(entry))}") from None
         if token not in found:
             raise self._unlike(f"no log-probability of token {token}, which was sent")
-        logps = {i: float(value["logprob"]) for i, value in found.items()}
         if any(not math.isfinite(logp) or logp <= NO_PROBABILITY for logp in logps.values()):
             raise DivergenceError(f"server {self.url}: a log-probability is not finite: {cut(str(logps))}.")
         if max(logps.values()) > 1e-4:
@@ -297,7 +306,7 @@ class Server:
         if self._compared:
             return
         self._compared = True
-        given = [((entry or {}).get(str(i)) or {}).get("decoded_token") for i, entry in zip(ids, entries, strict=True)]
+        given = [_text_of(*pair) for pair in zip(ids, entries, strict=True)]
         pairs = [(text.strip(), self.tokenizer.decode([i]).strip()) for i, text in zip(ids, given, strict=True) if text]
         whole = [(a, b) for a, b in pairs if "\ufffd" not in a + b]  # parts of a character have no text of their own
         other = [pair for pair in whole if pair[0] != pair[1]]
@@ -309,3 +318,9 @@ class Server:
             f"server {self.url}: its model '{self.model}' has another vocabulary than the teacher's tokenizer ({how}): "
             "name the model that is served as teacher, or serve the teacher."
         )
+
+
+def _text_of(token: int, entry: Any) -> str | None:
+    """What an entry of `prompt_logprobs` says the token is, if it does."""
+    value = entry.get(str(token)) if isinstance(entry, dict) else None
+    return value.get("decoded_token") if isinstance(value, dict) else None

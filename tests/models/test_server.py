@@ -54,7 +54,7 @@ def teacher(server, **options):
     tokenizer = tiny_tokenizer(WORDS)
     normalises = server.model.config.vocab_size == VALID
     rules = AnswerRules(eos_ids=(EOS,))
-    return ServerTeacher(Server(settings, VALID, tokenizer), tokenizer, rules, 16, False, normalises)
+    return ServerTeacher("served", Server(settings, VALID, tokenizer), tokenizer, rules, 16, False, normalises)
 
 
 def by_hand(model, texts, answers):
@@ -205,6 +205,11 @@ def test_the_wrong_model(served):
     served.mishap = lambda path, body, number: (404, {"error": {"message": "gone"}}) if body else None
     served.models = [{"id": "tiny"}]
     fails(served, ModelError, r"it refuses the request \(404\): .*gone")
+    # Without a list of models a name is enough.
+    served.mishap = lambda path, body, number: None if body else (404, {})
+    fails(served, ModelError, r"it refuses the request \(404\)")
+    assert teacher(served, model="tiny").score(INPUTS, IDS, MASK).chosen.any()
+    fails(served, ModelError, r"The model `other` does not exist", model="other")
 
 
 def test_the_key_comes_from_the_environment_and_is_nowhere_else(served, monkeypatch):
@@ -274,6 +279,8 @@ def test_answers_that_are_not_enough(served):
 
     changed(served, best_only)
     fails(served, ModelError, r"no log-probability of token \d, which was sent")
+    changed(served, lambda choice: [entry.update({"3": -0.5}) for entry in entries(choice)])
+    fails(served, ModelError, r"an entry of its prompt_logprobs is \{.*: it takes a server with vLLM's API")
     served.mishap = lambda path, body, number: (200, {"choices": []}) if body else None
     fails(served, ModelError, r"0 answers to \d prompts\.")
     served.mishap = lambda path, body, number: None
@@ -385,7 +392,7 @@ def test_what_needs_more_than_a_server_gives(tmp_path, served):
 def test_a_server_that_fails_in_training_ends_the_run(tmp_path, served):
     options = {"one_step": "sampled", "baseline": "leave_one_out", "max_steps": 2}
     trainer = tiny_runs.make("reinforce", tmp_path, teacher=teacher(served), **options)
-    served.mishap = lambda path, body, number: (503, {}) if number > 4 else None
+    served.mishap = lambda path, body, number: (503, {}) if number > 2 else None
     with pytest.raises(ServerError, match="it fails"):
         trainer.train()
     assert trainer.state.global_step == 1
@@ -419,6 +426,8 @@ def test_a_recipe_trains_with_a_teacher_whose_weights_are_elsewhere(tmp_path, se
     assert not any(served.key.encode() in path.read_bytes() for path in written)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["settings"]["server_url"] == served.url
+    assert record["models"]["teacher"] == str(tmp_path / "teacher")
+    assert "distilled from teacher" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
