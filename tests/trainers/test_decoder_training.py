@@ -127,9 +127,13 @@ def test_mixed_precision_samples_what_the_loss_recomputes(tmp_path):
 
 
 def test_other_families_train_with_each_other(tmp_path):
-    """A student with sliding windows and capped logits, a teacher with learned positions, two templates."""
+    """A student with sliding windows and capped logits, a teacher with learned positions, two templates; a tokenizer
+    without padding.
+    """
     data = [replace(e, teacher_inputs=(*e.teacher_inputs, f"{e.student_input} copy :")) for e in examples(8)]
-    trainer = run("reinforce", tmp_path, model=student(family="gemma2"), teacher=teacher(family="gpt2"), data=data)
+    trainer = run("reinforce", tmp_path, model=student(family="gemma2"), teacher=teacher(family="gpt2"), data=data,
+                  tokenizer=continuing_tokenizer(WORDS))  # fmt: skip
+    assert trainer.tokenizer.pad_token_id is None
     before = weights(trainer.policy)
     trainer.train()
     assert differ(before, weights(trainer.policy))
