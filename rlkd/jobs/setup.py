@@ -25,6 +25,7 @@ from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.spec import Dtype, ModelSpec, check_pair
 from ..models.teacher import Teacher, TemplateCombination
+from ..models.vocabulary import end_of_prompts
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
@@ -136,14 +137,19 @@ class TeacherArguments:
     """The prompted teacher. The student is TRL's ModelConfig (model_name_or_path, dtype, use_peft, ...)."""
 
     teacher: str = field(
-        default="bigscience/T0_3B", metadata={"help": "Hub id or folder of a T5- or BART-family model."}
+        default="bigscience/T0_3B",
+        metadata={"help": "Hub id or folder of a language model: T5, BART, Llama, Qwen, Gemma, GPT-2 ..."},
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_dtype: Dtype = field(
         default="bfloat16", metadata={"help": "Precision of the teacher; float16 is refused for T5."}
     )
-    teacher_append_eos: bool = field(
-        default=True, metadata={"help": "End the teacher's inputs with end-of-sequence: T5 and Flan-T5 yes, T0 no."}
+    teacher_append_eos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "End the teacher's inputs with end-of-sequence: T5 and Flan-T5 yes, T0 no. null: encoder-decoders "
+            "yes; decoder-only models continue their prompts."
+        },
     )
     src_lang: str | None = field(
         default=None,
@@ -208,6 +214,7 @@ def prepare(
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
     check_pair(theirs, ours)
+    append_eos = end_of_prompts(teacher.teacher_append_eos, theirs.rules)
     for spec in (theirs, ours):
         spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
     if student.use_peft and ours.adapter:
@@ -233,7 +240,7 @@ def prepare(
         theirs.language_model(),
         ours.tokenizer,
         max_input_tokens=training.max_input_tokens,
-        append_eos=teacher.teacher_append_eos,
+        append_eos=append_eos,
         combination=teacher.template_combination,
         cache_bytes=teacher.teacher_cache_mb * 2**20,
     )

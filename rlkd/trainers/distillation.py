@@ -21,6 +21,7 @@ from ..evaluation.recording import append_samples, evaluated_samples
 from ..evaluation.samples import Sample
 from ..io.progress import progress
 from ..models.architectures import language_model
+from ..models.generation import rules_of
 from ..models.heads import RowLoss
 from ..models.policy import Policy
 from ..models.saving import evaluated_generation
@@ -241,7 +242,7 @@ class DistillationTrainer(StudentTrainer):
         """As `ending_signal`. Raises DivergenceError on every process if it fails on one."""
         assert self.teacher is not None
         with self.finite.together(answers.ids, answers):
-            return ending_signal(self.teacher, answers, self.policy.lm.eos_id)
+            return ending_signal(self.teacher, answers, rules_of(self.policy.lm).eos_ids)
 
     def score(self, answers: Answers, *, distribution: bool) -> TeacherSignal:
         """The teacher's signal for the answers. Raises DivergenceError on every process if it fails on one."""

@@ -91,9 +91,11 @@ class PseudoLabelCollator:
         self.own, self.rules = own, rules
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        prompts = encode_texts(self.tokenizer, [row["student_input"] for row in rows], self.max_input_tokens)
+        texts = [row["student_input"] for row in rows]
+        prompts = encode_texts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.rules.end_of_prompts)
         answers = [self.rules.complete(ids)[: self.max_new_tokens] for ids in self._answers(rows)]
-        pad = self.tokenizer.pad_token_id
+        # Masks decide what counts: a tokenizer may have no padding token, or pad with end-of-sequence.
+        pad = self.rules.pad_id
         batch: dict[str, Any] = {}
         for name, ids in (("input", prompts), ("answer", answers)):
             batch[f"{name}_ids"] = pad_stack([torch.tensor(i, dtype=torch.long) for i in ids], pad)
