@@ -70,7 +70,7 @@ _MODULES = {
     "objectives.advantages": ("Baseline", "BASELINES", "CreditInputs"),
     "objectives.attention_tree": ("attention_tree", "rows_of_map"),
     "objectives.divergences": ("Divergence", "DIVERGENCES"),
-    "objectives.encoder": ("PRESETS", "token_distance"),
+    "objectives.encoder": ("token_distance",),
     "objectives.policy": ("ppo_loss", "reduce_tokens", "reinforce_loss", "token_statistics"),
     "objectives.rewards": (
         "induced",
@@ -111,7 +111,9 @@ _MODULES = {
         "SupervisedArguments",
     ),
     "trainers.encoders.arguments": ("TKDArguments",),
-    "trainers.encoders.tkd": ("check_distillation", "distil_chain", "TKDTrainer"),
+    "trainers.encoders.checks": ("check_distillation",),
+    "trainers.encoders.terms": ("PRESETS", "Term", "TERMS"),
+    "trainers.encoders.tkd": ("distil_chain", "TKDTrainer"),
     "trainers.gkd": ("GKDTrainer",),
     "trainers.objective": ("Evidence", "Objective", "StudentTokens"),
     "trainers.on_policy": ("OnPolicyTrainer",),
@@ -209,7 +211,6 @@ if TYPE_CHECKING:
     from .objectives.attention_tree import rows_of_map as rows_of_map
     from .objectives.divergences import DIVERGENCES as DIVERGENCES
     from .objectives.divergences import Divergence as Divergence
-    from .objectives.encoder import PRESETS as PRESETS
     from .objectives.encoder import token_distance as token_distance
     from .objectives.policy import ppo_loss as ppo_loss
     from .objectives.policy import reduce_tokens as reduce_tokens
@@ -257,8 +258,11 @@ if TYPE_CHECKING:
     from .trainers.arguments import RLArguments as RLArguments
     from .trainers.arguments import SupervisedArguments as SupervisedArguments
     from .trainers.encoders.arguments import TKDArguments as TKDArguments
+    from .trainers.encoders.checks import check_distillation as check_distillation
+    from .trainers.encoders.terms import PRESETS as PRESETS
+    from .trainers.encoders.terms import TERMS as TERMS
+    from .trainers.encoders.terms import Term as Term
     from .trainers.encoders.tkd import TKDTrainer as TKDTrainer
-    from .trainers.encoders.tkd import check_distillation as check_distillation
     from .trainers.encoders.tkd import distil_chain as distil_chain
     from .trainers.gkd import GKDTrainer as GKDTrainer
     from .trainers.objective import Evidence as Evidence

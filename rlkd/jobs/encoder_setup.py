@@ -31,7 +31,8 @@ from ..runs.record import FREE, LENGTH, settings_of
 from ..settings.fields import own_names
 from ..trainers.base_arguments import StudentArguments
 from ..trainers.encoders.arguments import TKDArguments
-from ..trainers.encoders.tkd import TKDTrainer, check_distillation
+from ..trainers.encoders.checks import check_distillation
+from ..trainers.encoders.tkd import TKDTrainer
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
 
 logger = logging.getLogger(__name__)
@@ -197,8 +198,7 @@ def prepare_encoders(
     own = rehearse(
         config,
         student.options(config, training.layer_map),
-        states=training.teacher_needs in ("cls", "hidden"),
-        trees=training.tree_roles,
+        needs={"teacher": (training.teacher_needs | training.cached) - {"logits"}, "student": training.student_needs},
         token_types={"teacher": _token_types(teacher_tokenizer, loaded), "student": _token_types(tokenizer, loaded)},
         gradient_checkpointing=bool(training.gradient_checkpointing),
     )
@@ -260,6 +260,10 @@ def _fine_tune(setup: EncoderSetup) -> None:
     args = replace(
         training,
         preset="ft",
+        terms=None,
+        noise_probability=0.5,
+        noise_deviation=0.5,
+        relation_heads=None,
         output_dir=str(folder),
         num_train_epochs=setup.teacher.teacher_epochs,
         learning_rate=setup.teacher.teacher_learning_rate,
