@@ -1,4 +1,5 @@
-"""Tree Knowledge Distillation of a fine-tuned BERT into a few layers, on a GLUE task or on your own labelled file.
+"""Tree Knowledge Distillation of a fine-tuned BERT into a few layers, on a GLUE task or on your own labelled file; or
+of a prompted LLM's labels into an encoder (--pseudo_labels).
 
 python recipes/tkd_glue.py --config recipes/tkd_glue.yaml [--train_file reviews.csv] [--field value ...]
 """
@@ -15,9 +16,9 @@ from rlkd import (
     TKDArguments,
     TKDTrainer,
     compare_with_teacher,
-    fine_tuned_teacher,
     parse_config,
     prepare_encoders,
+    teacher_of_student,
 )
 
 SETTINGS = (LabelledDataArguments, EncoderTeacherArguments, EncoderStudentArguments, TKDArguments)
@@ -26,8 +27,8 @@ SETTINGS = (LabelledDataArguments, EncoderTeacherArguments, EncoderStudentArgume
 def main() -> None:
     data, teacher, student, training = parse_config(SETTINGS)
     setup = prepare_encoders(data, teacher, student, training)
-    fine_tuned = fine_tuned_teacher(setup)
-    trainer = TKDTrainer(setup.new_student(fine_tuned), training, teacher=fine_tuned, **setup.trainer_inputs())
+    above = teacher_of_student(setup)
+    trainer = TKDTrainer(setup.new_student(above), training, teacher=above, **setup.trainer_inputs())
     trainer.run(setup.settings)
     if trainer.is_world_process_zero():
         compare_with_teacher(setup)

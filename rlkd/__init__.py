@@ -39,12 +39,8 @@ _MODULES = {
     "inspection.reward_view": ("RewardView",),
     "jobs.encoder_data": ("LabelledDataArguments",),
     "jobs.encoder_report": ("compare_with_teacher",),
-    "jobs.encoder_setup": (
-        "EncoderStudentArguments",
-        "EncoderTeacherArguments",
-        "fine_tuned_teacher",
-        "prepare_encoders",
-    ),
+    "jobs.encoder_setup": ("EncoderStudentArguments", "EncoderTeacherArguments", "prepare_encoders"),
+    "jobs.encoder_teachers": ("fine_tuned_teacher", "teacher_of_student"),
     "jobs.setup": ("DataArguments", "prepare", "TeacherArguments"),
     "jobs.study": ("Arm", "Cell", "file_digests", "read_plan", "Study", "write_json"),
     "jobs.study_results": ("markdown_table", "paired_test", "spread_text", "spreads"),
@@ -113,7 +109,7 @@ _MODULES = {
     "trainers.encoders.arguments": ("TKDArguments",),
     "trainers.encoders.checks": ("check_distillation",),
     "trainers.encoders.terms": ("PRESETS", "Term", "TERMS"),
-    "trainers.encoders.tkd": ("distil_chain", "TKDTrainer"),
+    "trainers.encoders.tkd": ("TKDTrainer",),
     "trainers.gkd": ("GKDTrainer",),
     "trainers.objective": ("Evidence", "Objective", "StudentTokens"),
     "trainers.on_policy": ("OnPolicyTrainer",),
@@ -161,8 +157,9 @@ if TYPE_CHECKING:
     from .jobs.encoder_report import compare_with_teacher as compare_with_teacher
     from .jobs.encoder_setup import EncoderStudentArguments as EncoderStudentArguments
     from .jobs.encoder_setup import EncoderTeacherArguments as EncoderTeacherArguments
-    from .jobs.encoder_setup import fine_tuned_teacher as fine_tuned_teacher
     from .jobs.encoder_setup import prepare_encoders as prepare_encoders
+    from .jobs.encoder_teachers import fine_tuned_teacher as fine_tuned_teacher
+    from .jobs.encoder_teachers import teacher_of_student as teacher_of_student
     from .jobs.setup import DataArguments as DataArguments
     from .jobs.setup import TeacherArguments as TeacherArguments
     from .jobs.setup import prepare as prepare
@@ -263,7 +260,6 @@ if TYPE_CHECKING:
     from .trainers.encoders.terms import TERMS as TERMS
     from .trainers.encoders.terms import Term as Term
     from .trainers.encoders.tkd import TKDTrainer as TKDTrainer
-    from .trainers.encoders.tkd import distil_chain as distil_chain
     from .trainers.gkd import GKDTrainer as GKDTrainer
     from .trainers.objective import Evidence as Evidence
     from .trainers.objective import Objective as Objective

@@ -18,7 +18,7 @@ from rlkd.objectives.attention_tree import all_tokens, attention_tree, cls_token
 from rlkd.objectives.encoder import cross_entropy, soft_cross_entropy, token_distance
 from rlkd.trainers.encoders.arguments import TKDArguments
 from rlkd.trainers.encoders.terms import PRESETS, TERMS
-from rlkd.trainers.encoders.tkd import TKDTrainer, distil_chain
+from rlkd.trainers.encoders.tkd import TKDTrainer
 from tiny import CLASSIFIER_WORDS, classifier_tokenizer, tiny_classifier
 from tiny_runs import assert_same, differ, logged, weights
 
@@ -539,22 +539,6 @@ def test_pairs_keep_their_token_types(tmp_path):
     batch = one_batch(trainer)
     assert batch["token_type_ids"][0].sum() == 4  # x y z [SEP]
     trainer.train()
-
-
-def test_assistants_teach_one_another(tmp_path):
-    seen = []
-
-    def distil(teacher, layers):
-        seen.append((teacher.config.num_hidden_layers, layers))
-        trainer = make(tmp_path / str(layers), model=build_student(teacher, layers), teacher=teacher, max_steps=1)
-        trainer.train()
-        return trainer.trained.student
-
-    students = distil_chain(tiny_classifier(), [3, 2, 1], distil)
-    assert seen == [(4, 3), (3, 2), (2, 1)]
-    assert [s.config.num_hidden_layers for s in students] == [3, 2, 1]
-    with pytest.raises(ValueError, match="at least one step"):
-        distil_chain(tiny_classifier(), [], distil)
 
 
 def test_bf16_runs_and_stays_close(tmp_path):

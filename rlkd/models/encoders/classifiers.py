@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -138,7 +139,7 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", *, allow_bin
     """
     config = student_config(teacher.config, layers, init, **options)
     if init == "pretrained":
-        return _pretrained_student(options["pretrained"], config, allow_bin)
+        return pretrained_student(options["pretrained"], config, allow_bin)
     student = type(teacher)(config)
     if init != "random":
         M = teacher.config.num_hidden_layers
@@ -152,7 +153,17 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", *, allow_bin
     return student
 
 
-def _pretrained_student(name: str, config: Any, allow_bin: bool) -> Any:
+def labelled_config(name: str, layers: int | None, labels: Sequence[str]) -> Any:
+    """Configuration of a pretrained encoder's first layers (null: all) as a classifier with these labels. Raises
+    ConfigError.
+    """
+    config = load_config(name, "student")
+    give_labels(config, labels)
+    return student_config(config, layers or config.num_hidden_layers, "pretrained", pretrained=name)
+
+
+def pretrained_student(name: str, config: Any, allow_bin: bool = False) -> Any:
+    """The classifier that a configuration describes, with the weights of a pretrained model, as far as it has them."""
     from transformers import AutoModelForSequenceClassification
 
     given = label_names(load_config(name, "student"))

@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import ConfigError, ModelError
 from ...models.encoders.classifiers import check_head_slices, check_length, matched_layers
 from ...models.encoders.labels import check_same_labels, check_single_label
-from ...models.encoders.outputs import width_of
+from ...models.encoders.outputs import Need, width_of
 from ...models.vocabulary import check_vocabulary_fits, valid_vocab
 from .arguments import TKDArguments
 from .terms import TERMS
@@ -43,6 +43,32 @@ def check_distillation(
         raise ConfigError(
             f"term gradient: word embeddings of width {own} (student) and {theirs} (teacher) have no comparable "
             "gradients. Use another term, or a student of the teacher's width."
+        )
+
+
+# What recorded logits lack, in words.
+IN_WORDS: dict[Need, str] = {
+    "cls": "hidden states", "hidden": "hidden states", "embeddings": "embeddings", "tree": "attention",
+    "attention": "attention", "relations": "attention", "neurons": "feed-forward neurons", "gradient": "gradients",
+}  # fmt: skip
+
+
+def check_recorded_teacher(args: TKDArguments, *, given: bool = False) -> None:
+    """Whether recorded logits are all that the terms need of a teacher; given, whether there is another one, too.
+
+    Raises ConfigError.
+    """
+    if given:
+        raise ConfigError("the training rows bring a teacher's logits: leave the teacher out")
+    for name in args.weights:
+        if lacking := [IN_WORDS[need] for need in TERMS[name].teacher if need != "logits"]:
+            raise ConfigError(
+                f"preset = {args.preset!r}: the term {name} needs the teacher's {lacking[0]}, and labels give only its "
+                "logits. Use terms of logits: preset kd, logit-mse or noisy-logits."
+            )
+    if args.teacher_cache != "none":
+        raise ConfigError(
+            f"teacher_cache = {args.teacher_cache!r}: labels are a teacher's outputs already. Leave it out."
         )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,22 +34,21 @@ from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
 from ..environment import describe_environment
 from .arguments import TKDArguments
-from .checks import check_distillation, check_labels_and_vocabulary
+from .checks import check_distillation, check_labels_and_vocabulary, check_recorded_teacher
 from .terms import TERMS, Batch, compared_parts, needs_of
 
 logger = logging.getLogger(__name__)
 
 NO_TEACHER = EncoderOutputs(torch.empty(0))
 SMALLEST_TERM = 1e-4  # auto_scale: a smaller term joins later; its inverse would be a weight without meaning
-Model = TypeVar("Model")
-Step = TypeVar("Step")
 
 
 class TKDTrainer(StudentTrainer):
     """L = sum of weight x term over the terms of a method (`terms.PRESETS`), on transformers' Trainer.
 
-    Args: student, a sequence classifier (see `build_student`); teacher, a fine-tuned one, None for preset ft;
-    tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}; teacher_tokenizer if it differs;
+    Args: student, a sequence classifier (see `build_student`); teacher, a fine-tuned one, None for preset ft and where
+    train_rows bring `logits`; tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}, in
+    train_rows with the logits of a teacher that is not here; teacher_tokenizer if it differs;
     compute_metrics as in Trainer, accuracy by default. Callbacks are added by `add_callback`. What is saved is the bare
     student. Raises ConfigError, ModelError or DataError for invalid combinations.
     """
@@ -68,7 +67,10 @@ class TKDTrainer(StudentTrainer):
         teacher_tokenizer: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
-        if teacher is None and args.uses_teacher:
+        self.brings_logits = any(row.get("logits") is not None for row in train_rows)
+        if self.brings_logits:
+            check_recorded_teacher(args, given=teacher is not None)
+        elif teacher is None and args.uses_teacher:
             raise ConfigError(f"preset = {args.preset!r} needs a teacher: give one, or preset: ft")
         if not any(TERMS[name].of_logits for name in args.weights):
             logger.warning(
@@ -189,6 +191,8 @@ class TKDTrainer(StudentTrainer):
 
     def teacher_outputs(self, inputs: dict[str, Any], needs: Collection[str]) -> EncoderOutputs:
         """Logits [B, C] and what else is needed, of the matched layers, cached or computed."""
+        if self.brings_logits:
+            return EncoderOutputs(inputs["teacher_logits"])
         index = inputs["index"].tolist()
         if self.teacher_cache is not None:
             return self.teacher_cache.batch(index, inputs["input_ids"].shape[1], inputs["input_ids"].device)
@@ -295,18 +299,3 @@ class TKDTrainer(StudentTrainer):
         """Restore the scales; the projections were loaded with the student."""
         super().load_extras(extras, folder)
         self.scales = extras["scales"]
-
-
-def distil_chain(teacher: Model, steps: Iterable[Step], distil: Callable[[Model, Step], Model]) -> list[Model]:
-    """Teacher assistants (Mirzadeh et al. 2020, arXiv 1902.03393): each student teaches the next, smaller one.
-
-    Args: distil(teacher, step) trains and returns the student of a step, a step is any value it understands, e.g. a
-    number of layers.
-    Returns: the students in order, the last of which is wanted. Raises ValueError without steps.
-    """
-    students: list[Model] = []
-    for step in steps:
-        students.append(distil(students[-1] if students else teacher, step))
-    if not students:
-        raise ValueError("a chain of distillations needs at least one step")
-    return students
