@@ -38,8 +38,8 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
     Returns: the summary. Scores are those of float32 models on dev rows, on which the checkpoint was selected, and on
     test rows; `majority` has those of the commonest training label, predicted for every row, `classes` those of each
     label, `confusion` rows by true and predicted label, `ece` the calibration error. A teacher of which there are only
-    labels is `labels`: their accuracy on the training rows with a gold label.
-    Times are medians over interleaved passes, on dev sentences, without tokenization.
+    labels is `labels_of_teacher`: their accuracy on the training rows with a gold label. Times are
+    medians over interleaved passes, on dev sentences, without tokenization.
     """
     training, data = setup.training, setup.data
     folders = {"teacher": setup.teacher_folder, "student": str(training.output_dir)}
@@ -211,9 +211,8 @@ def _show_classes(summary: dict[str, Any], console: Console) -> None:
             table.add_row(escape(mine["label"]), str(mine["rows"]), *cells)
         console.print(table)
         if (matrix := summary["student"].get("confusion", {}).get(split)) and len(own) <= SHOWN_LABELS:
-            table = Table(
-                title=f"{split}, student: rows by true label (down) and predicted label", title_justify="left"
-            )
+            console.print(f"{split}, student: rows by true label (down) and predicted label", soft_wrap=True)
+            table = Table()
             for name in ("", *(escape(one["label"]) for one in own)):
                 table.add_column(name, justify="left" if not name else "right")
             for one, counts in zip(own, matrix, strict=True):

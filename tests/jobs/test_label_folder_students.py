@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +20,6 @@ from rlkd.jobs.encoder_label_folder import read_label_folder
 from rlkd.models.encoders.classifiers import build_student
 from rlkd.objectives.encoder import soft_cross_entropy
 from tiny import classifier_tokenizer, save_pretrained, tiny_classifier, tiny_t5, tiny_tokenizer
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def label(row, template, scores, *, choices=("bad", "good"), references=(), text=None, model="llm"):
@@ -197,19 +193,21 @@ def user(tmp_path, monkeypatch, folder):
     return tmp_path
 
 
-def recipe(monkeypatch, *flags):
+def recipe(*flags):
+    """The exit code."""
     given = {"pseudo_labels": "llm", "student_init": "pretrained", "student_pretrained": "encoder", "preset": "kd",
              "temperature": 1, "max_length": 30, "output_dir": "runs/student", "num_train_epochs": 25, "use_cpu": True,
              "learning_rate": 0.004,
              "lr_scheduler_type": "constant", "report_to": "none", "disable_tqdm": True}  # fmt: skip
     Path("job.yaml").write_text(yaml.safe_dump(given))
-    monkeypatch.setattr(sys, "argv", ["recipes/tkd_glue.py", "--config", "job.yaml", *flags])
-    runpy.run_path(str(RECIPES / "tkd_glue.py"), run_name="__main__")
+    with pytest.raises(SystemExit) as exit_info:  # of the command `rlkd train tkd`
+        rlkd(["train", "tkd", "--config", "job.yaml", *flags])
+    return exit_info.value.code
 
 
 @pytest.mark.slow
 def test_labels_of_an_llm_become_a_classifier_in_one_command(user, monkeypatch, capsys):
-    recipe(monkeypatch, "--dev_file", "dev.csv", "--test_files", "other.csv", "--w_ce", "0")
+    assert recipe("--dev_file", "dev.csv", "--test_files", "other.csv", "--w_ce", "0") == 0
     screen = capsys.readouterr().out
     summary = json.loads(Path("runs/student/summary.json").read_text())
     model = AutoModelForSequenceClassification.from_pretrained("runs/student")
@@ -229,17 +227,16 @@ def test_labels_of_an_llm_become_a_classifier_in_one_command(user, monkeypatch, 
 
 
 def test_gold_labels_of_the_folder_are_held_out_where_there_is_no_other_file(user, monkeypatch, capsys, folder):
-    recipe(monkeypatch, "--max_steps", "1", "--student_layers", "2")
+    assert recipe("--max_steps", "1", "--student_layers", "2") == 0
     summary = json.loads(Path("runs/student/summary.json").read_text())
     assert summary["data"]["dev"]["dev"] + summary["data"]["train"] == 48
     assert summary["student"]["layers"] == 2
     capsys.readouterr()
     for made in folder["llm"]:
         made["references"] = []
-    with pytest.raises(SystemExit):
-        recipe(monkeypatch, "--output_dir", "runs/other")
+    assert recipe("--output_dir", "runs/other") == 3
     assert "no gold labels to hold out" in capsys.readouterr().err
-    recipe(monkeypatch, "--output_dir", "runs/other", "--dev_file", "dev.csv", "--max_steps", "1")
+    recipe("--output_dir", "runs/other", "--dev_file", "dev.csv", "--max_steps", "1")
     assert json.loads(Path("runs/other/summary.json").read_text())["labels_of_teacher"] == {"rows": 0}
 
 
@@ -269,16 +266,14 @@ def test_mistakes_are_named_before_weights_load(user, monkeypatch, capsys):
 
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
     for what, (flags, message) in MISTAKES.items():
-        with pytest.raises(SystemExit):
-            recipe(monkeypatch, *flags)
+        assert recipe(*flags) in (2, 3)
         assert message in " ".join(capsys.readouterr().err.split()), what
     for name, value in (("choice_labels", {"a": "b"}), ("content_free_labels", "free")):
         with pytest.raises(ConfigError, match=f"{name} is set without pseudo_labels"):
             LabelledDataArguments(train_file="dev.csv", **{name: value})
     folder = [label(0, "t", [-1, -2], text=" ")]
     monkeypatch.setattr(encoder_label_folder, "_ranked", lambda _: folder)
-    with pytest.raises(SystemExit):
-        recipe(monkeypatch, "--dev_file", "dev.csv")
+    assert recipe("--dev_file", "dev.csv") == 3
     assert "1 texts are empty" in capsys.readouterr().err
 
 
