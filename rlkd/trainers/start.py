@@ -61,17 +61,17 @@ def start_sums(trainer: DistillationTrainer, batches: Iterable[Answers]) -> Tens
     """[6]: answers sampled from the trainer's policy, their regret, tokens and ends; states at which they go on, and
     the cost of an end there.
     """
-    lm = trainer.policy.lm
+    ends = list(rules_of(trainer.policy.lm).eos_ids)
     sums = torch.zeros(6, dtype=torch.float64, device=trainer.args.device)
     for answers in batches:
         mask, prompts = answers.answer_mask, [example.teacher_inputs for example in answers.examples]
         signal = trainer.teacher.score(prompts, answers.answer_ids, mask, distribution=True, ids=answers.ids)
         assert isinstance(signal.distribution, HeadOverStates)
         maximum, states = given(signal.max), signal.distribution.states[mask]
-        (eos_logits,) = signal.distribution.head.map(lambda logits: (logits[:, lm.eos_id],), states)
-        # max_a q(s_t, a) - q(s_t, EOS): the regret of ending here.
+        (eos_logits,) = signal.distribution.head.map(lambda logits: (logits[:, ends].amax(-1),), states)
+        # max_a q(s_t, a) - q(s_t, EOS): the regret of ending here, by the most probable end.
         gap = torch.zeros_like(maximum).masked_scatter(mask, maximum[mask] - eos_logits)
-        going_on = mask & ~torch.isin(answers.answer_ids, torch.tensor(rules_of(lm).eos_ids, device=mask.device))
+        going_on = mask & ~torch.isin(answers.answer_ids, torch.tensor(ends, device=mask.device))
         regret = regret_per_sequence(signal.chosen - maximum, mask)
         ones = torch.ones_like(regret)
         columns = (ones, regret, mask.sum(1), given(answers.finished), going_on.sum(1), (gap * going_on).sum(1))
