@@ -12,6 +12,7 @@ from ..labels.recorded import RecordedTeacher
 from ..models.served import ServerTeacher
 from ..models.server import ServerSettings
 from ..models.spec import ModelSpec, TeacherSpec, check_pair
+from ..models.teacher import TemplateCombination
 from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
 from ..trainers.base_arguments import DistillationArguments
 from ..trainers.objective import Objective
@@ -43,8 +44,13 @@ class SignalArguments:
     server_concurrency: Count = field(default=8, metadata={"help": "Requests to the server at a time."})
     server_timeout: Positive = field(default=60.0, metadata={"help": "Seconds that one request may take."})
 
-    def check_signal(self) -> None:
-        """Raise ConfigError for settings that contradict each other."""
+    def check_signal(self, combination: TemplateCombination) -> None:
+        """Raise ConfigError for settings that contradict each other, or this combination of templates."""
+        if self.teacher_signal != "model" and combination == "pool":
+            raise ConfigError(
+                f"template_combination = 'pool': takes the teacher's model, and teacher_signal is "
+                f"{self.teacher_signal!r}: set it to average"
+            )
         own = [field for field in fields(SignalArguments) if field.name.startswith("server_")]
         given = [field.name for field in own if getattr(self, field.name) != field.default]
         if given and self.teacher_signal != "server":
