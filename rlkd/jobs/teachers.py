@@ -10,7 +10,7 @@ from ..checks import Count, Positive
 from ..errors import ConfigError, DataError
 from ..labels.recorded import RecordedTeacher
 from ..models.served import ServerTeacher
-from ..models.server import ServerSettings
+from ..models.server import Api, ServerSettings
 from ..models.spec import ModelSpec, TeacherSpec, check_pair
 from ..models.teacher import TemplateCombination
 from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
@@ -30,14 +30,15 @@ class SignalArguments:
         default="model",
         metadata={
             "help": "Where the teacher's probabilities come from: the model; recorded, what pseudo_labels hold of them "
-            "(--top-k-logprobs; no teacher is read); server, one with vLLM's API (only the teacher's configuration and "
-            "tokenizer are read here)."
+            "(--top-k-logprobs; no teacher is read); server, one of vLLM or SGLang (of the teacher only configuration "
+            "and tokenizer are read here)."
         },
     )
     server_url: str | None = field(
         default=None,
         metadata={"help": "The server's API: http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."},
     )
+    server_api: Api = field(default="vllm", metadata={"help": "Whose API it is."})
     server_model: str | None = field(
         default=None, metadata={"help": "The teacher's name on the server; null: the only model there."}
     )
@@ -63,7 +64,9 @@ class SignalArguments:
         """Where the teacher is served. Raises ConfigError as `ServerSettings`, or if there is no url."""
         if self.server_url is None:
             raise ConfigError("teacher_signal = 'server': server_url is not set: name it, http://localhost:8000/v1")
-        return ServerSettings(self.server_url, self.server_model, self.server_concurrency, self.server_timeout)
+        return ServerSettings(
+            self.server_url, self.server_model, self.server_concurrency, self.server_timeout, self.server_api
+        )
 
 
 # The settings of a trainer -> its objective.

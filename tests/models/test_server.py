@@ -67,12 +67,12 @@ def by_hand(model, texts, answers):
         yield logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_scores_are_those_of_the_model(family):
+@pytest.mark.parametrize(("family", "api"), [("gpt2", "vllm"), ("llama", "vllm"), ("gpt2", "sglang")])
+def test_scores_are_those_of_the_model(family, api):
     """Of the own forward, of the local teacher, and of one row at a time."""
     model = decoder(family)
     with running(FakeServer(model, tiny_tokenizer(WORDS))) as server:
-        ours = teacher(server)
+        ours = teacher(server, api=api)
         signal = ours.score(INPUTS, IDS, MASK)
         alone = [ours.score(INPUTS[i : i + 1], IDS[i : i + 1], MASK[i : i + 1]) for i in range(3)]
     for i, logps in enumerate(by_hand(model, INPUTS, ANSWERS)):
@@ -143,8 +143,9 @@ def test_no_more_requests_at_a_time_than_asked_for(served):
     assert len(served.requests) == 7  # one asked for the models
 
 
-def test_greedy_answers(served):
-    ours = teacher(served).greedy([text for (text,) in INPUTS], 5)
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_greedy_answers(served, api):
+    ours = teacher(served, api=api).greedy([text for (text,) in INPUTS], 5)
     for (text,), answer in zip(INPUTS, ours, strict=True):
         ids = tiny_tokenizer(WORDS)(text, add_special_tokens=False)["input_ids"]
         for token in answer:
@@ -286,6 +287,13 @@ def test_answers_that_are_not_enough(served):
     served.mishap = lambda path, body, number: None
     served.most_logprobs = 0
     fails(served, ModelError, r"it refuses the request \(400\): .*more than 0 logprobs")
+
+
+def test_answers_of_sglang_that_are_not_enough(served):
+    served.mishap = lambda path, body, number: (200, [{"text": "a"}] * 3) if body else None
+    fails(served, ModelError, r"its answer is \[\{'text': .*: it takes a server with SGLang's API", api="sglang")
+    served.mishap = lambda path, body, number: (200, [{"meta_info": {}}] * len(body["input_ids"])) if body else None
+    fails(served, ModelError, r"no prompt_logprobs in its answer", api="sglang")
 
 
 def test_numbers_that_are_no_log_probabilities(served):
