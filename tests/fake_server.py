@@ -53,12 +53,7 @@ class FakeServer:
         sampling, answers = body["sampling_params"], []
         for prompt in body["input_ids"]:
             k = body["top_logprobs_num"] if body.get("return_logprob") else None
-            plain = {
-                **sampling,
-                "max_tokens": sampling["max_new_tokens"],
-                "prompt_logprobs": k,
-                "return_token_ids": True,
-            }
+            plain = {**sampling, "max_tokens": sampling["max_new_tokens"], "return_token_ids": True}
             with self.lock:
                 made = self.choice(prompt, plain)
             meta: dict[str, Any] = {"finish_reason": {"type": made["finish_reason"]}, "prompt_tokens": len(prompt)}
