@@ -117,10 +117,7 @@ class DataArguments(TextFileArguments):
         default=None, metadata={"help": "One template for the student; null: it reads the raw input_column."}
     )
     pseudo_labels: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder written by `rlkd generate-pseudolabels` (supervised recipes, GKD and imitation_coef)."
-        },
+        default=None, metadata={"help": "Folder of `rlkd generate-pseudolabels`, for objectives that read labels."}
     )
     task_metric: str = field(
         default="none",
