@@ -176,7 +176,7 @@ class TeacherArguments(SignalArguments):
     )
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         self.check_signal(self.template_combination)
 
 
