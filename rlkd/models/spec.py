@@ -26,6 +26,7 @@ class ModelSource(Protocol):
     config      transformers' configuration
     dtype       precision of the weights, as `float32`
     device      where it computes: `cpu`, `cuda`, `cuda:1` ...; None: the CPU
+    valid_vocab  V, the number of ids that are tokens
     quantized   whether bitsandbytes has rounded, or will round, its weights
     adapted     whether it has PEFT adapters
     rules       what its checkpoint says of answers
@@ -37,6 +38,8 @@ class ModelSource(Protocol):
     def dtype(self) -> str: ...
     @property
     def device(self) -> str | None: ...
+    @property
+    def valid_vocab(self) -> int: ...
     @property
     def quantized(self) -> bool: ...
     @property
@@ -66,6 +69,7 @@ class ModelSpec:
     device        where the weights go; None: where they load. bitsandbytes places quantized weights itself
     allow_bin     load pickled weights (.bin) where there are no safetensors
     keep_adapter  an adapter is trained further, not merged into its base
+    served        a server has the weights: none need be here
     src_lang, tgt_lang    languages of prompts and answers, for models that translate; None: the checkpoint's
     """
 
@@ -78,6 +82,7 @@ class ModelSpec:
     device: str | None = None
     allow_bin: bool = False
     keep_adapter: bool = False
+    served: bool = False
     src_lang: str | None = None
     tgt_lang: str | None = None
 
@@ -90,7 +95,8 @@ class ModelSpec:
 
         config = load_config(self.name, self.role, self.revision)
         check_config(config, self.role, self.name, resolve_dtype(self.dtype, f"{self.role}_dtype"))
-        check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
+        if not self.served:
+            check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
         return config
 
     @cached_property
@@ -205,6 +211,10 @@ class LoadedModel:
     @property
     def device(self) -> str:
         return str(self.lm.device)
+
+    @property
+    def valid_vocab(self) -> int:
+        return self.lm.valid_vocab
 
     @property
     def quantized(self) -> bool:

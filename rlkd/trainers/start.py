@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What the measurement reads of the teacher's signal.
+START_NEEDS = frozenset({"chosen", "max", "distribution"})
+
 
 @dataclass(frozen=True)
 class Start:
@@ -87,7 +90,7 @@ class StartCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.weak_start == "ignore" or state.global_step > 0:
             return
-        missing = {"max", "distribution"} - self.trainer.teacher.gives
+        missing = START_NEEDS - self.trainer.teacher.gives
         if missing:
             message = (
                 "whether the student is strong enough to start cannot be checked: the teacher provides no "
