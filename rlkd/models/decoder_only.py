@@ -17,6 +17,7 @@ from .compat import cache_name, own_generation_config
 from .generation import AnswerRules, beam_search_settings
 from .heads import Head
 from .positions import Positions
+from .vocabulary import check_prompts
 
 GEMMA = ("gemma", "gemma2", "gemma3_text")
 FAMILIES = (
@@ -126,6 +127,7 @@ class DecoderOnly:
 
     def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
         """As in LanguageModel, batched by length so that little padding is read."""
+        check_prompts(prompts, self.config.vocab_size)
         self.positions.check(max(map(len, prompts), default=0))
         if self._checkpointed or (self.model.training and torch.is_grad_enabled()):
             return [torch.tensor(prompt, device=self.device) for prompt in prompts]
