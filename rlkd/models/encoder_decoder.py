@@ -16,6 +16,7 @@ from .compat import cache_name, own_generation_config
 from .generation import AnswerRules, beam_search_settings, read_rules
 from .heads import Head
 from .positions import Positions
+from .vocabulary import check_prompts
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 BART_FAMILY = ("bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "led")
@@ -129,6 +130,7 @@ class EncoderDecoder:
 
     def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
         """Encoder states [P_i, D] of each prompt, batched by length so that little padding is encoded."""
+        check_prompts(prompts, self.config.vocab_size)
         states: list[Tensor | None] = [None] * len(prompts)
         for rows in batches_by_length([len(p) for p in prompts], batch_tokens, padding_allowed(self.device)):
             ids, mask = pad_rows([prompts[i] for i in rows], self.pad_id, self.device)
