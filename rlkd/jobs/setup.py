@@ -177,12 +177,7 @@ class TeacherArguments(SignalArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_signal()
-        if self.teacher_signal != "model" and self.template_combination == "pool":
-            raise ConfigError(
-                f"template_combination = 'pool': takes the teacher's model, and teacher_signal is "
-                f"{self.teacher_signal!r}: set it to average"
-            )
+        self.check_signal(self.template_combination)
 
 
 @dataclass
