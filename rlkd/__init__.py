@@ -30,6 +30,7 @@ _MODULES = {
         "LockedError",
         "ModelError",
         "RlkdError",
+        "ServerError",
     ),
     "evaluation.evaluator": ("Evaluator",),
     "evaluation.probing": ("linear_probe", "majority_baseline", "ProbeScore", "Split"),
@@ -48,6 +49,7 @@ _MODULES = {
     "jobs.timed_training": ("timed_training",),
     "jobs.training": ("TRAINING_JOBS", "TrainingJob"),
     "labels.options": ("RunOptions",),
+    "labels.recorded": ("RecordedTeacher",),
     "labels.pseudolabels": ("generate_pseudolabels",),
     "labels.store": ("labels_finished", "load_pseudolabels"),
     "metrics": ("Metric",),
@@ -60,6 +62,8 @@ _MODULES = {
     "models.language_model": ("DecodingState", "LanguageModel"),
     "models.loading": ("load_model",),
     "models.policy": ("Policy",),
+    "models.served": ("ServerTeacher",),
+    "models.server": ("ServerSettings",),
     "models.signals": ("SignalSource",),
     "models.spec": ("ModelSource", "ModelSpec", "TeacherSpec"),
     "models.teacher": ("Teacher",),
@@ -143,6 +147,7 @@ if TYPE_CHECKING:
     from .errors import LockedError as LockedError
     from .errors import ModelError as ModelError
     from .errors import RlkdError as RlkdError
+    from .errors import ServerError as ServerError
     from .evaluation.evaluator import Evaluator as Evaluator
     from .evaluation.probing import ProbeScore as ProbeScore
     from .evaluation.probing import Split as Split
@@ -180,6 +185,7 @@ if TYPE_CHECKING:
     from .jobs.training import TrainingJob as TrainingJob
     from .labels.options import RunOptions as RunOptions
     from .labels.pseudolabels import generate_pseudolabels as generate_pseudolabels
+    from .labels.recorded import RecordedTeacher as RecordedTeacher
     from .labels.store import labels_finished as labels_finished
     from .labels.store import load_pseudolabels as load_pseudolabels
     from .metrics import Metric as Metric
@@ -197,6 +203,8 @@ if TYPE_CHECKING:
     from .models.language_model import LanguageModel as LanguageModel
     from .models.loading import load_model as load_model
     from .models.policy import Policy as Policy
+    from .models.served import ServerTeacher as ServerTeacher
+    from .models.server import ServerSettings as ServerSettings
     from .models.signals import SignalSource as SignalSource
     from .models.spec import ModelSource as ModelSource
     from .models.spec import ModelSpec as ModelSpec
