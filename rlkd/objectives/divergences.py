@@ -149,6 +149,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "total_variation": Divergence(total_variation),
     "skew_forward_kl": Divergence(skew_forward_kl, (("alpha", 0.1),)),
     "skew_reverse_kl": Divergence(skew_reverse_kl, (("alpha", 0.1),)),
+    # Of the authors' scripts for GPT-2 students (github.com/ghwang-s/abkd, scripts/gpt2/ab: a = 0.2, a + b = 0.9).
     "alpha_beta": Divergence(alpha_beta, (("alpha", 0.2), ("beta", 0.7))),
     "best_token": Divergence(best_token),
 }
