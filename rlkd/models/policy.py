@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objectives.policy import token_statistics
+from ..objectives.policy import token_logps, token_statistics
 from ..tensors import unpack
 from .heads import HeadOverStates, RowLoss, TokenFunction
 from .language_model import LanguageModel
@@ -99,7 +99,7 @@ class Policy(nn.Module):
         """Log-probability of each answer token, [B, R], and the next-token distributions, kept as head inputs."""
         hidden, head = self._hidden(input_ids, input_mask, answer_ids, answer_mask), self.lm.head()
         limits = head.rules.limits(answer_ids, answer_mask)
-        logps, _ = head.map(token_statistics, hidden, answer_ids[answer_mask], limits=limits)
+        (logps,) = head.map(token_logps, hidden, answer_ids[answer_mask], limits=limits)
         given_limits = None if limits is None else unpack(limits, answer_mask)
         return unpack(logps, answer_mask), HeadOverStates(unpack(hidden, answer_mask), head, given_limits)
 

@@ -36,8 +36,10 @@ class Divergence:
         A parameter that is None has its default. Args: student, teacher [n, V].
         """
         given = {name: value for name, value in parameters.items() if value is not None}
-        values = self.function(student / temperature, teacher / temperature, **{**dict(self.parameters), **given})
-        return temperature**2 * values
+        parameters = {**dict(self.parameters), **given}
+        if temperature == 1:
+            return self.function(student, teacher, **parameters)
+        return temperature**2 * self.function(student / temperature, teacher / temperature, **parameters)
 
 
 # log 0, finite so that 0 log 0 is 0 and not NaN; exp of it is 0 in float32 and float64.

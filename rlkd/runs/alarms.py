@@ -140,7 +140,7 @@ ALARMS = {
         ),
         Alarm(
             name="few_effective_samples",
-            meaning="A few tokens carry most of the importance weight: gradients are as noisy as those of a small batch.",
+            meaning="A few tokens carry most of the importance weight: gradients are as noisy as a small batch's.",
             advice=(
                 "lower sync_every",
                 "lower teacher_mix",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
 from .inputs import weights_of
-from .objective import Objective, StudentTokens, with_terms
+from .objective import Objective, StudentTokens, Term, with_terms
 from .warm_up import WarmUp
 
 
@@ -54,11 +55,8 @@ class DivergenceKD(Objective):
         assert signal.distribution is not None
         distribution = signal.distribution
 
-        def divergence(logits: Tensor, *states: Tensor) -> Tensor:
-            teacher = distribution.logits(*states)
-            return self.divergence(logits, teacher, temperature=self.temperature, **self.parameters)
-
-        return with_terms((divergence, distribution.token_args))
+        divergence = partial(self.divergence, temperature=self.temperature, **self.parameters)
+        return with_terms(Term(divergence, lambda *states: (distribution.logits(*states),), distribution.token_args))
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         return student.extra[0], {}
