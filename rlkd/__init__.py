@@ -50,6 +50,7 @@ _MODULES = {
     "jobs.study_results": ("markdown_table", "paired_test", "spread_text", "spreads"),
     "jobs.study_runner": ("run_study",),
     "jobs.timed_training": ("timed_training",),
+    "jobs.training": ("TRAINING_JOBS", "TrainingJob"),
     "labels.options": ("RunOptions",),
     "labels.pseudolabels": ("generate_pseudolabels",),
     "labels.store": ("labels_finished", "load_pseudolabels"),
@@ -176,6 +177,8 @@ if TYPE_CHECKING:
     from .jobs.study_results import spreads as spreads
     from .jobs.study_runner import run_study as run_study
     from .jobs.timed_training import timed_training as timed_training
+    from .jobs.training import TRAINING_JOBS as TRAINING_JOBS
+    from .jobs.training import TrainingJob as TrainingJob
     from .labels.options import RunOptions as RunOptions
     from .labels.pseudolabels import generate_pseudolabels as generate_pseudolabels
     from .labels.store import labels_finished as labels_finished

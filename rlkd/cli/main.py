@@ -18,7 +18,7 @@ from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
 from ..settings.paths import refuse_missing_paths
-from . import config, data, models, probe, prompts, report, rewards, vocabulary
+from . import config, data, models, probe, prompts, report, rewards, train, vocabulary
 from .models import AllowBin
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.add_typer(train.app, name="train")
 app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)

@@ -345,6 +345,10 @@ def _source(data: DataArguments, dataset: str, split: str, limit: int | None) ->
 def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets.Dataset:
     """The labels to learn; warns where they were made otherwise than the settings say."""
     labels = load_pseudolabels(str(data.pseudo_labels))
+    if not len(labels):
+        raise DataError(
+            f"pseudo_labels = {data.pseudo_labels!r}: none of its rows has a label (status ok). Its README.md says why."
+        )
     student = reading.student_template
     settings = {"input": reading.input_column, "row_map": reading.row_map.to_json(),
                 "student_template": student.source if student else None}  # fmt: skip
