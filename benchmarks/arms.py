@@ -96,7 +96,7 @@ class Arm:
             **given,
         )
         self.trainer.create_optimizer()
-        # One rollout batch's: PPO takes several updates on it. GKD's two, of which one is on labels by turns, not drawn.
+        # One rollout batch's: PPO takes several updates on it. GKD's two: every other one is on labels, by turns here.
         self.turn = 1 if supervised else arguments.updates_per_rollout
         self.prompts = ROWS if supervised else arguments.rows_per_rollout // arguments.rollouts_per_prompt / self.turn
         if mixed:

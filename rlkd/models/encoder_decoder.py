@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..errors import ModelError
 from ..tensors import length_mask, pad_rows, pad_stack
 from .batching import batches_by_length, padding_allowed
 from .compat import cache_name, own_generation_config
+from .encoders.attention import recorded_scores
 from .generation import AnswerRules, read_rules
 from .heads import Head
 
@@ -57,6 +59,19 @@ def positions(config: Any) -> tuple[int | None, int | None]:
     return limit, limit
 
 
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """hidden, the outputs [B, L, D] of an encoder's or decoder's layers, the first one first; scores [B, H, L, L] of
+    their self-attention before softmax, if asked for; mask [B, L], the tokens that count; causal, whether a token sees
+    those before it only.
+    """
+
+    hidden: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...]
+    mask: Tensor
+    causal: bool
+
+
 @dataclass(frozen=True)
 class EncoderDecoder:
     """`LanguageModel` of an encoder-decoder; the state of a prompt is its encoder states [P_i, D].
@@ -100,6 +115,13 @@ class EncoderDecoder:
     def width(self) -> int:
         return int(self.config.d_model)
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """Layers of encoder and decoder."""
+        config = self.config
+        decoder = getattr(config, "num_decoder_layers", None) or config.decoder_layers
+        return {"encoder": config.num_hidden_layers, "decoder": decoder}
+
     def head(self) -> Head:
         """As in LanguageModel."""
         # PEFT wraps the model; the head and its configuration are those of the base model.
@@ -118,8 +140,11 @@ class EncoderDecoder:
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool. Raises ModelError if they are too long."""
+        return self._encoder(input_ids, mask).last_hidden_state
+
+    def _encoder(self, input_ids: Tensor, mask: Tensor, **options: Any) -> Any:
         check_positions(input_ids.shape[1], positions(self.config)[0], "prompt")
-        return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long(), **options)
 
     def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
         """Encoder states [P_i, D] of each prompt, batched by length so that little padding is encoded."""
@@ -136,6 +161,9 @@ class EncoderDecoder:
         Args: states [B, P, D], mask [B, P] bool: encoder states and which of them count. Answers are right-padded and
         attention is causal, so padding after an answer changes nothing before it.
         """
+        return self._decoder(states, mask, answer_ids).last_hidden_state
+
+    def _decoder(self, states: Tensor, mask: Tensor, answer_ids: Tensor, **options: Any) -> Any:
         check_positions(answer_ids.shape[1], positions(self.config)[1], "answer")
         # The decoder reads the answer shifted by one: position t predicts token t from the tokens before it.
         start = torch.full_like(answer_ids[:, :1], self.start_id)
@@ -147,7 +175,27 @@ class EncoderDecoder:
             encoder_hidden_states=states,
             encoder_attention_mask=mask.long(),
             use_cache=False,
-        ).last_hidden_state
+            **options,
+        )
+
+    def layers(
+        self, input_ids: Tensor, input_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, scores: bool = False
+    ) -> tuple[Layers, Layers]:
+        """What the layers of encoder and decoder make of prompts [B, P] and of answers [B, R] to them, teacher-forced,
+        as one padded batch; differentiable.
+
+        scores: their self-attention scores, too, of a model that `score_attention` has prepared.
+        """
+        recording = recorded_scores if scores else lambda: nullcontext([])
+        with recording() as of_encoder:
+            encoded = self._encoder(input_ids, input_mask, output_hidden_states=True)
+        with recording() as of_decoder:
+            decoded = self._decoder(encoded.last_hidden_state, input_mask, answer_ids, output_hidden_states=True)
+        # A decoder layer attends to itself, then to the prompt. The first hidden states are the embeddings.
+        return (
+            Layers(encoded.hidden_states[1:], tuple(of_encoder), input_mask, causal=False),
+            Layers(decoded.hidden_states[1:], tuple(of_decoder[::2]), answer_mask, causal=True),
+        )
 
     def answer_hidden(
         self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096

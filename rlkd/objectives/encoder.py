@@ -97,3 +97,19 @@ def token_distance(
     if reduction == "sum":
         return torch.as_tensor(total)
     return total / torch.as_tensor(elements).clamp(min=1)
+
+
+def attention_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Squared distance of self-attention scores, a scalar (TinyBERT, Jiao et al. 2020, arXiv 1909.10351, eq. 7).
+
+        1/H sum_{layers} sum_{b,h,p,q} weights[b,p,q] (a_s[b,h,p,q] - a_t[b,h,p,q])^2
+
+    of the scores before softmax (and before any mask), as in the paper. Args: student, teacher, layers of [B, H, L, L]
+    with the same number of heads H; weights [B, L, L] of query p and key q, 0 where they do not count.
+    """
+    total: Tensor | float = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        # where, not a product: nothing is known of scores that do not count.
+        squares = torch.where(weights[:, None] > 0, s - t.detach(), 0.0).square()
+        total = total + (squares * weights[:, None]).sum() / s.shape[1]
+    return torch.as_tensor(total)
