@@ -154,7 +154,8 @@ def main() -> None:
         arms = {name: Arm(name, folder, examples, labels, args.seed) for name in ARMS}
         for arm in arms.values():
             arm.encode(prompts)
-            arm.updates()  # warms up, and makes AdamW's state
+            if not args.once:
+                arm.updates()  # warms up, and makes AdamW's state
         turns = {name: arm.updates for name, arm in arms.items()}
         encoder = arms[SEQKD]  # whose teacher is not asked otherwise
         seconds = interleave({**turns, "prompts": lambda: encoder.encode(prompts)}, turns_each)

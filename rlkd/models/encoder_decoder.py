@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +187,7 @@ class EncoderDecoder:
 
         scores: their self-attention scores, too, of a model that `score_attention` has prepared.
         """
+        recording: Callable[[], AbstractContextManager[list[Tensor]]]
         recording = recorded_scores if scores else lambda: nullcontext([])
         with recording() as of_encoder:
             encoded = self._encoder(input_ids, input_mask, output_hidden_states=True)

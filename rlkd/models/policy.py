@@ -38,12 +38,17 @@ class LayerProjections(nn.Module):
         self.scores = scores
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.parts = nn.ModuleList(
+            self.encoder, self.decoder = (
                 nn.ModuleList(
-                    nn.Linear(width, teacher_width, bias=False) for _ in range(count if width != teacher_width else 0)
+                    nn.Linear(width, teacher_width, bias=False) for _ in range(n if width != teacher_width else 0)
                 )
-                for count in layers
+                for n in layers
             )
+
+    @property
+    def parts(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """The maps of encoder and decoder."""
+        return self.encoder, self.decoder
 
     @property
     def learned(self) -> bool:

@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..models.encoder_decoder import EncoderDecoder, Layers
 from ..models.encoders.attention import score_attention
 from ..models.encoders.classifiers import PROJECTIONS_FILE, matched_layers
+from ..models.language_model import LanguageModel
 from ..models.policy import LayerProjections, Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
@@ -42,19 +43,13 @@ class LayerTerms:
     """
 
     def __init__(self, args: SupervisedArguments, policy: Policy, teacher: Any, rows: Any):
-        student = policy.lm
         if not isinstance(teacher, Teacher):
             raise ConfigError(
                 f"{args.layer_setting} compares layers with a teacher's: give a local Teacher, or set it to 0"
             )
-        for role, lm in (("student", student), ("teacher", teacher.lm)):
-            if not isinstance(lm, EncoderDecoder):
-                raise ConfigError(
-                    f"{args.layer_setting} compares the layers of encoder-decoder models, and the {role} is a "
-                    f"'{lm.model.config.model_type}' model: set it to 0"
-                )
-        self.args, self.teacher, self.policy = args, teacher, policy
-        own, theirs = student.depths, teacher.lm.depths
+        self.args, self.teacher = args, teacher
+        student, self.lm = (_layered(args, role, lm) for role, lm in (("student", policy.lm), ("teacher", teacher.lm)))
+        own, theirs = student.depths, self.lm.depths
         maps = {"encoder": args.encoder_layer_map, "decoder": args.decoder_layer_map}
         self.maps = [matched_layers(own[part], theirs[part], maps[part]) for part in maps]
         if difference := reads_otherwise(teacher, rows, args.max_input_tokens):
@@ -64,21 +59,13 @@ class LayerTerms:
             )
             self.maps[0] = []
         if args.attention_coef > 0:
-            for role, lm in (("student", student), ("teacher", teacher.lm)):
+            for role, lm in (("student", student), ("teacher", self.lm)):
                 score_attention(lm.model, role)
-            self._check_heads()
-        width = teacher.lm.width if args.hidden_coef > 0 else student.width
-        policy.projections = LayerProjections(
+            _check_heads(args, student, self.lm)
+        width = self.lm.width if args.hidden_coef > 0 else student.width
+        self.projections = policy.projections = LayerProjections(
             student.width, width, [len(found) for found in self.maps], scores=args.attention_coef > 0, seed=args.seed
         ).to(student.device)
-
-    def _check_heads(self) -> None:
-        own, theirs = (lm.model.config.num_attention_heads for lm in (self.policy.lm, self.teacher.lm))
-        if own != theirs:
-            raise ConfigError(
-                f"attention_coef = {self.args.attention_coef}: the student has {own} attention heads and the teacher "
-                f"{theirs}, but they are compared head by head: set it to 0, or choose a student with {theirs}"
-            )
 
     def of(self, answers: Answers, student: Sequence[Layers]) -> dict[str, Tensor]:
         """The sum over the rows of every term, by its name in the log; student, the layers of encoder and decoder."""
@@ -102,7 +89,7 @@ class LayerTerms:
     @torch.no_grad()
     def layers(self, answers: Answers) -> tuple[Layers, Layers]:
         """The teacher's, on the labels under its own prompts, in its own precision."""
-        teacher, lm = self.teacher, self.teacher.lm
+        teacher, lm = self.teacher, self.lm
         texts = [example.teacher_inputs[0] for example in answers.examples]
         ids = encode_texts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=teacher.append_eos)
         prompts = pad_rows(ids, lm.pad_id, lm.device)
@@ -111,13 +98,31 @@ class LayerTerms:
 
     def save(self, folder: Path) -> None:
         """Write the projections next to a checkpoint's student, if there are any."""
-        if self.policy.projections.learned:
-            save_model(self.policy.projections, str(folder / PROJECTIONS_FILE))
+        if self.projections.learned:
+            save_model(self.projections, str(folder / PROJECTIONS_FILE))
 
     def load(self, folder: Path) -> None:
         """Load in place what `save` wrote."""
-        if self.policy.projections.learned:
-            load_model(self.policy.projections, folder / PROJECTIONS_FILE)
+        if self.projections.learned:
+            load_model(self.projections, folder / PROJECTIONS_FILE)
+
+
+def _layered(args: SupervisedArguments, role: str, lm: LanguageModel) -> EncoderDecoder:
+    if isinstance(lm, EncoderDecoder):
+        return lm
+    raise ConfigError(
+        f"{args.layer_setting} compares the layers of encoder-decoder models, and the {role} is a "
+        f"'{lm.model.config.model_type}' model: set it to 0"
+    )
+
+
+def _check_heads(args: SupervisedArguments, student: EncoderDecoder, teacher: EncoderDecoder) -> None:
+    own, theirs = (lm.config.num_attention_heads for lm in (student, teacher))
+    if own != theirs:
+        raise ConfigError(
+            f"attention_coef = {args.attention_coef}: the student has {own} attention heads and the teacher {theirs}, "
+            f"but they are compared head by head: set it to 0, or choose a student with {theirs}"
+        )
 
 
 def pair_weights(layers: Layers) -> Tensor:

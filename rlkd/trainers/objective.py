@@ -81,7 +81,7 @@ def with_terms(*terms: Term) -> tuple[TokenFunction, tuple[Tensor, ...]]:
     def function(logits: Tensor, ids: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
         rest = iter(args)
         calls = [(term.function, term.of_chunk(*islice(rest, len(term.arguments)))) for term in terms]
-        shared = [call for call in calls if isinstance(call[0], PolicyTerm)]
+        shared = [(of, own) for of, own in calls if isinstance(of, PolicyTerm)]
         logps, of_entropy, *values = policy_terms(logits, ids, (entropy, ()), *shared)
         next_shared = iter(values)
         extra = [next(next_shared) if isinstance(of, PolicyTerm) else of(logits, *own) for of, own in calls]
