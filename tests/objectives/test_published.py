@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from published_arms import read_table
 
 import rlkd
 from rlkd.records import Answers, Example, Minibatch, TeacherSignal
 from rlkd.trainers.objective import Evidence, StudentTokens
-from published_arms import read_table
 from trees import Tree, build_tree, random_policy, random_q
 
 ACTIONS = 3

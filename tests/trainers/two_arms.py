@@ -4,12 +4,18 @@ import os
 import sys
 from pathlib import Path
 
+from published_arms import small_runs
 from safetensors.torch import save_file
 
-from published_arms import small_runs
 from tiny_runs import labels, make, weights
 
 RUNS = small_runs()
+
+
+def needs_labels(name):
+    """Whether an on-policy arm learns from labels, too."""
+    kind, settings = RUNS[name]
+    return kind != "supervised" and (settings.get("imitation_coef", 0) > 0 or settings.get("on_policy_fraction", 1) < 1)
 
 
 def arm(name, folder, **options):
@@ -17,8 +23,8 @@ def arm(name, folder, **options):
     kind, settings = RUNS[name]
     rows = 8 // int(os.environ.get("WORLD_SIZE", "1"))
     settings = {"per_device_train_batch_size": rows, **settings, **options}
-    if kind != "supervised" and (settings.get("imitation_coef", 0) > 0 or settings.get("on_policy_fraction", 1) < 1):
-        settings["labels"] = labels(5)
+    if needs_labels(name) and settings.get("imitation_coef", 1) > 0:
+        settings.setdefault("labels", labels(5))
     return make(kind, folder, **settings)
 
 
