@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .closed_form import closed_form
+from .closed_form import PolicyTerm, closed_form, policy_terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +98,16 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_pi.exp() * (log_pi - log_m)).sum(-1)
 
 
-def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
-    """[N]: 1/2 sum_a |p - pi|."""
-    return 0.5 * (teacher.detach().softmax(-1) - student.softmax(-1)).abs().sum(-1)
+def _apart(log_pi: Tensor, teacher: Tensor) -> Tensor:
+    """pi - p, [N, V]; exactly 0 where both logits are the same."""
+    return log_pi.exp().sub_(teacher.log_softmax(-1).exp_())
+
+
+# [N]: 1/2 sum_a |p - pi|, of logits of student and teacher.
+total_variation = PolicyTerm(
+    value=lambda log_pi, pi, teacher: 0.5 * _apart(log_pi, teacher).abs_().sum(-1),
+    add_slope=lambda total, weight, log_pi, teacher: total.addcmul_(_apart(log_pi, teacher).sign_(), weight, value=0.5),
+)
 
 
 def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
@@ -140,8 +147,7 @@ def _alpha_beta_limit(log_a: Tensor, log_b: Tensor, power: float) -> Tensor:
 
 def best_token(student: Tensor, teacher: Tensor) -> Tensor:
     """[N]: -log pi(argmax_a p), cross-entropy to the teacher's most probable token (ImitKD). Not 0 for pi = p."""
-    best = teacher.detach().argmax(-1, keepdim=True)
-    return -student.log_softmax(-1).gather(-1, best).squeeze(-1)
+    return -policy_terms(student, teacher.argmax(-1))[0]
 
 
 DIVERGENCES: dict[str, Divergence] = {

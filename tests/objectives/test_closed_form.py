@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 
 from rlkd.objectives import closed_form
 from rlkd.objectives.closed_form import policy_terms
-from rlkd.objectives.divergences import forward_kl, reverse_kl
+from rlkd.objectives.divergences import best_token, forward_kl, reverse_kl, total_variation
 from rlkd.objectives.policy import entropy, expected_log_reference, token_logps, token_statistics
 from rlkd.objectives.rewards import expected_advantage
 
@@ -43,6 +43,8 @@ def definition(name, student, teacher, ids, value):
             - 2 * value
             - 5 * (pi * (pi / p).log()).sum(-1)
         ),
+        "total_variation": lambda: (p - pi).abs().sum(-1) / 2,
+        "best_token": lambda: -pi.log().gather(-1, p.argmax(-1)[..., None]).squeeze(-1),
         "forward_kl": lambda: (p * (p / pi).log()).sum(-1),
         "reverse_kl": lambda: (pi * (pi / p).log()).sum(-1),
     }[name]()
@@ -65,6 +67,8 @@ CLOSED = {
         w * x for w, x in zip((1, 3), token_statistics(student, ids), strict=True)
     ),
     "expected": lambda student, teacher, ids, value: expected_advantage(student, teacher, value),
+    "total_variation": lambda student, teacher, ids, value: total_variation(student, teacher),
+    "best_token": lambda student, teacher, ids, value: best_token(student, teacher),
     "forward_kl": lambda student, teacher, ids, value: forward_kl(student, teacher),
     "reverse_kl": lambda student, teacher, ids, value: reverse_kl(student, teacher),
 }
