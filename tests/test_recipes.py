@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSeq2SeqLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig
 
 from rlkd import (
     DataArguments,
@@ -60,12 +60,12 @@ def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def _recipe(kind: str, folder: Path, monkeypatch, *flags: str) -> None:
+def _recipe(kind: str, folder: Path, monkeypatch, *flags: str, config: str | None = None) -> None:
     """Run a recipe in this process with its tiny twin; SystemExit carries the exit code."""
     monkeypatch.chdir(folder)
-    path = f"recipes/{kind}_t0_to_t5"
+    config = config or f"recipes/{kind}_t0_to_t5.tiny.yaml"
     script = f"recipes/{SCRIPTS.get(kind, kind)}_t0_to_t5.py"
-    monkeypatch.setattr(sys, "argv", [script, "--config", f"{path}.tiny.yaml", *flags])
+    monkeypatch.setattr(sys, "argv", [script, "--config", config, *flags])
     runpy.run_path(script, run_name="__main__")
 
 
@@ -106,6 +106,17 @@ def test_tiny_twin_trains_saves_and_resumes(kind, tiny_run, monkeypatch):
         assert torch.equal(one, other), name
 
 
+@pytest.mark.slow
+def test_the_ppo_recipe_takes_decoder_only_models(tiny_run, monkeypatch):
+    _recipe("ppo", tiny_run, monkeypatch, config="recipes/ppo_decoder.tiny.yaml")
+    out = tiny_run / "runs" / "tiny" / "ppo-decoder"
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    names = {key for line in (out / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert {"loss", "start_regret", "eval_regret", "eval_exact_match", "eval_finish_rate"} <= names
+
+
 @pytest.mark.multi
 def test_accelerate_launch_runs_the_ppo_twin(tiny_run):
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "recipes/ppo_t0_to_t5.py"]
@@ -140,7 +151,7 @@ def _bad_inputs(folder: Path) -> dict[str, tuple[tuple[str, ...], int, tuple[str
     """Flags, the exit code, and what the one screen must say."""
     tiny = folder / "runs" / "tiny"
     (tiny / "empty.jsonl").write_text("")
-    GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1).save_pretrained(tiny / "decoder")
+    BertConfig(vocab_size=8).save_pretrained(tiny / "encoder")
     words = [*tiny_tokenizer().get_vocab(), "extra"]
     save_pretrained(tiny / "foreign", tiny_t5(), tiny_tokenizer(words))
     return {
@@ -153,7 +164,7 @@ def _bad_inputs(folder: Path) -> dict[str, tuple[tuple[str, ...], int, tuple[str
             ("tiny_templates.yaml", "what is lef", "what is left"),
         ),
         "vocabulary": (("--teacher", str(tiny / "foreign")), 2, ("vocabularies", "tokens", "first difference at id")),
-        "decoder-only teacher": (("--teacher", str(tiny / "decoder")), 2, ("teacher", "decoder", "gpt2", "T5")),
+        "encoder as teacher": (("--teacher", str(tiny / "encoder")), 2, ("teacher", "bert", "an encoder", "llama")),
         "float16": (("--teacher_dtype", "float16"), 2, ("teacher_dtype", "bfloat16", "float32")),
         "no such teacher": (("--teacher", str(tiny / "nobody")), 2, ("teacher", "nobody")),
         "flag typo": (("--kl_coeff", "0.1"), 2, ("kl_coeff", "kl_coef")),

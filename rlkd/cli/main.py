@@ -115,6 +115,21 @@ def generate_pseudolabels(
     compute_type: Annotated[
         str | None, typer.Option(help="Precision of ctranslate2: float32, bfloat16, float16 or int8 (approximate).")
     ] = None,
+    server_url: Annotated[
+        str | None,
+        typer.Option(
+            help="openai: a server with vLLM's API, http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."
+        ),
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option(help="openai: the teacher's name on the server. Default: the only model there.")
+    ] = None,
+    server_concurrency: Annotated[
+        int | None, typer.Option(help="openai: requests at a time. Default: 8.", min=1)
+    ] = None,
+    server_timeout: Annotated[
+        float | None, typer.Option(help="openai: seconds that one request may take. Default: 60.")
+    ] = None,
     batch_tokens: Annotated[
         int, typer.Option(help="Padded tokens of prompts and answers in one batch; does not change labels.", min=1)
     ] = 4096,
@@ -131,7 +146,7 @@ def generate_pseudolabels(
         typer.Option(help="Quantize the teacher's linear layers (bitsandbytes): approximate; the error is measured."),
     ] = "none",
     allow_bin: AllowBin = False,
-    input_eos: Annotated[bool, typer.Option(help="End prompts with end-of-sequence. T0: --no-input-eos.")] = True,
+    input_eos: Annotated[bool | None, typer.Option("--input-eos/--no-input-eos", help=prompts.INPUT_EOS)] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
         str | None, typer.Option(help="i/n: make only every n-th shard, from shard i; combine with rlkd data merge.")
@@ -162,7 +177,7 @@ def generate_pseudolabels(
     """Label inputs with a prompted teacher: parquet shards, a manifest and a data card.
 
     Repeat the command to continue an interrupted run. Exit codes: 4 finished, but some rows failed; 75 another process
-    is writing to the folder; 130 and 143 stopped by a signal.
+    is writing to the folder, or the server does not answer; 130 and 143 stopped by a signal.
     """
     from . import labels
 

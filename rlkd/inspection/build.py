@@ -14,7 +14,7 @@ from ..models.architectures import language_model
 from ..models.generation import rules_of
 from ..models.policy import Policy
 from ..models.teacher import Teacher
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import NO_LIMIT, encode_answers
 from ..objectives.rewards import REWARDS, RewardName
 from ..records import Answers, Example
 from ..sampling.decode import decode, greedy
@@ -135,7 +135,7 @@ def _ends(teacher: Teacher, tokenizer: Any, texts: list[str], max_new_tokens: in
     """Token ids of texts with end-of-sequence, cut to `max_new_tokens` (then without it)."""
     rules = rules_of(teacher.lm)
     whole = [
-        rules.complete([*(token for token in row if token not in rules.eos_ids), rules.eos_ids[0]])
-        for row in encode_texts(tokenizer, texts, max_new_tokens + 1, append_eos=False)
+        [*(token for token in row[:-1] if token not in rules.eos_ids), row[-1]]
+        for row in encode_answers(tokenizer, texts, NO_LIMIT, rules)
     ]
     return [row[:max_new_tokens] for row in whole]

@@ -164,13 +164,16 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         quantization=quantization_config(settings.get("teacher_quantization", "none")),
         device=default_device(),
         allow_bin=bool(settings.get("allow_bin")),
+        served=settings.get("engine") == "openai",
         src_lang=settings.get("src_lang"),
         tgt_lang=settings.get("tgt_lang"),
     )
     model.check()
     ranked = settings.get("strategy") == "rank"
     model.check_lengths(settings["max_input_tokens"], None if ranked else settings.get("max_new_tokens"))
-    return TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])
+    teacher = TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])
+    _ = teacher.append_eos  # said before weights load
+    return teacher
 
 
 def _templates(spec: str, settings: Mapping[str, Any]) -> list[Template]:

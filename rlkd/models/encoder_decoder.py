@@ -1,4 +1,4 @@
-"""Encoder-decoder language models of the T5 and BART families: encode once, decode against the encoder's states."""
+"""Encoder-decoder language models (T5, BART, T5Gemma ...): encode once, decode against the encoder's states."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..records import given
 from ..tensors import length_mask, pad_rows, pad_stack
-from .batching import batches_by_length, padding_allowed
+from .batching import batches_by_length, packed_by_length, padding_allowed
 from .compat import cache_name, own_generation_config
-from .encoders.attention import recorded_scores
-from .generation import AnswerRules, read_rules
+from .encoders.attention import RecordedAttention, recorded_attention
+from .generation import AnswerRules, beam_search_settings, read_rules
 from .heads import Head
+from .positions import Positions
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 BART_FAMILY = ("bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "led")
 M2M_FAMILY = ("m2m_100",)  # BART with computed positions and no bias on its logits; NLLB, too
+T5GEMMA = "t5gemma"  # Gemma's layers, in which encoder and decoder may differ in width
+FAMILIES = (*T5_FAMILY, *BART_FAMILY, *M2M_FAMILY, T5GEMMA)
 # Configuration fields that make a forward in training mode random.
 NOISE = (
     "dropout_rate",
@@ -36,41 +40,33 @@ NOISE = (
 
 def check_precision(config: Any, role: str, name: str, dtype: torch.dtype) -> None:
     """Raises ModelError for a precision in which the model fails silently."""
-    if dtype == torch.float16 and config.model_type in T5_FAMILY:
+    if dtype == torch.float16 and config.model_type in (*T5_FAMILY, T5GEMMA):
         raise ModelError(
             f"{role} '{name}': float16 overflows to inf in T5 models, and greedy decoding does not notice. "
             f"Use {role}_dtype: bfloat16 (GPU) or float32."
         )
 
 
-def check_positions(length: int, limit: int | None, what: str) -> None:
-    """Raises ModelError if a text is longer than the positions of its model."""
-    if limit is not None and length > limit:
-        raise ModelError(
-            f"{'an' if what == 'answer' else 'a'} {what} has {length} tokens, the model {limit} positions: set "
-            f"{'max_input_tokens' if what == 'prompt' else 'max_new_tokens'} to at most {limit}."
-        )
-
-
-def positions(config: Any) -> tuple[int | None, int | None]:
-    """The longest prompt and the longest answer, in tokens, that the model has position embeddings for; None: any."""
+def positions(config: Any) -> Positions:
+    """The texts that the model has position embeddings for."""
     if config.model_type == "led":
-        return config.max_encoder_position_embeddings, config.max_decoder_position_embeddings
+        return Positions(config.max_encoder_position_embeddings, config.max_decoder_position_embeddings)
+    if config.model_type == T5GEMMA:
+        return Positions(config.encoder.max_position_embeddings, config.decoder.max_position_embeddings)
     limit = config.max_position_embeddings if config.model_type in BART_FAMILY else None
-    return limit, limit
+    return Positions(limit, limit)
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
     """hidden, the outputs [B, L, D] of an encoder's or decoder's layers, the first one first; scores [B, H, L, L] of
-    their self-attention before softmax, if asked for; mask [B, L], the tokens that count; causal, whether a token sees
-    those before it only.
+    their self-attention before softmax, if asked for, -inf where a token does not see another; mask [B, L], the tokens
+    that count.
     """
 
     hidden: tuple[Tensor, ...]
     scores: tuple[Tensor, ...]
     mask: Tensor
-    causal: bool
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ class EncoderDecoder:
     @property
     def start_id(self) -> int:
         """The decoder's input before the first token of an answer. T5's is the padding token."""
-        return self.rules.start_id
+        return given(self.rules.start_id)
 
     @property
     def eos_id(self) -> int:
@@ -114,7 +110,11 @@ class EncoderDecoder:
 
     @property
     def width(self) -> int:
-        return int(self.config.d_model)
+        return int(self._base.get_output_embeddings().weight.shape[1])
+
+    @property
+    def positions(self) -> Positions:
+        return positions(self.config)
 
     @property
     def depths(self) -> dict[str, int]:
@@ -125,8 +125,7 @@ class EncoderDecoder:
 
     def head(self) -> Head:
         """As in LanguageModel."""
-        # PEFT wraps the model; the head and its configuration are those of the base model.
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = self._base
         projection = base.get_output_embeddings()
         weight = projection.weight
         if not weight.is_floating_point():
@@ -137,14 +136,20 @@ class EncoderDecoder:
         # BART adds a buffer to its logits; T5's head has no bias.
         bias = getattr(base, "final_logits_bias", None)
         bias = projection.bias if bias is None else bias.view(-1)
-        return Head(weight, bias, output_scale(base.config), self.valid_vocab, self.rules)
+        cap = getattr(getattr(base.config, "decoder", None), "final_logit_softcapping", None)
+        return Head(weight, bias, output_scale(base.config), self.valid_vocab, self.rules, cap)
+
+    @property
+    def _base(self) -> Any:
+        """Without PEFT's wrapping: the head and its configuration are those of the base model."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool. Raises ModelError if they are too long."""
         return self._encoder(input_ids, mask).last_hidden_state
 
     def _encoder(self, input_ids: Tensor, mask: Tensor, **options: Any) -> Any:
-        check_positions(input_ids.shape[1], positions(self.config)[0], "prompt")
+        self.positions.check(prompt=input_ids.shape[1])
         return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long(), **options)
 
     def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
@@ -165,7 +170,7 @@ class EncoderDecoder:
         return self._decoder(states, mask, answer_ids).last_hidden_state
 
     def _decoder(self, states: Tensor, mask: Tensor, answer_ids: Tensor, **options: Any) -> Any:
-        check_positions(answer_ids.shape[1], positions(self.config)[1], "answer")
+        self.positions.check(answer=answer_ids.shape[1])
         # The decoder reads the answer shifted by one: position t predicts token t from the tokens before it.
         start = torch.full_like(answer_ids[:, :1], self.start_id)
         shifted = torch.cat([start, answer_ids[:, :-1]], dim=1)
@@ -187,36 +192,32 @@ class EncoderDecoder:
 
         scores: their self-attention scores, too, of a model that `score_attention` has prepared.
         """
-        recording: Callable[[], AbstractContextManager[list[Tensor]]]
-        recording = recorded_scores if scores else lambda: nullcontext([])
+        recording: Callable[[], AbstractContextManager[list[RecordedAttention]]]
+        recording = recorded_attention if scores else lambda: nullcontext([])
         with recording() as of_encoder:
             encoded = self._encoder(input_ids, input_mask, output_hidden_states=True)
         with recording() as of_decoder:
             decoded = self._decoder(encoded.last_hidden_state, input_mask, answer_ids, output_hidden_states=True)
-        # A decoder layer attends to itself, then to the prompt. The first hidden states are the embeddings.
+        # Where nothing is padded, attention is told that it is causal by no mask.
+        later = ~length_mask(list(range(1, answer_ids.shape[1] + 1)), answer_ids.shape[1]).to(answer_ids.device)
+        # A decoder layer attends to itself, then to the prompt.
+        own = tuple(attention.scores().masked_fill(later, -torch.inf) for attention in of_decoder[::2])
+        # The first hidden states are the embeddings.
         return (
-            Layers(encoded.hidden_states[1:], tuple(of_encoder), input_mask, causal=False),
-            Layers(decoded.hidden_states[1:], tuple(of_decoder[::2]), answer_mask, causal=True),
+            Layers(encoded.hidden_states[1:], tuple(attention.scores() for attention in of_encoder), input_mask),
+            Layers(decoded.hidden_states[1:], own, answer_mask),
         )
 
     def answer_hidden(
         self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096
     ) -> Tensor:
-        """As in LanguageModel: batched by the length of prompt and answer, each batch as wide as its answers."""
-        places = torch.arange(1, answer_mask.shape[1] + 1, device=answer_mask.device)
-        ends = (answer_mask * places).amax(1)  # of the last token that counts
-        lengths = ends.tolist()
-        rows: list[Tensor | None] = [None] * len(states)
-        total = [n + len(s) for n, s in zip(lengths, states, strict=True)]
-        for batch in batches_by_length(total, batch_tokens, padding_allowed(self.device)):
-            width = max(max(lengths[i] for i in batch), 1)
-            mask = length_mask([len(states[i]) for i in batch]).to(answer_ids.device)
-            hidden = self.hidden(pad_stack([states[i] for i in batch]), mask, answer_ids[batch, :width])
-            for i, row in zip(batch, hidden, strict=True):
-                rows[i] = row[: lengths[i]]
-        # `rows` holds every position up to each answer's end; a mask may have gaps before that.
-        before_end = length_mask(ends, answer_mask.shape[1])
-        return torch.cat(rows)[answer_mask[before_end]]  # type: ignore[arg-type]
+        """As in LanguageModel."""
+
+        def forward(rows: list[int], ids: Tensor) -> Tensor:
+            mask = length_mask([len(states[i]) for i in rows]).to(ids.device)
+            return self.hidden(pad_stack([states[i] for i in rows]), mask, ids)
+
+        return packed_by_length(forward, [len(state) for state in states], answer_ids, answer_mask, batch_tokens)
 
     def start(self, states: list[Tensor]) -> _Decoding:
         """As in LanguageModel."""
@@ -226,41 +227,15 @@ class EncoderDecoder:
         self, prompts: list[list[int]], *, num_beams: int, num_answers: int, max_new_tokens: int
     ) -> list[list[int]]:
         """As in LanguageModel."""
-        from transformers import GenerationConfig
-
         rules = self.rules
-        check_positions(max_new_tokens, positions(self.config)[1], "answer")
         ids, mask = pad_rows(prompts, rules.pad_id, self.device)
-        check_positions(ids.shape[1], positions(self.config)[0], "prompt")
-        # Rows beyond the tokenizer (T5 pads its embedding) are not tokens.
-        banned = [*rules.banned, *range(self.valid_vocab, self.config.vocab_size)]
+        self.positions.check(ids.shape[1], max_new_tokens)
+        beyond = range(self.valid_vocab, self.config.vocab_size)
+        search = {"num_beams": num_beams, "num_return_sequences": num_answers, "max_new_tokens": max_new_tokens}
+        settings = beam_search_settings(rules, beyond, **search)
         with own_generation_config(self.model):
-            sequences = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                generation_config=GenerationConfig(
-                    num_beams=num_beams,
-                    num_return_sequences=num_answers,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    decoder_start_token_id=rules.start_id,
-                    eos_token_id=list(rules.eos_ids),
-                    pad_token_id=rules.pad_id,
-                    forced_bos_token_id=rules.first,
-                    forced_eos_token_id=rules.last,
-                    suppress_tokens=banned or None,
-                    begin_suppress_tokens=list(rules.banned_at_start) or None,
-                    bad_words_ids=list(map(list, rules.banned_phrases)) or None,
-                    min_new_tokens=rules.min_tokens or None,
-                    no_repeat_ngram_size=rules.ngram or None,
-                    length_penalty=rules.length_penalty,
-                    early_stopping=rules.early_stopping,
-                ),
-            )
-        answers = sequences[:, 1:].tolist()  # without the start token
-
-        ends = [next((i for i, t in enumerate(row) if t in rules.eos_ids), len(row)) for row in answers]
-        return [row[: end + 1] for row, end in zip(answers, ends, strict=True)]
+            sequences = self.model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
+        return [rules.up_to_end(row) for row in sequences[:, 1:].tolist()]  # without the start token
 
 
 class _Decoding:
@@ -273,13 +248,13 @@ class _Decoding:
         self.encoded = pad_stack(states)
         self.mask = length_mask([len(s) for s in states]).to(lm.device)
         self.cache: Any = None
-        self.length, self.limit = 0, positions(lm.config)[1]
+        self.length, self.positions = 0, lm.positions
 
     def step(self, tokens: Tensor | None) -> Tensor:
         if tokens is None:
             tokens = torch.full((len(self.encoded),), self.lm.start_id, device=self.lm.device)
         self.length += 1
-        check_positions(self.length, self.limit, "answer")
+        self.positions.check(answer=self.length)
         out = self.decoder(
             input_ids=tokens[:, None],
             encoder_hidden_states=self.encoded,

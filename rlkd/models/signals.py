@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..records import TeacherSignal
 
-# All that a signal can hold, by name.
-SIGNAL = frozenset(field.name for field in fields(TeacherSignal))
+# All that a local model gives: `top_k` is for those who do not have the whole distribution.
+SIGNAL = frozenset(field.name for field in fields(TeacherSignal)) - {"top_k"}
 
 
 class SignalSource(Protocol):
@@ -45,13 +45,23 @@ class SignalSource(Protocol):
         ...
 
 
+@runtime_checkable
+class AnsweringSource(SignalSource, Protocol):
+    """A teacher without a model here that also answers held-out inputs."""
+
+    def greedy(self, texts: list[str], max_new_tokens: int) -> list[list[int]]:
+        """The token ids of its greedy answer to each text, end-of-sequence included."""
+        ...
+
+
 def check_signal(needs: Iterable[str], gives: Iterable[str], what: str, remedy: str) -> None:
     """Raises ConfigError naming what `what` (settings, in words) needs from the teacher and the teacher cannot
     provide.
     """
     missing = sorted(set(needs) - set(gives))
     if missing:
+        known = f"{', '.join(sorted(gives))} only" if gives else "nothing"
         raise ConfigError(
-            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher provides "
-            f"{', '.join(sorted(gives))} only: {remedy}"
+            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher provides {known}: "
+            f"{remedy}"
         )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..errors import ConfigError, DataError, ModelError, nearest
 
-DATA = {"dataset", "eval_dataset", "train_file", "dev_file"}
-FOLDERS = {"pseudo_labels", "templates_dir"}
+DATA = {"dataset", "eval_dataset", "train_file", "dev_file", "test_files"}
+FOLDERS = {"pseudo_labels", "content_free_labels", "templates_dir"}
 MODELS = {"teacher", "student", "model_name_or_path", "student_pretrained"}
 NAMES = DATA | FOLDERS | MODELS
 FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|gz|zst)$", re.IGNORECASE)
@@ -28,6 +28,8 @@ def refuse_missing_paths(argv: list[str] | None = None) -> None:
             given = {**_lines(Path(value)), **given}
         else:
             given[name] = value
+    if given.get("teacher_signal") == "recorded":  # no teacher is read
+        given.pop("teacher", None)
     for name, value in given.items():
         path = Path(value).expanduser()
         if name not in NAMES or not _is_local(name, value) or path.exists():

@@ -26,6 +26,8 @@ def describe_inputs(trainer: Any) -> dict[str, str]:
             f"{teacher.max_input_tokens} tokens, append_eos {teacher.append_eos}, {teacher.combination}, "
             f"{teacher.lm.valid_vocab} words"
         )
+    elif hasattr(teacher, "identity"):
+        described |= teacher.identity()
     for name, tokenizer in tokenizers.items():
         if tokenizer is not None:
             described[name] = tokenizer_digest(tokenizer)

@@ -20,14 +20,15 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..models.encoder_decoder import EncoderDecoder, Layers
+from ..models.encoder_decoder import T5GEMMA, EncoderDecoder, Layers
 from ..models.encoders.attention import score_attention
-from ..models.encoders.classifiers import PROJECTIONS_FILE, matched_layers
+from ..models.encoders.classifiers import matched_layers
+from ..models.encoders.outputs import PROJECTIONS_FILE
 from ..models.language_model import LanguageModel
 from ..models.policy import LayerProjections, Policy
 from ..models.teacher import Teacher
 from ..models.vocabulary import encode_texts
-from ..objectives.encoder import attention_distance, token_distance
+from ..objectives.neighbours import tinybert_attention, tinybert_hidden
 from ..records import Answers
 from ..tensors import pad_rows
 from .supervised_arguments import SupervisedArguments
@@ -74,16 +75,15 @@ class LayerTerms:
             if not layers:
                 continue
             chosen = [k - 1 for k in layers]
-            if "hidden_loss" in found:
-                # One weight per token: 1 / (tokens of its row x width x layers).
-                tokens = (own.mask / own.mask.sum(1, keepdim=True).clamp(min=1))[:, None]
-                hidden = ([h.float() for h in own.hidden], [theirs.hidden[k].float() for k in chosen])
-                distance = token_distance(*hidden, [tokens] * len(layers), normalise=False, reduction="sum")
-                found["hidden_loss"] += distance / (hidden[1][0].shape[-1] * len(layers))
-            if "attention_loss" in found:
-                pairs = pair_weights(own)
-                distance = attention_distance(own.scores, [theirs.scores[k] for k in chosen], pairs)
-                found["attention_loss"] += distance / len(layers)
+            for row, mask in enumerate(own.mask):
+                at, count = slice(row, row + 1), mask[None]
+                for k, layer in enumerate(chosen):
+                    if "hidden_loss" in found:
+                        pair = own.hidden[k][at].float(), theirs.hidden[layer][at].float()
+                        found["hidden_loss"] += tinybert_hidden(*pair, count) / len(layers)
+                    if "attention_loss" in found:
+                        maps = own.scores[k][at], theirs.scores[layer][at]
+                        found["attention_loss"] += tinybert_attention(*maps, count) / len(layers)
         return found
 
     @torch.no_grad()
@@ -108,29 +108,27 @@ class LayerTerms:
 
 
 def _layered(args: SupervisedArguments, role: str, lm: LanguageModel) -> EncoderDecoder:
-    if isinstance(lm, EncoderDecoder):
+    if isinstance(lm, EncoderDecoder) and lm.config.model_type != T5GEMMA:
         return lm
     raise ConfigError(
-        f"{args.layer_setting} compares the layers of encoder-decoder models, and the {role} is a "
+        f"{args.layer_setting} compares the layers of T5- and BART-like models, and the {role} is a "
         f"'{lm.model.config.model_type}' model: set it to 0"
     )
 
 
+def _heads(lm: EncoderDecoder) -> tuple[int, int]:
+    """Attention heads of encoder and decoder."""
+    heads = lm.config.num_attention_heads
+    return heads, getattr(lm.config, "decoder_attention_heads", heads)
+
+
 def _check_heads(args: SupervisedArguments, student: EncoderDecoder, teacher: EncoderDecoder) -> None:
-    own, theirs = (lm.config.num_attention_heads for lm in (student, teacher))
-    if own != theirs:
-        raise ConfigError(
-            f"attention_coef = {args.attention_coef}: the student has {own} attention heads and the teacher {theirs}, "
-            f"but they are compared head by head: set it to 0, or choose a student with {theirs}"
-        )
-
-
-def pair_weights(layers: Layers) -> Tensor:
-    """[B, L, L]: 1 / (pairs of the row) for each query p and key q that count, q <= p where attention is causal."""
-    pairs = layers.mask[:, :, None] & layers.mask[:, None, :]
-    if layers.causal:
-        pairs = pairs.tril()
-    return pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1)
+    for own, theirs in zip(_heads(student), _heads(teacher), strict=True):
+        if own != theirs:
+            raise ConfigError(
+                f"attention_coef = {args.attention_coef}: the student has {own} attention heads and the teacher "
+                f"{theirs}, but they are compared head by head: set it to 0, or choose a student with {theirs}"
+            )
 
 
 def reads_otherwise(teacher: Teacher, rows: Any, max_input_tokens: int) -> str | None:

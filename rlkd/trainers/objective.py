@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..models.heads import TokenFunction
+from ..models.signals import check_signal
 from ..objectives.closed_form import PolicyTerm, policy_terms
 from ..objectives.policy import Reduction, entropy, token_statistics
 from ..records import Answers, Distribution, Minibatch, TeacherSignal
@@ -118,6 +119,10 @@ class Objective(ABC):
     reads: frozenset[str] = frozenset()
     critic: bool = False
     loss_reduction: Reduction = "token_mean"
+
+    def check(self, gives: frozenset[str]) -> None:
+        """Raises ConfigError if a teacher that `gives` these fields of its signal lacks some that it reads."""
+        check_signal(self.needs, gives, self.what, self.remedy)
 
     def token_function(
         self, signal: TeacherSignal | None, annotations: Any = None

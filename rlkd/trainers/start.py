@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What the measurement reads of the teacher's signal.
+START_NEEDS = frozenset({"chosen", "max", "distribution"})
+
 
 @dataclass(frozen=True)
 class Start:
@@ -58,17 +61,17 @@ def start_sums(trainer: DistillationTrainer, batches: Iterable[Answers]) -> Tens
     """[6]: answers sampled from the trainer's policy, their regret, tokens and ends; states at which they go on, and
     the cost of an end there.
     """
-    lm = trainer.policy.lm
+    ends = list(rules_of(trainer.policy.lm).eos_ids)
     sums = torch.zeros(6, dtype=torch.float64, device=trainer.args.device)
     for answers in batches:
         mask, prompts = answers.answer_mask, [example.teacher_inputs for example in answers.examples]
         signal = trainer.teacher.score(prompts, answers.answer_ids, mask, distribution=True, ids=answers.ids)
         assert isinstance(signal.distribution, HeadOverStates)
         maximum, states = given(signal.max), signal.distribution.states[mask]
-        (eos_logits,) = signal.distribution.head.map(lambda logits: (logits[:, lm.eos_id],), states)
-        # max_a q(s_t, a) - q(s_t, EOS): the regret of ending here.
+        (eos_logits,) = signal.distribution.head.map(lambda logits: (logits[:, ends].amax(-1),), states)
+        # max_a q(s_t, a) - q(s_t, EOS): the regret of ending here, by the most probable end.
         gap = torch.zeros_like(maximum).masked_scatter(mask, maximum[mask] - eos_logits)
-        going_on = mask & ~torch.isin(answers.answer_ids, torch.tensor(rules_of(lm).eos_ids, device=mask.device))
+        going_on = mask & ~torch.isin(answers.answer_ids, torch.tensor(ends, device=mask.device))
         regret = regret_per_sequence(signal.chosen - maximum, mask)
         ones = torch.ones_like(regret)
         columns = (ones, regret, mask.sum(1), given(answers.finished), going_on.sum(1), (gap * going_on).sum(1))
@@ -87,7 +90,7 @@ class StartCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.weak_start == "ignore" or state.global_step > 0:
             return
-        missing = {"max", "distribution"} - self.trainer.teacher.gives
+        missing = START_NEEDS - self.trainer.teacher.gives
         if missing:
             message = (
                 "whether the student is strong enough to start cannot be checked: the teacher provides no "
