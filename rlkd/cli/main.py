@@ -18,7 +18,7 @@ from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
 from ..settings.paths import refuse_missing_paths
-from . import config, data, models, probe, prompts, report, rewards, train, vocabulary
+from . import config, data, evaluate, models, probe, prompts, report, rewards, train, vocabulary
 from .models import AllowBin
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ app.add_typer(train.app, name="train")
 app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
+app.command("evaluate")(evaluate.evaluate)
 app.command("merge-adapter")(models.merge_adapter)
 app.command("train-vocabulary")(vocabulary.train_vocabulary)
 app.command("cut-vocabulary")(vocabulary.cut_vocabulary)
@@ -118,8 +119,11 @@ def generate_pseudolabels(
     server_url: Annotated[
         str | None,
         typer.Option(
-            help="openai: a server with vLLM's API, http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."
+            help="openai: a server of vLLM or SGLang, http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."
         ),
+    ] = None,
+    server_api: Annotated[
+        Literal["vllm", "sglang"] | None, typer.Option(help="openai: whose API it is. Default: vllm.")
     ] = None,
     server_model: Annotated[
         str | None, typer.Option(help="openai: the teacher's name on the server. Default: the only model there.")

@@ -177,12 +177,7 @@ class TeacherArguments(SignalArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_signal()
-        if self.teacher_signal != "model" and self.template_combination == "pool":
-            raise ConfigError(
-                f"template_combination = 'pool': takes the teacher's model, and teacher_signal is "
-                f"{self.teacher_signal!r}: set it to average"
-            )
+        self.check_signal(self.template_combination)
 
 
 @dataclass
@@ -331,15 +326,14 @@ def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskRe
 def load_data(
     data: DataArguments, tokenizer: Any = None, *, references: bool = False, same_templates: bool = False
 ) -> tuple[Examples, Examples, Any, str]:
-    """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; every column
-    is checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
+    """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; columns are
+    checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
     tokenizer: to count the characters that it does not know. references: whether training reads them. same_templates:
     whether labels must have been made under the templates of the settings.
     Raises DataError or ConfigError.
     """
-    reading = Reading.of(vars(data), tokenizer)
-    source = _source(data, data.dataset, data.train_split, data.train_limit)
+    reading, source = Reading.of(vars(data), tokenizer), _source(data, data.dataset, data.train_split, data.train_limit)
     labels = None if data.pseudo_labels is None else _labels(data, reading, source, same_templates)
     held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)
     if held_out != replace(source, limit=None):
