@@ -138,6 +138,20 @@ def test_the_loss_is_that_of_the_recorded_logits(tmp_path):
     assert trainer(tmp_path / "b", other).train_dataset.fingerprint != made.train_dataset.fingerprint
 
 
+def test_a_resumed_run_is_the_same_run_and_needs_the_same_labels(tmp_path):
+    saved = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    straight, resumed = (trainer(tmp_path / name, train_rows(), **saved) for name in ("one", "two"))
+    straight.train()
+    checkpoint = str(tmp_path / "one" / "checkpoint-2")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for one, two in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    rows = train_rows()
+    rows[3]["logits"] = [0.0, 0.0]
+    with pytest.raises(ConfigError, match="other settings or inputs"):
+        trainer(tmp_path / "three", rows, **saved).train(resume_from_checkpoint=checkpoint)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -13,7 +13,7 @@ from rlkd.models.encoders.bilstm import BiLSTMConfig, BiLSTMForSequenceClassific
 from rlkd.models.encoders.classifiers import build_student
 from rlkd.objectives.neighbours import minilm_relation
 from rlkd.trainers.encoders.arguments import TKDArguments
-from rlkd.trainers.encoders.terms import PRESETS, TERMS
+from rlkd.trainers.encoders.terms import PRESETS, TERMS, Term
 from tiny import tiny_classifier
 from tiny_runs import assert_same, logged, weights
 
@@ -308,6 +308,18 @@ def test_all_terms_in_bf16_stay_close(tmp_path):
         values.append(next(row for row in logged(tmp_path / str(bf16)) if "loss" in row))
     for name in named:
         assert values[1][name] == pytest.approx(values[0][name], rel=0.1, abs=1e-3), name
+
+
+def test_a_term_of_ones_own(tmp_path, monkeypatch):
+    """An entry of the dictionary: what it needs is given, cached and no more."""
+    needs = frozenset({"embeddings"})
+    mine = Term(lambda b: mse_loss(b.student.embeddings[0], b.teacher.embeddings[0]), "mine", needs, needs)
+    monkeypatch.setitem(TERMS, "mine", mine)
+    model = build_student(tiny_classifier(seed=3), 2)
+    trainer = make(tmp_path, preset="kd", terms={"mine": 2.0}, teacher_cache="needed", model=model)
+    trainer.train()
+    assert all(row["weighted_mine"] == pytest.approx(2 * row["mine"]) for row in logged(tmp_path) if "mine" in row)
+    assert set(trainer.teacher_cache.parts) == {"logits", "embeddings"}
 
 
 def test_a_head_that_does_not_learn_is_named(tmp_path, caplog):

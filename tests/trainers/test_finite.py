@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from rlkd.errors import DivergenceError, ModelError
 from rlkd.models.loading import load_model
+from rlkd.trainers.encoders.terms import TERMS
 from tiny import save_pretrained, tiny_t5
 from tiny_runs import assert_same, examples, make, tiny_teacher, weights
 
@@ -140,13 +141,13 @@ def test_only_the_bad_rows_are_named(tmp_path, kind):
 
 
 @pytest.mark.parametrize("part", ["loss", "teacher"])
-def test_tkd(tmp_path, part):
+def test_tkd(tmp_path, monkeypatch, part):
     trainer = make_tkd(tmp_path, preset="kd")
     if part == "teacher":
         trainer.add_callback(Poisoned(trainer.teacher.classifier))
     else:
-        term = trainer.logit_term
-        trainer.logit_term = lambda own, theirs: term(own, theirs) * NAN
+        term = TERMS["kd"]
+        monkeypatch.setitem(TERMS, "kd", replace(term, loss=lambda batch: term.loss(batch) * NAN))
     tensors, plain, _ = diverges(trainer, f"^step 0: the {'teacher.s logits' if part == 'teacher' else 'loss'} is not")
     assert plain["ids"] == [str(i) for i in tensors["index"].tolist()]
     assert len(plain["texts"]["input_ids"]) == len(plain["ids"]) == 4

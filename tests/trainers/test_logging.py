@@ -13,6 +13,7 @@ from rlkd.evaluation.task_metrics import CLASSIFICATION_METRICS, TASK_METRICS
 from rlkd.jobs.encoder_data import LabelledData
 from rlkd.models.architectures import language_model
 from rlkd.models.policy import Policy
+from rlkd.trainers.encoders.terms import PRESETS, TERMS
 from tiny import tiny_tokenizer
 from tiny_runs import WORDS, assert_same, examples, labels, logged, make, student, tiny_teacher, weights
 
@@ -62,11 +63,14 @@ def run(kind, folder):
     data = LabelledData(
         name="x", train=[], dev={}, labels=("0", "1"), metrics=tuple(CLASSIFICATION_METRICS), note=""
     )  # fmt: skip
-    for preset in ("all-t-s-tkd", "rand"):
-        trainer = make_tkd(folder / preset, preset=preset, dev=labelled_rows(4), eval_strategy="steps", eval_steps=2)
+    others = {name: 1.0 for name in TERMS if name not in PRESETS["all-t-s-tkd"] + PRESETS["rand"]}
+    presets: dict[str, dict] = {"all-t-s-tkd": {}, "rand": {}, "custom": {"terms": others}}
+    for preset, options in presets.items():
+        dev = {"dev": labelled_rows(4), "eval_strategy": "steps", "eval_steps": 2}
+        trainer = make_tkd(folder / preset, preset=preset, **dev, **options)
         trainer.compute_metrics = data.compute_metrics()
         trainer.train()
-    return [line for preset in ("all-t-s-tkd", "rand") for line in logged(folder / preset)]
+    return [line for preset in presets for line in logged(folder / preset)]
 
 
 def when(line):
