@@ -62,8 +62,9 @@ _MODULES = {
     "models.heads": ("Head", "HeadOverStates"),
     "models.language_model": ("DecodingState", "LanguageModel"),
     "models.loading": ("load_model",),
+    "models.other_tokenizer": ("OtherTokenizer",),
     "models.policy": ("Policy",),
-    "models.signals": ("SignalSource",),
+    "models.signals": ("LocalSource", "SignalSource"),
     "models.spec": ("ModelSource", "ModelSpec", "TeacherSpec"),
     "models.teacher": ("Teacher",),
     "models.vocabulary": ("load_tokenizer", "valid_vocab"),
@@ -194,7 +195,9 @@ if TYPE_CHECKING:
     from .models.language_model import DecodingState as DecodingState
     from .models.language_model import LanguageModel as LanguageModel
     from .models.loading import load_model as load_model
+    from .models.other_tokenizer import OtherTokenizer as OtherTokenizer
     from .models.policy import Policy as Policy
+    from .models.signals import LocalSource as LocalSource
     from .models.signals import SignalSource as SignalSource
     from .models.spec import ModelSource as ModelSource
     from .models.spec import ModelSpec as ModelSpec

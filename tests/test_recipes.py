@@ -152,7 +152,7 @@ def _bad_inputs(folder: Path) -> dict[str, tuple[tuple[str, ...], int, tuple[str
             3,
             ("tiny_templates.yaml", "what is lef", "what is left"),
         ),
-        "vocabulary": (("--teacher", str(tiny / "foreign")), 2, ("vocabularies", "tokens", "first difference at id")),
+        "vocabulary": (("--teacher", str(tiny / "foreign")), 2, ("another vocabulary", "one_step", "distribution")),
         "decoder-only teacher": (("--teacher", str(tiny / "decoder")), 2, ("teacher", "decoder", "gpt2", "T5")),
         "float16": (("--teacher_dtype", "float16"), 2, ("teacher_dtype", "bfloat16", "float32")),
         "no such teacher": (("--teacher", str(tiny / "nobody")), 2, ("teacher", "nobody")),

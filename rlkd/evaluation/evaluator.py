@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ..models.policy import Policy
-from ..models.teacher import Teacher
+from ..models.signals import LocalSource
 from ..models.vocabulary import decode_texts, token_pieces
 from ..objectives.advantages import regret_per_sequence
 from ..objectives.policy import kl_k3
 from ..objectives.rewards import induced_advantage
 from ..records import Answers, Example, given
-from ..sampling.decode import decode, greedy
-from ..sampling.rollouts import greedy_answers, sample_rollouts
+from ..sampling.rollouts import greedy_answers, greedy_writer, sample_rollouts
 from .task_metrics import RowMean, RowScore, try_metric
 
 # The numbers of every row, for the greedy and the sampled answer; `rlkd.metrics` defines them.
@@ -35,7 +34,7 @@ class Evaluator:
     run in the precision of their weights, as the saved student will, whatever mixed precision the training uses.
     """
 
-    teacher: Teacher
+    teacher: LocalSource
     tokenizer: Any
     examples: Sequence[Example]
     max_input_tokens: int
@@ -127,10 +126,9 @@ class Evaluator:
         # By prompt: ids need not be unique in examples made in memory.
         missing = [e for e in examples if e.teacher_inputs[0] not in self._teacher_answers]
         if missing:
-            states = self.teacher.prompt_states([e.teacher_inputs[0] for e in missing])
-            answer = decode(self.teacher.lm, states, greedy, max_new_tokens=self.max_new_tokens)
-            for example, ids, mask in zip(missing, answer.ids, answer.mask, strict=True):
-                self._teacher_answers[example.teacher_inputs[0]] = ids[mask].tolist()
+            most, inputs = self.max_new_tokens, [e.teacher_inputs for e in missing]
+            for example, ids in zip(missing, self.teacher.answer(inputs, greedy_writer(most), most), strict=True):
+                self._teacher_answers[example.teacher_inputs[0]] = ids
         return [self._teacher_answers[e.teacher_inputs[0]] for e in examples]
 
     def names(self) -> list[str]:

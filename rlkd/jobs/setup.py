@@ -23,11 +23,13 @@ from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
 from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
-from ..models.spec import Dtype, ModelSpec, check_pair
-from ..models.teacher import Teacher, TemplateCombination
+from ..models.signals import LocalSource
+from ..models.spec import Dtype, ModelSpec
+from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
+from .pair import check_teacher, load_teacher, teacher_spec
 from .text_files import TextFileArguments
 from .wiring import Reading, RowSource
 
@@ -168,7 +170,7 @@ class Setup:
     """What a trainer is built from."""
 
     student: Any
-    teacher: Teacher
+    teacher: LocalSource
     tokenizer: Any
     train_examples: Examples
     eval_examples: Examples
@@ -198,13 +200,11 @@ def prepare(
     check_labels(training, given=data.pseudo_labels is not None, name="pseudo_labels")
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
-    ours, theirs = _student_spec(student, teacher), _teacher_spec(teacher, training)
+    ours, theirs = _student_spec(student, teacher), teacher_spec(teacher, training)
     if student.use_peft:
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
-    check_pair(theirs, ours)
-    for spec in (theirs, ours):
-        spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
+    other = check_teacher(theirs, ours, training)
     if student.use_peft and ours.adapter:
         check_same_settings(ours.adapter, _peft_config(student))
     task_reward = _task_reward(data, training)
@@ -215,7 +215,8 @@ def prepare(
         rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
         references_of(evaluation[:rows])
     if training.process_index == 0:
-        print(note if data.templates else f"{note}\nno templates: the teacher reads what the student reads")
+        lines = (note, None if data.templates else "no templates: the teacher reads what the student reads", other)
+        print("\n".join(line for line in lines if line is not None))
 
     model = ours.load()
     if student.use_peft and not ours.adapter:
@@ -223,17 +224,9 @@ def prepare(
         model = add_adapter(model, _peft_config(student))
     if student.use_peft:
         model = without_dropout(model)
-    frozen = Teacher(
-        theirs.language_model(),
-        ours.tokenizer,
-        max_input_tokens=training.max_input_tokens,
-        append_eos=teacher.teacher_append_eos,
-        combination=teacher.template_combination,
-        cache_bytes=teacher.teacher_cache_mb * 2**20,
-    )
     return Setup(
         student=model,
-        teacher=frozen,
+        teacher=load_teacher(theirs, ours, teacher, training),
         tokenizer=ours.tokenizer,
         train_examples=train,
         eval_examples=evaluation,
@@ -267,19 +260,6 @@ def _peft_config(student: ModelConfig) -> Any:
     if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
         config.target_modules = {config.target_modules}
     return config
-
-
-def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> ModelSpec:
-    return ModelSpec(
-        teacher.teacher,
-        "teacher",
-        revision=teacher.teacher_revision,
-        dtype=teacher.teacher_dtype,
-        device=str(training.device),
-        allow_bin=teacher.allow_bin,
-        src_lang=teacher.src_lang,
-        tgt_lang=teacher.tgt_lang,
-    )
 
 
 def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskReward | None:

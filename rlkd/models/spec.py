@@ -278,6 +278,15 @@ def check_pair(teacher: ModelSpec, student: ModelSpec) -> int:
     return size
 
 
+def other_vocabulary(teacher: ModelSpec, student: ModelSpec) -> str:
+    """What is done for two models with different vocabularies, in words."""
+    sizes = " and ".join(f"{len(spec.tokenizer.get_vocab()):,}" for spec in (teacher, student))
+    return (
+        f"teacher '{teacher.name}' and student '{student.name}' have different vocabularies ({sizes} tokens): answers "
+        "are scored as text in the teacher's tokens, and each token of the student gets its share by characters"
+    )
+
+
 def default_device() -> str:
     """`cuda` where there is one, else `cpu`."""
     import torch

@@ -25,7 +25,7 @@ from .encoder_decoder import positions
 from .generation import AnswerRules, rules_of
 from .heads import HeadOverStates
 from .language_model import LanguageModel
-from .signals import SIGNAL
+from .signals import SIGNAL, LocalSource, Write
 from .vocabulary import encode_texts
 
 TemplateCombination = Literal["average", "pool"]
@@ -62,7 +62,7 @@ class PromptCache:
 
 
 @dataclass
-class Teacher:
+class Teacher(LocalSource):
     """A frozen language model with its tokenizer.
 
     max_input_tokens  prompts are cut to this
@@ -74,7 +74,7 @@ class Teacher:
     Raises ConfigError for another combination.
     """
 
-    gives: ClassVar[frozenset[str]] = SIGNAL
+    gives: ClassVar[frozenset[str]] = SIGNAL  # type: ignore[misc]
 
     lm: LanguageModel
     tokenizer: Any
@@ -104,6 +104,14 @@ class Teacher:
     def model(self) -> Any:
         """The transformers model."""
         return self.lm.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        return {"teacher": self}
 
     def prompt_states(self, texts: list[str]) -> list[Tensor]:
         """The state of each text as a prompt; only those that are not in the cache are computed.
@@ -159,6 +167,27 @@ class Teacher:
         limits = head.rules.limits(answer_ids, answer_mask)
         given_limits = None if limits is None else unpack(limits, answer_mask)
         return replace(combined, distribution=HeadOverStates(unpack(mixed, answer_mask), head, given_limits))
+
+    @torch.no_grad()
+    def score_ends(
+        self,
+        teacher_inputs: list[tuple[str, ...]],
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        ids: list[str] | None = None,
+    ) -> tuple[TeacherSignal, Tensor]:
+        """As in `LocalSource`."""
+        signal = self.score(teacher_inputs, answer_ids, answer_mask, distribution=True, ids=ids)
+        assert isinstance(signal.distribution, HeadOverStates)
+        states, eos = signal.distribution.states[answer_mask], self.lm.eos_id
+        (ends,) = signal.distribution.head.map(lambda logits: (logits[:, eos],), states)
+        going_on = ~torch.isin(answer_ids[answer_mask], torch.tensor(self.rules.eos_ids, device=self.device))
+        cost = (given(signal.max)[answer_mask] - ends)[going_on]
+        return signal, torch.stack([cost.double().sum(), going_on.double().sum()])
+
+    def answer(self, teacher_inputs: list[tuple[str, ...]], write: Write, max_new_tokens: int) -> list[list[int]]:
+        """As in `LocalSource`."""
+        return write(self.lm, self.prompt_states([texts[0] for texts in teacher_inputs]))
 
     @torch.no_grad()
     def alternatives(self, distribution: HeadOverStates, answer_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,11 @@ def vocabulary_record(tokenizer: Any) -> dict[str, Any]:
     return {"tokens": len(tokenizer.get_vocab()), "eos": tokenizer.eos_token_id, "sha256": digest.hexdigest()[:16]}
 
 
+def same_vocabulary(one: Any, other: Any) -> bool:
+    """Whether every id is the same token to both tokenizers."""
+    return one is other or one.get_vocab() == other.get_vocab()
+
+
 def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher: str, student: str) -> int:
     """Number of valid ids shared by both tokenizers. Raises ModelError with both sizes and the first differing token.
 
@@ -46,10 +51,8 @@ def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teache
     raise ModelError(
         f"teacher '{teacher}' and student '{student}' have different vocabularies: {len(ours):,} and "
         f"{len(theirs):,} tokens; "
-        f"first difference at id {first}: {ours.get(first)!r} against {theirs.get(first)!r}. A token-level reward "
-        f"needs the "
-        "same tokenizer: choose a student of the teacher's family (google-t5/t5-base for bigscience/T0*, "
-        "google/mt5-small for mT5)."
+        f"first difference at id {first}: {ours.get(first)!r} against {theirs.get(first)!r}. Their token ids are "
+        "compared here: choose models with the same tokenizer, or wrap the teacher in OtherTokenizer, as recipes do."
     )
 
 

@@ -24,8 +24,8 @@ from ..models.architectures import language_model
 from ..models.heads import RowLoss
 from ..models.policy import Policy
 from ..models.saving import evaluated_generation
-from ..models.signals import SignalSource, check_signal
-from ..models.teacher import Teacher
+from ..models.signals import LocalSource, SignalSource, check_signal
+from ..models.vocabulary import check_same_vocabulary, same_vocabulary
 from ..objectives.policy import reduce_tokens, reduction_count
 from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal, select_rows
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
@@ -80,7 +80,7 @@ class DistillationTrainer(StudentTrainer):
         self.evaluator: Evaluator | None = None
         eval_examples = eval_examples if eval_examples is not None and len(eval_examples) else None
         if eval_examples is not None:
-            if not isinstance(teacher, Teacher):
+            if not isinstance(teacher, LocalSource):
                 raise ConfigError("the teacher answers eval_examples, too: give a local Teacher, or no eval_examples.")
             self.evaluator = Evaluator(
                 teacher,
@@ -110,15 +110,21 @@ class DistillationTrainer(StudentTrainer):
         objective = self.objective
         if objective.needs and self.teacher is None:
             raise ConfigError(f"{objective.what} needs a teacher: give one, or {objective.remedy}")
+        if isinstance(self.teacher, LocalSource) and not same_vocabulary(self.teacher.tokenizer, self.tokenizer):
+            check_same_vocabulary(self.teacher.tokenizer, self.tokenizer, "in memory", "in memory")
         if self.teacher is not None:
-            check_signal(objective.needs, self.teacher.gives, objective.what, objective.remedy)
+            why = getattr(self.teacher, "lacks", "")
+            check_signal(objective.needs, self.teacher.gives, objective.what, objective.remedy, why=why)
 
     def collate(self, rows: list[Any]) -> Any:
         """A batch of the training data; as it is unless a subclass reads rows."""
         return rows
 
     def models(self) -> dict[str, Any]:
-        return {"teacher": self.teacher and self.teacher.model, "student": self.policy.student}
+        teachers: dict[str, Any] = {"teacher": self.teacher and self.teacher.model}
+        if isinstance(self.teacher, LocalSource):
+            teachers = {role: teacher.model for role, teacher in self.teacher.teachers.items()}
+        return {**teachers, "student": self.policy.student}
 
     # Evaluation: the Evaluator replaces the Trainer's loss-only loop.
 

@@ -30,6 +30,7 @@ from ..evaluation.recording import rollout_samples
 from ..evaluation.samples import Sample
 from ..io.provenance import described
 from ..labels.makers import announce
+from ..models.signals import LocalSource
 from ..models.teacher import Teacher
 from ..objectives.policy import reduction_count
 from ..records import Answers, Example, Minibatch, select_rows
@@ -262,7 +263,7 @@ class OnPolicyTrainer(DistillationTrainer):
                 self.record(**{name: value})
 
     def rollout_samples(self) -> list[Sample]:
-        if self.newest is None or not self.newest.answers.examples or not isinstance(self.teacher, Teacher):
+        if self.newest is None or not self.newest.answers.examples or not isinstance(self.teacher, LocalSource):
             return []
         used, value = self.objective.shown(self.newest.annotations), getattr(self.args, "reward_value", "max")
         return rollout_samples(self.teacher, self.tokenizer, self.newest.answers, value, used)
