@@ -51,6 +51,7 @@ _MODULES = {
     "jobs.study_runner": ("run_study",),
     "jobs.timed_training": ("timed_training",),
     "labels.options": ("RunOptions",),
+    "labels.recorded": ("RecordedTeacher",),
     "labels.pseudolabels": ("generate_pseudolabels",),
     "labels.store": ("labels_finished", "load_pseudolabels"),
     "metrics": ("Metric",),
@@ -179,6 +180,7 @@ if TYPE_CHECKING:
     from .jobs.timed_training import timed_training as timed_training
     from .labels.options import RunOptions as RunOptions
     from .labels.pseudolabels import generate_pseudolabels as generate_pseudolabels
+    from .labels.recorded import RecordedTeacher as RecordedTeacher
     from .labels.store import labels_finished as labels_finished
     from .labels.store import load_pseudolabels as load_pseudolabels
     from .metrics import Metric as Metric

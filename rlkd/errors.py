@@ -51,6 +51,12 @@ class LockedError(RlkdError):
     exit_code = 75
 
 
+class ServerError(RlkdError):
+    """A server that is down, too slow or failing; finished work is kept, and trying again later may work."""
+
+    exit_code = 75
+
+
 class InterruptedRunError(RlkdError):
     """A signal stopped the run; finished work is saved. Exit code as the shell gives it: 128 + signal."""
 

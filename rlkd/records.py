@@ -129,6 +129,7 @@ class Answers(Batched):
     policy_logps     [B, R] that under the policy which sampled, at temperature 1; None where it is behaviour_logps: a
                      temperature, top_p or the teacher's share makes the difference
     cut_mass         [B, R] probability of the tokens that top_p left out; None without
+    weights          [B] what the loss of each answer is multiplied by; None: 1
     finished         [B] bool, False where max_new_tokens cut the answer (not a terminal state); None for labels
     """
 
@@ -141,6 +142,7 @@ class Answers(Batched):
     finished: Tensor | None = None
     policy_logps: Tensor | None = None
     cut_mass: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def own_logps(self) -> Tensor | None:
@@ -171,6 +173,17 @@ class Distribution(Protocol):
     def logits(self, *token_args: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True, slots=True)
+class TopTokens(Batched):
+    """The K most probable next tokens at each token of answers, best first; zeros at padding.
+
+    ids    [B, R, K] int64;  logps  [B, R, K] natural log-probabilities
+    """
+
+    ids: Tensor
+    logps: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSignal(Batched):
     """A teacher's signal for given answers, in the raw-logit gauge, float32; None for what it cannot provide.
@@ -184,6 +197,7 @@ class TeacherSignal(Batched):
     mean          [B, R] mean logit over the valid vocabulary
     entropy       [B, R] entropy of the next-token distribution, nats
     distribution  the next-token distributions themselves, if asked for
+    top_k         their most probable tokens, where those alone were recorded
     """
 
     chosen: Tensor
@@ -192,6 +206,7 @@ class TeacherSignal(Batched):
     mean: Tensor | None = None
     entropy: Tensor | None = None
     distribution: Distribution | None = None
+    top_k: TopTokens | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

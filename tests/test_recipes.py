@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSeq2SeqLM, GPT2Config
+from transformers import AutoModelForSeq2SeqLM, BertConfig
 
 from rlkd import (
     DataArguments,
@@ -140,7 +140,7 @@ def _bad_inputs(folder: Path) -> dict[str, tuple[tuple[str, ...], int, tuple[str
     """Flags, the exit code, and what the one screen must say."""
     tiny = folder / "runs" / "tiny"
     (tiny / "empty.jsonl").write_text("")
-    GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1).save_pretrained(tiny / "decoder")
+    BertConfig(vocab_size=8).save_pretrained(tiny / "encoder")
     words = [*tiny_tokenizer().get_vocab(), "extra"]
     save_pretrained(tiny / "foreign", tiny_t5(), tiny_tokenizer(words))
     return {
@@ -153,7 +153,7 @@ def _bad_inputs(folder: Path) -> dict[str, tuple[tuple[str, ...], int, tuple[str
             ("tiny_templates.yaml", "what is lef", "what is left"),
         ),
         "vocabulary": (("--teacher", str(tiny / "foreign")), 2, ("another vocabulary", "one_step", "distribution")),
-        "decoder-only teacher": (("--teacher", str(tiny / "decoder")), 2, ("teacher", "decoder", "gpt2", "T5")),
+        "encoder as teacher": (("--teacher", str(tiny / "encoder")), 2, ("teacher", "bert", "an encoder", "llama")),
         "float16": (("--teacher_dtype", "float16"), 2, ("teacher_dtype", "bfloat16", "float32")),
         "no such teacher": (("--teacher", str(tiny / "nobody")), 2, ("teacher", "nobody")),
         "flag typo": (("--kl_coeff", "0.1"), 2, ("kl_coeff", "kl_coef")),

@@ -130,7 +130,7 @@ def generate_pseudolabels(
         typer.Option(help="Quantize the teacher's linear layers (bitsandbytes): approximate; the error is measured."),
     ] = "none",
     allow_bin: AllowBin = False,
-    input_eos: Annotated[bool, typer.Option(help="End prompts with end-of-sequence. T0: --no-input-eos.")] = True,
+    input_eos: Annotated[bool | None, typer.Option("--input-eos/--no-input-eos", help=prompts.INPUT_EOS)] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
         str | None, typer.Option(help="i/n: make only every n-th shard, from shard i; combine with rlkd data merge.")

@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 
 SPEC = "dataset[/subset][:name] or file.yaml[:name]; a template id or a hub id also works"
+INPUT_EOS = "End prompts with end-of-sequence. T0: --no-input-eos. Default: yes for encoder-decoders."
 TEMPLATES_DIR = (
     "Folder, YAML file or archive (.tar.gz, .zip) of templates. Default: ./prompts, those shipped with rlkd, an "
     "installed promptsource, the archive of `rlkd prompts download`."

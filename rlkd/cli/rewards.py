@@ -67,9 +67,7 @@ def inspect_rewards(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
     max_input_tokens: Annotated[int, typer.Option(help="Maximum length of a prompt, in tokens.", min=1)] = 512,
-    input_eos: Annotated[
-        bool, typer.Option(help="End the teacher's prompts with end-of-sequence. T0: --no-input-eos.")
-    ] = True,
+    input_eos: Annotated[bool | None, typer.Option("--input-eos/--no-input-eos", help=prompts.INPUT_EOS)] = None,
     src_lang: Annotated[
         str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
     ] = None,

@@ -96,7 +96,8 @@ def answers_as_rollouts(teacher: LocalSource, examples: list[Example], answers: 
 
 def as_rollouts(teacher: LocalSource, examples: list[Example], ids: Tensor, mask: Tensor, finished: Tensor) -> Answers:
     """Answers given as ids [B, R], mask [B, R] and whether each is finished [B]; `behaviour_logps` are zeros."""
-    prompts = encode_texts(teacher.tokenizer, [e.student_input for e in examples], teacher.max_input_tokens)
+    texts, append_eos = [example.student_input for example in examples], teacher.rules.end_of_prompts
+    prompts = encode_texts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=append_eos)
     input_ids, input_mask = pad_rows(prompts, teacher.rules.pad_id, teacher.device)
     return Answers(
         examples=examples,

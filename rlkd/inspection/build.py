@@ -13,7 +13,7 @@ from ..evaluation.token_rewards import answers_as_rollouts, score_rollouts
 from ..models.architectures import language_model
 from ..models.policy import Policy
 from ..models.signals import LocalSource
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import NO_LIMIT, encode_answers
 from ..objectives.rewards import REWARDS, RewardName
 from ..records import Answers, Example
 from ..sampling.rollouts import greedy_answers, greedy_writer
@@ -134,6 +134,6 @@ def _ends(teacher: LocalSource, tokenizer: Any, texts: list[str], max_new_tokens
     rules = teacher.rules
     whole = [
         rules.complete([*(token for token in row if token not in rules.eos_ids), rules.eos_ids[0]])
-        for row in encode_texts(tokenizer, texts, max_new_tokens + 1, append_eos=False)
+        for row in encode_answers(tokenizer, texts, NO_LIMIT, rules)
     ]
     return [row[:max_new_tokens] for row in whole]

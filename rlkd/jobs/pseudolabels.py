@@ -11,6 +11,7 @@ from ..labels.folder import check_output
 from ..labels.maintenance import part_of
 from ..labels.options import RunOptions
 from ..labels.pseudolabels import label_rows
+from ..models.spec import TeacherSpec
 from ..sampling.engines.protocol import Decoding, EngineSettings
 from ..sampling.engines.registry import choose_engine
 from ..sampling.ranking import choice_problem
@@ -43,7 +44,7 @@ def label(
         earlier=manifest.header["scan"] if manifest.headers else None,
     )
     if decoding is None:
-        _check_choices(source.render.templates, teacher.tokenizer)
+        _check_choices(source.render.templates, teacher)
     options = RunOptions(
         seed=request["seed"],
         on_long=request["on_long"],
@@ -66,11 +67,11 @@ def label(
     )
 
 
-def _check_choices(templates: Sequence[Template], tokenizer: Any) -> None:
+def _check_choices(templates: Sequence[Template], teacher: TeacherSpec) -> None:
     """Raise ConfigError for a template whose answer choices, the same for all rows, have the same tokens or none."""
     for template in templates:
         choices = template.fixed_choices
-        if choices is not None and (problem := choice_problem(tokenizer, choices)):
+        if choices is not None and (problem := choice_problem(teacher.tokenizer, choices, rules=teacher.rules)):
             raise ConfigError(
                 f"strategy = 'rank': {template}: {problem}, so no answer can be chosen. Change its answer_choices."
             )

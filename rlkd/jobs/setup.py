@@ -23,13 +23,21 @@ from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
 from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
-from ..models.signals import LocalSource
-from ..models.spec import Dtype, ModelSpec
+from ..models.signals import SignalSource
+from ..models.spec import Dtype, ModelSpec, TeacherSpec
 from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
-from .pair import check_teacher, load_teacher, teacher_spec
+from .teachers import (
+    SignalArguments,
+    check_models,
+    check_recorded_signal,
+    local_teacher,
+    recorded_teacher,
+    refuse_other_templates,
+    served_teacher,
+)
 from .text_files import TextFileArguments
 from .wiring import Reading, RowSource
 
@@ -129,18 +137,23 @@ class DataArguments(TextFileArguments):
 
 
 @dataclass
-class TeacherArguments:
+class TeacherArguments(SignalArguments):
     """The prompted teacher. The student is TRL's ModelConfig (model_name_or_path, dtype, use_peft, ...)."""
 
     teacher: str = field(
-        default="bigscience/T0_3B", metadata={"help": "Hub id or folder of a T5- or BART-family model."}
+        default="bigscience/T0_3B",
+        metadata={"help": "Hub id or folder of a language model: T5, BART, Llama, Qwen, Gemma, GPT-2 ..."},
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_dtype: Dtype = field(
         default="bfloat16", metadata={"help": "Precision of the teacher; float16 is refused for T5."}
     )
-    teacher_append_eos: bool = field(
-        default=True, metadata={"help": "End the teacher's inputs with end-of-sequence: T5 and Flan-T5 yes, T0 no."}
+    teacher_append_eos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "End the teacher's inputs with end-of-sequence: T5 and Flan-T5 yes, T0 no. null: encoder-decoders "
+            "yes; decoder-only models continue their prompts."
+        },
     )
     src_lang: str | None = field(
         default=None,
@@ -163,6 +176,12 @@ class TeacherArguments:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self.check_signal()
+        if self.teacher_signal != "model" and self.template_combination == "pool":
+            raise ConfigError(
+                f"template_combination = 'pool': takes the teacher's model, and teacher_signal is "
+                f"{self.teacher_signal!r}: set it to average"
+            )
 
 
 @dataclass
@@ -170,7 +189,7 @@ class Setup:
     """What a trainer is built from."""
 
     student: Any
-    teacher: LocalSource
+    teacher: SignalSource | None
     tokenizer: Any
     train_examples: Examples
     eval_examples: Examples
@@ -200,15 +219,25 @@ def prepare(
     check_labels(training, given=data.pseudo_labels is not None, name="pseudo_labels")
     if not student.model_name_or_path:
         raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
-    ours, theirs = _student_spec(student, teacher), teacher_spec(teacher, training)
+    recorded = teacher.teacher_signal == "recorded"
+    if recorded:
+        check_recorded_signal(training)
+    ours, theirs = _student_spec(student, teacher), None if recorded else _teacher_spec(teacher, training)
     if student.use_peft:
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
-    other = check_teacher(theirs, ours, training)
+    other = check_models(theirs, ours, training)
     if student.use_peft and ours.adapter:
         check_same_settings(ours.adapter, _peft_config(student))
     task_reward = _task_reward(data, training)
-    train, evaluation, labels, note = load_data(data, ours.tokenizer, references=task_reward is not None)
+    train, evaluation, labels, note = load_data(
+        data, ours.tokenizer, references=task_reward is not None, same_templates=recorded
+    )
+    frozen: SignalSource | None = None
+    if theirs is None:
+        frozen = recorded_teacher(labels, training, ours.tokenizer)
+    elif theirs.model.served:
+        frozen = served_teacher(theirs, teacher.server, training)
     if task_reward is not None:
         task_reward.try_on(train)
     if data.task_metric != "none":
@@ -224,9 +253,12 @@ def prepare(
         model = add_adapter(model, _peft_config(student))
     if student.use_peft:
         model = without_dropout(model)
+    if theirs is not None and not theirs.model.served:
+        cache_bytes = teacher.teacher_cache_mb * 2**20
+        frozen = local_teacher(theirs, ours, combination=teacher.template_combination, cache_bytes=cache_bytes)
     return Setup(
         student=model,
-        teacher=load_teacher(theirs, ours, teacher, training),
+        teacher=frozen,
         tokenizer=ours.tokenizer,
         train_examples=train,
         eval_examples=evaluation,
@@ -262,6 +294,21 @@ def _peft_config(student: ModelConfig) -> Any:
     return config
 
 
+def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> TeacherSpec:
+    model = ModelSpec(
+        teacher.teacher,
+        "teacher",
+        revision=teacher.teacher_revision,
+        dtype=teacher.teacher_dtype,
+        device=str(training.device),
+        allow_bin=teacher.allow_bin,
+        served=teacher.teacher_signal == "server",
+        src_lang=teacher.src_lang,
+        tgt_lang=teacher.tgt_lang,
+    )
+    return TeacherSpec(model, training.max_input_tokens, teacher.teacher_append_eos)
+
+
 def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskReward | None:
     """The task reward that the settings name. Raises ConfigError if it needs references and there are none."""
     name = getattr(training, "task_reward", None)
@@ -275,17 +322,18 @@ def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskRe
 
 
 def load_data(
-    data: DataArguments, tokenizer: Any = None, *, references: bool = False
+    data: DataArguments, tokenizer: Any = None, *, references: bool = False, same_templates: bool = False
 ) -> tuple[Examples, Examples, Any, str]:
     """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; every column
     is checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
-    tokenizer: to count the characters that it does not know. references: whether training reads them.
+    tokenizer: to count the characters that it does not know. references: whether training reads them. same_templates:
+    whether labels must have been made under the templates of the settings.
     Raises DataError or ConfigError.
     """
     reading = Reading.of(vars(data), tokenizer)
     source = _source(data, data.dataset, data.train_split, data.train_limit)
-    labels = None if data.pseudo_labels is None else _labels(data, reading, source)
+    labels = None if data.pseudo_labels is None else _labels(data, reading, source, same_templates)
     held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)
     if held_out != replace(source, limit=None):
         # Without a task reward, training never looks at references.
@@ -322,7 +370,7 @@ def _source(data: DataArguments, dataset: str, split: str, limit: int | None) ->
     )
 
 
-def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets.Dataset:
+def _labels(data: DataArguments, reading: Reading, train: RowSource, same_templates: bool) -> datasets.Dataset:
     """The labels to learn; warns where they were made otherwise than the settings say."""
     labels = load_pseudolabels(str(data.pseudo_labels))
     student = reading.student_template
@@ -331,6 +379,8 @@ def _labels(data: DataArguments, reading: Reading, train: RowSource) -> datasets
     if Path(data.dataset).exists() or is_pattern(data.dataset):
         settings |= {"sha256": train.stream(()).identity()["sha256"]}
     found = differences(labels, dataset=data.dataset, templates=reading.templates, settings=settings)
+    if same_templates:
+        refuse_other_templates(found, str(data.pseudo_labels))
     if found:
         logger.warning(
             "%s: the labels were made otherwise than this run's settings say; they count for training, the settings "

@@ -170,7 +170,9 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
     model.check()
     ranked = settings.get("strategy") == "rank"
     model.check_lengths(settings["max_input_tokens"], None if ranked else settings.get("max_new_tokens"))
-    return TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])
+    teacher = TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])
+    _ = teacher.append_eos  # said before weights load
+    return teacher
 
 
 def _templates(spec: str, settings: Mapping[str, Any]) -> list[Template]:

@@ -162,7 +162,7 @@ class Labeller:
         """The prompts whose answer choices have different tokens, and not too many; the others fail."""
         longest = getattr(self.teacher, "longest_answer", None)
         found = {
-            choices: choice_problem(self.teacher.tokenizer, choices, longest)
+            choices: choice_problem(self.teacher.tokenizer, choices, longest, self.rules)
             for choices in {s.choices or () for s in slots}
         }
         for slot in slots:

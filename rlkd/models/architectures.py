@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from .encoder_decoder import BART_FAMILY, M2M_FAMILY, NOISE, T5_FAMILY, EncoderDecoder, check_precision, positions
-from .generation import check_supported
+from . import decoder_only, encoder_decoder
+from .generation import AnswerRules, check_supported, read_rules
 from .language_model import LanguageModel
-from .vocabulary import check_vocabulary_fits, valid_vocab
+from .positions import Positions
+from .vocabulary import check_ends, check_vocabulary_fits, valid_vocab
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Architecture:
     lora_task_type      what PEFT calls it
     noise               configuration fields that `load_model` sets to 0: those that make a forward random
     check               (configuration, role, name, dtype): raises ModelError if the model cannot be used that way
-    positions           configuration -> longest prompt and longest answer in tokens, None where there is no limit
+    positions           configuration -> how long prompts and answers may be
+    rules               as `generation.read_rules`, which it is by default
     """
 
     wrap: Callable[[Any, int], LanguageModel]
@@ -36,7 +38,8 @@ class Architecture:
     lora_task_type: str
     noise: tuple[str, ...]
     check: Callable[[Any, str, str, torch.dtype], None]
-    positions: Callable[[Any], tuple[int | None, int | None]] = lambda config: (None, None)
+    positions: Callable[[Any], Positions] = lambda config: Positions()
+    rules: Callable[[Any, Any, str, str, int], AnswerRules] = read_rules
 
     def takes(self, config: Any) -> bool:
         """Whether models with this configuration have this architecture."""
@@ -45,16 +48,48 @@ class Architecture:
 
 LANGUAGE_MODELS: dict[str, Architecture] = {
     "encoder-decoder": Architecture(
-        wrap=EncoderDecoder,
-        model_types=T5_FAMILY + BART_FAMILY + M2M_FAMILY,
+        wrap=encoder_decoder.EncoderDecoder,
+        model_types=encoder_decoder.FAMILIES,
         is_encoder_decoder=True,
         auto_class="AutoModelForSeq2SeqLM",
         lora_task_type="SEQ_2_SEQ_LM",
-        noise=NOISE,
-        check=check_precision,
-        positions=positions,
+        noise=encoder_decoder.NOISE,
+        check=encoder_decoder.check_precision,
+        positions=encoder_decoder.positions,
+    ),
+    "decoder-only": Architecture(
+        wrap=decoder_only.DecoderOnly,
+        model_types=decoder_only.FAMILIES,
+        is_encoder_decoder=False,
+        auto_class="AutoModelForCausalLM",
+        lora_task_type="CAUSAL_LM",
+        noise=decoder_only.NOISE,
+        check=decoder_only.check,
+        positions=decoder_only.positions,
+        rules=decoder_only.read_rules,
     ),
 }
+
+
+# What cannot be a language model here -> its types, of those that a checkpoint is likely to have.
+REFUSED: dict[str, tuple[str, ...]] = {
+    "an encoder, which writes no text": (
+        "bert", "roberta", "distilbert", "electra", "albert", "deberta", "deberta-v2", "modernbert", "xlm-roberta",
+        "camembert", "big_bird",
+    ),
+    "a state-space or recurrent model, whose state is not that of single tokens": (
+        "mamba", "mamba2", "falcon_mamba", "falcon_h1", "rwkv", "xlstm", "recurrent_gemma", "jamba", "bamba", "zamba",
+        "zamba2", "nemotron_h", "granitemoehybrid", "lfm2", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "kimi_linear",
+    ),
+    "a mixture of experts, whose routers rlkd does not train": (
+        "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe",
+        "dbrx", "llama4", "llama4_text", "glm4_moe", "ernie4_5_moe",
+    ),
+    "a model with ALiBi instead of positions, which rlkd does not pass on": ("bloom", "mpt"),
+    "a model of more than text: take one for text alone (gemma3_text)": (
+        "gemma3", "gemma3n", "gemma4", "mllama", "llava", "qwen2_vl", "qwen2_5_vl", "phi4_multimodal", "idefics3",
+    ),
+}  # fmt: skip
 
 
 def architecture_of(config: Any, role: str, name: str) -> Architecture:
@@ -64,13 +99,12 @@ def architecture_of(config: Any, role: str, name: str) -> Architecture:
     for architecture in LANGUAGE_MODELS.values():
         if architecture.takes(config):
             return architecture
-    if not _is_encoder_decoder(config):
-        raise ModelError(
-            f"{role} '{name}' is a '{config.model_type}' model without an encoder-decoder. rlkd trains encoder-decoder "
-            "models for now (T5, T0, Flan-T5, mT5, BART, Pegasus, Marian); decoder-only models are planned."
-        )
-    supported = [kind for architecture in LANGUAGE_MODELS.values() for kind in architecture.model_types]
-    raise ModelError(f"{role} '{name}' has model_type '{config.model_type}'. Supported: {', '.join(supported)}.")
+    kind, supported = config.model_type, [kind for known in LANGUAGE_MODELS.values() for kind in known.model_types]
+    if kind in supported:
+        half = "is_encoder_decoder: true" if _is_encoder_decoder(config) else "no encoder (is_encoder_decoder: false)"
+        raise ModelError(f"{role} '{name}' is a '{kind}' model with {half} in config.json, which is not trained here.")
+    reason = next((f", {what}" for what, kinds in REFUSED.items() if kind in kinds), "")
+    raise ModelError(f"{role} '{name}' has model_type '{kind}'{reason}. Supported: {', '.join(supported)}.")
 
 
 def _is_encoder_decoder(config: Any) -> bool:
@@ -86,6 +120,7 @@ def language_model(model: Any, tokenizer: Any) -> LanguageModel:
     name = getattr(model.config, "name_or_path", None) or type(model).__name__
     architecture = architecture_of(model.config, "model", name)
     size = valid_vocab(tokenizer)
+    check_ends(tokenizer, "model", name)
     check_vocabulary_fits(model.config, size, "model", name)
     check_supported(model.generation_config, "model", name)
     return architecture.wrap(model, size)

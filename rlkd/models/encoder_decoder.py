@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..records import given
 from ..tensors import length_mask, pad_rows, pad_stack
-from .batching import batches_by_length, padding_allowed
+from .batching import batches_by_length, packed_by_length, padding_allowed
 from .compat import cache_name, own_generation_config
-from .generation import AnswerRules, read_rules
+from .generation import AnswerRules, beam_search_settings, read_rules
 from .heads import Head
+from .positions import Positions
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 BART_FAMILY = ("bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "led")
 M2M_FAMILY = ("m2m_100",)  # BART with computed positions and no bias on its logits; NLLB, too
+FAMILIES = T5_FAMILY + BART_FAMILY + M2M_FAMILY
 # Configuration fields that make a forward in training mode random.
 NOISE = (
     "dropout_rate",
@@ -40,21 +43,12 @@ def check_precision(config: Any, role: str, name: str, dtype: torch.dtype) -> No
         )
 
 
-def check_positions(length: int, limit: int | None, what: str) -> None:
-    """Raises ModelError if a text is longer than the positions of its model."""
-    if limit is not None and length > limit:
-        raise ModelError(
-            f"{'an' if what == 'answer' else 'a'} {what} has {length} tokens, the model {limit} positions: set "
-            f"{'max_input_tokens' if what == 'prompt' else 'max_new_tokens'} to at most {limit}."
-        )
-
-
-def positions(config: Any) -> tuple[int | None, int | None]:
-    """The longest prompt and the longest answer, in tokens, that the model has position embeddings for; None: any."""
+def positions(config: Any) -> Positions:
+    """The texts that the model has position embeddings for."""
     if config.model_type == "led":
-        return config.max_encoder_position_embeddings, config.max_decoder_position_embeddings
+        return Positions(config.max_encoder_position_embeddings, config.max_decoder_position_embeddings)
     limit = config.max_position_embeddings if config.model_type in BART_FAMILY else None
-    return limit, limit
+    return Positions(limit, limit)
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ class EncoderDecoder:
     @property
     def start_id(self) -> int:
         """The decoder's input before the first token of an answer. T5's is the padding token."""
-        return self.rules.start_id
+        return given(self.rules.start_id)
 
     @property
     def eos_id(self) -> int:
@@ -99,6 +93,10 @@ class EncoderDecoder:
     @property
     def width(self) -> int:
         return int(self.config.d_model)
+
+    @property
+    def positions(self) -> Positions:
+        return positions(self.config)
 
     def head(self) -> Head:
         """As in LanguageModel."""
@@ -118,7 +116,7 @@ class EncoderDecoder:
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool. Raises ModelError if they are too long."""
-        check_positions(input_ids.shape[1], positions(self.config)[0], "prompt")
+        self.positions.check(prompt=input_ids.shape[1])
         return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
 
     def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
@@ -136,7 +134,7 @@ class EncoderDecoder:
         Args: states [B, P, D], mask [B, P] bool: encoder states and which of them count. Answers are right-padded and
         attention is causal, so padding after an answer changes nothing before it.
         """
-        check_positions(answer_ids.shape[1], positions(self.config)[1], "answer")
+        self.positions.check(answer=answer_ids.shape[1])
         # The decoder reads the answer shifted by one: position t predicts token t from the tokens before it.
         start = torch.full_like(answer_ids[:, :1], self.start_id)
         shifted = torch.cat([start, answer_ids[:, :-1]], dim=1)
@@ -152,21 +150,13 @@ class EncoderDecoder:
     def answer_hidden(
         self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096
     ) -> Tensor:
-        """As in LanguageModel: batched by the length of prompt and answer, each batch as wide as its answers."""
-        places = torch.arange(1, answer_mask.shape[1] + 1, device=answer_mask.device)
-        ends = (answer_mask * places).amax(1)  # of the last token that counts
-        lengths = ends.tolist()
-        rows: list[Tensor | None] = [None] * len(states)
-        total = [n + len(s) for n, s in zip(lengths, states, strict=True)]
-        for batch in batches_by_length(total, batch_tokens, padding_allowed(self.device)):
-            width = max(max(lengths[i] for i in batch), 1)
-            mask = length_mask([len(states[i]) for i in batch]).to(answer_ids.device)
-            hidden = self.hidden(pad_stack([states[i] for i in batch]), mask, answer_ids[batch, :width])
-            for i, row in zip(batch, hidden, strict=True):
-                rows[i] = row[: lengths[i]]
-        # `rows` holds every position up to each answer's end; a mask may have gaps before that.
-        before_end = length_mask(ends, answer_mask.shape[1])
-        return torch.cat(rows)[answer_mask[before_end]]  # type: ignore[arg-type]
+        """As in LanguageModel."""
+
+        def forward(rows: list[int], ids: Tensor) -> Tensor:
+            mask = length_mask([len(states[i]) for i in rows]).to(ids.device)
+            return self.hidden(pad_stack([states[i] for i in rows]), mask, ids)
+
+        return packed_by_length(forward, [len(state) for state in states], answer_ids, answer_mask, batch_tokens)
 
     def start(self, states: list[Tensor]) -> _Decoding:
         """As in LanguageModel."""
@@ -176,41 +166,15 @@ class EncoderDecoder:
         self, prompts: list[list[int]], *, num_beams: int, num_answers: int, max_new_tokens: int
     ) -> list[list[int]]:
         """As in LanguageModel."""
-        from transformers import GenerationConfig
-
         rules = self.rules
-        check_positions(max_new_tokens, positions(self.config)[1], "answer")
         ids, mask = pad_rows(prompts, rules.pad_id, self.device)
-        check_positions(ids.shape[1], positions(self.config)[0], "prompt")
-        # Rows beyond the tokenizer (T5 pads its embedding) are not tokens.
-        banned = [*rules.banned, *range(self.valid_vocab, self.config.vocab_size)]
+        self.positions.check(ids.shape[1], max_new_tokens)
+        beyond = range(self.valid_vocab, self.config.vocab_size)
+        search = {"num_beams": num_beams, "num_return_sequences": num_answers, "max_new_tokens": max_new_tokens}
+        settings = beam_search_settings(rules, beyond, **search)
         with own_generation_config(self.model):
-            sequences = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                generation_config=GenerationConfig(
-                    num_beams=num_beams,
-                    num_return_sequences=num_answers,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    decoder_start_token_id=rules.start_id,
-                    eos_token_id=list(rules.eos_ids),
-                    pad_token_id=rules.pad_id,
-                    forced_bos_token_id=rules.first,
-                    forced_eos_token_id=rules.last,
-                    suppress_tokens=banned or None,
-                    begin_suppress_tokens=list(rules.banned_at_start) or None,
-                    bad_words_ids=list(map(list, rules.banned_phrases)) or None,
-                    min_new_tokens=rules.min_tokens or None,
-                    no_repeat_ngram_size=rules.ngram or None,
-                    length_penalty=rules.length_penalty,
-                    early_stopping=rules.early_stopping,
-                ),
-            )
-        answers = sequences[:, 1:].tolist()  # without the start token
-
-        ends = [next((i for i, t in enumerate(row) if t in rules.eos_ids), len(row)) for row in answers]
-        return [row[: end + 1] for row, end in zip(answers, ends, strict=True)]
+            sequences = self.model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
+        return [rules.up_to_end(row) for row in sequences[:, 1:].tolist()]  # without the start token
 
 
 class _Decoding:
@@ -223,13 +187,13 @@ class _Decoding:
         self.encoded = pad_stack(states)
         self.mask = length_mask([len(s) for s in states]).to(lm.device)
         self.cache: Any = None
-        self.length, self.limit = 0, positions(lm.config)[1]
+        self.length, self.positions = 0, lm.positions
 
     def step(self, tokens: Tensor | None) -> Tensor:
         if tokens is None:
             tokens = torch.full((len(self.encoded),), self.lm.start_id, device=self.lm.device)
         self.length += 1
-        check_positions(self.length, self.limit, "answer")
+        self.positions.check(answer=self.length)
         out = self.decoder(
             input_ids=tokens[:, None],
             encoder_hidden_states=self.encoded,

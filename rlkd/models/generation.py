@@ -8,7 +8,7 @@ How to search (beams, sampling temperature, length limits) is for whoever asks, 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 class AnswerRules:
     """What may stand in an answer y_0 y_1 ..., besides what the logits say; the empty rules by default.
 
-    start_id         the decoder's input before y_0
+    start_id         the decoder's input before y_0; None: there is none, the answer continues its prompt (decoder-only)
     eos_ids          tokens that end an answer; the first is the one that texts end with
     pad_id           fills what lies beyond an answer
     first            y_0, if it is forced (forced_bos_token_id)
@@ -61,7 +61,7 @@ class AnswerRules:
     length_penalty, early_stopping    of beam search, as in transformers
     """
 
-    start_id: int = 0
+    start_id: int | None = 0
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     first: int | None = None
@@ -73,6 +73,13 @@ class AnswerRules:
     ngram: int = 0
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+
+    @property
+    def end_of_prompts(self) -> bool:
+        """Whether prompts end with end-of-sequence unless told otherwise: those of an encoder do; an answer that
+        continues its prompt would come after the end of the text.
+        """
+        return self.start_id is not None
 
     @property
     def moving(self) -> dict[str, Any]:
@@ -120,6 +127,11 @@ class AnswerRules:
                 ids = [*ids[: most - 1], ids[-1]] if ids[-1] in self.eos_ids else ids[:most]
         return ids
 
+    def up_to_end(self, ids: list[int]) -> list[int]:
+        """The ids until the first that ends an answer, included."""
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
+        return ids[: end + 1]
+
     def ended(self, ids: list[int], most: int) -> bool:
         """Whether an answer of at most `most` tokens ended of itself."""
         return ids[-1:] != [] and ids[-1] in self.eos_ids and (self.last is None or len(ids) < most)
@@ -161,7 +173,8 @@ class AnswerSoFar:
         self.rules, self.most = rules, most
         self.ids: list[int] = []
         self.followers: dict[tuple[int, ...], list[int]] = {}
-        self.append(rules.start_id)  # n-grams and phrases count it, as in transformers
+        # N-grams and phrases count it, as in transformers; -1 is no token.
+        self.append(-1 if rules.start_id is None else rules.start_id)
 
     def limits(self) -> tuple[int, list[int]]:
         """The only token that may follow (-1: there is a choice), and those that may not."""
@@ -217,9 +230,12 @@ def forbidden(logits: Tensor, limits: Tensor) -> Tensor:
     return torch.where(forced < 0, banned[:, :-1], others)
 
 
-def read_rules(config: Any, generation: Any, role: str, name: str, valid_vocab: int) -> AnswerRules:
+def read_rules(
+    config: Any, generation: Any, role: str, name: str, valid_vocab: int, *, continues: bool = False
+) -> AnswerRules:
     """The rules of a checkpoint with `valid_vocab` tokens, from its configuration and transformers.GenerationConfig.
 
+    continues: answers continue their prompts, and nothing starts them.
     Raises ModelError for ids that are no tokens, and if no token starts or ends an answer.
     """
     where = f"{role} '{name}': "
@@ -230,7 +246,7 @@ def read_rules(config: Any, generation: Any, role: str, name: str, valid_vocab: 
         return next((value for value in found if value is not None), None)
 
     start, eos = value("decoder_start_token_id", "bos_token_id"), value("eos_token_id")
-    if start is None:
+    if start is None and not continues:
         raise ModelError(
             f"{where}neither config.json nor generation_config.json has a decoder_start_token_id (or bos_token_id). "
             "Set it to the token that begins answers: the padding token for T5, end-of-sequence for BART."
@@ -252,7 +268,7 @@ def read_rules(config: Any, generation: Any, role: str, name: str, valid_vocab: 
         return tuple(token for token in _ids(get(key)) if not valid_vocab <= token < config.vocab_size)
 
     rules = AnswerRules(
-        start_id=_ids(start)[0],
+        start_id=None if continues else _ids(start)[0],
         eos_ids=ends,
         pad_id=ends[0] if pad is None else _ids(pad)[0],
         first=getattr(generation, "forced_bos_token_id", None),
@@ -268,6 +284,30 @@ def read_rules(config: Any, generation: Any, role: str, name: str, valid_vocab: 
     )
     _check_ids(rules, where, valid_vocab)
     return rules
+
+
+def beam_search_settings(rules: AnswerRules, beyond: Iterable[int], **search: int) -> Any:
+    """The transformers.GenerationConfig of a beam search under the rules; beyond, rows of the embedding that are no
+    tokens (T5 pads it); search, how wide and how long, as in transformers.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        **search,
+        do_sample=False,
+        decoder_start_token_id=rules.start_id,
+        eos_token_id=list(rules.eos_ids),
+        pad_token_id=rules.pad_id,
+        forced_bos_token_id=rules.first,
+        forced_eos_token_id=rules.last,
+        suppress_tokens=[*rules.banned, *beyond] or None,
+        begin_suppress_tokens=list(rules.banned_at_start) or None,
+        bad_words_ids=list(map(list, rules.banned_phrases)) or None,
+        min_new_tokens=rules.min_tokens or None,
+        no_repeat_ngram_size=rules.ngram or None,
+        length_penalty=rules.length_penalty,
+        early_stopping=rules.early_stopping,
+    )
 
 
 def check_supported(generation: Any, role: str, name: str) -> None:
@@ -326,7 +366,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 def _check_ids(rules: AnswerRules, where: str, size: int) -> None:
     ids = {
-        "decoder_start_token_id": (rules.start_id,),
+        "decoder_start_token_id": _ids(rules.start_id),
         "eos_token_id": rules.eos_ids,
         "pad_token_id": (rules.pad_id,),
         "forced_bos_token_id": _ids(rules.first),

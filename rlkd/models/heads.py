@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ RowLoss = Callable[[slice, tuple[Tensor, ...], Tensor], tuple[Tensor, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """logits = (scale * hidden) weight^T + bias over the first `valid_vocab` ids.
+    """logits = (scale * hidden) weight^T + bias over the first `valid_vocab` ids, or c tanh of these / c (Gemma).
 
     weight  [V_padded, D] the model's own parameter;  bias [V_padded] or None
     rules   what answers may hold; `map` restricts logits to it, `logits` does not
+    softcap c, or None
     T5 pads its 32,100 pieces to 32,128 rows: rows beyond `valid_vocab` never enter a normaliser.
     """
 
@@ -41,6 +42,7 @@ class Head:
     scale: float
     valid_vocab: int
     rules: AnswerRules = NO_RULES
+    softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] float32 (float64 stays), computed in the dtype of `hidden` whatever autocast says."""
@@ -50,7 +52,24 @@ class Head:
         # runs outside autocast (a float32 head in RL: MiniMax-M1, arXiv 2506.13585, sec. 3.2).
         with torch.autocast(hidden.device.type, enabled=False):
             out = torch.nn.functional.linear(hidden * self.scale, weight.to(hidden.dtype), bias)
-        return out if out.dtype == torch.float64 else out.float()
+        out = out if out.dtype == torch.float64 else out.float()
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+    def before_cap(self, d_logits: Tensor, logits: Tensor) -> Tensor:
+        """The gradient [n, V] in the logits without the soft cap, from that in the capped `logits` [n, V]."""
+        return d_logits if self.softcap is None else d_logits * (1 - (logits / self.softcap).square())
+
+    def mixed(self, inputs: list[Tensor]) -> tuple[Tensor, Head]:
+        """Head inputs, and a head that makes the mean of K logits of them, from the K inputs [N, D] of these.
+
+        The mean of its inputs gives a linear head the mean of the logits, [N, D]. A soft cap is not linear: all inputs
+        are kept, [N, K, D], and the head that is returned has no gradients.
+        """
+        if len(inputs) == 1:
+            return inputs[0], self
+        if self.softcap is None:
+            return torch.stack(inputs).mean(0), self
+        return torch.stack(inputs, 1), MeanHead(*(getattr(self, field.name) for field in fields(self)))
 
     def map(
         self,
@@ -101,10 +120,24 @@ class Head:
         return max(16, math.ceil(CHUNK_ELEMENTS / self.valid_vocab))
 
 
+class MeanHead(Head):
+    """The mean of the logits of K head inputs [..., K, D] (`Head.mixed`)."""
+
+    __slots__ = ()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., K, D] -> [..., V]."""
+        first, *others = hidden.unbind(-2)
+        total = Head.logits(self, first)
+        for one in others:
+            total += Head.logits(self, one)
+        return total / hidden.shape[-2]
+
+
 @dataclass(frozen=True, slots=True)
 class HeadOverStates(Batched):
     """The distributions of a local model: its head applied to the head inputs `states` [B, R, D] of answers with these
-    `limits` [B, R, K].
+    `limits` [B, R, K]. A `MeanHead` has several inputs for each token.
     """
 
     states: Tensor
@@ -158,6 +191,7 @@ class _ChunkedHead(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits, limits = head.logits(hidden[rows]), _cut(ctx.limits, rows)
             d_logits = _gradient(ctx.function, restrict(logits, limits), [a[rows] for a in args], grads, rows)
+            d_logits = head.before_cap(d_logits, logits)
             if limits is not None:
                 d_logits.masked_fill_(forbidden(logits, limits), 0.0)
             del logits
@@ -199,6 +233,8 @@ class _LossHead(torch.autograd.Function):
             if any(needed):
                 d_logits, d_own = torch.autograd.grad(part, leaves, allow_unused=True)
                 banned = None if limits is None else forbidden(logits, limits)
+                if d_logits is not None:
+                    d_logits = task.head.before_cap(d_logits, leaves[0].detach())
                 del leaves, logits, outputs, part  # with the graph: what follows needs the gradient alone
                 if d_values is not None and d_own is not None:
                     d_values[tokens] = d_own

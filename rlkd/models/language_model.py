@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .heads import Head
+from .positions import Positions
 
 
 class DecodingState(Protocol):
@@ -39,6 +40,7 @@ class LanguageModel(Protocol):
     pad_id       fills what lies beyond an answer. It may equal eos_id or a token that answers use: masks, not ids,
                  decide what counts
     width        D, the width of the head's inputs
+    positions    how long prompts and answers may be
 
     Answers are [B, R], right-padded. Prompts are lists of token ids, at least one each. batch_tokens bounds the padded
     tokens of one forward: it decides speed and memory, not results. An implementation is not an nn.Module itself and
@@ -62,6 +64,9 @@ class LanguageModel(Protocol):
 
     @property
     def width(self) -> int: ...
+
+    @property
+    def positions(self) -> Positions: ...
 
     def head(self) -> Head:
         """The vocabulary projection as transformers applies it, output scale and bias included.

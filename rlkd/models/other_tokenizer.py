@@ -161,6 +161,9 @@ class OtherTokenizer(LocalSource):
     def device(self) -> torch.device:
         return self.teacher.device
 
+    def identity(self) -> dict[str, str]:
+        return {**self.teacher.identity(), "teacher's vocabulary": "another: answers are scored as text"}
+
     @property
     def teachers(self) -> Mapping[str, Teacher]:
         return self.teacher.teachers

@@ -90,7 +90,7 @@ def evaluated_generation(lm: LanguageModel, max_new_tokens: int) -> Any:
         "pad_token_id": lm.pad_id,
         "eos_token_id": ends if len(ends) > 1 else lm.eos_id,
     }
-    if lm.model.config.is_encoder_decoder:
+    if rules.start_id is not None:
         facts["decoder_start_token_id"] = rules.start_id
     defaults = GenerationConfig()
     generation.update(**{name: getattr(defaults, name, None) for name in SEARCH}, **facts)

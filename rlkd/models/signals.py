@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel
     from .teacher import Teacher
 
-# All that a signal can hold, by name; `state_value`: its tokens are the teacher's own, so that V of a token belongs to
-# the state before it.
-SIGNAL = frozenset({*(field.name for field in fields(TeacherSignal)), "state_value"})
+# All that a local model gives (`top_k` is for those who do not have the whole distribution); `state_value`: its tokens
+# are the teacher's own, so that V of a token belongs to the state before it.
+SIGNAL = frozenset({*(field.name for field in fields(TeacherSignal)), "state_value"}) - {"top_k"}
 # Answers to prompts, given as their states: token ids, end-of-sequence included.
 Write = Callable[["LanguageModel", list[Tensor]], list[list[int]]]
 
@@ -85,6 +85,10 @@ class LocalSource(ABC):
     def teachers(self) -> Mapping[str, Teacher]:
         """The teachers that it asks, by their role in run.json."""
 
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must find again, beyond the weights, tokenizers and reading of `teachers`."""
+        return {}
+
     @abstractmethod
     def score(
         self,
@@ -114,13 +118,23 @@ class LocalSource(ABC):
         """Its answer to each input under the first template, of at most `max_new_tokens` tokens of `tokenizer`."""
 
 
+@runtime_checkable
+class AnsweringSource(SignalSource, Protocol):
+    """A teacher without a model here that also answers held-out inputs."""
+
+    def greedy(self, texts: list[str], max_new_tokens: int) -> list[list[int]]:
+        """The token ids of its greedy answer to each text, end-of-sequence included."""
+        ...
+
+
 def check_signal(needs: Iterable[str], gives: Iterable[str], what: str, remedy: str, *, why: str = "") -> None:
     """Raises ConfigError naming what `what` (settings, in words) needs from the teacher and the teacher cannot
     provide; why, of the teacher, as `LocalSource.lacks`.
     """
     missing = sorted(set(needs) - set(gives))
     if missing:
+        known = f"{', '.join(sorted(gives))} only" if gives else "nothing"
         raise ConfigError(
-            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher{why} provides "
-            f"{', '.join(sorted(gives))} only: {remedy}"
+            f"{what} needs the teacher's {', '.join(missing)} at every token, but this teacher{why} provides {known}: "
+            f"{remedy}"
         )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .adapters import Adapter
     from .generation import AnswerRules
     from .language_model import LanguageModel
+    from .positions import Positions
     from .teacher import Teacher
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -65,6 +66,7 @@ class ModelSpec:
     device        where the weights go; None: where they load. bitsandbytes places quantized weights itself
     allow_bin     load pickled weights (.bin) where there are no safetensors
     keep_adapter  an adapter is trained further, not merged into its base
+    served        a server has the weights: none need be here
     src_lang, tgt_lang    languages of prompts and answers, for models that translate; None: the checkpoint's
     """
 
@@ -77,6 +79,7 @@ class ModelSpec:
     device: str | None = None
     allow_bin: bool = False
     keep_adapter: bool = False
+    served: bool = False
     src_lang: str | None = None
     tgt_lang: str | None = None
 
@@ -89,7 +92,8 @@ class ModelSpec:
 
         config = load_config(self.name, self.role, self.revision)
         check_config(config, self.role, self.name, resolve_dtype(self.dtype, f"{self.role}_dtype"))
-        check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
+        if not self.served:
+            check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
         return config
 
     @cached_property
@@ -109,9 +113,10 @@ class ModelSpec:
     @cached_property
     def valid_vocab(self) -> int:
         """V, the number of ids that are tokens. Raises ModelError if the model has no embedding for all of them."""
-        from .vocabulary import check_vocabulary_fits, valid_vocab
+        from .vocabulary import check_ends, check_vocabulary_fits, valid_vocab
 
         config, size = self.config, valid_vocab(self.tokenizer)
+        check_ends(self.tokenizer, self.role, self.name)
         check_vocabulary_fits(config, size, self.role, self.name)
         return size
 
@@ -120,11 +125,13 @@ class ModelSpec:
         """What the checkpoint says of answers, in the language asked for. Raises ModelError if that cannot be read or
         applied.
         """
-        from .generation import check_supported, load_generation_config, read_rules
+        from .architectures import architecture_of
+        from .generation import check_supported, load_generation_config
         from .languages import in_languages
 
         generation = load_generation_config(self.name, self.role, self.revision)
         check_supported(generation, self.role, self.name)
+        read_rules = architecture_of(self.config, self.role, self.name).rules
         rules = read_rules(self.config, generation, self.role, self.name, self.config.vocab_size)
         rules = rules.within(self.valid_vocab)
         return in_languages(rules, self.tokenizer, self.src_lang, self.tgt_lang, self.role, self.name)
@@ -134,23 +141,16 @@ class ModelSpec:
         _ = self.config, self.valid_vocab, self.rules
 
     @property
-    def positions(self) -> tuple[int | None, int | None]:
-        """Tokens of the longest prompt and of the longest answer that the model has positions for; None: any length."""
+    def positions(self) -> Positions:
+        """How long prompts and answers may be."""
         from .architectures import architecture_of
 
         return architecture_of(self.config, self.role, self.name).positions(self.config)
 
     def check_lengths(self, max_input_tokens: int, max_new_tokens: int | None = None) -> None:
         """Raises ConfigError if the model has fewer positions than prompts or answers of these lengths need."""
-        from ..errors import ConfigError
-
-        given = {"max_input_tokens": max_input_tokens, "max_new_tokens": max_new_tokens}
-        for (field, value), limit in zip(given.items(), self.positions, strict=True):
-            if value is not None and limit is not None and value > limit:
-                raise ConfigError(
-                    f"{field} = {value}: {self.role} '{self.name}' ('{self.config.model_type}') has {limit} positions. "
-                    f"Set {field} to at most {limit}; longer texts are cut."
-                )
+        whose = f"{self.role} '{self.name}' ('{self.config.model_type}')"
+        self.positions.check_settings(max_input_tokens, max_new_tokens, whose)
 
     @property
     def quantized(self) -> bool:
@@ -232,11 +232,21 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher by name; fields as in `Teacher`. The engine that decodes its labels may never load it in PyTorch."""
+    """A teacher by name; fields as in `Teacher`. The engine that decodes its labels may never load it in PyTorch.
+
+    input_eos  `Teacher.append_eos` as it was asked for
+    """
 
     model: ModelSpec
     max_input_tokens: int = 512
-    append_eos: bool = True
+    input_eos: bool | None = None
+
+    @cached_property
+    def append_eos(self) -> bool:
+        """Whether its prompts end with end-of-sequence. Raises ConfigError as `Teacher` does."""
+        from .vocabulary import end_of_prompts
+
+        return end_of_prompts(self.input_eos, self.rules)
 
     @property
     def tokenizer(self) -> Any:
@@ -249,10 +259,10 @@ class TeacherSpec:
     @property
     def longest_answer(self) -> int | None:
         """Tokens of the longest answer that the model has positions for; None: any length."""
-        return self.model.positions[1]
+        return self.model.positions.longest_answer(self.max_input_tokens)
 
-    def load(self) -> Teacher:
-        """The teacher in PyTorch. Raises as `ModelSpec.language_model` does."""
+    def load(self, **options: Any) -> Teacher:
+        """The teacher in PyTorch; options, further fields. Raises as `ModelSpec.language_model` does."""
         from .teacher import Teacher
 
         return Teacher(
@@ -260,6 +270,7 @@ class TeacherSpec:
             self.tokenizer,
             max_input_tokens=self.max_input_tokens,
             append_eos=self.append_eos,
+            **options,
         )
 
 

@@ -21,12 +21,11 @@ from ..errors import DivergenceError, ModelError
 from ..objectives.rewards import average_templates, token_scores
 from ..records import TeacherSignal, given
 from ..tensors import unpack
-from .encoder_decoder import positions
 from .generation import AnswerRules, rules_of
-from .heads import HeadOverStates
+from .heads import Head, HeadOverStates
 from .language_model import LanguageModel
 from .signals import SIGNAL, LocalSource, Write
-from .vocabulary import encode_texts
+from .vocabulary import encode_texts, end_of_prompts
 
 TemplateCombination = Literal["average", "pool"]
 Result = TypeVar("Result")
@@ -66,12 +65,12 @@ class Teacher(LocalSource):
     """A frozen language model with its tokenizer.
 
     max_input_tokens  prompts are cut to this
-    append_eos        end inputs with end-of-sequence (T5, Flan-T5: yes; T0: no)
+    append_eos        end inputs with end-of-sequence (T5, Flan-T5: yes; T0: no); None: as the model reads them
     combination       several templates of one input: average their rewards, or pool their log-probs
     batch_tokens      padded tokens per forward; less uses less memory and changes no result
                       (halved when memory runs out)
     cache_bytes       memory for the states of prompts seen before
-    Raises ConfigError for another combination.
+    Raises ConfigError for another combination, and for an end of prompts that answers continue.
     """
 
     gives: ClassVar[frozenset[str]] = SIGNAL  # type: ignore[misc]
@@ -79,13 +78,14 @@ class Teacher(LocalSource):
     lm: LanguageModel
     tokenizer: Any
     max_input_tokens: int = 512
-    append_eos: bool = True
+    append_eos: bool = None  # type: ignore[assignment]  # a bool from here on
     combination: TemplateCombination = "average"
     batch_tokens: int = 4096
     cache_bytes: int = 512 * 2**20
     cache: PromptCache = field(init=False)
 
     def __post_init__(self) -> None:
+        self.append_eos = end_of_prompts(self.append_eos, self.rules)
         check_settings(self)
         self.lm.model.eval().requires_grad_(False)
         self.cache = PromptCache(self.cache_bytes)
@@ -98,7 +98,7 @@ class Teacher(LocalSource):
     @property
     def longest_answer(self) -> int | None:
         """Tokens of the longest answer that the model has positions for; None: any length."""
-        return positions(self.lm.model.config)[1]
+        return self.lm.positions.longest_answer(self.max_input_tokens)
 
     @property
     def model(self) -> Any:
@@ -154,19 +154,18 @@ class Teacher(LocalSource):
         for k in range(len(teacher_inputs[0])):
             states = self.prompt_states([texts[k] for texts in teacher_inputs])
             per_template.append(self._answer_hidden(states, answer_ids, answer_mask))
-        if self.combination == "pool":
-            per_template = [torch.stack(per_template).mean(0)]
-        signals = [self._signal(hidden, answer_ids, answer_mask) for hidden in per_template]
+        head = self.lm.head()
+        mixed = head.mixed(per_template)
+        parts = [mixed] if self.combination == "pool" else [(hidden, head) for hidden in per_template]
+        signals = [self._signal(*part, answer_ids, answer_mask) for part in parts]
         combined = average_templates(signals) if len(signals) > 1 else signals[0]
         self._check_finite(combined, ids)
         if not distribution:
             return combined
-        # The head is linear: the mean of its inputs gives the mean of the logits.
-        mixed: Any = sum(per_template) / len(per_template) if len(per_template) > 1 else per_template[0]
-        head = self.lm.head()
+        hidden, head = mixed
         limits = head.rules.limits(answer_ids, answer_mask)
         given_limits = None if limits is None else unpack(limits, answer_mask)
-        return replace(combined, distribution=HeadOverStates(unpack(mixed, answer_mask), head, given_limits))
+        return replace(combined, distribution=HeadOverStates(unpack(hidden, answer_mask), head, given_limits))
 
     @torch.no_grad()
     def score_ends(
@@ -235,8 +234,7 @@ class Teacher(LocalSource):
                 "max_new_tokens, load it in bfloat16 (teacher_dtype), or use a smaller teacher"
             ) from error
 
-    def _signal(self, hidden: Tensor, answer_ids: Tensor, mask: Tensor) -> TeacherSignal:
-        head = self.lm.head()
+    def _signal(self, hidden: Tensor, head: Head, answer_ids: Tensor, mask: Tensor) -> TeacherSignal:
         values = head.map(token_scores, hidden, answer_ids[mask], limits=head.rules.limits(answer_ids, mask))
         chosen, largest, logsumexp, mean, entropy = (unpack(value, mask) for value in values)
         return TeacherSignal(chosen=chosen, max=largest, logsumexp=logsumexp, mean=mean, entropy=entropy)

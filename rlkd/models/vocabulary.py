@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from .adapters import adapter_of
 from .folders import AGAIN, check_place, check_tokenizer, explained, has_tokenizer
 from .generation import AnswerRules
@@ -56,6 +56,15 @@ def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teache
     )
 
 
+def check_ends(tokenizer: Any, role: str, name: str) -> None:
+    """Raises ModelError if the tokenizer has no token that ends a text."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{role} '{name}': its tokenizer has no end-of-sequence token, so no answer could end. Set its eos_token "
+            "to the token that ends texts, and save it again."
+        )
+
+
 def check_vocabulary_fits(config: Any, valid_vocab: int, role: str, name: str) -> None:
     """Raises ModelError if the tokenizer has ids the model's embedding lacks."""
     if config.vocab_size < valid_vocab:
@@ -84,24 +93,55 @@ def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:
-    """Token ids of each text, cut to `max_tokens` (end-of-sequence kept). T0 was trained without it on inputs:
-    append_eos False.
+def end_of_prompts(asked: bool | None, rules: AnswerRules) -> bool:
+    """Whether a teacher's prompts end with end-of-sequence; None takes what suits the model. Raises ConfigError where
+    answers continue their prompts.
     """
-    rows = tokenizer(
+    if asked and not rules.end_of_prompts:
+        raise ConfigError(
+            "append_eos = True: the answers of a decoder-only teacher continue their prompts, and would come after the "
+            "end of a text. Leave it out (teacher_append_eos: null; no --input-eos)."
+        )
+    return rules.end_of_prompts if asked is None else asked
+
+
+def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:
+    """Token ids of each text as the tokenizer frames it, cut to `max_tokens` (end-of-sequence kept).
+
+    append_eos False: without end-of-sequence; what begins a text (Llama's `<s>`) stays. T0 was trained so on inputs,
+    and decoder-only models continue their prompts.
+    """
+    # A translation model's tokenizer writes the language and the end together, on either side.
+    special = append_eos or not has_languages(tokenizer)
+    end = int(special and not append_eos and _ids(tokenizer, [""], 1)[0][-1:] == [tokenizer.eos_token_id])
+    rows = [row[: len(row) - end] for row in _ids(tokenizer, texts, max_tokens + end, special=special)]
+    # A model cannot attend to nothing: an empty prompt becomes its end-of-sequence token.
+    return [row or [tokenizer.eos_token_id] for row in rows]
+
+
+def encode_bare(tokenizer: Any, texts: list[str], max_tokens: int = NO_LIMIT) -> list[list[int]]:
+    """Token ids of each text alone, without anything that begins or ends it, cut to `max_tokens`."""
+    return _ids(tokenizer, texts, max_tokens, special=False)
+
+
+def _ids(tokenizer: Any, texts: list[str], max_tokens: int, *, special: bool = True) -> list[list[int]]:
+    return tokenizer(
         texts,
-        add_special_tokens=append_eos,
+        add_special_tokens=special,
         truncation=True,
         max_length=max_tokens,
         return_attention_mask=False,
         verbose=False,
     )["input_ids"]
-    # A model cannot attend to nothing: an empty prompt becomes its end-of-sequence token.
-    return [row or [tokenizer.eos_token_id] for row in rows]
 
 
 def encode_answers(tokenizer: Any, texts: list[str], max_tokens: int, rules: AnswerRules) -> list[list[int]]:
-    """Token ids of each text as a model with these rules writes it, cut to `max_tokens` (end-of-sequence kept)."""
+    """Token ids of each text as a model with these rules writes it, cut to `max_tokens` (end-of-sequence kept).
+
+    An answer that continues its prompt follows it after a space, unless it begins with white space of its own.
+    """
+    if not rules.end_of_prompts:
+        return _continuations(tokenizer, texts, max_tokens, rules)
     rows = tokenizer(
         # Marian has a vocabulary for each side; translation models mark the language.
         text_target=texts,
@@ -114,6 +154,15 @@ def encode_answers(tokenizer: Any, texts: list[str], max_tokens: int, rules: Ans
     if has_languages(tokenizer):  # the first mBART writes the language after the end, for the decoder to start with
         rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
     return [rules.complete(row or [end], max_tokens) for row in rows]
+
+
+def _continuations(tokenizer: Any, texts: list[str], max_tokens: int, rules: AnswerRules) -> list[list[int]]:
+    """Token ids of texts that follow a word, with end-of-sequence: the pieces with which a word begins in mid-text."""
+    word = "a"
+    before = len(encode_bare(tokenizer, [word])[0])
+    joined = [word + (text if not text or text[0].isspace() else f" {text}") for text in texts]
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in rules.eos_ids else rules.eos_ids[0]
+    return [[*row[before:][: max_tokens - 1], end] for row in encode_bare(tokenizer, joined)]
 
 
 class UnknownText:

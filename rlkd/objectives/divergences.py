@@ -23,10 +23,13 @@ class Divergence:
     """A divergence and the parameters it takes, by name, with their defaults.
 
     function  (student logits [n, V], teacher logits [n, V], **parameters) -> [n]
+    merges    whether tokens may be merged into one event (`merged_events`): an f-divergence, which merging never
+              raises (data processing inequality)
     """
 
     function: Callable[..., Tensor]
     parameters: tuple[tuple[str, float], ...] = ()
+    merges: bool = False
 
     def __call__(
         self, student: Tensor, teacher: Tensor, *, temperature: float = 1.0, **parameters: float | None
@@ -142,13 +145,28 @@ def best_token(student: Tensor, teacher: Tensor) -> Tensor:
     return -student.log_softmax(-1).gather(-1, best).squeeze(-1)
 
 
+def merged_events(student: Tensor, ids: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """Student and teacher as distributions over K + 1 events, logits [N, K + 1] each: K tokens, and all others as one.
+
+    Args: student, logits [N, V]; ids [N, K] and logps [N, K], the K most probable tokens of the teacher and their
+    log-probabilities, whose rest is the last event's. With K = V there is no rest: the events are the tokens.
+    """
+    known = student.gather(-1, ids)
+    if ids.shape[-1] == student.shape[-1]:
+        return known, logps
+    rest = student.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    # Stored in float32, the probabilities may sum to a little more than 1.
+    mass = (1 - logps.double().exp().sum(-1, keepdim=True)).clamp(min=0)
+    return torch.cat([known, rest], -1), torch.cat([logps, mass.log().to(logps.dtype)], -1)
+
+
 DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": Divergence(forward_kl),
-    "reverse_kl": Divergence(reverse_kl),
-    "jensen_shannon": Divergence(jensen_shannon, (("beta", 0.5),)),
-    "total_variation": Divergence(total_variation),
-    "skew_forward_kl": Divergence(skew_forward_kl, (("alpha", 0.1),)),
-    "skew_reverse_kl": Divergence(skew_reverse_kl, (("alpha", 0.1),)),
+    "forward_kl": Divergence(forward_kl, merges=True),
+    "reverse_kl": Divergence(reverse_kl, merges=True),
+    "jensen_shannon": Divergence(jensen_shannon, (("beta", 0.5),), merges=True),
+    "total_variation": Divergence(total_variation, merges=True),
+    "skew_forward_kl": Divergence(skew_forward_kl, (("alpha", 0.1),), merges=True),
+    "skew_reverse_kl": Divergence(skew_reverse_kl, (("alpha", 0.1),), merges=True),
     "alpha_beta": Divergence(alpha_beta, (("alpha", 0.2), ("beta", 0.7))),
     "best_token": Divergence(best_token),
 }

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -172,18 +172,14 @@ def induced_reward(
 
 def average_templates(per_template: list[TeacherSignal]) -> TeacherSignal:
     """The mean of the signals of one answer under K templates (LLMR 2024), fields [B, R]: every A_V is linear in them.
+    What the signals lack stays None.
 
     Distributions are not averaged here: the mean of a head's inputs is the input of the mean logits (`pool`).
     """
     k = len(per_template)
 
-    def mean(name: str) -> Tensor:
-        return sum(getattr(s, name) for s in per_template) / k
+    def mean(name: str) -> Any:
+        values = [getattr(signal, name) for signal in per_template]
+        return None if values[0] is None else sum(values) / k
 
-    return TeacherSignal(
-        chosen=mean("chosen"),
-        max=mean("max"),
-        logsumexp=mean("logsumexp"),
-        mean=mean("mean"),
-        entropy=mean("entropy"),
-    )
+    return TeacherSignal(**{name: mean(name) for name in ("chosen", "max", "logsumexp", "mean", "entropy")})

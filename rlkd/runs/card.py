@@ -155,6 +155,8 @@ def _use(auto: str, architecture: str, settings: dict[str, Any]) -> str:
     load = f"Auto{architecture}" if adapter else auto
     options = f', generation_config=GenerationConfig.from_pretrained("{FOLDER}")' if adapter else ""
     template = settings.get("student_template")
+    # Decoder-only models give back the prompt as well.
+    shown = "[:, inputs.input_ids.shape[1] :]" if "CausalLM" in load else ""
     return _python(
         f"from peft import {load}" if adapter else None,
         f"from transformers import {'AutoTokenizer, GenerationConfig' if adapter else f'{auto}, AutoTokenizer'}",
@@ -165,7 +167,7 @@ def _use(auto: str, architecture: str, settings: dict[str, Any]) -> str:
         f'inputs = tokenizer(["A text."], truncation=True, max_length={settings.get("max_input_tokens", 512)}, '
         'return_tensors="pt")',
         f"answers = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask{options})",
-        "print(tokenizer.batch_decode(answers, skip_special_tokens=True))",
+        f"print(tokenizer.batch_decode(answers{shown}, skip_special_tokens=True))",
     )
 
 

@@ -29,7 +29,7 @@ class SampleTables:
     def log(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Send rows of an `Evaluator`. The trackers' runs are open, as the Trainer has logged to them before."""
         cells = [
-            [step, *(row[name] for name in TEXTS), with_rewards(row), with_rewards(row, "sample_")] for row in rows
+            [step, *(row.get(name) for name in TEXTS), with_rewards(row), with_rewards(row, "sample_")] for row in rows
         ]
         for send in self._send:
             send(cells)
@@ -50,7 +50,9 @@ class SampleTables:
 
 
 def with_rewards(row: dict[str, Any], prefix: str = "") -> str:
-    """The tokens of an answer, each with its reward in nats: `pen (0.00) and (-0.31)`."""
+    """The tokens of an answer, each with its reward in nats: `pen (0.00) and (-0.31)`; without, if none is known."""
+    if f"{prefix}rewards" not in row:
+        return " ".join(token.strip() for token in row[f"{prefix}tokens"])
     pairs = zip(row[f"{prefix}tokens"], row[f"{prefix}rewards"], strict=True)
     return " ".join(f"{token.strip()} ({reward:.2f})" for token, reward in pairs)
 
@@ -62,16 +64,19 @@ def print_samples(step: int, rows: list[dict[str, Any]]) -> None:
         console.print("\n".join([title, *map(_in_lines, rows)]), soft_wrap=True, markup=False, highlight=False)
         return
     table = Table(title=title, show_lines=True)
-    for column in TEXTS:
+    known = [column for column in TEXTS if any(column in row for row in rows)]
+    for column in known:
         table.add_column(column, overflow="fold", justify="right" if "regret" in column else "left")
     for row in rows:
-        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in TEXTS))
+        table.add_row(*(f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in known))
     console.print(table)
 
 
 def _in_lines(row: dict[str, Any]) -> str:
     answers = (("student", "student", "regret"), ("sampled", "sample_student", "sample_regret"))
-    lines = [f"  {row['id']}: {shorten(row['input'], 200)}", f"    teacher: {row['teacher']}"]
-    return "\n".join(
-        [*lines, *(f"    {name}: {row[text]} (regret {row[regret]:.2f})" for name, text, regret in answers)]
-    )
+    lines = [f"  {row['id']}: {shorten(row['input'], 200)}"]
+    if "teacher" in row:
+        lines.append(f"    teacher: {row['teacher']}")
+    for name, text, regret in answers:
+        lines.append(f"    {name}: {row[text]}" + (f" (regret {row[regret]:.2f})" if regret in row else ""))
+    return "\n".join(lines)

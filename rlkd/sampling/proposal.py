@@ -89,9 +89,8 @@ class TeacherGuide:
             for answer, token in zip(self.answers, tokens.tolist(), strict=True):
                 answer.append(token)
         with self._own_precision():
-            # The head is linear: the mean of its inputs gives the mean of the logits.
-            hidden = torch.stack([state.step(tokens) for state in self.states]).mean(0)
-            logits = self.head.logits(hidden)
+            hidden, head = self.head.mixed([state.step(tokens) for state in self.states])
+            logits = head.logits(hidden)
         return restrict(logits, next_limits(self.answers, logits.device) if self.answers else None)
 
     def keep(self, rows: Tensor) -> None:

@@ -8,12 +8,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..models.vocabulary import NO_LIMIT, decode_texts, encode_texts
+from ..models.generation import NO_RULES, AnswerRules
+from ..models.vocabulary import NO_LIMIT, decode_texts, encode_answers
 from .engines.protocol import Engine
 from .schedule import Budget, in_batches
 
 
-def choice_problem(tokenizer: Any, choices: Sequence[str], longest: int | None = None) -> str | None:
+def choice_problem(
+    tokenizer: Any, choices: Sequence[str], longest: int | None = None, rules: AnswerRules = NO_RULES
+) -> str | None:
     """Why ranking these answer choices would say nothing, as a clause; None if their tokens differ. longest: the most
     tokens of an answer that the teacher has positions for.
 
@@ -22,7 +25,7 @@ def choice_problem(tokenizer: Any, choices: Sequence[str], longest: int | None =
     """
     if not choices:
         return "there are no answer choices"
-    encoded = encode_texts(tokenizer, list(choices), NO_LIMIT)
+    encoded = encode_answers(tokenizer, list(choices), NO_LIMIT, rules)
     first: dict[tuple[int, ...], str] = {}
     for choice, ids, read in zip(choices, encoded, decode_texts(tokenizer, encoded), strict=True):
         if not choice.strip():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..models.generation import rules_of
 from ..models.policy import Policy
 from ..models.vocabulary import encode_texts
 from ..records import Answers, Example
@@ -79,7 +80,8 @@ def _prompts(
     """Token ids of each prompt, and its state."""
     import torch
 
-    prompts = encode_texts(tokenizer, [example.student_input for example in examples], max_input_tokens)
+    texts = [example.student_input for example in examples]
+    prompts = encode_texts(tokenizer, texts, max_input_tokens, append_eos=rules_of(policy.lm).end_of_prompts)
     with torch.no_grad():
         return prompts, policy.lm.prompt_states(prompts)
 

@@ -28,6 +28,8 @@ def refuse_missing_paths(argv: list[str] | None = None) -> None:
             given = {**_lines(Path(value)), **given}
         else:
             given[name] = value
+    if given.get("teacher_signal") == "recorded":  # no teacher is read
+        given.pop("teacher", None)
     for name, value in given.items():
         path = Path(value).expanduser()
         if name not in NAMES or not _is_local(name, value) or path.exists():

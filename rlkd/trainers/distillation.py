@@ -4,6 +4,7 @@ the teacher on held-out inputs.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from ..models.architectures import language_model
 from ..models.heads import RowLoss
 from ..models.policy import Policy
 from ..models.saving import evaluated_generation
-from ..models.signals import LocalSource, SignalSource, check_signal
+from ..models.signals import LocalSource, SignalSource
 from ..models.vocabulary import check_same_vocabulary, same_vocabulary
 from ..objectives.policy import reduce_tokens, reduction_count
 from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal, select_rows
@@ -35,6 +36,8 @@ from .core import StudentTrainer
 from .cut_answers import ending_signal
 from .environment import check_half_precision
 from .objective import Evidence, Objective, StudentTokens
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerInputs(TypedDict):
@@ -80,8 +83,6 @@ class DistillationTrainer(StudentTrainer):
         self.evaluator: Evaluator | None = None
         eval_examples = eval_examples if eval_examples is not None and len(eval_examples) else None
         if eval_examples is not None:
-            if not isinstance(teacher, LocalSource):
-                raise ConfigError("the teacher answers eval_examples, too: give a local Teacher, or no eval_examples.")
             self.evaluator = Evaluator(
                 teacher,
                 tokenizer,
@@ -113,8 +114,17 @@ class DistillationTrainer(StudentTrainer):
         if isinstance(self.teacher, LocalSource) and not same_vocabulary(self.teacher.tokenizer, self.tokenizer):
             check_same_vocabulary(self.teacher.tokenizer, self.tokenizer, "in memory", "in memory")
         if self.teacher is not None:
-            why = getattr(self.teacher, "lacks", "")
-            check_signal(objective.needs, self.teacher.gives, objective.what, objective.remedy, why=why)
+            objective.check(self.teacher.gives, getattr(self.teacher, "lacks", ""))
+
+    def begin_run(self, checkpoint: Path | None) -> None:
+        """As in `StudentTrainer`; says what evaluations lack without a local teacher."""
+        super().begin_run(checkpoint)
+        if self.evaluator is not None and self.evaluator.missing and self.is_world_process_zero():
+            logger.warning(
+                f"held-out answers have no {', '.join(self.evaluator.missing)}, and there are no token rewards: that "
+                "takes the teacher's model"
+                + ("" if self.evaluator.task_metric else "; name a task_metric to have a score of them at all")
+            )
 
     def collate(self, rows: list[Any]) -> Any:
         """A batch of the training data; as it is unless a subclass reads rows."""
@@ -133,9 +143,7 @@ class DistillationTrainer(StudentTrainer):
     ) -> dict[str, float]:
         """Evaluate the policy on the held-out inputs, split over processes. Logged as `eval_*`, see docs/metrics.md."""
         if self.evaluator is None:
-            raise ValueError(
-                "evaluate() needs a teacher and eval_examples: pass both to the trainer, or set eval_strategy: 'no'"
-            )
+            raise ValueError("evaluate() needs eval_examples: pass them to the trainer, or set eval_strategy: 'no'")
         started = time.perf_counter()
         rows = self.evaluate_policy(self.args.eval_limit)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator.summarise(rows).items()}
@@ -174,7 +182,8 @@ class DistillationTrainer(StudentTrainer):
         share = range(self.accelerator.process_index, total, self.accelerator.num_processes)
         self.policy.eval()
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        with self.finite.together([], None), progress(len(share), what="evaluation", quiet=quiet) as advance:
+        shown = progress(len(share), what="evaluation", quiet=quiet)
+        with self.errors_on_all(), self.finite.together([], None), shown as advance:
             rows = self.evaluator.rows(self.policy, self.reference, list(share), advance)
         if self.accelerator.num_processes > 1:
             rows = gather_object(rows)
@@ -201,11 +210,15 @@ class DistillationTrainer(StudentTrainer):
         super().log(logs, start_time)
 
     def _save_token_rewards(self, rows: list[dict[str, Any]]) -> None:
-        """The same answers token by token, and those that training has just learned from: `RewardView.from_run`."""
+        """The same answers token by token, and those that training has just learned from: `RewardView.from_run`. Only
+        a local teacher gives all that it shows.
+        """
         assert self.evaluator is not None
+        if not isinstance(self.teacher, LocalSource):
+            return
         value: Any = getattr(self.args, "reward_value", "max")
         examples = [self.evaluator.examples[row["index"]] for row in rows]
-        samples = evaluated_samples(self.evaluator.teacher, self.tokenizer, self.policy, examples, rows, value)
+        samples = evaluated_samples(self.teacher, self.tokenizer, self.policy, examples, rows, value)
         if (self.run_folder / TOKEN_REWARDS).exists():
             # The teacher's answers never change.
             samples = [sample for sample in samples if sample.source != "teacher greedy"]
@@ -244,15 +257,15 @@ class DistillationTrainer(StudentTrainer):
         )
 
     def ending(self, answers: Answers) -> TeacherSignal | None:
-        """As `ending_signal`. Raises DivergenceError on every process if it fails on one."""
+        """As `ending_signal`. An error on one process is raised on all."""
         assert self.teacher is not None
-        with self.finite.together(answers.ids, answers):
+        with self.errors_on_all(), self.finite.together(answers.ids, answers):
             return ending_signal(self.teacher, answers, self.policy.lm.eos_id)
 
     def score(self, answers: Answers, *, distribution: bool) -> TeacherSignal:
-        """The teacher's signal for the answers. Raises DivergenceError on every process if it fails on one."""
+        """The teacher's signal for the answers. An error on one process is raised on all."""
         assert self.teacher is not None
-        with self.finite.together(answers.ids, answers):
+        with self.errors_on_all(), self.finite.together(answers.ids, answers):
             prompts = [example.teacher_inputs for example in answers.examples]
             return self.teacher.score(
                 prompts, answers.answer_ids, answers.answer_mask, distribution=distribution, ids=answers.ids

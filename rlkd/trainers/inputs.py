@@ -19,14 +19,15 @@ def describe_inputs(trainer: Any) -> dict[str, str]:
             described[weights_of(role)] = weights_digest(model)
             described[f"{NAMES.get(role, role)}'s configuration"] = configuration_digest(model)
     tokenizers = {"tokenizer": trainer.tokenizer, "teacher's tokenizer": getattr(trainer, "teacher_tokenizer", None)}
-    as_text = "" if "state_value" in getattr(trainer.teacher, "gives", {"state_value"}) else ", as text"
-    teachers = trainer.teacher.teachers if isinstance(trainer.teacher, LocalSource) else {}
-    for role, teacher in teachers.items():
+    source = trainer.teacher
+    for role, teacher in (source.teachers if isinstance(source, LocalSource) else {}).items():
         tokenizers[f"{role}'s tokenizer"] = teacher.tokenizer
         described[f"{role}'s reading"] = (
             f"{teacher.max_input_tokens} tokens, append_eos {teacher.append_eos}, {teacher.combination}, "
-            f"{teacher.lm.valid_vocab} words{as_text}"
+            f"{teacher.lm.valid_vocab} words"
         )
+    if hasattr(source, "identity"):
+        described |= source.identity()
     for name, tokenizer in tokenizers.items():
         if tokenizer is not None:
             described[name] = tokenizer_digest(tokenizer)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..models.heads import TokenFunction
+from ..models.signals import check_signal
 from ..objectives.policy import Reduction, token_statistics
 from ..records import Answers, Distribution, Minibatch, TeacherSignal
 
@@ -105,6 +106,12 @@ class Objective(ABC):
     reads: frozenset[str] = frozenset()
     critic: bool = False
     loss_reduction: Reduction = "token_mean"
+
+    def check(self, gives: frozenset[str], why: str = "") -> None:
+        """Raises ConfigError if a teacher that `gives` these fields of its signal lacks some that it reads; why, as in
+        `check_signal`.
+        """
+        check_signal(self.needs, gives, self.what, self.remedy, why=why)
 
     def token_function(
         self, signal: TeacherSignal | None, annotations: Any = None

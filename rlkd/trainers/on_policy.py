@@ -30,6 +30,7 @@ from ..evaluation.recording import rollout_samples
 from ..evaluation.samples import Sample
 from ..io.provenance import described
 from ..labels.makers import announce
+from ..labels.recorded import RecordedTeacher
 from ..models.signals import LocalSource
 from ..models.teacher import Teacher
 from ..objectives.policy import reduction_count
@@ -43,7 +44,20 @@ from .distillation import DistillationTrainer, TrainerInputs
 from .inputs import weights_of
 from .labelled import LabelBatches
 
+RECORDED_ONLY = (
+    "teacher_signal = 'recorded': the teacher's probabilities are known for its own labels only, not for the student's "
+    "answers: train with SupervisedTrainer (recipes/seqkd_t0_to_t5.py), or set teacher_signal to model or server."
+)
 BEHAVIOUR_FILE = "behaviour.safetensors"
+
+
+def check_mix(args: OnPolicyArguments, *, local: bool) -> None:
+    """Raise ConfigError if rollouts should have a share of the tokens of a teacher that is not a local model."""
+    if args.teacher_mix > 0 and not local:
+        raise ConfigError(
+            f"teacher_mix = {args.teacher_mix}: the teacher takes part in every step of the rollouts: give a local "
+            "Teacher, or set it to 0"
+        )
 
 
 class OnPolicyTrainer(DistillationTrainer):
@@ -102,16 +116,18 @@ class OnPolicyTrainer(DistillationTrainer):
         if self.label_batches is not None and self.is_world_process_zero():
             announce(described(self.label_batches.labels), self.teacher.model, self.inputs.get(weights_of("teacher")))
 
+    def check_teacher(self) -> None:
+        """As in `DistillationTrainer`; a recorded teacher knows nothing of the student's answers."""
+        if isinstance(self.teacher, RecordedTeacher):
+            raise ConfigError(RECORDED_ONLY)
+        super().check_teacher()
+
     # The loop
 
     def make_proposal(self) -> Proposal:
         """What rollouts are drawn from. Raises ConfigError if the teacher should have a share and cannot answer."""
         args, teacher = self.args, self.teacher
-        if args.teacher_mix > 0 and not isinstance(teacher, Teacher):
-            raise ConfigError(
-                f"teacher_mix = {args.teacher_mix}: the teacher takes part in every step of the rollouts: give a local "
-                "Teacher, or set it to 0"
-            )
+        check_mix(args, local=isinstance(teacher, Teacher))
         return Proposal(
             temperature=args.rollout_temperature,
             top_p=args.rollout_top_p,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What the measurement reads of the teacher's signal.
+START_NEEDS = frozenset({"chosen", "max", "distribution"})
+
 
 @dataclass(frozen=True)
 class Start:
@@ -79,7 +82,7 @@ class StartCheck(TrainerCallback):
         if args.weak_start == "ignore" or state.global_step > 0:
             return
         if not isinstance(self.trainer.teacher, LocalSource):
-            missing = {"max", "distribution"} - self.trainer.teacher.gives or {"cost of an early end"}
+            missing = START_NEEDS - self.trainer.teacher.gives or {"cost of an early end"}
             message = (
                 "whether the student is strong enough to start cannot be checked: the teacher provides no "
                 f"{' and no '.join(sorted(missing))}"

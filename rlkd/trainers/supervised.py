@@ -10,36 +10,44 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..evaluation.evaluator import TaskMetric
 from ..io.provenance import described
 from ..labels.makers import announce
+from ..labels.recorded import LabelKey, label_key, probability_weights
 from ..labels.tokens import own_generations
 from ..models.generation import NO_RULES, AnswerRules, rules_of
 from ..models.heads import TokenFunction
-from ..models.signals import SignalSource
+from ..models.signals import LocalSource, SignalSource, check_signal
 from ..models.vocabulary import NO_LIMIT, encode_answers, encode_texts
-from ..objectives.divergences import DIVERGENCES
-from ..records import Answers, Example, Minibatch, TeacherSignal
+from ..objectives.divergences import DIVERGENCES, merged_events
+from ..records import Answers, Example, Minibatch, TeacherSignal, given
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
 from .inputs import weights_of
 from .objective import Objective, StudentTokens, with_terms
+from .start import START_NEEDS
 from .warm_up import WarmUp
 
 
 class SequenceKD(Objective):
-    """loss_t = -log pi(y_t | x, y_<t) of a label y, [B, R]: the teacher is imitated through its answers alone."""
+    """loss_t = -w log pi(y_t | x, y_<t) of a label y, [B, R]: the teacher is imitated through its answers alone. w is
+    the label's weight (`label_weights`), 1 without.
+    """
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return -student.logps, {}
+        weights = minibatch.answers.weights
+        return -student.logps if weights is None else -student.logps * weights[:, None], {}
 
 
 class DivergenceKD(Objective):
-    """loss_t = D(p, pi) at every prefix of the answers, [B, R]; D and its parameters as in `SupervisedArguments`."""
+    """loss_t = D(p, pi) at every prefix of the answers, [B, R]; D and its parameters as in `SupervisedArguments`.
 
-    needs = frozenset({"chosen", "distribution"})
+    Where only the teacher's K most probable tokens were recorded, D is that of the K + 1 events of `merged_events`.
+    """
+
+    needs = frozenset({"distribution"})
 
     def __init__(self, args: SupervisedArguments):
         self.what, self.remedy = f"objective = {args.objective!r}", "objective: sequence"
@@ -47,18 +55,39 @@ class DivergenceKD(Objective):
         self.parameters = {name: getattr(args, name) for name, _ in self.divergence.parameters}
         self.temperature = args.temperature
 
+    def check(self, gives: frozenset[str], why: str = "") -> None:
+        """As in `Objective`; the most probable tokens are enough where the others may be merged."""
+        if "distribution" in gives or "top_k" not in gives:
+            super().check(gives, why)
+        elif not self.divergence.merges:
+            enough = ", ".join(name for name, divergence in DIVERGENCES.items() if divergence.merges)
+            raise ConfigError(
+                f"{self.what} needs the probability of every token, but only the teacher's most probable ones were "
+                f"recorded: choose {enough} or sequence."
+            )
+        elif self.temperature != 1.0:
+            raise ConfigError(
+                f"temperature = {self.temperature:g}: softens the probability of every token, but only the teacher's "
+                "most probable ones were recorded: set it to 1."
+            )
+
     def token_function(
         self, signal: TeacherSignal | None, annotations: Any = None
     ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
         assert signal is not None
-        assert signal.distribution is not None
-        distribution = signal.distribution
+        if signal.top_k is not None:
+            return with_terms((self.of_top_tokens, (signal.top_k.ids, signal.top_k.logps)))
+        distribution = given(signal.distribution)
 
         def divergence(logits: Tensor, *states: Tensor) -> Tensor:
             teacher = distribution.logits(*states)
             return self.divergence(logits, teacher, temperature=self.temperature, **self.parameters)
 
         return with_terms((divergence, distribution.token_args))
+
+    def of_top_tokens(self, logits: Tensor, ids: Tensor, logps: Tensor) -> Tensor:
+        """D of student logits [n, V] and the teacher's most probable tokens, [n, K] each."""
+        return self.divergence(*merged_events(logits, ids, logps), **self.parameters)
 
     def token_loss(self, student: StudentTokens, minibatch: Minibatch) -> tuple[Tensor, Mapping[str, Tensor]]:
         return student.extra[0], {}
@@ -69,11 +98,17 @@ def imitation(args: SupervisedArguments) -> Objective:
     return SequenceKD() if args.objective == "sequence" else DivergenceKD(args)
 
 
+def check_readiness(args: SupervisedArguments, gives: frozenset[str]) -> None:
+    """Raises ConfigError for `until_ready` with a teacher that cannot tell whether the student is ready."""
+    if args.until_ready:
+        check_signal(START_NEEDS, gives, "until_ready", "it takes the teacher's model; or set it to false.")
+
+
 class PseudoLabelCollator:
     """Rows with `student_input` and `label` (and the exact `token_ids`, if recorded) to padded tensors.
 
     own: the generations of labels whose token ids are the tokenizer's (`own_generations`); None for all. Other labels
-    are encoded from their text.
+    are encoded from their text. weights: of each label, by `label_key`; None without.
     Returns input_ids, input_mask [B, P], answer_ids, answer_mask [B, R], and `examples` with the rows' names and, for
     divergences, what the teacher reads; labels begin as the student's `rules` force it, and end with end-of-sequence
     unless they were cut.
@@ -86,18 +121,23 @@ class PseudoLabelCollator:
         max_new_tokens: int,
         own: frozenset[str | None] | None = None,
         rules: AnswerRules = NO_RULES,
+        weights: Mapping[LabelKey, float] | None = None,
     ):
         self.tokenizer, self.max_input_tokens, self.max_new_tokens = tokenizer, max_input_tokens, max_new_tokens
-        self.own, self.rules = own, rules
+        self.own, self.rules, self.weights = own, rules, weights
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        prompts = encode_texts(self.tokenizer, [row["student_input"] for row in rows], self.max_input_tokens)
+        texts = [row["student_input"] for row in rows]
+        prompts = encode_texts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.rules.end_of_prompts)
         answers = [self.rules.complete(ids)[: self.max_new_tokens] for ids in self._answers(rows)]
-        pad = self.tokenizer.pad_token_id
+        # Masks decide what counts: a tokenizer may have no padding token, or pad with end-of-sequence.
+        pad = self.rules.pad_id
         batch: dict[str, Any] = {}
         for name, ids in (("input", prompts), ("answer", answers)):
             batch[f"{name}_ids"] = pad_stack([torch.tensor(i, dtype=torch.long) for i in ids], pad)
             batch[f"{name}_mask"] = length_mask([len(i) for i in ids])
+        if self.weights is not None:
+            batch["weights"] = torch.tensor([self.weights[label_key(row)] for row in rows])
         batch["examples"] = [_example(row, f"{i} of this batch") for i, row in enumerate(rows)]
         return batch
 
@@ -160,7 +200,10 @@ class SupervisedTrainer(DistillationTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         check_label_rows(train_dataset, scored=args.objective != "sequence")
+        if not isinstance(teacher, LocalSource):
+            check_readiness(args, frozenset() if teacher is None else teacher.gives)
         own = own_generations(train_dataset, tokenizer)
+        weights = probability_weights(train_dataset) if args.label_weights == "probability" else None
         super().__init__(
             student,
             args,
@@ -172,7 +215,7 @@ class SupervisedTrainer(DistillationTrainer):
             callbacks=callbacks,
         )
         rules = rules_of(self.policy.lm)
-        self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens, own, rules)
+        self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens, own, rules, weights)
         self.warm_up = WarmUp(self) if args.until_ready else None
         if self.warm_up is not None:
             self.callback_handler.callbacks.insert(0, self.warm_up)  # trackers close their runs when training ends

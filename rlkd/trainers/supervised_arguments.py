@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ..checks import Fraction, NonNegative, OneOf, Positive
 from ..objectives.divergences import DIVERGENCES
@@ -78,6 +78,13 @@ class SupervisedArguments(DivergenceArguments):
             "label prefix."
         },
     )
+    label_weights: Literal["equal", "probability"] = field(
+        default="equal",
+        metadata={
+            "help": "sequence: several labels of one prompt count alike, or by the teacher's probability of each, "
+            "which suits the distinct answers of beam search."
+        },
+    )
     until_ready: bool = field(
         default=False,
         metadata={
@@ -91,6 +98,13 @@ class SupervisedArguments(DivergenceArguments):
         if self.until_ready:
             prepare_warm_up(self)
         super().__post_init__()
+        _require(
+            self.label_weights == "equal" or self.objective == "sequence",
+            "label_weights",
+            self.label_weights,
+            f"objective = {self.objective!r} learns distributions at the prefixes of labels, not the labels: set it to "
+            "equal, or objective to sequence",
+        )
         if self.until_ready:
             complete_schedule(self)
 

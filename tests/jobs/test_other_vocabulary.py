@@ -82,7 +82,7 @@ def test_it_trains_evaluates_is_recorded_and_resumes_exactly(folder, tmp_path, c
     assert {"start_regret", "start_eos_price", "regret", "eval_regret", "eval_match", "eval_sample_regret"} <= names
     record = json.loads((tmp_path / "straight" / "run.json").read_text())
     assert record["inputs"]["tokenizer"] != record["inputs"]["teacher's tokenizer"]
-    assert record["inputs"]["teacher's reading"].endswith(" words, as text")
+    assert record["inputs"]["teacher's vocabulary"] == "another: answers are scored as text"
     view = from_run(tmp_path / "straight")
     assert {sample.source for sample in view.samples} >= {"student", "student sampled", "teacher greedy", "rollout"}
 

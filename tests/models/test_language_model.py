@@ -1,24 +1,25 @@
-"""A decoder-only language model, written here and registered from outside: the rest of rlkd works with it unchanged."""
+"""What works with encoder-decoders works with a decoder-only model: engines, teachers, policies, trainers, views; and a
+family is added from outside by its row.
+"""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from models.decoder_families import tiny_decoder
 from torch import Tensor
 from trainers import tiny_runs
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rlkd.errors import ModelError
 from rlkd.inspection.build import reward_view
-from rlkd.models.architectures import LANGUAGE_MODELS, Architecture, architecture_of, language_model
-from rlkd.models.batching import batches_by_length
-from rlkd.models.compat import cache_name, own_generation_config
-from rlkd.models.heads import Head
+from rlkd.models.architectures import LANGUAGE_MODELS, architecture_of, language_model
+from rlkd.models.decoder_only import DecoderOnly
 from rlkd.models.loading import load_model
 from rlkd.models.policy import Policy
 from rlkd.models.teacher import Teacher
@@ -29,151 +30,11 @@ from rlkd.sampling.engines.protocol import Decoding
 from rlkd.sampling.engines.torch_engine import TorchEngine
 from rlkd.sampling.proposal import Proposal
 from rlkd.sampling.rollouts import sample_rollouts
-from rlkd.tensors import length_mask, pad_rows, pad_stack
+from rlkd.tensors import pad_rows
 from tiny import EOS, VALID, save_pretrained, tiny_tokenizer
 
 PROMPTS = [[3 + (7 * i + j * j) % 29 for j in range(1 + i % 5)] for i in range(12)]
 CPU = torch.device("cpu")
-
-
-# -- the implementation ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DecoderOnly:
-    """State of a prompt [P, F + D]: at each of its tokens F keys and values of all layers, and the head input D.
-
-    Padding stays between a prompt and its answer: masked, and skipped by the positions.
-    """
-
-    model: Any
-    valid_vocab: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def eos_id(self) -> int:
-        return self.model.config.eos_token_id
-
-    @property
-    def pad_id(self) -> int:
-        """There is none: as in many decoder-only models, end-of-sequence takes its place."""
-        return self.eos_id
-
-    @property
-    def width(self) -> int:
-        return self.model.config.hidden_size
-
-    def head(self) -> Head:
-        return Head(self.model.get_output_embeddings().weight, None, 1.0, self.valid_vocab)
-
-    def forward(self, ids: Tensor, mask: Tensor, places: Tensor, cache: DynamicCache) -> Tensor:
-        """Head inputs [B, R, D] of ids [B, R] at `places` after what is in the cache; the cache grows."""
-        decoder = self.model.get_decoder()
-        more = {cache_name(decoder): cache}
-        out = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=places, use_cache=True, **more)
-        return out.last_hidden_state
-
-    def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
-        states: list[Any] = [None] * len(prompts)
-        for rows in batches_by_length([len(p) for p in prompts], batch_tokens):
-            ids, mask = pad_rows([prompts[i] for i in rows], self.pad_id, self.device)
-            cache = DynamicCache()
-            hidden = self.forward(ids, mask, torch.arange(ids.shape[1]).expand_as(ids), cache)
-            keys_values = torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
-            packed = torch.cat([keys_values.permute(2, 4, 0, 1, 3, 5).flatten(2), hidden], -1)
-            for i, state, n in zip(rows, packed, mask.sum(1).tolist(), strict=True):
-                states[i] = state[:n]
-        return states
-
-    def resume(self, states: list[Tensor]) -> tuple[DynamicCache, Tensor, Tensor]:
-        """The cache of padded prompts, their mask [B, P], and the head inputs [B, D] of their last tokens."""
-        config = self.model.config
-        keys_values = pad_stack([state[:, : -self.width] for state in states])
-        shape = (config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
-        keys_values = keys_values.unflatten(-1, shape).permute(2, 3, 0, 4, 1, 5)
-        cache = DynamicCache()
-        for i, (keys, values) in enumerate(keys_values):
-            cache.update(keys, values, i)
-        last = torch.stack([state[-1, -self.width :] for state in states])
-        return cache, length_mask([len(state) for state in states]).to(self.device), last
-
-    def answer_hidden(
-        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096
-    ) -> Tensor:
-        rows: list[Any] = [None] * len(states)
-        width = answer_ids.shape[1]
-        for batch in batches_by_length([len(state) + width for state in states], batch_tokens):
-            cache, mask, last = self.resume([states[i] for i in batch])
-            ids = answer_ids[batch, :-1]
-            hidden = last[:, None]
-            if ids.shape[1]:
-                places = mask.sum(1, keepdim=True) + torch.arange(ids.shape[1])
-                given = torch.cat([mask, torch.ones_like(ids).bool()], 1)
-                hidden = torch.cat([hidden, self.forward(ids, given, places, cache)], 1)
-            for i, row in zip(batch, hidden, strict=True):
-                rows[i] = row
-        return torch.stack(rows)[answer_mask]
-
-    def start(self, states: list[Tensor]) -> DecodingOnly:
-        return DecodingOnly(self, *self.resume(states))
-
-    def beam_search(
-        self, prompts: list[list[int]], *, num_beams: int, num_answers: int, max_new_tokens: int
-    ) -> list[list[int]]:
-        ids, mask = pad_rows([prompt[::-1] for prompt in prompts], self.pad_id)
-        settings = GenerationConfig(
-            num_beams=num_beams, num_return_sequences=num_answers, max_new_tokens=max_new_tokens, do_sample=False,
-            eos_token_id=self.eos_id, pad_token_id=self.pad_id,
-            suppress_tokens=list(range(self.valid_vocab, self.model.config.vocab_size)),
-        )  # fmt: skip
-        with own_generation_config(self.model):
-            found = self.model.generate(ids.flip(1), attention_mask=mask.flip(1).long(), generation_config=settings)
-        return [ended(row) for row in found[:, ids.shape[1] :].tolist()]
-
-
-@dataclass
-class DecodingOnly:
-    lm: DecoderOnly
-    cache: DynamicCache
-    mask: Tensor
-    last: Tensor
-
-    def __post_init__(self) -> None:
-        self.places = self.mask.sum(1)
-
-    def step(self, tokens: Tensor | None) -> Tensor:
-        if tokens is None:
-            return self.last
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        hidden = self.lm.forward(tokens[:, None], self.mask, self.places[:, None], self.cache)
-        self.places = self.places + 1
-        return hidden[:, -1]
-
-    def keep(self, rows: Tensor) -> None:
-        self.mask, self.places = self.mask[rows], self.places[rows]
-        self.cache.batch_select_indices(rows)
-
-
-def ended(row: list[int]) -> list[int]:
-    return row[: row.index(EOS) + 1] if EOS in row else row
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """The one line that makes rlkd take such models."""
-    row = Architecture(
-        wrap=DecoderOnly,
-        model_types=("llama",),
-        is_encoder_decoder=False,
-        auto_class="AutoModelForCausalLM",
-        lora_task_type="CAUSAL_LM",
-        noise=("attention_dropout",),
-        check=lambda config, role, name, dtype: None,
-    )
-    monkeypatch.setitem(LANGUAGE_MODELS, "decoder-only", row)
 
 
 def tiny_llama(seed: int = 0, *, width: int = 16, words: int = VALID, dropout: float = 0.0) -> LlamaForCausalLM:
@@ -190,6 +51,11 @@ def tiny_llama(seed: int = 0, *, width: int = 16, words: int = VALID, dropout: f
     return model
 
 
+def prompt_of(tokenizer: Any, text: str) -> list[int]:
+    """Without the end that this tokenizer writes: the answer continues the text."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def lm_of(seed: int = 0, **options: Any) -> Any:
     return language_model(tiny_llama(seed, **options), tiny_tokenizer())
 
@@ -200,6 +66,10 @@ def plain_logits(model: Any, prompt: list[int], answer: list[int], valid: int = 
     double = copy.deepcopy(model).double()
     logits = double(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, :, :valid]
     return logits[len(prompt) - 1 : -1]
+
+
+def ended(row: list[int]) -> list[int]:
+    return row[: row.index(EOS) + 1] if EOS in row else row
 
 
 def answers_of(decoded: Any) -> list[list[int]]:
@@ -219,10 +89,18 @@ def test_the_table_chooses_by_configuration_and_loads_with_its_class(tmp_path):
     assert language_model(loaded, tiny_tokenizer()).valid_vocab == VALID
 
 
-def test_a_model_without_an_architecture_is_refused(monkeypatch):
-    monkeypatch.delitem(LANGUAGE_MODELS, "decoder-only")
-    with pytest.raises(ModelError, match="model 'LlamaForCausalLM' is a 'llama' model without an encoder-decoder"):
-        lm_of()
+def test_a_family_is_added_by_its_row(monkeypatch, tmp_path):
+    """From outside: rlkd loads it, and decodes with it."""
+    model = tiny_decoder("nemotron", words=VALID)
+    folder = save_pretrained(tmp_path, model)
+    with pytest.raises(ModelError, match=r"teacher '.*' has model_type 'nemotron'\. Supported: t5"):
+        load_model(folder, "teacher")
+    row = replace(LANGUAGE_MODELS["decoder-only"], model_types=("nemotron",))
+    monkeypatch.setitem(LANGUAGE_MODELS, "more", row)
+    lm = language_model(load_model(folder, "teacher"), tiny_tokenizer())
+    out = decode(lm, lm.prompt_states(PROMPTS[:3]), greedy, max_new_tokens=3)
+    for prompt, answer in zip(PROMPTS, answers_of(out), strict=False):
+        assert answer == plain_logits(lm.model, prompt, answer).argmax(-1).tolist()
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
@@ -260,14 +138,14 @@ def test_an_engine_samples_scores_and_searches(batch_tokens):
 
 def test_teacher_scores_equal_a_plain_forward():
     tokenizer = tiny_tokenizer()
-    teacher = Teacher(lm_of(1), tokenizer, append_eos=False)
+    teacher = Teacher(lm_of(1), tokenizer)
     texts = ["copy a b c", "reverse d", "answer of 1 2 3 is", "m", "copy a b c"]
     ids, mask = pad_rows([[3, 4, 5, EOS], [6, EOS], [10, 11, 12, 13], [EOS], [0, 4, EOS]], EOS)
     for _ in range(2):  # the second time from the cache
         scores = teacher.score([(text,) for text in texts], ids, mask, distribution=True)
         for i, text in enumerate(texts):
             answer = ids[i][mask[i]].tolist()
-            logits = plain_logits(teacher.lm.model, tokenizer(text, add_special_tokens=False)["input_ids"], answer)
+            logits = plain_logits(teacher.lm.model, prompt_of(tokenizer, text), answer)
             log_p = logits.log_softmax(-1)
             want = {
                 "chosen": logits[range(len(answer)), answer],
@@ -365,10 +243,10 @@ def test_two_steps_and_an_evaluation(kind, tmp_path):
     metrics = trainer.evaluate()
     regrets, lengths = [], []
     for example, row in zip(tiny_runs.examples(4), trainer.evaluate_policy(None), strict=True):
-        prompt = trainer.tokenizer(example.student_input)["input_ids"]
+        prompt = prompt_of(trainer.tokenizer, example.student_input)
         best = plain_logits(trainer.policy.student, prompt, row["ids"], tiny_runs.VALID).argmax(-1)
         assert row["ids"] == best.tolist()
-        prompt = trainer.tokenizer(example.teacher_inputs[0])["input_ids"]
+        prompt = prompt_of(trainer.tokenizer, example.teacher_inputs[0])
         logits = plain_logits(trainer.teacher.lm.model, prompt, row["ids"], tiny_runs.VALID)
         regrets.append(float((logits.max(-1).values - logits[range(len(row["ids"])), row["ids"]]).sum()))
         lengths.append(len(row["ids"]))
@@ -386,7 +264,7 @@ def test_the_rewards_that_reinforce_learns_from_are_the_plain_ones(tmp_path):
     batch = trainer.annotate(trainer.sample(7))
     for i, example in enumerate(batch.answers.examples):
         answer = batch.answers.answer_ids[i][batch.answers.answer_mask[i]].tolist()
-        prompt = trainer.tokenizer(example.teacher_inputs[0])["input_ids"]
+        prompt = prompt_of(trainer.tokenizer, example.teacher_inputs[0])
         logits = plain_logits(trainer.teacher.lm.model, prompt, answer, tiny_runs.VALID)
         want = logits[range(len(answer)), answer] - logits.max(-1).values
         np.testing.assert_allclose(batch.annotations.rewards[i][: len(answer)], want, atol=1e-5)

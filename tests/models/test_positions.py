@@ -105,7 +105,8 @@ def test_every_family_says_how_long_its_texts_may_be(family):
     config = AutoConfig.for_model(family)
     limits = architecture_of(config, "teacher", family).positions(config)
     learned = family in BART_FAMILY
-    assert all((limit is not None) == learned for limit in limits)
+    assert all((limit is not None) == learned for limit in (limits.prompt, limits.answer))
+    assert limits.together is None
     assert family in next(iter(LANGUAGE_MODELS.values())).model_types
 
 

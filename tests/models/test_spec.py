@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import BertConfig
 
 from rlkd.errors import ConfigError, ModelError
 from rlkd.models import loading
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     save_pair(folder)
     save_pretrained(folder / "small", tiny_t5(vocab=20))
     save_pretrained(folder / "other", tiny_t5(), tiny_tokenizer([*WORDS[:-1], "z"]))
-    GPT2Config().save_pretrained(folder / "gpt2")
+    BertConfig().save_pretrained(folder / "bert")
     return folder
 
 
@@ -40,7 +40,7 @@ def asked(monkeypatch):
     ("name", "dtype", "message"),
     [
         ("nothing", "float32", r"student '.*nothing' is neither a local folder"),
-        ("gpt2", "float32", r"student '.*gpt2' is a 'gpt2' model"),
+        ("bert", "float32", r"student '.*bert' has model_type 'bert', an encoder"),
         ("student", "float16", r"Use student_dtype: bfloat16"),
         ("student", "half", r"student_dtype = 'half': allowed are"),
         ("small", "float32", r"student '.*small': the tokenizer has ids up to .* do not match"),
@@ -98,7 +98,7 @@ def test_a_pair_shares_its_vocabulary(folder, asked):
 
 
 def test_a_teacher_by_name_loads_as_it_was_saved(folder):
-    spec = TeacherSpec(ModelSpec(str(folder / "teacher"), "teacher"), max_input_tokens=7, append_eos=False)
+    spec = TeacherSpec(ModelSpec(str(folder / "teacher"), "teacher"), max_input_tokens=7, input_eos=False)
     teacher = spec.load()
     assert (teacher.max_input_tokens, teacher.append_eos, teacher.tokenizer) == (7, False, spec.tokenizer)
     assert teacher.lm.valid_vocab == VALID

@@ -10,6 +10,7 @@ from rlkd.objectives.divergences import (
     best_token,
     forward_kl,
     jensen_shannon,
+    merged_events,
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
@@ -223,3 +224,62 @@ def test_temperature_softens_both_sides_and_keeps_the_scale_of_the_gradient(name
     student, teacher = pair(3)
     want = 4.0 * by_hand(name, student.numpy() / 2, teacher.numpy() / 2)
     np.testing.assert_allclose(DIVERGENCES[name](student, teacher, temperature=2.0).numpy(), want, atol=1e-12)
+
+
+# The teacher's most probable tokens, and the rest as one event
+
+MERGING = [name for name, divergence in DIVERGENCES.items() if divergence.merges]
+
+
+def merged_by_hand(logits, ids):
+    """Probabilities of the tokens `ids` [N, K], and the sum of all others, as logits."""
+    p = softmax(np.asarray(logits))
+    known = np.take_along_axis(p, np.asarray(ids), -1)
+    return np.log(np.concatenate([known, 1 - known.sum(-1, keepdims=True)], -1))
+
+
+def recorded(teacher, k):
+    logps, ids = teacher.log_softmax(-1).topk(k)
+    return ids, logps
+
+
+@pytest.mark.parametrize("name", MERGING)
+@given(seeds, st.integers(1, 5))
+@few
+def test_the_rest_counts_as_one_event(name, seed, k):
+    """Against NumPy; merging never raises an f-divergence, and finer events never lower it."""
+    student, teacher = pair(seed)
+    ids, logps = recorded(teacher, k)
+    got = DIVERGENCES[name](*merged_events(student, ids, logps))
+    want = by_hand(name, merged_by_hand(student, ids), merged_by_hand(teacher, ids))
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-9)
+    finer = [DIVERGENCES[name](*merged_events(student, *recorded(teacher, n))) for n in (k, k + 1, 6)]
+    assert (finer[0] <= finer[1] + 1e-9).all()
+    assert (finer[1] <= finer[2] + 1e-9).all()
+    torch.testing.assert_close(finer[2], DIVERGENCES[name](student, teacher))
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_the_gradient_through_the_rest_against_finite_differences(name):
+    student, teacher = pair(1)
+    ids, logps = recorded(teacher, 2)
+    student.requires_grad_()
+    DIVERGENCES[name](*merged_events(student, ids, logps)).sum().backward()
+    base, step, target = student.detach().numpy(), 1e-6, merged_by_hand(teacher, ids)
+    for i in np.ndindex(*base.shape):
+        up, down = base.copy(), base.copy()
+        up[i] += step
+        down[i] -= step
+        values = [by_hand(name, merged_by_hand(logits, ids), target).sum() for logits in (up, down)]
+        assert student.grad[i].item() == pytest.approx((values[0] - values[1]) / (2 * step), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_a_teacher_whose_recorded_tokens_have_all_the_mass(name):
+    """Stored in float32 they sum to 1, give or take the last bit: the rest has no probability, and nothing is NaN."""
+    student = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ids, logps = torch.tensor([[0, 3], [5, 1]]), torch.tensor([[0.7, 0.3], [0.9, 0.1]]).log()
+    value = DIVERGENCES[name](*merged_events(student, ids, logps))
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert student.grad.isfinite().all()

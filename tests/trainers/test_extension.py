@@ -166,9 +166,18 @@ def test_what_a_signal_cannot_give_is_refused_by_name(tmp_path, options, missing
         make("reinforce", tmp_path, teacher=ChosenAndBest(tiny_teacher()), **{**PLAIN, **options})
 
 
-def test_held_out_inputs_need_a_teacher_that_answers(tmp_path):
-    with pytest.raises(ConfigError, match="give a local Teacher"):
-        make("reinforce", tmp_path, teacher=ChosenAndBest(tiny_teacher()), eval_examples=examples(3), **PLAIN)
+def test_an_evaluation_tells_what_the_signal_gives(tmp_path, caplog):
+    """The regret of held-out answers is that of the full teacher; what is missing is said."""
+    options = {**PLAIN, "eval_examples": examples(3), "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    two = make("reinforce", tmp_path / "two", teacher=ChosenAndBest(tiny_teacher()), **options)
+    full = make("reinforce", tmp_path / "full", **options)
+    for trainer in (two, full):
+        trainer.train()
+    assert "held-out answers have no logprob, match, and there are no token rewards" in caplog.text
+    one, other = (logged(tmp_path / name)[-2] for name in ("two", "full"))
+    assert other.keys() - one.keys() == {"eval_logprob", "eval_sample_logprob", "eval_match"}
+    for name in ("eval_regret", "eval_sample_regret"):
+        assert one[name] == pytest.approx(other[name], abs=1e-4)
 
 
 def test_a_divergence_needs_the_distribution(tmp_path):

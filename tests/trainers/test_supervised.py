@@ -133,7 +133,7 @@ def test_training_a_teacher_on_gold_labels_needs_no_teacher(tmp_path):
     before = weights(model)
     trainer.train()
     assert any(not torch.equal(before[n], t) for n, t in model.state_dict().items())
-    with pytest.raises(ValueError, match="needs a teacher and eval_examples"):
+    with pytest.raises(ValueError, match=r"evaluate\(\) needs eval_examples"):
         trainer.evaluate()
     args = SupervisedArguments(output_dir=str(tmp_path), use_cpu=True, objective="forward_kl")
     with pytest.raises(ConfigError, match="objective = 'forward_kl' needs a teacher"):

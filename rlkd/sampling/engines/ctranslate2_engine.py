@@ -22,7 +22,7 @@ import torch
 from ...errors import ConfigError, RlkdError
 from ...io.files import sha256
 from ...models.digests import configuration_digest, weights_digest
-from ...models.encoder_decoder import T5_FAMILY, check_positions, positions
+from ...models.encoder_decoder import T5_FAMILY, positions
 from ...models.generation import FORBIDDEN, NO_RULES, AnswerRules, rules_of
 from ...models.language_model import LanguageModel
 from ...models.spec import LoadedModel, ModelSource
@@ -56,7 +56,7 @@ class CTranslate2Engine:
         import ctranslate2
 
         self.exact = compute_type == LoadedModel(lm).dtype
-        self._rules, self._positions = rules_of(lm), positions(lm.model.config)
+        self._rules, self._positions = rules_of(lm), lm.positions
         self._identity = {
             "teacher": lm.model.name_or_path,
             "teacher_weights": weights_digest(lm.model),
@@ -77,7 +77,7 @@ class CTranslate2Engine:
     def objection(model: ModelSource, decoding: Decoding | None, settings: EngineSettings) -> str | None:
         precision = settings.compute_type or model.dtype
         where = torch.device(model.device or "cpu")
-        rules, limit = getattr(model, "rules", NO_RULES), positions(model.config)[1]
+        rules, limit = getattr(model, "rules", NO_RULES), positions(model.config).answer
         return _objection(model, precision, where) or _unable(decoding, limit) or _unruly(rules)
 
     @staticmethod
@@ -104,7 +104,7 @@ class CTranslate2Engine:
         """As `Engine.answer`, for greedy and beam. Raises ConfigError for other strategies, RlkdError if CTranslate2
         gives no answer to a prompt.
         """
-        if reason := _unable(decoding, self._positions[1]):
+        if reason := _unable(decoding, self._positions.answer):
             raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
         if decoding.strategy == "beam":
             return self._beam(prompts, decoding)
@@ -128,8 +128,7 @@ class CTranslate2Engine:
         return self._certain(answers, logps)
 
     def _check_lengths(self, prompts: list[list[int]], longest_answer: int) -> None:
-        check_positions(max(map(len, prompts), default=0), self._positions[0], "prompt")
-        check_positions(longest_answer, self._positions[1], "answer")
+        self._positions.check(max(map(len, prompts), default=0), longest_answer)
 
     def _certain(self, answers: list[list[int]], logps: list[list[float]]) -> list[list[float]]:
         """The log-probabilities of answers, of which a forced first token has 0."""

@@ -1,0 +1,152 @@
+"""Teachers that no local model stands behind, as settings name them: what they can teach is checked before any load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from ..checks import Count, Positive
+from ..errors import ConfigError, DataError
+from ..labels.recorded import RecordedTeacher
+from ..models.other_tokenizer import SHARED_VOCABULARY, OtherTokenizer
+from ..models.served import ServerTeacher
+from ..models.server import ServerSettings
+from ..models.signals import SIGNAL, LocalSource
+from ..models.spec import ModelSpec, TeacherSpec, check_pair, other_vocabulary
+from ..models.vocabulary import same_vocabulary
+from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
+from ..trainers.base_arguments import DistillationArguments, require
+from ..trainers.objective import Objective
+from ..trainers.on_policy import RECORDED_ONLY, check_mix
+from ..trainers.ppo import PPO
+from ..trainers.reinforce import Reinforce
+from ..trainers.supervised import DivergenceKD, check_readiness, imitation
+
+
+@dataclass(kw_only=True)
+class SignalArguments:
+    """Where the teacher's probabilities come from."""
+
+    teacher_signal: Literal["model", "recorded", "server"] = field(
+        default="model",
+        metadata={
+            "help": "Where the teacher's probabilities come from: the model; recorded, what pseudo_labels hold of them "
+            "(--top-k-logprobs; no teacher is read); server, one with vLLM's API (only the teacher's configuration and "
+            "tokenizer are read here)."
+        },
+    )
+    server_url: str | None = field(
+        default=None,
+        metadata={"help": "The server's API: http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."},
+    )
+    server_model: str | None = field(
+        default=None, metadata={"help": "The teacher's name on the server; null: the only model there."}
+    )
+    server_concurrency: Count = field(default=8, metadata={"help": "Requests to the server at a time."})
+    server_timeout: Positive = field(default=60.0, metadata={"help": "Seconds that one request may take."})
+
+    def check_signal(self) -> None:
+        """Raise ConfigError for settings that contradict each other."""
+        own = [field for field in fields(SignalArguments) if field.name.startswith("server_")]
+        given = [field.name for field in own if getattr(self, field.name) != field.default]
+        if given and self.teacher_signal != "server":
+            raise ConfigError(f"{given[0]} is set, and teacher_signal is {self.teacher_signal!r}: set it to server")
+        if self.teacher_signal == "server":
+            _ = self.server
+
+    @property
+    def server(self) -> ServerSettings:
+        """Where the teacher is served. Raises ConfigError as `ServerSettings`, or if there is no url."""
+        if self.server_url is None:
+            raise ConfigError("teacher_signal = 'server': server_url is not set: name it, http://localhost:8000/v1")
+        return ServerSettings(self.server_url, self.server_model, self.server_concurrency, self.server_timeout)
+
+
+# The settings of a trainer -> its objective.
+OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
+    GKDArguments: DivergenceKD,
+    PPOArguments: PPO,
+    ReinforceArguments: Reinforce,
+    SupervisedArguments: imitation,
+}
+
+
+def check_models(teacher: TeacherSpec | None, student: ModelSpec, training: DistillationArguments) -> str | None:
+    """How teacher and student go together, in words; None if they share their vocabulary. Raises ModelError or
+    ConfigError if one cannot take its role, or settings need a shared vocabulary and there is none.
+    """
+    for spec in (student,) if teacher is None else (teacher.model, student):
+        spec.check()
+        spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
+    if teacher is None:
+        return None
+    _ = teacher.append_eos
+    if teacher.model.served or same_vocabulary(teacher.tokenizer, student.tokenizer):
+        check_pair(teacher.model, student)
+        return None
+    mix = getattr(training, "teacher_mix", 0.0)
+    require(mix == 0, "teacher_mix", mix, "needs a vocabulary that teacher and student share: set it to 0")
+    check_objective(training, SIGNAL - SHARED_VOCABULARY, OtherTokenizer.lacks)
+    return other_vocabulary(teacher.model, student)
+
+
+def check_objective(training: DistillationArguments, gives: frozenset[str], why: str = "") -> None:
+    """Raise ConfigError if the objective of these settings needs more of the teacher than it `gives`; why, as in
+    `check_signal`.
+    """
+    for kind, made in OBJECTIVES.items():
+        if isinstance(training, kind):
+            made(training).check(gives, why)
+
+
+def local_teacher(spec: TeacherSpec, student: ModelSpec, **options: Any) -> LocalSource:
+    """The teacher with its weights, as the student sees it; options, further fields of `Teacher`. Raises as
+    `TeacherSpec.load` does.
+    """
+    teacher = spec.load(**options)
+    shared = same_vocabulary(spec.tokenizer, student.tokenizer)
+    return teacher if shared else OtherTokenizer(teacher, student.tokenizer, student.rules)
+
+
+def check_recorded_signal(training: DistillationArguments) -> None:
+    """Raise ConfigError if these settings need more of the teacher than label folders record."""
+    if isinstance(training, OnPolicyArguments):
+        raise ConfigError(RECORDED_ONLY)
+    check_objective(training, RecordedTeacher.gives)
+    if isinstance(training, SupervisedArguments):
+        check_readiness(training, RecordedTeacher.gives)
+
+
+def served_teacher(spec: TeacherSpec, settings: ServerSettings, training: DistillationArguments) -> ServerTeacher:
+    """The teacher on a server, which was asked for it, and is enough for these settings.
+
+    No weights are loaded. Raises ModelError and ServerError as `Server` does, ConfigError if they need more of the
+    teacher, or a longer context window.
+    """
+    teacher = ServerTeacher.of(spec, settings)
+    check_objective(training, teacher.gives)
+    if isinstance(training, SupervisedArguments):
+        check_readiness(training, teacher.gives)
+    if isinstance(training, OnPolicyArguments):
+        check_mix(training, local=False)
+    teacher.server.check_window(training.max_input_tokens, training.max_new_tokens)
+    return teacher
+
+
+def recorded_teacher(labels: Any, training: DistillationArguments, tokenizer: Any) -> RecordedTeacher | None:
+    """The teacher of the labels, None if the objective reads the labels alone. Raises DataError as RecordedTeacher."""
+    reads = any(made(training).needs for kind, made in OBJECTIVES.items() if isinstance(training, kind))
+    return RecordedTeacher(labels, tokenizer) if reads else None
+
+
+def refuse_other_templates(found: list[str], folder: str) -> None:
+    """Raise DataError if labels were made under other templates than a run's settings name.
+
+    found: what `labels.makers.differences` tells.
+    """
+    if other := [line.strip() for line in found if line.strip().startswith("templates:")]:
+        raise DataError(
+            f"teacher_signal = 'recorded': the labels of {folder} were made under other templates than the settings "
+            f"name ({'; '.join(other)}): name the same, or label again."
+        )

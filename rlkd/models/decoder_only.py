@@ -1,0 +1,304 @@
+"""Decoder-only language models: the keys and values of a prompt are computed once, and every answer continues them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..tensors import length_mask, pad_rows, pad_stack
+from . import generation
+from .batching import batches_by_length, packed_by_length, padding_allowed
+from .compat import cache_name, own_generation_config
+from .generation import AnswerRules, beam_search_settings
+from .heads import Head
+from .positions import Positions
+
+GEMMA = ("gemma", "gemma2", "gemma3_text")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", *GEMMA, "gpt2", "gpt_neox", "phi", "phi3", "smollm3", "olmo", "olmo2",
+    "olmo3", "granite", "cohere", "cohere2", "opt", "gptj", "gpt_neo", "gpt_bigcode", "codegen", "starcoder2",
+    "stablelm", "falcon", "glm", "exaone4", "arcee",
+)  # fmt: skip
+# Configuration fields that make a forward in training mode random.
+NOISE = (
+    "attention_dropout", "hidden_dropout", "residual_dropout", "embedding_dropout", "dropout", "activation_dropout",
+    "layerdrop", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout", "embed_dropout", "classifier_dropout",
+)  # fmt: skip
+# Rules that transformers applies to prompt and answer together: an answer alone does not say whether they hold.
+OF_WHOLE_TEXTS = ("forced_bos_token_id", "min_length", "no_repeat_ngram_size")
+
+
+def check(config: Any, role: str, name: str, dtype: torch.dtype) -> None:
+    """Raises ModelError for a precision in which the model fails silently, and for positions that are not told."""
+    if dtype == torch.float16 and config.model_type in GEMMA:
+        raise ModelError(
+            f"{role} '{name}': float16 overflows to inf in Gemma models, and greedy decoding does not notice. "
+            f"Use {role}_dtype: bfloat16 (GPU) or float32."
+        )
+    if getattr(config, "alibi", False):
+        raise ModelError(
+            f"{role} '{name}' has ALiBi instead of positions (alibi: true), which rlkd does not pass to the model."
+        )
+
+
+def positions(config: Any) -> Positions:
+    """The context window."""
+    return Positions(together=config.max_position_embeddings)
+
+
+def read_rules(config: Any, generation_config: Any, role: str, name: str, valid_vocab: int) -> AnswerRules:
+    """As `generation.read_rules`, for answers that continue their prompts. Raises ModelError for rules of whole texts,
+    too.
+    """
+    for key in OF_WHOLE_TEXTS:
+        if value := getattr(generation_config, key, None):
+            raise ModelError(
+                f"{role} '{name}': its generation_config sets {key} = {value}, which in a decoder-only model counts "
+                "the prompt as well. Remove it from generation_config.json."
+            )
+    return generation.read_rules(config, generation_config, role, name, valid_vocab, continues=True)
+
+
+@dataclass(frozen=True)
+class DecoderOnly:
+    """`LanguageModel` of a decoder-only transformer.
+
+    The state of a prompt is [P F + D]: for each of its P tokens the F keys and values of all layers, then the head
+    input of the answer's first token. While gradient checkpointing is on, transformers keeps no keys and values: the
+    state is then the prompt's ids [P], which are read again with each answer.
+
+    model        the transformers model (possibly PEFT-wrapped)
+    valid_vocab  number of ids that are real tokens; actions and normalisers are limited to them
+    """
+
+    model: Any
+    valid_vocab: int
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def rules(self) -> AnswerRules:
+        """What the checkpoint's generation_config says of answers. Raises ModelError as `read_rules` does."""
+        name = getattr(self.config, "name_or_path", None) or type(self.model).__name__
+        rules = read_rules(self.config, self.model.generation_config, "model", name, self.config.vocab_size)
+        return rules.within(self.valid_vocab)
+
+    @property
+    def eos_id(self) -> int:
+        return self.rules.eos_ids[0]
+
+    @property
+    def pad_id(self) -> int:
+        return self.rules.pad_id
+
+    @property
+    def width(self) -> int:
+        return int(self._base.get_output_embeddings().weight.shape[1])
+
+    @property
+    def positions(self) -> Positions:
+        return positions(self.config)
+
+    def head(self) -> Head:
+        """As in LanguageModel."""
+        projection, config = self._base.get_output_embeddings(), self._base.config
+        if not projection.weight.is_floating_point():
+            raise ModelError(
+                "the output head is quantised, so its exact logits are not available. "
+                "Keep it in full precision: add 'lm_head' to llm_int8_skip_modules."
+            )
+        cap = getattr(config, "final_logit_softcapping", None)
+        return Head(projection.weight, projection.bias, logit_scale(config), self.valid_vocab, self.rules, cap)
+
+    def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
+        """As in LanguageModel, batched by length so that little padding is read."""
+        self.positions.check(max(map(len, prompts), default=0))
+        if self._recomputes:
+            return [torch.tensor(prompt, device=self.device) for prompt in prompts]
+        from transformers import DynamicCache
+
+        states: list[Any] = [None] * len(prompts)
+        for rows in batches_by_length([len(p) for p in prompts], batch_tokens, padding_allowed(self.device)):
+            # Padding after a prompt is never seen from it.
+            ids, mask = pad_rows([prompts[i] for i in rows], self.pad_id, self.device)
+            cache = DynamicCache()
+            hidden = self._forward(ids, mask, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), cache)
+            packed = torch.cat([part.transpose(1, 2).flatten(2) for part in _parts(cache)], -1)
+            for i, row, last, n in zip(rows, packed, hidden, mask.sum(1).tolist(), strict=True):
+                states[i] = torch.cat([row[:n].flatten(), last[n - 1]])
+        return states
+
+    def answer_hidden(
+        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096
+    ) -> Tensor:
+        """As in LanguageModel."""
+        follow = self._with_prompts if self._recomputes else self._after_prompts
+        lengths = self._prompt_lengths(states)
+
+        def forward(rows: list[int], ids: Tensor) -> Tensor:
+            self.positions.check(max(lengths[i] for i in rows), ids.shape[1])
+            # The last token predicts nothing.
+            return follow([states[i] for i in rows], ids[:, :-1])
+
+        return packed_by_length(forward, lengths, answer_ids, answer_mask, batch_tokens)
+
+    def start(self, states: list[Tensor]) -> _Decoding:
+        """As in LanguageModel. Raises ModelError while gradient checkpointing is on: call model.eval() before."""
+        if self._recomputes:
+            raise ModelError(
+                "a decoder-only model that trains with gradient checkpointing keeps no keys and values to decode with. "
+                "Call model.eval() first."
+            )
+        return _Decoding(self, states)
+
+    def beam_search(
+        self, prompts: list[list[int]], *, num_beams: int, num_answers: int, max_new_tokens: int
+    ) -> list[list[int]]:
+        """As in LanguageModel."""
+        rules = self.rules
+        width = max(map(len, prompts))
+        self.positions.check(width, max_new_tokens)
+        # On the left, so that answers follow their prompts.
+        ids = torch.tensor([[rules.pad_id] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = _left_mask([len(prompt) for prompt in prompts], self.device)
+        beyond = range(self.valid_vocab, self.config.vocab_size)
+        search = {"num_beams": num_beams, "num_return_sequences": num_answers, "max_new_tokens": max_new_tokens}
+        settings = beam_search_settings(rules, beyond, **search)
+        with own_generation_config(self.model):
+            sequences = self.model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
+        return [rules.up_to_end(row) for row in sequences[:, width:].tolist()]
+
+    # Parts of the transformers model
+
+    @property
+    def _base(self) -> Any:
+        """Without PEFT's wrapping; adapters are in its layers."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether layers would drop the cache that they are given."""
+        return self.model.training and self._base.is_gradient_checkpointing
+
+    @cached_property
+    def _layout(self) -> list[tuple[int, int]]:
+        """(heads, width of each) of the keys and the values of every layer, in the order of a state."""
+        from transformers import DynamicCache
+
+        cache, one = DynamicCache(), torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            self._forward(one, torch.ones_like(one).bool(), one, cache)
+        return [(part.shape[1], part.shape[3]) for part in _parts(cache)]
+
+    @property
+    def _token_size(self) -> int:
+        """F, the keys and values of one token."""
+        return sum(heads * width for heads, width in self._layout)
+
+    def _forward(self, ids: Tensor, mask: Tensor, places: Tensor, cache: Any = None) -> Tensor:
+        """Head inputs [B, T, D] of ids [B, T] at `places` [B, T]; mask [B, C + T] bool of the C tokens in the cache,
+        which grows, and of these.
+        """
+        decoder = self._base.base_model
+        cached = {} if cache is None else {cache_name(decoder): cache}
+        out = decoder(
+            input_ids=ids, attention_mask=mask.long(), position_ids=places, use_cache=cache is not None, **cached
+        )
+        return out.last_hidden_state
+
+    def _prompt_lengths(self, states: list[Tensor]) -> list[int]:
+        if self._recomputes:
+            return [len(state) for state in states]
+        return [(len(state) - self.width) // self._token_size for state in states]
+
+    def _with_prompts(self, states: list[Tensor], ids: Tensor) -> Tensor:
+        """Head inputs [B, T + 1, D] at the last token of each prompt and at ids [B, T] after it, read together."""
+        texts = pad_stack([torch.cat([state, row]) for state, row in zip(states, ids, strict=True)])
+        mask = length_mask([len(state) + ids.shape[1] for state in states]).to(ids.device)
+        hidden = self._forward(texts, mask, torch.arange(texts.shape[1], device=ids.device).expand_as(texts))
+        return torch.stack(
+            [row[len(state) - 1 :][: ids.shape[1] + 1] for state, row in zip(states, hidden, strict=True)]
+        )
+
+    def _after_prompts(self, states: list[Tensor], ids: Tensor) -> Tensor:
+        """As `_with_prompts`, from the prompts' keys and values."""
+        cache, mask, last = self.resume(states)
+        if not ids.shape[1]:
+            return last[:, None]
+        places = mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
+        seen = torch.cat([mask, torch.ones_like(ids).bool()], 1)
+        return torch.cat([last[:, None], self._forward(ids, seen, places, cache)], 1)
+
+    def resume(self, states: list[Tensor]) -> tuple[Any, Tensor, Tensor]:
+        """transformers' cache of the prompts, their mask [B, P] bool, and the head inputs [B, D] after them."""
+        from transformers import DynamicCache
+
+        lengths = self._prompt_lengths(states)
+        most, size = max(lengths), self._token_size
+        # On the left: a sliding window counts places in the cache, so nothing may lie between prompt and answer.
+        rows = [
+            torch.nn.functional.pad(state[: n * size].view(n, size), (0, 0, most - n, 0))
+            for state, n in zip(states, lengths, strict=True)
+        ]
+        parts = torch.stack(rows).split([heads * width for heads, width in self._layout], -1)
+        shaped = [part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, self._layout, strict=True)]
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(shaped[::2], shaped[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        last = torch.stack([state[n * size :] for state, n in zip(states, lengths, strict=True)])
+        return cache, _left_mask(lengths, self.device), last
+
+
+class _Decoding:
+    """`DecodingState` of a decoder-only model: transformers' cache, padded on the left, and which of it counts."""
+
+    def __init__(self, lm: DecoderOnly, states: list[Tensor]):
+        self.lm = lm
+        self.cache, self.mask, self.last = lm.resume(states)
+        self.places = self.mask.sum(1)  # of the next token
+
+    def step(self, tokens: Tensor | None) -> Tensor:
+        if tokens is None:
+            self.lm.positions.check(self.mask.shape[1], 1)
+            return self.last
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        self.lm.positions.check(self.mask.shape[1], 1)
+        hidden = self.lm._forward(tokens[:, None], self.mask, self.places[:, None], self.cache)
+        self.places = self.places + 1
+        return hidden[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        self.mask, self.places = self.mask[rows], self.places[rows]
+        self.cache.batch_select_indices(rows)
+        spare = self.mask.shape[1] - int(self.places.max())
+        if spare:
+            # The longest prompt is gone: its padding in the others costs attention at every step.
+            self.mask = self.mask[:, spare:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, spare:], layer.values[:, :, spare:]
+
+
+def logit_scale(config: Any) -> float:
+    """Granite divides its logits by a number, Cohere multiplies them with one."""
+    return getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
+
+
+def _parts(cache: Any) -> list[Tensor]:
+    """Keys and values [B, heads, T, width] of each layer, in the order of a state."""
+    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+def _left_mask(lengths: list[int], device: torch.device) -> Tensor:
+    """Boolean mask [B, P] that is True for the last `lengths[i]` places of row i."""
+    return length_mask(lengths).flip(1).to(device)
