@@ -65,6 +65,7 @@ _MODULES = {
     "models.loading": ("load_model",),
     "models.other_tokenizer": ("OtherTokenizer",),
     "models.policy": ("Policy",),
+    "models.several": ("AveragedTeachers", "RoutedTeachers"),
     "models.signals": ("LocalSource", "SignalSource"),
     "models.spec": ("ModelSource", "ModelSpec", "TeacherSpec"),
     "models.teacher": ("Teacher",),
@@ -199,6 +200,8 @@ if TYPE_CHECKING:
     from .models.loading import load_model as load_model
     from .models.other_tokenizer import OtherTokenizer as OtherTokenizer
     from .models.policy import Policy as Policy
+    from .models.several import AveragedTeachers as AveragedTeachers
+    from .models.several import RoutedTeachers as RoutedTeachers
     from .models.signals import LocalSource as LocalSource
     from .models.signals import SignalSource as SignalSource
     from .models.spec import ModelSource as ModelSource

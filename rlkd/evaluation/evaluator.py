@@ -167,10 +167,15 @@ class Evaluator:
         return decode_texts(self.tokenizer, self._teacher_ids(examples))
 
     def _own_answers(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
-        """Text and tokens of the teacher's greedy answers, if it gives any."""
+        """Text and tokens of the teacher's greedy answers, if it gives any; of several, which of them it was."""
         if not self.answers:
             return {}
-        return {"teacher": self.teacher_answers(examples), "teacher_ids": self._teacher_ids(examples)}
+        own: dict[str, list[Any]] = {"teacher": self.teacher_answers(examples)}
+        own["teacher_ids"] = self._teacher_ids(examples)
+        if isinstance(self.teacher, LocalSource):
+            names = self.teacher.answers_by([example.teacher_inputs for example in examples])
+            own |= {} if names is None else {"teacher_name": names}
+        return own
 
     def _teacher_ids(self, examples: Sequence[Example]) -> list[list[int]]:
         # By prompt: ids need not be unique in examples made in memory.

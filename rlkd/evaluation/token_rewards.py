@@ -53,6 +53,7 @@ def score_rollouts(
             columns["values"] = rows_of(values, mask)
     answers = [row[kept].tolist() for row, kept in zip(rollouts.answer_ids, mask, strict=True)]
     texts = decode_texts(tokenizer, answers)
+    whose = teacher.answers_by(inputs)
     return [
         Sample(
             id=example.id,
@@ -63,6 +64,7 @@ def score_rollouts(
             ids=answers[i],
             prompts=dict(zip(names, example.teacher_inputs, strict=True)),
             finished=bool(given(rollouts.finished)[i]),
+            facts={} if whose is None else {"teacher": whose[i]},
             **{name: column[i] for name, column in columns.items()},
         )
         for i, example in enumerate(rollouts.examples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -70,6 +70,22 @@ OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
     ReinforceArguments: Reinforce,
     SupervisedArguments: imitation,
 }
+
+
+def teacher_spec(teacher: Mapping[str, Any], training: DistillationArguments) -> TeacherSpec:
+    """The teacher that settings name."""
+    model = ModelSpec(
+        teacher["teacher"],
+        "teacher",
+        revision=teacher["teacher_revision"],
+        dtype=teacher["teacher_dtype"],
+        device=str(training.device),
+        allow_bin=teacher["allow_bin"],
+        served=teacher["teacher_signal"] == "server",
+        src_lang=teacher["src_lang"],
+        tgt_lang=teacher["tgt_lang"],
+    )
+    return TeacherSpec(model, training.max_input_tokens, teacher["teacher_append_eos"])
 
 
 def check_models(teacher: TeacherSpec | None, student: ModelSpec, training: DistillationArguments) -> str | None:

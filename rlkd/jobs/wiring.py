@@ -79,6 +79,7 @@ class Reading:
     skip_missing: bool = False
     skip_unknown: bool = False
     tokenizer: Any = None
+    teacher_column: str | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], tokenizer: Any = None) -> Reading:
@@ -135,6 +136,7 @@ class Reading:
             unknown=None if self.tokenizer is None else UnknownText(self.tokenizer),
             skip_missing=self.skip_missing,
             skip_unknown=self.skip_unknown,
+            teacher_column=self.teacher_column,
             **options,
         )
 

@@ -113,6 +113,12 @@ class LocalSource(ABC):
         which the answers go on, and the number of these states.
         """
 
+    def answers_by(self, teacher_inputs: list[tuple[str, ...]]) -> list[str] | None:
+        """The name of the teacher that answers each input and, where inputs are routed, scores answers to it; None if
+        there is only one.
+        """
+        return None
+
     @abstractmethod
     def answer(self, teacher_inputs: list[tuple[str, ...]], write: Write, max_new_tokens: int) -> list[list[int]]:
         """Its answer to each input under the first template, of at most `max_new_tokens` tokens of `tokenizer`."""

@@ -35,6 +35,7 @@ from .base_arguments import DistillationArguments
 from .core import StudentTrainer
 from .cut_answers import ending_signal
 from .environment import check_half_precision
+from .inputs import weights_of
 from .objective import Evidence, Objective, StudentTokens
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,11 @@ class DistillationTrainer(StudentTrainer):
         if isinstance(self.teacher, LocalSource):
             teachers = {role: teacher.model for role, teacher in self.teacher.teachers.items()}
         return {**teachers, "student": self.policy.student}
+
+    def makers(self) -> list[tuple[Any, str | None]]:
+        """The teachers' models with the digests of their weights, to compare with those that made labels."""
+        models = {role: model for role, model in self.models().items() if role != "student" and model is not None}
+        return [(model, self.inputs.get(weights_of(role))) for role, model in models.items()]
 
     # Evaluation: the Evaluator replaces the Trainer's loss-only loop.
 

@@ -41,7 +41,6 @@ from ..sampling.rollouts import sample_rollouts
 from .arguments import OnPolicyArguments
 from .base_arguments import check_labels
 from .distillation import DistillationTrainer, TrainerInputs
-from .inputs import weights_of
 from .labelled import LabelBatches
 
 RECORDED_ONLY = (
@@ -114,7 +113,7 @@ class OnPolicyTrainer(DistillationTrainer):
         """As in `StudentTrainer`; says whose labels the student learns, and warns of those of another teacher."""
         super().begin_run(checkpoint)
         if self.label_batches is not None and self.is_world_process_zero():
-            announce(described(self.label_batches.labels), self.teacher.model, self.inputs.get(weights_of("teacher")))
+            announce(described(self.label_batches.labels), self.makers())
 
     def check_teacher(self) -> None:
         """As in `DistillationTrainer`; a recorded teacher knows nothing of the student's answers."""

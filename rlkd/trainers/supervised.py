@@ -25,7 +25,6 @@ from ..records import Answers, Example, Minibatch, TeacherSignal, given
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
-from .inputs import weights_of
 from .objective import Objective, StudentTokens, with_terms
 from .start import START_NEEDS
 from .warm_up import WarmUp
@@ -227,9 +226,8 @@ class SupervisedTrainer(DistillationTrainer):
         """As in `StudentTrainer`; says whose labels the student learns, and warns of those of another teacher."""
         super().begin_run(checkpoint)
         if self.is_world_process_zero():
-            model = None if self.teacher is None else self.teacher.model
-            weights, append_eos = self.inputs.get(weights_of("teacher")), getattr(self.teacher, "append_eos", None)
-            announce(described(self.train_dataset), model, weights, append_eos=append_eos)
+            append_eos = getattr(self.teacher, "append_eos", None)
+            announce(described(self.train_dataset), self.makers(), append_eos=append_eos)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.warm_up is None or kwargs.get("skip_scheduler"):
