@@ -121,6 +121,7 @@ _MODULES = {
     "trainers.policy_gradient": ("Credit", "PolicyGradient", "PolicyGradientTrainer"),
     "trainers.ppo": ("PPOTrainer",),
     "trainers.reinforce": ("ReinforceTrainer",),
+    "trainers.reward_function": ("teacher_reward_func",),
     "trainers.supervised": ("SupervisedTrainer",),
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
@@ -278,6 +279,7 @@ if TYPE_CHECKING:
     from .trainers.policy_gradient import PolicyGradientTrainer as PolicyGradientTrainer
     from .trainers.ppo import PPOTrainer as PPOTrainer
     from .trainers.reinforce import ReinforceTrainer as ReinforceTrainer
+    from .trainers.reward_function import teacher_reward_func as teacher_reward_func
     from .trainers.supervised import SupervisedTrainer as SupervisedTrainer
 else:
 

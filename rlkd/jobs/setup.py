@@ -24,7 +24,7 @@ from ..labels.store import load_pseudolabels
 from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.signals import SignalSource
-from ..models.spec import Dtype, ModelSpec
+from ..models.spec import Dtype, ModelSpec, TeacherSpec
 from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
@@ -259,7 +259,7 @@ def prepare(
         references_of(evaluation[:rows])
     if training.process_index == 0:
         lines = (note, None if data.templates else "no templates: the teacher reads what the student reads", *said)
-        print("\n".join(line for line in lines if line is not None))
+        print(*filter(None, lines), sep="\n")
 
     model = ours.load()
     if student.use_peft and not ours.adapter:
@@ -267,14 +267,9 @@ def prepare(
         model = add_adapter(model, _peft_config(student))
     if student.use_peft:
         model = without_dropout(model)
-    how: dict[str, Any] = {"combination": teacher.template_combination, "cache_bytes": teacher.teacher_cache_mb * 2**20}
-    if plan:
-        frozen = plan.load(ours, **how)
-    elif theirs is not None and not theirs.model.served:
-        frozen = local_teacher(theirs, ours, **how)
     return Setup(
         student=model,
-        teacher=frozen,
+        teacher=frozen or _local(plan or theirs, ours, teacher),
         tokenizer=ours.tokenizer,
         train_examples=train,
         eval_examples=evaluation,
@@ -282,6 +277,16 @@ def prepare(
         task_metric=TASK_METRICS.get(data.task_metric),
         settings=settings,
     )
+
+
+def _local(
+    spec: TeacherPlan | TeacherSpec | None, student: ModelSpec, settings: TeacherArguments
+) -> SignalSource | None:
+    """The teacher, or teachers, with their weights; None without any."""
+    options = {"combination": settings.template_combination, "cache_bytes": settings.teacher_cache_mb * 2**20}
+    if isinstance(spec, TeacherPlan):
+        return spec.load(student, **options)
+    return None if spec is None else local_teacher(spec, student, **options)
 
 
 def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
