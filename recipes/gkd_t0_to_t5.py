@@ -1,7 +1,7 @@
 """GKD for a warmed-up T5 student: a divergence to a prompted T0 at every prefix of the student's own answers or of
-labels.
+labels. `rlkd train gkd`, for a launcher.
 
-python recipes/gkd_t0_to_t5.py --config recipes/gkd_t0_to_t5.yaml [--field value ...]
+accelerate launch recipes/gkd_t0_to_t5.py --config recipes/gkd_t0_to_t5.yaml [--field value ...]
 """
 
 from rlkd import refuse_missing_paths, run_main
@@ -9,31 +9,10 @@ from rlkd import refuse_missing_paths, run_main
 if __name__ == "__main__":
     run_main(refuse_missing_paths)  # before the imports that take seconds
 
-from rlkd import (
-    DataArguments,
-    GKDArguments,
-    GKDTrainer,
-    ModelConfig,
-    TeacherArguments,
-    parse_config,
-    prepare,
-)
+from rlkd import TRAINING_JOBS
 
-SETTINGS = (DataArguments, TeacherArguments, ModelConfig, GKDArguments)
-
-
-def main() -> None:
-    data, teacher, student, training = parse_config(SETTINGS)
-    setup = prepare(data, teacher, student, training)
-    trainer = GKDTrainer(
-        setup.student,
-        training,
-        train_examples=setup.train_examples,
-        labels=setup.pseudo_labels,
-        **setup.trainer_inputs(),
-    )
-    trainer.run(setup.settings)
-
+JOB = TRAINING_JOBS["gkd"]
+SETTINGS = JOB.settings  # for `rlkd config`
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(JOB.main)

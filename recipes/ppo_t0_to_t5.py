@@ -1,6 +1,6 @@
-"""PPO of a warmed-up T5 student on the reward a prompted T0 induces.
+"""PPO of a warmed-up T5 student on the reward a prompted T0 induces: `rlkd train ppo`, for a launcher.
 
-python recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--field value ...]
+accelerate launch recipes/ppo_t0_to_t5.py --config recipes/ppo_t0_to_t5.yaml [--field value ...]
 """
 
 from rlkd import refuse_missing_paths, run_main
@@ -8,23 +8,10 @@ from rlkd import refuse_missing_paths, run_main
 if __name__ == "__main__":
     run_main(refuse_missing_paths)  # before the imports that take seconds
 
-from rlkd import DataArguments, ModelConfig, PPOArguments, PPOTrainer, TeacherArguments, parse_config, prepare
+from rlkd import TRAINING_JOBS
 
-SETTINGS = (DataArguments, TeacherArguments, ModelConfig, PPOArguments)
-
-
-def main() -> None:
-    data, teacher, student, training = parse_config(SETTINGS)
-    setup = prepare(data, teacher, student, training)
-    trainer = PPOTrainer(
-        setup.student,
-        training,
-        train_examples=setup.train_examples,
-        labels=setup.pseudo_labels,
-        **setup.trainer_inputs(),
-    )
-    trainer.run(setup.settings)
-
+JOB = TRAINING_JOBS["ppo"]
+SETTINGS = JOB.settings  # for `rlkd config`
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(JOB.main)

@@ -1,6 +1,6 @@
-"""REINFORCE for a warmed-up T5 student on the reward a prompted T0 induces.
+"""REINFORCE for a warmed-up T5 student on the reward a prompted T0 induces: `rlkd train reinforce`, for a launcher.
 
-python recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to_t5.yaml [--field value ...]
+accelerate launch recipes/reinforce_t0_to_t5.py --config recipes/reinforce_t0_to_t5.yaml [--field value ...]
 """
 
 from rlkd import refuse_missing_paths, run_main
@@ -8,31 +8,10 @@ from rlkd import refuse_missing_paths, run_main
 if __name__ == "__main__":
     run_main(refuse_missing_paths)  # before the imports that take seconds
 
-from rlkd import (
-    DataArguments,
-    ModelConfig,
-    ReinforceArguments,
-    ReinforceTrainer,
-    TeacherArguments,
-    parse_config,
-    prepare,
-)
+from rlkd import TRAINING_JOBS
 
-SETTINGS = (DataArguments, TeacherArguments, ModelConfig, ReinforceArguments)
-
-
-def main() -> None:
-    data, teacher, student, training = parse_config(SETTINGS)
-    setup = prepare(data, teacher, student, training)
-    trainer = ReinforceTrainer(
-        setup.student,
-        training,
-        train_examples=setup.train_examples,
-        labels=setup.pseudo_labels,
-        **setup.trainer_inputs(),
-    )
-    trainer.run(setup.settings)
-
+JOB = TRAINING_JOBS["reinforce"]
+SETTINGS = JOB.settings  # for `rlkd config`
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(JOB.main)

@@ -43,6 +43,29 @@ def write_tiny(folder: Path, rows: int = 64) -> None:
                 file.write(json.dumps({"note": example.student_input, "answer": write_answer(packed, rng)}) + "\n")
 
 
+def write_tiny_decoders(folder: Path) -> None:
+    """folder/{decoder-teacher,decoder-student}: LlamaForCausalLM with a tokenizer that begins texts and ends none."""
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.unk_token
+    begin = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=begin
+    )
+    for seed, (role, width) in enumerate({"decoder-teacher": 32, "decoder-student": 16}.items()):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer) + 4, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+
+
 def write_tiny_encoder(folder: Path, rows: int = 240) -> None:
     """folder/encoder (a BERT with tokenizer, no classifier yet) and folder/labelled.csv: what a note begins with."""
     import torch
@@ -78,4 +101,5 @@ if __name__ == "__main__":
     parser.add_argument("--to", type=Path, default=Path("runs/tiny"))
     target = parser.parse_args().to
     write_tiny(target)
+    write_tiny_decoders(target)
     write_tiny_encoder(target)

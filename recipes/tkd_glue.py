@@ -1,6 +1,7 @@
-"""Tree Knowledge Distillation of a fine-tuned BERT into a few layers, on a GLUE task or on your own labelled file.
+"""Tree Knowledge Distillation of a fine-tuned BERT into a few layers, on a GLUE task or on your own labelled file:
+`rlkd train tkd`, for a launcher.
 
-python recipes/tkd_glue.py --config recipes/tkd_glue.yaml [--train_file reviews.csv] [--field value ...]
+accelerate launch recipes/tkd_glue.py --config recipes/tkd_glue.yaml [--train_file reviews.csv] [--field value ...]
 """
 
 from rlkd import refuse_missing_paths, run_main
@@ -8,30 +9,10 @@ from rlkd import refuse_missing_paths, run_main
 if __name__ == "__main__":
     run_main(refuse_missing_paths)  # before the imports that take seconds
 
-from rlkd import (
-    EncoderStudentArguments,
-    EncoderTeacherArguments,
-    LabelledDataArguments,
-    TKDArguments,
-    TKDTrainer,
-    compare_with_teacher,
-    fine_tuned_teacher,
-    parse_config,
-    prepare_encoders,
-)
+from rlkd import TRAINING_JOBS
 
-SETTINGS = (LabelledDataArguments, EncoderTeacherArguments, EncoderStudentArguments, TKDArguments)
-
-
-def main() -> None:
-    data, teacher, student, training = parse_config(SETTINGS)
-    setup = prepare_encoders(data, teacher, student, training)
-    fine_tuned = fine_tuned_teacher(setup)
-    trainer = TKDTrainer(setup.new_student(fine_tuned), training, teacher=fine_tuned, **setup.trainer_inputs())
-    trainer.run(setup.settings)
-    if trainer.is_world_process_zero():
-        compare_with_teacher(setup)
-
+JOB = TRAINING_JOBS["tkd"]
+SETTINGS = JOB.settings  # for `rlkd config`
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(JOB.main)

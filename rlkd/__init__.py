@@ -30,6 +30,7 @@ _MODULES = {
         "LockedError",
         "ModelError",
         "RlkdError",
+        "ServerError",
     ),
     "evaluation.evaluator": ("Evaluator",),
     "evaluation.probing": ("linear_probe", "majority_baseline", "ProbeScore", "Split"),
@@ -50,6 +51,7 @@ _MODULES = {
     "jobs.study_results": ("markdown_table", "paired_test", "spread_text", "spreads"),
     "jobs.study_runner": ("run_study",),
     "jobs.timed_training": ("timed_training",),
+    "jobs.training": ("TRAINING_JOBS", "TrainingJob"),
     "labels.options": ("RunOptions",),
     "labels.recorded": ("RecordedTeacher",),
     "labels.pseudolabels": ("generate_pseudolabels",),
@@ -65,6 +67,8 @@ _MODULES = {
     "models.loading": ("load_model",),
     "models.other_tokenizer": ("OtherTokenizer",),
     "models.policy": ("Policy",),
+    "models.served": ("ServerTeacher",),
+    "models.server": ("ServerSettings",),
     "models.several": ("AveragedTeachers", "RoutedTeachers"),
     "models.signals": ("LocalSource", "SignalSource"),
     "models.spec": ("ModelSource", "ModelSpec", "TeacherSpec"),
@@ -148,6 +152,7 @@ if TYPE_CHECKING:
     from .errors import LockedError as LockedError
     from .errors import ModelError as ModelError
     from .errors import RlkdError as RlkdError
+    from .errors import ServerError as ServerError
     from .evaluation.evaluator import Evaluator as Evaluator
     from .evaluation.probing import ProbeScore as ProbeScore
     from .evaluation.probing import Split as Split
@@ -180,6 +185,8 @@ if TYPE_CHECKING:
     from .jobs.study_results import spreads as spreads
     from .jobs.study_runner import run_study as run_study
     from .jobs.timed_training import timed_training as timed_training
+    from .jobs.training import TRAINING_JOBS as TRAINING_JOBS
+    from .jobs.training import TrainingJob as TrainingJob
     from .labels.options import RunOptions as RunOptions
     from .labels.pseudolabels import generate_pseudolabels as generate_pseudolabels
     from .labels.recorded import RecordedTeacher as RecordedTeacher
@@ -201,6 +208,8 @@ if TYPE_CHECKING:
     from .models.loading import load_model as load_model
     from .models.other_tokenizer import OtherTokenizer as OtherTokenizer
     from .models.policy import Policy as Policy
+    from .models.served import ServerTeacher as ServerTeacher
+    from .models.server import ServerSettings as ServerSettings
     from .models.several import AveragedTeachers as AveragedTeachers
     from .models.several import RoutedTeachers as RoutedTeachers
     from .models.signals import LocalSource as LocalSource

@@ -35,6 +35,7 @@ ENCODERS = (
     "bert", "roberta", "distilbert", "electra", "albert", "camembert", "xlm-roberta", "deberta-v2", "mpnet",
     "modernbert",
 )  # fmt: skip
+NOT_TRAINED = "-"
 STRATEGIES = {"greedy": [], "beam": ["--num-beams", "2"], "sample": ["--labels-per-input", "2"], "rank": []}
 TEMPLATES = """\
 templates:
@@ -81,20 +82,23 @@ def recipe(name: str, *flags: str) -> None:
 
 def label(teacher: str, out: str, *flags: str, rows: str = "rows.jsonl") -> None:
     what = ["--teacher", teacher, "--dataset", rows, "--input-column", "text", "--templates", "templates.yaml"]
-    rlkd(["generate-pseudolabels", *what, "--out", out, "--max-new-tokens", "4", "--quiet", *flags])
+    short = ["--max-input-tokens", "32", "--max-new-tokens", "4"]
+    rlkd(["generate-pseudolabels", *what, *short, "--out", out, "--quiet", *flags])
 
 
 def train(name: str, out: str, *flags: str, rows: str = "rows.jsonl") -> None:
     what = ["--teacher", "teacher", "--model_name_or_path", "student", "--dataset", rows, "--input_column", "text"]
     what += ["--eval_dataset", "held_out.jsonl", "--reference_column", "answer", "--templates", "templates.yaml"]
     steps = ["--max_steps", "4", "--save_steps", "4", "--eval_steps", "4", "--eval_strategy", "steps"]
-    small = ["--per_device_train_batch_size", "4", "--max_new_tokens", "4", "--output_dir", out]
+    small = ["--per_device_train_batch_size", "4", "--output_dir", out]
+    small += ["--max_input_tokens", "32", "--max_new_tokens", "4"]
     recipe(f"{name}_t0_to_t5", *what, *steps, *small, *flags)
 
 
 def inspect(student: str, *flags: str, rows: str = "rows.jsonl") -> None:
     what = ["--teacher", "teacher", "--student", student, "--dataset", rows, "--input-column", "text"]
-    rlkd(["inspect-rewards", *what, "--templates", "templates.yaml", "--json", *flags])
+    what += ["--templates", "templates.yaml"]
+    rlkd(["inspect-rewards", *what, "--max-input-tokens", "32", "--json", *flags])
 
 
 def tkd(preset: str, *flags: str, rows: str = "rows.jsonl") -> None:
@@ -105,6 +109,7 @@ def tkd(preset: str, *flags: str, rows: str = "rows.jsonl") -> None:
 
 def prepare(family: str = "t5", encoder: str = "bert") -> None:
     """Models, rows and templates in an empty working directory."""
+    import torch
     from encoder_families import tiny_config
     from test_architectures import small_model
     from transformers import AutoModel
@@ -113,6 +118,8 @@ def prepare(family: str = "t5", encoder: str = "bert") -> None:
 
     model = small_model(family)
     model.resize_token_embeddings(len(tiny_tokenizer()))
+    with torch.no_grad():  # random weights may answer with padding alone, which is no label
+        model.get_output_embeddings().weight[tiny_tokenizer().pad_token_id] = 0
     for name in ("teacher", "student"):
         model.save_pretrained(name)
         tiny_tokenizer().save_pretrained(name)
@@ -135,9 +142,13 @@ def generating(family: str) -> dict[str, str]:
     cells["seqkd"] = run(lambda: train("seqkd", "runs/seqkd", "--pseudo_labels", "labels/greedy"))
     for name in ("reinforce", "ppo"):
         cells[name] = run(lambda name=name: train(name, f"runs/{name}", "--weak_start", "ignore"))
-    cells["inspect"] = run(lambda: inspect("runs/seqkd"))
-    cells["as teacher"] = run(lambda: label("runs/seqkd", "labels/student", *ours))
-    cells["generate()"] = run(_same_answers)
+    trained = cells["seqkd"] == "yes"
+    for name, job in {
+        "inspect": lambda: inspect("runs/seqkd"),
+        "as teacher": lambda: label("runs/seqkd", "labels/student", *ours),
+        "generate()": _same_answers,
+    }.items():
+        cells[name] = run(job) if trained else NOT_TRAINED
     return cells
 
 
@@ -305,8 +316,8 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     for name, cells in rows.items():
         shown = []
         for text in map(cells.get, names):
-            if text == "yes":
-                shown.append("yes")
+            if text in ("yes", NOT_TRAINED):
+                shown.append(str(text))
                 continue
             word, _, note = str(text).partition(": ") if str(text).startswith("refused") else ("**fails**", "", text)
             note = re.sub(rf"'{re.escape(name)}'", "'...'", str(note))
@@ -337,8 +348,9 @@ def main() -> None:
 
 
 INTRODUCTION = """each cell runs the command or recipe on a tiny random model of the family.
-`yes`: it ran; `refused`: one line said why, before anything was loaded or trained. `as teacher`: the
-trained student labels data; `generate()`: transformers' own decoding of the saved student gives the same answers."""
+`yes`: it ran; `-`: there is no student; `refused`: one line said why, before anything was loaded or trained.
+`as teacher`: the trained student labels data; `generate()`: transformers' own decoding of the saved student gives the
+same answers."""
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ LAYERS = (
     {"inspection", "trainers"},
     {"jobs", "report"},
     {"cli"},
+    {"__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

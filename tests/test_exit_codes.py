@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from rlkd.errors import CheckpointError, ConfigError, DataError, DivergenceError, LockedError, ModelError, RlkdError
+from rlkd.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    LockedError,
+    ModelError,
+    RlkdError,
+    ServerError,
+)
 from rlkd.settings.parsing import LAUNCHERS, run_main
 from tiny import save_pair
 
@@ -16,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "reinforce_t0_to_t5.py"
 KINDS = {
     RlkdError: 1, CheckpointError: 1, ConfigError: 2, ModelError: 2, DataError: 3, DivergenceError: 5, LockedError: 75,
+    ServerError: 75,
 }  # fmt: skip
 
 

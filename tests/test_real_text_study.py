@@ -235,7 +235,10 @@ def test_holm(results):
 def test_methods_are_treated_alike(study, plan, tmp_path):
     for name, of_task in plan["tasks"].items():
         grid = study.study(plan, name, tmp_path, tmp_path / "out")
-        for method in plan["methods"]:
+        for method, settings in plan["methods"].items():
+            if name not in settings.get("tasks", plan["tasks"]):
+                assert not any(cell.arm.startswith(method) for cell in grid.cells.values())
+                continue
             trials = [cell for cell in grid.cells.values() if cell.arm.startswith(f"{method}-trial-")]
             assert [cell.settings["training"] for cell in trials] == plan["trials"]
             assert {(c.seed, c.settings["split"], c.settings["budget"]["seconds"]) for c in trials} == {
@@ -250,6 +253,12 @@ def test_methods_are_treated_alike(study, plan, tmp_path):
                 needed = grid.needed(cell)
                 assert needed[plan["methods"][method]["start"]].seed == 3
                 assert [arm for arm in needed if "-trial-" in arm] == [f"{method}-trial-{i}" for i in range(3)]
+
+
+def test_a_method_on_an_unknown_task_is_refused(study, plan, tmp_path):
+    plan["methods"]["ppo"]["tasks"] = ["e2e", "news"]
+    with pytest.raises(ConfigError, match=r"methods\.ppo\.tasks = 'news'"):
+        study.study(plan, "quora", tmp_path, tmp_path / "out")
 
 
 def test_a_method_with_more_trials_is_refused(study, plan, tmp_path):
@@ -283,7 +292,7 @@ def test_tables_are_of_what_is_finished(study, results, task, plan, tmp_path, mo
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| REINFORCE (3) | 12.0 [11.0, 13.0] |" in table
     assert "| PPO (2) | 11.5 [11.0, 12.0] |" in table
-    assert "reverse KL" not in table
+    assert "reverse KL on policy" not in table
     found = {
         (c["first"], c["second"], c["metric"]): c
         for c in json.loads((tmp_path / "out" / "results.json").read_text())["comparisons"]
@@ -328,6 +337,7 @@ def test_quick_run(tmp_path):
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     plan = read_plan(STUDIES / "real_text.yaml", quick=True)
     for method in plan["methods"]:
+        assert "e2e" in plan["methods"][method].get("tasks", ["e2e"]), method
         arms = [method, f"{method}-updates"] if plan["methods"][method].get("equal_updates", True) else [method]
         for arm in arms:
             result = record["e2e"]["results"][arm]["1"]

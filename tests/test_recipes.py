@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSeq2SeqLM, BertConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig
 
 from rlkd import (
     DataArguments,
@@ -60,12 +60,12 @@ def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def _recipe(kind: str, folder: Path, monkeypatch, *flags: str) -> None:
+def _recipe(kind: str, folder: Path, monkeypatch, *flags: str, config: str | None = None) -> None:
     """Run a recipe in this process with its tiny twin; SystemExit carries the exit code."""
     monkeypatch.chdir(folder)
-    path = f"recipes/{kind}_t0_to_t5"
+    config = config or f"recipes/{kind}_t0_to_t5.tiny.yaml"
     script = f"recipes/{SCRIPTS.get(kind, kind)}_t0_to_t5.py"
-    monkeypatch.setattr(sys, "argv", [script, "--config", f"{path}.tiny.yaml", *flags])
+    monkeypatch.setattr(sys, "argv", [script, "--config", config, *flags])
     runpy.run_path(script, run_name="__main__")
 
 
@@ -104,6 +104,17 @@ def test_tiny_twin_trains_saves_and_resumes(kind, tiny_run, monkeypatch):
     models = [AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in (straight, resumed)]
     for (name, one), (_, other) in zip(*(model.named_parameters() for model in models), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.slow
+def test_the_ppo_recipe_takes_decoder_only_models(tiny_run, monkeypatch):
+    _recipe("ppo", tiny_run, monkeypatch, config="recipes/ppo_decoder.tiny.yaml")
+    out = tiny_run / "runs" / "tiny" / "ppo-decoder"
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    names = {key for line in (out / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert {"loss", "start_regret", "eval_regret", "eval_exact_match", "eval_finish_rate"} <= names
 
 
 @pytest.mark.multi

@@ -29,6 +29,8 @@ from rlkd import (
     Cell,
     ConfigError,
     Decoding,
+    GKDArguments,
+    GKDTrainer,
     PPOArguments,
     PPOTrainer,
     ReinforceArguments,
@@ -54,10 +56,12 @@ from rlkd import (
 HERE = Path(__file__).resolve().parent
 TRAINERS: dict[str, Any] = {
     "supervised": (SupervisedArguments, SupervisedTrainer),
+    "gkd": (GKDArguments, GKDTrainer),
     "reinforce": (ReinforceArguments, ReinforceTrainer),
     "ppo": (PPOArguments, PPOTrainer),
 }
-METHOD = ("title", "start", "trainer", "labels", "training", "trials", "equal_updates")  # keys of methods in the YAML
+# Keys of methods in the YAML; tasks: those it is tried on, all if left out.
+METHOD = ("title", "tasks", "start", "trainer", "labels", "training", "trials", "equal_updates")
 ANSWERS = ("id", "student", "sample_student", "regret", "sample_regret")
 
 
@@ -172,10 +176,9 @@ def labels_of(cell: Cell, kind: str, share: float) -> Any:
 def train_student(cell: Cell, model: Any, method: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
     """Train `model` with a method for the budget of its cell, and evaluate it on the cell's split."""
     teacher, budget, splits = teacher_of(cell), cell.settings["budget"], splits_of(cell)
-    if method["trainer"] == "supervised":
-        data = {"train_dataset": labels_of(cell, method["labels"], method["share"])}
-    else:
-        data = {"train_examples": splits.unlabeled}
+    labels = labels_of(cell, method["labels"], method["share"]) if "labels" in method else None
+    supervised = method["trainer"] == "supervised"
+    data = {"train_dataset": labels} if supervised else {"train_examples": splits.unlabeled, "labels": labels}
     own = {**method.get("training", {}), **training, "max_steps": budget.get("updates", 1_000_000)}
     Arguments, Trainer = TRAINERS[method["trainer"]]
     trainer = Trainer(
@@ -264,8 +267,11 @@ def study(plan: dict[str, Any], name: str, data: Path, out: Path) -> Study:
         settings = {**test, **scratch, "student": own["student"], "share": share}
         settings["budget"] = {"seconds": own["seconds"]["warmup"]}
         arms[start] = Arm(warm_up, ("teacher", "labels-greedy"), settings)
-    for title in plan["methods"]:
-        arms |= method_arms(title, plan, own, shared)
+    for title, method in plan["methods"].items():
+        for task_name in (of_method := method.get("tasks", plan["tasks"])):
+            check_choice(f"methods.{title}.tasks", task_name, plan["tasks"])
+        if name in of_method:
+            arms |= method_arms(title, plan, own, shared)
     return Study(out, arms, plan["seeds"], {name: {}}, headline=("bleu", "sample_bleu", "regret", "length"))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError, nearest
+from .train import JOBS
 
 if TYPE_CHECKING:
     from ..settings.parsing import Setting
@@ -20,7 +21,10 @@ app = typer.Typer(help="Check and show the settings of a recipe.", no_args_is_he
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 File = Annotated[Path, typer.Argument(help="YAML file of settings. Flags after it override the file: --name value ...")]
 Recipe = Annotated[
-    str | None, typer.Option(help="The script that reads the file. Default: the one next to it, x.py for x.yaml.")
+    str | None,
+    typer.Option(
+        help="What reads the file: a job of `rlkd train`, or a script. Default: the script next to it, x.py for x.yaml."
+    ),
 ]
 
 
@@ -28,7 +32,7 @@ Recipe = Annotated[
 def check(context: typer.Context, file: File, recipe: Recipe = None) -> None:
     """Report every mistake in the settings. Loads no models and no data."""
     found = _settings(file, recipe, context.args)
-    given = sum(setting.origin != "default" for setting in found)
+    given = sum(setting.origin not in ("default", "preset") for setting in found)
     typer.echo(f"{file}: valid: {given} settings given, {len(found) - given} defaults")
 
 
@@ -60,13 +64,17 @@ def show(
 
 
 def _settings(file: Path, recipe: str | None, flags: list[str]) -> list[Setting]:
+    from ..jobs.training import TRAINING_JOBS
     from ..settings.parsing import describe_config
 
-    return describe_config(_sections(file, recipe), ["--config", str(file), *flags])
+    argv = ["--config", str(file), *flags]
+    if recipe in TRAINING_JOBS:
+        return describe_config(TRAINING_JOBS[recipe].settings, argv, preset=TRAINING_JOBS[recipe].preset)
+    return describe_config(_sections(file, recipe), argv)
 
 
 def _sections(file: Path, recipe: str | None) -> tuple[type, ...]:
-    """The dataclasses in a recipe's `SETTINGS`. Raises ConfigError if there is no such recipe."""
+    """The dataclasses in a script's `SETTINGS`. Raises ConfigError if there is no such script."""
     if recipe is None:
         script = file.with_name(file.name.split(".")[0] + ".py")
     else:
@@ -75,7 +83,7 @@ def _sections(file: Path, recipe: str | None) -> tuple[type, ...]:
         scripts = [str(other) for other in sorted(script.parent.glob("*.py"))]
         raise ConfigError(
             f"{script}: no such recipe.{nearest(str(script), scripts)} "
-            f"Name the script that reads {file}: --recipe FILE.py"
+            f"Name what reads {file}: --recipe FILE.py, or --recipe {', '.join(JOBS)}"
         )
     sys.path.insert(0, str(script.parent))  # as when the script runs
     try:

@@ -18,7 +18,7 @@ from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
 from ..settings.paths import refuse_missing_paths
-from . import config, data, models, probe, prompts, report, rewards, vocabulary
+from . import config, data, models, probe, prompts, report, rewards, train, vocabulary
 from .models import AllowBin
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.add_typer(train.app, name="train")
 app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
@@ -114,6 +115,21 @@ def generate_pseudolabels(
     compute_type: Annotated[
         str | None, typer.Option(help="Precision of ctranslate2: float32, bfloat16, float16 or int8 (approximate).")
     ] = None,
+    server_url: Annotated[
+        str | None,
+        typer.Option(
+            help="openai: a server with vLLM's API, http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."
+        ),
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option(help="openai: the teacher's name on the server. Default: the only model there.")
+    ] = None,
+    server_concurrency: Annotated[
+        int | None, typer.Option(help="openai: requests at a time. Default: 8.", min=1)
+    ] = None,
+    server_timeout: Annotated[
+        float | None, typer.Option(help="openai: seconds that one request may take. Default: 60.")
+    ] = None,
     batch_tokens: Annotated[
         int, typer.Option(help="Padded tokens of prompts and answers in one batch; does not change labels.", min=1)
     ] = 4096,
@@ -161,7 +177,7 @@ def generate_pseudolabels(
     """Label inputs with a prompted teacher: parquet shards, a manifest and a data card.
 
     Repeat the command to continue an interrupted run. Exit codes: 4 finished, but some rows failed; 75 another process
-    is writing to the folder; 130 and 143 stopped by a signal.
+    is writing to the folder, or the server does not answer; 130 and 143 stopped by a signal.
     """
     from . import labels
 

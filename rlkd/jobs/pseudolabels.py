@@ -11,6 +11,7 @@ from ..labels.folder import check_output
 from ..labels.maintenance import part_of
 from ..labels.options import RunOptions
 from ..labels.pseudolabels import label_rows
+from ..models.server import ServerSettings
 from ..models.spec import TeacherSpec
 from ..sampling.engines.protocol import Decoding, EngineSettings
 from ..sampling.engines.registry import choose_engine
@@ -35,8 +36,9 @@ def label(
     decoding = _decoding(request)
     part = part_of(request["shard"]) if request["shard"] else None
     manifest = check_output(out, overwrite=overwrite, part=part)
+    server = _server(request)
     teacher = teacher_spec(request)
-    engine = EngineSettings(request["engine"], request["compute_type"] or None)
+    engine = EngineSettings(request["engine"], request["compute_type"] or None, server=server)
     choice = choose_engine(engine, teacher.model, decoding)
     source = Reading.of(request, teacher.tokenizer).prompted_rows(
         row_source(request),
@@ -65,6 +67,17 @@ def label(
         make_engine=choice.make,
         reference=choice.reference,
     )
+
+
+def _server(request: dict[str, Any]) -> ServerSettings | None:
+    """Where the teacher is served, None without a URL. Raises ConfigError for its settings with another engine."""
+    names = ("server_url", "server_model", "server_concurrency", "server_timeout")
+    given = {name: request[name] for name in names if request.get(name) is not None}
+    if given and request["engine"] != "openai":
+        raise ConfigError(f"{next(iter(given))} is set, and engine is '{request['engine']}': set engine to openai.")
+    if "server_url" not in given:
+        return None
+    return ServerSettings(**{name.removeprefix("server_"): value for name, value in given.items()})
 
 
 def _check_choices(templates: Sequence[Template], teacher: TeacherSpec) -> None:

@@ -24,17 +24,16 @@ from ..labels.store import load_pseudolabels
 from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.signals import SignalSource
-from ..models.spec import Dtype, ModelSpec, TeacherSpec
+from ..models.spec import Dtype, ModelSpec
 from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
-from .several import SeveralArguments, TeacherPlan
+from .several import SeveralArguments, TeacherPlan, load_local
 from .teachers import (
     SignalArguments,
     check_models,
     check_recorded_signal,
-    local_teacher,
     recorded_teacher,
     refuse_other_templates,
     served_teacher,
@@ -269,7 +268,7 @@ def prepare(
         model = without_dropout(model)
     return Setup(
         student=model,
-        teacher=frozen or _local(plan or theirs, ours, teacher),
+        teacher=frozen or load_local(plan or theirs, ours, teacher),
         tokenizer=ours.tokenizer,
         train_examples=train,
         eval_examples=evaluation,
@@ -277,16 +276,6 @@ def prepare(
         task_metric=TASK_METRICS.get(data.task_metric),
         settings=settings,
     )
-
-
-def _local(
-    spec: TeacherPlan | TeacherSpec | None, student: ModelSpec, settings: TeacherArguments
-) -> SignalSource | None:
-    """The teacher, or teachers, with their weights; None without any."""
-    options = {"combination": settings.template_combination, "cache_bytes": settings.teacher_cache_mb * 2**20}
-    if isinstance(spec, TeacherPlan):
-        return spec.load(student, **options)
-    return None if spec is None else local_teacher(spec, student, **options)
 
 
 def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
@@ -384,6 +373,10 @@ def _source(data: DataArguments, dataset: str, split: str, limit: int | None) ->
 def _labels(data: DataArguments, reading: Reading, train: RowSource, same_templates: bool) -> datasets.Dataset:
     """The labels to learn; warns where they were made otherwise than the settings say."""
     labels = load_pseudolabels(str(data.pseudo_labels))
+    if not len(labels):
+        raise DataError(
+            f"pseudo_labels = {data.pseudo_labels!r}: none of its rows has a label (status ok). Its README.md says why."
+        )
     student = reading.student_template
     settings = {"input": reading.input_column, "row_map": reading.row_map.to_json(),
                 "student_template": student.source if student else None}  # fmt: skip

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.examples import Examples
 from ..errors import ConfigError, DataError, nearest, shown
 from ..models.several import AveragedTeachers, RoutedTeachers, SeveralTeachers
+from ..models.signals import LocalSource
 from ..models.spec import ModelSpec, TeacherSpec
 from ..trainers.base_arguments import DistillationArguments, require
 from .teachers import check_models, local_teacher, teacher_spec
@@ -162,6 +163,16 @@ class TeacherPlan:
                 "teacher_column, labels that the teacher scores must be of the run's own rows and templates."
             )
         return name
+
+
+def load_local(
+    spec: TeacherPlan | TeacherSpec | None, student: ModelSpec, settings: TeacherArguments
+) -> LocalSource | None:
+    """The teacher, or teachers, with their weights; None without any. Raises as `local_teacher` does."""
+    options = {"combination": settings.template_combination, "cache_bytes": settings.teacher_cache_mb * 2**20}
+    if isinstance(spec, TeacherPlan):
+        return spec.load(student, **options)
+    return None if spec is None else local_teacher(spec, student, **options)
 
 
 def _key(texts: tuple[str, ...]) -> bytes:

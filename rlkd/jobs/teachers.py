@@ -132,6 +132,12 @@ def check_recorded_signal(training: DistillationArguments) -> None:
     check_objective(training, RecordedTeacher.gives)
     if isinstance(training, SupervisedArguments):
         check_readiness(training, RecordedTeacher.gives)
+    watched = (training.metric_for_best_model or "").removeprefix("eval_").removeprefix("sample_")
+    if watched in ("regret", "logprob", "match"):
+        raise ConfigError(
+            f"metric_for_best_model = {training.metric_for_best_model!r}: takes the teacher's model, and "
+            "teacher_signal is 'recorded': name a score of task_metric, such as exact_match"
+        )
 
 
 def served_teacher(spec: TeacherSpec, settings: ServerSettings, training: DistillationArguments) -> ServerTeacher:

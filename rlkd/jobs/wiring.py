@@ -166,6 +166,7 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         quantization=quantization_config(settings.get("teacher_quantization", "none")),
         device=default_device(),
         allow_bin=bool(settings.get("allow_bin")),
+        served=settings.get("engine") == "openai",
         src_lang=settings.get("src_lang"),
         tgt_lang=settings.get("tgt_lang"),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..checks import check_settings
-from ..errors import DataError, DivergenceError
+from ..errors import DataError, DivergenceError, ServerError
 from ..models.generation import NO_RULES, AnswerRules
 from ..models.vocabulary import NO_LIMIT, decode_texts, encode_answers, encode_texts
 from ..records import PromptedRow, PseudoLabel
@@ -31,7 +31,9 @@ class PromptReader(Protocol):
 
 
 class StoppedError(Exception):
-    """A signal arrived between two batches; `labels` are the finished ones by position in the shard."""
+    """A signal arrived between two batches, or a server failed (the cause); `labels` are the finished ones by position
+    in the shard.
+    """
 
     def __init__(self, labels: dict[int, PseudoLabel]):
         super().__init__("stopped")
@@ -89,7 +91,10 @@ class Labeller:
         def run(chosen: list[int]) -> None:
             if self.stopping():
                 raise StoppedError(labels)
-            (self._answer if self.decoding else self._rank)([slots[i] for i in chosen], labels)
+            try:
+                (self._answer if self.decoding else self._rank)([slots[i] for i in chosen], labels)
+            except ServerError as error:
+                raise StoppedError(labels) from error
 
         # Longest first. An interrupted run finished a prefix of that order, so the remaining batches stay the same.
         more = [self._extra_tokens(slot) for slot in slots]

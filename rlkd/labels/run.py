@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.flaws import FlawCounts
-from ..errors import DivergenceError, InterruptedRunError, RlkdError
+from ..errors import DivergenceError, InterruptedRunError, RlkdError, ServerError
 from ..io.cards import CARD
 from ..io.files import write_durably
 from ..io.lock import Stop
@@ -222,6 +222,8 @@ class Run:
                     labels = labeller.shard(rows, self._partial(manifest, k))
                 except StoppedError as stopped:
                     self._keep(manifest, k, stopped.labels)
+                    if stopped.__cause__ is not None:
+                        raise ServerError(f"{stopped.__cause__} {self._kept(manifest)}") from stopped.__cause__
                     self._end(stop, manifest)
                 except DivergenceError as error:
                     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in error.batch]
@@ -276,12 +278,15 @@ class Run:
             )
 
     def _end(self, stop: Stop, manifest: Manifest) -> None:
-        kept = sum(partial["rows"] for partial in manifest.partials.values())
         signum = stop.signum or signal.SIGTERM
-        raise InterruptedRunError(
-            f"stopped by {signal.Signals(signum).name}: {self._labels(manifest)} labels are committed in {self.out}, "
-            f"{kept} more are saved. Repeat the command to continue.",
-            signum,
+        raise InterruptedRunError(f"stopped by {signal.Signals(signum).name}: {self._kept(manifest)}", signum)
+
+    def _kept(self, manifest: Manifest) -> str:
+        """What a run that ends early leaves, in words."""
+        kept = sum(partial["rows"] for partial in manifest.partials.values())
+        return (
+            f"{self._labels(manifest)} labels are committed in {self.out}, {kept} more are saved. Repeat the command "
+            "to continue."
         )
 
 

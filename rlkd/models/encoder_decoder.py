@@ -1,4 +1,4 @@
-"""Encoder-decoder language models of the T5 and BART families: encode once, decode against the encoder's states."""
+"""Encoder-decoder language models (T5, BART, T5Gemma ...): encode once, decode against the encoder's states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from .positions import Positions
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 BART_FAMILY = ("bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "led")
 M2M_FAMILY = ("m2m_100",)  # BART with computed positions and no bias on its logits; NLLB, too
-FAMILIES = T5_FAMILY + BART_FAMILY + M2M_FAMILY
+T5GEMMA = "t5gemma"  # Gemma's layers, in which encoder and decoder may differ in width
+FAMILIES = (*T5_FAMILY, *BART_FAMILY, *M2M_FAMILY, T5GEMMA)
 # Configuration fields that make a forward in training mode random.
 NOISE = (
     "dropout_rate",
@@ -36,7 +37,7 @@ NOISE = (
 
 def check_precision(config: Any, role: str, name: str, dtype: torch.dtype) -> None:
     """Raises ModelError for a precision in which the model fails silently."""
-    if dtype == torch.float16 and config.model_type in T5_FAMILY:
+    if dtype == torch.float16 and config.model_type in (*T5_FAMILY, T5GEMMA):
         raise ModelError(
             f"{role} '{name}': float16 overflows to inf in T5 models, and greedy decoding does not notice. "
             f"Use {role}_dtype: bfloat16 (GPU) or float32."
@@ -47,6 +48,8 @@ def positions(config: Any) -> Positions:
     """The texts that the model has position embeddings for."""
     if config.model_type == "led":
         return Positions(config.max_encoder_position_embeddings, config.max_decoder_position_embeddings)
+    if config.model_type == T5GEMMA:
+        return Positions(config.encoder.max_position_embeddings, config.decoder.max_position_embeddings)
     limit = config.max_position_embeddings if config.model_type in BART_FAMILY else None
     return Positions(limit, limit)
 
@@ -92,7 +95,7 @@ class EncoderDecoder:
 
     @property
     def width(self) -> int:
-        return int(self.config.d_model)
+        return int(self._base.get_output_embeddings().weight.shape[1])
 
     @property
     def positions(self) -> Positions:
@@ -100,8 +103,7 @@ class EncoderDecoder:
 
     def head(self) -> Head:
         """As in LanguageModel."""
-        # PEFT wraps the model; the head and its configuration are those of the base model.
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = self._base
         projection = base.get_output_embeddings()
         weight = projection.weight
         if not weight.is_floating_point():
@@ -112,7 +114,13 @@ class EncoderDecoder:
         # BART adds a buffer to its logits; T5's head has no bias.
         bias = getattr(base, "final_logits_bias", None)
         bias = projection.bias if bias is None else bias.view(-1)
-        return Head(weight, bias, output_scale(base.config), self.valid_vocab, self.rules)
+        cap = getattr(getattr(base.config, "decoder", None), "final_logit_softcapping", None)
+        return Head(weight, bias, output_scale(base.config), self.valid_vocab, self.rules, cap)
+
+    @property
+    def _base(self) -> Any:
+        """Without PEFT's wrapping: the head and its configuration are those of the base model."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool. Raises ModelError if they are too long."""

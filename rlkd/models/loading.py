@@ -96,14 +96,16 @@ def load_model(
     weights.
     """
     import transformers
+    from transformers import PreTrainedConfig
 
     torch_dtype = resolve_dtype(dtype, f"{role}_dtype")
     config = load_config(name, role, revision)
     architecture = architecture_of(config, role, name)
     architecture.check(config, role, name, torch_dtype)
-    for key in architecture.noise:
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
+        for key in architecture.noise:
+            if hasattr(part, key):
+                setattr(part, key, 0.0)
     extra = {"quantization_config": quantization} if quantization is not None else {}
     return load_pretrained(
         getattr(transformers, architecture.auto_class),

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import urllib3
-from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError, ResponseError
+from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
 
 from ..checks import Count, Positive, check_settings
 from ..errors import ConfigError, DivergenceError, ModelError, ServerError, cut, listed
@@ -93,7 +93,6 @@ class Server:
         self.url = settings.url.rstrip("/")
         retries = urllib3.Retry(
             ATTEMPTS - 1,
-            redirect=0,
             allowed_methods=None,  # asking twice changes nothing
             status_forcelist=LATER,
             raise_on_status=False,
@@ -200,7 +199,7 @@ class Server:
             headers["Authorization"] = f"Bearer {key}"
         try:
             data = None if body is None else json.dumps(body).encode()
-            response = self._http.request(method, f"{self.url}/{path}", body=data, headers=headers)
+            response = self._http.request(method, f"{self.url}/{path}", body=data, headers=headers, redirect=False)
         except HTTPError as error:
             raise ServerError(f"server {self.url}: {self._why(error)}") from error
         if response.status != 200:
@@ -220,8 +219,9 @@ class Server:
                 f"no answer within {self.settings.timeout:g} s, in {ATTEMPTS} attempts: raise server_timeout, or lower "
                 "server_concurrency."
             )
-        kind = "redirects" if isinstance(reason, ResponseError) else type(reason).__name__
-        return f"it cannot be reached ({kind}, {ATTEMPTS} attempts). Is it running, and server_url right?"
+        return (
+            f"it cannot be reached ({type(reason).__name__}, {ATTEMPTS} attempts). Is it running, and server_url right?"
+        )
 
     def _refusal(self, status: int, text: str) -> Exception:
         """The error of an answer other than 200, in the server's words."""

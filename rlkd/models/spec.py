@@ -26,6 +26,7 @@ class ModelSource(Protocol):
     config      transformers' configuration
     dtype       precision of the weights, as `float32`
     device      where it computes: `cpu`, `cuda`, `cuda:1` ...; None: the CPU
+    valid_vocab  V, the number of ids that are tokens
     quantized   whether bitsandbytes has rounded, or will round, its weights
     adapted     whether it has PEFT adapters
     rules       what its checkpoint says of answers
@@ -37,6 +38,8 @@ class ModelSource(Protocol):
     def dtype(self) -> str: ...
     @property
     def device(self) -> str | None: ...
+    @property
+    def valid_vocab(self) -> int: ...
     @property
     def quantized(self) -> bool: ...
     @property
@@ -208,6 +211,10 @@ class LoadedModel:
     @property
     def device(self) -> str:
         return str(self.lm.device)
+
+    @property
+    def valid_vocab(self) -> int:
+        return self.lm.valid_vocab
 
     @property
     def quantized(self) -> bool:

@@ -153,7 +153,15 @@ def encode_answers(tokenizer: Any, texts: list[str], max_tokens: int, rules: Ans
     end = tokenizer.eos_token_id
     if has_languages(tokenizer):  # the first mBART writes the language after the end, for the decoder to start with
         rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
-    return [rules.complete(row or [end], max_tokens) for row in rows]
+    return [rules.complete(_framed(row, end, max_tokens, rules), max_tokens) for row in rows]
+
+
+def _framed(row: list[int], end: int, max_tokens: int, rules: AnswerRules) -> list[int]:
+    """Without the start token, which is not part of an answer, and with an end, as Gemma's tokenizer does not write."""
+    ends = rules.eos_ids or (end,)
+    if rules.eos_ids and rules.start_id not in ends and row[:1] == [rules.start_id]:
+        row = row[1:]
+    return row if row[-1:] and row[-1] in (end, *ends) else [*row[: max_tokens - 1], end]
 
 
 def _continuations(tokenizer: Any, texts: list[str], max_tokens: int, rules: AnswerRules) -> list[list[int]]:

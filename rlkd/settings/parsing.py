@@ -12,12 +12,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from textwrap import shorten
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NoReturn
 
 import yaml
@@ -32,15 +32,22 @@ from ..io.redaction import redact_command_line, redacted
 from .fields import default_of, own_names, plain
 
 MOST_PROBLEMS = 20  # fits on one screen
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # variables that they set
 
 
-def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = None) -> tuple[Any, ...]:
-    """One instance per dataclass, filled from `argv` (by default the command line) and the file that `--config` names.
+def parse_config(
+    dataclass_types: tuple[type, ...],
+    argv: list[str] | None = None,
+    *,
+    preset: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Any, ...]:
+    """One instance per dataclass, filled from `argv` (by default the command line), the file that `--config` names and
+    `preset`, in that order.
 
     Raises ConfigError for everything that is not valid in either, all problems of the file at once.
     """
-    values, origins = _given(dataclass_types, argv)
+    values, origins = _given(dataclass_types, argv, preset)
     _refuse_missing(dataclass_types, values)
     built = _build(dataclass_types, values, origins)
     if argv is None:
@@ -50,8 +57,8 @@ def parse_config(dataclass_types: tuple[type, ...], argv: list[str] | None = Non
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a run: value, resolved and without secrets; origin, `default`, file:line or flag; allowed, in
-    words; section, its dataclass; own, False for settings of transformers or TRL.
+    """One setting of a run: value, resolved and without secrets; origin, `default`, `preset`, file:line or flag;
+    allowed, in words; section, its dataclass; own, False for settings of transformers or TRL.
     """
 
     name: str
@@ -64,9 +71,11 @@ class Setting:
     own: bool
 
 
-def describe_config(dataclass_types: tuple[type, ...], argv: list[str]) -> list[Setting]:
+def describe_config(
+    dataclass_types: tuple[type, ...], argv: list[str], *, preset: Mapping[str, Any] = NOTHING
+) -> list[Setting]:
     """Every setting that `parse_config` would fill, and where its value comes from. Raises ConfigError as that does."""
-    values, origins = _given(dataclass_types, argv)
+    values, origins = _given(dataclass_types, argv, preset)
     _refuse_missing(dataclass_types, values)
     hints = _hints(dataclass_types)
     return [
@@ -86,8 +95,10 @@ def describe_config(dataclass_types: tuple[type, ...], argv: list[str]) -> list[
     ]
 
 
-def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values that the file and the flags give, and the origin of each."""
+def _given(
+    dataclass_types: tuple[type, ...], argv: list[str] | None, preset: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values that the preset, the file and the flags give, and the origin of each."""
     from .trl_compat import TrlParser  # loads torch, which `run_main` does not need
 
     hints = _hints(dataclass_types)
@@ -104,8 +115,8 @@ def _given(dataclass_types: tuple[type, ...], argv: list[str] | None) -> tuple[d
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): only one file is allowed.")
     values, origins = _read(Path(files[0]), hints) if files else ({}, {})
-    values |= flags
-    return values, origins | {name: f"--{name}" for name in flags}
+    values = {**preset, **values, **flags}
+    return values, dict.fromkeys(preset, "preset") | origins | {name: f"--{name}" for name in flags}
 
 
 def run_main(main: Callable[[], None]) -> None:

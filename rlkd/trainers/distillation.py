@@ -120,11 +120,11 @@ class DistillationTrainer(StudentTrainer):
     def begin_run(self, checkpoint: Path | None) -> None:
         """As in `StudentTrainer`; says what evaluations lack without a local teacher."""
         super().begin_run(checkpoint)
-        if self.evaluator is not None and self.evaluator.missing and self.is_world_process_zero():
+        if self.evaluator is not None and not isinstance(self.teacher, LocalSource) and self.is_world_process_zero():
+            missing = ", ".join([*self.evaluator.missing, "token rewards"])
             logger.warning(
-                f"held-out answers have no {', '.join(self.evaluator.missing)}, and there are no token rewards: that "
-                "takes the teacher's model"
-                + ("" if self.evaluator.task_metric else "; name a task_metric to have a score of them at all")
+                f"held-out answers have no {missing}: that takes the teacher's model"
+                + ("" if self.evaluator.task_metric or self.evaluator.scores else "; name a task_metric to score them")
             )
 
     def collate(self, rows: list[Any]) -> Any:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlkd.models.decoder_only import NOISE
 
@@ -63,3 +67,12 @@ def tiny_decoder(
             if parameter.dim() == 1:  # norms and biases start at 1 and 0
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def continuing_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """One token per word, as decoder-only models have them: `<s>` begins a text, nothing ends it, no padding token."""
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words.index("<s>"))])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=512, **special)

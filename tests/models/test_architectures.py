@@ -5,11 +5,14 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, ProphetNetConfig, T5Config, T5EncoderModel
 
 from rlkd.errors import ModelError
+from rlkd.models.architectures import language_model
 from rlkd.models.batching import batches_by_length
 from rlkd.models.encoder_decoder import BART_FAMILY, NOISE, T5_FAMILY, EncoderDecoder
 from rlkd.models.loading import check_config, load_config, load_model, protect_untied_head, resolve_dtype
+from rlkd.models.positions import Positions
+from rlkd.sampling.decode import decode, greedy
 from rlkd.tensors import pad_rows
-from tiny import EOS, KINDS, PAD, VALID, save_pretrained, tiny_bart, tiny_model, tiny_t5
+from tiny import EOS, KINDS, PAD, VALID, save_pretrained, tiny_bart, tiny_model, tiny_t5, tiny_tokenizer
 
 PROMPTS = [[5, 6, 7, 8, EOS], [9, EOS], [4, 4, 4, 10, 11, 12, EOS]]
 ANSWERS = torch.tensor([[5, 6, 7, EOS], [8, EOS, PAD, PAD], [9, 10, 11, 12]])  # ended, padded, cut
@@ -126,6 +129,50 @@ def test_special_ids_come_from_the_configuration():
     assert (lm.start_id, lm.eos_id, lm.pad_id) == (EOS, EOS, PAD)
     lm.config.eos_token_id = [EOS, 7]
     assert lm.eos_id == EOS
+
+
+def tiny_t5gemma():
+    """An encoder wider than the decoder, sliding windows in both, capped logits."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 40, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 2.0, "initializer_range": 0.4, "bos_token_id": 2, "eos_token_id": EOS,
+        "pad_token_id": PAD, "max_position_embeddings": 64,
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        "t5gemma", encoder={**shape, "hidden_size": 24}, decoder={**shape, "hidden_size": 16}, vocab_size=40,
+        dropout_rate=0.3, attention_dropout=0.3,
+    )  # fmt: skip
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4) if parameter.dim() > 1 else parameter.normal_(std=0.1)
+    return model
+
+
+@torch.no_grad()
+def test_t5gemma_gives_its_own_logits_and_greedy_answers(tmp_path):
+    model = load_model(save_pretrained(tmp_path, tiny_t5gemma()), "student").train()
+    lm = language_model(model, tiny_tokenizer())
+    assert (lm.start_id, lm.width, lm.head().softcap) == (2, 16, 2.0)
+    plain = copy.deepcopy(model).eval()
+    logits = logits_of(lm, PROMPTS, ANSWERS)
+    for prompt, answer, got, n in zip(PROMPTS, ANSWERS, logits, (4, 2, 4), strict=True):
+        shifted = torch.tensor([[2, *answer[: n - 1].tolist()]])
+        want = plain(input_ids=torch.tensor([prompt]), decoder_input_ids=shifted).logits[0, :, :VALID]
+        torch.testing.assert_close(got[:n], want, atol=1e-5, rtol=1e-5)
+    model.eval()
+    out = decode(lm, lm.prompt_states(PROMPTS), greedy, max_new_tokens=6)
+    for prompt, ids, mask in zip(PROMPTS, out.ids, out.mask, strict=True):
+        row = plain.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, suppress_tokens=[*range(VALID, 40)],
+            decoder_start_token_id=2,
+        )[0, 1:].tolist()  # fmt: skip
+        assert ids[mask].tolist() == row[: len(ids[mask])]
+    with pytest.raises(ModelError, match=r"float16 overflows to inf in T5"):
+        check_config(plain.config, "teacher", "g", torch.float16)
+    assert lm.positions == Positions(64, 64)
 
 
 # -- padding and batching (METHOD check 9) -------------------------------------------------------------------------

@@ -176,32 +176,34 @@ def test_an_end_is_asked_for_only_where_there_is_one(monkeypatch):
 def test_what_is_no_text_counts_for_nothing_but_special_tokens_are_text(monkeypatch):
     teacher, student = teacher_of(words()), byte_level(0)
     half = student("漢")["input_ids"][:2]
-    (cut, none, padded) = rewards(seen_by(student, teacher), [half, [], [0, *student("x")["input_ids"]]])
+    x, end = student("x")["input_ids"]
+    (cut, none, padded) = rewards(seen_by(student, teacher), [half, [], [x, 0, x, end]])
     assert cut == [0.0, 0.0]
     assert none == []
     # A special token is no way to write for free: it reaches the teacher as text.
     asked = Asked(teacher, monkeypatch)
-    rewards(seen_by(student, teacher), [[0, *student("x")["input_ids"]]])
-    assert asked.rows == [teacher.tokenizer("<pad>x")["input_ids"]]
-    assert len(padded) == 3
+    rewards(seen_by(student, teacher), [[x, 0, x, end]])
+    assert asked.rows == [[5, 0, 5, EOS]]
+    assert len(padded) == 4
+    assert padded[1] < 0
 
 
 def test_what_begins_every_answer_of_a_model_is_no_text(monkeypatch):
     """As BART's `<s>`: neither shown to the teacher nor lost where it is the teacher's."""
     begun = words()
     begun.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<pad> $A </s>", special_tokens=[("</s>", EOS), ("<pad>", 0)]
+        single="<unk> $A </s>", special_tokens=[("</s>", EOS), ("<unk>", 2)]
     )
     teacher, plain = teacher_of(words()), byte_level(0)
     asked = Asked(teacher, monkeypatch)
-    rewards(seen_by(begun, teacher), [[0, 3, EOS]])
+    rewards(seen_by(begun, teacher), [[2, 3, EOS]])
     assert asked.rows == [[3, EOS]]
     theirs = teacher_of(begun)
-    (first, hello, end), *_ = rewards(theirs, [[0, 3, EOS]])
+    (first, hello, end), *_ = rewards(theirs, [[2, 3, EOS]])
     (got,) = rewards(seen_by(plain, theirs), [plain("hello")["input_ids"]])
     assert got == pytest.approx([first + hello / 5] + [hello / 5] * 4 + [end], abs=1e-6)
     (empty,) = rewards(seen_by(plain, theirs), [[EOS]])
-    (start, only), *_ = rewards(theirs, [[0, EOS]])
+    (start, only), *_ = rewards(theirs, [[2, EOS]])
     assert empty == pytest.approx([start + only], abs=1e-6)
 
 

@@ -220,7 +220,7 @@ def test_a_recipe_trains_and_evaluates_without_the_teacher(tmp_path, job, caplog
     trainer = SupervisedTrainer(setup.student, training, train_dataset=setup.pseudo_labels, **setup.trainer_inputs())
     with caplog.at_level(logging.WARNING):
         trainer.run(setup.settings)
-    assert "held-out answers have no regret, logprob, match, and there are no token rewards" in caplog.text
+    assert "held-out answers have no regret, logprob, match, token rewards: that takes" in caplog.text
     evaluation = [line for line in logged(tmp_path / "run") if "eval_length" in line][-1]
     assert {"eval_exact_match", "eval_sample_exact_match", "eval_finish_rate", "eval_kl"} <= evaluation.keys()
     assert not {"eval_regret", "eval_logprob", "eval_match"} & evaluation.keys()
@@ -250,6 +250,9 @@ def test_what_the_recipe_refuses(tmp_path, job):
         job(objective="best_token")
     with pytest.raises(ConfigError, match=r"^until_ready needs the teacher's chosen, distribution"):
         job(**READY)
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(ConfigError, match=r"^metric_for_best_model = 'regret': takes the teacher's model"):
+        job(**best)
     with pytest.raises(ConfigError, match=r"^template_combination = 'pool': takes the teacher's model"):
         TeacherArguments(teacher_signal="recorded", template_combination="pool")
     assert job.loaded == [job.student]

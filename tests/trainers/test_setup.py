@@ -32,7 +32,7 @@ from rlkd.cli.main import app
 from rlkd.errors import ConfigError, DataError
 from rlkd.evaluation.task_metrics import classification_metrics, exact_match
 from rlkd.jobs.setup import load_data
-from rlkd.sampling.engines.protocol import Decoding
+from rlkd.sampling.engines.protocol import Answer, Decoding
 from rlkd.settings.trl_compat import ModelConfig
 from tiny import VALID, save_pair, tiny_t5, tiny_teacher
 from tiny_runs import labels
@@ -314,6 +314,24 @@ def test_labels_of_held_out_inputs_are_not_trained_on(tmp_path):
     train, held_out, *_ = load_data(DataArguments(str(out), "student_input"))
     assert len(held_out) == 6
     assert not plain(train) & plain(held_out)
+
+
+def test_a_folder_without_a_label_is_refused(tmp_path):
+    """A teacher that answers with padding alone gives rows, none of them a label."""
+
+    class Padding(stub.StubEngine):
+        def _one(self, prompt, seed):
+            return Answer([tiny_teacher().lm.pad_id], [-0.1], False)
+
+    rows, out = words(4), tmp_path / "labels"
+    examples = [Example(str(i), row["note"], (row["note"],)) for i, row in enumerate(rows)]
+    decoding = Decoding("greedy", 1)
+    totals = generate_pseudolabels(
+        tiny_teacher(), examples, out=out, template_names=["none"], decoding=decoding, engine=Padding()
+    )
+    assert totals["status"]["ok"] == 0
+    with pytest.raises(DataError, match="none of its rows has a label"):
+        load_data(DataArguments(write(tmp_path / "mine.jsonl", rows), "note", pseudo_labels=str(out)))
 
 
 @pytest.mark.parametrize("kind", ["reinforce", "supervised", "tkd"])

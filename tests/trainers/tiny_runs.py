@@ -67,12 +67,12 @@ def labels(n: int = 8) -> list[dict[str, Any]]:
 
 
 def make(kind: str, folder: Path, *, model: Any = None, teacher: Any = None, n: int = 8, **options: Any) -> Any:
-    """A trainer of `kind`; `options` are its arguments, or `data`, `labels`, `eval_examples`, `task_metric`,
-    `callbacks`.
+    """A trainer of `kind`; `options` are its arguments, or `data`, `tokenizer`, `labels`, `eval_examples`,
+    `task_metric`, `callbacks`.
     """
     names = ("labels", "eval_examples", "task_metric", "callbacks")
     inputs = {name: options.pop(name) for name in names if name in options}
-    data = options.pop("data", None)
+    data, tokenizer = options.pop("data", None), options.pop("tokenizer", None)
     settings = {**TINY, **options}
     if kind == "gkd":
         settings.pop("weak_start")
@@ -87,7 +87,7 @@ def make(kind: str, folder: Path, *, model: Any = None, teacher: Any = None, n: 
         student() if model is None else model,
         args,
         teacher=teacher or tiny_teacher(),
-        tokenizer=tiny_tokenizer(WORDS),
+        tokenizer=tokenizer or tiny_tokenizer(WORDS),
         **inputs,
     )
 

@@ -15,6 +15,7 @@ from ...errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
+    from ...models.server import ServerSettings
     from ...models.spec import ModelSource
 
 Strategy = Literal["greedy", "beam", "sample"]
@@ -90,12 +91,14 @@ class EngineSettings:
                   float16, int8)
     batch_tokens  padded tokens per forward (torch)
     threads       per forward; 0: one per core (ctranslate2)
+    server        where the teacher is served (openai)
     """
 
     name: str = "auto"
     compute_type: str | None = None
     batch_tokens: int = 4096
     threads: int = 0
+    server: ServerSettings | None = None
 
 
 class Engine(Protocol):

@@ -23,6 +23,7 @@ REFERENCE = "torch"
 ENGINES: dict[str, str | EngineKind] = {
     "ctranslate2": "rlkd.sampling.engines.ctranslate2_engine:CTranslate2Engine",
     REFERENCE: "rlkd.sampling.engines.torch_engine:TorchEngine",
+    "openai": "rlkd.sampling.engines.openai_engine:OpenAIEngine",
 }
 
 
