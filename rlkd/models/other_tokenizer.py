@@ -99,11 +99,8 @@ def _moved(spans: list[Span], spelled: str, text: str) -> list[Span]:
     """Spans in `spelled` as spans in `text`, which the tokenizer changed: other spaces, unknown or normalised
     characters. What replaces a piece of text shares its place evenly.
     """
-    places: list[Span] = []
-    for _, i1, i2, j1, j2 in SequenceMatcher(None, spelled, text, autojunk=False).get_opcodes():
-        scale = (j2 - j1) / max(i2 - i1, 1)
-        places += [(j1 + scale * k, j1 + scale * (k + 1)) for k in range(i2 - i1)]
-    places.append((float(len(text)), float(len(text))))
+    same = "".join(spelled.split()) == "".join(text.split())
+    places = [*(_spaced if same else _matched)(spelled, text), (float(len(text)), float(len(text)))]
 
     def place(x: float, end: int) -> float:
         """Where character position x is, as the end (1) of the character before it or the start (0) of the next."""
@@ -114,6 +111,29 @@ def _moved(spans: list[Span], spelled: str, text: str) -> list[Span]:
         return start + (x - whole) * (stop - start)
 
     return [(place(start, 0), place(stop, 1 if stop > start else 0)) for start, stop in spans]
+
+
+def _spaced(spelled: str, text: str) -> list[Span]:
+    """The place in `text` of each character of `spelled`, which differs in white space only."""
+    words = iter([k for k, character in enumerate(text) if not character.isspace()])
+    places: list[Span] = []
+    end, start = 0, next(words, len(text))
+    for character in spelled:
+        if character.isspace():
+            places.append((float(end), float(start)))
+        else:
+            places.append((float(start), start + 1.0))
+            end, start = start + 1, next(words, len(text))
+    return places
+
+
+def _matched(spelled: str, text: str) -> list[Span]:
+    """The place in `text` of each character of `spelled`, by the longest pieces that they share."""
+    places: list[Span] = []
+    for _, i1, i2, j1, j2 in SequenceMatcher(None, spelled, text, autojunk=False).get_opcodes():
+        scale = (j2 - j1) / max(i2 - i1, 1)
+        places += [(j1 + scale * k, j1 + scale * (k + 1)) for k in range(i2 - i1)]
+    return places
 
 
 def shares(ours: list[Span], theirs: list[Span]) -> Tensor:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from models.test_language_model import tiny_llama
 from models.test_other_tokenizer import byte_level, words
 from typer.testing import CliRunner
 
@@ -24,7 +25,9 @@ from rlkd.cli.main import app
 from rlkd.errors import ConfigError
 from rlkd.inspection.saved import from_run
 from rlkd.models.other_tokenizer import OtherTokenizer
+from rlkd.models.vocabulary import decode_texts, encode_answers
 from rlkd.settings.trl_compat import ModelConfig
+from rlkd.tensors import pad_rows
 from tiny import save_pretrained, tiny_bart, tiny_t5
 
 SAMPLED = {"one_step": "sampled", "rollouts_per_prompt": 2, "per_device_train_batch_size": 8}
@@ -162,3 +165,31 @@ def test_labels_of_the_teacher_are_learned_as_texts(folder, tmp_path, caplog):
     trainer.run(setup.settings)
     assert "their texts are tokenised anew with the student's tokenizer" in caplog.text
     assert "eval_regret" in {key for line in logged(tmp_path / "run") for key in line}
+
+
+@pytest.mark.parametrize("decoder_only", ["teacher", "student"])
+def test_an_encoder_decoder_and_a_decoder_only_model(folder, tmp_path, decoder_only):
+    """Either way round: the student's regret is that of its text in the teacher's own tokens."""
+    save_pretrained(tmp_path / "llama-words", tiny_llama(5, words=6), words())
+    save_pretrained(tmp_path / "llama-bytes", tiny_llama(6, words=270), byte_level())
+    names = {"teacher": folder / "teacher", "student": folder / "student"}
+    names[decoder_only] = tmp_path / {"teacher": "llama-bytes", "student": "llama-words"}[decoder_only]
+    data, _, _, training = parts(folder, ReinforceArguments, tmp_path / "run", max_steps=2, **SAMPLED)
+    teacher = TeacherArguments(str(names["teacher"]), teacher_dtype="float32")
+    setup = prepare(data, teacher, ModelConfig(model_name_or_path=str(names["student"])), training)
+    trainer = ReinforceTrainer(
+        setup.student, training, train_examples=setup.train_examples, **setup.trainer_inputs()
+    )  # fmt: skip
+    batch = trainer.annotate(trainer.sample(0))
+    own, answers = setup.teacher.teacher, batch.answers
+    ids = [row[mask].tolist() for row, mask in zip(answers.answer_ids, answers.answer_mask, strict=True)]
+    texts = decode_texts(setup.tokenizer, ids)
+    shown = [i for i, row in enumerate(ids) if 2 not in row and 0 not in row and texts[i]]  # no special tokens
+    assert shown
+    encoded = encode_answers(own.tokenizer, [texts[i] for i in shown], 200, own.rules)
+    encoded = [row if answers.finished[i] else row[:-1] for i, row in zip(shown, encoded, strict=True)]
+    signal = own.score([answers.examples[i].teacher_inputs for i in shown], *pad_rows(encoded, 0))
+    want = (signal.chosen - signal.max).sum(1)
+    torch.testing.assert_close(batch.annotations.rewards.sum(1)[shown], want, atol=1e-4, rtol=1e-4)
+    trainer.train()
+    assert trainer.state.global_step == 2
