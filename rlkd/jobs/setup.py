@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
-from .several import SeveralArguments, TeacherPlan, load_local
+from .several import SeveralArguments, TeacherPlan, load_local, tokenizers_of
 from .teachers import (
     SignalArguments,
     check_models,
@@ -239,7 +240,7 @@ def prepare(
     task_reward = _task_reward(data, training)
     train, evaluation, labels, note = load_data(
         data,
-        ours.tokenizer,
+        [ours.tokenizer, *tokenizers_of(plan or theirs)],
         references=task_reward is not None,
         same_templates=recorded,
         teacher_column=teacher.teacher_column,
@@ -250,7 +251,7 @@ def prepare(
     elif theirs is None:
         frozen = recorded_teacher(labels, training, ours.tokenizer)
     elif theirs.model.served:
-        frozen = served_teacher(theirs, teacher.server, training)
+        frozen = served_teacher(theirs, ours, teacher.server, training)
     if task_reward is not None:
         task_reward.try_on(train)
     if data.task_metric != "none":
@@ -318,7 +319,7 @@ def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskRe
 
 def load_data(
     data: DataArguments,
-    tokenizer: Any = None,
+    tokenizers: Sequence[Any] = (),
     *,
     references: bool = False,
     same_templates: bool = False,
@@ -327,11 +328,11 @@ def load_data(
     """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; every column
     is checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
-    tokenizer: to count the characters that it does not know. references: whether training reads them. same_templates:
-    whether labels must have been made under the templates of the settings. teacher_column: read as well.
+    tokenizers: to count the characters that one of them does not know. references: whether training reads them.
+    same_templates: whether labels must have been made under the templates of the settings. teacher_column: read too.
     Raises DataError or ConfigError.
     """
-    reading = replace(Reading.of(vars(data), tokenizer), teacher_column=teacher_column)
+    reading = replace(Reading.of(vars(data)), tokenizers=tuple(tokenizers), teacher_column=teacher_column)
     source = _source(data, data.dataset, data.train_split, data.train_limit)
     labels = None if data.pseudo_labels is None else _labels(data, reading, source, same_templates)
     held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)

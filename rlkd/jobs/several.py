@@ -165,6 +165,13 @@ class TeacherPlan:
         return name
 
 
+def tokenizers_of(spec: TeacherPlan | TeacherSpec | None) -> list[Any]:
+    """The tokenizers of the teacher, or of all teachers."""
+    if isinstance(spec, TeacherPlan):
+        return [own.tokenizer for own in spec.specs.values()]
+    return [] if spec is None else [spec.tokenizer]
+
+
 def load_local(
     spec: TeacherPlan | TeacherSpec | None, student: ModelSpec, settings: TeacherArguments
 ) -> LocalSource | None:

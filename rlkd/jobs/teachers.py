@@ -9,10 +9,10 @@ from typing import Any, Literal
 from ..checks import Count, Positive
 from ..errors import ConfigError, DataError
 from ..labels.recorded import RecordedTeacher
-from ..models.other_tokenizer import SHARED_VOCABULARY, OtherTokenizer
+from ..models.other_tokenizer import SHARED_VOCABULARY, OtherTokenizer, ServedOtherTokenizer
 from ..models.served import ServerTeacher
 from ..models.server import ServerSettings
-from ..models.signals import SIGNAL, LocalSource
+from ..models.signals import SIGNAL, LocalSource, SignalSource
 from ..models.spec import ModelSpec, TeacherSpec, check_pair, other_vocabulary
 from ..models.vocabulary import same_vocabulary
 from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
@@ -98,7 +98,7 @@ def check_models(teacher: TeacherSpec | None, student: ModelSpec, training: Dist
     if teacher is None:
         return None
     _ = teacher.append_eos
-    if teacher.model.served or same_vocabulary(teacher.tokenizer, student.tokenizer):
+    if same_vocabulary(teacher.tokenizer, student.tokenizer):
         check_pair(teacher.model, student)
         return None
     mix = getattr(training, "teacher_mix", 0.0)
@@ -140,8 +140,10 @@ def check_recorded_signal(training: DistillationArguments) -> None:
         )
 
 
-def served_teacher(spec: TeacherSpec, settings: ServerSettings, training: DistillationArguments) -> ServerTeacher:
-    """The teacher on a server, which was asked for it, and is enough for these settings.
+def served_teacher(
+    spec: TeacherSpec, student: ModelSpec, settings: ServerSettings, training: DistillationArguments
+) -> SignalSource:
+    """The teacher on a server, which was asked for it, and is enough for these settings, as the student sees it.
 
     No weights are loaded. Raises ModelError and ServerError as `Server` does, ConfigError if they need more of the
     teacher, or a longer context window.
@@ -153,7 +155,8 @@ def served_teacher(spec: TeacherSpec, settings: ServerSettings, training: Distil
     if isinstance(training, OnPolicyArguments):
         check_mix(training, local=False)
     teacher.server.check_window(training.max_input_tokens, training.max_new_tokens)
-    return teacher
+    shared = same_vocabulary(spec.tokenizer, student.tokenizer)
+    return teacher if shared else ServedOtherTokenizer(teacher, student.tokenizer, student.rules)
 
 
 def recorded_teacher(labels: Any, training: DistillationArguments, tokenizer: Any) -> RecordedTeacher | None:

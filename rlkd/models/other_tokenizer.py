@@ -152,10 +152,11 @@ def shares(ours: list[Span], theirs: list[Span]) -> Tensor:
     return torch.where(total > 1e-9, overlap / total.clamp(min=1e-9), alone)
 
 
-class OtherTokenizer(LocalSource):
-    """A teacher as a student of another vocabulary sees it.
+class ByText:
+    """A `SignalSource` in a student's tokens, around one with another vocabulary, which is asked by text.
 
-    Args: tokenizer, the student's; rules, what its model's answers begin and end with.
+    Args: teacher, with a `tokenizer` and `rules` of its own; tokenizer, the student's; rules, what its model's answers
+    begin and end with.
     What needs a shared vocabulary is not in `gives`: distributions, hence the exact one-step term and divergences, and
     V of the state before a token, hence `baseline: none`. End-of-sequence is end-of-sequence: an answer that was cut
     is scored without one.
@@ -163,7 +164,7 @@ class OtherTokenizer(LocalSource):
 
     lacks = ", which has another vocabulary than the student,"
 
-    def __init__(self, teacher: Teacher, tokenizer: Any, rules: AnswerRules):
+    def __init__(self, teacher: Any, tokenizer: Any, rules: AnswerRules):
         self.teacher, self.tokenizer = teacher, tokenizer
         self.gives, self.max_input_tokens = teacher.gives - SHARED_VOCABULARY, teacher.max_input_tokens
         self.ours, self.theirs = Speller(tokenizer, rules), Speller(teacher.tokenizer, teacher.rules)
@@ -177,16 +178,9 @@ class OtherTokenizer(LocalSource):
     def model(self) -> Any:
         return self.teacher.model
 
-    @property
-    def device(self) -> torch.device:
-        return self.teacher.device
-
     def identity(self) -> dict[str, str]:
+        """As in `LocalSource`."""
         return {**self.teacher.identity(), "teacher's vocabulary": "another: answers are scored as text"}
-
-    @property
-    def teachers(self) -> Mapping[str, Teacher]:
-        return self.teacher.teachers
 
     def score(
         self,
@@ -197,13 +191,56 @@ class OtherTokenizer(LocalSource):
         distribution: bool = False,
         ids: list[str] | None = None,
     ) -> TeacherSignal:
-        """As in `LocalSource`, in the gauge in which logsumexp is 0; there are no distributions.
+        """As in `SignalSource`, in the gauge in which logsumexp is 0; there are no distributions.
 
         Args as in `Teacher.score`, answers [B, R] in the student's tokens.
         """
         texts = self._translated(answer_ids, answer_mask)
         signal = self.teacher.score(teacher_inputs, *texts.answers, ids=ids)
         return texts.shared(signal, answer_mask)
+
+    def written(self, rows: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Answers of the teacher, in the student's tokens, of at most `max_new_tokens`."""
+        ended = [self.theirs.read(row).ended for row in rows]
+        return [ids[:max_new_tokens] for ids in self.ours.ids(decode_texts(self.teacher.tokenizer, rows), ended)]
+
+    def _translated(self, answer_ids: Tensor, answer_mask: Tensor) -> _Translated:
+        spelled = [self.ours.read(row[m].tolist()) for row, m in zip(answer_ids, answer_mask, strict=True)]
+        rows = self.theirs.ids([one.text for one in spelled], [one.ended for one in spelled])
+        weights = [self._weights(one, row) for one, row in zip(spelled, rows, strict=True)]
+        # A teacher scores one token at least; without weights, this one counts for nothing.
+        # 0: prompts alone may fill the window, and the model itself says when one does.
+        longest = getattr(self.teacher, "longest_answer", None) or None
+        kept = [row[:longest] or [self.theirs.rules.eos_ids[0]] for row in rows]
+        if long := sum(len(row) > len(some) for row, some in zip(rows, kept, strict=True)):
+            if not self.cut:
+                logger.warning(
+                    f"{long} of {len(rows)} answers have more tokens in the teacher's vocabulary than its {longest} "
+                    "positions: what is beyond is not scored. Lower max_new_tokens."
+                )
+            self.cut += long
+        return _Translated(pad_rows(kept, self.theirs.rules.pad_id, answer_ids.device), weights)
+
+    def _weights(self, one: Spelled, row: list[int]) -> Tensor:
+        """w [n, m] of an answer's n tokens, or of none but its end, and the teacher's m."""
+        if not one.spans:
+            return torch.ones(1, len(row), dtype=torch.float64)
+        weights = shares(one.spans, self.theirs.spans(row, one.text))
+        return torch.block_diag(weights, torch.ones(1, 1, dtype=torch.float64)) if one.ended else weights
+
+
+class OtherTokenizer(ByText, LocalSource):
+    """A local teacher as a student of another vocabulary sees it."""
+
+    teacher: Teacher
+
+    @property
+    def device(self) -> torch.device:
+        return self.teacher.device
+
+    @property
+    def teachers(self) -> Mapping[str, Teacher]:
+        return self.teacher.teachers
 
     def score_ends(
         self,
@@ -219,34 +256,15 @@ class OtherTokenizer(LocalSource):
 
     def answer(self, teacher_inputs: list[tuple[str, ...]], write: Write, max_new_tokens: int) -> list[list[int]]:
         """As in `LocalSource`: the teacher's texts in the student's tokens."""
-        rows = self.teacher.answer(teacher_inputs, write, max_new_tokens)
-        ended = [self.theirs.read(row).ended for row in rows]
-        return [ids[:max_new_tokens] for ids in self.ours.ids(decode_texts(self.teacher.tokenizer, rows), ended)]
+        return self.written(self.teacher.answer(teacher_inputs, write, max_new_tokens), max_new_tokens)
 
-    def _translated(self, answer_ids: Tensor, answer_mask: Tensor) -> _Translated:
-        spelled = [self.ours.read(row[m].tolist()) for row, m in zip(answer_ids, answer_mask, strict=True)]
-        rows = self.theirs.ids([one.text for one in spelled], [one.ended for one in spelled])
-        weights = [self._weights(one, row) for one, row in zip(spelled, rows, strict=True)]
-        # A teacher scores one token at least; without weights, this one counts for nothing.
-        kept = [row[: self.teacher.longest_answer] or [self.theirs.rules.eos_ids[0]] for row in rows]
-        if long := sum(len(row) > len(some) for row, some in zip(rows, kept, strict=True)):
-            self._say_cut(long, len(rows))
-        return _Translated(pad_rows(kept, self.theirs.rules.pad_id, self.device), weights)
 
-    def _say_cut(self, long: int, rows: int) -> None:
-        if not self.cut:
-            logger.warning(
-                f"{long} of {rows} answers have more tokens in the teacher's vocabulary than its "
-                f"{self.teacher.longest_answer} positions: what is beyond is not scored. Lower max_new_tokens."
-            )
-        self.cut += long
+class ServedOtherTokenizer(ByText):
+    """A teacher without a model here, which answers by itself (`AnsweringSource`), seen likewise."""
 
-    def _weights(self, one: Spelled, row: list[int]) -> Tensor:
-        """w [n, m] of an answer's n tokens, or of none but its end, and the teacher's m."""
-        if not one.spans:
-            return torch.ones(1, len(row), dtype=torch.float64)
-        weights = shares(one.spans, self.theirs.spans(row, one.text))
-        return torch.block_diag(weights, torch.ones(1, 1, dtype=torch.float64)) if one.ended else weights
+    def greedy(self, texts: list[str], max_new_tokens: int) -> list[list[int]]:
+        """As in `AnsweringSource`: the teacher's texts in the student's tokens."""
+        return self.written(self.teacher.greedy(texts, max_new_tokens), max_new_tokens)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -209,6 +210,16 @@ class UnknownText:
         places = [place for place, token in zip(found["offset_mapping"], found["input_ids"], strict=True)
                   if token == unknown]  # fmt: skip
         return tuple(dict.fromkeys(piece for start, end in places if (piece := text[start:end].strip())))
+
+
+def unknown_to(*tokenizers: Any) -> Callable[[str], tuple[str, ...]]:
+    """As `UnknownText`: the pieces that one of the tokenizers does not know."""
+    different: list[Any] = []
+    for tokenizer in tokenizers:
+        if not any(same_vocabulary(tokenizer, other) for other in different):
+            different.append(tokenizer)
+    finders = [UnknownText(tokenizer) for tokenizer in different]
+    return lambda text: tuple(dict.fromkeys(piece for finder in finders for piece in finder(text)))
 
 
 def decode_texts(tokenizer: Any, rows: list[list[int]]) -> list[str]:

@@ -193,3 +193,14 @@ def test_an_encoder_decoder_and_a_decoder_only_model(folder, tmp_path, decoder_o
     torch.testing.assert_close(batch.annotations.rewards.sum(1)[shown], want, atol=1e-4, rtol=1e-4)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_characters_that_only_the_teacher_does_not_know_are_counted(folder, tmp_path, caplog):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"hello {i} there"}) + "\n" for i in range(9)))
+    data, _, _, training = parts(folder, ReinforceArguments, tmp_path / "run", **SAMPLED)
+    data.dataset = data.eval_dataset = str(tmp_path / "rows.jsonl")
+    save_pretrained(tmp_path / "bytes", tiny_t5(vocab=275), byte_level())
+    save_pretrained(tmp_path / "words", tiny_t5(vocab=8), words())
+    teacher = TeacherArguments(str(tmp_path / "words"), teacher_dtype="float32")
+    prepare(data, teacher, ModelConfig(model_name_or_path=str(tmp_path / "bytes")), training)
+    assert "characters that the tokenizer does not know, by column: text 9" in caplog.text
