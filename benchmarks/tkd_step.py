@@ -84,6 +84,8 @@ def main() -> None:
             **{f"tkd m={m}": variant("tkd", m=m) for m in children},
             "pkd": variant("pkd"),
             "all": variant("all"),
+            "tinybert": variant("tinybert"),
+            "minilm": variant("minilm"),
             "cached kd": variant("kd", cache="logits"),
             "cached tkd": variant("tkd", cache="hidden"),
         }
@@ -102,6 +104,8 @@ def main() -> None:
         "cached_kd_over_kd": seconds["cached kd"] / seconds[base],
         "pkd_over_kd": seconds["pkd"] / seconds[base],
         "all_over_kd": seconds["all"] / seconds[base],
+        "tinybert_over_kd": seconds["tinybert"] / seconds[base],
+        "minilm_over_kd": seconds["minilm"] / seconds[base],
         **{f"tkd_over_kd_length_{n}": seconds[f"tkd {n}"] / seconds[f"kd {n}"] for n in lengths if n != LENGTH},
         **{f"tkd_over_kd_m_{m}": seconds[f"tkd m={m}"] / seconds[base] for m in children},
     }

@@ -1,5 +1,5 @@
-"""Tree Knowledge Distillation of a fine-tuned BERT into a few layers, on a GLUE task or on your own labelled file:
-`rlkd train tkd`, for a launcher.
+"""Tree Knowledge Distillation of a fine-tuned BERT into a few layers, on a GLUE task or on your own labelled file, or
+of a prompted LLM's labels into an encoder: `rlkd train tkd`, for a launcher.
 
 accelerate launch recipes/tkd_glue.py --config recipes/tkd_glue.yaml [--train_file reviews.csv] [--field value ...]
 """

@@ -40,12 +40,8 @@ _MODULES = {
     "inspection.reward_view": ("RewardView",),
     "jobs.encoder_data": ("LabelledDataArguments",),
     "jobs.encoder_report": ("compare_with_teacher",),
-    "jobs.encoder_setup": (
-        "EncoderStudentArguments",
-        "EncoderTeacherArguments",
-        "fine_tuned_teacher",
-        "prepare_encoders",
-    ),
+    "jobs.encoder_setup": ("EncoderStudentArguments", "EncoderTeacherArguments", "prepare_encoders"),
+    "jobs.encoder_teachers": ("fine_tuned_teacher", "teacher_of_student"),
     "jobs.setup": ("DataArguments", "prepare", "TeacherArguments"),
     "jobs.study": ("Arm", "Cell", "file_digests", "read_plan", "Study", "write_json"),
     "jobs.study_results": ("markdown_table", "paired_test", "spread_text", "spreads"),
@@ -77,7 +73,7 @@ _MODULES = {
     "objectives.advantages": ("Baseline", "BASELINES", "CreditInputs"),
     "objectives.attention_tree": ("attention_tree", "rows_of_map"),
     "objectives.divergences": ("Divergence", "DIVERGENCES"),
-    "objectives.encoder": ("PRESETS", "token_distance"),
+    "objectives.encoder": ("token_distance",),
     "objectives.policy": ("ppo_loss", "reduce_tokens", "reinforce_loss", "token_statistics"),
     "objectives.rewards": (
         "induced",
@@ -118,7 +114,9 @@ _MODULES = {
         "SupervisedArguments",
     ),
     "trainers.encoders.arguments": ("TKDArguments",),
-    "trainers.encoders.tkd": ("check_distillation", "distil_chain", "TKDTrainer"),
+    "trainers.encoders.checks": ("check_distillation",),
+    "trainers.encoders.terms": ("PRESETS", "Term", "TERMS"),
+    "trainers.encoders.tkd": ("TKDTrainer",),
     "trainers.gkd": ("GKDTrainer",),
     "trainers.objective": ("Evidence", "Objective", "StudentTokens"),
     "trainers.on_policy": ("OnPolicyTrainer",),
@@ -168,8 +166,9 @@ if TYPE_CHECKING:
     from .jobs.encoder_report import compare_with_teacher as compare_with_teacher
     from .jobs.encoder_setup import EncoderStudentArguments as EncoderStudentArguments
     from .jobs.encoder_setup import EncoderTeacherArguments as EncoderTeacherArguments
-    from .jobs.encoder_setup import fine_tuned_teacher as fine_tuned_teacher
     from .jobs.encoder_setup import prepare_encoders as prepare_encoders
+    from .jobs.encoder_teachers import fine_tuned_teacher as fine_tuned_teacher
+    from .jobs.encoder_teachers import teacher_of_student as teacher_of_student
     from .jobs.setup import DataArguments as DataArguments
     from .jobs.setup import TeacherArguments as TeacherArguments
     from .jobs.setup import prepare as prepare
@@ -227,7 +226,6 @@ if TYPE_CHECKING:
     from .objectives.attention_tree import rows_of_map as rows_of_map
     from .objectives.divergences import DIVERGENCES as DIVERGENCES
     from .objectives.divergences import Divergence as Divergence
-    from .objectives.encoder import PRESETS as PRESETS
     from .objectives.encoder import token_distance as token_distance
     from .objectives.policy import ppo_loss as ppo_loss
     from .objectives.policy import reduce_tokens as reduce_tokens
@@ -275,9 +273,11 @@ if TYPE_CHECKING:
     from .trainers.arguments import RLArguments as RLArguments
     from .trainers.arguments import SupervisedArguments as SupervisedArguments
     from .trainers.encoders.arguments import TKDArguments as TKDArguments
+    from .trainers.encoders.checks import check_distillation as check_distillation
+    from .trainers.encoders.terms import PRESETS as PRESETS
+    from .trainers.encoders.terms import TERMS as TERMS
+    from .trainers.encoders.terms import Term as Term
     from .trainers.encoders.tkd import TKDTrainer as TKDTrainer
-    from .trainers.encoders.tkd import check_distillation as check_distillation
-    from .trainers.encoders.tkd import distil_chain as distil_chain
     from .trainers.gkd import GKDTrainer as GKDTrainer
     from .trainers.objective import Evidence as Evidence
     from .trainers.objective import Objective as Objective

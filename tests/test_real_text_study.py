@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,7 +245,7 @@ def test_methods_are_treated_alike(study, plan, tmp_path):
             assert {(c.seed, c.settings["split"], c.settings["budget"]["seconds"]) for c in trials} == {
                 (1, "validation", of_task["seconds"]["trial"])
             }
-            budgets = {"": {"seconds": of_task["seconds"]["arm"]}, "-updates": {"updates": of_task["updates"]}}
+            budgets = {"": {"seconds": of_task["seconds"]["arm"]}, "-updates": {"updates": of_task["updates"]["arm"]}}
             for suffix, budget in budgets.items():
                 if suffix and not plan["methods"][method].get("equal_updates", True):
                     continue
@@ -276,7 +277,7 @@ def test_an_unknown_setting_of_a_method_is_refused(study, plan, tmp_path):
 def test_tables_are_of_what_is_finished(study, results, task, plan, tmp_path, monkeypatch, capsys):
     """Without a second axis, and with seeds that have only some of the methods; SeqKD fails in one row."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    plan["tasks"]["e2e"]["updates"], plan["draws"] = None, 50
+    plan["tasks"]["e2e"]["updates"]["arm"], plan["draws"] = None, 50
     rows = [task.example(f"e2e-test-{i}", "food[French]", ["the one and only right answer"]) for i in range(3)]
     grid = study.study(plan, "e2e", tmp_path, tmp_path / "out")
     for cell in grid.cells.values():
@@ -304,7 +305,7 @@ def test_tables_are_of_what_is_finished(study, results, task, plan, tmp_path, mo
 
 
 def test_the_best_trial_has_the_best_bleu_greedy_and_sampled(study, plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "start_of", lambda cell: "start")
+    monkeypatch.setattr(study, "start_of", lambda cell, method: "start")
     monkeypatch.setattr(
         study, "train_student", lambda cell, model, method, training: (model, method["trainer"], training)
     )
@@ -314,6 +315,25 @@ def test_the_best_trial_has_the_best_bleu_greedy_and_sampled(study, plan, tmp_pa
     inputs["warm-up"] = {"bleu": 99.0, "sample_bleu": 99.0, "training": "none"}
     cell = replace(cell, inputs={arm: Done(tmp_path, result) for arm, result in inputs.items()})
     assert study.main_arm(cell) == ("start", "ppo", 1)
+
+
+def test_seconds_are_updates_at_the_measured_price(study, plan, tmp_path, monkeypatch):
+    """What else the machine does while an arm runs changes nothing."""
+    built = []
+    monkeypatch.setattr(study, "start_of", lambda cell, method: SimpleNamespace(num_parameters=lambda: 7))
+    monkeypatch.setattr(study, "student_trainer", lambda *args: built.append(args[3]))
+    monkeypatch.setattr(study, "train", lambda trainer, cell: {"updates": built[-1]["max_steps"]})
+    monkeypatch.setattr(study, "evaluate", lambda trainer, cell: {"bleu": 1.0})
+    cells = study.study(plan, "e2e", tmp_path, tmp_path / "out").cells
+    inputs = {f"ppo-trial-{i}": {"bleu": i, "sample_bleu": 0, "training": {"learning_rate": i}} for i in range(3)}
+    inputs = {arm: Done(tmp_path, result) for arm, result in (inputs | {"prices": {"ppo": 0.15, "seqkd": 9.0}}).items()}
+    timed = study.main_arm(replace(cells["e2e/seed-2/ppo"], inputs=inputs))
+    assert timed["updates"] == round(plan["tasks"]["e2e"]["seconds"]["arm"] / 0.15)
+    assert (timed["seconds_per_update"], timed["training"]) == (0.15, {"learning_rate": 2})
+    del inputs["prices"]
+    alike = study.main_arm(replace(cells["e2e/seed-2/ppo-updates"], inputs=inputs))
+    assert alike["updates"] == plan["tasks"]["e2e"]["updates"]["arm"]
+    assert "seconds_per_update" not in alike
 
 
 # The command
@@ -342,7 +362,7 @@ def test_quick_run(tmp_path):
         for arm in arms:
             result = record["e2e"]["results"][arm]["1"]
             assert result["training"] == plan["trials"][0]
-            assert ("start_regret" in result) == (plan["methods"][method]["trainer"] != "supervised")
+            assert ("start_regret" in result) == (plan["methods"][method]["trainer"] in ("reinforce", "ppo"))
             if arm != method:
                 assert result["updates"] == 2
     assert {(c["first"], c["equal"]) for c in record["comparisons"]} > {("ppo", "updates"), ("ppo-5", "CPU seconds")}

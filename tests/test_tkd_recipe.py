@@ -417,7 +417,7 @@ def test_mistakes_are_one_screen_before_any_weights_load(user, monkeypatch, caps
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "neither task nor train_file is set"),
+        ({}, "none of task, train_file and pseudo_labels is set"),
         ({"task": "sst"}, "task = 'sst': allowed are 'sst2'"),
         ({"task": "sst2", "dev_file": "x.csv"}, "dev_file is set without train_file"),
         ({"task": "sst2", "pair_column": "x"}, "pair_column is set without train_file: task sst2 has its own"),

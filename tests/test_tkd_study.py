@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import yaml
 
-from rlkd import PRESETS
 from rlkd.jobs.study import Done, write_record
 
 pytest.importorskip("matplotlib")
@@ -63,7 +62,7 @@ def test_a_pooled_difference_joins_tasks_and_seeds(study):
 
 
 def test_the_report_holds_every_finished_run(study, plan, tmp_path, monkeypatch):
-    wobble = {preset: np.random.default_rng(i).normal(50, 1, 6) for i, preset in enumerate(PRESETS)}
+    wobble = {preset: np.random.default_rng(i).normal(50, 1, 6) for i, preset in enumerate(plan["inits"]["mapped"])}
     monkeypatch.setattr(os, "fsync", lambda _: None)
     grid = filled(study, plan, tmp_path, lambda task, init, preset, seed: wobble[preset][seed] / 100)
     text = study.report(grid, plan)

@@ -6,9 +6,11 @@ python recipes/studies/real_text.py [--config FILE] [--data FOLDER] [--out runs/
 Per task:
 1. trains a vocabulary and a teacher, which answers inputs it was not trained on, greedily and by sampling
 2. per seed: warms a student up on the greedy answers
-3. tries every method with the same number of settings on validation rows (first seed)
-4. per seed: trains the student further with every method, for equal CPU seconds and for equal updates
-5. writes the tables of test rows, paired bootstrap intervals, and results.json
+3. measures the CPU seconds of an update of every method, the methods taking turns: from then on a budget of seconds is
+   a number of updates, so what else the machine does changes no result
+4. tries every method with the same number of settings on validation rows (first seed)
+5. per seed: trains the student further with every method, for equal CPU seconds and for equal updates
+6. writes the tables of test rows, paired bootstrap intervals, and results.json
 
 Results that are finished are skipped: after an interruption, repeat the command. `--table` computes nothing and prints
 what is finished.
@@ -18,11 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import real_text_report
 import real_text_task as task
+from transformers import TrainerCallback
 
 from rlkd import (
     Arm,
@@ -62,6 +67,7 @@ TRAINERS: dict[str, Any] = {
 }
 # Keys of methods in the YAML; tasks: those it is tried on, all if left out.
 METHOD = ("title", "tasks", "start", "trainer", "labels", "training", "trials", "equal_updates")
+CYCLE = 4  # updates of a rollout batch of PPO
 ANSWERS = ("id", "student", "sample_student", "regret", "sample_regret")
 
 
@@ -73,7 +79,7 @@ def trainer_settings(cell: Cell, **more: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         "use_cpu": True,
         "logging_steps": 10,
-        "max_steps": 1_000_000,
+        "max_steps": 1,
         "lr_scheduler_type": "linear",
         "per_device_train_batch_size": cell.settings["batch"]["student"],
         "per_device_eval_batch_size": 100,
@@ -94,22 +100,16 @@ def teacher_of(cell: Cell) -> Teacher:
     return Teacher(language_model(load_model(path, "teacher"), tokenizer), tokenizer, max_input_tokens=limit)
 
 
-def train(trainer: Any, cell: Cell, seconds: float | None = None) -> dict[str, float]:
-    """Train for a budget of CPU seconds, or up to max_steps, and save the model; returns what was used.
+def train(trainer: Any, cell: Cell) -> dict[str, float]:
+    """Train up to max_steps and save the model; returns what was used.
 
     start_*: the trainer's own check of its start, where it has one.
     """
-    used = timed_training(trainer, cell.name, seconds)
+    used = timed_training(trainer, cell.name)
     trainer.save_model()
     logs = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     start = {name: round(value, 3) for name, value in logs.items() if name.startswith("start_")}
-    seconds_per_update = used["cpu_seconds"] / max(used["steps"], 1)
-    return {
-        "updates": used["steps"],
-        "cpu_seconds": round(used["cpu_seconds"], 1),
-        "seconds_per_update": round(seconds_per_update, 4),
-        **start,
-    }
+    return {"updates": used["steps"], "cpu_seconds": round(used["cpu_seconds"], 1), **start}
 
 
 def evaluate(trainer: Any, cell: Cell) -> dict[str, float]:
@@ -125,13 +125,14 @@ def train_teacher(cell: Cell) -> dict[str, Any]:
     tokenizer = task.train_tokenizer((text for pair in splits.pairs for text in pair), cell.settings["pieces"])
     model = task.build_model(tokenizer, seed=0, **plan["model"])
     own = {**cell.settings["from_scratch"], "per_device_train_batch_size": cell.settings["batch"]["teacher"]}
+    own["max_steps"] = plan["updates"]
     trainer = SupervisedTrainer(
         model,
         SupervisedArguments(**trainer_settings(cell, **own)),
         tokenizer=tokenizer,
         train_dataset=[{"student_input": text, "label": answer} for text, answer in splits.pairs],
     )
-    used = train(trainer, cell, plan["seconds"])
+    used = train(trainer, cell)
     tokenizer.save_pretrained(cell.folder)
     return {**used, "parameters": model.num_parameters(), "pairs": len(splits.pairs), "pieces": len(tokenizer)}
 
@@ -173,25 +174,60 @@ def labels_of(cell: Cell, kind: str, share: float) -> Any:
     return labels.select([i for i, name in enumerate(labels["id"]) if name in known])
 
 
-def train_student(cell: Cell, model: Any, method: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    """Train `model` with a method for the budget of its cell, and evaluate it on the cell's split."""
-    teacher, budget, splits = teacher_of(cell), cell.settings["budget"], splits_of(cell)
+def student_trainer(cell: Cell, model: Any, method: dict[str, Any], training: dict[str, Any]) -> Any:
+    """The trainer of `model` with a method, whose evaluations are of the cell's split."""
+    teacher, splits = teacher_of(cell), splits_of(cell)
     labels = labels_of(cell, method["labels"], method["share"]) if "labels" in method else None
     supervised = method["trainer"] == "supervised"
     data = {"train_dataset": labels} if supervised else {"train_examples": splits.unlabeled, "labels": labels}
-    own = {**method.get("training", {}), **training, "max_steps": budget.get("updates", 1_000_000)}
     Arguments, Trainer = TRAINERS[method["trainer"]]
-    trainer = Trainer(
+    return Trainer(
         model,
-        Arguments(**trainer_settings(cell, seed=cell.seed, **own)),
+        Arguments(**trainer_settings(cell, seed=cell.seed or 0, **method.get("training", {}), **training)),
         teacher=teacher,
         tokenizer=teacher.tokenizer,
         eval_examples=getattr(splits, cell.settings["split"]),
         task_metric=task.task_metric,
         **data,
     )
-    used = train(trainer, cell, budget.get("seconds"))
-    return {**used, "parameters": model.num_parameters(), "training": training, **evaluate(trainer, cell)}
+
+
+def train_student(cell: Cell, model: Any, method: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """Train `model` with a method for the budget of its cell, and evaluate it on the cell's split."""
+    budget = cell.settings["budget"]
+    price = cell.inputs["prices"].result[method["name"]] if "seconds" in budget else None
+    updates = budget["updates"] if price is None else max(round(budget["seconds"] / price), 1)
+    trainer = student_trainer(cell, model, method, {**training, "max_steps": updates})
+    used = train(trainer, cell)
+    shown = {} if price is None else {"seconds_per_update": price}
+    return {**used, **shown, "parameters": model.num_parameters(), "training": training, **evaluate(trainer, cell)}
+
+
+class StepClock(TrainerCallback):
+    """CPU seconds at the end of every update."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ends.append(time.process_time())
+
+
+def measure_prices(cell: Cell) -> dict[str, float]:
+    """CPU seconds of an update of every method: the median of turns, in which the methods follow each other.
+
+    A turn trains for three rollout batches of PPO; the first warms up. Prompts are new to the teacher, as in a first
+    pass over the inputs.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cell.settings["methods"]}
+    for _ in range(cell.settings["turns"]):
+        for name, method in cell.settings["methods"].items():
+            trainer = student_trainer(cell, start_of(cell, method), method, {"max_steps": 3 * CYCLE})
+            clock = StepClock()
+            trainer.add_callback(clock)
+            timed_training(trainer, f"{cell.name}, {name}")
+            seconds[name].append((clock.ends[-1] - clock.ends[CYCLE - 1]) / (2 * CYCLE))
+    return {name: round(median(turns), 5) for name, turns in seconds.items()}
 
 
 def warm_up(cell: Cell) -> dict[str, Any]:
@@ -202,56 +238,70 @@ def warm_up(cell: Cell) -> dict[str, Any]:
     return train_student(cell, model, method, cell.settings["from_scratch"])
 
 
-def start_of(cell: Cell) -> Any:
-    return load_model(str(cell.inputs[cell.settings["method"]["start"]].folder), "student")
+def start_of(cell: Cell, method: dict[str, Any]) -> Any:
+    return load_model(str(cell.inputs[method["start"]].folder), "student")
 
 
 def trial(cell: Cell) -> dict[str, Any]:
     """One candidate for the settings of a method, on validation rows."""
-    return train_student(cell, start_of(cell), cell.settings["method"], cell.settings["training"])
+    method = cell.settings["method"]
+    return train_student(cell, start_of(cell, method), method, cell.settings["training"])
 
 
 def main_arm(cell: Cell) -> dict[str, Any]:
     """The start trained further with the settings that have the best BLEU on validation rows, greedy and sampled."""
     trials = [done.result for arm, done in cell.inputs.items() if "-trial-" in arm]
     best = max(trials, key=lambda result: result["bleu"] + result["sample_bleu"])
-    return train_student(cell, start_of(cell), cell.settings["method"], best["training"])
+    method = cell.settings["method"]
+    return train_student(cell, start_of(cell, method), method, best["training"])
 
 
-def method_arms(name: str, plan: dict[str, Any], own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Arm]:
-    """The trials of a method, and the method on each axis. own: settings of the task; shared: of all its arms.
+def methods_of(plan: dict[str, Any], task_name: str) -> dict[str, dict[str, Any]]:
+    """What the methods of a task are made of, without their titles and trials.
 
     Raises ConfigError for settings that a method does not have, and for another number of trials than the others'.
     """
-    method = plan["methods"][name]
-    if unknown := sorted(method.keys() - METHOD):
-        raise ConfigError(f"methods.{name}.{unknown[0]}: not a setting of a method; those are {', '.join(METHOD)}.")
-    check_choice(f"methods.{name}.trainer", method["trainer"], TRAINERS)
-    check_choice(f"methods.{name}.start", method["start"], plan["starts"])
-    candidates = method.get("trials", plan["trials"])
-    if len(candidates) != len(plan["trials"]):
-        raise ConfigError(f"methods.{name}.trials: must be as many as for the others, {len(plan['trials'])}.")
-    what = {key: method[key] for key in ("start", "trainer", "labels", "training") if key in method}
-    common = {**shared, "method": {**what, "share": plan["starts"][method["start"]]}}
+    found = {}
+    for name, method in plan["methods"].items():
+        if unknown := sorted(method.keys() - METHOD):
+            raise ConfigError(f"methods.{name}.{unknown[0]}: not a setting of a method; those are {', '.join(METHOD)}.")
+        check_choice(f"methods.{name}.trainer", method["trainer"], TRAINERS)
+        check_choice(f"methods.{name}.start", method["start"], plan["starts"])
+        for other in method.get("tasks", ()):
+            check_choice(f"methods.{name}.tasks", other, plan["tasks"])
+        if len(method.get("trials", plan["trials"])) != len(plan["trials"]):
+            raise ConfigError(f"methods.{name}.trials: must be as many as for the others, {len(plan['trials'])}.")
+        if task_name in method.get("tasks", plan["tasks"]):
+            what = {key: method[key] for key in ("start", "trainer", "labels", "training") if key in method}
+            found[name] = {**what, "name": name, "share": plan["starts"][method["start"]]}
+    return found
+
+
+def method_arms(
+    method: dict[str, Any], plan: dict[str, Any], own: dict[str, Any], shared: dict[str, Any]
+) -> dict[str, Arm]:
+    """The trials of a method, and the method on each axis. own: settings of the task; shared: of all its arms."""
+    name, written = method["name"], plan["methods"][method["name"]]
+    common = {**shared, "method": method}
     labels = [f"labels-{method['labels']}"] if "labels" in method else []
     needs = ("teacher", *labels, method["start"])
     budget = {"seconds": own["seconds"]["trial"]}
     trials = {
         f"{name}-trial-{number}": {**common, "split": "validation", "budget": budget, "training": training}
-        for number, training in enumerate(candidates)
+        for number, training in enumerate(written.get("trials", plan["trials"]))
     }
-    arms = {arm: Arm(trial, needs, settings, tuple(plan["seeds"][:1])) for arm, settings in trials.items()}
-    budgets = {"": {"seconds": own["seconds"]["arm"]}, "-updates": {"updates": own["updates"]}}
+    arms = {arm: Arm(trial, (*needs, "prices"), settings, tuple(plan["seeds"][:1])) for arm, settings in trials.items()}
+    budgets = {"": {"seconds": own["seconds"]["arm"]}, "-updates": {"updates": own["updates"]["arm"]}}
     for suffix in real_text_report.AXES:
-        if suffix == "" or (own["updates"] and method.get("equal_updates", True)):
+        if suffix == "" or (own["updates"]["arm"] and written.get("equal_updates", True)):
             settings = {**common, "split": "test", "budget": budgets[suffix]}
-            arms[name + suffix] = Arm(main_arm, (*needs, *trials), settings)
+            arms[name + suffix] = Arm(main_arm, (*needs, *trials, *(["prices"] if suffix == "" else [])), settings)
     return arms
 
 
 def study(plan: dict[str, Any], name: str, data: Path, out: Path) -> Study:
     """The arms of one task."""
-    own = plan["tasks"][name]
+    own, methods = plan["tasks"][name], methods_of(plan, name)
     shared = {key: own[key] for key in ("rows", "limits")} | {"batch": plan["batch"]}
     shared |= {"data": str(data), "files": file_digests(data, task.FILES[name])}
     scratch, teacher = {"from_scratch": plan["from_scratch"]}, {key: own[key] for key in ("teacher", "pieces")}
@@ -265,13 +315,13 @@ def study(plan: dict[str, Any], name: str, data: Path, out: Path) -> Study:
         arms[f"labels-{kind}"] = Arm(label, ("teacher",), settings, seeds=(), resumes=True)
     for start, share in plan["starts"].items():
         settings = {**test, **scratch, "student": own["student"], "share": share}
-        settings["budget"] = {"seconds": own["seconds"]["warmup"]}
+        settings["budget"] = {"updates": own["updates"]["warmup"]}
         arms[start] = Arm(warm_up, ("teacher", "labels-greedy"), settings)
-    for title, method in plan["methods"].items():
-        for task_name in (of_method := method.get("tasks", plan["tasks"])):
-            check_choice(f"methods.{title}.tasks", task_name, plan["tasks"])
-        if name in of_method:
-            arms |= method_arms(title, plan, own, shared)
+    priced = {**shared, "split": "validation", "methods": methods, "turns": plan["turns"]}
+    needs = ("teacher", "labels-greedy", "labels-sampled", *plan["starts"])
+    arms["prices"] = Arm(measure_prices, needs, priced, tuple(plan["seeds"][:1]))
+    for method in methods.values():
+        arms |= method_arms(method, plan, own, shared)
     return Study(out, arms, plan["seeds"], {name: {}}, headline=("bleu", "sample_bleu", "regret", "length"))
 
 

@@ -143,7 +143,8 @@ def table(plan: dict[str, Any], scores: dict[str, Any], teachers: dict[str, Any]
     rows = [["teacher", *(f"{100 * teachers[task]['score']:.1f}" for _, task in columns)]]
     for preset in PRESETS:
         runs = [list(scores[init][task].get(preset, {}).values()) for init, task in columns]
-        rows.append([preset, *(spread_text(values, "{mean} ± {deviation} ({seeds})", 2) for values in runs)])
+        if any(runs):
+            rows.append([preset, *(spread_text(values, "{mean} ± {deviation} ({seeds})", 2) for values in runs)])
     return markdown_table(["", *head], rows)
 
 

@@ -59,7 +59,9 @@ def verify(folder: Folder, as_json: AsJson = False, quiet: Quiet = False) -> Non
 @app.command()
 def score(
     folder: Folder,
-    metric: Annotated[list[str] | None, typer.Option(help="exact_match, rouge or bleu; repeatable.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="exact_match, rouge, bleu, chrf, token_f1 or sari; repeatable.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score the labels against the references stored with them, for each template."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -22,10 +23,10 @@ UNLABELLED = -100
 class EncodedTexts(Sequence[dict[str, Any]]):
     """Rows {text, text_pair (or None), label (or None)}, tokenised, each with its index for the teacher's cache.
 
-    Args: rows; tokenizer, a fast one; max_length, tokens to cut texts to; num_labels, to check labels against. A row
-    without a label is trained on the teacher's outputs alone. Raises DataError if there are no rows, a text is missing
-    or not a string, a label is not in the label set, or only some rows are pairs; ModelError if the tokenizer has no
-    padding token.
+    Args: rows, which may bring the teacher's `logits`, one for each label; tokenizer, a fast one; max_length, tokens to
+    cut texts to; num_labels, to check labels against. A row without a label is trained on the teacher's outputs alone.
+    Raises DataError if there are no rows, a text is missing or not a string, a label is not in the label set, only some
+    rows are pairs, or logits are not numbers for all rows and labels; ModelError if the tokenizer has no padding token.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, num_labels: int):
@@ -47,6 +48,7 @@ class EncodedTexts(Sequence[dict[str, Any]]):
                 raise DataError(f"row {i}: text and text_pair must be text, found {pair}. Fix or remove the row.")
         self.texts = list(zip(first, second, strict=True))
         self.labels = [_label(i, row.get("label"), num_labels) for i, row in enumerate(rows)]
+        self.logits = _recorded_logits(rows, num_labels)
         encoded = tokenizer(first, None if alone else second, truncation=True, max_length=max_length, verbose=False)
         self.names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
         self.ids = {name: encoded[name] for name in self.names}
@@ -77,10 +79,15 @@ class EncodedTexts(Sequence[dict[str, Any]]):
     @property
     def fingerprint(self) -> str:
         """The first 16 hexadecimal digits of the SHA-256 of all training data, labels included."""
-        return sha256(f"{self.digest()} {self.labels}".encode()).hexdigest()[:16]
+        digest = sha256(f"{self.digest()} {self.labels}".encode())
+        if self.logits is not None:
+            digest.update(self.logits.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids, attention_mask (and token_type_ids) [B, L], padded on the right; labels and index [B]."""
+        """input_ids, attention_mask (and token_type_ids) [B, L], padded on the right; labels and index [B];
+        teacher_logits [B, C] where the rows bring them.
+        """
         batch: dict[str, Tensor] = {
             name: pad_stack([torch.tensor(row[name]) for row in rows], self.pad_id if name == "input_ids" else 0)
             for name in self.names
@@ -88,6 +95,8 @@ class EncodedTexts(Sequence[dict[str, Any]]):
         batch["attention_mask"] = length_mask([len(row["input_ids"]) for row in rows]).long()
         batch["labels"] = torch.tensor([row["label"] for row in rows])
         batch["index"] = torch.tensor([row["index"] for row in rows])
+        if self.logits is not None:
+            batch["teacher_logits"] = self.logits[batch["index"]]
         return batch
 
     def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
@@ -107,6 +116,18 @@ def labelled_rows(rows: Sequence[Mapping[str, Any]], role: str) -> list[Mapping[
     if len(kept) < len(rows):
         logger.warning("%s: skipping %d of %d rows, which have no label", role, len(rows) - len(kept), len(rows))
     return kept
+
+
+def _recorded_logits(rows: Sequence[Mapping[str, Any]], num_labels: int) -> Tensor | None:
+    """The teacher's logits that the rows bring [rows, C], float32; None if no row has any."""
+    given = [row.get("logits") for row in rows]
+    if all(values is None for values in given):
+        return None
+    for i, values in enumerate(given):
+        numbers = [value for value in values or () if isinstance(value, (int, float)) and math.isfinite(value)]
+        if len(numbers) != num_labels or len(values or ()) != num_labels:
+            raise DataError(f"row {i}: logits must be {num_labels} finite numbers, found {values}")
+    return torch.tensor(given, dtype=torch.float32)
 
 
 def _label(index: int, label: Any, num_labels: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class ClassScore:
@@ -44,6 +46,31 @@ def class_scores(predicted: Sequence[int], true: Sequence[int], names: Sequence[
         )
         for i, k in enumerate(labels)
     ]
+
+
+def confusion_matrix(predicted: Sequence[int], true: Sequence[int], labels: int) -> list[list[int]]:
+    """Rows by true (down) and predicted (across) label, [labels, labels]; rows with a negative true label have none."""
+    counts = [[0] * labels for _ in range(labels)]
+    for guess, label in zip(predicted, true, strict=True):
+        if label >= 0:
+            counts[label][guess] += 1
+    return counts
+
+
+def calibration_error(probabilities: np.ndarray, true: Sequence[int], bins: int = 15) -> float:
+    """Expected calibration error: sum over bins of share of rows x |accuracy - mean confidence|, from 0 to 1.
+
+    The confidence is the largest probability [rows, C]; bins have equal width (Guo et al. 2017, arXiv 1706.04599,
+    eq. 3, with their 15). Rows whose true label is negative are left out; 0 without rows.
+    """
+    labels = np.asarray(true)
+    probabilities, labels = probabilities[labels >= 0], labels[labels >= 0]
+    if not len(labels):
+        return 0.0
+    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = [abs(float((right[bin_of == b] - confidence[bin_of == b]).sum())) for b in range(bins)]
+    return sum(gaps) / len(labels)
 
 
 def classified_rows(predicted: Sequence[int], true: Sequence[int], texts: Sequence[str]) -> list[dict[str, Any]]:

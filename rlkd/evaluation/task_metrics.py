@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..checks import check_choice
-from ..errors import ConfigError, DataError, RlkdError
+from ..errors import ConfigError, DataError, RlkdError, nearest
 from ..metrics import held_out
 from ..records import Example
+from .functions import FUNCTION, imported
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +85,142 @@ def exact_match(predictions: list[str], examples: list[Example]) -> dict[str, fl
     return {"exact_match": RowMean(hits)}
 
 
-TASK_METRICS = {"rouge": rouge, "bleu": bleu, "exact_match": exact_match}
+def chrf(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    """Corpus chrF2 (Popovic 2015; sacrebleu), which needs no words: F2 of character 1- to 6-grams, 0 to 100."""
+    from sacrebleu.metrics import CHRF
+
+    references = references_of(examples)
+    width = max(len(r) for r in references)
+    # sacrebleu takes a number of references for all rows; of the best one, a repeated reference changes nothing.
+    columns = [[r[min(i, len(r) - 1)] for r in references] for i in range(width)]
+    metric = CHRF()
+    score = RowScore(metric.corpus_score(predictions, columns).score)
+    score.rows = tuple(
+        metric.sentence_score(text, list(of_row)).score for text, of_row in zip(predictions, references, strict=True)
+    )
+    return {"chrf": score}
+
+
+def token_f1(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    """Mean F1 of words (x 100) against the best of each row's references, as SQuAD scores answers: lower-cased,
+    without punctuation and articles (Rajpurkar et al. 2016).
+    """
+    return {
+        "token_f1": RowMean(
+            [
+                100 * max(_word_f1(prediction, reference) for reference in references)
+                for prediction, references in zip(predictions, references_of(examples), strict=True)
+            ]
+        )
+    }
+
+
+def _word_f1(prediction: str, reference: str) -> float:
+    mine, other = _squad_words(prediction), _squad_words(reference)
+    common = (Counter(mine) & Counter(other)).total()
+    return 2 * common / (len(mine) + len(other)) if mine and other else float(mine == other)
+
+
+def _squad_words(text: str) -> list[str]:
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def sari(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    """Mean SARI (x 100; Xu et al. 2016, section 4) of rewritten inputs: the mean of the F1 of n-grams that were rightly
+    added, the F1 of those rightly kept and the precision of those deleted, n = 1 to 4; 0 / 0 counts as 1.
+
+    The source is what the student reads, without the template that it may have been given.
+    """
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    split = Tokenizer13a()
+
+    def grams(text: str) -> list[Counter[tuple[str, ...]]]:
+        words = split(text.lower()).split()
+        return [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
+
+    rows = []
+    for text, example, references in zip(predictions, examples, references_of(examples), strict=True):
+        told = list(map(grams, references))
+        pairs = zip(grams(example.student_input), grams(text), zip(*told, strict=True), strict=True)
+        rows.append(100 * sum(sum(_operations(*pair)) / 3 for pair in pairs) / 4)
+    return {"sari": RowMean(rows)}
+
+
+def _operations(
+    source: Counter[tuple[str, ...]], answer: Counter[tuple[str, ...]], references: Sequence[Counter[tuple[str, ...]]]
+) -> tuple[float, float, float]:
+    """F1 of added n-grams, F1 of kept ones, precision of deleted ones; counts are of as many copies of source and
+    answer as there are references.
+    """
+    told = sum(references, Counter())
+    times = len(references)
+    many_source, many_answer = (Counter({g: n * times for g, n in of.items()}) for of in (source, answer))
+    kept, to_keep = many_source & many_answer, many_source & told
+    well_kept = kept & told
+    deleted = many_source - many_answer
+    well_deleted = deleted - told
+    added, to_add = answer.keys() - source.keys(), told.keys() - source.keys()
+    well_added = len(added & told.keys())
+    return (
+        _f1(_share(well_added, len(added)), _share(well_added, len(to_add))),
+        _f1(
+            _share(sum(n / kept[g] for g, n in well_kept.items()), len(kept)),
+            _share(well_kept.total(), to_keep.total()),
+        ),
+        _share(sum(n / deleted[g] for g, n in well_deleted.items()), len(deleted)),
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+TASK_METRICS = {
+    "rouge": rouge,
+    "bleu": bleu,
+    "chrf": chrf,
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "sari": sari,
+}
+
+
+def task_metric_of(setting: str) -> Callable[..., dict[str, float]] | None:
+    """What a setting `task_metric` names: none, metrics separated by commas, or module:function of (predictions,
+    examples). Raises ConfigError for another name, and if there is no such function.
+    """
+    if setting == "none":
+        return None
+    if FUNCTION.fullmatch(setting):
+        return imported(setting, "task_metric")
+    names = check_task_metric(setting)
+
+    def together(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+        return {k: v for name in names for k, v in TASK_METRICS[name](predictions, examples).items()}
+
+    return TASK_METRICS[names[0]] if len(names) == 1 else together
+
+
+def check_task_metric(setting: str) -> list[str]:
+    """The metrics that a setting names; none for a function, which is not imported. Raises ConfigError."""
+    if setting == "none" or FUNCTION.fullmatch(setting):
+        return []
+    names = [name.strip() for name in setting.split(",")]
+    unknown = [name for name in names if name not in TASK_METRICS]
+    if unknown or len(set(names)) < len(names):
+        what = unknown[0] if unknown else max(names, key=names.count)
+        raise ConfigError(
+            f"task_metric = {setting!r}: {what!r} is {'unknown' if unknown else 'given twice'}; allowed are none, "
+            f"{', '.join(TASK_METRICS)} (several separated by commas), and module:function of (predictions, examples) "
+            f"that returns named scores.{nearest(what, ['none', *TASK_METRICS]) if unknown else ''}"
+        )
+    return names
 
 
 FEW = 64  # rows that a metric is tried on
@@ -93,7 +232,7 @@ def try_metric(metric: Callable[..., dict[str, float]], examples: Sequence[Examp
     Raises DataError if the metric needs references that rows lack, ConfigError if it fails on such answers; a score of
     ours that is 0 for them, which cannot tell good answers from bad ones, is a warning.
     """
-    ours = metric in TASK_METRICS.values()
+    ours = getattr(metric, "__module__", None) == __name__
     if ours:
         references_of(examples)
     scores = _tried(metric, examples[:FEW]) or _tried(metric, examples, last=True)

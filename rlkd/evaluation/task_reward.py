@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, DataError, RlkdError, cut, nearest
 from ..records import Example
-from .task_metrics import FEW, exact_match, rouge
+from .functions import FUNCTION, imported
+from .task_metrics import FEW, exact_match, rouge, sari, token_f1
 
 # (answers, the examples they answer) -> one number per answer, more is better
 AnswerMetric = Callable[[list[str], list[Example]], Sequence[float]]
 # Metrics with a score per row; the number is that of docs/metrics.md.
 BY_ROW: dict[str, Callable[..., dict[str, Any]]] = {
-    "rouge1": rouge, "rouge2": rouge, "rougeL": rouge, "exact_match": exact_match,
+    "rouge1": rouge, "rouge2": rouge, "rougeL": rouge, "exact_match": exact_match, "token_f1": token_f1, "sari": sari,
 }  # fmt: skip
-OF_A_CORPUS = {"bleu": "rougeL, or module:function with a BLEU of sentences"}
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+OF_A_CORPUS = {
+    "bleu": "rougeL, or module:function with a BLEU of sentences",
+    "chrf": "rougeL, or module:function with a chrF of sentences",
+}
 
 
 def check_task_reward(name: str | None, coef: float, rollouts_per_prompt: int) -> None:
@@ -70,7 +69,7 @@ class TaskReward:
         _check_name(name)
         if name in BY_ROW:
             return cls(name, lambda answers, examples: BY_ROW[name](answers, examples)[name].rows, True)
-        return cls(name, _function(name), False)
+        return cls(name, imported(name, "task_reward"), False)
 
     def __call__(self, answers: Sequence[str], examples: Sequence[Example]) -> list[float]:
         missing = [example.id for example in examples if self.needs_references and not example.references]
@@ -119,24 +118,3 @@ class TaskReward:
             except Exception:
                 return f" on row {example.id}, answer {cut(answer)!r}"
         return ""
-
-
-def _function(name: str) -> AnswerMetric:
-    module, _, attribute = name.partition(":")
-    here, before = os.getcwd(), list(sys.path)
-    try:
-        sys.path.append(here)  # as `python -m` would have it
-        found = importlib.import_module(module)
-    except Exception as error:
-        raise ConfigError(
-            f"task_reward = {name!r}: cannot import {module} ({type(error).__name__}: {error}). Looked in the Python "
-            f"path and in {here}"
-        ) from error
-    finally:
-        sys.path[:] = before
-    function = getattr(found, attribute, None)
-    if not callable(function):
-        raise ConfigError(
-            f"task_reward = {name!r}: {module} has no function {attribute}.{nearest(attribute, dir(found))}"
-        )
-    return function

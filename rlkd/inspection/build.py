@@ -136,7 +136,7 @@ def _ends(teacher: LocalSource, tokenizer: Any, texts: list[str], max_new_tokens
     """Token ids of texts with end-of-sequence, cut to `max_new_tokens` (then without it)."""
     rules = teacher.rules
     whole = [
-        rules.complete([*(token for token in row if token not in rules.eos_ids), rules.eos_ids[0]])
+        [*(token for token in row[:-1] if token not in rules.eos_ids), row[-1]]
         for row in encode_answers(tokenizer, texts, NO_LIMIT, rules)
     ]
     return [row[:max_new_tokens] for row in whole]

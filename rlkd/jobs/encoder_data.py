@@ -17,6 +17,7 @@ from ..data.splits import split_off
 from ..data.text import text_format
 from ..errors import ConfigError, DataError, nearest
 from ..evaluation.task_metrics import CLASSIFICATION_METRICS, classification_metrics
+from .encoder_label_folder import parse_choice_labels, read_label_folder
 from .text_files import TextFileArguments
 
 logger = logging.getLogger(__name__)
@@ -51,24 +52,63 @@ class LabelledDataArguments(TextFileArguments):
     )
     dev_fraction: Share = field(default=0.1, metadata={"help": "Share of each label that is split off as dev rows."})
     dev_seed: int = field(default=0, metadata={"help": "Seed of that split, independent of the training seed."})
+    pseudo_labels: str | None = field(
+        default=None,
+        metadata={"help": "Folder of labels made with --strategy rank: the teacher, and the training rows."},
+    )
+    choice_labels: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The label that each answer choice stands for; null: that of its name."}
+    )
+    content_free_labels: str | None = field(
+        default=None, metadata={"help": "Folder of the same teacher's labels of content-free inputs, to calibrate by."}
+    )
+    test_files: list[str] = field(
+        default_factory=list, metadata={"help": "Further labelled rows, which only the final table scores."}
+    )
     train_limit: int | None = field(default=None, metadata={"help": "Use only the first N rows."})
     dev_limit: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self.choice_labels = parse_choice_labels(self.choice_labels)
+        if self.pseudo_labels is not None:
+            self._check_pseudo_labels()
+            return
+        for name in ("choice_labels", "content_free_labels"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} is set without pseudo_labels, which it describes")
         if self.train_file is None:
             if self.task is None:
-                raise ConfigError("neither task nor train_file is set: name a task (sst2, rte, ...) or your own file")
+                raise ConfigError(
+                    "none of task, train_file and pseudo_labels is set: name a task (sst2, rte, ...) or your own file"
+                )
             if self.dev_file is not None:
                 raise ConfigError("dev_file is set without train_file: a task brings its own held-out rows")
             for name in ("pair_column", "labels"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} is set without train_file: task {self.task} has its own")
 
+    def _check_pseudo_labels(self) -> None:
+        """dev rows come from dev_file, from task, or from the folder's own gold labels."""
+        if self.train_file is not None:
+            raise ConfigError(
+                "pseudo_labels and train_file are both set: each brings the training rows. Leave one out."
+            )
+        if self.dev_file is not None and self.task is not None:
+            raise ConfigError(
+                "dev_file and task are both set beside pseudo_labels: each brings dev rows. Leave one out."
+            )
+        if self.pair_column is not None:
+            raise ConfigError("pair_column is set beside pseudo_labels, whose rows are single texts: leave it out")
+        if self.task is not None and self.labels is not None:
+            raise ConfigError(f"labels is set beside task {self.task}, which has its own")
+
 
 @dataclass
 class LabelledData:
-    """Loaded rows. dev has the rows of each held-out split; checkpoints are selected on the first."""
+    """Loaded rows. dev has the rows of each held-out split; checkpoints are selected on the first. test has further
+    rows, which are scored at the end; recorded, whether the training rows bring a teacher's logits.
+    """
 
     name: str
     train: Rows
@@ -76,6 +116,16 @@ class LabelledData:
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
     note: str
+    test: dict[str, Rows] = field(default_factory=dict)
+
+    @property
+    def recorded(self) -> bool:
+        return "logits" in self.train[0]
+
+    @property
+    def held_out(self) -> dict[str, Rows]:
+        """The dev and the test rows of every split."""
+        return {**self.dev, **self.test}
 
     @property
     def first_dev(self) -> Rows:
@@ -98,7 +148,65 @@ def load_labelled_data(data: LabelledDataArguments, teacher_labels: tuple[str, .
     Args: teacher_labels, the names of a teacher that is fine-tuned already, in the order that the data must follow.
     Raises DataError or ConfigError.
     """
-    return _load_files(data, teacher_labels) if data.train_file is not None else _load_task(data, teacher_labels)
+    if data.pseudo_labels is not None:
+        loaded = _load_label_folder(data)
+    elif data.train_file is not None:
+        loaded = _load_files(data, teacher_labels)
+    else:
+        loaded = _load_task(data, teacher_labels)
+    for source in data.test_files:
+        name = Path(source).stem
+        if name in loaded.held_out:
+            raise ConfigError(f"test_files: two held-out sets are called '{name}'. Rename the file {source}.")
+        loaded.test[name] = _held_out(data, "test_files", source, loaded.labels)
+    return loaded
+
+
+def _load_label_folder(data: LabelledDataArguments) -> LabelledData:
+    assert data.pseudo_labels is not None
+    task = None if data.task is None else find_task(data.task)
+    labels = task.labels if task else tuple(data.labels or ())
+    if data.dev_file is not None and not labels:
+        _check_local("dev_file", data.dev_file)
+        labels = _labels_of_file(data, data.dev_file)
+    choices: Any = data.choice_labels
+    train, labels, note = read_label_folder(
+        data.pseudo_labels, labels, choices, data.content_free_labels, data.train_limit
+    )
+    _check_text(train, data.pseudo_labels)
+    if data.task is not None and task is not None:
+        dev = {split: load_task(data.task, split, limit=data.dev_limit) for split in task.dev_splits}
+        held_out = "the task's own split"
+    elif data.dev_file is not None:
+        dev, held_out = {"dev": _held_out(data, "dev_file", data.dev_file, labels)}, f"rows of {data.dev_file}"
+    else:
+        train, part = split_off(train, data.dev_fraction, data.dev_seed)
+        dev = {"dev": [row for row in part if row["label"] is not None][: data.dev_limit]}
+        held_out = f"{len(dev['dev'])} rows with a gold label split off"
+        if not dev["dev"]:
+            raise DataError(
+                f"'{data.pseudo_labels}' has no gold labels to hold out: set task, or dev_file to labelled rows."
+            )
+    name = Path(data.pseudo_labels).name
+    metrics = tuple(data.metrics or (task.metrics if task else ["accuracy"]))
+    return LabelledData(name, train, dev, labels, metrics, f"{held_out}; training: {note}")
+
+
+def _check_text(rows: Rows, source: str) -> None:
+    if blank := [i for i, row in enumerate(rows) if not row["text"].strip()]:
+        raise DataError(f"'{source}': {len(blank)} texts are empty (first: row {blank[0]}). Label others.")
+
+
+def _held_out(data: LabelledDataArguments, role: str, source: str, labels: tuple[str, ...]) -> Rows:
+    """The labelled rows of a file. Raises DataError if there are none."""
+    _check_local(role, source)
+    _check_pairs(data, role, source)
+    rows = load_labelled(source, _layout(data, source), labels=labels, limit=data.dev_limit, on_bad_row=data.on_bad_row)
+    _check_texts(rows, data, source)
+    rows = [row for row in rows if row["label"] is not None]
+    if not rows:
+        raise DataError(f"'{source}': no row has a label. Held-out rows need them.")
+    return rows
 
 
 def _load_task(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) -> LabelledData:
@@ -116,9 +224,8 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
     files = {"train_file": data.train_file, "dev_file": data.dev_file}
     sources = {role: source for role, source in files.items() if source is not None}
     for role, source in sources.items():
-        if local_path(source) is None:
-            raise DataError(f"{role} = '{source}': no such file. For a data set of the hub, set task.")
-    labels = tuple(data.labels or ()) or teacher_labels or _labels_of_file(data)
+        _check_local(role, source)
+    labels = tuple(data.labels or ()) or teacher_labels or _labels_of_file(data, str(data.train_file))
     if teacher_labels:
         _check_order(labels, teacher_labels, "labels")
     loaded = {}
@@ -159,16 +266,20 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
     return LabelledData(name, train, {"dev": dev}, labels, tuple(data.metrics or ["accuracy"]), note)
 
 
-def _labels_of_file(data: LabelledDataArguments) -> tuple[str, ...]:
-    assert data.train_file is not None
-    layout = _layout(data, data.train_file)
-    rows, names = _table(data, data.train_file, limit=data.train_limit, only=layout.only)
-    check_columns(names, {"label_column": data.label_column, "text_column": data.text_column}, data.train_file)
-    values = label_values(rows, data.label_column, data.train_file)
+def _check_local(role: str, source: str) -> None:
+    if local_path(source) is None:
+        raise DataError(f"{role} = '{source}': no such file. For a data set of the hub, set task.")
+
+
+def _labels_of_file(data: LabelledDataArguments, source: str) -> tuple[str, ...]:
+    layout = _layout(data, source)
+    rows, names = _table(data, source, limit=data.train_limit, only=layout.only)
+    check_columns(names, {"label_column": data.label_column, "text_column": data.text_column}, source)
+    values = label_values(rows, data.label_column, source)
     labels = find_labels(values)
     if len(labels) * 2 > max(len(rows), 4):
         raise DataError(
-            f"'{data.train_file}': column '{data.label_column}' has {len(labels)} values in {len(rows)} rows, e.g. "
+            f"'{source}': column '{data.label_column}' has {len(labels)} values in {len(rows)} rows, e.g. "
             f"'{labels[0][:40]}'. Is it the label? Name another label_column, or give labels."
         )
     return labels

@@ -14,38 +14,37 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, EvalPrediction
+from transformers import EvalPrediction
 
 from ..data.labelled import EncodedTexts, model_inputs
-from ..evaluation.classes import class_scores, commonest, one_class_warning
+from ..evaluation.classes import calibration_error, class_scores, commonest, confusion_matrix, one_class_warning
 from ..io.files import write_text
 from ..models.encoders.onnx_export import Agreement, export_onnx
 from ..models.footprint import count_parameters, latency, megabytes
-from ..models.loading import load_config, load_pretrained
 from ..runs.files import SUMMARY_FILE
-from .encoder_setup import EncoderSetup
+from .encoder_label_folder import agreement, commonest_guess
+from .encoder_setup import EncoderSetup, load_saved_student
 
 BATCH_SIZES = (1, 32)
 TIMED_SENTENCES = 32
 TIMED_PASSES = 5
+SHOWN_LABELS = 10  # of a confusion matrix; more do not fit a screen, and are in summary.json
 
 
 def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
     """Evaluate the saved student and its teacher, both loaded from disk as a user would; print a table and write
     summary.json to output_dir. To be called in the main process only, after training.
 
-    Returns: the summary. Scores are those of float32 models on dev rows, on which the checkpoint was selected;
-    `majority` has those of the commonest training label, predicted for every row, and `classes` those of each label.
-    Times are medians over interleaved passes, on dev sentences, without tokenization.
+    Returns: the summary. Scores are those of float32 models on dev rows, on which the checkpoint was selected, and on
+    test rows; `majority` has those of the commonest training label, predicted for every row, `classes` those of each
+    label, `confusion` rows by true and predicted label, `ece` the calibration error. A teacher of which there are only
+    labels is `labels_of_teacher`: their accuracy on the training rows with a gold label. Times are
+    medians over interleaved passes, on dev sentences, without tokenization.
     """
     training, data = setup.training, setup.data
     folders = {"teacher": setup.teacher_folder, "student": str(training.output_dir)}
     tokenizers = {"teacher": setup.teacher_tokenizer, "student": setup.tokenizer}
-    config = load_config(folders["student"], "student")
-    student = load_pretrained(
-        AutoModelForSequenceClassification, folders["student"], "student", config=config, dtype=torch.float32
-    )
-    models = {"teacher": setup.load_teacher(folders["teacher"]), "student": student}
+    models = _models(setup, folders)
     facts: dict[str, dict[str, Any]] = {}
     for role, model in models.items():
         model.eval().to(training.device)
@@ -65,13 +64,22 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
         for role, milliseconds in latency(models, batches, TIMED_PASSES).items():
             facts[role]["ms_per_sentence"][f"batch_{size}"] = round(milliseconds, 4)
     summary = {
-        "data": {"name": data.name, "train": len(data.train), "dev": {split: len(r) for split, r in data.dev.items()}},
+        "data": {
+            "name": data.name,
+            "train": len(data.train),
+            **{
+                kind: {split: len(rows) for split, rows in held_out.items()}
+                for kind, held_out in (("dev", data.dev), ("test", data.test))
+                if held_out
+            },
+        },
         "dev_rows": data.note,
         "labels": list(data.labels),
         "preset": training.preset,
         "seed": training.seed,
         "majority": _majority(setup),
         **facts,
+        **_said_by_labels(setup),
         "timing": {
             "device": str(training.device),
             "threads": torch.get_num_threads(),
@@ -89,35 +97,55 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
     return summary
 
 
+def _models(setup: EncoderSetup, folders: dict[str, str]) -> dict[str, Any]:
+    """Teacher, if there is one, and student as they are on disk."""
+    teacher = {"teacher": setup.load_teacher(folders["teacher"])} if "teacher" in setup.roles else {}
+    return teacher | {"student": load_saved_student(folders["student"])}
+
+
+def _said_by_labels(setup: EncoderSetup) -> dict[str, Any]:
+    """What there is of the teacher or of assistants besides: where they are, and how good labels are."""
+    found: dict[str, Any] = {}
+    if setup.student.assistant_layers:
+        count = len(setup.student.assistant_layers)
+        found["assistants"] = [f"{setup.training.output_dir}/assistant-{k}" for k in range(1, count + 1)]
+    if setup.data.recorded:
+        right = agreement(setup.data.train)
+        found["labels_of_teacher"] = {"rows": right[1], "accuracy": right[0]} if right else {"rows": 0}
+    return found
+
+
 def show_summary(summary: dict[str, Any], console: Console | None = None) -> None:
     """Print a summary as tables, followed by warnings and the conditions of the measurement."""
     console = console or Console(width=100, highlight=False)
-    teacher, student, majority = summary["teacher"], summary["student"], summary["majority"]
+    student, majority = summary["student"], summary["majority"]
+    models = [summary[role] for role in ("teacher", "student") if role in summary]
     table = Table(title=f"{summary['preset']} on {summary['data']['name']}", title_justify="left")
-    for name in ("", "majority", "teacher", "student", "student / teacher"):
+    ratios = len(models) == 2
+    for name in ("", "majority", *(("teacher",) if ratios else ()), "student", *(("student / teacher",) * ratios)):
         table.add_column(name, justify="left" if not name else "right")
 
-    def ratio(one: float, other: float) -> str:
-        return f"{other / one:.3f}" if one else "-"
+    def row(label: str, base: str, values: list[float], form: str, compare: bool = True) -> None:
+        one, other = values[0], values[-1]
+        ratio = [f"{other / one:.3f}" if compare and one else "-"] if ratios else []
+        table.add_row(label, base, *(format(value, form) for value in values), *ratio)
 
-    constant = any(_constant(facts, split) for facts in (teacher, student) for split in facts["scores"])
-    for split, scores in teacher["scores"].items():
-        for name, value in scores.items():
+    constant = any(_constant(facts, split) for facts in models for split in facts["scores"])
+    for split, scores in student["scores"].items():
+        for name in scores:
             if name == "score" and len(scores) == 2:
                 continue  # the only metric
-            other, base = student["scores"][split][name], majority["scores"][split][name]
+            base, values = majority["scores"][split][name], [facts["scores"][split][name] for facts in models]
             # A ratio to a teacher that is no better than a constant says nothing of the student.
-            share = "-" if constant or value <= base else ratio(value, other)
-            table.add_row(f"{split} {name}", f"{base:.4f}", f"{value:.4f}", f"{other:.4f}", share)
+            row(f"{split} {name}", f"{base:.4f}", values, ".4f", not constant and values[0] > base)
+        if all("ece" in facts for facts in models):
+            row(f"{split} calibration error", "", [facts["ece"][split] for facts in models], ".4f", False)
     table.add_section()
     for label, name in (("layers", "layers"), ("parameters", "parameters"), ("size, MB", "megabytes")):
-        one, other = teacher[name], student[name]
-        table.add_row(
-            label, "", *(f"{n:,.2f}" if name == "megabytes" else f"{n:,}" for n in (one, other)), ratio(one, other)
-        )
-    for name, one in teacher["ms_per_sentence"].items():
-        other = student["ms_per_sentence"][name]
-        table.add_row(f"ms a sentence, {name.replace('_', ' ')}", "", f"{one:.3f}", f"{other:.3f}", ratio(one, other))
+        row(label, "", [facts[name] for facts in models], ",.2f" if name == "megabytes" else ",")
+    for name in student["ms_per_sentence"]:
+        times = [facts["ms_per_sentence"][name] for facts in models]
+        row(f"ms a sentence, {name.replace('_', ' ')}", "", times, ".3f")
     console.print(table)
     _show_classes(summary, console)
     for line in warnings_of(summary):
@@ -135,17 +163,23 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
     if "onnx" in summary:
         onnx = dict(summary["onnx"])
         console.print(f"ONNX: {onnx.pop('folder')}, {Agreement(**onnx)}", soft_wrap=True)
-    console.print(
-        f"student: {student['folder']} (AutoModelForSequenceClassification), teacher: {teacher['folder']}",
-        soft_wrap=True,
-    )
+    if "labels_of_teacher" in summary:
+        console.print(f"teacher: {_in_words(summary['labels_of_teacher'])}", soft_wrap=True)
+    teacher = f", teacher: {summary['teacher']['folder']}" if ratios else ""
+    console.print(f"student: {student['folder']} (AutoModelForSequenceClassification){teacher}", soft_wrap=True)
+
+
+def _in_words(labels: dict[str, Any]) -> str:
+    if not labels["rows"]:
+        return "labels, of rows without gold labels"
+    return f"labels, right for {labels['accuracy']:.1%} of {labels['rows']} training rows with a gold label"
 
 
 def warnings_of(summary: dict[str, Any]) -> list[str]:
     """What makes the scores of a summary say less than they seem to: models that are no better than a constant."""
     lines, base = [], summary["majority"]["scores"]
     for role in ("teacher", "student"):
-        facts = summary[role]
+        facts = summary.get(role, {"scores": {}})
         for split, scores in facts["scores"].items():
             where = f"the {role}" if len(facts["scores"]) == 1 else f"the {role} ({split})"
             if label := _constant(facts, split):
@@ -166,14 +200,24 @@ def _constant(facts: dict[str, Any], split: str) -> str:
 
 
 def _show_classes(summary: dict[str, Any], console: Console) -> None:
+    roles = [role for role in ("teacher", "student") if role in summary]
     for split, own in summary["student"]["classes"].items():
         table = Table(title=f"{split}, each label", title_justify="left")
-        for name in ("", "rows", "teacher: predicted", "recall", "F1", "student: predicted", "recall", "F1"):
+        for name in ("", "rows", *(column for role in roles for column in (f"{role}: predicted", "recall", "F1"))):
             table.add_column(name, justify="left" if not name else "right")
-        for theirs, mine in zip(summary["teacher"]["classes"][split], own, strict=True):
-            cells = [(str(c["predicted"]), f"{c['recall']:.3f}", f"{c['f1']:.3f}") for c in (theirs, mine)]
-            table.add_row(escape(mine["label"]), str(mine["rows"]), *cells[0], *cells[1])
+        for k, mine in enumerate(own):
+            found = [summary[role]["classes"][split][k] for role in roles]
+            cells = [cell for c in found for cell in (str(c["predicted"]), f"{c['recall']:.3f}", f"{c['f1']:.3f}")]
+            table.add_row(escape(mine["label"]), str(mine["rows"]), *cells)
         console.print(table)
+        if (matrix := summary["student"].get("confusion", {}).get(split)) and len(own) <= SHOWN_LABELS:
+            console.print(f"{split}, student: rows by true label (down) and predicted label", soft_wrap=True)
+            table = Table()
+            for name in ("", *(escape(one["label"]) for one in own)):
+                table.add_column(name, justify="left" if not name else "right")
+            for one, counts in zip(own, matrix, strict=True):
+                table.add_row(escape(one["label"]), *map(str, counts))
+            console.print(table)
 
 
 def _batches(rows: list[dict[str, Any]], tokenizer: Any, setup: EncoderSetup, size: int) -> Iterator[dict[str, Tensor]]:
@@ -185,9 +229,9 @@ def _batches(rows: list[dict[str, Any]], tokenizer: Any, setup: EncoderSetup, si
 
 @torch.inference_mode()
 def _evaluated(model: Any, tokenizer: Any, setup: EncoderSetup) -> dict[str, Any]:
-    """Scores of every dev split, and of each label in it."""
-    found: dict[str, Any] = {"scores": {}, "classes": {}}
-    for split, rows in setup.data.dev.items():
+    """Scores of every dev and test split, and of each label in it."""
+    found: dict[str, Any] = {"scores": {}, "classes": {}, "confusion": {}, "ece": {}}
+    for split, rows in setup.data.held_out.items():
         logits, labels = [], []
         for batch in _batches(rows, tokenizer, setup, setup.training.per_device_eval_batch_size):
             logits.append(model(**model_inputs(batch)).logits.float().cpu())
@@ -196,15 +240,18 @@ def _evaluated(model: Any, tokenizer: Any, setup: EncoderSetup) -> dict[str, Any
         found["scores"][split] = setup.data.compute_metrics()(prediction)
         guesses, true = torch.cat(logits).argmax(-1).tolist(), torch.cat(labels).tolist()
         found["classes"][split] = [asdict(one) for one in class_scores(guesses, true, setup.data.labels)]
+        found["confusion"][split] = confusion_matrix(guesses, true, len(setup.data.labels))
+        found["ece"][split] = calibration_error(torch.cat(logits).softmax(-1).numpy(), true)
     return found
 
 
 def _majority(setup: EncoderSetup) -> dict[str, Any]:
-    """The commonest training label and the scores of predicting it for every dev row."""
+    """The commonest training label (of the teacher's, without gold ones) and its scores for every held-out row."""
     data = setup.data
-    label = commonest([row["label"] for row in data.train if row["label"] is not None])
+    gold = [row["label"] for row in data.train if row["label"] is not None]
+    label = commonest(gold) if gold else commonest_guess(data.train)
     scores = {}
-    for split, rows in data.dev.items():
+    for split, rows in data.held_out.items():
         true = np.array([-1 if row["label"] is None else row["label"] for row in rows])
         constant = np.tile(np.eye(len(data.labels))[label], (len(rows), 1))
         scores[split] = data.compute_metrics()(EvalPrediction(constant, true))

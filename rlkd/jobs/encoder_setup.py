@@ -5,38 +5,29 @@ before weights load, and a finished teacher is never fine-tuned again.
 from __future__ import annotations
 
 import copy
-import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, set_seed
 
-from ..checks import Positive, check_choice, check_settings
+from ..checks import Count, Positive, check_choice, check_settings
 from ..errors import ConfigError, ModelError
-from ..io.files import write_text
-from ..models.digests import tokenizer_digest, weights_digest
-from ..models.encoders.classifiers import Init, build_student
+from ..models.encoders.classifiers import Init, build_student, check_length, labelled_config, pretrained_student
 from ..models.encoders.labels import check_single_label, give_labels, label_names
 from ..models.encoders.onnx_export import require_onnx
 from ..models.encoders.rehearsal import is_encoder, rehearse
 from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
-from ..runs.record import FREE, LENGTH, settings_of
-from ..settings.fields import own_names
-from ..trainers.base_arguments import StudentArguments
 from ..trainers.encoders.arguments import TKDArguments
-from ..trainers.encoders.tkd import TKDTrainer, check_distillation
+from ..trainers.encoders.checks import check_distillation, check_recorded_teacher
 from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
 
 logger = logging.getLogger(__name__)
 
-TEACHER_RECORD = "fine_tuning.json"
+DEFAULT_LAYERS = 3
 
 
 @dataclass
@@ -68,7 +59,13 @@ class EncoderTeacherArguments:
 class EncoderStudentArguments:
     """The student, made of layers of the teacher or narrower, and the formats it is saved in."""
 
-    student_layers: int = field(default=3, metadata={"help": "Layers of the student."})
+    student_layers: Count | None = field(
+        default=None, metadata={"help": "Layers of the student; null: 3, or with pseudo_labels all of the pretrained."}
+    )
+    assistant_layers: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Layers of teacher assistants, each taught by the one before, the last teaches the student."},
+    )
     student_width: int | None = field(
         default=None,
         metadata={"help": "Width of a narrower student, with heads as wide as the teacher's (init random)."},
@@ -84,6 +81,20 @@ class EncoderStudentArguments:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        chain = [*self.assistant_layers, self.student_layers or DEFAULT_LAYERS]
+        if self.assistant_layers and sorted(set(chain), reverse=True) != chain:
+            raise ConfigError(
+                f"assistant_layers = {self.assistant_layers}: each assistant, and then the student of "
+                f"{chain[-1]} layers, must have fewer layers than the one before"
+            )
+
+    @property
+    def assistants(self) -> list[EncoderStudentArguments]:
+        """The settings of each assistant: the student's, with its number of layers and the teacher's width."""
+        return [
+            replace(self, student_layers=layers, student_width=None, assistant_layers=[])
+            for layers in self.assistant_layers
+        ]
 
     def options(self, teacher_config: Any, layer_map: list[int] | None) -> dict[str, Any]:
         """Keyword arguments of `build_student` and `student_config`. Raises ConfigError for a width without heads."""
@@ -99,7 +110,7 @@ class EncoderStudentArguments:
                 "intermediate_size": inner and inner * self.student_width // width,
             }
         return {
-            "layers": self.student_layers,
+            "layers": self.student_layers or DEFAULT_LAYERS,
             "init": self.student_init,
             "layer_map": layer_map,
             "pretrained": self.student_pretrained,
@@ -109,7 +120,10 @@ class EncoderStudentArguments:
 
 @dataclass
 class EncoderSetup:
-    """What the job needs: settings, checked data and tokenizers; no weights yet."""
+    """What the job needs: settings, checked data and tokenizers; no weights yet.
+
+    teacher_config is None where the training rows bring the teacher's logits.
+    """
 
     data: LabelledData
     teacher: EncoderTeacherArguments
@@ -125,6 +139,11 @@ class EncoderSetup:
         """Where the fine-tuned teacher is: a folder of the run, or the one that was given."""
         return self.teacher.teacher if self.teacher.teacher_finetuned else f"{self.training.output_dir}/teacher"
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The models that there are: teacher and student, or the student alone."""
+        return ("student",) if self.data.recorded else ("teacher", "student")
+
     def load_teacher(self, name: str) -> Any:
         """A sequence classifier in float32 with the labels of this task."""
         return load_pretrained(
@@ -139,8 +158,12 @@ class EncoderSetup:
         )
 
     def new_student(self, teacher: Any) -> Any:
-        """The student before training, made from the fine-tuned teacher; the same one for the same seed."""
+        """The student before training, made from its teacher; the same one for the same seed."""
         set_seed(self.training.seed)
+        if self.data.recorded:
+            name = str(self.student.student_pretrained)
+            config = labelled_config(name, self.student.student_layers, self.data.labels)
+            return pretrained_student(name, config, self.teacher.allow_bin)
         return build_student(
             teacher, allow_bin=self.teacher.allow_bin, **self.student.options(teacher.config, self.training.layer_map)
         )
@@ -149,11 +172,19 @@ class EncoderSetup:
         """Keyword arguments of the `TKDTrainer` that distils."""
         return {
             "tokenizer": self.tokenizer,
-            "teacher_tokenizer": self.teacher_tokenizer,
+            "teacher_tokenizer": self.tokenizer if self.student.assistant_layers else self.teacher_tokenizer,
             "train_rows": self.data.train,
             "eval_rows": self.data.first_dev,
             "compute_metrics": self.data.compute_metrics(),
         }
+
+
+def load_saved_student(folder: str) -> Any:
+    """A trained student as it is on disk, in float32."""
+    return load_pretrained(
+        AutoModelForSequenceClassification, folder, "student", config=load_config(folder, "student"),
+        dtype=torch.float32, needs="all",
+    )  # fmt: skip
 
 
 def prepare_encoders(
@@ -170,6 +201,12 @@ def prepare_encoders(
     check_resumed_settings(training, settings)
     if student.export_onnx:
         require_onnx()
+    if student.assistant_layers and training.layer_map is not None:
+        raise ConfigError(
+            "layer_map is set beside assistant_layers: it cannot fit every pair of the chain. Leave it out."
+        )
+    if data.pseudo_labels is not None:
+        return _prepare_labels(data, teacher, student, training)
     config = load_config(teacher.teacher, "teacher", teacher.teacher_revision)
     teacher_tokenizer = load_tokenizer(teacher.teacher, "teacher", teacher.teacher_revision)
     _check_encoder(config, teacher_tokenizer, teacher)
@@ -191,22 +228,70 @@ def prepare_encoders(
     tokenizer = teacher_tokenizer
     if student.student_init == "pretrained" and student.student_pretrained is not None:
         tokenizer = load_tokenizer(student.student_pretrained, "student")
-    best = (training.metric_for_best_model or "loss").removeprefix("eval_")
-    known = list(dict.fromkeys(["score", *loaded.metrics, "accuracy", "loss"]))
-    check_choice("metric_for_best_model", best, known)
-    own = rehearse(
-        config,
-        student.options(config, training.layer_map),
-        states=training.teacher_needs in ("cls", "hidden"),
-        trees=training.tree_roles,
-        token_types={"teacher": _token_types(teacher_tokenizer, loaded), "student": _token_types(tokenizer, loaded)},
-        gradient_checkpointing=bool(training.gradient_checkpointing),
-    )
-    check_distillation(training, own, config, tokenizer, teacher_tokenizer)
+    _check_best(training, loaded)
+    above, reads = config, teacher_tokenizer
+    for one in [*student.assistants, student]:
+        own = rehearse(
+            above,
+            one.options(above, training.layer_map),
+            needs={"teacher": (training.teacher_needs | training.cached) - {"logits"},
+                   "student": training.student_needs},
+            token_types={"teacher": _token_types(reads, loaded), "student": _token_types(tokenizer, loaded)},
+            gradient_checkpointing=bool(training.gradient_checkpointing),
+        )  # fmt: skip
+        check_distillation(training, own, above, tokenizer, reads)
+        above, reads = own, tokenizer
     check_saved_weights(teacher.teacher, "teacher", teacher.teacher_revision, allow_bin=teacher.allow_bin)
     if student.student_init == "pretrained":
         check_saved_weights(str(student.student_pretrained), "student", allow_bin=teacher.allow_bin)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)
+
+
+def _check_best(training: TKDArguments, data: LabelledData) -> None:
+    best = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    known = list(dict.fromkeys(["score", *data.metrics, "accuracy", "loss"]))
+    check_choice("metric_for_best_model", best, known)
+
+
+def _prepare_labels(
+    data: LabelledDataArguments,
+    teacher: EncoderTeacherArguments,
+    student: EncoderStudentArguments,
+    training: TKDArguments,
+) -> EncoderSetup:
+    """As `prepare_encoders`, for a student of recorded logits: there is no teacher to take layers from."""
+    given = [name for name, value in vars(teacher).items() if name != "allow_bin" and value != getattr(
+        EncoderTeacherArguments, name)]  # fmt: skip
+    if given:
+        raise ConfigError(f"{given[0]} is set beside pseudo_labels, which are the teacher: leave it out")
+    if student.student_init != "pretrained" or student.student_pretrained is None:
+        raise ConfigError(
+            "pseudo_labels has no encoder that gives the student its layers. Set student_init: pretrained and "
+            "student_pretrained: a model such as microsoft/MiniLM-L12-H384-uncased."
+        )
+    if student.assistant_layers or student.student_width is not None:
+        name = "assistant_layers" if student.assistant_layers else "student_width"
+        raise ConfigError(f"{name} needs an encoder as teacher, and pseudo_labels is set: leave it out")
+    if training.layer_map is not None:
+        raise ConfigError("layer_map matches layers of an encoder, and pseudo_labels has none: leave it out")
+    check_recorded_teacher(training)
+    name = student.student_pretrained
+    tokenizer = load_tokenizer(name, "student")
+    _check_encoder(load_config(name, "student"), tokenizer, replace(teacher, teacher=name), "student")
+    loaded = load_labelled_data(data)
+    if training.process_index == 0:
+        print(f"held out: {loaded.note}")
+    _check_best(training, loaded)
+    config = labelled_config(name, student.student_layers, loaded.labels)
+    check_length(training.max_length, config, "student")
+    rehearse(
+        config,
+        {"layers": config.num_hidden_layers, "init": "pretrained", "pretrained": name},
+        token_types={role: _token_types(tokenizer, loaded) for role in ("teacher", "student")},
+        gradient_checkpointing=bool(training.gradient_checkpointing),
+    )
+    check_saved_weights(name, "student", allow_bin=teacher.allow_bin)
+    return EncoderSetup(loaded, teacher, student, training, None, tokenizer, None, (data, teacher, student))
 
 
 def _token_types(tokenizer: Any, data: LabelledData) -> list[int]:
@@ -215,12 +300,12 @@ def _token_types(tokenizer: Any, data: LabelledData) -> list[int]:
     return sorted(set(tokenizer(*texts).get("token_type_ids", ())))
 
 
-def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments) -> None:
+def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments, role: str = "teacher") -> None:
     name = teacher.teacher
     begins = tokenizer.cls_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.cls_token_id]
     if not is_encoder(config) or not begins or tokenizer.pad_token_id is None:
         raise ModelError(
-            f"teacher '{name}' is a '{config.model_type}' model, not an encoder whose texts begin with a [CLS] token. "
+            f"{role} '{name}' is a '{config.model_type}' model, not an encoder whose texts begin with a [CLS] token. "
             "Choose one of the BERT family."
         )
     kinds = config.architectures or []
@@ -231,103 +316,3 @@ def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments
         )
     if teacher.teacher_finetuned:
         check_single_label(config, "teacher", name)
-
-
-def fine_tuned_teacher(setup: EncoderSetup) -> Any:
-    """The fine-tuned teacher, in evaluation mode: the one given, or the one in the run folder, which is fine-tuned now
-    unless it is finished. An interrupted fine-tuning continues from its last checkpoint.
-
-    Raises ConfigError if the teacher in the run folder was made with other settings or other data.
-    """
-    if not setup.teacher.teacher_finetuned:
-        _fine_tune(setup)
-    return setup.load_teacher(setup.teacher_folder).eval()
-
-
-def _fine_tune(setup: EncoderSetup) -> None:
-    folder, training = Path(setup.teacher_folder), setup.training
-    path, wanted = folder / TEACHER_RECORD, _fine_tuning_settings(setup)
-    record = json.loads(path.read_text()) if path.exists() else {"settings": wanted}
-    changed = _changes(record["settings"], {name: wanted[name] for name in wanted if name in record["settings"]})
-    if not record.get("finished"):  # a finished one stays when only the student's training changes
-        changed += _changes(record.setdefault("training", now := _other_settings(training)), now)
-    if changed:
-        raise ConfigError(
-            f"{folder} was fine-tuned with {', '.join(changed)}. Give another output_dir, or remove that folder."
-        )
-    if record.get("finished"):
-        return
-    args = replace(
-        training,
-        preset="ft",
-        output_dir=str(folder),
-        num_train_epochs=setup.teacher.teacher_epochs,
-        learning_rate=setup.teacher.teacher_learning_rate,
-        max_steps=-1,
-        report_to=[],  # a tracker shows the student's run
-        teacher_cache="none",
-        tree_start_epoch=0.0,
-        resume_from_checkpoint="auto" if path.exists() else None,
-        allow_config_change=True,  # the settings that affect the teacher were compared above
-    )
-    set_seed(training.seed)
-    inputs = setup.trainer_inputs() | {"tokenizer": setup.teacher_tokenizer, "teacher_tokenizer": None}
-    inputs["train_rows"] = [row for row in setup.data.train if row["label"] is not None]
-    model = setup.load_teacher(setup.teacher.teacher)
-    _check_same_weights(record, model, setup)
-    trainer = TKDTrainer(model, args, **inputs)
-    if trainer.is_world_process_zero():
-        print(f"fine-tuning the teacher in {folder}")
-        _write(path, record)
-    trainer.run(setup.settings)
-    if trainer.is_world_process_zero():
-        _write(path, {**record, "finished": True})
-    trainer.accelerator.wait_for_everyone()
-
-
-def _check_same_weights(record: dict[str, Any], model: Any, setup: EncoderSetup) -> None:
-    """Note the weights that the fine-tuning begins with. Raises ConfigError if it began with others."""
-    weights = weights_digest(model)
-    if record.setdefault("weights", weights) != weights:
-        raise ConfigError(
-            f"the weights of {setup.teacher.teacher} have changed since its fine-tuning in {setup.teacher_folder} "
-            "began. Restore them, give another output_dir, or remove that folder."
-        )
-
-
-def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
-    """The settings that determine the fine-tuned teacher."""
-    teacher, training = setup.teacher, setup.training
-    return {
-        "teacher": teacher.teacher,
-        "teacher_revision": teacher.teacher_revision,
-        "teacher_epochs": teacher.teacher_epochs,
-        "teacher_learning_rate": teacher.teacher_learning_rate,
-        "max_length": training.max_length,
-        "seed": training.seed,
-        "mixed_precision": training.mixed_precision,
-        "labels": list(setup.data.labels),
-        "data": _digest([*setup.data.train, *setup.data.first_dev]),
-        "tokenizer": tokenizer_digest(setup.teacher_tokenizer),
-    }
-
-
-def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} {then.get(name)} (now {now.get(name)})" for name in {**then, **now} if then.get(name) != now.get(name)
-    ]
-
-
-def _other_settings(training: TKDArguments) -> dict[str, Any]:
-    """The settings of a training run that fine-tuning shares with distillation; those of the loss are not its own."""
-    own = own_names(TKDArguments) - own_names(StudentArguments)
-    given = settings_of([training]).items()
-    return {name: value for name, value in given if name not in FREE | LENGTH | own}
-
-
-def _digest(rows: Sequence[dict[str, Any]]) -> str:
-    return sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    write_text(path, json.dumps(record, indent=2) + "\n")

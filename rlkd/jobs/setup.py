@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
@@ -18,7 +18,7 @@ from ..data.splits import held_out_inputs, inputs_of
 from ..data.text import text_format
 from ..errors import ConfigError, DataError
 from ..evaluation.evaluator import TaskMetric
-from ..evaluation.task_metrics import TASK_METRICS, references_of
+from ..evaluation.task_metrics import check_task_metric, references_of, task_metric_of
 from ..evaluation.task_reward import TaskReward
 from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
@@ -120,18 +120,20 @@ class DataArguments(TextFileArguments):
         default=None, metadata={"help": "One template for the student; null: it reads the raw input_column."}
     )
     pseudo_labels: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder written by `rlkd generate-pseudolabels` (supervised recipes, GKD and imitation_coef)."
-        },
+        default=None, metadata={"help": "Folder of `rlkd generate-pseudolabels`, for objectives that read labels."}
     )
-    task_metric: Literal["none", "rouge", "bleu", "exact_match"] = field(
-        default="none", metadata={"help": "Task metric, computed on greedy and sampled answers at every evaluation."}
+    task_metric: str = field(
+        default="none",
+        metadata={
+            "help": "Task metrics of greedy and sampled answers at every evaluation: none; rouge, bleu, chrf, "
+            "exact_match, token_f1, sari, several separated by commas; or module:function of (predictions, examples), "
+            "named scores."
+        },
     )
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.task_metric != "none" and self.reference_column is None:
+        if check_task_metric(self.task_metric) and self.reference_column is None:
             raise ConfigError(
                 f"task_metric = {self.task_metric!r}: needs reference_column, the column with the answers to compare "
                 "with. Name it, or set task_metric to none."
@@ -254,7 +256,8 @@ def prepare(
         frozen = served_teacher(theirs, ours, teacher.server, training)
     if task_reward is not None:
         task_reward.try_on(train)
-    if data.task_metric != "none":
+    task_metric = task_metric_of(data.task_metric)
+    if check_task_metric(data.task_metric):
         rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
         references_of(evaluation[:rows])
     if training.process_index == 0:
@@ -274,7 +277,7 @@ def prepare(
         train_examples=train,
         eval_examples=evaluation,
         pseudo_labels=labels,
-        task_metric=TASK_METRICS.get(data.task_metric),
+        task_metric=task_metric,
         settings=settings,
     )
 

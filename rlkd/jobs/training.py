@@ -18,7 +18,8 @@ from ..trainers.reinforce import ReinforceTrainer
 from ..trainers.supervised import SupervisedTrainer
 from .encoder_data import LabelledDataArguments
 from .encoder_report import compare_with_teacher
-from .encoder_setup import EncoderStudentArguments, EncoderTeacherArguments, fine_tuned_teacher, prepare_encoders
+from .encoder_setup import EncoderStudentArguments, EncoderTeacherArguments, prepare_encoders
+from .encoder_teachers import teacher_of_student
 from .setup import DataArguments, Setup, TeacherArguments, prepare
 
 
@@ -65,8 +66,8 @@ def _on_policy(trainer_type: Callable[..., Any]) -> Callable[..., None]:
 
 def _encoder(data: Any, teacher: Any, student: Any, training: Any) -> None:
     setup = prepare_encoders(data, teacher, student, training)
-    fine_tuned = fine_tuned_teacher(setup)
-    trainer = TKDTrainer(setup.new_student(fine_tuned), training, teacher=fine_tuned, **setup.trainer_inputs())
+    above = teacher_of_student(setup)
+    trainer = TKDTrainer(setup.new_student(above), training, teacher=above, **setup.trainer_inputs())
     trainer.run(setup.settings)
     if trainer.is_world_process_zero():
         compare_with_teacher(setup)

@@ -88,7 +88,7 @@ def cut_tokenizer(tokenizer: Any, keep: list[int], texts: Texts) -> Any:
 
 def cut_model(model: Any, keep: list[int]) -> Any:
     """A copy of the model whose token i is token keep[i] of `model`: rows of embedding, head and biases are copied, so
-    that its logits are those of the kept tokens.
+    that its logits are those of the kept tokens. Raises ModelError if its vocabulary is not where it is looked for.
     """
     new = {old: i for i, old in enumerate(keep)}
     cut = copy.deepcopy(model)
@@ -108,6 +108,11 @@ def cut_model(model: Any, keep: list[int]) -> Any:
             rows = tensor.detach().index_select(dimension, index)
             done[id(tensor)] = nn.Parameter(rows, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else rows
         setattr(owner, attribute, done[id(tensor)])
+    if len(cut.get_input_embeddings().weight) != len(keep):
+        raise ModelError(
+            f"a {type(model).__name__} has vocabularies in its parts' configurations, and cannot be cut: take a model "
+            "of another family"
+        )
     for module in cut.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings != len(module.weight):
             module.num_embeddings = len(keep)

@@ -225,12 +225,12 @@ class Server:
 
     def _refusal(self, status: int, text: str) -> Exception:
         """The error of an answer other than 200, in the server's words."""
-        said = cut(redacted(" ".join(text.split())), 200)
+        said = cut(redacted(" ".join(text.split())), 200).rstrip(".")
         if status in (401, 403):
             return ConfigError(f"server {self.url}: it refuses the key ({status}): set {KEY} in the environment.")
         if status in LATER or status >= 500:
-            return ServerError(f"server {self.url}: it fails ({status}): {said}")
-        return ModelError(f"server {self.url}: it refuses the request ({status}): {said}")
+            return ServerError(f"server {self.url}: it fails ({status}): {said}.")
+        return ModelError(f"server {self.url}: it refuses the request ({status}): {said}.")
 
     # Answers
 

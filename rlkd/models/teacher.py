@@ -178,10 +178,11 @@ class Teacher(LocalSource):
         """As in `LocalSource`."""
         signal = self.score(teacher_inputs, answer_ids, answer_mask, distribution=True, ids=ids)
         assert isinstance(signal.distribution, HeadOverStates)
-        states, eos = signal.distribution.states[answer_mask], self.lm.eos_id
-        (ends,) = signal.distribution.head.map(lambda logits: (logits[:, eos],), states)
-        going_on = ~torch.isin(answer_ids[answer_mask], torch.tensor(self.rules.eos_ids, device=self.device))
-        cost = (given(signal.max)[answer_mask] - ends)[going_on]
+        states, ends = signal.distribution.states[answer_mask], list(self.rules.eos_ids)
+        # Of several tokens that end an answer, the most probable.
+        (of_end,) = signal.distribution.head.map(lambda logits: (logits[:, ends].amax(-1),), states)
+        going_on = ~torch.isin(answer_ids[answer_mask], torch.tensor(ends, device=self.device))
+        cost = (given(signal.max)[answer_mask] - of_end)[going_on]
         return signal, torch.stack([cost.double().sum(), going_on.double().sum()])
 
     def answer(self, teacher_inputs: list[tuple[str, ...]], write: Write, max_new_tokens: int) -> list[list[int]]:

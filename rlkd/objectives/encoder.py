@@ -1,7 +1,8 @@
-"""Distillation of encoder-only classifiers: one loss with token selections, of which the paper's methods are presets.
+"""Terms of Tree Knowledge Distillation for encoder-only classifiers: one distance with token selections.
 
     L = w_ce CE + w_kd KD + beta PT + gamma_s TD(student tree) + gamma_t TD(teacher tree) + gamma_r TD(random) + eta ALL
 
+Which terms a method has is in `trainers.encoders.terms`; those of other papers are in `neighbours`.
 Sources: TKD (Xu, Ji, Xie; eqs 1-10 and Table 1), KD (Hinton et al. 2015, arXiv 1503.02531), PKD (Sun et al. 2019, arXiv
 1908.09355). Shapes as in `attention_tree`; C labels. Gradients flow to the student only.
 """
@@ -20,22 +21,6 @@ from ..tensors import masked_mean
 from .divergences import forward_kl
 
 DistanceReduction = Literal["mean", "sum"]
-
-TREE_TERMS = ("td_student", "td_teacher", "td_random", "all")
-# The rows of the paper's Table 1: which terms are on.
-PRESETS: dict[str, tuple[str, ...]] = {
-    "ft": ("ce",),
-    "kd": ("ce", "kd"),
-    "pkd": ("ce", "kd", "pt"),
-    "tkd": ("ce", "kd", "pt", "td_student"),
-    "teacher-tkd": ("ce", "kd", "pt", "td_teacher"),
-    "t-s-tkd": ("ce", "kd", "pt", "td_student", "td_teacher"),
-    "rand": ("ce", "kd", "pt", "td_random"),
-    "all": ("ce", "kd", "pt", "all"),
-    "all-tkd": ("ce", "kd", "pt", "td_student", "all"),
-    "all-t-tkd": ("ce", "kd", "pt", "td_teacher", "all"),
-    "all-t-s-tkd": ("ce", "kd", "pt", "td_student", "td_teacher", "all"),
-}
 
 
 def weighted_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:

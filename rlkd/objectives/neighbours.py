@@ -55,16 +55,19 @@ def tinybert_attention(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor
     """mean (A_s - A_t)^2 over heads and pairs of real tokens, a scalar (Jiao et al. 2020, eq. 7).
 
     Args: student, teacher [B, H, L, L], scores before the softmax (as the authors advise) or probabilities; mask
-    [B, L]. Raises ValueError unless heads and tokens agree.
+    [B, L]. A pair that either model may not attend to (-inf, local attention) is left out. Raises ValueError unless
+    heads and tokens agree.
     """
     if student.shape != teacher.shape:
         raise ValueError(
             f"attention maps {list(student.shape)} (student) and {list(teacher.shape)} (teacher): heads and tokens "
             "must agree; `minilm_relation` compares models of different heads"
         )
-    pairs = (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(student)
-    # Scores of padding may be -inf, so they are selected away before the difference is taken.
-    return F.mse_loss(student[pairs], teacher.detach()[pairs]) if pairs.any() else student.sum() * 0.0
+    teacher = teacher.detach()
+    pairs = mask[:, None, :, None] & mask[:, None, None, :] & student.isfinite() & teacher.isfinite()
+    # Selected away before the difference is taken: 0 times inf is not a number.
+    difference = student.masked_fill(~pairs, 0.0) - teacher.masked_fill(~pairs, 0.0)
+    return difference.square().sum() / pairs.sum().clamp(min=1)
 
 
 def gram_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -105,26 +108,45 @@ def minilm_relation(student: Tensor, teacher: Tensor, mask: Tensor, relation_hea
     return (divergence * mask[:, None]).sum() / (mask.sum() * relation_heads).clamp(min=1)
 
 
-def input_gradient_distance(
-    student_logits: Tensor, student_inputs: Tensor, teacher_logits: Tensor, teacher_inputs: Tensor
-) -> Tensor:
-    """mean_b || n(d z_s[c] / d x_s) - n(d z_t[c] / d x_t) ||^2, c = the teacher's label, n = scaling to length 1.
+def input_gradient(logits: Tensor, label: Tensor, inputs: Tensor, *, differentiable: bool = False) -> Tensor:
+    """n(d z[c] / d x) of each row, n = scaling to length 1 over tokens and dimensions: [B, L, D], float32.
+
+    Args: logits [B, C] computed from inputs (word embeddings) [B, L, D] that require a gradient; label c [B];
+    differentiable keeps the graph of the gradient itself. Padding has no gradient.
+    """
+    chosen = logits.gather(1, label[:, None]).sum()
+    own = torch.autograd.grad(chosen, inputs, create_graph=differentiable, retain_graph=True)[0].float()
+    return F.normalize(own.flatten(1), dim=-1).view_as(own)
+
+
+def gradient_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """mean_b || g_s - g_t ||^2 of normalised input gradients [B, L, D] (`input_gradient`), c = the teacher's label.
 
     Derivative matching (Czarnecki et al. 2017, arXiv 1706.04859; Srinivas & Fleuret 2018, arXiv 1803.00443, eq. 7).
-    EXPERIMENTAL: it differentiates twice, which takes attn_implementation="eager" and 2.5 to 3 times the step.
-    Args: logits [B, C] computed from inputs (word embeddings) [B, L, D] that require a gradient; equal L and D. Padding
-    has no gradient, so it does not count. Raises ValueError for inputs of different shape.
+    EXPERIMENTAL: it differentiates twice, 2.5 to 3 times the step. Raises ValueError for gradients of different shape.
     """
-    if student_inputs.shape != teacher_inputs.shape:
+    if student.shape != teacher.shape:
         raise ValueError(
-            f"inputs {list(student_inputs.shape)} (student) and {list(teacher_inputs.shape)} (teacher): derivatives "
-            "can only be matched for equal embeddings' widths and the same tokens"
+            f"input gradients {list(student.shape)} (student) and {list(teacher.shape)} (teacher): derivatives can "
+            "only be matched for equal embeddings' widths and the same tokens"
         )
-    label = teacher_logits.detach().argmax(-1, keepdim=True)
+    return (student - teacher.detach()).square().sum((1, 2)).mean()
 
-    def gradient(logits: Tensor, inputs: Tensor, keep: bool) -> Tensor:
-        own = torch.autograd.grad(logits.gather(1, label).sum(), inputs, create_graph=keep, retain_graph=True)[0]
-        return F.normalize(own.flatten(1), dim=-1)
 
-    wanted = gradient(teacher_logits, teacher_inputs, False).detach()
-    return (gradient(student_logits, student_inputs, True) - wanted).square().sum(-1).mean()
+def activation_boundaries(student: Tensor, teacher: Tensor, mask: Tensor, margin: float = 1.0) -> Tensor:
+    """mean over real tokens and neurons of rho max(0, mu - s)^2 + (1 - rho) max(0, mu + s)^2, a scalar.
+
+    s is a neuron's response before its activation function, rho = 1 where the teacher's is above 0 and mu the margin:
+    the student's neurons should be on where the teacher's are, whatever their size (Heo et al. 2019, arXiv 1811.03233,
+    eq. 3). Transformers have no ReLU networks; here the boundary of GELU and SiLU is taken at 0 too. Args: student
+    [B, L, F], projected to the teacher's neurons where they differ in number; teacher [B, L, F], of which only the
+    signs are read; mask [B, L]. Raises ValueError for other shapes.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"neurons {list(student.shape)} (student) and {list(teacher.shape)} (teacher): project the student's to "
+            "the teacher's"
+        )
+    side = torch.where(teacher.detach() > 0, 1.0, -1.0)
+    squares = F.relu(margin - side * student).square() * mask[..., None]
+    return squares.sum() / (mask.sum() * student.shape[-1]).clamp(min=1)

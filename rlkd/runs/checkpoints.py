@@ -39,6 +39,7 @@ OWN = (
     UNFINISHED,
     SET_ASIDE,
     "fine_tuning.json",
+    "assistant.json",
     "teacher",
     "teacher_cache",
     "diverged",

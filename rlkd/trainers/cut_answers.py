@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -29,9 +30,10 @@ def last_tokens(mask: Tensor) -> Tensor:
     return mask & ~after
 
 
-def ending_signal(teacher: SignalSource, answers: Answers, eos_id: int) -> TeacherSignal | None:
-    """The teacher's signal for end-of-sequence at the state after each answer that was cut, fields [B, 1], 0 for the
-    other answers; None if none was cut. Costs one more forward of the teacher over those answers.
+def ending_signal(teacher: SignalSource, answers: Answers, ends: Sequence[int]) -> TeacherSignal | None:
+    """The teacher's signal for end-of-sequence, of several `ends` the most probable, at the state after each answer
+    that was cut, fields [B, 1], 0 for the other answers; None if none was cut. Costs one more forward of the teacher
+    over those answers for each end.
     """
     rows = cut_rows(answers).nonzero().squeeze(-1)
     if not len(rows):
@@ -39,9 +41,13 @@ def ending_signal(teacher: SignalSource, answers: Answers, eos_id: int) -> Teach
     mask, ids = answers.answer_mask[rows], answers.answer_ids[rows]
     lengths = mask.sum(1, keepdim=True)
     longer = torch.cat([mask, torch.zeros_like(mask[:, :1])], dim=1).scatter(1, lengths, True)
-    ended = torch.cat([ids, torch.zeros_like(ids[:, :1])], dim=1).scatter(1, lengths, eos_id)
     examples = [answers.examples[i] for i in rows.tolist()]
-    signal = teacher.score([e.teacher_inputs for e in examples], ended, longer, ids=[e.id for e in examples])
+    signals = []
+    for end in ends:
+        ended = torch.cat([ids, torch.zeros_like(ids[:, :1])], dim=1).scatter(1, lengths, end)
+        signals.append(teacher.score([e.teacher_inputs for e in examples], ended, longer, ids=[e.id for e in examples]))
+    # All but the chosen token is the state's alone.
+    signal = replace(signals[0], chosen=torch.stack([signal.chosen for signal in signals]).amax(0))
 
     def placed(values: Tensor) -> Tensor:
         grid = values.new_zeros(len(answers.examples), 1)

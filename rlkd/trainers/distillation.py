@@ -22,6 +22,7 @@ from ..evaluation.recording import append_samples, evaluated_samples
 from ..evaluation.samples import Sample
 from ..io.progress import progress
 from ..models.architectures import language_model
+from ..models.generation import rules_of
 from ..models.heads import RowLoss
 from ..models.policy import Policy
 from ..models.saving import evaluated_generation
@@ -266,7 +267,7 @@ class DistillationTrainer(StudentTrainer):
         """As `ending_signal`. An error on one process is raised on all."""
         assert self.teacher is not None
         with self.errors_on_all(), self.finite.together(answers.ids, answers):
-            return ending_signal(self.teacher, answers, self.policy.lm.eos_id)
+            return ending_signal(self.teacher, answers, rules_of(self.policy.lm).eos_ids)
 
     def score(self, answers: Answers, *, distribution: bool) -> TeacherSignal:
         """The teacher's signal for the answers. An error on one process is raised on all."""

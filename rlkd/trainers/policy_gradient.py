@@ -339,9 +339,12 @@ class PolicyGradientTrainer(OnPolicyTrainer):
         super().check_teacher()
         args, longest = self.objective.args, getattr(self.teacher, "longest_answer", None)
         if args.cut_answers == "end_price" and longest is not None and args.max_new_tokens >= longest:
+            shorter = (
+                f"max_new_tokens to at most {longest - 1}" if longest > 1 else "the teacher's max_input_tokens lower"
+            )
             raise ConfigError(
                 f"cut_answers = 'end_price': the teacher has {longest} positions for an answer and its end: set "
-                f"max_new_tokens to at most {longest - 1}, or cut_answers to keep or drop"
+                f"{shorter}, or cut_answers to keep or drop"
             )
 
     def create_optimizer(self, model: Any = None) -> Any:

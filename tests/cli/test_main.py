@@ -258,7 +258,8 @@ def test_score_compares_labels_with_references_by_template(folder, teacher, caps
     with pytest.raises(SystemExit) as stopped:
         main(["data", "score", "labels", "--metric", "rogue"])
     assert stopped.value.code == 2
-    assert "allowed are rouge, bleu, exact_match. Did you mean 'rouge'?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "allowed are rouge, bleu, chrf, exact_match, token_f1, sari. Did you mean 'rouge'?" in said
 
 
 def test_a_template_whose_choices_are_one_to_the_tokenizer_is_refused_at_once(folder, teacher, capsys, monkeypatch):

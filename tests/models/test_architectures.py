@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, ProphetN
 from rlkd.errors import ModelError
 from rlkd.models.architectures import language_model
 from rlkd.models.batching import batches_by_length
+from rlkd.models.cut_vocabulary import cut_model
 from rlkd.models.encoder_decoder import BART_FAMILY, NOISE, T5_FAMILY, EncoderDecoder
 from rlkd.models.loading import check_config, load_config, load_model, protect_untied_head, resolve_dtype
 from rlkd.models.positions import Positions
@@ -173,6 +174,8 @@ def test_t5gemma_gives_its_own_logits_and_greedy_answers(tmp_path):
     with pytest.raises(ModelError, match=r"float16 overflows to inf in T5"):
         check_config(plain.config, "teacher", "g", torch.float16)
     assert lm.positions == Positions(64, 64)
+    with pytest.raises(ModelError, match=r"T5GemmaForConditionalGeneration has vocabularies in its parts"):
+        cut_model(model, [0, 1, 2, 5])
 
 
 # -- padding and batching (METHOD check 9) -------------------------------------------------------------------------

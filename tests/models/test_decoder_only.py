@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from rlkd.errors import ModelError
 from rlkd.models.architectures import architecture_of, language_model
+from rlkd.models.cut_vocabulary import cut_model
 from rlkd.models.decoder_only import FAMILIES, NOISE, DecoderOnly
 from rlkd.models.loading import load_model
 from rlkd.models.policy import Policy
@@ -351,3 +352,21 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"teacher '.*': its tokenizer has no end-of-sequence token"):
         spec.check()
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [EOS, OTHER_EOS]
+
+
+# -- a smaller vocabulary ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "gemma2"])
+@torch.no_grad()
+def test_a_cut_model_has_the_logits_of_the_kept_tokens(family):
+    """Head of its own, tied, with a bias, and capped."""
+    model, keep = tiny_decoder(family), [0, EOS, BOS, 5, 6, OTHER_EOS, 9, 30]
+    cut = DecoderOnly(cut_model(model, keep), len(keep))
+    prompt, answer = [3, 5, 6], [9, 30, EOS]
+    want = plain(model, prompt, answer)[:, keep]
+    new = {old: i for i, old in enumerate(keep)}
+    (got,) = logits_of(cut, [[new[i] for i in prompt]], [[new[i] for i in answer]])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert cut.rules.eos_ids == (new[EOS], new[OTHER_EOS])
+    assert cut.model.get_input_embeddings().num_embeddings == len(keep)

@@ -20,7 +20,7 @@ from rlkd import (
 )
 from rlkd.errors import ConfigError, ModelError
 from rlkd.models.encoders.classifiers import build_student, layer_lists
-from rlkd.models.encoders.rehearsal import check_states, is_encoder, rehearse
+from rlkd.models.encoders.rehearsal import check_outputs, is_encoder, rehearse
 from tiny import classifier_tokenizer
 
 INPUTS = {"input_ids": torch.tensor([[1, 5, 6, 2]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
@@ -83,7 +83,7 @@ def test_a_family_works_or_is_refused_at_the_start(tmp_path, family, preset, ini
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_the_usual_families_may_grow_trees(family):
     config = tiny_config(family)
-    own = rehearse(config, {"layers": 2}, states=True, trees=("student", "teacher"))
+    own = rehearse(config, {"layers": 2}, needs={"student": {"hidden", "tree"}, "teacher": {"hidden", "tree"}})
     assert own.num_hidden_layers == 2
 
 
@@ -93,10 +93,12 @@ def modernbert(**more):
 
 REFUSED = {
     "modernbert, mapped": (modernbert, {"layers": 2}, {}, r"not alike: layers 2, 4 .*Use init: first or random, or a"),
-    "deberta-v2, tree": ("deberta-v2", {"layers": 2}, {"trees": ("student",)}, r"only after dropout \(0.1\)"),
-    "mpnet, tree": ("mpnet", {"layers": 2}, {"trees": ("student",)}, r"only after dropout \(0.1\)"),
-    "big_bird, tree": ("big_bird", {"layers": 2}, {"trees": ("teacher",)}, "does not expose its attention"),
-    "canine, states": ("canine", {"layers": 2}, {"states": True}, "gives .* hidden states, which cannot be compared"),
+    "deberta-v2, tree": ("deberta-v2", {"layers": 2}, {"needs": {"student": {"tree"}}}, r"only after dropout \(0.1\)"),
+    "mpnet, tree": ("mpnet", {"layers": 2}, {"needs": {"student": {"tree"}}}, r"only after dropout \(0.1\)"),
+    "big_bird, tree": ("big_bird", {"layers": 2}, {"needs": {"teacher": {"tree"}}}, "does not expose its attention"),
+    "canine, states": (
+        "canine", {"layers": 2}, {"needs": {"teacher": {"hidden"}}}, "gives .* hidden states, which cannot be compared"
+    ),
     "funnel": ("funnel", {"layers": 2}, {}, "a 'funnel' model cannot be distilled here"),
     "tapas, token types": ("tapas", {"layers": 2}, {"token_types": {"student": [0]}}, "a .tapas. model cannot"),
     "roberta, pairs": (
@@ -132,7 +134,7 @@ def test_layers_of_two_kinds_keep_their_kinds(tmp_path):
     kinds = config.layer_types
     assert len(set(kinds)) == 2
     for options, kept in (({"init": "first"}, [0, 1]), ({"layer_map": [1, 4]}, [0, 3])):
-        own = rehearse(config, {"layers": 2, **options}, states=True, trees=("student",))
+        own = rehearse(config, {"layers": 2, **options}, needs={"student": {"hidden", "tree"}})
         assert list(own.layer_types) == [kinds[k] for k in kept]
     torch.manual_seed(0)
     teacher = AutoModelForSequenceClassification.from_config(config).eval()
@@ -197,4 +199,4 @@ def test_gradient_checkpointing_and_logits_of_another_shape():
     model = bilstm()
     model.config.id2label = {0: "a", 1: "b", 2: "c"}
     with pytest.raises(ModelError, match=r"gives logits of shape \(2, 2\) for 2 texts and 3 labels"):
-        check_states(model, "teacher")
+        check_outputs(model, "teacher", {"hidden"})

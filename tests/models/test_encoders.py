@@ -19,14 +19,12 @@ from rlkd.models.digests import weights_digest
 from rlkd.models.encoders.attention import RECORDED_SDPA, prepare_attention
 from rlkd.models.encoders.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.models.encoders.classifiers import (
-    EncoderStudent,
     build_student,
     check_head_slices,
     layer_lists,
     matched_layers,
-    run_encoder,
-    width_of,
 )
+from rlkd.models.encoders.outputs import EncoderStudent, run_encoder, width_of
 from rlkd.objectives.attention_tree import attention_tree, rows_of_map
 from tiny import CLASSIFIER_WORDS, tiny_classifier
 
@@ -74,17 +72,17 @@ def test_recorded_rows_grow_the_trees_of_the_eager_maps(kind):
     model.set_attn_implementation("eager")
     plain = model(**inputs, output_attentions=True)
     assert prepare_attention(model, "student") == "sdpa"
-    out = run_encoder(model, inputs, hidden=True, attention="sdpa")
+    out = run_encoder(model, inputs, {"hidden", "tree"}, "sdpa")
     torch.testing.assert_close(out.logits, plain.logits, atol=1e-5, rtol=1e-5)
     valid = inputs["attention_mask"].bool()
     everything = torch.arange(7).expand(2, 2, 7)
-    for rows, attention in zip(out.rows, plain.attentions, strict=True):
-        scores = rows(everything).masked_fill(~valid[:, None, None], -torch.inf)
+    for layer, attention in zip(out.attention, plain.attentions, strict=True):
+        scores = layer.rows(everything).masked_fill(~valid[:, None, None], -torch.inf)
         torch.testing.assert_close(scores.softmax(-1), attention, atol=1e-5, rtol=1e-4)
     for variant in ("algorithm1", "abstract", "flow"):
         trees = [
             attention_tree(rows, valid, 2, 2, variant=variant)
-            for rows in (out.rows, [rows_of_map(a) for a in plain.attentions])
+            for rows in ([layer.rows for layer in out.attention], [rows_of_map(a) for a in plain.attentions])
         ]
         assert all(torch.equal(own, eager) for own, eager in zip(*trees, strict=True))
 
@@ -95,7 +93,7 @@ def test_recording_sees_scores_before_dropout_and_no_gradient():
     rows = []
     for model in (quiet, noisy):
         prepare_attention(model, "student")
-        rows.append(run_encoder(model.train(), batch(), attention="sdpa").rows[0](nodes))
+        rows.append(run_encoder(model.train(), batch(), {"tree"}, "sdpa").attention[0].rows(nodes))
     assert not rows[0].requires_grad
     # Embeddings have dropout too; with only the attention's dropout on, the first layer agrees.
     for module in noisy.modules():
@@ -103,27 +101,27 @@ def test_recording_sees_scores_before_dropout_and_no_gradient():
             module.p = 0.0
     for layer in noisy.bert.encoder.layer:
         layer.attention.self.dropout.p = 0.5
-    again = run_encoder(noisy, batch(), attention="sdpa").rows[0](nodes)
+    again = run_encoder(noisy, batch(), {"tree"}, "sdpa").attention[0].rows(nodes)
     torch.testing.assert_close(again, rows[0])
 
 
 def test_nothing_is_recorded_unless_asked_or_when_checkpoints_run_again():
     model = tiny_classifier()
     prepare_attention(model, "student")
-    assert run_encoder(model, batch()).rows == []
+    assert not run_encoder(model, batch(), (), "sdpa").attention
     model.train().gradient_checkpointing_enable()
-    out = run_encoder(model, batch(), attention="sdpa")
+    out = run_encoder(model, batch(), {"tree"}, "sdpa")
     out.logits.sum().backward()
-    assert len(out.rows) == 4
+    assert len(out.attention) == 4
 
 
 def test_eager_maps_where_the_family_knows_no_other():
     model, inputs = mpnet(), batch()
     assert prepare_attention(model, "student") == "eager"
-    out = run_encoder(model, inputs, attention="eager")
+    out = run_encoder(model, inputs, {"tree"}, "eager")
     maps = model(**inputs, output_attentions=True).attentions
     nodes = torch.tensor([3, 0]).expand(2, 2, 2)
-    assert torch.equal(out.rows[1](nodes), maps[1][:, :, [3, 0]])
+    assert torch.equal(out.attention[1].rows(nodes), maps[1][:, :, [3, 0]])
     assert prepare_attention(mpnet(dropout=0.1), "teacher") == "eager"
 
 
@@ -209,15 +207,15 @@ def test_students_that_cannot_be_built(options, message):
 
 
 def test_projections_bring_the_students_width_to_the_teachers():
-    student = EncoderStudent(tiny_classifier(layers=2, width=8), teacher_width=16)
-    out = student(batch(), hidden=True)
+    student = EncoderStudent(tiny_classifier(layers=2, width=8), widths={"hidden": 16})
+    out = student(batch(), {"hidden"})
     assert [tuple(h.shape) for h in out.hidden] == [(2, 7, 16)] * 2
     bare = student.student(**batch(), output_hidden_states=True)
-    torch.testing.assert_close(out.hidden[1], bare.hidden_states[2] @ student.projections[1].weight.T)
+    torch.testing.assert_close(out.hidden[1], bare.hidden_states[2] @ student.projections["hidden"][1].weight.T)
     # Without hidden states they still belong to the graph, with gradient 0.
     student(batch()).logits.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in student.projections.parameters())
-    assert not EncoderStudent(tiny_classifier(layers=2), teacher_width=16).projections
+    assert not EncoderStudent(tiny_classifier(layers=2), widths={"hidden": 16}).projections
 
 
 def test_head_slices_must_divide_the_teachers_width():

@@ -52,7 +52,7 @@ def served():
 
 
 def teacher(server, **options):
-    settings = ServerSettings(server.url, **{"concurrency": 3, "timeout": 5.0, **options})
+    settings = ServerSettings(server.url, **{"concurrency": 2, "timeout": 5.0, **options})
     tokenizer = tiny_tokenizer(WORDS)
     normalises = server.model.config.vocab_size == VALID
     rules = AnswerRules(eos_ids=(EOS,))

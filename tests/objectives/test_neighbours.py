@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkd.objectives.neighbours import (
+    activation_boundaries,
+    gradient_distance,
     gram_loss,
-    input_gradient_distance,
+    input_gradient,
     logit_mse,
     minilm_relation,
     noisy_logits,
@@ -79,6 +81,30 @@ def test_tinybert_attention_looks_at_real_pairs_only(seed):
     assert float(tinybert_attention(student, teacher, torch.zeros_like(MASK)).nan_to_num()) == 0
 
 
+def test_pairs_that_a_model_may_not_attend_to_are_left_out():
+    student, teacher = draw(0, 2, 1, 2, 3, 3)
+    expected = (student - teacher).square()[..., 1:].mean()
+    student[..., 0] = -torch.inf
+    teacher[..., 0] = -torch.inf
+    student.requires_grad_()
+    loss = tinybert_attention(student, teacher, torch.ones(1, 3, dtype=torch.bool))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected)
+    assert student.grad.isfinite().all()
+
+
+@given(seeds)
+@few
+def test_activation_boundaries(seed):
+    """Heo et al., eq. 3, one neuron at a time."""
+    student, teacher = draw(seed, 2, 2, 5, 3)
+    costs = []
+    for s, t in zip(real_tokens(student), real_tokens(teacher), strict=True):
+        costs += [max(0, 1 - a) ** 2 if b > 0 else max(0, 1 + a) ** 2 for a, b in zip(s.flat, t.flat, strict=True)]
+    assert float(activation_boundaries(student, teacher, MASK)) == pytest.approx(np.mean(costs))
+    assert float(activation_boundaries(teacher.sign() * 1.5, teacher / 100, MASK)) == 0
+
+
 @given(seeds)
 @few
 def test_gram_is_the_discrepancy_of_the_neurons(seed):
@@ -118,11 +144,12 @@ def test_input_gradients_of_linear_models_are_their_weights():
     student, teacher = draw(1, 2, 12, 5)
     student.requires_grad_()
     logits = [x.flatten(1) @ w for x, w in zip(inputs, (student, teacher), strict=True)]
-    loss = input_gradient_distance(logits[0], inputs[0], logits[1], inputs[1])
     labels = logits[1].argmax(-1)
+    theirs = input_gradient(logits[1], labels, inputs[1])
+    loss = gradient_distance(input_gradient(logits[0], labels, inputs[0], differentiable=True), theirs)
     unit = [(w / w.norm(dim=0)).detach() for w in (student, teacher)]
     expected = torch.stack([(unit[0] - unit[1])[:, c].square().sum() for c in labels]).mean()
-    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(loss.detach().double(), expected, atol=1e-6, rtol=1e-5)
     loss.backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
@@ -136,10 +163,8 @@ def test_input_gradients_of_linear_models_are_their_weights():
         (lambda: tinybert_hidden(torch.ones(2, 5, 3), torch.ones(2, 5, 4), MASK), "give a projection"),
         (lambda: tinybert_attention(torch.ones(2, 2, 5, 5), torch.ones(2, 4, 5, 5), MASK), "minilm_relation"),
         (lambda: minilm_relation(torch.ones(2, 5, 4), torch.ones(2, 5, 6), MASK, 4), "relation_heads = 4"),
-        (
-            lambda: input_gradient_distance(*[torch.ones(2, 5, n) for n in (3, 3, 4, 4)]),
-            "equal embeddings' widths",
-        ),
+        (lambda: gradient_distance(torch.ones(2, 5, 3), torch.ones(2, 5, 4)), "equal embeddings' widths"),
+        (lambda: activation_boundaries(torch.ones(2, 5, 3), torch.ones(2, 5, 4), MASK), "project the student's"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(call, message):
@@ -147,7 +172,9 @@ def test_what_does_not_fit_is_refused(call, message):
         call()
 
 
-@pytest.mark.parametrize("loss", [tinybert_hidden, gram_loss, lambda s, t, m: minilm_relation(s, t, m, 2)])
+@pytest.mark.parametrize(
+    "loss", [tinybert_hidden, gram_loss, activation_boundaries, lambda s, t, m: minilm_relation(s, t, m, 2)]
+)
 def test_padding_changes_nothing_and_the_teacher_gets_no_gradient(loss):
     student, teacher = draw(0, 2, 2, 5, 4)
     plain = loss(student, teacher, MASK)

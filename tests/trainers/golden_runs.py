@@ -108,7 +108,7 @@ GKD: dict[str, dict[str, Any]] = {
 TKD: dict[str, dict[str, Any]] = {
     **{preset: {"preset": preset, "evaluate": preset in ("ft", "tkd")} for preset in PRESETS},
     "auto_scale": {"preset": "all-tkd", "auto_scale": True, "tree_start_epoch": 1.0},
-    "noisy_squares": {"preset": "kd", "logit_loss": "mse", "noise_probability": 0.5},
+    "noisy_squares": {"preset": "noisy-logits"},
     "states_as_they_are": {
         "preset": "all-tkd", "normalise": False, "distance_reduction": "sum", "beta": 0.01, "gamma_s": 0.02,
         "eta": 0.01,
@@ -131,7 +131,7 @@ CASES = {
 # Of the log lines.
 KEPT = (
     "loss", "grad_norm", "regret", "kl", "kl_coef", "entropy", "length", "advantage_std", "ratio_max", "clip_fraction",
-    "value_loss", "explained_variance", "ce", "kd", "pt", "td_student", "td_teacher", "td_random", "all",
+    "value_loss", "explained_variance", "ce", "kd", "pt", "td_student", "td_teacher", "td_random", "all", "noisy",
 )  # fmt: skip
 CLOCKS = ("seconds", "per_second", "runtime")
 

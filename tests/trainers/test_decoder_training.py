@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_runs
+from rlkd.errors import ConfigError
 from rlkd.models.adapters import add_adapter
 from rlkd.models.architectures import language_model
 from rlkd.models.spec import ModelSpec
@@ -83,6 +84,36 @@ def test_a_student_learns_to_stop(tmp_path):
     assert trainer.evaluate()["eval_finish_rate"] == 1.0
 
 
+def test_of_several_ends_the_most_probable_has_the_price(tmp_path):
+    """As in chat models, which end their turns otherwise than their texts."""
+    ends = [EOS, WORDS.index("b")]
+    models = [tiny_decoder(seed=seed, words=VALID, eos_token_id=ends, pad_token_id=EOS) for seed in (11, 2)]
+    guide = Teacher(language_model(models[1], tokenizer()), tokenizer(), max_input_tokens=16)
+    trainer = run("reinforce", tmp_path, model=models[0], teacher=guide, max_new_tokens=2, n=16, weak_start="warn",
+                  per_device_train_batch_size=16, cut_answers="end_price", max_steps=1)  # fmt: skip
+    answers = trainer.sample(0)
+    signal, gaps = trainer.ending(answers), []
+    for i, example in enumerate(answers.examples):
+        ids = answers.answer_ids[i][answers.answer_mask[i]].tolist()
+        prompt = [0, *(WORDS.index(word) for word in example.teacher_inputs[0].split())]
+        with torch.no_grad():
+            logits = models[1](torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 :, :VALID]
+        assert bool(answers.finished[i]) == (ids[-1] in ends)
+        want = 0.0 if answers.finished[i] else float(logits[-1, ends].max())
+        assert float(signal.chosen[i, 0]) == pytest.approx(want, abs=1e-5)
+        gaps += [float(q.max() - q[ends].max()) for token, q in zip(ids, logits, strict=False) if token not in ends]
+    assert not answers.finished.all()
+    trainer.train()
+    (start,) = [line for line in logged(tmp_path) if "start_eos_price" in line]
+    assert start["start_eos_price"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-4)
+
+
+def test_the_window_has_room_for_the_price_of_an_end(tmp_path):
+    longer = Teacher(language_model(student(2), tokenizer()), tokenizer(), max_input_tokens=64)
+    with pytest.raises(ConfigError, match="has 0 positions for an answer and its end: set the teacher's max_input_tok"):
+        run("reinforce", tmp_path, teacher=longer, cut_answers="end_price")
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -127,9 +158,13 @@ def test_mixed_precision_samples_what_the_loss_recomputes(tmp_path):
 
 
 def test_other_families_train_with_each_other(tmp_path):
-    """A student with sliding windows and capped logits, a teacher with learned positions, two templates."""
+    """A student with sliding windows and capped logits, a teacher with learned positions, two templates; a tokenizer
+    without padding.
+    """
     data = [replace(e, teacher_inputs=(*e.teacher_inputs, f"{e.student_input} copy :")) for e in examples(8)]
-    trainer = run("reinforce", tmp_path, model=student(family="gemma2"), teacher=teacher(family="gpt2"), data=data)
+    trainer = run("reinforce", tmp_path, model=student(family="gemma2"), teacher=teacher(family="gpt2"), data=data,
+                  tokenizer=continuing_tokenizer(WORDS))  # fmt: skip
+    assert trainer.tokenizer.pad_token_id is None
     before = weights(trainer.policy)
     trainer.train()
     assert differ(before, weights(trainer.policy))

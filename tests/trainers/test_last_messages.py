@@ -8,7 +8,7 @@ import torch
 from rlkd import Decoding, RewardView, RunOptions, generate_pseudolabels
 from rlkd.cli.main import main
 from rlkd.errors import ConfigError, DataError, DivergenceError
-from rlkd.jobs.encoder_setup import TEACHER_RECORD, _check_same_weights, fine_tuned_teacher
+from rlkd.jobs.encoder_teachers import TEACHER_RECORD, _check_same_weights, fine_tuned_teacher
 from rlkd.records import Example
 from rlkd.runs.best import check_best_metric
 from rlkd.trainers.arguments import ReinforceArguments
@@ -61,7 +61,7 @@ def test_a_template_that_fails_on_a_row_to_look_at(tmp_path, monkeypatch, capsys
 
 
 def test_a_teacher_of_other_settings_is_not_taken_for_this_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlkd.jobs.encoder_setup._fine_tuning_settings", lambda setup: {"seed": 2, "epochs": 3})
+    monkeypatch.setattr("rlkd.jobs.encoder_teachers._fine_tuning_settings", lambda setup: {"seed": 2, "epochs": 3})
     (tmp_path / TEACHER_RECORD).write_text('{"settings": {"seed": 1, "epochs": 3}, "finished": true}')
     setup = SimpleNamespace(
         teacher_folder=str(tmp_path), training=None, teacher=SimpleNamespace(teacher_finetuned=False)

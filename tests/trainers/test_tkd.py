@@ -14,10 +14,11 @@ from rlkd.data.labelled import model_inputs
 from rlkd.errors import ConfigError, DataError, ModelError
 from rlkd.models.encoders.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from rlkd.models.encoders.classifiers import build_student
-from rlkd.objectives.attention_tree import all_tokens, cls_token, rows_of_map
-from rlkd.objectives.encoder import PRESETS, TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance
+from rlkd.objectives.attention_tree import all_tokens, attention_tree, cls_token, rows_of_map
+from rlkd.objectives.encoder import cross_entropy, soft_cross_entropy, token_distance
 from rlkd.trainers.encoders.arguments import TKDArguments
-from rlkd.trainers.encoders.tkd import TKDTrainer, distil_chain
+from rlkd.trainers.encoders.terms import PRESETS, TERMS
+from rlkd.trainers.encoders.tkd import TKDTrainer
 from tiny import CLASSIFIER_WORDS, classifier_tokenizer, tiny_classifier
 from tiny_runs import assert_same, differ, logged, weights
 
@@ -65,21 +66,23 @@ def make(
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains_and_logs_its_terms_raw_and_weighted(tmp_path, preset):
-    trainer = make(tmp_path, preset=preset, beta=3.0, gamma_s=5.0, gamma_t=7.0, gamma_r=11.0, eta=13.0)
+    own = {name: 17.0 for name in PRESETS[preset] if TERMS[name].setting is None}
+    own = {"gram": 17.0} if preset == "custom" else own
+    trainer = make(tmp_path, preset=preset, terms=own, beta=3.0, gamma_s=5.0, gamma_t=7.0, gamma_r=11.0, eta=13.0)
     before, teacher = weights(trainer.trained.student), weights(trainer.teacher)
     trainer.train()
     assert differ(before, weights(trainer.trained.student))
     assert_same(teacher, weights(trainer.teacher))
     given = {"ce": 0.5, "kd": 0.5, "pt": 3.0, "td_student": 5.0, "td_teacher": 7.0, "td_random": 11.0, "all": 13.0}
-    given = {"ce": 1.0} if preset == "ft" else given
+    given = ({"ce": 1.0} if preset == "ft" else given | {"mse": 0.5, "noisy": 0.5}) | own
     steps = [row for row in logged(tmp_path) if "loss" in row]
     assert len(steps) == 2
     for row in steps:
         terms = {name for name in row if f"weighted_{name}" in row}
-        assert terms == set(PRESETS[preset])
+        assert terms == {*PRESETS[preset], *own}
         assert all(row[f"weighted_{name}"] == pytest.approx(given[name] * row[name], rel=1e-5) for name in terms)
         assert sum(row[f"weighted_{name}"] for name in terms) == pytest.approx(row["loss"], rel=1e-3)
-        assert all(row[name] > 0 for name in terms)
+        assert all(row[name] > 0 for name in terms - {"embedding"})  # which the student has from the teacher
 
 
 def one_batch(trainer, n=4):
@@ -107,10 +110,9 @@ def test_the_loss_is_the_sum_of_its_terms_on_the_models_own_outputs(tmp_path, no
 def test_a_tree_wide_enough_is_all_and_random_too(tmp_path):
     trainer = make(tmp_path, preset="tkd", tree_m=32)
     batch = one_batch(trainer)
-    student = trainer.model(model_inputs(batch), hidden=True, rows=True)
-    teacher = trainer.teacher_outputs(batch, hidden=True, rows=False)
-    names = ("td_student", "td_random", "all")
-    terms = trainer.hidden_terms(names, student, teacher, batch["attention_mask"], batch["input_ids"])
+    student = trainer.model(model_inputs(batch), {"hidden", "tree"})
+    read = trainer.batch(batch, student, trainer.teacher_outputs(batch, {"hidden"}))
+    terms = {name: TERMS[name].loss(read) for name in ("td_student", "td_random", "all")}
     torch.testing.assert_close(terms["td_student"], terms["all"])
     torch.testing.assert_close(terms["td_random"], terms["all"])
 
@@ -125,22 +127,21 @@ def test_the_teachers_tree_reads_the_matched_layers(tmp_path):
     trainer = make(tmp_path, preset="teacher-tkd", layer_map=[2, 3])
     batch = one_batch(trainer)
     valid = batch["attention_mask"].bool()
-    rows_of_layers = trainer.teacher_outputs(batch, hidden=True, rows=True).rows
-    own = trainer.tree(rows_of_layers, 2, valid, batch["input_ids"])
+    teacher = trainer.teacher_outputs(batch, {"hidden", "tree"})
+    own = trainer.batch(batch, None, teacher).tree("teacher")
     trainer.teacher.set_attn_implementation("eager")
     maps = trainer.teacher(**model_inputs(batch), output_attentions=True).attentions
-    eager = trainer.tree([rows_of_map(maps[1]), rows_of_map(maps[2])], 2, valid, batch["input_ids"])
-    assert len(rows_of_layers) == 2
+    eager = attention_tree([rows_of_map(maps[1]), rows_of_map(maps[2])], valid, 2, 2)
+    assert len(teacher.attention) == 2
     assert all(torch.equal(one, other) for one, other in zip(own, eager, strict=True))
 
 
 def test_excluded_tokens_are_never_chosen(tmp_path):
     trainer = make(tmp_path, tree_exclude=["cls", "sep", "self"], tree_m=32)
     batch = one_batch(trainer)
-    valid = batch["attention_mask"].bool()
-    student = trainer.model(model_inputs(batch), rows=True)
+    student = trainer.model(model_inputs(batch), {"tree"})
     special = (batch["input_ids"] == 1) | (batch["input_ids"] == 2)
-    for level in trainer.tree(student.rows, 2, valid, batch["input_ids"]):
+    for level in trainer.batch(batch, student, None).student_tree:
         assert not level.transpose(1, 2)[special].any()
         assert level.any()
 
@@ -148,7 +149,9 @@ def test_excluded_tokens_are_never_chosen(tmp_path):
 def test_a_tree_can_start_late(tmp_path):
     make(tmp_path, tree_start_epoch=1.0, max_steps=-1, num_train_epochs=2, preset="all-tkd").train()
     lines = [row for row in logged(tmp_path) if "loss" in row]
-    assert [sorted(set(row) & {"pt", *TREE_TERMS}) for row in lines] == [["pt"]] * 3 + [["all", "pt", "td_student"]] * 3
+    assert [sorted(set(row) & {"pt", *(name for name, term in TERMS.items() if term.late)}) for row in lines] == [
+        ["pt"]
+    ] * 3 + [["all", "pt", "td_student"]] * 3
 
 
 def test_auto_scale_makes_the_terms_equal_at_their_first_step(tmp_path):
@@ -162,12 +165,12 @@ def test_auto_scale_makes_the_terms_equal_at_their_first_step(tmp_path):
 
 
 def test_logits_may_be_matched_by_squares_and_with_noise(tmp_path):
-    trainer = make(tmp_path, preset="kd", logit_loss="mse", w_ce=0.0, w_kd=1.0)
+    trainer = make(tmp_path, preset="logit-mse", w_ce=0.0, w_kd=1.0)
     batch = one_batch(trainer)
     inputs = model_inputs(batch)
     difference = trainer.trained.student(**inputs).logits - trainer.teacher(**inputs).logits
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), difference.square().mean())
-    noisy = make(tmp_path, preset="kd", logit_loss="mse", w_ce=0.0, w_kd=1.0, noise_probability=1.0)
+    noisy = make(tmp_path, preset="noisy-logits", w_ce=0.0, w_kd=1.0, noise_probability=1.0)
     one, other = (noisy.compute_loss(noisy.model, batch).item() for _ in range(2))
     assert one != other
 
@@ -205,7 +208,7 @@ def test_the_cache_changes_nothing_in_any_order_of_rows(tmp_path, kind, preset):
     cache, asked.teacher_cache = asked.teacher_cache, None
     for index in ([3, 0, 12], [7]):
         batch = asked.data_collator([asked.train_dataset[i] for i in index])
-        direct = asked.teacher_outputs(batch, hidden=kind != "logits", rows=False)
+        direct = asked.teacher_outputs(batch, set() if kind == "logits" else {"hidden"})
         kept = cache.batch(index, batch["input_ids"].shape[1])
         torch.testing.assert_close(kept.logits, direct.logits, atol=1e-6, rtol=1e-6)
         for k, states in enumerate(kept.hidden):
@@ -284,7 +287,7 @@ def test_runs_that_share_a_cache_do_not_trip_over_each_other(tmp_path, monkeypat
     assert name in folders(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", ["logits.npy", "states.npy", "offsets.npy", "meta.json"])
+@pytest.mark.parametrize("name", ["logits.npy", "hidden.npy", "offsets.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_a_damaged_cache_is_computed_again(tmp_path, caplog, name, damage):
     def outputs():
@@ -319,7 +322,7 @@ def test_a_cache_of_another_precision_or_batch_is_another(tmp_path, monkeypatch)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_teacher_computes_in_the_precision_asked_for_and_answers_in_float32(tmp_path, bf16):
     trainer = make(tmp_path, preset="teacher-tkd", bf16=bf16)
-    found = trainer.teacher_outputs(one_batch(trainer), hidden=True, rows=True).logits
+    found = trainer.teacher_outputs(one_batch(trainer), {"hidden", "tree"}).logits
     exact = trainer.teacher(**model_inputs(one_batch(trainer))).logits
     assert found.dtype == torch.float32
     assert torch.equal(found, found.bfloat16().float()) is bf16
@@ -467,7 +470,7 @@ def test_a_teacher_with_its_own_tokenizer_gives_logits(tmp_path, cache):
     trainer.teacher_texts.ids["input_ids"][0] = ids[0].tolist()
     trainer.teacher_texts.ids["token_type_ids"][0] = [0, 0, 0]
     if cache == "none":
-        outputs = trainer.teacher_outputs(one_batch(trainer, 1), hidden=False, rows=False)
+        outputs = trainer.teacher_outputs(one_batch(trainer, 1), {"logits"})
         torch.testing.assert_close(outputs.logits, trainer.teacher(input_ids=ids).logits)
     trainer.train()
 
@@ -538,22 +541,6 @@ def test_pairs_keep_their_token_types(tmp_path):
     trainer.train()
 
 
-def test_assistants_teach_one_another(tmp_path):
-    seen = []
-
-    def distil(teacher, layers):
-        seen.append((teacher.config.num_hidden_layers, layers))
-        trainer = make(tmp_path / str(layers), model=build_student(teacher, layers), teacher=teacher, max_steps=1)
-        trainer.train()
-        return trainer.trained.student
-
-    students = distil_chain(tiny_classifier(), [3, 2, 1], distil)
-    assert seen == [(4, 3), (3, 2), (2, 1)]
-    assert [s.config.num_hidden_layers for s in students] == [3, 2, 1]
-    with pytest.raises(ValueError, match="at least one step"):
-        distil_chain(tiny_classifier(), [], distil)
-
-
 def test_bf16_runs_and_stays_close(tmp_path):
     for name, options in (("full", {}), ("bf16", {"bf16": True})):
         make(tmp_path / name, preset="all-tkd", **options).train()
@@ -572,8 +559,8 @@ def test_bf16_runs_and_stays_close(tmp_path):
         ({"preset": "tdk"}, "preset = 'tdk': allowed are 'ft', 'kd'"),
         ({"w_kd": -1.0}, "w_kd = -1.0: must be at least 0"),
         ({"temperature": 0.0}, "temperature = 0.0: must be above 0"),
-        ({"noise_probability": 2.0}, "noise_probability = 2.0"),
-        ({"noise_deviation": -1.0}, "noise_deviation = -1.0"),
+        ({"preset": "noisy-logits", "noise_probability": 2.0}, "noise_probability = 2.0"),
+        ({"preset": "noisy-logits", "noise_deviation": -1.0}, "noise_deviation = -1.0"),
         ({"tree_m": 0}, "tree_m = 0: must be at least 1"),
         ({"max_length": 2}, "max_length = 2: must be at least 3"),
         ({"tree_exclude": ["pad"]}, "allowed are lists of 'self', 'cls', 'sep'"),

@@ -1,8 +1,9 @@
-"""Attention rows of a model's own forward, without its attention maps.
+"""What a model's attention computes in its own forward, without its attention maps.
 
 `output_attentions=True` would force the eager path, which in training returns maps after dropout. Instead one
 attention function is registered with transformers: it is sdpa, and while `recorded_attention` is open it also keeps
-the detached queries and keys, from which `attention_tree` computes the few rows it needs.
+queries, keys and values, from which `attention_tree` computes the few rows it needs, TinyBERT's term the scores and
+MiniLM's the relations.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,20 +20,76 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ...errors import ModelError
-from ...objectives.attention_tree import AttentionRows, rows_of_query_key
+from ...objectives.attention_tree import rows_of_map, rows_of_query_key
 
 RECORDED_SDPA = "rlkd_recorded_sdpa"
 AttentionSource = Literal["sdpa", "eager"]
-_open_record: ContextVar[list[AttentionRows] | None] = ContextVar("_open_record", default=None)
+_open_record: ContextVar[list[RecordedAttention] | None] = ContextVar("_open_record", default=None)
+
+
+class RecordedAttention(NamedTuple):
+    """Queries, keys and values of one layer [B, H, L, d], in the graph of the forward, and what is added to scores.
+
+    biases broadcast to [B, H, L, L]: added position biases or masks, or boolean masks (True = may be attended).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    biases: tuple[Tensor, ...]
+    scaling: float
+
+    def rows(self, nodes: Tensor) -> Tensor:
+        """As in `AttentionRows`: scores [B, H, F, L] of the query positions nodes [B, H, F]."""
+        biases = [bias.detach() for bias in self.biases]
+        return rows_of_query_key(self.query.detach(), self.key.detach(), biases, self.scaling)(nodes)
+
+    def scores(self) -> Tensor:
+        """The whole map before its softmax [B, H, L, L], float32; -inf where a token may not be attended to."""
+        with torch.autocast(self.query.device.type, enabled=False):
+            scores = self.query.float() @ self.key.float().transpose(2, 3) * self.scaling
+        for bias in self.biases:
+            if bias.dtype == torch.bool:
+                scores = scores.masked_fill(~bias, -torch.inf)
+            else:  # masks are added as the lowest number of their type
+                scores = (scores + bias.float()).masked_fill(bias <= torch.finfo(bias.dtype).min / 2, -torch.inf)
+        return scores
+
+    def vectors(self) -> list[Tensor]:
+        """Queries, keys and values, all heads side by side: three of [B, L, H d]."""
+        return [x.transpose(1, 2).flatten(2).float() for x in (self.query, self.key, self.value)]
+
+
+class AttentionMap(NamedTuple):
+    """The attention probabilities of one layer [B, H, L, L], of a family that gives nothing else."""
+
+    probabilities: Tensor
+
+    def rows(self, nodes: Tensor) -> Tensor:
+        """As in `RecordedAttention`, of probabilities: their order is that of the scores."""
+        return rows_of_map(self.probabilities.detach())(nodes)
+
+
+LayerAttention = RecordedAttention | AttentionMap
+
+
+def comparable_maps(student: LayerAttention, teacher: LayerAttention) -> tuple[Tensor, Tensor]:
+    """Scores [B, H, L, L] of two layers, or their probabilities where one of them has only those."""
+    if isinstance(student, RecordedAttention) and isinstance(teacher, RecordedAttention):
+        return student.scores(), teacher.scores()
+    own, theirs = (
+        a.probabilities.float() if isinstance(a, AttentionMap) else a.scores().softmax(-1) for a in (student, teacher)
+    )
+    return own, theirs
 
 
 @contextmanager
-def recorded_attention() -> Iterator[list[AttentionRows]]:
-    """Collects the rows of every attention layer that runs inside, in order.
+def recorded_attention() -> Iterator[list[RecordedAttention]]:
+    """Collects the attention of every layer that runs inside, in order.
 
     Open it around one forward only: gradient checkpointing runs the layers again in the backward pass, outside.
     """
-    record: list[AttentionRows] = []
+    record: list[RecordedAttention] = []
     token = _open_record.set(record)
     try:
         yield record
@@ -45,9 +102,9 @@ def _recorded_sdpa(
 ) -> tuple[Tensor, None]:
     record = _open_record.get()
     if record is not None:
-        biases = [b.detach() for b in (attention_mask, options.get("position_bias")) if b is not None]
+        biases = tuple(b for b in (attention_mask, options.get("position_bias")) if b is not None)
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        record.append(rows_of_query_key(query.detach(), key.detach(), biases, scaling))
+        record.append(RecordedAttention(query, key, value, biases, scaling))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
@@ -55,12 +112,13 @@ AttentionInterface.register(RECORDED_SDPA, _recorded_sdpa)
 AttentionMaskInterface.register(RECORDED_SDPA, sdpa_mask)
 
 
-def prepare_attention(model: Any, role: str) -> AttentionSource:
+def prepare_attention(model: Any, role: str, *, vectors: bool = False) -> AttentionSource:
     """Make the attention of `model` readable; returns how: 'sdpa' recorded, or 'eager' maps where the family has no
     other.
 
-    Tries it out on two tokens. Raises ModelError if the model has no attention to read, or if only maps after dropout
-    could be had (an eager model that trains with attention dropout).
+    Tries it out on two tokens. Raises ModelError if the model has no attention to read, if only maps after dropout
+    could be had (an eager model that trains with attention dropout), or, where `vectors` are needed, if it gives no
+    queries, keys and values.
     """
     layers = getattr(model.config, "num_hidden_layers", 0)
     if layers and getattr(model, "_supports_sdpa", False):
@@ -80,8 +138,13 @@ def prepare_attention(model: Any, role: str) -> AttentionSource:
     if not layers or maps is None or len(maps) != layers or any(a is None or a.dim() != 4 for a in maps):
         raise ModelError(
             f"{role}: a '{model.config.model_type}' model does not expose its attention, neither through transformers' "
-            "attention interface nor as maps, so no tree can be grown. Choose a preset without a tree (ft, kd, pkd), "
-            "or a BERT-like model."
+            "attention interface nor as maps, which the tree, attention and relations need. Choose a preset without "
+            "them (ft, kd, pkd), or a BERT-like model."
+        )
+    if vectors:
+        raise ModelError(
+            f"{role}: a '{model.config.model_type}' model exposes only attention maps, not the queries, keys and "
+            "values that the term relations compares. Choose another preset, or a BERT-like model."
         )
     dropout = next((p for name in ATTENTION_DROPOUT if (p := getattr(model.config, name, 0.0))), 0.0)
     if role == "student" and dropout:

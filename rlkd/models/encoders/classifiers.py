@@ -1,58 +1,24 @@
-"""Encoder-only classifiers: outputs for distillation, and students cut from a fine-tuned teacher."""
+"""Encoder-only students, cut from a fine-tuned teacher."""
 
 from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...checks import check_choice
 from ...errors import ConfigError, ModelError
-from ...objectives.attention_tree import AttentionRows, rows_of_map
 from ..loading import load_config, load_pretrained
-from .attention import AttentionSource, recorded_attention
 from .labels import check_single_label, give_labels, label_names
 
 Init = Literal["mapped", "first", "pretrained", "random"]
 PER_LAYER = ("attention_window",)  # lists with a value for each layer, besides those called so (layer_types)
-PROJECTIONS_FILE = "projections.safetensors"
 # Families that number positions from pad_token_id + 1, so that as many of the embedding's rows are never used.
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "roberta-prelayernorm")
-
-
-class EncoderOutputs(NamedTuple):
-    """logits [B, C]; hidden, the layers' outputs [B, L, D], layer 1 first; rows, their attention (`AttentionRows`).
-
-    hidden and rows are empty unless requested.
-    """
-
-    logits: Tensor
-    hidden: list[Tensor]
-    rows: list[AttentionRows]
-
-
-def run_encoder(
-    model: Any, inputs: dict[str, Tensor], *, hidden: bool = False, attention: AttentionSource | None = None
-) -> EncoderOutputs:
-    """One forward of a sequence classifier on input_ids, attention_mask [B, L] and the like.
-
-    attention is the value of `prepare_attention` for the model, or None where no rows are needed.
-    """
-    with recorded_attention() as record:
-        out = model(**inputs, output_hidden_states=hidden, output_attentions=attention == "eager")
-    rows = record if attention == "sdpa" else []
-    if attention == "eager":
-        rows = [rows_of_map(a.detach()) for a in out.attentions]
-    return EncoderOutputs(out.logits, list(out.hidden_states[1:]) if hidden else [], rows)
-
-
-def width_of(config: Any) -> int:
-    """Width of a model's hidden states; those of a bidirectional network join both directions."""
-    return int(getattr(config, "output_width", config.hidden_size))
 
 
 def check_length(max_length: int, config: Any, role: str) -> None:
@@ -85,63 +51,6 @@ def matched_layers(student_layers: int, teacher_layers: int, layer_map: list[int
             f"increasing, from 1 to {M}"
         )
     return list(layer_map)
-
-
-class EncoderStudent(nn.Module):
-    """The student and, where widths differ, one trainable projection per layer that is never saved with the student.
-
-    Under DistributedDataParallel this forward is the only entry that carries gradients.
-    """
-
-    def __init__(self, student: Any, *, teacher_width: int | None = None, attention: AttentionSource | None = None):
-        super().__init__()
-        self.student, self.attention = student, attention
-        width = width_of(student.config)
-        needed = teacher_width is not None and teacher_width != width
-        self.projections = nn.ModuleList(
-            nn.Linear(width, teacher_width, bias=False)  # type: ignore[arg-type]
-            for _ in range(student.config.num_hidden_layers if needed else 0)
-        ).to(next(student.parameters()).device)
-
-    @property
-    def config(self) -> Any:
-        return self.student.config
-
-    def forward(self, inputs: dict[str, Tensor], *, hidden: bool = False, rows: bool = False) -> EncoderOutputs:
-        """Outputs of the student; hidden states [B, L, D] have the teacher's width."""
-        out = run_encoder(self.student, inputs, hidden=hidden, attention=self.attention if rows else None)
-        if not self.projections:
-            return out
-        if hidden:
-            projected = [project(h) for project, h in zip(self.projections, out.hidden, strict=True)]
-            return out._replace(hidden=projected)
-        # Part of every backward pass, as DistributedDataParallel requires of all parameters.
-        unused = sum(p.sum() for p in self.projections.parameters())
-        return out._replace(logits=out.logits + 0.0 * unused)
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Called by the Trainer for `gradient_checkpointing`."""
-        self.student.gradient_checkpointing_enable(**options)
-
-    def save_projections(self, folder: str | Path) -> None:
-        """Write the projections next to a checkpoint's student, if there are any."""
-        from safetensors.torch import save_file
-
-        if self.projections:
-            save_file(self.projections.state_dict(), Path(folder) / PROJECTIONS_FILE)
-
-    def load(self, folder: str | Path) -> None:
-        """Load in place a saved student, and the projections if they are next to it."""
-        from safetensors.torch import load_file
-
-        dtype = next(self.student.parameters()).dtype
-        loaded = load_pretrained(
-            type(self.student), str(folder), "student", config=copy.deepcopy(self.config), dtype=dtype
-        )
-        self.student.load_state_dict(loaded.state_dict())
-        path = Path(folder) / PROJECTIONS_FILE
-        if self.projections and path.exists():
-            self.projections.load_state_dict(load_file(path))
 
 
 def layer_lists(teacher: Any, student: Any) -> list[str]:
@@ -230,16 +139,31 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", *, allow_bin
     """
     config = student_config(teacher.config, layers, init, **options)
     if init == "pretrained":
-        return _pretrained_student(options["pretrained"], config, allow_bin)
+        return pretrained_student(options["pretrained"], config, allow_bin)
     student = type(teacher)(config)
     if init != "random":
         M = teacher.config.num_hidden_layers
         mapped = matched_layers(layers, M, options.get("layer_map"))
+        if init == "mapped" and options.get("layer_map") is not None and not layer_lists(teacher, student):
+            raise ModelError(
+                f"layer_map = {mapped}: the layers of a '{teacher.config.model_type}' model share their weights, so "
+                "there are no layers to choose from. Leave layer_map out."
+            )
         _copy_layers(teacher, student, mapped if init == "mapped" else list(range(1, layers + 1)))
     return student
 
 
-def _pretrained_student(name: str, config: Any, allow_bin: bool) -> Any:
+def labelled_config(name: str, layers: int | None, labels: Sequence[str]) -> Any:
+    """Configuration of a pretrained encoder's first layers (null: all) as a classifier with these labels. Raises
+    ConfigError.
+    """
+    config = load_config(name, "student")
+    give_labels(config, labels)
+    return student_config(config, layers or config.num_hidden_layers, "pretrained", pretrained=name)
+
+
+def pretrained_student(name: str, config: Any, allow_bin: bool = False) -> Any:
+    """The classifier that a configuration describes, with the weights of a pretrained model, as far as it has them."""
     from transformers import AutoModelForSequenceClassification
 
     given = label_names(load_config(name, "student"))

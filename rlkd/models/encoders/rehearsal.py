@@ -15,9 +15,11 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ...errors import ConfigError, ModelError
+from ...objectives.neighbours import input_gradient
 from ..loading import load_config
-from .attention import prepare_attention
-from .classifiers import build_student, run_encoder, student_config, width_of
+from .attention import AttentionSource, prepare_attention
+from .classifiers import build_student, student_config
+from .outputs import ATTENTION_NEEDS, EncoderOutputs, run_encoder, width_of
 
 RANDOM_FILLS = {"uniform_", "normal_", "trunc_normal_", "random_", "bernoulli_", "exponential_"}
 
@@ -32,17 +34,16 @@ def rehearse(
     teacher_config: Any,
     options: dict[str, Any],
     *,
-    states: bool = False,
-    trees: Collection[str] = (),
+    needs: Mapping[str, Collection[str]] = MappingProxyType({}),
     token_types: Mapping[str, Sequence[int]] = MappingProxyType({}),
     gradient_checkpointing: bool = False,
 ) -> Any:
     """The configuration of the student that `build_student` will make with `options` of a model of `teacher_config`.
 
     Both are built, without weights: the student must take the teacher's layers, be the same model when its
-    configuration is saved and read again, and give logits [B, C]. states: also hidden states [B, L, D] of every layer;
-    trees: the roles ("teacher", "student") whose attention must be readable; token_types: the token_type_ids that a
-    role's tokenizer gives, at most 4, none where it gives no such input. Raises ConfigError or ModelError.
+    configuration is saved and read again, and give logits [B, C]. needs: what else a role ("teacher", "student") must
+    give (`outputs.Need`); token_types: the token_type_ids that its tokenizer gives, at most 4, none where it gives no
+    such input. Raises ConfigError or ModelError.
     """
     with _naming("student", teacher_config):
         own = student_config(teacher_config, **options)
@@ -61,16 +62,30 @@ def rehearse(
         with _naming(role, model.config):
             with _no_random_numbers():
                 model = _model(model.config)
-            if role in trees:
-                prepare_attention(model, role)
-            _check_outputs(model, role, states, token_types.get(role, ()))
+            check_outputs(model, role, needs.get(role, ()), token_types.get(role, ()))
     return own
 
 
-def check_states(model: Any, role: str) -> None:
-    """Raises ModelError unless the model gives hidden states [B, L, D] of every layer."""
+def check_outputs(
+    model: Any, role: str, needs: Collection[str], token_types: Sequence[int] = ()
+) -> AttentionSource | None:
+    """Prepare a model to give logits [B, C] and what is needed of it (`outputs.Need`), and try it on two texts.
+
+    Returns: how its attention is read, None if it is not. Raises ModelError if it does not give all of this.
+    """
     with _naming(role, model.config):
-        _check_outputs(model, role, states=True)
+        source = None
+        if ATTENTION_NEEDS.intersection(needs):
+            source = prepare_attention(model, role, vectors="relations" in needs)
+        training = model.training
+        try:
+            with torch.random.fork_rng():
+                for mode in (True, False):  # some families take other texts in training
+                    out = run_encoder(model.train(mode), _two_texts(model, token_types), needs, source)
+                    _check_shapes(model, role, needs, out)
+        finally:
+            model.train(training)
+    return source
 
 
 def _model(config: Any) -> Any:
@@ -94,32 +109,42 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _check_outputs(model: Any, role: str, states: bool, token_types: Sequence[int] = ()) -> None:
-    config, device = model.config, next(model.parameters()).device
+def _two_texts(model: Any, token_types: Sequence[int]) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
     ids = torch.ones(2, 4, dtype=torch.long, device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)}
     if token_types:
         row = [*token_types, *[token_types[-1]] * 4][:4]
         inputs["token_type_ids"] = torch.tensor([row, row], device=device)
-    training = model.training
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            for mode in (True, False):  # some families take other texts in training
-                out = run_encoder(model.train(mode), inputs, hidden=states)
-    finally:
-        model.train(training)
+    return inputs
+
+
+def _check_shapes(model: Any, role: str, needs: Collection[str], out: EncoderOutputs) -> None:
+    config = model.config
+    layers, kind = config.num_hidden_layers, f"{role}: a '{config.model_type}' model"
     if out.logits.shape != (2, config.num_labels):
         raise ModelError(
-            f"{role}: a '{config.model_type}' model gives logits of shape {tuple(out.logits.shape)} for 2 texts and "
-            f"{config.num_labels} labels. Choose a model of the BERT family."
+            f"{kind} gives logits of shape {tuple(out.logits.shape)} for 2 texts and {config.num_labels} labels. "
+            "Choose a model of the BERT family."
         )
-    found, wanted = [tuple(h.shape) for h in out.hidden], [(2, 4, width_of(config))] * config.num_hidden_layers
-    if states and found != wanted:
+    states = [*out.embeddings, *out.hidden]
+    found = [tuple(h.shape) for h in states]
+    wanted = [(2, 4, width_of(config))] * (len(out.embeddings) + layers)
+    if {"cls", "hidden", "embeddings"}.intersection(needs) and found != wanted:
         raise ModelError(
-            f"{role}: a '{config.model_type}' model of {config.num_hidden_layers} layers gives {len(found)} hidden "
-            f"states, which cannot be compared token by token, layer by layer ({found[-1:]} of 2 texts of 4 tokens). "
-            "Use preset: kd, or a model of the BERT family."
+            f"{kind} of {layers} layers gives {len(found)} hidden states, which cannot be compared token by token, "
+            f"layer by layer ({found[-1:]} of 2 texts of 4 tokens). Use preset: kd, or a model of the BERT family."
         )
+    if "neurons" in needs and len(out.neurons) != layers:
+        raise ModelError(
+            f"{kind} has {len(out.neurons)} plain feed-forward networks for {layers} layers, and the term boundaries "
+            "reads one in each (gated ones have no such neurons). Choose another preset, or a BERT-like model."
+        )
+    if "gradient" in needs:  # twice differentiable, or it raises
+        (words,) = out.inputs
+        gradient = input_gradient(out.logits, out.logits.argmax(-1), words, differentiable=role == "student")
+        if role == "student":
+            torch.autograd.grad(gradient.sum(), words)
 
 
 @contextmanager

@@ -6,64 +6,81 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import ModelError
 from ...io.files import explained
 from ...io.files import sha256 as file_sha256
 from ...tensors import pad_stack
 from ..digests import configuration_digest, tokenizer_digest, weights_digest
-from .classifiers import EncoderOutputs
+from .attention import LayerAttention, RecordedAttention
+from .outputs import EncoderOutputs
 
 logger = logging.getLogger(__name__)
 
-CacheKind = Literal["logits", "cls", "hidden"]
-FORMAT = 2
+FORMAT = 3
+PER_ROW = ("logits", "cls")  # the other parts have a line for each token
 META_FILE = "meta.json"
 # Outputs of a batch of rows, for the rows' indices.
 Compute = Callable[[list[int]], EncoderOutputs]
 
 
 class TeacherOutputs:
-    """Outputs of every row of a data set.
+    """Outputs of every row of a data set, in one array for each part that is cached.
 
-    logits  [rows, C]                      the logits alone
-    cls     [rows, K, D]                   and [CLS] of the K matched layers
-    hidden  [tokens of all rows, K, D]     and every token of the matched layers: 4 K D bytes a token
+    logits      [rows, C]
+    cls         [rows, K, D]               [CLS] of the K matched layers
+    hidden      [tokens of all rows, K, D] every token of the matched layers: 4 K D bytes a token
+    embeddings  [tokens, D]
+    attention   [tokens, K, 2, H, d]       queries (times their scaling) and keys, from which maps are computed
+    relations   [tokens, 3, H d]           queries, keys and values of the last matched layer
+    neurons     [tokens, K, F]             on or off, one byte each
+    gradient    [tokens, E]
     """
 
     def __init__(self, folder: Path):
         meta = json.loads((folder / META_FILE).read_text())
-        self.kind: CacheKind = meta["kind"]
-        self.logits = np.load(folder / "logits.npy", mmap_mode="r")
         self.offsets = np.load(folder / "offsets.npy")
-        self.states = None if self.kind == "logits" else np.load(folder / "states.npy", mmap_mode="r")
+        self.parts = {part: np.load(folder / f"{part}.npy", mmap_mode="r") for part in meta["parts"]}
 
     def __len__(self) -> int:
-        return len(self.logits)
+        return len(self.parts["logits"])
 
-    def batch(self, index: Sequence[int], length: int) -> EncoderOutputs:
-        """Logits [B, C] and matched layers [B, L, D] (`hidden`), [B, 1, D] (`cls`) or none, of the rows of `index`.
-
-        length is L, the batch's padded length; padding is 0.
+    def batch(self, index: Sequence[int], length: int, device: str | torch.device = "cpu") -> EncoderOutputs:
+        """Outputs of the rows of `index` as `_ask_teacher` would give them, of [CLS] alone [B, 1, D] where only that is
+        cached. length is L, the batch's padded length; padding is 0.
         """
-        logits = torch.from_numpy(self.logits[list(index)])
-        if self.states is None:
-            return EncoderOutputs(logits, [], [])
-        if self.kind == "cls":
-            states = torch.from_numpy(self.states[list(index)])[:, None]  # [B, 1, K, D]
-        else:
-            spans = [np.array(self.states[self.offsets[i] : self.offsets[i + 1]]) for i in index]
-            grid = pad_stack([torch.from_numpy(span) for span in spans])
-            states = torch.nn.functional.pad(grid, (0, 0, 0, 0, 0, length - grid.shape[1]))
-        return EncoderOutputs(logits, list(states.unbind(2)), [])
+        found = {part: self._tensor(part, index, length).to(device) for part in self.parts}
+        out = EncoderOutputs(found.pop("logits"))
+        if (states := found.get("hidden", found.get("cls"))) is not None:  # [B, L or 1, K, D]
+            out = out._replace(hidden=list(states.unbind(2)), plain=list(states.unbind(2)))
+        if "attention" in found:
+            query, key = found["attention"].transpose(1, 4).unbind(3)  # [B, H, K, L, d]
+            pairs = zip(query.unbind(2), key.unbind(2), strict=True)
+            out = out._replace(attention=[RecordedAttention(q, k, k, (), 1.0) for q, k in pairs])
+        split: dict[str, Any] = {part: found[part].unbind(2) for part in ("relations", "neurons") if part in found}
+        whole: dict[str, Any] = {part: [found[part]] for part in ("embeddings", "gradient") if part in found}
+        return out._replace(**split, **whole)
+
+    def _tensor(self, part: str, index: Sequence[int], length: int) -> Tensor:
+        """The rows of one part [B, ...], with padded tokens as the second axis where it has tokens."""
+        array = self.parts[part]
+        if part in PER_ROW:
+            rows = torch.from_numpy(array[list(index)])
+            return rows if part == "logits" else rows[:, None]
+        spans = [np.array(array[self.offsets[i] : self.offsets[i + 1]]) for i in index]
+        grid = pad_stack([torch.from_numpy(span).float() for span in spans])
+        widened = grid.new_zeros(len(spans), length, *grid.shape[2:])
+        widened[:, : grid.shape[1]] = grid
+        return widened
 
 
 def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, **choices: Any) -> dict[str, Any]:
@@ -80,14 +97,15 @@ def cache_key(teacher: Any, tokenizer: Any, data_digest: str, max_length: int, *
 
 
 def cached_outputs(
-    root: Path, key: dict[str, Any], kind: CacheKind, lengths: list[int], compute: Compute, batch_rows: int
+    root: Path, key: dict[str, Any], parts: Collection[str], lengths: list[int], compute: Compute, batch_rows: int
 ) -> TeacherOutputs:
-    """The outputs cached under `root` for `key`, computed if they are missing or have changed since.
+    """These parts of the outputs, cached under `root` for `key`, computed if they are missing or have changed since.
 
     Rows go through the teacher by length. They are written next to the final folder and renamed into place, so an
     interrupted run leaves nothing that looks complete.
     """
-    key = {**key, "kind": kind}
+    kept = sorted({"logits", *parts} - ({"cls"} if "hidden" in parts else set()))
+    key = {**key, "parts": kept}
     folder = root / sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     if folder.is_dir() and not _is_intact(folder, key):
         logger.warning("the teacher's outputs in %s are damaged: computing them again", folder)
@@ -97,7 +115,7 @@ def cached_outputs(
         partial = root / f"{folder.name}.partial-{uuid4().hex}"
         partial.mkdir(parents=True)
         try:
-            _write(partial, kind, lengths, compute, batch_rows)
+            _write(partial, kept, lengths, compute, batch_rows)
             (partial / META_FILE).write_text(json.dumps({**key, "files": _checksums(partial)}, indent=2))
             partial.rename(folder)
         except OSError:
@@ -119,7 +137,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(folder.glob("*.npy"))}
 
 
-def _write(folder: Path, kind: CacheKind, lengths: list[int], compute: Compute, batch_rows: int) -> None:
+def _write(folder: Path, parts: Sequence[str], lengths: list[int], compute: Compute, batch_rows: int) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     arrays: dict[str, np.memmap] = {}
@@ -127,26 +145,57 @@ def _write(folder: Path, kind: CacheKind, lengths: list[int], compute: Compute, 
     def array(name: str, rows: int, like: Tensor) -> np.memmap:
         if name not in arrays:
             path = folder / f"{name}.npy"
-            arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, *like.shape))
+            kind = np.bool_ if like.dtype == torch.bool else np.float32
+            arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=(rows, *like.shape))
             _reserve(path)
         return arrays[name]
 
     for start in range(0, len(order), batch_rows):
         index = order[start : start + batch_rows]
         out = compute(index)
-        logits = out.logits.float().cpu()
-        array("logits", len(lengths), logits[0])[index] = logits.numpy()
-        if kind == "logits":
-            continue
-        states = torch.stack(out.hidden, dim=2).float().cpu()  # [B, L, K, D]
-        if kind == "cls":
-            array("states", len(lengths), states[0, 0])[index] = states[:, 0].numpy()
-            continue
-        for i, row in zip(index, states, strict=True):
-            array("states", int(offsets[-1]), row[0])[offsets[i] : offsets[i + 1]] = row[: lengths[i]].numpy()
+        for part in parts:
+            values = _values(part, out, [lengths[i] for i in index]).detach().cpu()
+            if part in PER_ROW:
+                array(part, len(lengths), values[0])[index] = values.numpy()
+                continue
+            for i, row in zip(index, values, strict=True):
+                array(part, int(offsets[-1]), row[0])[offsets[i] : offsets[i + 1]] = row[: lengths[i]].numpy()
     for written in arrays.values():
         written.flush()
     np.save(folder / "offsets.npy", offsets)
+
+
+def _values(part: str, out: EncoderOutputs, lengths: list[int]) -> Tensor:
+    """One part of a batch [B, ...] or [B, L, ...], as `TeacherOutputs` stores it."""
+    if part == "logits":
+        return out.logits.float()
+    if part in ("cls", "hidden"):
+        states = torch.stack([*out.hidden], dim=2).float()  # [B, L, K, D]
+        return states[:, 0] if part == "cls" else states
+    if part == "attention":
+        return torch.stack([_query_key(layer, lengths) for layer in out.attention], dim=2)
+    if part == "neurons":
+        return torch.stack([*out.neurons], dim=2) > 0
+    if part == "relations":
+        return torch.stack([*out.relations], dim=2)
+    (one,) = getattr(out, part)
+    return torch.as_tensor(one).float()
+
+
+def _query_key(layer: LayerAttention, lengths: list[int]) -> Tensor:
+    """[B, L, 2, H, d]. Raises ModelError where scores also depend on something else, which is not cached."""
+    if isinstance(layer, RecordedAttention):
+        query, key = (x.transpose(1, 2).float() for x in (layer.query * layer.scaling, layer.key))
+        plain = torch.stack([query, key], dim=2)
+        # Of two real tokens nothing is added to the score and nothing masked: only padding is.
+        whole = [bias.expand(len(lengths), -1, -1, -1) for bias in layer.biases]
+        flat = [bias[i, :, :n, :n] for bias in whole for i, n in enumerate(lengths)]
+        if all(bool(b.all()) if b.dtype == torch.bool else not b.any() for b in flat):
+            return plain
+    raise ModelError(
+        "teacher: its attention scores depend on more than queries and keys (position biases, local attention, maps "
+        "alone), so they cannot be cached. Set teacher_cache to none."
+    )
 
 
 def _reserve(path: Path) -> None:

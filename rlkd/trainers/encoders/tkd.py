@@ -3,97 +3,52 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, set_seed
 
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
-from ...errors import ConfigError, ModelError
+from ...errors import ConfigError
 from ...evaluation.classes import classified_rows, one_class_warning, only_class
 from ...evaluation.task_metrics import classification_metrics, try_classification
 from ...io.versions import describe_machine
 from ...metrics import metric
-from ...models.encoders.attention import prepare_attention
-from ...models.encoders.classifiers import (
+from ...models.encoders.classifiers import check_length, matched_layers
+from ...models.encoders.outputs import (
     EncoderOutputs,
     EncoderStudent,
-    check_head_slices,
-    check_length,
-    matched_layers,
+    inner_width,
+    matched_outputs,
     run_encoder,
     width_of,
 )
-from ...models.encoders.labels import check_same_labels, check_single_label
-from ...models.encoders.rehearsal import check_states
+from ...models.encoders.rehearsal import check_outputs
 from ...models.encoders.teacher_outputs import TeacherOutputs, cache_key, cached_outputs
-from ...models.vocabulary import check_vocabulary_fits, valid_vocab
-from ...objectives.attention_tree import AttentionRows, all_tokens, attention_tree, cls_token, random_tokens
-from ...objectives.encoder import TREE_TERMS, cross_entropy, soft_cross_entropy, token_distance, weighted_terms
-from ...objectives.neighbours import logit_mse, noisy_logits
+from ...objectives.encoder import cross_entropy, weighted_terms
+from ...objectives.neighbours import input_gradient
 from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
 from ..environment import describe_environment
-from .arguments import STUDENT_TREE, TKDArguments
+from .arguments import TKDArguments
+from .checks import check_distillation, check_labels_and_vocabulary, check_recorded_teacher
+from .terms import TERMS, Batch, compared_parts, needs_of
 
 logger = logging.getLogger(__name__)
 
+NO_TEACHER = EncoderOutputs(torch.empty(0))
 SMALLEST_TERM = 1e-4  # auto_scale: a smaller term joins later; its inverse would be a weight without meaning
-Model = TypeVar("Model")
-Step = TypeVar("Step")
-
-
-def check_distillation(
-    args: TKDArguments, student_config: Any, teacher_config: Any, tokenizer: Any, teacher_tokenizer: Any = None
-) -> None:
-    """Check the combination of models and settings from configurations and tokenizers alone. Raises ConfigError or
-    ModelError.
-    """
-    check_single_label(teacher_config, "teacher")
-    check_same_labels(student_config, teacher_config)
-    check_length(args.max_length, student_config, "student")
-    check_length(args.max_length, teacher_config, "teacher")
-    terms = args.weights.keys() - {"ce", "kd"}
-    if not terms:
-        return
-    if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"preset = {args.preset!r}: teacher and student have different tokenizers, so their tokens cannot be "
-            "matched, only their logits. Use preset: kd, or a student with the teacher's tokenizer."
-        )
-    layers = matched_layers(student_config.num_hidden_layers, teacher_config.num_hidden_layers, args.layer_map)
-    if "pt" in terms and len(layers) == 1 and not args.patience_last_layer:
-        raise ConfigError(
-            "patience_last_layer = False: a student of 1 layer has no other. Set it to true, or beta to 0."
-        )
-    for role, config, needing in (
-        ("student", student_config, terms & {*STUDENT_TREE, "all"}),
-        ("teacher", teacher_config, terms & {"td_teacher"}),
-    ):
-        if needing and not getattr(config, "num_attention_heads", None):
-            raise ModelError(
-                f"preset = {args.preset!r}: the {role} is a '{config.model_type}' model without attention heads. "
-                "Use preset: kd or pkd."
-            )
-        if needing:
-            check_head_slices(config.num_attention_heads, width_of(teacher_config), role)
-
-
-def check_labels_and_vocabulary(model: Any, role: str, tokenizer: Any) -> None:
-    """Raises ModelError unless the model gives single labels and has embeddings for all ids of the tokenizer."""
-    check_single_label(model.config, role)
-    name = model.config.name_or_path or model.config.model_type
-    check_vocabulary_fits(model.config, valid_vocab(tokenizer), role, name)
 
 
 class TKDTrainer(StudentTrainer):
-    """L = w_ce CE + w_kd KD + beta PT + gamma TD + eta ALL (see `rlkd.objectives.encoder`), on transformers' Trainer.
+    """L = sum of weight x term over the terms of a method (`terms.PRESETS`), on transformers' Trainer.
 
-    Args: student, a sequence classifier (see `build_student`); teacher, a fine-tuned one, None for preset ft;
-    tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}; teacher_tokenizer if it differs;
+    Args: student, a sequence classifier (see `build_student`); teacher, a fine-tuned one, None for preset ft and where
+    train_rows bring `logits`; tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}, in
+    train_rows with the logits of a teacher that is not here; teacher_tokenizer if it differs;
     compute_metrics as in Trainer, accuracy by default. Callbacks are added by `add_callback`. What is saved is the bare
     student. Raises ConfigError, ModelError or DataError for invalid combinations.
     """
@@ -112,8 +67,15 @@ class TKDTrainer(StudentTrainer):
         teacher_tokenizer: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
-        if teacher is None and args.teacher_needs != "none":
+        self.brings_logits = any(row.get("logits") is not None for row in train_rows)
+        if self.brings_logits:
+            check_recorded_teacher(args, given=teacher is not None)
+        elif teacher is None and args.uses_teacher:
             raise ConfigError(f"preset = {args.preset!r} needs a teacher: give one, or preset: ft")
+        if not any(TERMS[name].of_logits for name in args.weights):
+            logger.warning(
+                "no term of %s reads the logits: the classification head does not learn", sorted(args.weights)
+            )
         check_length(args.max_length, student.config, "student")
         if teacher is not None:
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
@@ -147,19 +109,19 @@ class TKDTrainer(StudentTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch: accumulation averages it
 
     def _wrap(self, student: Any, args: TKDArguments) -> EncoderStudent:
-        terms = args.weights.keys()
-        compared = args.teacher_needs in ("cls", "hidden")
-        if compared or args.teacher_cache in ("cls", "hidden"):
+        own, asked = args.student_needs, (args.teacher_needs | args.cached) - {"logits"}
+        if asked:
             self.layers = matched_layers(
                 student.config.num_hidden_layers, self.teacher.config.num_hidden_layers, args.layer_map
             )
-        self.teacher_attention = prepare_attention(self.teacher, "teacher") if "td_teacher" in terms else None
-        attention = prepare_attention(student, "student") if terms & STUDENT_TREE else None
-        if compared:
-            check_states(self.teacher, "teacher")
-            check_states(student, "student")
-        width = width_of(self.teacher.config) if compared else None
-        return EncoderStudent(student, teacher_width=width, attention=attention)
+        self.teacher_attention = check_outputs(self.teacher, "teacher", asked) if asked else None
+        attention = check_outputs(student, "student", own) if own else None
+        widths = {}
+        if parts := compared_parts(args.weights):
+            config = self.teacher.config
+            theirs = {"hidden": width_of(config), "embeddings": width_of(config), "neurons": inner_width(self.teacher)}
+            widths = {part: theirs[part] for part in sorted(parts)}
+        return EncoderStudent(student, widths=widths, attention=attention)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, after computing the teacher's outputs if they are cached."""
@@ -174,140 +136,100 @@ class TKDTrainer(StudentTrainer):
     ) -> Any:
         """The weighted sum of the terms that are on at this epoch; each is logged raw, and weighted as `weighted_*`."""
         weights = self.active_weights()
-        needs_hidden = bool(weights.keys() - {"ce", "kd"})
-        student = model(model_inputs(inputs), hidden=needs_hidden, rows=bool(weights.keys() & STUDENT_TREE))
-        terms = {"ce": cross_entropy(student.logits, inputs["labels"])} if "ce" in weights else {}
-        if weights.keys() - {"ce"}:
-            teacher = self.teacher_outputs(inputs, hidden=needs_hidden, rows="td_teacher" in weights)
-            if "kd" in weights:
-                terms["kd"] = self.logit_term(student.logits, teacher.logits)
-            terms |= self.hidden_terms(weights, student, teacher, inputs["attention_mask"], inputs["input_ids"])
+        student = model(model_inputs(inputs), needs_of(weights, "student"))
+        asked = needs_of(weights, "teacher")
+        teacher = self.teacher_outputs(inputs, asked) if asked else NO_TEACHER
+        batch = self.batch(inputs, student, teacher)
+        terms = {name: TERMS[name].loss(batch) for name in weights}
         weighted = weighted_terms(terms, self.scaled(weights, terms))
         loss = torch.stack(list(weighted.values())).sum()
+        if not any(TERMS[name].of_logits for name in weights):
+            loss = loss + 0.0 * student.logits.sum()  # DistributedDataParallel wants a gradient of the head, too
         watched = {"the loss": loss}
-        if weights.keys() - {"ce"}:
+        if asked:
             watched = {"the teacher's logits": teacher.logits, **watched}
         self.finite.watch(watched, [str(i) for i in inputs["index"].tolist()], inputs)
         self.record(**terms, **{f"weighted_{name}": value for name, value in weighted.items()})
         return (loss, {"logits": student.logits}) if return_outputs else loss
 
+    def batch(self, inputs: dict[str, Any], student: EncoderOutputs, teacher: EncoderOutputs) -> Batch:
+        """What the terms are computed from."""
+        models = {"student": self.trained, "teacher": self.teacher}
+        return Batch(
+            args=self.args,
+            student=student,
+            teacher=teacher,
+            labels=inputs["labels"],
+            ids=inputs["input_ids"],
+            valid=inputs["attention_mask"].bool(),
+            heads={role: getattr(getattr(m, "config", None), "num_attention_heads", 0) for role, m in models.items()},
+            special={"cls": self.tokenizer.cls_token_id, "sep": self.tokenizer.sep_token_id},
+        )
+
     def active_weights(self) -> dict[str, float]:
         """Weights of the terms that are on now: those of the tree and of all tokens from `tree_start_epoch`."""
         started = (self.state.epoch or 0.0) >= self.args.tree_start_epoch
-        return {name: weight for name, weight in self.args.weights.items() if started or name not in TREE_TERMS}
-
-    def logit_term(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The KD term of logits [B, C], a scalar."""
-        if self.args.noise_probability:
-            teacher = noisy_logits(teacher, self.args.noise_probability, self.args.noise_deviation)
-        if self.args.logit_loss == "mse":
-            return logit_mse(student, teacher)
-        return soft_cross_entropy(student, teacher, self.args.temperature)
-
-    def hidden_terms(
-        self, names: Iterable[str], student: EncoderOutputs, teacher: EncoderOutputs, mask: Tensor, ids: Tensor
-    ) -> dict[str, Tensor]:
-        """PT, TD and ALL, of those in `names`, from hidden states [B, L, D]; mask and ids [B, L]."""
-        terms: dict[str, Tensor] = {}
-        valid, layers = mask.bool(), len(student.hidden)
-        args = self.args
-
-        def distance(counts: list[Tensor]) -> Tensor:
-            # Counts of [CLS] alone have length 1.
-            own, theirs = (
-                [h[:, : counts[0].shape[-1]].float() for h in hidden[: len(counts)]]
-                for hidden in (student.hidden, teacher.hidden)
-            )
-            return token_distance(own, theirs, counts, normalise=args.normalise, reduction=args.distance_reduction)
-
-        if "pt" in names:
-            terms["pt"] = distance([cls_token(valid[:, :1])] * (layers if args.patience_last_layer else layers - 1))
-        if STUDENT_TREE & set(names):
-            tree = self.tree(student.rows, self.trained.config.num_attention_heads, valid, ids)
-            if "td_student" in names:
-                terms["td_student"] = distance(tree)
-            if "td_random" in names:
-                terms["td_random"] = distance([random_tokens(level, valid) for level in tree])
-        if "td_teacher" in names:
-            terms["td_teacher"] = distance(self.tree(teacher.rows, self.teacher.config.num_attention_heads, valid, ids))
-        if "all" in names:
-            terms["all"] = distance([all_tokens(valid, self.trained.config.num_attention_heads)] * layers)
-        return terms
-
-    def tree(self, rows: list[AttentionRows], heads: int, valid: Tensor, ids: Tensor) -> list[Tensor]:
-        """The tree in these layers' attention, as the settings have it: counts [B, H, L] of each layer."""
-        exclude = {"cls": self.tokenizer.cls_token_id, "sep": self.tokenizer.sep_token_id}
-        choosable = valid
-        for name in set(self.args.tree_exclude) & exclude.keys():
-            choosable = choosable & (ids != exclude[name])
-        return attention_tree(
-            rows,
-            choosable,
-            heads,
-            self.args.tree_m,
-            variant=self.args.tree_variant,
-            with_multiplicity=self.args.tree_multiplicity,
-            exclude_self="self" in self.args.tree_exclude,
-        )
+        return {name: weight for name, weight in self.args.weights.items() if started or not TERMS[name].late}
 
     def scaled(self, weights: dict[str, float], terms: dict[str, Tensor]) -> dict[str, float]:
-        """The weights; under `auto_scale`, of PT, TD and ALL: (w_ce CE + w_kd KD) / term at the term's first step."""
+        """The weights; under `auto_scale`, of terms beyond logits: (w_ce CE + w_kd KD) / term at its first step."""
         if not self.args.auto_scale:
             return weights
-        new = [name for name in terms if name not in ("ce", "kd") and name not in self.scales]
+        of_logits = [name for name in terms if TERMS[name].of_logits]
+        new = [name for name in terms if name not in of_logits and name not in self.scales]
         if new:
-            base = torch.stack([weights[name] * terms[name].detach() for name in ("ce", "kd") if name in terms]).sum()
+            base = torch.stack([weights[name] * terms[name].detach() for name in of_logits]).sum()
             first = torch.stack([base, *(terms[name].detach() for name in new)]).float()
             reference, *values = self.accelerator.reduce(first, reduction="mean").tolist()
             if reference > 0:  # not in a batch without labels, if CE is alone
                 measured = {name: v for name, v in zip(new, values, strict=True) if v >= SMALLEST_TERM}
                 self.scales |= {name: reference / v for name, v in measured.items()}
         # 0 until there is something to scale to.
-        return {name: weights[name] if name in ("ce", "kd") else self.scales.get(name, 0.0) for name in terms}
+        return {name: weights[name] if name in of_logits else self.scales.get(name, 0.0) for name in terms}
 
     # The teacher
 
-    def teacher_outputs(self, inputs: dict[str, Any], *, hidden: bool, rows: bool) -> EncoderOutputs:
-        """Logits [B, C], the matched layers' states [B, L, D] (or [B, 1, D]) and rows, cached or computed."""
+    def teacher_outputs(self, inputs: dict[str, Any], needs: Collection[str]) -> EncoderOutputs:
+        """Logits [B, C] and what else is needed, of the matched layers, cached or computed."""
+        if self.brings_logits:
+            return EncoderOutputs(inputs["teacher_logits"])
         index = inputs["index"].tolist()
         if self.teacher_cache is not None:
-            kept = self.teacher_cache.batch(index, inputs["input_ids"].shape[1])
-            device = inputs["input_ids"].device
-            return EncoderOutputs(kept.logits.to(device), [h.to(device) for h in kept.hidden], [])
+            return self.teacher_cache.batch(index, inputs["input_ids"].shape[1], inputs["input_ids"].device)
         same = self.teacher_texts is self.train_dataset
-        return self._ask_teacher(model_inputs(inputs) if same else self._teacher_batch(index), hidden=hidden, rows=rows)
+        return self._ask_teacher(model_inputs(inputs) if same else self._teacher_batch(index), needs)
 
     def _teacher_batch(self, index: list[int]) -> dict[str, Tensor]:
         batch = model_inputs(self.teacher_texts.collate([self.teacher_texts[i] for i in index]))
         return {name: tensor.to(self.args.device) for name, tensor in batch.items()}
 
-    @torch.no_grad()
-    def _ask_teacher(self, inputs: dict[str, Tensor], *, hidden: bool, rows: bool = False) -> EncoderOutputs:
-        with self.accelerator.autocast():  # the Trainer's autocast covers only the student's forward
-            out = run_encoder(self.teacher, inputs, hidden=hidden, attention=self.teacher_attention if rows else None)
+    def _ask_teacher(self, inputs: dict[str, Tensor], needs: Collection[str]) -> EncoderOutputs:
+        by_words = "gradient" in needs
+        # The Trainer's autocast covers only the student's forward.
+        with torch.set_grad_enabled(by_words), self.accelerator.autocast():
+            out = run_encoder(self.teacher, inputs, needs, self.teacher_attention)
+        if set(needs) - {"logits"}:
+            out = matched_outputs(out, self.layers)
         logits = out.logits.float()  # float32 as in the cache: bf16 is too coarse for their softmax
-        if not hidden:
-            return out._replace(logits=logits)
-        return EncoderOutputs(
-            logits, [out.hidden[k - 1] for k in self.layers], [out.rows[k - 1] for k in self.layers] if rows else []
-        )
+        if by_words:
+            out = out._replace(gradient=[input_gradient(logits, logits.argmax(-1), out.inputs[0])], inputs=[])
+        return out._replace(logits=logits.detach())
 
     def open_teacher_cache(self) -> None:
         """Open the cache of teacher outputs, computing it first if it is missing (once for all processes)."""
-        kind = self.args.teacher_cache
-        if kind == "none" or self.teacher_cache is not None:
+        parts = self.args.cached
+        if not parts or self.teacher_cache is not None:
             return
-        with_states = kind != "logits"
 
         def compute(index: list[int]) -> EncoderOutputs:
-            return self._ask_teacher(self._teacher_batch(index), hidden=with_states)
+            return self._ask_teacher(self._teacher_batch(index), parts)
 
         key = cache_key(
             self.teacher,
             self.teacher_tokenizer,
             self.teacher_texts.digest(),
             self.args.max_length,
-            layers=self.layers if with_states else [],
+            layers=self.layers if parts - {"logits"} else [],
             # They decide the last bits, and folders of outputs may be shared.
             batch_rows=self.args.per_device_eval_batch_size,
             torch=torch.__version__,
@@ -317,7 +239,7 @@ class TKDTrainer(StudentTrainer):
         root = Path(self.args.teacher_cache_dir or self.run_folder / "teacher_cache")
         with self.args.main_process_first(desc="teacher outputs"):
             self.teacher_cache = cached_outputs(
-                root, key, kind, self.teacher_texts.lengths, compute, self.args.per_device_eval_batch_size
+                root, key, parts, self.teacher_texts.lengths, compute, self.args.per_device_eval_batch_size
             )
 
     # Evaluation and saving
@@ -377,18 +299,3 @@ class TKDTrainer(StudentTrainer):
         """Restore the scales; the projections were loaded with the student."""
         super().load_extras(extras, folder)
         self.scales = extras["scales"]
-
-
-def distil_chain(teacher: Model, steps: Iterable[Step], distil: Callable[[Model, Step], Model]) -> list[Model]:
-    """Teacher assistants (Mirzadeh et al. 2020, arXiv 1902.03393): each student teaches the next, smaller one.
-
-    Args: distil(teacher, step) trains and returns the student of a step, a step is any value it understands, e.g. a
-    number of layers.
-    Returns: the students in order, the last of which is wanted. Raises ValueError without steps.
-    """
-    students: list[Model] = []
-    for step in steps:
-        students.append(distil(students[-1] if students else teacher, step))
-    if not students:
-        raise ValueError("a chain of distillations needs at least one step")
-    return students
