@@ -53,7 +53,7 @@ class Evaluator:
     task_metric: TaskMetric | None = None
     batch_rows: int = 64
     seed: int = 0
-    _teacher_answers: dict[str, list[int]] = field(default_factory=dict, init=False)
+    _teacher_answers: dict[tuple[str, ...], list[int]] = field(default_factory=dict, init=False)
     _task_names: list[str] = field(default_factory=list, init=False)
     # Of the newest evaluation: score -> one value per row, to compare evaluations with (`rlkd.runs.paired`).
     per_row: dict[str, list[float]] = field(default_factory=dict, init=False)
@@ -178,13 +178,12 @@ class Evaluator:
         return own
 
     def _teacher_ids(self, examples: Sequence[Example]) -> list[list[int]]:
-        # By prompt: ids need not be unique in examples made in memory.
-        missing = [e for e in examples if e.teacher_inputs[0] not in self._teacher_answers]
+        # By prompts: ids need not be unique in examples made in memory.
+        missing = [e for e in examples if e.teacher_inputs not in self._teacher_answers]
         if missing:
-            prompts = [example.teacher_inputs[0] for example in missing]
-            answers = self._greedy([example.teacher_inputs for example in missing])
-            self._teacher_answers.update(zip(prompts, answers, strict=True))
-        return [self._teacher_answers[e.teacher_inputs[0]] for e in examples]
+            inputs = [example.teacher_inputs for example in missing]
+            self._teacher_answers.update(zip(inputs, self._greedy(inputs), strict=True))
+        return [self._teacher_answers[e.teacher_inputs] for e in examples]
 
     def _greedy(self, inputs: list[tuple[str, ...]]) -> list[list[int]]:
         most = self.max_new_tokens
