@@ -116,7 +116,7 @@ def main() -> None:
     process = get_context("spawn").Process(target=serve, args=(args.seed, theirs), daemon=True)
     process.start()
     settings = ServerSettings(f"http://127.0.0.1:{ours.recv()}/v1", concurrency=4)
-    remote = ServerTeacher(Server(settings, VOCABULARY), words, local.rules, append_eos=False)
+    remote = ServerTeacher("teacher", Server(settings, VOCABULARY), words, local.rules, append_eos=False)
 
     def server_seconds() -> float:
         ours.send("how long?")

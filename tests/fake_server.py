@@ -31,6 +31,8 @@ class FakeServer:
         self.url = ""
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
+        if path == "/generate":
+            return self.as_sglang(body)
         if path.endswith("/models"):
             return 200, {"object": "list", "data": self.models}
         if body["model"] != self.name:
@@ -45,6 +47,27 @@ class FakeServer:
         with self.lock:
             choices = [{"index": i, **self.choice(prompt, body)} for i, prompt in enumerate(body["prompt"])]
         return 200, {"object": "text_completion", "choices": choices[::-1]}
+
+    def as_sglang(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """SGLang's own API: lists of [log-probability, id, text], one of them for each prompt."""
+        sampling, answers = body["sampling_params"], []
+        for prompt in body["input_ids"]:
+            k = body["top_logprobs_num"] if body.get("return_logprob") else None
+            plain = {**sampling, "max_tokens": sampling["max_new_tokens"], "return_token_ids": True}
+            with self.lock:
+                made = self.choice(prompt, plain)
+            meta: dict[str, Any] = {"finish_reason": {"type": made["finish_reason"]}, "prompt_tokens": len(prompt)}
+            if k is not None:
+                assert body["logprob_start_len"] == 0
+                rows, text = self.logps(prompt), self.tokenizer.decode
+                meta["input_token_logprobs"] = [[None, prompt[0], text(prompt[:1])]] + [
+                    [rows[t - 1, i].item(), i, text([i])] for t, i in enumerate(prompt) if t
+                ]
+                meta["input_top_logprobs"] = [None] + [
+                    [[x.item(), int(i), text([int(i)])] for x, i in zip(*row.topk(k), strict=True)] for row in rows[:-1]
+                ]
+            answers.append({"text": made["text"], "output_ids": made["token_ids"], "meta_info": meta})
+        return 200, answers
 
     @torch.no_grad()
     def logps(self, ids: list[int]) -> torch.Tensor:

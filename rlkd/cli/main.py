@@ -118,8 +118,11 @@ def generate_pseudolabels(
     server_url: Annotated[
         str | None,
         typer.Option(
-            help="openai: a server with vLLM's API, http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."
+            help="openai: a server of vLLM or SGLang, http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."
         ),
+    ] = None,
+    server_api: Annotated[
+        Literal["vllm", "sglang"] | None, typer.Option(help="openai: whose API it is. Default: vllm.")
     ] = None,
     server_model: Annotated[
         str | None, typer.Option(help="openai: the teacher's name on the server. Default: the only model there.")

@@ -71,7 +71,7 @@ def label(
 
 def _server(request: dict[str, Any]) -> ServerSettings | None:
     """Where the teacher is served, None without a URL. Raises ConfigError for its settings with another engine."""
-    names = ("server_url", "server_model", "server_concurrency", "server_timeout")
+    names = ("server_url", "server_api", "server_model", "server_concurrency", "server_timeout")
     given = {name: request[name] for name in names if request.get(name) is not None}
     if given and request["engine"] != "openai":
         raise ConfigError(f"{next(iter(given))} is set, and engine is '{request['engine']}': set engine to openai.")

@@ -180,17 +180,10 @@ class TeacherArguments(SignalArguments, SeveralArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_signal()
+        self.check_signal(self.template_combination)
         self.check_teachers(self.teacher, TeacherArguments.teacher)
         if self.teachers and self.teacher_signal != "model":
-            raise ConfigError(
-                f"teacher_signal = {self.teacher_signal!r}: takes one teacher, and `teachers` are several"
-            )
-        if self.teacher_signal != "model" and self.template_combination == "pool":
-            raise ConfigError(
-                f"template_combination = 'pool': takes the teacher's model, and teacher_signal is "
-                f"{self.teacher_signal!r}: set it to average"
-            )
+            raise ConfigError(f"teacher_signal = {self.teacher_signal!r}: takes one teacher, `teachers` are several")
 
 
 @dataclass

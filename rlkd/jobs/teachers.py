@@ -11,9 +11,10 @@ from ..errors import ConfigError, DataError
 from ..labels.recorded import RecordedTeacher
 from ..models.other_tokenizer import SHARED_VOCABULARY, OtherTokenizer, ServedOtherTokenizer
 from ..models.served import ServerTeacher
-from ..models.server import ServerSettings
+from ..models.server import Api, ServerSettings
 from ..models.signals import SIGNAL, LocalSource, SignalSource
 from ..models.spec import ModelSpec, TeacherSpec, check_pair, other_vocabulary
+from ..models.teacher import TemplateCombination
 from ..models.vocabulary import same_vocabulary
 from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
 from ..trainers.base_arguments import DistillationArguments, require
@@ -32,22 +33,28 @@ class SignalArguments:
         default="model",
         metadata={
             "help": "Where the teacher's probabilities come from: the model; recorded, what pseudo_labels hold of them "
-            "(--top-k-logprobs; no teacher is read); server, one with vLLM's API (only the teacher's configuration and "
-            "tokenizer are read here)."
+            "(--top-k-logprobs; no teacher is read); server, one of vLLM or SGLang (of the teacher only configuration "
+            "and tokenizer are read here)."
         },
     )
     server_url: str | None = field(
         default=None,
         metadata={"help": "The server's API: http://localhost:8000/v1. Its key, if any, is in RLKD_SERVER_KEY."},
     )
+    server_api: Api = field(default="vllm", metadata={"help": "Whose API it is."})
     server_model: str | None = field(
         default=None, metadata={"help": "The teacher's name on the server; null: the only model there."}
     )
     server_concurrency: Count = field(default=8, metadata={"help": "Requests to the server at a time."})
     server_timeout: Positive = field(default=60.0, metadata={"help": "Seconds that one request may take."})
 
-    def check_signal(self) -> None:
-        """Raise ConfigError for settings that contradict each other."""
+    def check_signal(self, combination: TemplateCombination) -> None:
+        """Raise ConfigError for settings that contradict each other, or this combination of templates."""
+        if self.teacher_signal != "model" and combination == "pool":
+            raise ConfigError(
+                f"template_combination = 'pool': takes the teacher's model, and teacher_signal is "
+                f"{self.teacher_signal!r}: set it to average"
+            )
         own = [field for field in fields(SignalArguments) if field.name.startswith("server_")]
         given = [field.name for field in own if getattr(self, field.name) != field.default]
         if given and self.teacher_signal != "server":
@@ -60,7 +67,9 @@ class SignalArguments:
         """Where the teacher is served. Raises ConfigError as `ServerSettings`, or if there is no url."""
         if self.server_url is None:
             raise ConfigError("teacher_signal = 'server': server_url is not set: name it, http://localhost:8000/v1")
-        return ServerSettings(self.server_url, self.server_model, self.server_concurrency, self.server_timeout)
+        return ServerSettings(
+            self.server_url, self.server_model, self.server_concurrency, self.server_timeout, self.server_api
+        )
 
 
 # The settings of a trainer -> its objective.

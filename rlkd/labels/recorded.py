@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..io.provenance import described
 from ..records import TeacherSignal, TopTokens
 from ..tensors import pad_stack
 from .tokens import check_own
@@ -26,7 +27,8 @@ class RecordedTeacher:
     """A teacher that is not there: the signal of labels that `rlkd generate-pseudolabels --top-k-logprobs K` wrote.
 
     It knows the K most probable tokens at every prefix of its labels, and nothing of other answers. In the signal
-    `chosen` is NaN where the label's token is not among them.
+    `chosen` is NaN where the label's token is not among them. name: of the model that wrote the labels, None if not
+    known.
     Args: labels, rows of `load_pseudolabels`; tokenizer, the student's. Raises DataError if nothing was recorded, K
     changes within the labels, or their token ids are those of another vocabulary.
     """
@@ -37,6 +39,7 @@ class RecordedTeacher:
     def __init__(self, labels: Any, tokenizer: Any):
         check_recorded(labels)
         check_own(labels, tokenizer, "the student")
+        self.name = ", ".join(dict.fromkeys(str(made["teacher"]) for made in described(labels))) or None
         self._rows = labels.select_columns(["token_ids", "top_ids", "top_logps"])
         self._of_prompt: dict[str, list[int]] = defaultdict(list)
         for i, text in enumerate(labels["teacher_input"]):

@@ -262,6 +262,11 @@ class OtherTokenizer(ByText, LocalSource):
 class ServedOtherTokenizer(ByText):
     """A teacher without a model here, which answers by itself (`AnsweringSource`), seen likewise."""
 
+    @property
+    def name(self) -> str:
+        """As in `ServerTeacher`."""
+        return self.teacher.name
+
     def greedy(self, texts: list[str], max_new_tokens: int) -> list[list[int]]:
         """As in `AnsweringSource`: the teacher's texts in the student's tokens."""
         return self.written(self.teacher.greedy(texts, max_new_tokens), max_new_tokens)

@@ -24,6 +24,7 @@ from .vocabulary import encode_texts
 class ServerTeacher:
     """A decoder-only teacher on a server, of which only configuration and tokenizer are here.
 
+    name              of the teacher: the folder or hub id with its configuration and tokenizer
     server, tokenizer
     rules             what its checkpoint says of answers: those that change probabilities are refused (`check_rules`)
     max_input_tokens  prompts are cut to this;  append_eos: whether they end with end-of-sequence
@@ -34,6 +35,7 @@ class ServerTeacher:
 
     model: ClassVar[None] = None
 
+    name: str
     server: Server
     tokenizer: Any
     rules: AnswerRules
@@ -48,6 +50,7 @@ class ServerTeacher:
         """
         check_served(spec.model)
         return cls(
+            spec.model.name,
             Server(settings, spec.model.valid_vocab, spec.tokenizer),
             spec.tokenizer,
             spec.rules,

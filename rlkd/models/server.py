@@ -1,4 +1,4 @@
-"""A server of language models with vLLM's OpenAI-compatible API: the client.
+"""A server of language models with vLLM's OpenAI-compatible API, or SGLang's own: the client.
 
 Requests name tokens by their ids, and every sampling setting, which servers otherwise fill in from the model's
 generation_config. They run `concurrency` at a time; urllib3 repeats those that fail on the way.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import urllib3
 from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
@@ -21,6 +21,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
 from ..checks import Count, Positive, check_settings
 from ..errors import ConfigError, DivergenceError, ModelError, ServerError, cut, listed
 from ..io.redaction import redacted
+from . import sglang
 from .generation import AnswerRules
 
 # The environment variable with the server's key: it is in no setting, file or message.
@@ -31,9 +32,11 @@ CONNECT_SECONDS = 10.0
 # Neither temperature nor a filter or penalty, so that log-probabilities are the model's own.
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
          "presence_penalty": 0.0, "frequency_penalty": 0.0}  # fmt: skip
+APIS = {"vllm": "vLLM's API (0.10.2 or newer)", "sglang": "SGLang's API"}
 NO_PROBABILITY = -9999.0  # what vLLM writes for log 0
 
 Choice = dict[str, Any]
+Api = Literal["vllm", "sglang"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class ServerSettings:
     """Where a model is served, and how it is asked.
 
     url          of the API, such as http://localhost:8000/v1
+    api          whose it is: vllm, or sglang
     model        its name there; None: the only one that is served
     concurrency  requests at a time
     timeout      seconds that one request may take
@@ -52,6 +56,7 @@ class ServerSettings:
     model: str | None = None
     concurrency: Count = 8
     timeout: Positive = 60.0
+    api: Api = "vllm"
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -90,7 +95,8 @@ class Server:
 
     def __init__(self, settings: ServerSettings, valid_vocab: int, tokenizer: Any = None):
         self.settings, self.valid_vocab, self.tokenizer = settings, valid_vocab, tokenizer
-        self.url = settings.url.rstrip("/")
+        # SGLang's own paths are beside those of OpenAI's API.
+        self.url = settings.url.rstrip("/").removesuffix("/v1" if settings.api == "sglang" else "")
         retries = urllib3.Retry(
             ATTEMPTS - 1,
             allowed_methods=None,  # asking twice changes nothing
@@ -114,8 +120,15 @@ class Server:
         """The server's description of the model: its id there, and what else it tells. Raises ModelError if it does not
         serve it.
         """
-        models = self._listed(self._ask("GET", "models").get("data"))
-        wanted, names = self.settings.model, [str(model.get("id")) for model in models]
+        wanted = self.settings.model
+        try:
+            path = "v1/models" if self.settings.api == "sglang" else "models"
+            models = self._listed(self._ask("GET", path), "data")
+        except ModelError:
+            if wanted is None:
+                raise
+            return {"id": wanted}  # a server without a list refuses a wrong name later
+        names = [str(model.get("id")) for model in models]
         if wanted is None and len(models) == 1:
             return models[0]
         for model, name in zip(models, names, strict=True):
@@ -187,13 +200,20 @@ class Server:
 
     def _choices(self, body: dict[str, Any]) -> list[Choice]:
         """The choices of one request, in the order of its prompts."""
-        choices = self._listed(self._ask("POST", "completions", body).get("choices"))
+        if self.settings.api == "sglang":
+            answer = self._ask("POST", sglang.PATH, sglang.request_of(body))
+            try:
+                choices = sglang.choices_of(answer)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise self._unlike(f"its answer is {cut(repr(answer))}") from None
+        else:
+            choices = self._listed(self._ask("POST", "completions", body), "choices")
         if len(choices) != len(body["prompt"]):
             raise ModelError(f"server {self.url}: {len(choices)} answers to {len(body['prompt'])} prompts.")
         return sorted(choices, key=lambda choice: choice.get("index", 0))
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON object that the server answers."""
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """What the server answers in JSON."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
@@ -208,7 +228,7 @@ class Server:
             answer = json.loads(response.data)
         except ValueError:
             answer = None
-        if not isinstance(answer, dict):
+        if not isinstance(answer, dict | list):
             raise self._unlike("it does not answer in JSON")
         return answer
 
@@ -234,13 +254,14 @@ class Server:
 
     # Answers
 
-    def _listed(self, value: Any) -> list[dict[str, Any]]:
+    def _listed(self, answer: Any, name: str) -> list[dict[str, Any]]:
+        value = answer.get(name) if isinstance(answer, dict) else None
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self._unlike("its answer has no list of models or choices")
         return value
 
     def _unlike(self, problem: str) -> ModelError:
-        return ModelError(f"server {self.url}: {problem}: it takes a server with vLLM's API (0.10.2 or newer).")
+        return ModelError(f"server {self.url}: {problem}: it takes a server with {APIS[self.settings.api]}.")
 
     def _entries(self, choice: Choice, sequence: list[int]) -> list[Any]:
         """`prompt_logprobs`, one entry for each token of the sequence."""
@@ -256,10 +277,13 @@ class Server:
 
     def _token(self, entry: Any, token: int, k: int) -> TokenScores:
         """The scores of one token, from its entry of `prompt_logprobs`."""
-        found = {int(i): value for i, value in entry.items()} if isinstance(entry, dict) else {}
+        try:
+            found = {int(i): value for i, value in entry.items()}
+            logps = {i: float(value["logprob"]) for i, value in found.items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise self._unlike(f"an entry of its prompt_logprobs is {cut(repr(entry))}") from None
         if token not in found:
             raise self._unlike(f"no log-probability of token {token}, which was sent")
-        logps = {i: float(value["logprob"]) for i, value in found.items()}
         if any(not math.isfinite(logp) or logp <= NO_PROBABILITY for logp in logps.values()):
             raise DivergenceError(f"server {self.url}: a log-probability is not finite: {cut(str(logps))}.")
         if max(logps.values()) > 1e-4:
@@ -297,7 +321,7 @@ class Server:
         if self._compared:
             return
         self._compared = True
-        given = [((entry or {}).get(str(i)) or {}).get("decoded_token") for i, entry in zip(ids, entries, strict=True)]
+        given = [_text_of(*pair) for pair in zip(ids, entries, strict=True)]
         pairs = [(text.strip(), self.tokenizer.decode([i]).strip()) for i, text in zip(ids, given, strict=True) if text]
         whole = [(a, b) for a, b in pairs if "\ufffd" not in a + b]  # parts of a character have no text of their own
         other = [pair for pair in whole if pair[0] != pair[1]]
@@ -309,3 +333,9 @@ class Server:
             f"server {self.url}: its model '{self.model}' has another vocabulary than the teacher's tokenizer ({how}): "
             "name the model that is served as teacher, or serve the teacher."
         )
+
+
+def _text_of(token: int, entry: Any) -> str | None:
+    """What an entry of `prompt_logprobs` says the token is, if it does."""
+    value = entry.get(str(token)) if isinstance(entry, dict) else None
+    return value.get("decoded_token") if isinstance(value, dict) else None

@@ -38,8 +38,8 @@ FREE = {
     "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps", "logging_strategy",
     "metric_for_best_model", "output_dir", "project", "push_to_hub", "report_to",
     "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name", "sample_table_rows",
-    "save_on_each_node", "save_only_model", "save_steps", "save_strategy", "save_total_limit", "server_concurrency",
-    "server_timeout", "server_url", "skip_memory_metrics",
+    "save_on_each_node", "save_only_model", "save_steps", "save_strategy", "save_total_limit", "server_api",
+    "server_concurrency", "server_timeout", "server_url", "skip_memory_metrics",
     "teacher_cache_dir", "teacher_cache_mb", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
     "weak_start",
 }  # fmt: skip

@@ -122,7 +122,10 @@ class StudentTrainer(ResumableTrainer):
             settings=settings_of(sections),
             data=described,
             templates=describe_templates(*data.values()),
-            models={role: getattr(model.config, "name_or_path", None) or None for role, model in models.items()},
+            models={
+                **({"teacher": elsewhere} if (elsewhere := getattr(self.teacher, "name", None)) else {}),
+                **{role: getattr(model.config, "name_or_path", None) or None for role, model in models.items()},
+            },
             revisions={
                 role: getattr(model.config, "_commit_hash", None) or self.inputs[weights_of(role)]
                 for role, model in models.items()

@@ -132,6 +132,8 @@ def test_what_it_refuses(served, teacher, tmp_path):
             choose(decoding)
     with pytest.raises(ConfigError, match=r"engine = 'openai': it takes the server's URL \(--server-url\)"):
         choose(SAMPLES, server=None)
+    with pytest.raises(ConfigError, match=r"SGLang's samples do not follow a row's seed"):
+        choose(SAMPLES, server=ServerSettings(served.url, api="sglang"))
     with pytest.raises(ConfigError, match=r"the server decides on the teacher's precision"):
         choose(SAMPLES, compute_type="int8")
     encoder_decoder = LoadedModel(language_model(tiny_t5(vocab=len(WORDS)), tiny_tokenizer(WORDS)))

@@ -56,7 +56,7 @@ def teacher(server, **options):
     tokenizer = tiny_tokenizer(WORDS)
     normalises = server.model.config.vocab_size == VALID
     rules = AnswerRules(eos_ids=(EOS,))
-    return ServerTeacher(Server(settings, VALID, tokenizer), tokenizer, rules, 16, False, normalises)
+    return ServerTeacher("served", Server(settings, VALID, tokenizer), tokenizer, rules, 16, False, normalises)
 
 
 def by_hand(model, texts, answers):
@@ -69,12 +69,12 @@ def by_hand(model, texts, answers):
         yield logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_scores_are_those_of_the_model(family):
+@pytest.mark.parametrize(("family", "api"), [("gpt2", "vllm"), ("llama", "vllm"), ("gpt2", "sglang")])
+def test_scores_are_those_of_the_model(family, api):
     """Of the own forward, of the local teacher, and of one row at a time."""
     model = decoder(family)
     with running(FakeServer(model, tiny_tokenizer(WORDS))) as server:
-        ours = teacher(server)
+        ours = teacher(server, api=api)
         signal = ours.score(INPUTS, IDS, MASK)
         alone = [ours.score(INPUTS[i : i + 1], IDS[i : i + 1], MASK[i : i + 1]) for i in range(3)]
     for i, logps in enumerate(by_hand(model, INPUTS, ANSWERS)):
@@ -145,8 +145,9 @@ def test_no_more_requests_at_a_time_than_asked_for(served):
     assert len(served.requests) == 7  # one asked for the models
 
 
-def test_greedy_answers(served):
-    ours = teacher(served).greedy([text for (text,) in INPUTS], 5)
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_greedy_answers(served, api):
+    ours = teacher(served, api=api).greedy([text for (text,) in INPUTS], 5)
     for (text,), answer in zip(INPUTS, ours, strict=True):
         ids = tiny_tokenizer(WORDS)(text, add_special_tokens=False)["input_ids"]
         for token in answer:
@@ -207,6 +208,11 @@ def test_the_wrong_model(served):
     served.mishap = lambda path, body, number: (404, {"error": {"message": "gone"}}) if body else None
     served.models = [{"id": "tiny"}]
     fails(served, ModelError, r"it refuses the request \(404\): .*gone")
+    # Without a list of models a name is enough.
+    served.mishap = lambda path, body, number: None if body else (404, {})
+    fails(served, ModelError, r"it refuses the request \(404\)")
+    assert teacher(served, model="tiny").score(INPUTS, IDS, MASK).chosen.any()
+    fails(served, ModelError, r"The model `other` does not exist", model="other")
 
 
 def test_the_key_comes_from_the_environment_and_is_nowhere_else(served, monkeypatch):
@@ -276,11 +282,20 @@ def test_answers_that_are_not_enough(served):
 
     changed(served, best_only)
     fails(served, ModelError, r"no log-probability of token \d, which was sent")
+    changed(served, lambda choice: [entry.update({"3": -0.5}) for entry in entries(choice)])
+    fails(served, ModelError, r"an entry of its prompt_logprobs is \{.*: it takes a server with vLLM's API")
     served.mishap = lambda path, body, number: (200, {"choices": []}) if body else None
     fails(served, ModelError, r"0 answers to \d prompts\.")
     served.mishap = lambda path, body, number: None
     served.most_logprobs = 0
     fails(served, ModelError, r"it refuses the request \(400\): .*more than 0 logprobs")
+
+
+def test_answers_of_sglang_that_are_not_enough(served):
+    served.mishap = lambda path, body, number: (200, [{"text": "a"}] * 3) if body else None
+    fails(served, ModelError, r"its answer is \[\{'text': .*: it takes a server with SGLang's API", api="sglang")
+    served.mishap = lambda path, body, number: (200, [{"meta_info": {}}] * len(body["input_ids"])) if body else None
+    fails(served, ModelError, r"no prompt_logprobs in its answer", api="sglang")
 
 
 def test_numbers_that_are_no_log_probabilities(served):
@@ -387,7 +402,7 @@ def test_what_needs_more_than_a_server_gives(tmp_path, served):
 def test_a_server_that_fails_in_training_ends_the_run(tmp_path, served):
     options = {"one_step": "sampled", "baseline": "leave_one_out", "max_steps": 2}
     trainer = tiny_runs.make("reinforce", tmp_path, teacher=teacher(served), **options)
-    served.mishap = lambda path, body, number: (503, {}) if number > 4 else None
+    served.mishap = lambda path, body, number: (503, {}) if number > 2 else None
     with pytest.raises(ServerError, match="it fails"):
         trainer.train()
     assert trainer.state.global_step == 1
@@ -421,6 +436,8 @@ def test_a_recipe_trains_with_a_teacher_whose_weights_are_elsewhere(tmp_path, se
     assert not any(served.key.encode() in path.read_bytes() for path in written)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["settings"]["server_url"] == served.url
+    assert record["models"]["teacher"] == str(tmp_path / "teacher")
+    assert "distilled from teacher" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -461,3 +478,4 @@ def test_a_student_of_another_vocabulary_is_scored_by_its_text(tmp_path, served)
     trainer.run(setup.settings)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["inputs"]["teacher's vocabulary"].startswith("another")
+    assert record["models"]["teacher"] == str(tmp_path / "teacher")

@@ -225,7 +225,8 @@ def test_a_recipe_trains_and_evaluates_without_the_teacher(tmp_path, job, caplog
     assert {"eval_exact_match", "eval_sample_exact_match", "eval_finish_rate", "eval_kl"} <= evaluation.keys()
     assert not {"eval_regret", "eval_logprob", "eval_match"} & evaluation.keys()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["models"] == {"student": job.student}
+    assert record["models"] == {"teacher": str(tmp_path / "teacher"), "student": job.student}
+    assert "student distilled from teacher" in (tmp_path / "run" / "README.md").read_text()
     assert record["settings"]["teacher_signal"] == "recorded"
     held_out = (tmp_path / "run" / "held_out.jsonl").read_text()
     assert "teacher" not in json.loads(held_out.splitlines()[0])

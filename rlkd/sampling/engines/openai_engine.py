@@ -1,4 +1,4 @@
-"""Labels of a decoder-only teacher on a server with vLLM's OpenAI-compatible API; none of its weights are here."""
+"""Labels of a decoder-only teacher on a server of vLLM or SGLang; none of its weights are here."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class OpenAIEngine:
             return "it takes the server's URL (--server-url)."
         if decoding is None or decoding.strategy == "beam":
             return "it decodes greedily and samples: it neither ranks choices nor searches with beams."
+        if decoding.strategy == "sample" and settings.server.api == "sglang":
+            return "SGLang's samples do not follow a row's seed."
         if settings.compute_type is not None or model.quantized:
             return "the server decides on the teacher's precision: leave out compute_type and teacher_quantization."
         return unservable(model)
