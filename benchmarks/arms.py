@@ -4,11 +4,14 @@
 
 An update is one optimizer step on ROWS answers of ANSWER tokens, with everything it takes: the evidence of the teacher
 and of the reference policy, loss, gradient and AdamW. On-policy arms also sample their answers. They do so as their
-settings say: REINFORCE once for every update, four answers to a prompt; PPO once for four updates, on all of which the
-cost is spread; exact on-policy distillation (OPD) once for every update, one answer to a prompt. What is made once for
-every input is counted as given: the labels, and the teacher's states of the prompts. What those add to the updates of
-a first pass over the inputs is measured apart (`first_pass`). Random weights, and a learning rate of 0 so that all
-updates do the same work; they go through the trainers' own code, without logging, evaluation and checkpoints.
+settings say: REINFORCE once for every update, four answers to a prompt; PPO and MiniLLM once for two updates, which
+share the cost; exact on-policy distillation (OPD) and LLMR once for every update, one answer to a prompt; GKD for every
+other update, the others are on labels. MiniLLM has its three devices: teacher-mixed sampling, length normalisation, and
+labels beside the answers. KETCHUP costs what LLMR does, and GKD with reverse KL what it does with forward KL. What is
+made once for every input is counted as given: the labels, and the teacher's states of the prompts. What those add to
+the updates of a first pass over the inputs is measured apart (`first_pass`). Random weights, and a learning rate of 0
+so that all updates do the same work; they go through the trainers' own code, without logging, evaluation and
+checkpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from rl_step import EOS, VALID_VOCAB, t5
 from rlkd.models.architectures import language_model
 from rlkd.models.teacher import Teacher
 from rlkd.records import Example
-from rlkd.trainers.arguments import PPOArguments, ReinforceArguments, SupervisedArguments
+from rlkd.trainers.arguments import GKDArguments, PPOArguments, ReinforceArguments, SupervisedArguments
+from rlkd.trainers.gkd import GKDTrainer
 from rlkd.trainers.ppo import PPOTrainer
 from rlkd.trainers.reinforce import ReinforceTrainer
 from rlkd.trainers.supervised import SupervisedTrainer
@@ -42,13 +46,26 @@ OPD = {
     "baseline": "teacher",
 }  # fmt: skip
 
+# One rollout batch of ROWS answers, seen twice: a share of the sampling like that of PPO's defaults.
+TWICE = {"minibatches_per_rollout": 1, "epochs_per_rollout": 2}
+# As docs/method.md has them.
+MINILLM = {
+    "rollouts_per_prompt": 1, "reward_value": "lse", "lam": 1.0, "entropy_coef": 1.0, "entropy_in": "reward",
+    "length_normalised": True, "baseline": "teacher", "imitation_coef": 1.0, "teacher_mix": 0.2,
+    "importance_weight": "token", "kl_coef": 0.0, **TWICE,
+}  # fmt: skip
+LLMR = {"rollouts_per_prompt": 1, "lam": 1.0, "one_step": "sampled", "baseline": "none", "kl_coef": 0.0}
+
 SEQKD = "seqkd"
 ARMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     SEQKD: (SupervisedTrainer, SupervisedArguments, {}),
     "forward_kl": (SupervisedTrainer, SupervisedArguments, {"objective": "forward_kl"}),
     "opd": (ReinforceTrainer, ReinforceArguments, OPD),
     "reinforce": (ReinforceTrainer, ReinforceArguments, {}),
-    "ppo": (PPOTrainer, PPOArguments, {}),
+    "ppo": (PPOTrainer, PPOArguments, TWICE),
+    "gkd": (GKDTrainer, GKDArguments, {"objective": "forward_kl", "on_policy_fraction": 0.5}),
+    "minillm": (PPOTrainer, PPOArguments, MINILLM),
+    "llmr": (ReinforceTrainer, ReinforceArguments, LLMR),
 }
 ON_POLICY = ("opd", "reinforce")  # a rollout batch for every update
 
@@ -62,23 +79,29 @@ class Arm:
         student, teacher, tokenizer = t5(STUDENT), t5(TEACHER), number_tokenizer()
         with torch.no_grad():  # hardly an answer ends by itself: rollouts are as long as labels
             student.shared.weight[EOS] = -4 * student.shared.weight.mean(0)
-        supervised = settings is SupervisedArguments
+        supervised, mixed = settings is SupervisedArguments, settings is GKDArguments
         arguments = settings(
             output_dir=str(Path(folder) / name), use_cpu=True, disable_tqdm=True, per_device_train_batch_size=ROWS,
             max_input_tokens=PROMPT, max_new_tokens=ANSWER, learning_rate=0.0, save_strategy="no", seed=seed,
-            **({} if supervised else {"weak_start": "ignore"}), **options,
+            **({} if supervised or mixed else {"weak_start": "ignore"}), **options,
         )  # fmt: skip
+        given = {"train_dataset": labels} if supervised else {"train_examples": examples}
+        if not supervised and arguments.reads_labels:
+            given["labels"] = labels
         self.trainer = trainer(
             student,
             arguments,
             teacher=Teacher(language_model(teacher, tokenizer), tokenizer),
             tokenizer=tokenizer,
-            **({"train_dataset": labels} if supervised else {"train_examples": examples}),
+            **given,
         )
         self.trainer.create_optimizer()
-        # One rollout batch's: PPO takes several updates on it.
+        # One rollout batch's: PPO takes several updates on it. GKD's two: every other one is on labels, by turns here.
         self.turn = 1 if supervised else arguments.updates_per_rollout
         self.prompts = ROWS if supervised else arguments.rows_per_rollout // arguments.rollouts_per_prompt / self.turn
+        if mixed:
+            self.turn *= 2
+            self.trainer.on_policy = lambda index: index % 2 == 0
         self.trainer.current_gradient_accumulation_steps = 1  # set by the loop that this one stands for
         self.batches: Iterator[Any] = self.labelled() if supervised else self.trainer.experience()
 
@@ -131,7 +154,8 @@ def main() -> None:
         arms = {name: Arm(name, folder, examples, labels, args.seed) for name in ARMS}
         for arm in arms.values():
             arm.encode(prompts)
-            arm.updates()  # warms up, and makes AdamW's state
+            if not args.once:
+                arm.updates()  # warms up, and makes AdamW's state
         turns = {name: arm.updates for name, arm in arms.items()}
         encoder = arms[SEQKD]  # whose teacher is not asked otherwise
         seconds = interleave({**turns, "prompts": lambda: encoder.encode(prompts)}, turns_each)

@@ -32,10 +32,12 @@ POLICY_GRADIENT = "policy_gradient"
 TERMS = (*DIVERGENCES, POLICY_GRADIENT)
 QUICK = ("forward_kl", "reverse_kl", POLICY_GRADIENT)
 LARGEST_DIFFERENCE = 1e-4
-# (log p, log pi) [n, V] -> the terms of the sum, for divergences that rlkd does not leave to autograd.
+# (teacher's logits, student's) [n, V] -> the terms of the sum, for divergences that rlkd does not leave to autograd.
 PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward_kl": lambda log_p, log_pi: log_p.exp() * (log_p - log_pi),
-    "reverse_kl": lambda log_p, log_pi: log_pi.exp() * (log_pi - log_p),
+    "forward_kl": lambda p, pi: p.softmax(-1) * (p.log_softmax(-1) - pi.log_softmax(-1)),
+    "reverse_kl": lambda p, pi: (log_pi := pi.log_softmax(-1)).exp() * (log_pi - p.log_softmax(-1)),
+    "total_variation": lambda p, pi: (p.softmax(-1) - pi.softmax(-1)).div_(2).abs(),
+    "best_token": lambda p, pi: -pi.log_softmax(-1).gather(-1, p.argmax(-1, keepdim=True)),
 }
 
 
@@ -67,7 +69,7 @@ class Case:
             teacher = torch.nn.functional.linear(self.states * self.teacher.scale, self.teacher_weight[:VALID_VOCAB])
         logits = torch.nn.functional.linear(self.hidden * self.head.scale, self.weight[:VALID_VOCAB])
         if self.term in PLAIN:
-            loss = PLAIN[self.term](teacher.log_softmax(-1), logits.log_softmax(-1)).sum(-1).mean()
+            loss = PLAIN[self.term](teacher, logits).sum(-1).mean()
         elif self.term in DIVERGENCES:
             loss = DIVERGENCES[self.term](logits, teacher).mean()
         else:

@@ -26,7 +26,7 @@ from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.policy import Policy
 from rlkd.models.teacher import Teacher
 from rlkd.objectives.advantages import discounted_sum
-from rlkd.objectives.policy import reduce_tokens, reinforce_loss
+from rlkd.objectives.policy import reduce_tokens, reinforce_loss, token_logps
 from rlkd.objectives.rewards import induced_advantage
 from rlkd.sampling.decode import decode, sampler
 from rlkd.tensors import pad_rows
@@ -135,9 +135,15 @@ def rlkd_step(policy: Policy, teacher: Teacher, batch: Batch) -> Tensor:
     texts = [(" ".join(map(str, prompt)),) for prompt in batch.prompts]
     rewards = induced_advantage(teacher.score(texts, rollout.ids, rollout.mask))
     advantages = discounted_sum(rewards, rollout.mask, 1.0)
-    (logps, _), _ = policy(*pad_rows(batch.prompts, lm.pad_id), rollout.ids, rollout.mask)
-    loss = reinforce_loss(logps, advantages, rollout.mask.float())
-    reduce_tokens(loss, rollout.mask, "token_mean").backward()
+    tokens = float(rollout.mask.sum())
+
+    def loss_of(rows: slice, statistics: tuple[Tensor, ...], values: Tensor) -> tuple[Tensor, None]:
+        mask = rollout.mask[rows]
+        loss = reinforce_loss(statistics[0], advantages[rows], mask.float())
+        return reduce_tokens(loss, mask, "token_mean", tokens), None
+
+    total, _ = policy(*pad_rows(batch.prompts, lm.pad_id), rollout.ids, rollout.mask, token_logps, loss=loss_of)
+    total.backward()
     return rewards
 
 

@@ -53,6 +53,7 @@ PPO = "PPO"
 TRUNCATED = "RL and GKD with `rollout_top_p`"
 GKD = "GKD"
 IMITATING = "RL with `imitation_coef`"
+LAYERS = "supervised with `hidden_coef` or `attention_coef`"
 DUAL_CLIP = "PPO with `dual_clip`"
 DROP = "RL with `cut_answers: drop`"
 END_PRICE = "RL with `cut_answers: end_price`"
@@ -191,6 +192,12 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                title="Clipped tokens", meaning="Tokens whose ratio is outside 1 +- `clip_range`."),
         Metric(name="imitation_loss", unit="nats", better="down", per="token", logged={LOG: IMITATING},
                meaning="-log pi of the labels that an update imitates beside its answers."),
+        Metric(name="hidden_loss", unit="value^2", better="down", per="row", logged={LOG: LAYERS},
+               title="Distance of layers",
+               meaning="Squared distance of the layers' outputs to the teacher's, mean over tokens and dimensions; of "
+               "encoder and decoder, added."),
+        Metric(name="attention_loss", unit="value^2", better="down", per="row", logged={LOG: LAYERS},
+               title="Distance of attention", meaning="The same of self-attention scores, mean over heads and pairs."),
         Metric(name="on_policy", unit="share", better="neither", per="batch", logged={LOG: GKD},
                meaning="Batches whose answers were the student's, the others being labels."),
         Metric(name="dual_clip_fraction", unit="share", better="neither", per="token", logged={LOG: DUAL_CLIP},

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..checks import OneOf, Share, check_settings
+from ..checks import Count, OneOf, Share, check_settings
 from ..choices import OnBadRow
 from ..data.glue import TASKS, TableLayout, find_labels, find_task, label_values, load_labelled, load_task
 from ..data.rows import check_columns, load_table, local_path
@@ -65,8 +65,8 @@ class LabelledDataArguments(TextFileArguments):
     test_files: list[str] = field(
         default_factory=list, metadata={"help": "Further labelled rows, which only the final table scores."}
     )
-    train_limit: int | None = field(default=None, metadata={"help": "Use only the first N rows."})
-    dev_limit: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
+    train_limit: Count | None = field(default=None, metadata={"help": "Use only the first N rows."})
+    dev_limit: Count | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -203,10 +203,14 @@ def _held_out(data: LabelledDataArguments, role: str, source: str, labels: tuple
     _check_pairs(data, role, source)
     rows = load_labelled(source, _layout(data, source), labels=labels, limit=data.dev_limit, on_bad_row=data.on_bad_row)
     _check_texts(rows, data, source)
-    rows = [row for row in rows if row["label"] is not None]
-    if not rows:
+    return _with_labels(rows, source)
+
+
+def _with_labels(rows: Rows, source: str) -> Rows:
+    found = [row for row in rows if row["label"] is not None]
+    if not found:
         raise DataError(f"'{source}': no row has a label. Held-out rows need them.")
-    return rows
+    return found
 
 
 def _load_task(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) -> LabelledData:
@@ -250,9 +254,7 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
     train = loaded["train_file"]
     _check_labels(train, labels, sources["train_file"])
     if "dev_file" in loaded:
-        dev, note = [row for row in loaded["dev_file"] if row["label"] is not None], f"rows of {data.dev_file}"
-        if not dev:
-            raise DataError(f"'{data.dev_file}': no row has a label. Held-out rows need them.")
+        dev, note = _with_labels(loaded["dev_file"], str(data.dev_file)), f"rows of {data.dev_file}"
     else:
         train, dev = split_off(train, data.dev_fraction, data.dev_seed)
         dev = [row for row in dev if row["label"] is not None][: data.dev_limit]

@@ -321,8 +321,8 @@ def load_data(
     same_templates: bool = False,
     teacher_column: str | None = None,
 ) -> tuple[Examples, Examples, Any, str]:
-    """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; every column
-    is checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
+    """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; columns are
+    checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
     tokenizers: to count the characters that one of them does not know. references: whether training reads them.
     same_templates: whether labels must have been made under the templates of the settings. teacher_column: read too.

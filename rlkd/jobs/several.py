@@ -13,7 +13,7 @@ from ..models.several import AveragedTeachers, RoutedTeachers, SeveralTeachers
 from ..models.signals import LocalSource
 from ..models.spec import ModelSpec, TeacherSpec
 from ..trainers.base_arguments import DistillationArguments, require
-from .teachers import check_models, local_teacher, teacher_spec
+from .teachers import check_models, local_teacher, refuse_one_model, teacher_spec
 
 if TYPE_CHECKING:
     from .setup import TeacherArguments
@@ -106,8 +106,7 @@ class TeacherPlan:
 
     def check(self, student: ModelSpec, training: DistillationArguments) -> list[str]:
         """How they go together with the student, in words. Raises as `check_models` does."""
-        mix = getattr(training, "teacher_mix", 0.0)
-        require(mix == 0, "teacher_mix", mix, "takes one teacher, and `teachers` are several: set it to 0")
+        refuse_one_model(training, "takes one teacher, and `teachers` are several")
         return [said for spec in self.specs.values() if (said := check_models(spec, student, training))]
 
     def divide(self, *data: Examples) -> None:

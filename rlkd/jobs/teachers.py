@@ -110,10 +110,17 @@ def check_models(teacher: TeacherSpec | None, student: ModelSpec, training: Dist
     if same_vocabulary(teacher.tokenizer, student.tokenizer):
         check_pair(teacher.model, student)
         return None
-    mix = getattr(training, "teacher_mix", 0.0)
-    require(mix == 0, "teacher_mix", mix, "needs a vocabulary that teacher and student share: set it to 0")
+    refuse_one_model(training, "needs a vocabulary that teacher and student share")
     check_objective(training, SIGNAL - SHARED_VOCABULARY, OtherTokenizer.lacks)
     return other_vocabulary(teacher.model, student)
+
+
+def refuse_one_model(training: DistillationArguments, why: str) -> None:
+    """Raise ConfigError for settings that read a local teacher's model itself, token by token."""
+    mix = getattr(training, "teacher_mix", 0.0)
+    require(mix == 0, "teacher_mix", mix, f"{why}: set it to 0")
+    if isinstance(training, SupervisedArguments) and training.layer_weights:
+        raise ConfigError(f"{training.layer_setting}: {why}: set it to 0")
 
 
 def check_objective(training: DistillationArguments, gives: frozenset[str], why: str = "") -> None:

@@ -13,7 +13,7 @@ from . import decoder_only, encoder_decoder
 from .generation import AnswerRules, check_supported, read_rules
 from .language_model import LanguageModel
 from .positions import Positions
-from .vocabulary import check_ends, check_vocabulary_fits, valid_vocab
+from .vocabulary import check_ends, fitted_vocab
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ def language_model(model: Any, tokenizer: Any) -> LanguageModel:
     """
     name = getattr(model.config, "name_or_path", None) or type(model).__name__
     architecture = architecture_of(model.config, "model", name)
-    size = valid_vocab(tokenizer)
     check_ends(tokenizer, "model", name)
-    check_vocabulary_fits(model.config, size, "model", name)
+    size = fitted_vocab(tokenizer, model.config, "model", name)
     check_supported(model.generation_config, "model", name)
     return architecture.wrap(model, size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +15,11 @@ from ..records import given
 from ..tensors import length_mask, pad_rows, pad_stack
 from .batching import batches_by_length, packed_by_length, padding_allowed
 from .compat import cache_name, own_generation_config
+from .encoders.attention import RecordedAttention, recorded_attention
 from .generation import AnswerRules, beam_search_settings, read_rules
 from .heads import Head
 from .positions import Positions
+from .vocabulary import check_prompts
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 BART_FAMILY = ("bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "led")
@@ -52,6 +56,18 @@ def positions(config: Any) -> Positions:
         return Positions(config.encoder.max_position_embeddings, config.decoder.max_position_embeddings)
     limit = config.max_position_embeddings if config.model_type in BART_FAMILY else None
     return Positions(limit, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """hidden, the outputs [B, L, D] of an encoder's or decoder's layers, the first one first; scores [B, H, L, L] of
+    their self-attention before softmax, if asked for, -inf where a token does not see another; mask [B, L], the tokens
+    that count.
+    """
+
+    hidden: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...]
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,13 @@ class EncoderDecoder:
     def positions(self) -> Positions:
         return positions(self.config)
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """Layers of encoder and decoder."""
+        config = self.config
+        decoder = getattr(config, "num_decoder_layers", None) or config.decoder_layers
+        return {"encoder": config.num_hidden_layers, "decoder": decoder}
+
     def head(self) -> Head:
         """As in LanguageModel."""
         base = self._base
@@ -124,11 +147,15 @@ class EncoderDecoder:
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool. Raises ModelError if they are too long."""
+        return self._encoder(input_ids, mask).last_hidden_state
+
+    def _encoder(self, input_ids: Tensor, mask: Tensor, **options: Any) -> Any:
         self.positions.check(prompt=input_ids.shape[1])
-        return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long(), **options)
 
     def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
         """Encoder states [P_i, D] of each prompt, batched by length so that little padding is encoded."""
+        check_prompts(prompts, self.config.vocab_size)
         states: list[Tensor | None] = [None] * len(prompts)
         for rows in batches_by_length([len(p) for p in prompts], batch_tokens, padding_allowed(self.device)):
             ids, mask = pad_rows([prompts[i] for i in rows], self.pad_id, self.device)
@@ -142,6 +169,9 @@ class EncoderDecoder:
         Args: states [B, P, D], mask [B, P] bool: encoder states and which of them count. Answers are right-padded and
         attention is causal, so padding after an answer changes nothing before it.
         """
+        return self._decoder(states, mask, answer_ids).last_hidden_state
+
+    def _decoder(self, states: Tensor, mask: Tensor, answer_ids: Tensor, **options: Any) -> Any:
         self.positions.check(answer=answer_ids.shape[1])
         # The decoder reads the answer shifted by one: position t predicts token t from the tokens before it.
         start = torch.full_like(answer_ids[:, :1], self.start_id)
@@ -153,7 +183,32 @@ class EncoderDecoder:
             encoder_hidden_states=states,
             encoder_attention_mask=mask.long(),
             use_cache=False,
-        ).last_hidden_state
+            **options,
+        )
+
+    def layers(
+        self, input_ids: Tensor, input_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, scores: bool = False
+    ) -> tuple[Layers, Layers]:
+        """What the layers of encoder and decoder make of prompts [B, P] and of answers [B, R] to them, teacher-forced,
+        as one padded batch; differentiable.
+
+        scores: their self-attention scores, too, of a model that `score_attention` has prepared.
+        """
+        recording: Callable[[], AbstractContextManager[list[RecordedAttention]]]
+        recording = recorded_attention if scores else lambda: nullcontext([])
+        with recording() as of_encoder:
+            encoded = self._encoder(input_ids, input_mask, output_hidden_states=True)
+        with recording() as of_decoder:
+            decoded = self._decoder(encoded.last_hidden_state, input_mask, answer_ids, output_hidden_states=True)
+        # Where nothing is padded, attention is told that it is causal by no mask.
+        later = ~length_mask(list(range(1, answer_ids.shape[1] + 1)), answer_ids.shape[1]).to(answer_ids.device)
+        # A decoder layer attends to itself, then to the prompt.
+        own = tuple(attention.scores().masked_fill(later, -torch.inf) for attention in of_decoder[::2])
+        # The first hidden states are the embeddings.
+        return (
+            Layers(encoded.hidden_states[1:], tuple(attention.scores() for attention in of_encoder), input_mask),
+            Layers(decoded.hidden_states[1:], own, answer_mask),
+        )
 
     def answer_hidden(
         self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096

@@ -5,20 +5,65 @@ student.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..objectives.policy import token_statistics
+from ..objectives.policy import token_logps, token_statistics
+from ..records import given
 from ..tensors import unpack
+from .encoder_decoder import Layers
 from .heads import HeadOverStates, RowLoss, TokenFunction
 from .language_model import LanguageModel
 from .loading import load_pretrained
 from .saving import save_student
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class LayerProjections(nn.Module):
+    """The layers of a student in the width of its teacher's: one linear map per layer where widths differ, else as they
+    are. It is trained with the student and never saved with it.
+
+    layers  numbers of layers of encoder and decoder; 0 for a part that is not compared;  scores, whether attention is
+    seed    of the initial weights, which are drawn as nn.Linear draws them
+    """
+
+    def __init__(self, width: int, teacher_width: int, layers: Sequence[int], *, scores: bool, seed: int):
+        super().__init__()
+        self.scores = scores
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder, self.decoder = (
+                nn.ModuleList(
+                    nn.Linear(width, teacher_width, bias=False) for _ in range(n if width != teacher_width else 0)
+                )
+                for n in layers
+            )
+
+    @property
+    def parts(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """The maps of encoder and decoder."""
+        return self.encoder, self.decoder
+
+    @property
+    def learned(self) -> bool:
+        """Whether widths differ."""
+        return any(len(maps) for maps in self.parts)
+
+    def forward(self, layers: Sequence[Layers]) -> list[Layers]:
+        """Encoder's and decoder's layers, with hidden states [B, L, teacher's width]."""
+        found = []
+        for maps, part in zip(self.parts, layers, strict=True):
+            hidden = (
+                tuple(project(h) for project, h in zip(maps, part.hidden, strict=True)) if len(maps) else part.hidden
+            )
+            found.append(replace(part, hidden=hidden))
+        return found
 
 
 class Policy(nn.Module):
@@ -35,6 +80,7 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.student = lm.model
+        self.projections: LayerProjections | None = None  # of a trainer that compares layers with the teacher's
         self.value_head = nn.Linear(lm.width, 1) if critic else None
         if self.value_head is not None:
             # Starts at 0: the residual critic then equals the teacher's own value.
@@ -64,15 +110,23 @@ class Policy(nn.Module):
         labels, the same four tensors of other answers [B', R']; loss, called with rows, their statistics and values
         [b, R].
         Returns: one [B, R] tensor per statistic and the values [B, R] (zeros without a critic), 0 at padding; with a
-        loss what `Head.loss` returns instead, and gradients go through it alone; with labels also their
-        log-probabilities [B', R'], in the same forward as DistributedDataParallel allows only one.
+        loss what `Head.loss` returns instead, and gradients go through it alone, and with `projections` the layers in
+        the teacher's width, too; with labels also their log-probabilities [B', R']. All in the same forward, as
+        DistributedDataParallel allows only one.
         """
-        hidden = self._hidden(input_ids, input_mask, answer_ids, answer_mask)
+        layers = None
+        if loss is not None and self.projections is not None:
+            layers = self.lm.layers(  # type: ignore[attr-defined]
+                input_ids, input_mask, answer_ids, answer_mask, scores=self.projections.scores
+            )
+            hidden = layers[1].hidden[-1][answer_mask]
+        else:
+            hidden = self._hidden(input_ids, input_mask, answer_ids, answer_mask)
         token_args = tuple(a[answer_mask] for a in token_args)
         head = self.lm.head()
         limits = head.rules.limits(answer_ids, answer_mask)
         token_args = (answer_ids[answer_mask], *token_args)
-        found: tuple[Any, Any]
+        found: tuple[Any, ...]
         if loss is None:
             outputs = head.map(statistics, hidden, *token_args, limits=limits)
             found = tuple(unpack(o, answer_mask) for o in outputs), self._values(hidden, answer_mask)
@@ -86,6 +140,8 @@ class Policy(nn.Module):
             found = head.loss(
                 statistics, of_rows, hidden, *token_args, row_tokens=row_tokens, values=values, limits=limits
             )
+            if layers is not None:
+                found = (*found, given(self.projections)(layers))
         return found if labels is None else (*found, self.forward(*labels)[0][0])
 
     def values(self, input_ids: Tensor, input_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
@@ -99,7 +155,7 @@ class Policy(nn.Module):
         """Log-probability of each answer token, [B, R], and the next-token distributions, kept as head inputs."""
         hidden, head = self._hidden(input_ids, input_mask, answer_ids, answer_mask), self.lm.head()
         limits = head.rules.limits(answer_ids, answer_mask)
-        logps, _ = head.map(token_statistics, hidden, answer_ids[answer_mask], limits=limits)
+        (logps,) = head.map(token_logps, hidden, answer_ids[answer_mask], limits=limits)
         given_limits = None if limits is None else unpack(limits, answer_mask)
         return unpack(logps, answer_mask), HeadOverStates(unpack(hidden, answer_mask), head, given_limits)
 

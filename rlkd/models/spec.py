@@ -116,12 +116,11 @@ class ModelSpec:
     @cached_property
     def valid_vocab(self) -> int:
         """V, the number of ids that are tokens. Raises ModelError if the model has no embedding for all of them."""
-        from .vocabulary import check_ends, check_vocabulary_fits, valid_vocab
+        from .vocabulary import check_ends, fitted_vocab
 
-        config, size = self.config, valid_vocab(self.tokenizer)
+        config = self.config
         check_ends(self.tokenizer, self.role, self.name)
-        check_vocabulary_fits(config, size, self.role, self.name)
-        return size
+        return fitted_vocab(self.tokenizer, config, self.role, self.name)
 
     @cached_property
     def rules(self) -> AnswerRules:
@@ -285,13 +284,18 @@ def check_pair(teacher: ModelSpec, student: ModelSpec) -> int:
     """V of two models with the same vocabulary, whose answers begin and end alike. Raises ModelError unless they do, or
     if one cannot take its role.
     """
+    from ..errors import ModelError
     from .generation import check_same_format
-    from .vocabulary import check_same_vocabulary, check_vocabulary_fits
+    from .vocabulary import check_same_vocabulary
 
-    configs = [spec.config for spec in (teacher, student)]
-    size = check_same_vocabulary(teacher.tokenizer, student.tokenizer, teacher.name, student.name)
-    for spec, config in zip((teacher, student), configs, strict=True):
-        check_vocabulary_fits(config, size, spec.role, spec.name)
+    _ = teacher.config, student.config
+    check_same_vocabulary(teacher.tokenizer, student.tokenizer, teacher.name, student.name)
+    size = teacher.valid_vocab
+    if size != student.valid_vocab:
+        raise ModelError(
+            f"teacher '{teacher.name}' has embeddings for {size:,} of the tokens that they share, and student "
+            f"'{student.name}' for {student.valid_vocab:,}. Choose a student of the teacher's family."
+        )
     check_same_format(teacher.rules, student.rules, (teacher.name, student.name))
     return size
 

@@ -76,6 +76,28 @@ def check_vocabulary_fits(config: Any, valid_vocab: int, role: str, name: str) -
         )
 
 
+def fitted_vocab(tokenizer: Any, config: Any, role: str, name: str) -> int:
+    """V of a tokenizer and a model: `valid_vocab`, or the model's vocab_size where the ids beyond it are special tokens
+    that no text has (Gemma 3's tokenizer knows an image, its text models do not). Raises ModelError for other ids that
+    the model's embedding lacks.
+    """
+    size = valid_vocab(tokenizer)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if special.issuperset(range(config.vocab_size, size)):
+        return min(size, config.vocab_size)
+    check_vocabulary_fits(config, size, role, name)
+    return size
+
+
+def check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
+    """Raises ModelError for a token that the model's embedding lacks."""
+    if missing := [row for row in prompts if max(row) >= vocab_size]:
+        raise ModelError(
+            f"{len(missing)} of {len(prompts)} prompts hold a special token that the model has no embedding for, first "
+            f"id {max(missing[0])}: remove its text from the rows or the template."
+        )
+
+
 def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
     """The tokenizer saved with a model; an adapter without one has its base's. Raises ModelError if there is none,
     or if its files are damaged.

@@ -7,6 +7,8 @@ and both directions take a few rows at a time, so that what lies between stays i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +32,55 @@ def closed_form(values: Values, gradient: Gradient, logits: Tensor, *args: Tenso
     rows = [x.reshape(-1, *x.shape[len(shape) :]) for x in (logits, *args)]
     outputs = _ClosedForm.apply(values, gradient, *rows)
     return tuple(output.view(shape) for output in outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTerm:
+    """A function f of pi = softmax(logits), and its slope s = df/dpi: df/dlogits = pi (s - sum_a pi(a) s(a)).
+
+    value      (log pi [n, V], pi [n, V], *args [n, ...]) -> f, [n]
+    add_slope  (total [n, V], weight [n, 1], log pi, *args): total += weight s, s up to a constant per row
+    Called with (logits [n, V], *args) it returns f, [n], differentiable in the logits; `policy_terms` has several share
+    one softmax.
+    """
+
+    value: Callable[..., Tensor]
+    add_slope: Callable[..., Any]
+
+    def __call__(self, logits: Tensor, *args: Tensor) -> Tensor:
+        return policy_terms(logits, torch.zeros_like(logits[..., 0], dtype=torch.long), (self, args))[1]
+
+
+def policy_terms(logits: Tensor, ids: Tensor, *terms: tuple[PolicyTerm, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """log pi(a|s) of the given tokens and the value of every term, [n] each, in one pass over the logits.
+
+    Args: logits [n, V]; ids [n]; terms, each with its arguments [n, ...].
+    """
+
+    def each(args: tuple[Tensor, ...]) -> Iterator[tuple[PolicyTerm, tuple[Tensor, ...]]]:
+        rest = iter(args)
+        return ((term, tuple(islice(rest, len(own)))) for term, own in terms)
+
+    def values(logits: Tensor, ids: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+        log_pi = logits.log_softmax(-1)
+        logps, pi = log_pi.gather(-1, ids[:, None]).squeeze(-1), log_pi.exp() if terms else log_pi
+        return logps, *(term.value(log_pi, pi, *own) for term, own in each(args))
+
+    def gradient(grads: tuple[Tensor | None, ...], logits: Tensor, ids: Tensor, *args: Tensor) -> Tensor:
+        of_logps, *of_terms = (None if grad is None else grad[:, None] for grad in grads)
+        log_pi = logits.log_softmax(-1)
+        slope = torch.zeros_like(logits)
+        for (term, own), weight in zip(each(args), of_terms, strict=True):
+            if weight is not None:
+                term.add_slope(slope, weight, log_pi, *own)
+        pi = log_pi.exp_()
+        mean = (pi * slope).sum(-1, keepdim=True)
+        if of_logps is None:
+            return pi.mul_(slope.sub_(mean))
+        # d log pi(a) = 1[a] - pi
+        return pi.mul_(slope.sub_(mean + of_logps)).scatter_add_(-1, ids[:, None], of_logps)
+
+    return closed_form(values, gradient, logits, ids, *(x for _, own in terms for x in own))
 
 
 class _ClosedForm(torch.autograd.Function):

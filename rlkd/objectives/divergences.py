@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .closed_form import closed_form
+from .closed_form import PolicyTerm, closed_form, policy_terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,10 @@ class Divergence:
         A parameter that is None has its default. Args: student, teacher [n, V].
         """
         given = {name: value for name, value in parameters.items() if value is not None}
-        values = self.function(student / temperature, teacher / temperature, **{**dict(self.parameters), **given})
-        return temperature**2 * values
+        parameters = {**dict(self.parameters), **given}
+        if temperature == 1:
+            return self.function(student, teacher, **parameters)
+        return temperature**2 * self.function(student / temperature, teacher / temperature, **parameters)
 
 
 # log 0, finite so that 0 log 0 is 0 and not NaN; exp of it is 0 in float32 and float64.
@@ -99,9 +101,16 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_pi.exp() * (log_pi - log_m)).sum(-1)
 
 
-def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
-    """[N]: 1/2 sum_a |p - pi|."""
-    return 0.5 * (teacher.detach().softmax(-1) - student.softmax(-1)).abs().sum(-1)
+def _apart(log_pi: Tensor, teacher: Tensor) -> Tensor:
+    """pi - p, [N, V]; exactly 0 where both logits are the same."""
+    return log_pi.exp().sub_(teacher.log_softmax(-1).exp_())
+
+
+# [N]: 1/2 sum_a |p - pi|, of logits of student and teacher.
+total_variation = PolicyTerm(
+    value=lambda log_pi, pi, teacher: 0.5 * _apart(log_pi, teacher).abs_().sum(-1),
+    add_slope=lambda total, weight, log_pi, teacher: total.addcmul_(_apart(log_pi, teacher).sign_(), weight, value=0.5),
+)
 
 
 def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
@@ -141,8 +150,7 @@ def _alpha_beta_limit(log_a: Tensor, log_b: Tensor, power: float) -> Tensor:
 
 def best_token(student: Tensor, teacher: Tensor) -> Tensor:
     """[N]: -log pi(argmax_a p), cross-entropy to the teacher's most probable token (ImitKD). Not 0 for pi = p."""
-    best = teacher.detach().argmax(-1, keepdim=True)
-    return -student.log_softmax(-1).gather(-1, best).squeeze(-1)
+    return -policy_terms(student, teacher.argmax(-1))[0]
 
 
 def merged_events(student: Tensor, ids: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,6 +175,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "total_variation": Divergence(total_variation, merges=True),
     "skew_forward_kl": Divergence(skew_forward_kl, (("alpha", 0.1),), merges=True),
     "skew_reverse_kl": Divergence(skew_reverse_kl, (("alpha", 0.1),), merges=True),
+    # Of the authors' scripts for GPT-2 students (github.com/ghwang-s/abkd, scripts/gpt2/ab: a = 0.2, a + b = 0.9).
     "alpha_beta": Divergence(alpha_beta, (("alpha", 0.2), ("beta", 0.7))),
     "best_token": Divergence(best_token),
 }

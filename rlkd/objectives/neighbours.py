@@ -64,18 +64,17 @@ def tinybert_attention(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor
             "must agree; `minilm_relation` compares models of different heads"
         )
     teacher = teacher.detach()
-    pairs = mask[:, None, :, None] & mask[:, None, None, :] & student.isfinite() & teacher.isfinite()
-    # Selected away before the difference is taken: 0 times inf is not a number.
-    difference = student.masked_fill(~pairs, 0.0) - teacher.masked_fill(~pairs, 0.0)
+    pairs = mask[:, None, :, None] & mask[:, None, None, :] & (student != -torch.inf) & (teacher != -torch.inf)
+    difference = torch.where(pairs, student - teacher, 0.0)  # not times the mask: 0 times inf is not a number
     return difference.square().sum() / pairs.sum().clamp(min=1)
 
 
 def gram_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """mean (G_s - G_t)^2 over pairs of real tokens, a scalar: neuron selectivity transfer with the kernel (x . y)^2.
+    """mean_b sum over pairs of real tokens of (G_s - G_t)^2, a scalar: neuron selectivity transfer.
 
         G[p, q] = 1/D sum_i f_i[p] f_i[q],   f_i = neuron i over the row's tokens, scaled to length 1
 
-    The mean squared entry of G_s - G_t is MMD^2 of the two sets of neurons / n^2 (Huang & Wang 2017, arXiv 1707.01219,
+    Of each row this is MMD^2 of the two sets of neurons with the kernel (x . y)^2 (Huang & Wang 2017, arXiv 1707.01219,
     eqs 6 and 8). Args: student [B, L, D_s], teacher [B, L, D_t], of any widths; mask [B, L].
     """
 
@@ -83,8 +82,7 @@ def gram_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         neurons = F.normalize(hidden * mask[..., None], dim=1)
         return neurons @ neurons.transpose(1, 2) / hidden.shape[-1]
 
-    pairs = mask[:, :, None] & mask[:, None, :]
-    return (gram(student) - gram(teacher.detach())).square().sum() / pairs.sum().clamp(min=1)
+    return (gram(student) - gram(teacher.detach())).square().sum((1, 2)).mean()
 
 
 def minilm_relation(student: Tensor, teacher: Tensor, mask: Tensor, relation_heads: int) -> Tensor:

@@ -8,9 +8,21 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from .closed_form import closed_form
+from .closed_form import PolicyTerm, policy_terms
 
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
+
+# H(pi(.|s)) = -sum_a pi(a|s) log pi(a|s), [N].
+entropy = PolicyTerm(
+    value=lambda log_pi, pi: -(pi * log_pi).sum(-1),
+    add_slope=lambda total, weight, log_pi: total.addcmul_(log_pi, weight, value=-1),
+)
+# E_{a ~ pi}[log pi_0(a|s)], [N], of the reference policy's logits [N, V]. With the entropy, which the loss has, it
+# gives KL(pi || pi_0) = -H(pi) - E_pi[log pi_0].
+expected_log_reference = PolicyTerm(
+    value=lambda log_pi, pi, reference: (pi * reference.log_softmax(-1)).sum(-1),
+    add_slope=lambda total, weight, log_pi, reference: total.addcmul_(reference, weight),
+)
 
 
 def token_statistics(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,29 +30,13 @@ def token_statistics(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
     Args: logits [N, V] over valid ids; ids [N].
     """
-    logps, entropy = closed_form(_statistics, _statistics_gradient, logits, ids)
-    return logps, entropy
+    logps, value = policy_terms(logits, ids, (entropy, ()))
+    return logps, value
 
 
-def _statistics(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    log_probs = logits.log_softmax(-1)
-    logps = log_probs.gather(-1, ids[:, None]).squeeze(-1)
-    return logps, -(log_probs.exp().mul_(log_probs)).sum(-1)
-
-
-def _statistics_gradient(grads: tuple[Tensor | None, Tensor | None], logits: Tensor, ids: Tensor) -> Tensor:
-    """d log pi(a) = 1[a] - pi,  d H = -pi (log pi + H)."""
-    of_logps, of_entropy = grads
-    log_probs = logits.log_softmax(-1)
-    probs = log_probs.exp()
-    if of_entropy is None:
-        slope = torch.zeros_like(ids, dtype=logits.dtype)[:, None]
-    else:
-        entropy = -(probs * log_probs).sum(-1)
-        slope = log_probs.add_(entropy[:, None]).mul_(-of_entropy[:, None])
-    if of_logps is None:
-        return probs.mul_(slope)
-    return probs.mul_(slope - of_logps[:, None]).scatter_add_(-1, ids[:, None], of_logps[:, None])
+def token_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor]:
+    """log pi(a|s) of the given tokens alone, [N]; as in `token_statistics`."""
+    return policy_terms(logits, ids)  # type: ignore[return-value]
 
 
 def reinforce_loss(logps: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
@@ -94,14 +90,6 @@ def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """
     difference = reference_logps - logps
     return difference.exp() - 1 - difference
-
-
-def expected_log_reference(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """E_{a ~ pi}[log pi_0(a|s)] = sum_a pi(a|s) l_0(a) - logsumexp l_0, [N], of logits and reference_logits l_0 [N, V].
-
-    With the entropy, which the loss has, it gives KL(pi || pi_0) = -H(pi) - E_pi[log pi_0] at half the cost.
-    """
-    return (logits.softmax(-1) * reference_logits).sum(-1) - reference_logits.logsumexp(-1)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, gain: float = 0.1) -> float:

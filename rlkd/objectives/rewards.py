@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..checks import OneOf, check_choice
 from ..records import TeacherSignal, given
-from .closed_form import blocks, closed_form
+from .closed_form import PolicyTerm, blocks
 
 Gauge = Literal["log_prob", "centered_logit", "raw_logit"]
 
@@ -37,7 +37,7 @@ class Reward:
     per_token    signal -> r(s_t, a_t) of the given tokens, [B, R]
     state_value  signal -> the part of r that depends on the state only, V(s_t) in the raw-logit gauge, [B, R]
     expected     (student logits [n, V], teacher logits [n, V], V(s) [n]) -> E_{a ~ pi(.|s)}[r(s, a)], [n],
-                 differentiable in the student; None if it has no closed form
+                 differentiable in the student (a `PolicyTerm` shares the loss's softmax); None if it has no closed form
     """
 
     needs: frozenset[str]
@@ -71,26 +71,13 @@ def _scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     return chosen, maximum, logsumexp, logits.mean(-1), entropy
 
 
-def expected_advantage(student_logits: Tensor, teacher_logits: Tensor, teacher_value: Tensor) -> Tensor:
-    """E_{a ~ pi(.|s)}[A_V(s, a)] = sum_a pi(a|s) q(s, a) - V(s), [N]; differentiable in the student.
-
-    Args: student_logits, teacher_logits [N, V]; teacher_value [N] in the raw-logit gauge. It is the closed-form
-    baseline and, differentiated, the exact gradient of the immediate term (all actions, no sampling).
-    """
-    (expected,) = closed_form(_expectation, _expectation_gradient, student_logits, teacher_logits)
-    return expected - teacher_value
-
-
-def _expectation(logits: Tensor, scores: Tensor) -> tuple[Tensor]:
-    """sum_a pi(a) q(a)."""
-    return (logits.softmax(-1).mul_(scores).sum(-1),)
-
-
-def _expectation_gradient(grads: tuple[Tensor], logits: Tensor, scores: Tensor) -> Tensor:
-    """pi (q - sum_a pi(a) q(a))."""
-    probs = logits.softmax(-1)
-    expected = (probs * scores).sum(-1, keepdim=True)
-    return probs.mul_((scores - expected).mul_(grads[0][:, None]))
+# E_{a ~ pi(.|s)}[A_V(s, a)] = sum_a pi(a|s) q(s, a) - V(s), [N], of the teacher's logits q [N, V] and V [N] in the
+# raw-logit gauge. It is the closed-form baseline and, differentiated, the exact gradient of the immediate term (all
+# actions, no sampling).
+expected_advantage = PolicyTerm(
+    value=lambda log_pi, pi, q, value: (pi * q).sum(-1) - value,
+    add_slope=lambda total, weight, log_pi, q, value: total.addcmul_(q, weight),
+)
 
 
 def induced(state_value: Callable[[TeacherSignal], Tensor], *needs: str) -> Reward:

@@ -256,19 +256,23 @@ def footprints(arms: Sequence[Arm]) -> list[Footprint]:
                 figures = _part(run.summary, role)
                 if not isinstance(figures, dict):
                     continue
-                scores = figures.get("scores")
                 made = Footprint(
                     name=run.title if role == "student" else f"teacher of {run.title}",
                     parameters=number(figures.get("parameters")),
                     megabytes=number(figures.get("megabytes")),
                     ms=number(_part(figures, "ms_per_sentence", "batch_1")),
-                    score=_average(
-                        [number(_part(split, "score")) for split in scores.values()] if isinstance(scores, dict) else []
-                    ),
+                    score=_dev_score(run.summary, figures),
                 )
                 key = ("teacher", str(figures.get("folder"))) if role == "teacher" else ("student", run.folder)
                 found.setdefault(key, made)
     return list(found.values())
+
+
+def _dev_score(summary: Any, figures: dict[str, Any]) -> float | None:
+    """The mean score over dev splits, not over `test_files`."""
+    scores, test = _part(figures, "scores"), _part(summary, "data", "test")
+    splits = scores.items() if isinstance(scores, dict) else ()
+    return _average([number(_part(split, "score")) for name, split in splits if name not in (test or ())])
 
 
 def _part(value: Any, *names: str) -> Any:

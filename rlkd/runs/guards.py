@@ -14,8 +14,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..errors import DivergenceError
-from .alarms import ALARMS, Alarm, History, Reading
+from .alarms import ALARMS, Alarm
 from .files import ALARMS_FILE, append_lines
+from .measures import History, Reading
 from .paired import KEY, BestRows, Pair
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,8 @@ class Proposal:
 
     def own_share(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """log top_p(softmax(f / T)) [n, V] of the policy's logits f [n, V], and the probability [n] that was cut."""
-        return truncate((logits / self.temperature).log_softmax(-1), self.top_p)
+        softened = logits if self.temperature == 1 else logits / self.temperature
+        return truncate(softened.log_softmax(-1), self.top_p)
 
     def guide(self, examples: Sequence[Example]) -> TeacherGuide | None:
         """The teacher beside the answers to `examples`; None if it has no share."""

@@ -287,11 +287,13 @@ class DistillationTrainer(StudentTrainer):
         function, token_args = self.objective.token_function(minibatch.signal, minibatch.annotations)
         labels = None if minibatch.imitation is None else minibatch.imitation.labels.policy_inputs
         loss_of = self.row_loss(minibatch)
-        total, parts, *of_labels = model(*answers.policy_inputs, function, token_args, labels, loss_of)
+        total, parts, *beside = model(*answers.policy_inputs, function, token_args, labels, loss_of)
         tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         loss, logps = tokens.pop("loss"), tokens.pop("logps")
         if minibatch.imitation is not None:
-            total = total + self.imitation_loss(minibatch.imitation, *of_labels)
+            total = total + self.imitation_loss(minibatch.imitation, *beside)
+        elif beside:
+            total = total + self.layer_loss(minibatch, *beside)
         watched = {"the loss": torch.where(mask, loss, 0.0), "the summed loss": total}
         if answers.own_logps is not None:
             log_ratio = (logps - answers.own_logps) * mask
@@ -327,6 +329,10 @@ class DistillationTrainer(StudentTrainer):
         self.record_tokens(mask, imitation_loss=-logps)
         self.finite.watch({"the imitation loss": logps}, imitation.labels.ids, imitation.labels)
         return imitation.coef * reduce_tokens(-logps, mask, "token_mean", imitation.tokens)
+
+    def layer_loss(self, minibatch: Minibatch, layers: Any) -> Tensor:
+        """What is added for the student's layers, in trainers that compare them (`Policy.projections`)."""
+        raise NotImplementedError
 
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""

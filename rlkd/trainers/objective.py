@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..models.heads import TokenFunction
 from ..models.signals import check_signal
-from ..objectives.policy import Reduction, token_statistics
+from ..objectives.closed_form import PolicyTerm, policy_terms
+from ..objectives.policy import Reduction, entropy, token_statistics
 from ..records import Answers, Distribution, Minibatch, TeacherSignal
 
 
@@ -61,21 +62,33 @@ class StudentTokens:
     extra: tuple[Tensor, ...] = ()
 
 
-def with_terms(
-    *terms: tuple[Callable[..., Tensor], tuple[Tensor, ...]],
-) -> tuple[TokenFunction, tuple[Tensor, ...]]:
-    """`token_statistics` and further terms of the same chunk of logits, as `Objective.token_function` returns them.
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A function of a chunk of the student's logits, for `with_terms`.
 
-    terms: (function, arguments) each: function(logits [n, V], *its arguments [n, ...]) -> [n]; arguments [B, R, ...].
+    function   (logits [n, V], *what of_chunk returns) -> [n]; those that are a `PolicyTerm` share one softmax
+    of_chunk   (the chunk's slices [n, ...] of arguments) -> tensors [n, ...]
+    arguments  tensors [B, R, ...]
     """
 
-    def function(logits: Tensor, ids: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
-        outputs, rest = [*token_statistics(logits, ids)], iter(args)
-        for term, own in terms:
-            outputs.append(term(logits, *islice(rest, len(own))))
-        return tuple(outputs)
+    function: Callable[..., Tensor]
+    of_chunk: Callable[..., tuple[Tensor, ...]]
+    arguments: tuple[Tensor, ...]
 
-    return function, tuple(argument for _, own in terms for argument in own)
+
+def with_terms(*terms: Term) -> tuple[TokenFunction, tuple[Tensor, ...]]:
+    """Log-probability, entropy and further terms of the same chunk, as `Objective.token_function` returns them."""
+
+    def function(logits: Tensor, ids: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(args)
+        calls = [(term.function, term.of_chunk(*islice(rest, len(term.arguments)))) for term in terms]
+        shared = [(of, own) for of, own in calls if isinstance(of, PolicyTerm)]
+        logps, of_entropy, *values = policy_terms(logits, ids, (entropy, ()), *shared)
+        next_shared = iter(values)
+        extra = [next(next_shared) if isinstance(of, PolicyTerm) else of(logits, *own) for of, own in calls]
+        return logps, of_entropy, *extra
+
+    return function, tuple(argument for term in terms for argument in term.arguments)
 
 
 class Processes(Protocol):

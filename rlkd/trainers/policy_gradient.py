@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Unpack
@@ -33,7 +33,7 @@ from .critic import critic_alone, give_own_learning_rate
 from .cut_answers import cut_rows, end_price, without_cut
 from .distillation import TrainerInputs
 from .labelled import with_imitation
-from .objective import Evidence, Objective, Processes, StudentTokens, with_terms
+from .objective import Evidence, Objective, Processes, StudentTokens, Term, with_terms
 from .off_policy import weighted, with_effective_sample_size
 from .on_policy import OnPolicyTrainer
 from .start import StartCheck
@@ -212,21 +212,17 @@ class PolicyGradient(Objective):
             terms.append(self.expectation(given(signal)))
         if annotations is not None and annotations.reference is not None:
             reference = annotations.reference
-
-            def log_reference(logits: Tensor, *states: Tensor) -> Tensor:
-                return expected_log_reference(logits, reference.logits(*states))
-
-            terms.append((log_reference, reference.token_args))
+            terms.append(Term(expected_log_reference, lambda *x: (reference.logits(*x),), reference.token_args))
         return with_terms(*terms)
 
-    def expectation(self, signal: TeacherSignal) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        """E_{a ~ pi}[r(s_t, a)] as a term of `with_terms`."""
+    def expectation(self, signal: TeacherSignal) -> Term:
+        """E_{a ~ pi}[r(s_t, a)]."""
         expected, distribution = given(self.reward.expected), given(signal.distribution)
 
-        def of_chunk(logits: Tensor, value: Tensor, *states: Tensor) -> Tensor:
-            return expected(logits, distribution.logits(*states), value)
+        def of_chunk(value: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+            return distribution.logits(*states), value
 
-        return of_chunk, (self.reward.state_value(signal), *distribution.token_args)
+        return Term(expected, of_chunk, (self.reward.state_value(signal), *distribution.token_args))
 
     @abstractmethod
     def policy_loss(self, logps: Tensor, advantages: Tensor, answers: Answers) -> tuple[Tensor, Mapping[str, Tensor]]:

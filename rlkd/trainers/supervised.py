@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from ..records import Answers, Example, Minibatch, TeacherSignal, given
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
-from .objective import Objective, StudentTokens, with_terms
+from .layer_terms import LayerTerms
+from .objective import Objective, StudentTokens, Term, with_terms
 from .start import START_NEEDS
 from .warm_up import WarmUp
 
@@ -75,14 +77,12 @@ class DivergenceKD(Objective):
     ) -> tuple[TokenFunction, tuple[Tensor, ...]]:
         assert signal is not None
         if signal.top_k is not None:
-            return with_terms((self.of_top_tokens, (signal.top_k.ids, signal.top_k.logps)))
+            top_k = signal.top_k
+            return with_terms(Term(self.of_top_tokens, lambda *args: args, (top_k.ids, top_k.logps)))
         distribution = given(signal.distribution)
 
-        def divergence(logits: Tensor, *states: Tensor) -> Tensor:
-            teacher = distribution.logits(*states)
-            return self.divergence(logits, teacher, temperature=self.temperature, **self.parameters)
-
-        return with_terms((divergence, distribution.token_args))
+        divergence = partial(self.divergence, temperature=self.temperature, **self.parameters)
+        return with_terms(Term(divergence, lambda *states: (distribution.logits(*states),), distribution.token_args))
 
     def of_top_tokens(self, logits: Tensor, ids: Tensor, logps: Tensor) -> Tensor:
         """D of student logits [n, V] and the teacher's most probable tokens, [n, K] each."""
@@ -198,7 +198,7 @@ class SupervisedTrainer(DistillationTrainer):
         task_metric: TaskMetric | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        check_label_rows(train_dataset, scored=args.objective != "sequence")
+        check_label_rows(train_dataset, scored=args.objective != "sequence" or bool(args.layer_weights))
         if not isinstance(teacher, LocalSource):
             check_readiness(args, frozenset() if teacher is None else teacher.gives)
         own = own_generations(train_dataset, tokenizer)
@@ -215,6 +215,8 @@ class SupervisedTrainer(DistillationTrainer):
         )
         rules = rules_of(self.policy.lm)
         self.labels = PseudoLabelCollator(tokenizer, args.max_input_tokens, args.max_new_tokens, own, rules, weights)
+        self.layer_terms = LayerTerms(args, self.policy, teacher, train_dataset) if args.layer_weights else None
+        self.rows_of_update = 0.0
         self.warm_up = WarmUp(self) if args.until_ready else None
         if self.warm_up is not None:
             self.callback_handler.callbacks.insert(0, self.warm_up)  # trackers close their runs when training ends
@@ -238,10 +240,14 @@ class SupervisedTrainer(DistillationTrainer):
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `DistillationTrainer`, with whether a warm-up is done."""
         extras = super().save_extras(folder)
+        if self.layer_terms is not None:
+            self.layer_terms.save(folder)
         return extras if self.warm_up is None else {**extras, "saturated": self.warm_up.saturated}
 
     def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
         super().load_extras(extras, folder)
+        if self.layer_terms is not None:
+            self.layer_terms.load(folder)
         if self.warm_up is not None:
             self.warm_up.saturated = extras.get("saturated", False)
 
@@ -250,7 +256,9 @@ class SupervisedTrainer(DistillationTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         own = sum(int(batch["answer_mask"].sum()) for batch in batches)
         self.tokens_since_log += own
-        return batches, self.sum(torch.tensor(float(own), device=device))
+        rows = sum(len(batch["examples"]) for batch in batches)
+        tokens, self.rows_of_update = self.sum(torch.tensor([float(own), float(rows)], device=device))
+        return batches, tokens
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -265,3 +273,16 @@ class SupervisedTrainer(DistillationTrainer):
             denominator=None if num_items_in_batch is None else float(num_items_in_batch),
         )
         return super().compute_loss(model, {"minibatch": minibatch}, return_outputs)
+
+    def layer_loss(self, minibatch: Minibatch, layers: Any) -> Tensor:
+        """The weighted terms over layers: their mean over the rows of the whole update."""
+        assert self.layer_terms is not None
+        answers = minibatch.answers
+        own = len(answers.examples)
+        terms = self.layer_terms.of(answers, layers)
+        self.record_tokens(
+            torch.ones(own, dtype=torch.bool, device=self.args.device),
+            **{name: (value / own).expand(own) for name, value in terms.items()},
+        )
+        weights, rows = self.args.layer_weights, own if minibatch.denominator is None else float(self.rows_of_update)
+        return torch.stack([weights[name] * value for name, value in terms.items()]).sum() / rows

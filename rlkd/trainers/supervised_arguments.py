@@ -92,6 +92,22 @@ class SupervisedArguments(DivergenceArguments):
             "student is ready for RL; max_steps or num_train_epochs is the upper bound."
         },
     )
+    hidden_coef: NonNegative = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the squared distance of the layers' outputs to the teacher's, on labels (TinyBERT, "
+            "docs/method.md); encoder-decoder models."
+        },
+    )
+    attention_coef: NonNegative = field(
+        default=0.0, metadata={"help": "The same of self-attention scores; as many heads in both models."}
+    )
+    encoder_layer_map: list[int] | None = field(
+        default=None, metadata={"help": "The teacher's layer for each encoder layer; null spreads them evenly."}
+    )
+    decoder_layer_map: list[int] | None = field(
+        default=None, metadata={"help": "The teacher's layer for each decoder layer; null spreads them evenly."}
+    )
     learning_rate: NonNegative = field(default=3e-4, metadata={"help": "Peak learning rate."})
 
     def __post_init__(self) -> None:
@@ -107,6 +123,32 @@ class SupervisedArguments(DivergenceArguments):
         )
         if self.until_ready:
             complete_schedule(self)
+        for name in ("encoder_layer_map", "decoder_layer_map"):
+            value = getattr(self, name)
+            _require(
+                value is None or bool(self.layer_weights),
+                name,
+                value,
+                "compares no layers while hidden_coef and attention_coef are 0: leave it out",
+            )
+        _require(
+            not (self.gradient_checkpointing and self.layer_weights),
+            "gradient_checkpointing",
+            True,
+            f"the layers that {self.layer_setting} compares would have no gradient: turn it off, or set that to 0",
+        )
+
+    @property
+    def layer_weights(self) -> dict[str, float]:
+        """Weight of each term over layers that is on, by its name in the log."""
+        weights = {"hidden_loss": self.hidden_coef, "attention_loss": self.attention_coef}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    @property
+    def layer_setting(self) -> str:
+        """The setting that compares layers, with its value."""
+        name = "hidden_coef" if self.hidden_coef > 0 else "attention_coef"
+        return f"{name} = {getattr(self, name)}"
 
     @property
     def reads_labels(self) -> bool:

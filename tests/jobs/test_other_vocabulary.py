@@ -102,6 +102,7 @@ def test_it_trains_evaluates_is_recorded_and_resumes_exactly(folder, tmp_path, c
         (ReinforceArguments, {**SAMPLED, "baseline": "none"}, "needs the teacher's state_value"),
         (GKDArguments, {}, "needs the teacher's distribution"),
         (SupervisedArguments, {"objective": "reverse_kl"}, "'reverse_kl' needs the teacher's distribution"),
+        (SupervisedArguments, {"hidden_coef": 1.0}, "hidden_coef = 1.0: needs a vocabulary that teacher"),
         (ReinforceArguments, {**SAMPLED, "teacher_mix": 0.2}, "teacher_mix = 0.2: needs a vocabulary that teacher"),
     ],
 )

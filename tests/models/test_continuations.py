@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from rlkd.errors import ConfigError, ModelError
 from rlkd.models.architectures import language_model
 from rlkd.models.generation import AnswerRules
-from rlkd.models.spec import ModelSpec, TeacherSpec
+from rlkd.models.spec import ModelSpec, TeacherSpec, check_pair
 from rlkd.models.teacher import Teacher
 from rlkd.models.vocabulary import decode_texts, encode_answers, encode_texts, end_of_prompts
 from rlkd.sampling.decode import decode, greedy
@@ -106,6 +106,29 @@ def test_a_start_is_no_part_of_an_answer_and_an_end_is():
     a, b = (WORDS.index(word) for word in "ab")
     assert encode_answers(tiny_tokenizer(), ["a b"], 2, AnswerRules(start_id=0, eos_ids=(1,))) == [[a, 1]]
     assert encode_answers(tiny_tokenizer(), ["a b"], 9, AnswerRules(start_id=0, eos_ids=(1,))) == [[a, b, 1]]
+
+
+def test_special_tokens_that_a_text_model_lacks(tmp_path):
+    """As in Gemma 3, whose tokenizer ends with one for images: no action, no row of a label, no index error."""
+    tokenizer = continuing_tokenizer(HAS_WORDS)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    model = tiny_decoder(words=len(HAS_WORDS) - 4)  # no rows to spare
+    lm = language_model(model, tokenizer)
+    assert lm.valid_vocab == model.config.vocab_size == len(HAS_WORDS) < len(tokenizer)
+    assert decode(lm, lm.prompt_states([[0, 3]]), greedy, max_new_tokens=3).ids.max() < len(HAS_WORDS)
+    with pytest.raises(ModelError, match=r"1 of 2 prompts hold a special token .* first id 8: remove its text"):
+        Teacher(lm, tokenizer).lm.prompt_states([[0, 3], [0, len(HAS_WORDS)]])
+    teacher, student = (
+        ModelSpec(save_pretrained(tmp_path / role, made, tokenizer), role)
+        for role, made in (("teacher", model), ("student", tiny_decoder(words=len(HAS_WORDS))))
+    )
+    assert teacher.valid_vocab == len(HAS_WORDS)
+    assert check_pair(teacher, teacher) == len(HAS_WORDS)
+    with pytest.raises(ModelError, match=r"has embeddings for 8 of the tokens that they share, and student '.*' for 9"):
+        check_pair(teacher, student)
+    tokenizer.add_tokens(["word"])
+    with pytest.raises(ModelError, match="the tokenizer has ids up to 9 but the model's vocab_size is 8"):
+        language_model(model, tokenizer)
 
 
 # -- the context window ------------------------------------------------------------------------------------------------

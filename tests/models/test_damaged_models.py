@@ -216,7 +216,10 @@ LANGUAGE = {
         lambda folder: tiny_bart().config.save_pretrained(folder),
         "which would stay random",
     ),
-    "config of a classifier": (lambda folder: tiny_classifier().config.save_pretrained(folder), "is a 'bert' model"),
+    "config of a classifier": (
+        lambda folder: tiny_classifier().config.save_pretrained(folder),
+        "has model_type 'bert', an encoder",
+    ),
 }
 ENCODERS = {
     "config of a deeper model": (edit(CONFIG, num_hidden_layers=5), "which would stay random"),

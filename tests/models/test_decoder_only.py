@@ -89,24 +89,42 @@ def test_loading_switches_every_noise_off(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", MAIN)
-def test_gradients_are_those_of_full_logits(family):
-    """Two answers share a prompt, whose keys and values are computed once; gradient checkpointing changes nothing."""
-    prompts, answers = [*PROMPTS, PROMPTS[0]], [*ANSWERS, [13, EOS]]
-    own = tiny_decoder(family)
-    loss = sum(
-        (own(torch.tensor([[*p, *a]])).logits[0, len(p) - 1 : -1, :VALID].log_softmax(-1)[range(len(a)), a]).sum()
-        for p, a in zip(prompts, answers, strict=True)
-    )
-    loss.backward()
-    want = {name: p.grad for name, p in own.named_parameters()}
-    for checkpointing in (False, True):
+def test_gradients_are_those_of_full_logits(family, monkeypatch):
+    """A prompt that answers share is read once; else, and with gradient checkpointing, with each of its answers."""
+    reads = []
+    for name in ("_after_prompts", "_with_prompts"):
+        method = getattr(DecoderOnly, name)
+        monkeypatch.setattr(DecoderOnly, name, lambda *a, m=method, n=name: reads.append(n) or m(*a))
+    shared = [*PROMPTS, PROMPTS[0]], [*ANSWERS, [13, EOS]]
+    for (prompts, answers), checkpointing, read in (
+        (shared, False, "_after_prompts"),
+        (shared, True, "_with_prompts"),
+        ((PROMPTS, ANSWERS), False, "_with_prompts"),
+    ):
+        own = tiny_decoder(family)
+        for p, a in zip(prompts, answers, strict=True):
+            logits = own(torch.tensor([[*p, *a]])).logits[0, len(p) - 1 : -1, :VALID]
+            logits.log_softmax(-1)[range(len(a)), a].sum().backward()
+        want = {name: p.grad for name, p in own.named_parameters()}
         policy = Policy(lm_of(family)).train()
         if checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         (logps, _), _ = policy(*pad_rows(prompts, EOS), *pad_rows(answers, EOS))
         logps.sum().backward()
+        assert set(reads) == {read}
+        reads.clear()
         for name, parameter in policy.student.named_parameters():
             torch.testing.assert_close(parameter.grad, want[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def test_a_state_of_training_can_be_decoded_from():
+    lm = lm_of()
+    want = decode(lm, lm.prompt_states(PROMPTS), greedy, max_new_tokens=4)
+    with torch.enable_grad():
+        states = DecoderOnly(lm.model.train(), VALID).prompt_states(PROMPTS)
+    assert [state.tolist() for state in states] == PROMPTS
+    assert torch.equal(decode(lm, states, greedy, max_new_tokens=4).ids, want.ids)
 
 
 @pytest.mark.parametrize("family", MAIN)

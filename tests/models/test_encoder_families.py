@@ -99,6 +99,16 @@ REFUSED = {
     "canine, states": (
         "canine", {"layers": 2}, {"needs": {"teacher": {"hidden"}}}, "gives .* hidden states, which cannot be compared"
     ),
+    "fnet, attention": ("fnet", {"layers": 2}, {"needs": {"student": {"attention"}}}, "does not expose its attention"),
+    "deberta-v2, relations": (
+        lambda: tiny_config("deberta-v2", attention_probs_dropout_prob=0.0), {"layers": 2},
+        {"needs": {"student": {"relations"}}}, "exposes only attention maps, not the queries, keys and values",
+    ),
+    "modernbert, boundaries": (
+        modernbert, {"layers": 2, "init": "first"}, {"needs": {"teacher": {"neurons"}}},
+        "has 0 plain feed-forward networks for 4 layers",
+    ),
+    "canine, gradient": ("canine", {"layers": 2}, {"needs": {"teacher": {"gradient"}}}, "cannot be distilled here"),
     "funnel": ("funnel", {"layers": 2}, {}, "a 'funnel' model cannot be distilled here"),
     "tapas, token types": ("tapas", {"layers": 2}, {"token_types": {"student": [0]}}, "a .tapas. model cannot"),
     "roberta, pairs": (
@@ -168,6 +178,8 @@ def test_the_recipe_refuses_before_it_trains(tmp_path, monkeypatch):
         prepare(tmp_path, modernbert(), "kd", "mapped")
     with pytest.raises(ModelError, match="'deberta-v2' model exposes its attention only after dropout"):
         prepare(tmp_path, tiny_config("deberta-v2"), "tkd", "mapped")
+    with pytest.raises(ModelError, match=r"layer_map = \[1, 4\]: the layers of a 'albert' model share their weights"):
+        prepare(tmp_path, tiny_config("albert"), "kd", "mapped", layer_map=[1, 4])
     gpt = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)
     with pytest.raises(ModelError, match="'gpt2' model, not an encoder"):
         prepare(tmp_path, gpt, "kd", "mapped")

@@ -5,34 +5,19 @@ float64. The formulas know a policy and a teacher as tables of log-probabilities
 """
 
 import itertools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from published_arms import read_table
 
 import rlkd
 from rlkd.records import Answers, Example, Minibatch, TeacherSignal
 from rlkd.trainers.objective import Evidence, StudentTokens
 from trees import Tree, build_tree, random_policy, random_q
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "method.md"
 ACTIONS = 3
-
-
-def read_table() -> dict[str, tuple[str, dict]]:
-    """Name -> (trainer, settings) of each row."""
-    section = DOCUMENT.read_text(encoding="utf-8").split("\n## Published methods as settings\n")[1].split("\n## ")[0]
-    rows = {}
-    for line in section.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("|") and (trainer := re.fullmatch("`(.*Trainer)`", cells[1])):
-            settings = yaml.safe_load("\n".join(re.findall(r"`(\w+: [^`]+)`", cells[2])))
-            rows[cells[0].split(" (")[0]] = (trainer[1], settings)
-    return rows
 
 
 TABLE = read_table()

@@ -222,11 +222,13 @@ def test_a_page_that_cannot_be_written_is_an_error(tmp_path, no_drawing):
 def test_size_latency_and_score_of_encoder_students(tmp_path):
     summary = {
         role: {
-            "folder": role, "parameters": p, "megabytes": mb, "scores": {"dev": {"score": s}, "mm": {"score": s - 0.1}},
+            "folder": role, "parameters": p, "megabytes": mb,
+            "scores": {"dev": {"score": s}, "mm": {"score": s - 0.1}, "other": {"score": 0.0}},
             "ms_per_sentence": {"batch_1": ms},
         }
         for role, p, mb, s, ms in (("teacher", 1_000_000, 4.0, 0.9, 3.0), ("student", 1000, 0.5, 0.8, 0.25))
     }  # fmt: skip
+    summary["data"] = {"dev": {"dev": 20, "mm": 20}, "test": {"other": 20}}
     rows = [
         {"step": 10, "id": str(i), "label": i % 2, "predicted": 0, "accuracy": float(i % 2 == 0)} for i in range(20)
     ]

@@ -73,19 +73,34 @@ ORACLES = {
 }  # fmt: skip
 
 
+def test_relations_are_those_of_the_last_matched_layer(tmp_path):
+    """MiniLMv2 takes a layer below the last of a large teacher: the end of `layer_map`."""
+    trainer = only(tmp_path, "relations", model=build_student(tiny_classifier(seed=3), 2), layer_map=[1, 3])
+    batch = one_batch(trainer)
+    inputs = model_inputs(batch)
+    own, theirs = layers(trainer.trained.student, inputs)[1], layers(trainer.teacher, inputs)[2]
+    names, mask = ("query", "key", "value"), inputs["attention_mask"].bool()
+    vectors = [[getattr(one[1].attention.self, name)(one[0]) for name in names] for one in (own, theirs)]
+    expected = sum(minilm_relation(s, t, mask, 2) for s, t in zip(*vectors, strict=True))
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("term", ORACLES)
 def test_a_term_is_its_formula_on_the_models_own_modules(tmp_path, term):
     options = {"relation_heads": 4} if term == "relations" else {}
     trainer = only(tmp_path, term, model=build_student(tiny_classifier(seed=3), 2), **options)
     batch = one_batch(trainer)
     loss = trainer.compute_loss(trainer.model, batch)
-    torch.testing.assert_close(loss, ORACLES[term](trainer, model_inputs(batch)), atol=1e-5, rtol=1e-5)
+    expected = ORACLES[term](trainer, model_inputs(batch))
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     assert loss > 0
     # The student learns from it, also where the recorded tensors are the only way to the gradient.
-    own = trainer.trained.student.bert.encoder.layer[0].attention.self.key.weight
-    if term != "embedding":
-        loss.backward()
-        assert own.grad.abs().sum() > 0
+    own = [p for p in trainer.trained.student.parameters() if p.requires_grad]
+    found, wanted = (torch.autograd.grad(value, own, allow_unused=True) for value in (loss, expected))
+    assert any(gradient is not None and gradient.any() for gradient in wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert one is not None  # of a head that no term reads, 0
+        torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other, atol=1e-5, rtol=1e-3)
     assert all(p.grad is None for p in trainer.teacher.parameters())
 
 
@@ -280,6 +295,19 @@ def test_models_that_terms_cannot_compare(tmp_path):
     albert = family("albert")
     with pytest.raises(ModelError, match=r"layer_map = \[1, 4\]: the layers of a 'albert' model share their weights"):
         build_student(albert, 2, layer_map=[1, 4])
+
+
+def test_all_terms_in_bf16_stay_close(tmp_path):
+    """Scores, relations and gradients are computed in float32 from what bfloat16 layers give."""
+    named = {name: 1.0 for name, term in TERMS.items() if not term.late and name != "noisy"}
+    values = []
+    for bf16 in (False, True):
+        trainer = make(tmp_path / str(bf16), preset="custom", terms=named, max_steps=1, bf16=bf16, seed=3,
+                       model=build_student(tiny_classifier(seed=3), 2))  # fmt: skip
+        trainer.train()
+        values.append(next(row for row in logged(tmp_path / str(bf16)) if "loss" in row))
+    for name in named:
+        assert values[1][name] == pytest.approx(values[0][name], rel=0.1, abs=1e-3), name
 
 
 def test_a_head_that_does_not_learn_is_named(tmp_path, caplog):

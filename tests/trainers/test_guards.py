@@ -16,9 +16,10 @@ from test_tkd import rows as labelled_rows
 from rlkd.errors import DivergenceError
 from rlkd.evaluation.task_metrics import exact_match
 from rlkd.metrics import METRICS
-from rlkd.runs.alarms import ALARMS, SETTING, Alarm, History, Reading
+from rlkd.runs.alarms import ALARMS, SETTING, Alarm
 from rlkd.runs.files import ALARMS_FILE
 from rlkd.runs.guards import CALM, Watch
+from rlkd.runs.measures import History, Reading
 from rlkd.runs.paired import KEY, BestRows
 from rlkd.trainers.arguments import ReinforceArguments
 from tiny_runs import examples, logged, make, tiny_teacher
@@ -128,6 +129,10 @@ STREAMS = {
         stream(explained_variance=[-0.5] * 6, value_gain=[-0.5, 0, 0.1, 0.2, 0.3, 0.4]),
     ),
     "clip_saturated": (stream(clip_fraction=[0.2, 0.4, 0.5]), stream(clip_fraction=[0.1, 0.6, 0.1, 0.1])),
+    "few_effective_samples": (
+        stream(effective_sample_size=[0.9, 0.2, 0.1, 0.1]),
+        stream(effective_sample_size=[1.0, 0.1, 0.4, 0.1, 0.9]),  # the mean of three lines counts
+    ),
     "gradient_spikes": (
         stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 15]),
         stream(grad_norm=[1, 2, 1, 2, 1, 12, 1, 2, 20, 1, 1]),  # single spikes do not count
@@ -387,6 +392,15 @@ def test_runs_that_go_wrong_raise_them(tmp_path, kind, options, expected):
     start = twin() if options.get("reward_value") == "softmax" else {}
     make(kind, tmp_path, **{**options, **start}).train()
     assert expected <= {line["alarm"] for line in alarms_of(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({"teacher_mix": 0.9}, True), ({"rollout_temperature": 0.9}, False)]
+)
+def test_few_effective_samples_in_a_run(tmp_path, settings, expected):
+    """Answers of a teacher that has nothing in common with the student, and of nearly the student itself."""
+    make("reinforce", tmp_path, max_new_tokens=12, max_steps=3, learning_rate=0.0, **settings).train()
+    assert ("few_effective_samples" in {line["alarm"] for line in alarms_of(tmp_path)}) is expected
 
 
 def test_samples_of_another_policy_are_noticed(tmp_path):

@@ -33,9 +33,11 @@ KINDS = {
     metrics.DUAL_CLIP: {"ppo dual_clip end_price"},
     metrics.IMITATING: {"reinforce drop"},
     metrics.TRUNCATED: {"reinforce drop"},
+    metrics.LAYERS: {"supervised"},
     metrics.TKD: {"tkd"},
 }
 SETTINGS = {
+    "supervised": {"hidden_coef": 1.0, "attention_coef": 1.0},
     "gkd": {"on_policy_fraction": 0.5, "labels": labels()},
     "reinforce drop": {"cut_answers": "drop", "imitation_coef": 0.1, "labels": labels(), "rollout_top_p": 0.9},
     "ppo dual_clip end_price": {"cut_answers": "end_price", "dual_clip": 3.0},

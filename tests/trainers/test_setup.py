@@ -405,11 +405,13 @@ def test_trainers_refuse_what_the_first_evaluation_would_meet(tmp_path, kind):
         tiny_runs.make(kind, tmp_path, eval_on_start=True)
 
 
-def test_a_student_of_labels_alone_is_not_evaluated(tmp_path):
-    args = SupervisedArguments(str(tmp_path), use_cpu=True)
+def test_a_student_of_labels_alone_has_the_numbers_that_need_no_teacher(tmp_path):
+    args = SupervisedArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
     inputs = {"tokenizer": tiny_runs.tiny_tokenizer(tiny_runs.WORDS), "train_dataset": tiny_runs.labels()}
-    with pytest.raises(ConfigError, match="the teacher answers eval_examples, too"):
-        SupervisedTrainer(tiny_runs.student(), args, **inputs, eval_examples=tiny_runs.examples(3))
+    held_out = {"eval_examples": tiny_runs.examples(3), "task_metric": exact_match}
+    found = SupervisedTrainer(tiny_runs.student(), args, **inputs, **held_out).evaluate()
+    assert {"eval_exact_match", "eval_sample_length"} <= found.keys()
+    assert not {"eval_regret", "eval_match", "eval_logprob"} & found.keys()
 
 
 @pytest.mark.parametrize("table", [list, datasets.Dataset.from_list])

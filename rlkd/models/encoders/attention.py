@@ -155,6 +155,24 @@ def prepare_attention(model: Any, role: str, *, vectors: bool = False) -> Attent
     return "eager"
 
 
+def score_attention(model: Any, role: str) -> None:
+    """Make `recorded_attention` see the attention of an encoder-decoder `model`, which goes on with sdpa.
+
+    Raises ModelError if its attention does not go through transformers' attention interface.
+    """
+    if getattr(model, "_supports_sdpa", False):
+        model.set_attn_implementation(RECORDED_SDPA)
+        one = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        with recorded_attention() as record, torch.no_grad():
+            model.get_encoder()(input_ids=one)
+        if len(record) == model.config.num_hidden_layers:
+            return
+    raise ModelError(
+        f"{role}: a '{model.config.model_type}' model does not show its attention through transformers' attention "
+        "interface: set attention_coef to 0 (hidden_coef needs none)."
+    )
+
+
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 
 

@@ -1,0 +1,152 @@
+"""The job of `rlkd evaluate`: a saved generating model on rows, written as a run folder that reports compare."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..evaluation.evaluator import Evaluator, TaskMetric
+from ..evaluation.task_metrics import check_task_metric, references_of, task_metric_of
+from ..io.folders import refuse_other_contents
+from ..io.progress import progress
+from ..models.digests import weights_digest
+from ..models.footprint import count_parameters, megabytes
+from ..models.policy import Policy
+from ..models.spec import ModelSpec, check_pair, default_device
+from ..records import Example
+from ..runs.files import HELD_OUT, METRICS, RUN_FILE, append_lines, keep_first_and_last
+from ..runs.record import RunRecord, describe_data, describe_templates
+from ..sampling.rollouts import greedy_answers
+from .wiring import Reading, row_source, teacher_spec
+
+FILES = (RUN_FILE, METRICS, HELD_OUT, "evaluation.json")
+TRAINER = "evaluate"  # in run.json, in the place of a trainer's class
+TIMED_INPUTS = 16  # answered one by one; the median of their seconds is the latency
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """numbers, by their names in `rlkd.metrics`; speed: size and speed of the model; evaluator, whose `per_row` has the
+    scores of each row.
+    """
+
+    numbers: dict[str, float]
+    speed: dict[str, float]
+    evaluator: Evaluator
+
+
+def evaluate(request: dict[str, Any], out: Path, *, quiet: bool = False) -> Evaluation:
+    """Answer every row greedily and by sampling, score the answers, and write a run folder to `out`: run.json,
+    metrics.jsonl and held_out.jsonl. Checks come in order of cost; weights load last.
+
+    Raises ModelError, DataError or ConfigError, each before weights load.
+    """
+    metric = _check(request, out)
+    model = ModelSpec(
+        request["model"],
+        "student",
+        dtype=request["dtype"],
+        device=default_device(),
+        allow_bin=bool(request["allow_bin"]),
+        src_lang=request["src_lang"],
+        tgt_lang=request["tgt_lang"],
+    )
+    teacher = teacher_spec(request) if request["teacher"] else None
+    if teacher is None:
+        model.check()
+    else:
+        check_pair(teacher.model, model)
+    model.check_lengths(request["max_input_tokens"], request["max_new_tokens"])
+    examples = Reading.of(request, model.tokenizer).examples(row_source(request))
+    if check_task_metric(request["metric"]):
+        references_of(examples)
+
+    evaluator = Evaluator(
+        None if teacher is None else teacher.load(),
+        model.tokenizer,
+        examples,
+        request["max_input_tokens"],
+        request["max_new_tokens"],
+        metric,
+        batch_rows=request["batch_rows"],
+        seed=request["seed"],
+    )
+    evaluator.check(None)
+    policy = Policy(model.language_model(), critic=False)
+    policy.eval()
+    with progress(len(examples), what="evaluation", quiet=quiet) as advance:
+        rows = evaluator.rows(policy, None, range(len(examples)), advance)
+    numbers = evaluator.summarise(rows)
+    _write(request, out, evaluator, policy, rows, numbers)
+    return Evaluation(numbers, _speed(policy, evaluator), evaluator)
+
+
+def _check(request: dict[str, Any], out: Path) -> TaskMetric | None:
+    """The task metric. Raises ConfigError for options that contradict each other, and a folder of something else."""
+    refuse_other_contents(out, "--out", signs=(RUN_FILE,), own=FILES)
+    if (out / RUN_FILE).exists() and not request["overwrite"]:
+        raise ConfigError(f"--out {out} holds a run. Name a new folder, or give --overwrite to replace an evaluation.")
+    if (out / RUN_FILE).exists() and json.loads((out / RUN_FILE).read_text())["trainer"] != TRAINER:
+        raise ConfigError(f"--out {out} holds a training run, which --overwrite does not replace. Name a new folder.")
+    if check_task_metric(request["metric"]) and request["reference_column"] is None:
+        raise ConfigError(f"--metric {request['metric']}: needs --reference-column, the answers to compare with.")
+    if request["templates"] and not request["teacher"]:
+        raise ConfigError("--templates are what --teacher reads: name it. The model reads --student-template.")
+    return task_metric_of(request["metric"])
+
+
+def _speed(policy: Policy, evaluator: Evaluator) -> dict[str, float]:
+    """Size, and how fast greedy answers come: tokens per second of a batch, and the median latency of single inputs."""
+    limits: dict[str, Any] = {
+        "max_input_tokens": evaluator.max_input_tokens,
+        "max_new_tokens": evaluator.max_new_tokens,
+    }
+
+    def timed(examples: Sequence[Example]) -> tuple[float, int]:
+        started = time.perf_counter()
+        answers = greedy_answers(policy, evaluator.tokenizer, list(examples), **limits)
+        return time.perf_counter() - started, int(answers.answer_mask.sum())
+
+    some = evaluator.examples[: evaluator.batch_rows]
+    timed(some[:1])  # warms up
+    seconds, tokens = timed(some)
+    return {
+        "parameters": count_parameters(policy.student),
+        "megabytes": megabytes(policy.student),
+        "tokens_per_second": tokens / seconds,
+        "milliseconds_per_input": 1000 * statistics.median(timed([one])[0] for one in some[:TIMED_INPUTS]),
+    }
+
+
+def _write(
+    request: dict[str, Any],
+    out: Path,
+    evaluator: Evaluator,
+    policy: Policy,
+    rows: list[dict[str, Any]],
+    numbers: dict[str, float],
+) -> None:
+    """The three files, as a trainer's evaluation at step 0 has them."""
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in request.items()}
+    teacher = None if evaluator.teacher is None else evaluator.teacher.model
+    keep_first_and_last(out / HELD_OUT, 0, rows)
+    append_lines(out / METRICS, [{"step": 0, **{f"eval_{name}": value for name, value in numbers.items()}}])
+    RunRecord(
+        trainer=TRAINER,
+        settings=plain,
+        data={"eval": describe_data(evaluator.examples)},
+        templates=describe_templates(evaluator.examples),
+        models={"student": request["model"], "teacher": request["teacher"]},
+        revisions={
+            role: None if one is None else weights_digest(one)
+            for role, one in (("student", policy.student), ("teacher", teacher))
+        },
+    ).write(out)
