@@ -131,13 +131,13 @@ def test_what_does_not_go_together_is_refused(teachers):
 @pytest.mark.parametrize("kind", ["reinforce", "gkd"])
 def test_a_teacher_beside_itself_is_that_teacher(tmp_path, kind):
     """The exact one-step term, and a divergence: the same weights as the run with one."""
-    alone = make(kind, tmp_path / "alone", max_steps=3)
+    alone = make(kind, tmp_path / "alone", max_steps=2, optim="sgd")
     alone.train()
     pair = {name: tiny_runs.tiny_teacher() for name in "ab"}
-    twice = make(kind, tmp_path / "twice", teacher=AveragedTeachers(pair, [1, 4]), max_steps=3)
+    twice = make(kind, tmp_path / "twice", teacher=AveragedTeachers(pair, [1, 4]), max_steps=2, optim="sgd")
     twice.train()
     assert_same(weights(alone.policy), weights(twice.policy), 1e-4)
     routed = RoutedTeachers(pair, lambda texts: "ab"[len(texts[0]) % 2])
-    sent = make(kind, tmp_path / "sent", teacher=routed, max_steps=3)
+    sent = make(kind, tmp_path / "sent", teacher=routed, max_steps=2, optim="sgd")
     sent.train()
     assert_same(weights(alone.policy), weights(sent.policy), 1e-4)
