@@ -179,7 +179,7 @@ class TeacherArguments(SignalArguments, SeveralArguments):
     )
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         self.check_signal(self.template_combination)
         self.check_teachers(self.teacher, TeacherArguments.teacher)
         if self.teachers and self.teacher_signal != "model":

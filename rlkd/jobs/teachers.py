@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from ..checks import Count, Positive
+from ..checks import Count, Positive, check_settings
 from ..errors import ConfigError, DataError
 from ..labels.recorded import RecordedTeacher
 from ..models.other_tokenizer import SHARED_VOCABULARY, OtherTokenizer, ServedOtherTokenizer
@@ -47,6 +47,9 @@ class SignalArguments:
     )
     server_concurrency: Count = field(default=8, metadata={"help": "Requests to the server at a time."})
     server_timeout: Positive = field(default=60.0, metadata={"help": "Seconds that one request may take."})
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def check_signal(self, combination: TemplateCombination) -> None:
         """Raise ConfigError for settings that contradict each other, or this combination of templates."""

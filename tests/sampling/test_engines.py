@@ -138,7 +138,8 @@ def test_auto_takes_ctranslate2_for_greedy(tmp_path, monkeypatch, caplog):
 
 def test_what_is_asked_for_is_never_dropped_silently():
     with pytest.raises(
-        ConfigError, match=r"engine = 'torhc': allowed are 'auto', 'ctranslate2', 'torch'\. Did you mean 'torch'"
+        ConfigError,
+        match=r"engine = 'torhc': allowed are 'auto', 'ctranslate2', 'torch', 'openai'\. Did you mean",
     ):
         choose("torhc")
     with pytest.raises(ConfigError, match=r"engine = 'torch': .*compute_type = 'int8'\.$"):
