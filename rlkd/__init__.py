@@ -61,10 +61,12 @@ _MODULES = {
     "models.heads": ("Head", "HeadOverStates"),
     "models.language_model": ("DecodingState", "LanguageModel"),
     "models.loading": ("load_model",),
+    "models.other_tokenizer": ("OtherTokenizer",),
     "models.policy": ("Policy",),
     "models.served": ("ServerTeacher",),
     "models.server": ("ServerSettings",),
-    "models.signals": ("SignalSource",),
+    "models.several": ("AveragedTeachers", "RoutedTeachers"),
+    "models.signals": ("LocalSource", "SignalSource"),
     "models.spec": ("ModelSource", "ModelSpec", "TeacherSpec"),
     "models.teacher": ("Teacher",),
     "models.vocabulary": ("load_tokenizer", "valid_vocab"),
@@ -121,6 +123,7 @@ _MODULES = {
     "trainers.policy_gradient": ("Credit", "PolicyGradient", "PolicyGradientTrainer"),
     "trainers.ppo": ("PPOTrainer",),
     "trainers.reinforce": ("ReinforceTrainer",),
+    "trainers.reward_function": ("teacher_reward_func",),
     "trainers.supervised": ("SupervisedTrainer",),
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
@@ -202,9 +205,13 @@ if TYPE_CHECKING:
     from .models.language_model import DecodingState as DecodingState
     from .models.language_model import LanguageModel as LanguageModel
     from .models.loading import load_model as load_model
+    from .models.other_tokenizer import OtherTokenizer as OtherTokenizer
     from .models.policy import Policy as Policy
     from .models.served import ServerTeacher as ServerTeacher
     from .models.server import ServerSettings as ServerSettings
+    from .models.several import AveragedTeachers as AveragedTeachers
+    from .models.several import RoutedTeachers as RoutedTeachers
+    from .models.signals import LocalSource as LocalSource
     from .models.signals import SignalSource as SignalSource
     from .models.spec import ModelSource as ModelSource
     from .models.spec import ModelSpec as ModelSpec
@@ -281,6 +288,7 @@ if TYPE_CHECKING:
     from .trainers.policy_gradient import PolicyGradientTrainer as PolicyGradientTrainer
     from .trainers.ppo import PPOTrainer as PPOTrainer
     from .trainers.reinforce import ReinforceTrainer as ReinforceTrainer
+    from .trainers.reward_function import teacher_reward_func as teacher_reward_func
     from .trainers.supervised import SupervisedTrainer as SupervisedTrainer
 else:
 

@@ -163,7 +163,7 @@ def _bad_inputs(folder: Path) -> dict[str, tuple[tuple[str, ...], int, tuple[str
             3,
             ("tiny_templates.yaml", "what is lef", "what is left"),
         ),
-        "vocabulary": (("--teacher", str(tiny / "foreign")), 2, ("vocabularies", "tokens", "first difference at id")),
+        "vocabulary": (("--teacher", str(tiny / "foreign")), 2, ("another vocabulary", "one_step", "distribution")),
         "encoder as teacher": (("--teacher", str(tiny / "encoder")), 2, ("teacher", "bert", "an encoder", "llama")),
         "float16": (("--teacher_dtype", "float16"), 2, ("teacher_dtype", "bfloat16", "float32")),
         "no such teacher": (("--teacher", str(tiny / "nobody")), 2, ("teacher", "nobody")),

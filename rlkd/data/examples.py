@@ -186,6 +186,10 @@ class Examples(Sequence[Example]):
             digest.update(json.dumps([batch[name] for name in columns], default=str).encode())
         return digest.hexdigest()[:16]
 
+    def column(self, name: str) -> list[Any]:
+        """The values of a column, one per example."""
+        return list(self.rows.select(self._kept)[name])
+
     def inputs(self) -> Iterator[tuple[str, ...]]:
         """What the student reads of each row, up to case and spaces."""
         rows = self.rows.select(self._kept)

@@ -27,7 +27,8 @@ class RowRenderer:
     with_choices: prompts have the templates' answer choices, for ranking. unknown: gives the pieces of a text that the
     tokenizer does not know; None: they are not looked for. skip_missing, skip_unknown: prompts that print a missing
     value, or have such pieces, are skipped; otherwise they are only noted. on_bad_row: of rows on which a template
-    fails. Raises ConfigError if a template has no choices, or if the student's input is not given.
+    fails. teacher_column: must exist; nothing is rendered of it. Raises ConfigError if a template has no choices, or if
+    the student's input is not given.
     """
 
     templates: tuple[Template, ...]
@@ -41,6 +42,7 @@ class RowRenderer:
     skip_missing: bool = False
     skip_unknown: bool = False
     on_bad_row: OnBadRow = "fail"
+    teacher_column: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("on_bad_row", self.on_bad_row, OnBadRow)
@@ -77,6 +79,7 @@ class RowRenderer:
             "student_column": self.student_column,
             "reference_column": self.reference_column,
             "id_column": self.id_column,
+            "teacher_column": self.teacher_column,
         }
         used = [*self.templates, *([self.student_template] if self.student_template else [])]
         return {role: column for role, column in named.items() if column is not None} | template_columns(

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from ..models.policy import Policy
-from ..models.signals import AnsweringSource, SignalSource
-from ..models.teacher import Teacher
+from ..models.signals import AnsweringSource, LocalSource, SignalSource
 from ..models.vocabulary import decode_texts, token_pieces
 from ..objectives.advantages import regret_per_sequence
 from ..objectives.policy import kl_k3
 from ..objectives.rewards import induced_advantage
 from ..records import Answers, Example, given
-from ..sampling.decode import decode, greedy
-from ..sampling.rollouts import greedy_answers, sample_rollouts
+from ..sampling.rollouts import greedy_answers, greedy_writer, sample_rollouts
 from .task_metrics import RowMean, RowScore, try_metric
 
 # The numbers of every row, for the greedy and the sampled answer (`rlkd.metrics` defines them), and the fields of the
@@ -55,7 +53,7 @@ class Evaluator:
     task_metric: TaskMetric | None = None
     batch_rows: int = 64
     seed: int = 0
-    _teacher_answers: dict[str, list[int]] = field(default_factory=dict, init=False)
+    _teacher_answers: dict[tuple[str, ...], list[int]] = field(default_factory=dict, init=False)
     _task_names: list[str] = field(default_factory=list, init=False)
     # Of the newest evaluation: score -> one value per row, to compare evaluations with (`rlkd.runs.paired`).
     per_row: dict[str, list[float]] = field(default_factory=dict, init=False)
@@ -75,7 +73,7 @@ class Evaluator:
     @property
     def answers(self) -> bool:
         """Whether the teacher answers the examples itself."""
-        return isinstance(self.teacher, Teacher | AnsweringSource)
+        return isinstance(self.teacher, LocalSource | AnsweringSource)
 
     @property
     def means(self) -> list[str]:
@@ -169,26 +167,30 @@ class Evaluator:
         return decode_texts(self.tokenizer, self._teacher_ids(examples))
 
     def _own_answers(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
-        """Text and tokens of the teacher's greedy answers, if it gives any."""
+        """Text and tokens of the teacher's greedy answers, if it gives any; of several, which of them it was."""
         if not self.answers:
             return {}
-        return {"teacher": self.teacher_answers(examples), "teacher_ids": self._teacher_ids(examples)}
+        own: dict[str, list[Any]] = {"teacher": self.teacher_answers(examples)}
+        own["teacher_ids"] = self._teacher_ids(examples)
+        if isinstance(self.teacher, LocalSource):
+            names = self.teacher.answers_by([example.teacher_inputs for example in examples])
+            own |= {} if names is None else {"teacher_name": names}
+        return own
 
     def _teacher_ids(self, examples: Sequence[Example]) -> list[list[int]]:
-        # By prompt: ids need not be unique in examples made in memory.
-        missing = [e for e in examples if e.teacher_inputs[0] not in self._teacher_answers]
+        # By prompts: ids need not be unique in examples made in memory.
+        missing = [e for e in examples if e.teacher_inputs not in self._teacher_answers]
         if missing:
-            prompts = [example.teacher_inputs[0] for example in missing]
-            self._teacher_answers.update(zip(prompts, self._greedy(prompts), strict=True))
-        return [self._teacher_answers[e.teacher_inputs[0]] for e in examples]
+            inputs = [example.teacher_inputs for example in missing]
+            self._teacher_answers.update(zip(inputs, self._greedy(inputs), strict=True))
+        return [self._teacher_answers[e.teacher_inputs] for e in examples]
 
-    def _greedy(self, prompts: list[str]) -> list[list[int]]:
-        if isinstance(self.teacher, Teacher):
-            states = self.teacher.prompt_states(prompts)
-            answer = decode(self.teacher.lm, states, greedy, max_new_tokens=self.max_new_tokens)
-            return [ids[mask].tolist() for ids, mask in zip(answer.ids, answer.mask, strict=True)]
+    def _greedy(self, inputs: list[tuple[str, ...]]) -> list[list[int]]:
+        most = self.max_new_tokens
+        if isinstance(self.teacher, LocalSource):
+            return self.teacher.answer(inputs, greedy_writer(most), most)
         assert isinstance(self.teacher, AnsweringSource)
-        return self.teacher.greedy(prompts, self.max_new_tokens)
+        return self.teacher.greedy([texts[0] for texts in inputs], most)
 
     def names(self) -> list[str]:
         """The names that `summarise` gives, once the metric was tried (`check`)."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.policy import Policy
-from ..models.teacher import Teacher
+from ..models.signals import LocalSource
 from ..records import Answers, Example
 from ..runs.files import TOKEN_REWARDS, append_lines
 from .samples import COLUMNS, Sample
@@ -21,7 +21,12 @@ EVALUATED = {"ids": "student", "sample_ids": "student sampled", "teacher_ids": "
 
 
 def evaluated_samples(
-    teacher: Teacher, tokenizer: Any, policy: Policy, examples: list[Example], rows: list[dict[str, Any]], value: str
+    teacher: LocalSource,
+    tokenizer: Any,
+    policy: Policy,
+    examples: list[Example],
+    rows: list[dict[str, Any]],
+    value: str,
 ) -> list[Sample]:
     """The greedy, sampled and teacher's answers in `rows` of `Evaluator.rows`, one example each, token by token."""
     samples = []
@@ -32,7 +37,7 @@ def evaluated_samples(
 
 
 def rollout_samples(
-    teacher: Teacher, tokenizer: Any, answers: Answers, value: str, used: Mapping[str, Tensor]
+    teacher: LocalSource, tokenizer: Any, answers: Answers, value: str, used: Mapping[str, Tensor]
 ) -> list[Sample]:
     """Answers of a rollout batch with the numbers that training uses: rewards, advantages, values, [B, R] each."""
     if answers.own_logps is not None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.generation import rules_of
 from ..models.heads import HeadOverStates
 from ..models.policy import Policy
+from ..models.signals import LocalSource
 from ..models.teacher import Teacher
 from ..models.vocabulary import decode_texts, encode_texts, token_pieces
 from ..objectives.rewards import induced_advantage
@@ -22,7 +22,7 @@ TOP_K = 5  # alternatives kept for each token
 
 
 def score_rollouts(
-    teacher: Teacher,
+    teacher: LocalSource,
     tokenizer: Any,
     rollouts: Answers,
     *,
@@ -43,7 +43,7 @@ def score_rollouts(
         "entropies": rows_of(given(scores.entropy), mask),
         "rewards": rows_of(induced_advantage(scores, value), mask),
     }
-    if isinstance(scores.distribution, HeadOverStates):
+    if isinstance(teacher, Teacher) and isinstance(scores.distribution, HeadOverStates):
         columns["top"] = top_tokens(teacher, tokenizer, scores.distribution, mask)
     if policy is not None:
         with torch.no_grad():
@@ -53,6 +53,7 @@ def score_rollouts(
             columns["values"] = rows_of(values, mask)
     answers = [row[kept].tolist() for row, kept in zip(rollouts.answer_ids, mask, strict=True)]
     texts = decode_texts(tokenizer, answers)
+    whose = teacher.answers_by(inputs)
     return [
         Sample(
             id=example.id,
@@ -63,6 +64,7 @@ def score_rollouts(
             ids=answers[i],
             prompts=dict(zip(names, example.teacher_inputs, strict=True)),
             finished=bool(given(rollouts.finished)[i]),
+            facts={} if whose is None else {"teacher": whose[i]},
             **{name: column[i] for name, column in columns.items()},
         )
         for i, example in enumerate(rollouts.examples)
@@ -86,19 +88,19 @@ def rows_of(values: Tensor, mask: Tensor) -> list[Any]:
     return [row[kept].tolist() for row, kept in zip(values, mask, strict=True)]
 
 
-def answers_as_rollouts(teacher: Teacher, examples: list[Example], answers: list[list[int]]) -> Answers:
+def answers_as_rollouts(teacher: LocalSource, examples: list[Example], answers: list[list[int]]) -> Answers:
     """Answers given as lists of token ids; one that does not end with end-of-sequence counts as cut."""
-    ids, mask = pad_rows(answers, teacher.lm.pad_id, teacher.lm.device)
-    ends = rules_of(teacher.lm).eos_ids
-    finished = torch.tensor([row[-1:] != [] and row[-1] in ends for row in answers], device=ids.device)
+    rules = teacher.rules
+    ids, mask = pad_rows(answers, rules.pad_id, teacher.device)
+    finished = torch.tensor([row[-1:] != [] and row[-1] in rules.eos_ids for row in answers], device=ids.device)
     return as_rollouts(teacher, examples, ids, mask, finished)
 
 
-def as_rollouts(teacher: Teacher, examples: list[Example], ids: Tensor, mask: Tensor, finished: Tensor) -> Answers:
+def as_rollouts(teacher: LocalSource, examples: list[Example], ids: Tensor, mask: Tensor, finished: Tensor) -> Answers:
     """Answers given as ids [B, R], mask [B, R] and whether each is finished [B]; `behaviour_logps` are zeros."""
     texts, append_eos = [example.student_input for example in examples], teacher.rules.end_of_prompts
     prompts = encode_texts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=append_eos)
-    input_ids, input_mask = pad_rows(prompts, teacher.lm.pad_id, teacher.lm.device)
+    input_ids, input_mask = pad_rows(prompts, teacher.rules.pad_id, teacher.device)
     return Answers(
         examples=examples,
         input_ids=input_ids,

@@ -9,23 +9,21 @@ from typing import Any
 from ..checks import check_choice
 from ..errors import ConfigError
 from ..evaluation.samples import Sample
-from ..evaluation.token_rewards import answers_as_rollouts, as_rollouts, score_rollouts
+from ..evaluation.token_rewards import answers_as_rollouts, score_rollouts
 from ..models.architectures import language_model
-from ..models.generation import rules_of
 from ..models.policy import Policy
-from ..models.teacher import Teacher
-from ..models.vocabulary import NO_LIMIT, encode_answers
+from ..models.signals import LocalSource
+from ..models.vocabulary import NO_LIMIT, check_same_vocabulary, encode_answers, same_vocabulary
 from ..objectives.rewards import REWARDS, RewardName
 from ..records import Answers, Example
-from ..sampling.decode import decode, greedy
-from ..sampling.rollouts import greedy_answers
+from ..sampling.rollouts import greedy_answers, greedy_writer
 from .reward_view import RewardView
 
 BATCH_ROWS = 32
 
 
 def reward_view(
-    teacher: Teacher,
+    teacher: LocalSource,
     tokenizer: Any,
     examples: Sequence[Example],
     *,
@@ -45,9 +43,12 @@ def reward_view(
         template_names: names of the teacher inputs of an example, in order. With several, every answer is shown under
             all of them together and under each.
         max_new_tokens: answers, given ones included, are cut to this many tokens.
-    Raises: ConfigError if there are no examples, or answers and names do not fit them.
+    Raises: ConfigError if there are no examples, or answers and names do not fit them; ModelError if the teacher has
+    another vocabulary than the tokenizer, and is no `OtherTokenizer`.
     """
     check_choice("value", value, REWARDS)
+    if not same_vocabulary(teacher.tokenizer, tokenizer):
+        check_same_vocabulary(teacher.tokenizer, tokenizer, "in memory", "in memory")
     examples = list(examples)
     names = _check(examples, answers, template_names)
     students = student if isinstance(student, Mapping) else {} if student is None else {"student": student}
@@ -103,21 +104,21 @@ def _under_templates(rollouts: Answers, names: list[str]) -> Iterator[tuple[Answ
 
 
 def _students_answers(
-    policies: dict[str, Policy], teacher: Teacher, tokenizer: Any, examples: list[Example], max_new_tokens: int
+    policies: dict[str, Policy], teacher: LocalSource, tokenizer: Any, examples: list[Example], max_new_tokens: int
 ) -> dict[str, Answers]:
     limits = {"max_input_tokens": teacher.max_input_tokens, "max_new_tokens": max_new_tokens}
     return {source: greedy_answers(policy, tokenizer, examples, **limits) for source, policy in policies.items()}
 
 
-def _teacher_answers(teacher: Teacher, examples: list[Example], max_new_tokens: int) -> Answers:
+def _teacher_answers(teacher: LocalSource, examples: list[Example], max_new_tokens: int) -> Answers:
     """The teacher's greedy answers under the first template."""
-    states = teacher.prompt_states([example.teacher_inputs[0] for example in examples])
-    answer = decode(teacher.lm, states, greedy, max_new_tokens=max_new_tokens)
-    return as_rollouts(teacher, examples, answer.ids, answer.mask, answer.finished)
+    inputs = [example.teacher_inputs for example in examples]
+    answers = teacher.answer(inputs, greedy_writer(max_new_tokens), max_new_tokens)
+    return answers_as_rollouts(teacher, examples, answers)
 
 
 def _given_answers(
-    teacher: Teacher, tokenizer: Any, examples: list[Example], given: dict[str, list[str]], max_new_tokens: int
+    teacher: LocalSource, tokenizer: Any, examples: list[Example], given: dict[str, list[str]], max_new_tokens: int
 ) -> dict[str, Answers]:
     """The given texts, and the first reference of the examples that have one."""
     pairs = {source: list(zip(examples, texts, strict=True)) for source, texts in given.items()}
@@ -131,9 +132,9 @@ def _given_answers(
     }
 
 
-def _ends(teacher: Teacher, tokenizer: Any, texts: list[str], max_new_tokens: int) -> list[list[int]]:
+def _ends(teacher: LocalSource, tokenizer: Any, texts: list[str], max_new_tokens: int) -> list[list[int]]:
     """Token ids of texts with end-of-sequence, cut to `max_new_tokens` (then without it)."""
-    rules = rules_of(teacher.lm)
+    rules = teacher.rules
     whole = [
         [*(token for token in row[:-1] if token not in rules.eos_ids), row[-1]]
         for row in encode_answers(tokenizer, texts, NO_LIMIT, rules)

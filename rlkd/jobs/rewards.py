@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from typing import Any
 
 from ..checks import check_choice
@@ -12,7 +13,10 @@ from ..inspection.build import reward_view
 from ..inspection.labels import from_labels
 from ..inspection.reward_view import RewardView
 from ..labels.store import finished_manifest
-from ..models.spec import ModelSpec, check_pair
+from ..models.other_tokenizer import OtherTokenizer
+from ..models.signals import LocalSource
+from ..models.spec import ModelSpec, check_pair, other_vocabulary
+from ..models.vocabulary import same_vocabulary
 from ..objectives.rewards import REWARDS
 from ..records import Example
 from .wiring import Reading, row_source, teacher_spec
@@ -32,14 +36,21 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     shared = ("device", "allow_bin", "src_lang", "tgt_lang")
     how: dict[str, Any] = {name: getattr(teacher.model, name) for name in shared}
     students = {role: ModelSpec(request[role], role, **how) for role in STUDENTS if request[role]}
-    for spec in students.values():
-        check_pair(teacher.model, spec)
+    specs = list(students.values())
+    for spec in specs:
+        spec.check()
         spec.check_lengths(request["max_input_tokens"], request["max_new_tokens"])
+    other = bool(specs) and not same_vocabulary(teacher.tokenizer, specs[0].tokenizer)
+    if other:
+        logger.info("%s", other_vocabulary(teacher.model, specs[0]))
+    for first, spec in pairwise(specs if other else [teacher.model, *specs]):
+        check_pair(first, spec)
     names, examples = _examples(request, teacher.tokenizer)
     loaded = teacher.load()
+    source: LocalSource = OtherTokenizer(loaded, specs[0].tokenizer, specs[0].rules) if other else loaded
     return reward_view(
-        loaded,
-        teacher.tokenizer,
+        source,
+        source.tokenizer,
         examples,
         student={role.replace("_", " "): spec.load() for role, spec in students.items()},
         value=request["reward_value"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,12 @@ from ..labels.store import load_pseudolabels
 from ..models.adapters import add_adapter, check_same_settings, without_dropout
 from ..models.architectures import architecture_of
 from ..models.signals import SignalSource
-from ..models.spec import Dtype, ModelSpec, TeacherSpec
-from ..models.teacher import Teacher, TemplateCombination
+from ..models.spec import Dtype, ModelSpec
+from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
+from .several import SeveralArguments, TeacherPlan, load_local, tokenizers_of
 from .teachers import (
     SignalArguments,
     check_models,
@@ -36,6 +38,7 @@ from .teachers import (
     recorded_teacher,
     refuse_other_templates,
     served_teacher,
+    teacher_spec,
 )
 from .text_files import TextFileArguments
 from .wiring import Reading, RowSource
@@ -138,7 +141,7 @@ class DataArguments(TextFileArguments):
 
 
 @dataclass
-class TeacherArguments(SignalArguments):
+class TeacherArguments(SignalArguments, SeveralArguments):
     """The prompted teacher. The student is TRL's ModelConfig (model_name_or_path, dtype, use_peft, ...)."""
 
     teacher: str = field(
@@ -178,6 +181,9 @@ class TeacherArguments(SignalArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_signal(self.template_combination)
+        self.check_teachers(self.teacher, TeacherArguments.teacher)
+        if self.teachers and self.teacher_signal != "model":
+            raise ConfigError(f"teacher_signal = {self.teacher_signal!r}: takes one teacher, `teachers` are several")
 
 
 @dataclass
@@ -218,22 +224,29 @@ def prepare(
     recorded = teacher.teacher_signal == "recorded"
     if recorded:
         check_recorded_signal(training)
-    ours, theirs = _student_spec(student, teacher), None if recorded else _teacher_spec(teacher, training)
+    ours, plan = _student_spec(student, teacher), TeacherPlan.of(teacher, training)
+    theirs = None if recorded or plan else teacher_spec(vars(teacher), training)
     if student.use_peft:
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
-    check_models(theirs, ours, training)
+    said = plan.check(ours, training) if plan else [check_models(theirs, ours, training)]
     if student.use_peft and ours.adapter:
         check_same_settings(ours.adapter, _peft_config(student))
     task_reward = _task_reward(data, training)
     train, evaluation, labels, note = load_data(
-        data, ours.tokenizer, references=task_reward is not None, same_templates=recorded
+        data,
+        [ours.tokenizer, *tokenizers_of(plan or theirs)],
+        references=task_reward is not None,
+        same_templates=recorded,
+        teacher_column=teacher.teacher_column,
     )
     frozen: SignalSource | None = None
-    if theirs is None:
+    if plan:
+        plan.divide(train, evaluation)
+    elif theirs is None:
         frozen = recorded_teacher(labels, training, ours.tokenizer)
     elif theirs.model.served:
-        frozen = served_teacher(theirs, teacher.server, training)
+        frozen = served_teacher(theirs, ours, teacher.server, training)
     if task_reward is not None:
         task_reward.try_on(train)
     task_metric = task_metric_of(data.task_metric)
@@ -241,7 +254,8 @@ def prepare(
         rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
         references_of(evaluation[:rows])
     if training.process_index == 0:
-        print(note if data.templates else f"{note}\nno templates: the teacher reads what the student reads")
+        lines = (note, None if data.templates else "no templates: the teacher reads what the student reads", *said)
+        print(*filter(None, lines), sep="\n")
 
     model = ours.load()
     if student.use_peft and not ours.adapter:
@@ -249,18 +263,9 @@ def prepare(
         model = add_adapter(model, _peft_config(student))
     if student.use_peft:
         model = without_dropout(model)
-    if theirs is not None and not theirs.model.served:
-        frozen = Teacher(
-            theirs.model.language_model(),
-            ours.tokenizer,
-            max_input_tokens=theirs.max_input_tokens,
-            append_eos=theirs.append_eos,
-            combination=teacher.template_combination,
-            cache_bytes=teacher.teacher_cache_mb * 2**20,
-        )
     return Setup(
         student=model,
-        teacher=frozen,
+        teacher=frozen or load_local(plan or theirs, ours, teacher),
         tokenizer=ours.tokenizer,
         train_examples=train,
         eval_examples=evaluation,
@@ -296,21 +301,6 @@ def _peft_config(student: ModelConfig) -> Any:
     return config
 
 
-def _teacher_spec(teacher: TeacherArguments, training: DistillationArguments) -> TeacherSpec:
-    model = ModelSpec(
-        teacher.teacher,
-        "teacher",
-        revision=teacher.teacher_revision,
-        dtype=teacher.teacher_dtype,
-        device=str(training.device),
-        allow_bin=teacher.allow_bin,
-        served=teacher.teacher_signal == "server",
-        src_lang=teacher.src_lang,
-        tgt_lang=teacher.tgt_lang,
-    )
-    return TeacherSpec(model, training.max_input_tokens, teacher.teacher_append_eos)
-
-
 def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskReward | None:
     """The task reward that the settings name. Raises ConfigError if it needs references and there are none."""
     name = getattr(training, "task_reward", None)
@@ -324,16 +314,22 @@ def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskRe
 
 
 def load_data(
-    data: DataArguments, tokenizer: Any = None, *, references: bool = False, same_templates: bool = False
+    data: DataArguments,
+    tokenizers: Sequence[Any] = (),
+    *,
+    references: bool = False,
+    same_templates: bool = False,
+    teacher_column: str | None = None,
 ) -> tuple[Examples, Examples, Any, str]:
     """Training and evaluation examples, the pseudo-labels if requested, and a line on the held-out inputs; columns are
     checked. An input that is held out of `dataset` is in neither training examples nor pseudo-labels.
 
-    tokenizer: to count the characters that it does not know. references: whether training reads them. same_templates:
-    whether labels must have been made under the templates of the settings.
+    tokenizers: to count the characters that one of them does not know. references: whether training reads them.
+    same_templates: whether labels must have been made under the templates of the settings. teacher_column: read too.
     Raises DataError or ConfigError.
     """
-    reading, source = Reading.of(vars(data), tokenizer), _source(data, data.dataset, data.train_split, data.train_limit)
+    reading = replace(Reading.of(vars(data)), tokenizers=tuple(tokenizers), teacher_column=teacher_column)
+    source = _source(data, data.dataset, data.train_split, data.train_limit)
     labels = None if data.pseudo_labels is None else _labels(data, reading, source, same_templates)
     held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)
     if held_out != replace(source, limit=None):

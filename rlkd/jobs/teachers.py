@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..checks import Count, Positive, check_settings
 from ..errors import ConfigError, DataError
 from ..labels.recorded import RecordedTeacher
+from ..models.other_tokenizer import SHARED_VOCABULARY, OtherTokenizer, ServedOtherTokenizer
 from ..models.served import ServerTeacher
 from ..models.server import Api, ServerSettings
-from ..models.spec import ModelSpec, TeacherSpec, check_pair
+from ..models.signals import SIGNAL, LocalSource, SignalSource
+from ..models.spec import ModelSpec, TeacherSpec, check_pair, other_vocabulary
 from ..models.teacher import TemplateCombination
+from ..models.vocabulary import same_vocabulary
 from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
-from ..trainers.base_arguments import DistillationArguments
+from ..trainers.base_arguments import DistillationArguments, require
 from ..trainers.objective import Objective
 from ..trainers.on_policy import RECORDED_ONLY, check_mix
 from ..trainers.ppo import PPO
@@ -81,24 +84,64 @@ OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
 }
 
 
-def check_models(teacher: TeacherSpec | None, student: ModelSpec, training: DistillationArguments) -> None:
-    """Raise ModelError or ConfigError if one cannot take its role, or they do not go together."""
-    if teacher is None:
-        student.check()
-    else:
-        check_pair(teacher.model, student)
-        _ = teacher.append_eos
+def teacher_spec(teacher: Mapping[str, Any], training: DistillationArguments) -> TeacherSpec:
+    """The teacher that settings name."""
+    model = ModelSpec(
+        teacher["teacher"],
+        "teacher",
+        revision=teacher["teacher_revision"],
+        dtype=teacher["teacher_dtype"],
+        device=str(training.device),
+        allow_bin=teacher["allow_bin"],
+        served=teacher["teacher_signal"] == "server",
+        src_lang=teacher["src_lang"],
+        tgt_lang=teacher["tgt_lang"],
+    )
+    return TeacherSpec(model, training.max_input_tokens, teacher["teacher_append_eos"])
+
+
+def check_models(teacher: TeacherSpec | None, student: ModelSpec, training: DistillationArguments) -> str | None:
+    """How teacher and student go together, in words; None if they share their vocabulary. Raises ModelError or
+    ConfigError if one cannot take its role, or settings need a shared vocabulary and there is none.
+    """
     for spec in (student,) if teacher is None else (teacher.model, student):
+        spec.check()
         spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
+    if teacher is None:
+        return None
+    _ = teacher.append_eos
+    if same_vocabulary(teacher.tokenizer, student.tokenizer):
+        check_pair(teacher.model, student)
+        return None
+    refuse_one_model(training, "needs a vocabulary that teacher and student share")
+    check_objective(training, SIGNAL - SHARED_VOCABULARY, OtherTokenizer.lacks)
+    return other_vocabulary(teacher.model, student)
 
 
-def check_objective(training: DistillationArguments, gives: frozenset[str]) -> None:
-    """Raise ConfigError if the objective of these settings needs more of the teacher than it `gives`."""
+def refuse_one_model(training: DistillationArguments, why: str) -> None:
+    """Raise ConfigError for settings that read a local teacher's model itself, token by token."""
+    mix = getattr(training, "teacher_mix", 0.0)
+    require(mix == 0, "teacher_mix", mix, f"{why}: set it to 0")
+    if isinstance(training, SupervisedArguments) and training.layer_weights:
+        raise ConfigError(f"{training.layer_setting}: {why}: set it to 0")
+
+
+def check_objective(training: DistillationArguments, gives: frozenset[str], why: str = "") -> None:
+    """Raise ConfigError if the objective of these settings needs more of the teacher than it `gives`; why, as in
+    `check_signal`.
+    """
     for kind, made in OBJECTIVES.items():
         if isinstance(training, kind):
-            made(training).check(gives)
-    if isinstance(training, SupervisedArguments):
-        check_readiness(training, gives)
+            made(training).check(gives, why)
+
+
+def local_teacher(spec: TeacherSpec, student: ModelSpec, **options: Any) -> LocalSource:
+    """The teacher with its weights, as the student sees it; options, further fields of `Teacher`. Raises as
+    `TeacherSpec.load` does.
+    """
+    teacher = spec.load(**options)
+    shared = same_vocabulary(spec.tokenizer, student.tokenizer)
+    return teacher if shared else OtherTokenizer(teacher, student.tokenizer, student.rules)
 
 
 def check_recorded_signal(training: DistillationArguments) -> None:
@@ -106,6 +149,8 @@ def check_recorded_signal(training: DistillationArguments) -> None:
     if isinstance(training, OnPolicyArguments):
         raise ConfigError(RECORDED_ONLY)
     check_objective(training, RecordedTeacher.gives)
+    if isinstance(training, SupervisedArguments):
+        check_readiness(training, RecordedTeacher.gives)
     watched = (training.metric_for_best_model or "").removeprefix("eval_").removeprefix("sample_")
     if watched in ("regret", "logprob", "match"):
         raise ConfigError(
@@ -114,18 +159,23 @@ def check_recorded_signal(training: DistillationArguments) -> None:
         )
 
 
-def served_teacher(spec: TeacherSpec, settings: ServerSettings, training: DistillationArguments) -> ServerTeacher:
-    """The teacher on a server, which was asked for it, and is enough for these settings.
+def served_teacher(
+    spec: TeacherSpec, student: ModelSpec, settings: ServerSettings, training: DistillationArguments
+) -> SignalSource:
+    """The teacher on a server, which was asked for it, and is enough for these settings, as the student sees it.
 
     No weights are loaded. Raises ModelError and ServerError as `Server` does, ConfigError if they need more of the
     teacher, or a longer context window.
     """
     teacher = ServerTeacher.of(spec, settings)
     check_objective(training, teacher.gives)
+    if isinstance(training, SupervisedArguments):
+        check_readiness(training, teacher.gives)
     if isinstance(training, OnPolicyArguments):
         check_mix(training, local=False)
     teacher.server.check_window(training.max_input_tokens, training.max_new_tokens)
-    return teacher
+    shared = same_vocabulary(spec.tokenizer, student.tokenizer)
+    return teacher if shared else ServedOtherTokenizer(teacher, student.tokenizer, student.rules)
 
 
 def recorded_teacher(labels: Any, training: DistillationArguments, tokenizer: Any) -> RecordedTeacher | None:

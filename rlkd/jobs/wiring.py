@@ -18,7 +18,7 @@ from ..data.rows import RowStream, check_columns, load_table
 from ..data.text import PLAIN, TextFormat, text_format
 from ..errors import ConfigError
 from ..models.spec import ModelSpec, TeacherSpec, default_device
-from ..models.vocabulary import UnknownText
+from ..models.vocabulary import unknown_to
 from ..templates.template import Template, load_templates
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Reading:
     seed: int = 0
     skip_missing: bool = False
     skip_unknown: bool = False
-    tokenizer: Any = None
+    tokenizers: tuple[Any, ...] = ()
+    teacher_column: str | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], tokenizer: Any = None) -> Reading:
@@ -98,7 +99,7 @@ class Reading:
             seed=settings.get("seed", 0),
             skip_missing=bool(settings.get("skip_missing")),
             skip_unknown=bool(settings.get("skip_unknown")),
-            tokenizer=tokenizer,
+            tokenizers=() if tokenizer is None else (tokenizer,),
         )
 
     def examples(self, source: RowSource) -> Examples:
@@ -132,9 +133,10 @@ class Reading:
             reference_column=self.reference_column,
             id_column=self.id_column,
             seed=self.seed,
-            unknown=None if self.tokenizer is None else UnknownText(self.tokenizer),
+            unknown=unknown_to(*self.tokenizers) if self.tokenizers else None,
             skip_missing=self.skip_missing,
             skip_unknown=self.skip_unknown,
+            teacher_column=self.teacher_column,
             **options,
         )
 

@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 def announce(
-    labels: list[dict[str, Any]], teacher: Any, weights: str | None, *, append_eos: bool | None = None
+    labels: list[dict[str, Any]], teachers: Sequence[tuple[Any, str | None]], *, append_eos: bool | None = None
 ) -> None:
-    """Say who made the labels, and warn of those that are not the answers of `teacher`, a model or None, or are its
-    answers to prompts that ended otherwise.
+    """Say who made the labels, and warn of those that are not the answers of one of `teachers`, or are answers to
+    prompts that ended otherwise.
 
-    labels: what `io.provenance.described` tells. weights: the digest of the teacher's; append_eos: whether its prompts
-    end with end-of-sequence, None if that is not known.
+    labels: what `io.provenance.described` tells. teachers: models, and the digests of their weights; append_eos:
+    whether their prompts end with end-of-sequence, None if that is not known.
     """
     for made in labels:
         logger.info(
@@ -29,10 +29,11 @@ def announce(
             made["teacher"], made["revision"], ", ".join(map(str, made["templates"])), made.get("strategy"),
             made.get("dataset") or made.get("data"),
         )  # fmt: skip
-        if teacher is not None and not _is_maker(made, teacher, weights):
+        if teachers and not any(_is_maker(made, *teacher) for teacher in teachers):
+            names = " and ".join(str(model.config.name_or_path) for model, _ in teachers)
             logger.warning(
                 "the labels are answers of %s (%s), not of this run's teacher %s: the student learns from the one and "
-                "is evaluated by the other", made["teacher"], made["revision"], teacher.config.name_or_path,
+                "is evaluated by the other", made["teacher"], made["revision"], names,
             )  # fmt: skip
         theirs = made.get("append_eos")
         if None not in (theirs, append_eos) and theirs != append_eos:

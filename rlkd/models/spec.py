@@ -267,8 +267,8 @@ class TeacherSpec:
         """Tokens of the longest answer that the model has positions for; None: any length."""
         return self.model.positions.longest_answer(self.max_input_tokens)
 
-    def load(self) -> Teacher:
-        """The teacher in PyTorch. Raises as `ModelSpec.language_model` does."""
+    def load(self, **options: Any) -> Teacher:
+        """The teacher in PyTorch; options, further fields. Raises as `ModelSpec.language_model` does."""
         from .teacher import Teacher
 
         return Teacher(
@@ -276,6 +276,7 @@ class TeacherSpec:
             self.tokenizer,
             max_input_tokens=self.max_input_tokens,
             append_eos=self.append_eos,
+            **options,
         )
 
 
@@ -297,6 +298,15 @@ def check_pair(teacher: ModelSpec, student: ModelSpec) -> int:
         )
     check_same_format(teacher.rules, student.rules, (teacher.name, student.name))
     return size
+
+
+def other_vocabulary(teacher: ModelSpec, student: ModelSpec) -> str:
+    """What is done for two models with different vocabularies, in words."""
+    sizes = " and ".join(f"{len(spec.tokenizer.get_vocab()):,}" for spec in (teacher, student))
+    return (
+        f"teacher '{teacher.name}' and student '{student.name}' have different vocabularies ({sizes} tokens): answers "
+        "are scored as text in the teacher's tokens, and each token of the student gets its share by characters"
+    )
 
 
 def default_device() -> str:

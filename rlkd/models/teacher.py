@@ -24,7 +24,7 @@ from ..tensors import unpack
 from .generation import AnswerRules, rules_of
 from .heads import Head, HeadOverStates
 from .language_model import LanguageModel
-from .signals import SIGNAL
+from .signals import SIGNAL, LocalSource, Write
 from .vocabulary import encode_texts, end_of_prompts
 
 TemplateCombination = Literal["average", "pool"]
@@ -61,7 +61,7 @@ class PromptCache:
 
 
 @dataclass
-class Teacher:
+class Teacher(LocalSource):
     """A frozen language model with its tokenizer.
 
     max_input_tokens  prompts are cut to this
@@ -73,7 +73,7 @@ class Teacher:
     Raises ConfigError for another combination, and for an end of prompts that answers continue.
     """
 
-    gives: ClassVar[frozenset[str]] = SIGNAL
+    gives: ClassVar[frozenset[str]] = SIGNAL  # type: ignore[misc]
 
     lm: LanguageModel
     tokenizer: Any
@@ -104,6 +104,14 @@ class Teacher:
     def model(self) -> Any:
         """The transformers model."""
         return self.lm.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        return {"teacher": self}
 
     def prompt_states(self, texts: list[str]) -> list[Tensor]:
         """The state of each text as a prompt; only those that are not in the cache are computed.
@@ -158,6 +166,28 @@ class Teacher:
         limits = head.rules.limits(answer_ids, answer_mask)
         given_limits = None if limits is None else unpack(limits, answer_mask)
         return replace(combined, distribution=HeadOverStates(unpack(hidden, answer_mask), head, given_limits))
+
+    @torch.no_grad()
+    def score_ends(
+        self,
+        teacher_inputs: list[tuple[str, ...]],
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        ids: list[str] | None = None,
+    ) -> tuple[TeacherSignal, Tensor]:
+        """As in `LocalSource`."""
+        signal = self.score(teacher_inputs, answer_ids, answer_mask, distribution=True, ids=ids)
+        assert isinstance(signal.distribution, HeadOverStates)
+        states, ends = signal.distribution.states[answer_mask], list(self.rules.eos_ids)
+        # Of several tokens that end an answer, the most probable.
+        (of_end,) = signal.distribution.head.map(lambda logits: (logits[:, ends].amax(-1),), states)
+        going_on = ~torch.isin(answer_ids[answer_mask], torch.tensor(ends, device=self.device))
+        cost = (given(signal.max)[answer_mask] - of_end)[going_on]
+        return signal, torch.stack([cost.double().sum(), going_on.double().sum()])
+
+    def answer(self, teacher_inputs: list[tuple[str, ...]], write: Write, max_new_tokens: int) -> list[list[int]]:
+        """As in `LocalSource`."""
+        return write(self.lm, self.prompt_states([texts[0] for texts in teacher_inputs]))
 
     @torch.no_grad()
     def alternatives(self, distribution: HeadOverStates, answer_mask: Tensor, k: int) -> tuple[Tensor, Tensor]:

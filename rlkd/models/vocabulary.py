@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -32,6 +33,11 @@ def vocabulary_record(tokenizer: Any) -> dict[str, Any]:
     return {"tokens": len(tokenizer.get_vocab()), "eos": tokenizer.eos_token_id, "sha256": digest.hexdigest()[:16]}
 
 
+def same_vocabulary(one: Any, other: Any) -> bool:
+    """Whether every id is the same token to both tokenizers."""
+    return one is other or one.get_vocab() == other.get_vocab()
+
+
 def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher: str, student: str) -> int:
     """Number of valid ids shared by both tokenizers. Raises ModelError with both sizes and the first differing token.
 
@@ -46,10 +52,8 @@ def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teache
     raise ModelError(
         f"teacher '{teacher}' and student '{student}' have different vocabularies: {len(ours):,} and "
         f"{len(theirs):,} tokens; "
-        f"first difference at id {first}: {ours.get(first)!r} against {theirs.get(first)!r}. A token-level reward "
-        f"needs the "
-        "same tokenizer: choose a student of the teacher's family (google-t5/t5-base for bigscience/T0*, "
-        "google/mt5-small for mT5)."
+        f"first difference at id {first}: {ours.get(first)!r} against {theirs.get(first)!r}. Their token ids are "
+        "compared here: choose models with the same tokenizer, or wrap the teacher in OtherTokenizer, as recipes do."
     )
 
 
@@ -228,6 +232,16 @@ class UnknownText:
         places = [place for place, token in zip(found["offset_mapping"], found["input_ids"], strict=True)
                   if token == unknown]  # fmt: skip
         return tuple(dict.fromkeys(piece for start, end in places if (piece := text[start:end].strip())))
+
+
+def unknown_to(*tokenizers: Any) -> Callable[[str], tuple[str, ...]]:
+    """As `UnknownText`: the pieces that one of the tokenizers does not know."""
+    different: list[Any] = []
+    for tokenizer in tokenizers:
+        if not any(same_vocabulary(tokenizer, other) for other in different):
+            different.append(tokenizer)
+    finders = [UnknownText(tokenizer) for tokenizer in different]
+    return lambda text: tuple(dict.fromkeys(piece for finder in finders for piece in finder(text)))
 
 
 def decode_texts(tokenizer: Any, rows: list[list[int]]) -> list[str]:

@@ -78,9 +78,15 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
 
 
 def _from_teacher(models: dict[str, Any]) -> str:
-    if "teacher" not in models:
+    if not any(role.startswith("teacher") for role in models):
         return "trained without a teacher"
-    return f"distilled from {_named(models['teacher'], 'a teacher made in memory')}"
+    return f"distilled from {_teachers(models, 'a teacher made in memory')}"
+
+
+def _teachers(models: dict[str, Any], without: str) -> str:
+    """The names of all teachers; `without`, of one that has none."""
+    names = [_named(name, without) for role, name in models.items() if role.startswith("teacher")]
+    return " and ".join(names) or without
 
 
 def _metadata(models: dict[str, Any], record: dict[str, Any], task: str) -> dict[str, Any]:
@@ -121,7 +127,7 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
         for role, d in (record.get("data") or {}).items()
     ]
     lines = [
-        f"- teacher: {_named(models.get('teacher'), 'not recorded')}",
+        f"- teacher: {_teachers(models, 'not recorded')}",
         f"- student before training: {_named(models.get('student'), 'not recorded')}",
         f"- templates of the teacher's inputs: {templates}",
     ]

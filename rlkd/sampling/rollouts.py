@@ -16,6 +16,9 @@ from .proposal import PLAIN, Proposal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..models.language_model import LanguageModel
+    from ..models.signals import Write
+
 
 def sample_rollouts(
     policy: Policy,
@@ -59,6 +62,16 @@ def greedy_answers(
     """The most probable answer to each example, token by token, in the form of rollouts (B = len(examples))."""
     prompts, states = _prompts(policy, tokenizer, examples, max_input_tokens)
     return _rollouts(policy, examples, prompts, decode(policy.lm, states, greedy, max_new_tokens=max_new_tokens))
+
+
+def greedy_writer(max_new_tokens: int) -> Write:
+    """Greedy decoding as a teacher's `LocalSource.answer` uses it."""
+
+    def write(lm: LanguageModel, states: list[Tensor]) -> list[list[int]]:
+        decoded = decode(lm, states, greedy, max_new_tokens=max_new_tokens)
+        return [ids[mask].tolist() for ids, mask in zip(decoded.ids, decoded.mask, strict=True)]
+
+    return write
 
 
 def _prompts(

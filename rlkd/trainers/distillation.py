@@ -26,8 +26,8 @@ from ..models.generation import rules_of
 from ..models.heads import RowLoss
 from ..models.policy import Policy
 from ..models.saving import evaluated_generation
-from ..models.signals import SignalSource
-from ..models.teacher import Teacher
+from ..models.signals import LocalSource, SignalSource
+from ..models.vocabulary import check_same_vocabulary, same_vocabulary
 from ..objectives.policy import reduce_tokens, reduction_count
 from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal, select_rows
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
@@ -36,6 +36,7 @@ from .base_arguments import DistillationArguments
 from .core import StudentTrainer
 from .cut_answers import ending_signal
 from .environment import check_half_precision
+from .inputs import weights_of
 from .objective import Evidence, Objective, StudentTokens
 
 logger = logging.getLogger(__name__)
@@ -112,13 +113,15 @@ class DistillationTrainer(StudentTrainer):
         objective = self.objective
         if objective.needs and self.teacher is None:
             raise ConfigError(f"{objective.what} needs a teacher: give one, or {objective.remedy}")
+        if isinstance(self.teacher, LocalSource) and not same_vocabulary(self.teacher.tokenizer, self.tokenizer):
+            check_same_vocabulary(self.teacher.tokenizer, self.tokenizer, "in memory", "in memory")
         if self.teacher is not None:
-            objective.check(self.teacher.gives)
+            objective.check(self.teacher.gives, getattr(self.teacher, "lacks", ""))
 
     def begin_run(self, checkpoint: Path | None) -> None:
         """As in `StudentTrainer`; says what evaluations lack without a local teacher."""
         super().begin_run(checkpoint)
-        if self.evaluator is not None and not isinstance(self.teacher, Teacher) and self.is_world_process_zero():
+        if self.evaluator is not None and not isinstance(self.teacher, LocalSource) and self.is_world_process_zero():
             missing = ", ".join([*self.evaluator.missing, "token rewards"])
             logger.warning(
                 f"held-out answers have no {missing}: that takes the teacher's model"
@@ -130,7 +133,15 @@ class DistillationTrainer(StudentTrainer):
         return rows
 
     def models(self) -> dict[str, Any]:
-        return {"teacher": self.teacher and self.teacher.model, "student": self.policy.student}
+        teachers: dict[str, Any] = {"teacher": self.teacher and self.teacher.model}
+        if isinstance(self.teacher, LocalSource):
+            teachers = {role: teacher.model for role, teacher in self.teacher.teachers.items()}
+        return {**teachers, "student": self.policy.student}
+
+    def makers(self) -> list[tuple[Any, str | None]]:
+        """The teachers' models with the digests of their weights, to compare with those that made labels."""
+        models = {role: model for role, model in self.models().items() if role != "student" and model is not None}
+        return [(model, self.inputs.get(weights_of(role))) for role, model in models.items()]
 
     # Evaluation: the Evaluator replaces the Trainer's loss-only loop.
 
@@ -210,7 +221,7 @@ class DistillationTrainer(StudentTrainer):
         a local teacher gives all that it shows.
         """
         assert self.evaluator is not None
-        if not isinstance(self.teacher, Teacher):
+        if not isinstance(self.teacher, LocalSource):
             return
         value: Any = getattr(self.args, "reward_value", "max")
         examples = [self.evaluator.examples[row["index"]] for row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..models.digests import configuration_digest, tokenizer_digest, weights_digest
-from ..models.teacher import Teacher
+from ..models.signals import LocalSource
 
 # Of a resumed run, too: it is looked at before the checkpoint is loaded.
 NAMES = {"student": "initial student"}
@@ -19,15 +19,15 @@ def describe_inputs(trainer: Any) -> dict[str, str]:
             described[weights_of(role)] = weights_digest(model)
             described[f"{NAMES.get(role, role)}'s configuration"] = configuration_digest(model)
     tokenizers = {"tokenizer": trainer.tokenizer, "teacher's tokenizer": getattr(trainer, "teacher_tokenizer", None)}
-    teacher = trainer.teacher
-    if isinstance(teacher, Teacher):
-        tokenizers["teacher's tokenizer"] = teacher.tokenizer
-        described["teacher's reading"] = (
+    source = trainer.teacher
+    for role, teacher in (source.teachers if isinstance(source, LocalSource) else {}).items():
+        tokenizers[f"{role}'s tokenizer"] = teacher.tokenizer
+        described[f"{role}'s reading"] = (
             f"{teacher.max_input_tokens} tokens, append_eos {teacher.append_eos}, {teacher.combination}, "
             f"{teacher.lm.valid_vocab} words"
         )
-    elif hasattr(teacher, "identity"):
-        described |= teacher.identity()
+    if hasattr(source, "identity"):
+        described |= source.identity()
     for name, tokenizer in tokenizers.items():
         if tokenizer is not None:
             described[name] = tokenizer_digest(tokenizer)

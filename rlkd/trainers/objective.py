@@ -120,9 +120,11 @@ class Objective(ABC):
     critic: bool = False
     loss_reduction: Reduction = "token_mean"
 
-    def check(self, gives: frozenset[str]) -> None:
-        """Raises ConfigError if a teacher that `gives` these fields of its signal lacks some that it reads."""
-        check_signal(self.needs, gives, self.what, self.remedy)
+    def check(self, gives: frozenset[str], why: str = "") -> None:
+        """Raises ConfigError if a teacher that `gives` these fields of its signal lacks some that it reads; why, as in
+        `check_signal`.
+        """
+        check_signal(self.needs, gives, self.what, self.remedy, why=why)
 
     def token_function(
         self, signal: TeacherSignal | None, annotations: Any = None

@@ -31,6 +31,7 @@ from ..evaluation.samples import Sample
 from ..io.provenance import described
 from ..labels.makers import announce
 from ..labels.recorded import RecordedTeacher
+from ..models.signals import LocalSource
 from ..models.teacher import Teacher
 from ..objectives.policy import reduction_count
 from ..records import Answers, Example, Minibatch, select_rows
@@ -40,7 +41,6 @@ from ..sampling.rollouts import sample_rollouts
 from .arguments import OnPolicyArguments
 from .base_arguments import check_labels
 from .distillation import DistillationTrainer, TrainerInputs
-from .inputs import weights_of
 from .labelled import LabelBatches
 
 RECORDED_ONLY = (
@@ -113,7 +113,7 @@ class OnPolicyTrainer(DistillationTrainer):
         """As in `StudentTrainer`; says whose labels the student learns, and warns of those of another teacher."""
         super().begin_run(checkpoint)
         if self.label_batches is not None and self.is_world_process_zero():
-            announce(described(self.label_batches.labels), self.teacher.model, self.inputs.get(weights_of("teacher")))
+            announce(described(self.label_batches.labels), self.makers())
 
     def check_teacher(self) -> None:
         """As in `DistillationTrainer`; a recorded teacher knows nothing of the student's answers."""
@@ -278,7 +278,7 @@ class OnPolicyTrainer(DistillationTrainer):
                 self.record(**{name: value})
 
     def rollout_samples(self) -> list[Sample]:
-        if self.newest is None or not self.newest.answers.examples or not isinstance(self.teacher, Teacher):
+        if self.newest is None or not self.newest.answers.examples or not isinstance(self.teacher, LocalSource):
             return []
         used, value = self.objective.shown(self.newest.annotations), getattr(self.args, "reward_value", "max")
         return rollout_samples(self.teacher, self.tokenizer, self.newest.answers, value, used)

@@ -64,7 +64,7 @@ class PolicyGradient(Objective):
         if self.exact or "expected" in self.inputs:
             self.needs |= {"distribution"}
         if "state_value" in self.inputs:
-            self.needs |= {"logsumexp"}
+            self.needs |= {"logsumexp", "state_value"}
         self.reads = frozenset({"values", "expected"} & self.inputs)
         if args.kl_coef > 0:
             self.reads |= {"reference_logps"}

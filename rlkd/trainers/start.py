@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import ConfigError
-from ..models.generation import rules_of
-from ..models.heads import HeadOverStates
+from ..models.signals import LocalSource
 from ..objectives.advantages import regret_per_sequence
 from ..records import Answers, given
 
@@ -48,7 +47,7 @@ class Start:
     @classmethod
     def of(cls, sums: Tensor) -> Start:
         """From `start_sums` [6] over all processes."""
-        rows, regret, length, finished, states, gap = sums.tolist()
+        rows, regret, length, finished, gap, states = sums.tolist()
         return cls(regret / rows, gap / max(states, 1), length / rows, finished / rows)
 
     def logged(self) -> dict[str, float]:
@@ -58,24 +57,16 @@ class Start:
 
 @torch.no_grad()
 def start_sums(trainer: DistillationTrainer, batches: Iterable[Answers]) -> Tensor:
-    """[6]: answers sampled from the trainer's policy, their regret, tokens and ends; states at which they go on, and
-    the cost of an end there.
+    """[6]: answers sampled from the trainer's policy, their regret, tokens and ends; the cost of an end at the states
+    at which they go on, and the number of these.
     """
-    ends = list(rules_of(trainer.policy.lm).eos_ids)
     sums = torch.zeros(6, dtype=torch.float64, device=trainer.args.device)
     for answers in batches:
         mask, prompts = answers.answer_mask, [example.teacher_inputs for example in answers.examples]
-        signal = trainer.teacher.score(prompts, answers.answer_ids, mask, distribution=True, ids=answers.ids)
-        assert isinstance(signal.distribution, HeadOverStates)
-        maximum, states = given(signal.max), signal.distribution.states[mask]
-        (eos_logits,) = signal.distribution.head.map(lambda logits: (logits[:, ends].amax(-1),), states)
-        # max_a q(s_t, a) - q(s_t, EOS): the regret of ending here, by the most probable end.
-        gap = torch.zeros_like(maximum).masked_scatter(mask, maximum[mask] - eos_logits)
-        going_on = mask & ~torch.isin(answers.answer_ids, torch.tensor(ends, device=mask.device))
-        regret = regret_per_sequence(signal.chosen - maximum, mask)
-        ones = torch.ones_like(regret)
-        columns = (ones, regret, mask.sum(1), given(answers.finished), going_on.sum(1), (gap * going_on).sum(1))
-        sums += torch.stack([column.double().sum() for column in columns])
+        signal, ends = trainer.teacher.score_ends(prompts, answers.answer_ids, mask, answers.ids)
+        regret = regret_per_sequence(signal.chosen - given(signal.max), mask)
+        columns = (torch.ones_like(regret), regret, mask.sum(1), given(answers.finished))
+        sums += torch.cat([torch.stack([column.double().sum() for column in columns]), ends])
     return sums
 
 
@@ -90,8 +81,8 @@ class StartCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.weak_start == "ignore" or state.global_step > 0:
             return
-        missing = START_NEEDS - self.trainer.teacher.gives
-        if missing:
+        if not isinstance(self.trainer.teacher, LocalSource):
+            missing = START_NEEDS - self.trainer.teacher.gives or {"cost of an early end"}
             message = (
                 "whether the student is strong enough to start cannot be checked: the teacher provides no "
                 f"{' and no '.join(sorted(missing))}"

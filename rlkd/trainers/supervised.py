@@ -19,14 +19,13 @@ from ..labels.recorded import LabelKey, label_key, probability_weights
 from ..labels.tokens import own_generations
 from ..models.generation import NO_RULES, AnswerRules, rules_of
 from ..models.heads import TokenFunction
-from ..models.signals import SignalSource, check_signal
+from ..models.signals import LocalSource, SignalSource, check_signal
 from ..models.vocabulary import NO_LIMIT, encode_answers, encode_texts
 from ..objectives.divergences import DIVERGENCES, merged_events
 from ..records import Answers, Example, Minibatch, TeacherSignal, given
 from ..tensors import length_mask, pad_stack
 from .arguments import SupervisedArguments
 from .distillation import DistillationTrainer
-from .inputs import weights_of
 from .layer_terms import LayerTerms
 from .objective import Objective, StudentTokens, Term, with_terms
 from .start import START_NEEDS
@@ -57,10 +56,10 @@ class DivergenceKD(Objective):
         self.parameters = {name: getattr(args, name) for name, _ in self.divergence.parameters}
         self.temperature = args.temperature
 
-    def check(self, gives: frozenset[str]) -> None:
+    def check(self, gives: frozenset[str], why: str = "") -> None:
         """As in `Objective`; the most probable tokens are enough where the others may be merged."""
         if "distribution" in gives or "top_k" not in gives:
-            super().check(gives)
+            super().check(gives, why)
         elif not self.divergence.merges:
             enough = ", ".join(name for name, divergence in DIVERGENCES.items() if divergence.merges)
             raise ConfigError(
@@ -200,7 +199,8 @@ class SupervisedTrainer(DistillationTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         check_label_rows(train_dataset, scored=args.objective != "sequence" or bool(args.layer_weights))
-        check_readiness(args, frozenset() if teacher is None else teacher.gives)
+        if not isinstance(teacher, LocalSource):
+            check_readiness(args, frozenset() if teacher is None else teacher.gives)
         own = own_generations(train_dataset, tokenizer)
         weights = probability_weights(train_dataset) if args.label_weights == "probability" else None
         super().__init__(
@@ -228,9 +228,8 @@ class SupervisedTrainer(DistillationTrainer):
         """As in `StudentTrainer`; says whose labels the student learns, and warns of those of another teacher."""
         super().begin_run(checkpoint)
         if self.is_world_process_zero():
-            model = None if self.teacher is None else self.teacher.model
-            weights, append_eos = self.inputs.get(weights_of("teacher")), getattr(self.teacher, "append_eos", None)
-            announce(described(self.train_dataset), model, weights, append_eos=append_eos)
+            append_eos = getattr(self.teacher, "append_eos", None)
+            announce(described(self.train_dataset), self.makers(), append_eos=append_eos)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.warm_up is None or kwargs.get("skip_scheduler"):

@@ -149,7 +149,7 @@ def test_mistakes_in_the_command(folder, capsys, args, code, wanted):
         (["--templates", "quora"], 3, "no templates for 'quora'"),
         (["--student", "no/such-model"], 2, "student 'no/such-model' is neither a local folder"),
         (["--teacher-dtype", "float16"], 2, "float16 overflows"),
-        (["--student", "other"], 2, "different vocabularies"),
+        (["--student-before", "other"], 2, "different vocabularies"),
         (["--templates", "empty.yaml"], 3, "no row has an input under every template"),
     ],
 )

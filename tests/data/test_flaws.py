@@ -177,7 +177,7 @@ def test_training_counts_and_skips(settings, tmp_path, skip, kept, caplog):
     tokenizer = tiny_tokenizer([*tiny_tokenizer().get_vocab(), "None"])
     with caplog.at_level(logging.WARNING):
         held_out = shutil.copy(settings["dataset"], tmp_path / "held_out.jsonl")
-        train, *_ = load_data(DataArguments(**settings, **skip, eval_dataset=str(held_out)), tokenizer)
+        train, *_ = load_data(DataArguments(**settings, **skip, eval_dataset=str(held_out)), [tokenizer])
     assert "".join(example.id for example in train) == kept
     assert any(
         line.endswith("print a missing value as a word such as None, by column: c 1") for line in caplog.messages

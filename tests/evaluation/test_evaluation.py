@@ -145,13 +145,9 @@ def test_inputs_of_one_id_have_their_own_teachers_answers():
 
 
 def test_the_teacher_answers_each_input_once(monkeypatch):
-    import rlkd.evaluation.evaluator
-
     scorer, calls = evaluator(batch_rows=4), []
-    decode = rlkd.evaluation.evaluator.decode
-    monkeypatch.setattr(
-        rlkd.evaluation.evaluator, "decode", lambda a, s, *r, **k: calls.append(len(s)) or decode(a, s, *r, **k)
-    )
+    answer = scorer.teacher.answer
+    monkeypatch.setattr(scorer.teacher, "answer", lambda inputs, *r: calls.append(len(inputs)) or answer(inputs, *r))
     first = scorer.rows(policy(2), None, [0, 1, 2, 3, 4])
     assert calls == [4, 1]
     again = scorer.rows(policy(3), None, range(7))

@@ -133,7 +133,7 @@ def test_a_saved_teacher_under_another_path_is_the_same(tmp_path, caplog):
     save_pretrained(tmp_path / "teacher", teacher)
     teacher.config.name_or_path = str(tmp_path / "teacher")
     made = {"teacher": str(tmp_path / "x" / ".." / "teacher"), "revision": "?", "dtype": "bfloat16", "templates": ["t"]}
-    announce([made], teacher, "weights")
+    announce([made], [(teacher, "weights")])
     assert "the labels are answers of" not in caplog.text
-    announce([made | {"teacher": "other"}], teacher, "weights")
+    announce([made | {"teacher": "other"}], [(teacher, "weights")])
     assert "the labels are answers of other" in caplog.text

@@ -16,11 +16,13 @@ from rlkd.errors import ConfigError, DivergenceError, ModelError, ServerError
 from rlkd.models import loading
 from rlkd.models.architectures import language_model
 from rlkd.models.generation import AnswerRules
+from rlkd.models.other_tokenizer import OtherTokenizer, ServedOtherTokenizer
 from rlkd.models.served import ServerTeacher
 from rlkd.models.server import ATTEMPTS, KEY, Server, ServerSettings, layout
 from rlkd.models.spec import ModelSpec, TeacherSpec
 from rlkd.models.teacher import Teacher
 from rlkd.objectives.rewards import induced_advantage
+from rlkd.sampling.rollouts import greedy_writer
 from rlkd.settings.trl_compat import ModelConfig
 from rlkd.tensors import pad_rows
 from tiny import save_pretrained, tiny_t5, tiny_tokenizer
@@ -409,7 +411,7 @@ def test_a_server_that_fails_in_training_ends_the_run(tmp_path, served):
 # From settings
 
 
-def prepared(tmp_path, served, training=None, told=None, rows=6):
+def prepared(tmp_path, served, training=None, told=None, rows=6, student="student"):
     for name, model in (("teacher", decoder()), ("student", tiny_runs.student())):
         save_pretrained(tmp_path / name, model, tiny_tokenizer(WORDS))
     (tmp_path / "teacher" / "model.safetensors").unlink()
@@ -420,7 +422,7 @@ def prepared(tmp_path, served, training=None, told=None, rows=6):
                 "max_new_tokens": 4, "max_steps": 1, "per_device_train_batch_size": 4, "rollouts_per_prompt": 2,
                 "disable_tqdm": True, **(training or {})}  # fmt: skip
     args = ReinforceArguments(str(tmp_path / "run"), use_cpu=True, **settings)
-    student = ModelConfig(str(tmp_path / "student"), dtype=None)
+    student = ModelConfig(str(tmp_path / student), dtype=None)
     return prepare(data, TeacherArguments(str(tmp_path / "teacher"), **told), student, args), args
 
 
@@ -457,3 +459,23 @@ def test_what_settings_get_wrong_is_said_before_the_student_loads(tmp_path, serv
     monkeypatch.setattr(loading, "load_model", refuse)
     with pytest.raises((ConfigError, ModelError), match=match):
         prepared(tmp_path, served, **options)
+
+
+def test_a_student_of_another_vocabulary_is_scored_by_its_text(tmp_path, served):
+    """The served teacher's regret is that of the local one, by characters; it answers in the student's tokens."""
+    words = [*WORDS[:3], *WORDS[:2:-1], "more"]
+    save_pretrained(tmp_path / "other", tiny_t5(vocab=len(words) + 4), tiny_tokenizer(words))
+    setup, args = prepared(tmp_path, served, training={"eval_strategy": "no"}, student="other")
+    assert isinstance(setup.teacher, ServedOtherTokenizer)
+    rules = setup.teacher.rules
+    teacher = Teacher(language_model(decoder(), tiny_tokenizer(WORDS)), tiny_tokenizer(WORDS), append_eos=False)
+    local = OtherTokenizer(teacher, tiny_tokenizer(words), rules)
+    one, other = (source.score(INPUTS, IDS, MASK) for source in (setup.teacher, local))
+    torch.testing.assert_close(one.chosen - one.max, other.chosen - other.max, atol=1e-4, rtol=1e-4)
+    prompts = [texts[0] for texts in INPUTS]
+    assert setup.teacher.greedy(prompts, 4) == local.answer(INPUTS, greedy_writer(4), 4)
+    trainer = ReinforceTrainer(setup.student, args, train_examples=setup.train_examples, **setup.trainer_inputs())
+    trainer.run(setup.settings)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["inputs"]["teacher's vocabulary"].startswith("another")
+    assert record["models"]["teacher"] == str(tmp_path / "teacher")

@@ -120,7 +120,7 @@ def test_what_cannot_be_read_is_named(load):
 
 
 def test_what_a_recipe_is_built_from(tmp_path, load):
-    """The student as it was saved, or with the seed's adapters; the teacher with the student's tokenizer."""
+    """The student as it was saved, or with the seed's adapters; the teacher with its own tokenizer."""
     teacher, student = save_pair(tmp_path / "models")
     data = DataArguments(
         dataset=str(tmp_path / "rows.jsonl"), input_column="body", reference_column="text", templates=["mine:ask"],
@@ -140,7 +140,8 @@ def test_what_a_recipe_is_built_from(tmp_path, load):
     frozen = setup.teacher
     assert (frozen.max_input_tokens, frozen.append_eos, frozen.cache_bytes) == (9, False, 2**20)
     assert (frozen.lm.model.name_or_path, frozen.lm.valid_vocab) == (teacher, VALID)
-    assert frozen.tokenizer is setup.tokenizer
+    assert frozen.tokenizer.name_or_path.endswith("teacher")
+    assert frozen.tokenizer.get_vocab() == setup.tokenizer.get_vocab()
     assert (setup.train_examples[0].teacher_inputs, setup.train_examples[0].references) == (("ask g",), ())
     assert setup.eval_examples[0].references == ("g",)
 
