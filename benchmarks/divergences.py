@@ -32,6 +32,8 @@ POLICY_GRADIENT = "policy_gradient"
 TERMS = (*DIVERGENCES, POLICY_GRADIENT)
 QUICK = ("forward_kl", "reverse_kl", POLICY_GRADIENT)
 LARGEST_DIFFERENCE = 1e-4
+# The gradient of |p - pi| jumps where the two are equal, and rounding decides on which side they are.
+LARGEST_OF_TERM = {"total_variation": 2e-3}
 # (teacher's logits, student's) [n, V] -> the terms of the sum, for divergences that rlkd does not leave to autograd.
 PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": lambda p, pi: p.softmax(-1) * (p.log_softmax(-1) - pi.log_softmax(-1)),
@@ -153,11 +155,13 @@ def main() -> None:
             if case[0] in QUICK or not args.quick
         }
     figures: dict[str, float] = {}
-    lines, differences = [], []
+    lines, differences, disagree = [], [], []
     for case in cases:
         term, widths = case
         full, chunked, difference = timing[case].result()
         differences.append(difference)
+        if difference > LARGEST_OF_TERM.get(term, LARGEST_DIFFERENCE):
+            disagree.append(f"{term} at width {widths[0]} by {difference:.1e}")
         name = f"{term}_d{widths[0]}"
         figures[f"speedup_{name}"] = full / chunked
         line = [f"{widths[0]}, {widths[1]}", term, f"{full:.2f}", f"{chunked:.2f}", f"{full / chunked:.2f}"]
@@ -179,8 +183,8 @@ def main() -> None:
         f"CPU seconds of {time_rows} rows, peak extra memory of {ROWS} rows, gradients included on both sides. "
         f"Largest relative difference {figures['max_rel_diff']:.1e}.",
     )
-    if figures["max_rel_diff"] > LARGEST_DIFFERENCE:
-        raise SystemExit("the two ways disagree: their times cannot be compared")
+    if disagree:
+        raise SystemExit(f"the two ways disagree, so their times cannot be compared: {', '.join(disagree)}")
     report(figures)
 
 

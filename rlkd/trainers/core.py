@@ -253,14 +253,16 @@ class StudentTrainer(ResumableTrainer):
 
     @contextmanager
     def errors_on_all(self) -> Iterator[None]:
-        """An RlkdError raised inside, on any process, is raised on all of them; every process must enter."""
+        """An RlkdError raised inside, on any process, is raised on all of them: its own, or the first of the others'.
+        Every process must enter.
+        """
         error = None
         try:
             yield
         except RlkdError as caught:
             error = caught
         found = [error] if self.accelerator.num_processes == 1 else gather_object([error])
-        if raised := [one for one in found if one is not None]:
+        if raised := [one for one in (error, *found) if one is not None]:
             raise raised[0]
 
     def held_out_names(self) -> list[str] | None:

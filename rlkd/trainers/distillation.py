@@ -331,8 +331,8 @@ class DistillationTrainer(StudentTrainer):
         return imitation.coef * reduce_tokens(-logps, mask, "token_mean", imitation.tokens)
 
     def layer_loss(self, minibatch: Minibatch, layers: Any) -> Tensor:
-        """What is added for the student's layers, in trainers that compare them (`Policy.projections`)."""
-        raise NotImplementedError
+        """What is added for the student's layers, a scalar: 0 but in trainers that compare them."""
+        return torch.zeros((), device=self.args.device)
 
     def scale_to_global(self, loss: Tensor) -> Tensor:
         """Undo the averaging over processes (DDP) and accumulation steps (Trainer) of a globally normalised loss."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_tkd import make as make_tkd
+from tokenizers.normalizers import Lowercase
 
 from rlkd.data.examples import Examples
 from rlkd.errors import ConfigError
@@ -84,6 +85,11 @@ def rescaled(model):
     return model
 
 
+def lower_cased(tokenizer):
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    return tokenizer
+
+
 OTHER_WORDS = [*WORDS[:-2], ":", "copy"]
 CHANGES = {
     "one weight of the student": (lambda: {"model": changed_weight(adapted())}, ["initial student's weights"]),
@@ -106,7 +112,7 @@ CHANGES = {
     ),
     "the end of prompts": (lambda: {"teacher": tiny_teacher(append_eos=False)}, ["teacher's reading"]),
     "the teacher's tokenizer": (
-        lambda: {"teacher": changed_teacher(lambda t: setattr(t, "tokenizer", tiny_tokenizer(OTHER_WORDS)))},
+        lambda: {"teacher": changed_teacher(lambda t: setattr(t, "tokenizer", lower_cased(tiny_tokenizer(WORDS))))},
         ["teacher's tokenizer"],
     ),
     "the tokenizer": (lambda: {"tokenizer": tiny_tokenizer(OTHER_WORDS)}, ["tokenizer"]),
