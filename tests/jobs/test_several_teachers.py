@@ -120,7 +120,7 @@ def test_rows_are_routed_recorded_and_resumed_exactly(read, tmp_path, capsys):
         ({"teachers": MORE[:1]}, ConfigError, "name at least 2"),
         ({"teachers": [MORE[0], {"teacher": "two"}]}, ConfigError, "'two': has no weight, and others have"),
         ({"teachers": [MORE[0], {**MORE[1], "weight": -1}]}, ConfigError, "weight = -1: must be a number above 0"),
-        ({"teachers": [MORE[0], {**MORE[1], "wieght": 1}]}, ConfigError, "Did you mean 'weight'"),
+        ({"teachers": [MORE[0], {**MORE[1], "weigh": 1}]}, ConfigError, "Did you mean 'weight'"),
         ({"teachers": [MORE[0], {"weight": 1}]}, ConfigError, "number 2: names no teacher"),
         ({"teachers": [MORE[0], MORE[0]]}, ConfigError, "'one': is named twice"),
         ({"teachers": [MORE[0], {"teacher": "two", "values": ["x"]}]}, ConfigError, "give one of these"),
