@@ -64,11 +64,12 @@ def show(
 
 
 def _settings(file: Path, recipe: str | None, flags: list[str]) -> list[Setting]:
-    from ..jobs.training import TRAINING_JOBS
     from ..settings.parsing import describe_config
 
     argv = ["--config", str(file), *flags]
-    if recipe in TRAINING_JOBS:
+    if recipe in JOBS:
+        from ..jobs.training import TRAINING_JOBS
+
         return describe_config(TRAINING_JOBS[recipe].settings, argv, preset=TRAINING_JOBS[recipe].preset)
     return describe_config(_sections(file, recipe), argv)
 

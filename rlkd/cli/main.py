@@ -95,7 +95,7 @@ def generate_pseudolabels(
     reference_column: Annotated[
         str | None, typer.Option(help="Column with human answers, kept for evaluation.")
     ] = None,
-    id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
+    id_column: prompts.IdColumn = None,
     strategy: Annotated[
         LabelStrategy, typer.Option(help="Decoding; rank: the most probable of a template's answer choices.")
     ] = "greedy",
@@ -140,17 +140,15 @@ def generate_pseudolabels(
     shard_rows: Annotated[
         int, typer.Option(help="Label rows per file; an interrupted run loses at most one file.", min=1)
     ] = 5000,
-    src_lang: Annotated[
-        str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
-    ] = None,
-    tgt_lang: Annotated[str | None, typer.Option(help="Language of answers, likewise (mBART, M2M100, NLLB).")] = None,
+    src_lang: prompts.SourceLanguage = None,
+    tgt_lang: prompts.TargetLanguage = None,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     teacher_quantization: Annotated[
         Quantization,
         typer.Option(help="Quantize the teacher's linear layers (bitsandbytes): approximate; the error is measured."),
     ] = "none",
     allow_bin: AllowBin = False,
-    input_eos: Annotated[bool | None, typer.Option("--input-eos/--no-input-eos", help=prompts.INPUT_EOS)] = None,
+    input_eos: prompts.InputEos = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
         str | None, typer.Option(help="i/n: make only every n-th shard, from shard i; combine with rlkd data merge.")

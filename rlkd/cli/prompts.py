@@ -26,7 +26,6 @@ app = typer.Typer(
 )
 
 SPEC = "dataset[/subset][:name] or file.yaml[:name]; a template id or a hub id also works"
-INPUT_EOS = "End prompts with end-of-sequence. T0: --no-input-eos. Default: yes for encoder-decoders."
 TEMPLATES_DIR = (
     "Folder, YAML file or archive (.tar.gz, .zip) of templates. Default: ./prompts, those shipped with rlkd, an "
     "installed promptsource, the archive of `rlkd prompts download`."
@@ -42,6 +41,18 @@ AllTemplates = Annotated[
 GoldInput = Annotated[bool, typer.Option("--gold-input", help="Allow templates whose input contains gold columns.")]
 Split = Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")]
 Subset = Annotated[str | None, typer.Option(help="Subset of a hub data set.")]
+IdColumn = Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")]
+InputEos = Annotated[
+    bool | None,
+    typer.Option(
+        "--input-eos/--no-input-eos",
+        help="End prompts with end-of-sequence. T0: --no-input-eos. Default: yes for encoder-decoders.",
+    ),
+]
+SourceLanguage = Annotated[
+    str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
+]
+TargetLanguage = Annotated[str | None, typer.Option(help="Language of answers, likewise (mBART, M2M100, NLLB).")]
 
 
 Truncate = Annotated[

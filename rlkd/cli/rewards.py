@@ -67,11 +67,9 @@ def inspect_rewards(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
     max_input_tokens: Annotated[int, typer.Option(help="Maximum length of a prompt, in tokens.", min=1)] = 512,
-    input_eos: Annotated[bool | None, typer.Option("--input-eos/--no-input-eos", help=prompts.INPUT_EOS)] = None,
-    src_lang: Annotated[
-        str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
-    ] = None,
-    tgt_lang: Annotated[str | None, typer.Option(help="Language of answers, likewise (mBART, M2M100, NLLB).")] = None,
+    input_eos: prompts.InputEos = None,
+    src_lang: prompts.SourceLanguage = None,
+    tgt_lang: prompts.TargetLanguage = None,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     allow_bin: AllowBin = False,
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
@@ -87,7 +85,7 @@ def inspect_rewards(
     encoding: prompts.Encoding = None,
     columns: prompts.Columns = None,
     reference_column: Annotated[str | None, typer.Option(help="Column with human answers, to show as well.")] = None,
-    id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
+    id_column: prompts.IdColumn = None,
     seed: Annotated[int, typer.Option(help="Seed of templates with random choices.")] = 0,
 ) -> None:
     """Show the reward of every token: of models on a data set, of a training run, or of pseudo-labels.

@@ -17,6 +17,7 @@ from .compat import cache_name, own_generation_config
 from .generation import AnswerRules, beam_search_settings
 from .heads import Head
 from .positions import Positions
+from .transformers_model import TransformersModel
 from .vocabulary import check_prompts
 
 GEMMA = ("gemma", "gemma2", "gemma3_text")
@@ -68,47 +69,16 @@ def read_rules(config: Any, generation_config: Any, role: str, name: str, valid_
 
 
 @dataclass(frozen=True)
-class DecoderOnly:
+class DecoderOnly(TransformersModel):
     """`LanguageModel` of a decoder-only transformer.
 
     The state of a prompt is [P F + D]: for each of its P tokens the F keys and values of all layers, then the head
     input of the answer's first token. While the model trains, it is the prompt's ids [P]: they are read with each
     answer, or once for all of a prompt's answers where that is less work. Layers that are checkpointed keep no keys and
     values, so that each answer reads its prompt.
-
-    model        the transformers model (possibly PEFT-wrapped)
-    valid_vocab  number of ids that are real tokens; actions and normalisers are limited to them
     """
 
-    model: Any
-    valid_vocab: int
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def rules(self) -> AnswerRules:
-        """What the checkpoint's generation_config says of answers. Raises ModelError as `read_rules` does."""
-        name = getattr(self.config, "name_or_path", None) or type(self.model).__name__
-        rules = read_rules(self.config, self.model.generation_config, "model", name, self.config.vocab_size)
-        return rules.within(self.valid_vocab)
-
-    @property
-    def eos_id(self) -> int:
-        return self.rules.eos_ids[0]
-
-    @property
-    def pad_id(self) -> int:
-        return self.rules.pad_id
-
-    @property
-    def width(self) -> int:
-        return int(self._base.get_output_embeddings().weight.shape[1])
+    read_rules = staticmethod(read_rules)
 
     @property
     def positions(self) -> Positions:
@@ -116,12 +86,7 @@ class DecoderOnly:
 
     def head(self) -> Head:
         """As in LanguageModel."""
-        projection, config = self._base.get_output_embeddings(), self._base.config
-        if not projection.weight.is_floating_point():
-            raise ModelError(
-                "the output head is quantised, so its exact logits are not available. "
-                "Keep it in full precision: add 'lm_head' to llm_int8_skip_modules."
-            )
+        projection, config = self._projection(), self._base.config
         cap = getattr(config, "final_logit_softcapping", None)
         return Head(projection.weight, projection.bias, logit_scale(config), self.valid_vocab, self.rules, cap)
 
@@ -196,11 +161,6 @@ class DecoderOnly:
         return [rules.up_to_end(row) for row in sequences[:, width:].tolist()]
 
     # Parts of the transformers model
-
-    @property
-    def _base(self) -> Any:
-        """Without PEFT's wrapping; adapters are in its layers."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def _checkpointed(self) -> bool:

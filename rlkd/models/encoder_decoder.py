@@ -16,9 +16,10 @@ from ..tensors import length_mask, pad_rows, pad_stack
 from .batching import batches_by_length, packed_by_length, padding_allowed
 from .compat import cache_name, own_generation_config
 from .encoders.attention import RecordedAttention, recorded_attention
-from .generation import AnswerRules, beam_search_settings, read_rules
+from .generation import beam_search_settings, read_rules
 from .heads import Head
 from .positions import Positions
+from .transformers_model import TransformersModel
 from .vocabulary import check_prompts
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
@@ -71,47 +72,15 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class EncoderDecoder:
-    """`LanguageModel` of an encoder-decoder; the state of a prompt is its encoder states [P_i, D].
+class EncoderDecoder(TransformersModel):
+    """`LanguageModel` of an encoder-decoder; the state of a prompt is its encoder states [P_i, D]."""
 
-    model        the transformers model (possibly PEFT-wrapped)
-    valid_vocab  number of ids that are real tokens; actions and normalisers are limited to them
-    """
-
-    model: Any
-    valid_vocab: int
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def rules(self) -> AnswerRules:
-        """What the checkpoint's generation_config says of answers. Raises ModelError as `read_rules` does."""
-        name = getattr(self.config, "name_or_path", None) or type(self.model).__name__
-        rules = read_rules(self.config, self.model.generation_config, "model", name, self.config.vocab_size)
-        return rules.within(self.valid_vocab)
+    read_rules = staticmethod(read_rules)
 
     @property
     def start_id(self) -> int:
         """The decoder's input before the first token of an answer. T5's is the padding token."""
         return given(self.rules.start_id)
-
-    @property
-    def eos_id(self) -> int:
-        return self.rules.eos_ids[0]
-
-    @property
-    def pad_id(self) -> int:
-        return self.rules.pad_id
-
-    @property
-    def width(self) -> int:
-        return int(self._base.get_output_embeddings().weight.shape[1])
 
     @property
     def positions(self) -> Positions:
@@ -126,24 +95,12 @@ class EncoderDecoder:
 
     def head(self) -> Head:
         """As in LanguageModel."""
-        base = self._base
-        projection = base.get_output_embeddings()
-        weight = projection.weight
-        if not weight.is_floating_point():
-            raise ModelError(
-                "the output head is quantised, so its exact logits are not available. "
-                "Keep it in full precision: add 'lm_head' to llm_int8_skip_modules."
-            )
+        base, projection = self._base, self._projection()
         # BART adds a buffer to its logits; T5's head has no bias.
         bias = getattr(base, "final_logits_bias", None)
         bias = projection.bias if bias is None else bias.view(-1)
         cap = getattr(getattr(base.config, "decoder", None), "final_logit_softcapping", None)
-        return Head(weight, bias, output_scale(base.config), self.valid_vocab, self.rules, cap)
-
-    @property
-    def _base(self) -> Any:
-        """Without PEFT's wrapping: the head and its configuration are those of the base model."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return Head(projection.weight, bias, output_scale(base.config), self.valid_vocab, self.rules, cap)
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encoder states [B, P, D] of prompts [B, P]; `mask` [B, P] bool. Raises ModelError if they are too long."""

@@ -231,7 +231,7 @@ def forbidden(logits: Tensor, limits: Tensor) -> Tensor:
 
 
 def read_rules(
-    config: Any, generation: Any, role: str, name: str, valid_vocab: int, *, continues: bool = False
+    config: Any, generation_config: Any, role: str, name: str, valid_vocab: int, *, continues: bool = False
 ) -> AnswerRules:
     """The rules of a checkpoint with `valid_vocab` tokens, from its configuration and transformers.GenerationConfig.
 
@@ -242,7 +242,7 @@ def read_rules(
 
     def value(*names: str) -> Any:
         """The first that is set, in generation_config before config."""
-        found = (getattr(source, key, None) for key in names for source in (generation, config))
+        found = (getattr(source, key, None) for key in names for source in (generation_config, config))
         return next((value for value in found if value is not None), None)
 
     start, eos = value("decoder_start_token_id", "bos_token_id"), value("eos_token_id")
@@ -257,11 +257,11 @@ def read_rules(
             "Set it to the tokenizer's end-of-sequence token."
         )
     ends, pad = _ids(eos), value("pad_token_id")
-    phrases = [tuple(phrase) for phrase in getattr(generation, "bad_words_ids", None) or ()]
+    phrases = [tuple(phrase) for phrase in getattr(generation_config, "bad_words_ids", None) or ()]
     phrases = [p for p in phrases if not (len(p) == 1 and (p[0] in ends or valid_vocab <= p[0] < config.vocab_size))]
 
     def get(key: str, default: Any = None) -> Any:
-        return getattr(generation, key, None) or default
+        return getattr(generation_config, key, None) or default
 
     def tokens(key: str) -> tuple[int, ...]:
         """Without rows of the embedding that are no tokens: nothing can be said of them."""
@@ -271,15 +271,15 @@ def read_rules(
         start_id=None if continues else _ids(start)[0],
         eos_ids=ends,
         pad_id=ends[0] if pad is None else _ids(pad)[0],
-        first=getattr(generation, "forced_bos_token_id", None),
-        last=(_ids(getattr(generation, "forced_eos_token_id", None)) or (None,))[0],
+        first=getattr(generation_config, "forced_bos_token_id", None),
+        last=(_ids(getattr(generation_config, "forced_eos_token_id", None)) or (None,))[0],
         banned=tuple(dict.fromkeys([*tokens("suppress_tokens"), *(p[0] for p in phrases if len(p) == 1)])),
         banned_at_start=tokens("begin_suppress_tokens"),
         banned_phrases=tuple(phrase for phrase in phrases if len(phrase) > 1),
         # min_length counts the start token.
         min_tokens=max(get("min_length", 0) - 1, get("min_new_tokens", 0)),
         ngram=get("no_repeat_ngram_size", 0),
-        length_penalty=1.0 if (penalty := getattr(generation, "length_penalty", None)) is None else penalty,
+        length_penalty=1.0 if (penalty := getattr(generation_config, "length_penalty", None)) is None else penalty,
         early_stopping=get("early_stopping", False),
     )
     _check_ids(rules, where, valid_vocab)

@@ -40,7 +40,7 @@ def parse_config(
     dataclass_types: tuple[type, ...],
     argv: list[str] | None = None,
     *,
-    preset: Mapping[str, Any] = MappingProxyType({}),
+    preset: Mapping[str, Any] = NOTHING,
 ) -> tuple[Any, ...]:
     """One instance per dataclass, filled from `argv` (by default the command line), the file that `--config` names and
     `preset`, in that order.
