@@ -40,11 +40,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the model.")] = "float32",
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
-    input_eos: Annotated[bool | None, typer.Option("--input-eos/--no-input-eos", help=prompts.INPUT_EOS)] = None,
-    src_lang: Annotated[
-        str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
-    ] = None,
-    tgt_lang: Annotated[str | None, typer.Option(help="Language of answers, likewise (mBART, M2M100, NLLB).")] = None,
+    input_eos: prompts.InputEos = None,
+    src_lang: prompts.SourceLanguage = None,
+    tgt_lang: prompts.TargetLanguage = None,
     allow_bin: AllowBin = False,
     templates_dir: Annotated[Path | None, typer.Option(help=prompts.TEMPLATES_DIR)] = None,
     all_templates: prompts.AllTemplates = False,
@@ -58,7 +56,7 @@ def evaluate(
     delimiter: prompts.Delimiter = None,
     encoding: prompts.Encoding = None,
     columns: prompts.Columns = None,
-    id_column: Annotated[str | None, typer.Option(help="Column with unique ids. Default: the row number.")] = None,
+    id_column: prompts.IdColumn = None,
     on_bad_row: Annotated[
         OnBadRow, typer.Option(help="Rows that cannot be used: fail, or skip and count them.")
     ] = "fail",

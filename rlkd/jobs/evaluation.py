@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,14 +17,20 @@ from ..io.folders import refuse_other_contents
 from ..io.progress import progress
 from ..models.digests import weights_digest
 from ..models.footprint import count_parameters, megabytes
+from ..models.loading import check_finite
+from ..models.other_tokenizer import OtherTokenizer
 from ..models.policy import Policy
-from ..models.spec import ModelSpec, check_pair, default_device
+from ..models.signals import LocalSource
+from ..models.spec import ModelSpec, check_pair, default_device, other_vocabulary
+from ..models.teacher import Teacher
+from ..models.vocabulary import same_vocabulary
 from ..records import Example
 from ..runs.files import HELD_OUT, METRICS, RUN_FILE, append_lines, keep_first_and_last
 from ..runs.record import RunRecord, describe_data, describe_templates
 from ..sampling.rollouts import greedy_answers
 from .wiring import Reading, row_source, teacher_spec
 
+logger = logging.getLogger(__name__)
 FILES = (RUN_FILE, METRICS, HELD_OUT, "evaluation.json")
 TRAINER = "evaluate"  # in run.json, in the place of a trainer's class
 TIMED_INPUTS = 16  # answered one by one; the median of their seconds is the latency
@@ -57,18 +63,23 @@ def evaluate(request: dict[str, Any], out: Path, *, quiet: bool = False) -> Eval
         src_lang=request["src_lang"],
         tgt_lang=request["tgt_lang"],
     )
-    teacher = teacher_spec(request) if request["teacher"] else None
-    if teacher is None:
-        model.check()
-    else:
-        check_pair(teacher.model, model)
+    model.check()
     model.check_lengths(request["max_input_tokens"], request["max_new_tokens"])
+    teacher = teacher_spec(request) if request["teacher"] else None
+    other = teacher is not None and not same_vocabulary(teacher.tokenizer, model.tokenizer)
+    if teacher is not None and other:
+        logger.info("%s", other_vocabulary(teacher.model, model))
+    elif teacher is not None:
+        check_pair(teacher.model, model)
     examples = Reading.of(request, model.tokenizer).examples(row_source(request))
     if check_task_metric(request["metric"]):
         references_of(examples)
 
+    source: LocalSource | None = None if teacher is None else teacher.load()
+    if isinstance(source, Teacher) and other:
+        source = OtherTokenizer(source, model.tokenizer, model.rules)
     evaluator = Evaluator(
-        None if teacher is None else teacher.load(),
+        source,
         model.tokenizer,
         examples,
         request["max_input_tokens"],
@@ -79,10 +90,12 @@ def evaluate(request: dict[str, Any], out: Path, *, quiet: bool = False) -> Eval
     )
     evaluator.check(None)
     policy = Policy(model.language_model(), critic=False)
+    check_finite(policy.student, "student", model.name)
     policy.eval()
     with progress(len(examples), what="evaluation", quiet=quiet) as advance:
         rows = evaluator.rows(policy, None, range(len(examples)), advance)
-    numbers = evaluator.summarise(rows)
+    found = evaluator.summarise(rows)
+    numbers = {name: value for name, value in found.items() if name.removeprefix("sample_") != "kl"}  # to no reference
     _write(request, out, evaluator, policy, rows, numbers)
     return Evaluation(numbers, _speed(policy, evaluator), evaluator)
 
@@ -90,10 +103,12 @@ def evaluate(request: dict[str, Any], out: Path, *, quiet: bool = False) -> Eval
 def _check(request: dict[str, Any], out: Path) -> TaskMetric | None:
     """The task metric. Raises ConfigError for options that contradict each other, and a folder of something else."""
     refuse_other_contents(out, "--out", signs=(RUN_FILE,), own=FILES)
-    if (out / RUN_FILE).exists() and not request["overwrite"]:
-        raise ConfigError(f"--out {out} holds a run. Name a new folder, or give --overwrite to replace an evaluation.")
-    if (out / RUN_FILE).exists() and json.loads((out / RUN_FILE).read_text())["trainer"] != TRAINER:
-        raise ConfigError(f"--out {out} holds a training run, which --overwrite does not replace. Name a new folder.")
+    if (out / RUN_FILE).exists():
+        record = RunRecord.read(out)
+        if record is None or record.trainer != TRAINER:
+            raise ConfigError(f"--out {out} holds a run that is no evaluation. Name a new folder.")
+        if not request["overwrite"]:
+            raise ConfigError(f"--out {out} holds an evaluation. Name a new folder, or give --overwrite to replace it.")
     if check_task_metric(request["metric"]) and request["reference_column"] is None:
         raise ConfigError(f"--metric {request['metric']}: needs --reference-column, the answers to compare with.")
     if request["templates"] and not request["teacher"]:

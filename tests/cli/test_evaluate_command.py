@@ -8,7 +8,7 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 from rlkd.cli.main import main
 from rlkd.report.reading import read_side_by_side
-from tiny import EOS, VALID, save_pair, tiny_tokenizer
+from tiny import EOS, VALID, WORDS, save_pair, save_pretrained, tiny_t5, tiny_tokenizer
 
 NOTES = [f"{a} {b} {c}" for a in "abc" for b in "def" for c in "gh"]
 TEMPLATES = """\
@@ -88,9 +88,40 @@ def test_without_teacher_and_references_and_again(folder, capsys):
     assert len((folder / "runs/one/held_out.jsonl").read_text().splitlines()) == len(NOTES)
     record = json.loads((folder / "runs/one/run.json").read_text())
     record["trainer"] = "PPOTrainer"
-    (folder / "runs/one/run.json").write_text(json.dumps(record))
-    code, _, err = run(capsys, "student", *BASIC, "--out", "runs/one", "--overwrite")
-    assert (code, "holds a training run" in err) == (2, True)
+    for text in (json.dumps(record), "{cut"):
+        (folder / "runs/one/run.json").write_text(text)
+        code, _, err = run(capsys, "student", *BASIC, "--out", "runs/one", "--overwrite")
+        assert (code, "holds a run that is no evaluation" in err) == (2, True)
+    assert len((folder / "runs/one/held_out.jsonl").read_text().splitlines()) == len(NOTES)
+
+
+def test_a_teacher_of_another_vocabulary_scores_by_characters(folder, capsys, caplog):
+    """With the same words in another order the regret is that of the shared vocabulary."""
+    found = []
+    for order in (WORDS, [*WORDS[:3], *WORDS[3:][::-1]]):
+        weights = [WORDS.index(word) for word in order]
+        model = tiny_t5(tied=False, width=32)
+        with torch.no_grad():
+            for table in (model.shared.weight, model.lm_head.weight):
+                table[: len(order)] = table[weights].clone()
+        save_pretrained(folder / "teacher", model, tiny_tokenizer(order))
+        code, out, err = run(capsys, "student", *BASIC, *SCORED, "--out", "runs/x", "--overwrite", "--json")
+        assert code == 0, err
+        found.append(json.loads(out)["numbers"])
+    same, other = found
+    assert other["regret"] == pytest.approx(same["regret"], abs=1e-3)
+    assert other["match"] == same["match"]
+
+
+def test_weights_that_are_not_finite_are_refused(folder, capsys):
+    student = AutoModelForSeq2SeqLM.from_pretrained("student")
+    with torch.no_grad():
+        student.shared.weight[5, 2] = torch.nan
+    student.save_pretrained("student")
+    code, _, err = run(capsys, "student", *BASIC, "--out", "runs/x")
+    assert code != 0
+    assert "shared.weight holds values" in err
+    assert not (folder / "runs/x/metrics.jsonl").exists()
 
 
 def test_two_evaluations_are_compared(folder, capsys):
