@@ -18,17 +18,13 @@ from ..io.progress import progress
 from ..models.digests import weights_digest
 from ..models.footprint import count_parameters, megabytes
 from ..models.loading import check_finite
-from ..models.other_tokenizer import OtherTokenizer
 from ..models.policy import Policy
-from ..models.signals import LocalSource
-from ..models.spec import ModelSpec, check_pair, default_device, other_vocabulary
-from ..models.teacher import Teacher
-from ..models.vocabulary import same_vocabulary
+from ..models.spec import ModelSpec, default_device, paired
 from ..records import Example
 from ..runs.files import HELD_OUT, METRICS, RUN_FILE, append_lines, keep_first_and_last
 from ..runs.record import RunRecord, describe_data, describe_templates
 from ..sampling.rollouts import greedy_answers
-from .wiring import Reading, row_source, teacher_spec
+from .wiring import Reading, local_teacher, row_source, teacher_spec
 
 logger = logging.getLogger(__name__)
 FILES = (RUN_FILE, METRICS, HELD_OUT, "evaluation.json")
@@ -66,20 +62,14 @@ def evaluate(request: dict[str, Any], out: Path, *, quiet: bool = False) -> Eval
     model.check()
     model.check_lengths(request["max_input_tokens"], request["max_new_tokens"])
     teacher = teacher_spec(request) if request["teacher"] else None
-    other = teacher is not None and not same_vocabulary(teacher.tokenizer, model.tokenizer)
-    if teacher is not None and other:
-        logger.info("%s", other_vocabulary(teacher.model, model))
-    elif teacher is not None:
-        check_pair(teacher.model, model)
+    if teacher is not None and (said := paired(teacher.model, model)):
+        logger.info("%s", said)
     examples = Reading.of(request, model.tokenizer).examples(row_source(request))
     if check_task_metric(request["metric"]):
         references_of(examples)
 
-    source: LocalSource | None = None if teacher is None else teacher.load()
-    if isinstance(source, Teacher) and other:
-        source = OtherTokenizer(source, model.tokenizer, model.rules)
     evaluator = Evaluator(
-        source,
+        None if teacher is None else local_teacher(teacher, model),
         model.tokenizer,
         examples,
         request["max_input_tokens"],

@@ -13,13 +13,11 @@ from ..inspection.build import reward_view
 from ..inspection.labels import from_labels
 from ..inspection.reward_view import RewardView
 from ..labels.store import finished_manifest
-from ..models.other_tokenizer import OtherTokenizer
 from ..models.signals import LocalSource
-from ..models.spec import ModelSpec, check_pair, other_vocabulary
-from ..models.vocabulary import same_vocabulary
+from ..models.spec import ModelSpec, check_pair, paired
 from ..objectives.rewards import REWARDS
 from ..records import Example
-from .wiring import Reading, row_source, teacher_spec
+from .wiring import Reading, local_teacher, row_source, teacher_spec
 
 logger = logging.getLogger(__name__)
 STUDENTS = ("student", "student_before")
@@ -40,14 +38,12 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     for spec in specs:
         spec.check()
         spec.check_lengths(request["max_input_tokens"], request["max_new_tokens"])
-    other = bool(specs) and not same_vocabulary(teacher.tokenizer, specs[0].tokenizer)
-    if other:
-        logger.info("%s", other_vocabulary(teacher.model, specs[0]))
-    for first, spec in pairwise(specs if other else [teacher.model, *specs]):
+    if specs and (said := paired(teacher.model, specs[0])):
+        logger.info("%s", said)
+    for first, spec in pairwise(specs):
         check_pair(first, spec)
     names, examples = _examples(request, teacher.tokenizer)
-    loaded = teacher.load()
-    source: LocalSource = OtherTokenizer(loaded, specs[0].tokenizer, specs[0].rules) if other else loaded
+    source: LocalSource = local_teacher(teacher, specs[0]) if specs else teacher.load()
     return reward_view(
         source,
         source.tokenizer,

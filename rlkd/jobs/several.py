@@ -13,7 +13,8 @@ from ..models.several import AveragedTeachers, RoutedTeachers, SeveralTeachers
 from ..models.signals import LocalSource
 from ..models.spec import ModelSpec, TeacherSpec
 from ..trainers.base_arguments import DistillationArguments, require
-from .teachers import check_models, local_teacher, refuse_one_model, teacher_spec
+from .teachers import check_models, refuse_one_model, teacher_spec
+from .wiring import local_teacher
 
 if TYPE_CHECKING:
     from .setup import TeacherArguments

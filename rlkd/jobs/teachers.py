@@ -12,8 +12,8 @@ from ..labels.recorded import RecordedTeacher
 from ..models.other_tokenizer import SHARED_VOCABULARY, OtherTokenizer, ServedOtherTokenizer
 from ..models.served import ServerTeacher
 from ..models.server import Api, ServerSettings
-from ..models.signals import SIGNAL, LocalSource, SignalSource
-from ..models.spec import ModelSpec, TeacherSpec, check_pair, other_vocabulary
+from ..models.signals import SIGNAL, SignalSource
+from ..models.spec import ModelSpec, TeacherSpec, paired
 from ..models.teacher import TemplateCombination
 from ..models.vocabulary import same_vocabulary
 from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
@@ -110,12 +110,12 @@ def check_models(teacher: TeacherSpec | None, student: ModelSpec, training: Dist
     if teacher is None:
         return None
     _ = teacher.append_eos
-    if same_vocabulary(teacher.tokenizer, student.tokenizer):
-        check_pair(teacher.model, student)
+    said = paired(teacher.model, student)
+    if said is None:
         return None
     refuse_one_model(training, "needs a vocabulary that teacher and student share")
     check_objective(training, SIGNAL - SHARED_VOCABULARY, OtherTokenizer.lacks)
-    return other_vocabulary(teacher.model, student)
+    return said
 
 
 def refuse_one_model(training: DistillationArguments, why: str) -> None:
@@ -133,15 +133,6 @@ def check_objective(training: DistillationArguments, gives: frozenset[str], why:
     for kind, made in OBJECTIVES.items():
         if isinstance(training, kind):
             made(training).check(gives, why)
-
-
-def local_teacher(spec: TeacherSpec, student: ModelSpec, **options: Any) -> LocalSource:
-    """The teacher with its weights, as the student sees it; options, further fields of `Teacher`. Raises as
-    `TeacherSpec.load` does.
-    """
-    teacher = spec.load(**options)
-    shared = same_vocabulary(spec.tokenizer, student.tokenizer)
-    return teacher if shared else OtherTokenizer(teacher, student.tokenizer, student.rules)
 
 
 def check_recorded_signal(training: DistillationArguments) -> None:

@@ -18,11 +18,13 @@ from ..data.rows import RowStream, check_columns, load_table
 from ..data.text import PLAIN, TextFormat, text_format
 from ..errors import ConfigError
 from ..models.spec import ModelSpec, TeacherSpec, default_device
-from ..models.vocabulary import unknown_to
+from ..models.vocabulary import same_vocabulary, unknown_to
 from ..templates.template import Template, load_templates
 
 if TYPE_CHECKING:
     import datasets
+
+    from ..models.signals import LocalSource
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,17 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
     teacher = TeacherSpec(model, settings["max_input_tokens"], settings["input_eos"])
     _ = teacher.append_eos  # said before weights load
     return teacher
+
+
+def local_teacher(spec: TeacherSpec, student: ModelSpec, **options: Any) -> LocalSource:
+    """The teacher with its weights, as the student sees it; options, further fields of `Teacher`. Raises as
+    `TeacherSpec.load` does.
+    """
+    from ..models.other_tokenizer import OtherTokenizer
+
+    teacher = spec.load(**options)
+    shared = same_vocabulary(spec.tokenizer, student.tokenizer)
+    return teacher if shared else OtherTokenizer(teacher, student.tokenizer, student.rules)
 
 
 def _templates(spec: str, settings: Mapping[str, Any]) -> list[Template]:

@@ -65,7 +65,7 @@ class ServerSettings:
         except HTTPError:
             parts = urllib3.util.Url()
         if parts.auth or parts.query:
-            raise ConfigError(f"server_url: a key does not belong into it, where it would be recorded: set {KEY}")
+            raise ConfigError(f"server_url: a key does not belong in it, where it would be recorded: set {KEY}")
         if parts.scheme not in ("http", "https") or not parts.host or parts.fragment:
             raise ConfigError(f"server_url = {cut(self.url)!r}: must be a URL such as http://localhost:8000/v1")
 
@@ -288,7 +288,7 @@ class Server:
             raise DivergenceError(f"server {self.url}: a log-probability is not finite: {cut(str(logps))}.")
         if max(logps.values()) > 1e-4:
             raise ModelError(
-                f"server {self.url}: {max(logps.values()):.3g} is no log-probability: serve the model with "
+                f"server {self.url}: {max(logps.values()):.3g} is not a log-probability: serve the model with "
                 "--logprobs-mode raw_logprobs."
             )
         best = sorted(logps.items(), key=lambda pair: (-pair[1], found[pair[0]].get("rank") or 0))[:k]

@@ -179,8 +179,8 @@ class AveragedTeachers(SeveralTeachers):
 class RoutedTeachers(SeveralTeachers):
     """Each input is scored, and answered, by one of them alone.
 
-    route     (its prompts) -> the teacher's name. Raises DataError or KeyError for an input that has none
-    identity  what decides the route, in words, for the record of a run
+    route  (its prompts) -> the teacher's name. Raises DataError or KeyError for an input that has none
+    by     what decides the route, in words, for the record of a run
     """
 
     def __init__(self, sources: Mapping[str, LocalSource], route: Callable[[Inputs], str], by: str = "a function"):

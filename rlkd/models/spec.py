@@ -300,8 +300,15 @@ def check_pair(teacher: ModelSpec, student: ModelSpec) -> int:
     return size
 
 
-def other_vocabulary(teacher: ModelSpec, student: ModelSpec) -> str:
-    """What is done for two models with different vocabularies, in words."""
+def paired(teacher: ModelSpec, student: ModelSpec) -> str | None:
+    """What is done for two models with different vocabularies, in words; None for a shared one. Raises as `check_pair`
+    does then.
+    """
+    from .vocabulary import same_vocabulary
+
+    if same_vocabulary(teacher.tokenizer, student.tokenizer):
+        check_pair(teacher, student)
+        return None
     sizes = " and ".join(f"{len(spec.tokenizer.get_vocab()):,}" for spec in (teacher, student))
     return (
         f"teacher '{teacher.name}' and student '{student.name}' have different vocabularies ({sizes} tokens): answers "

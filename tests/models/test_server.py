@@ -232,7 +232,7 @@ def test_the_key_comes_from_the_environment_and_is_nowhere_else(served, monkeypa
 
 @pytest.mark.parametrize("url", ["http://me:secret-of-mine@host/v1", "https://host/v1?key=secret-of-mine"])
 def test_a_key_in_the_url_is_refused_and_not_shown(url):
-    with pytest.raises(ConfigError, match=f"server_url: a key does not belong into it.*{KEY}") as raised:
+    with pytest.raises(ConfigError, match=f"server_url: a key does not belong in it.*{KEY}") as raised:
         ServerSettings(url)
     assert "mine" not in str(raised.value)
 
@@ -303,7 +303,7 @@ def test_numbers_that_are_no_log_probabilities(served):
         return lambda choice: [v.update(logprob=number(v["logprob"])) for e in entries(choice) for v in e.values()]
 
     changed(served, all_of(lambda logprob: logprob + 20))
-    fails(served, ModelError, r"is no log-probability: serve the model with --logprobs-mode raw_logprobs")
+    fails(served, ModelError, r"is not a log-probability: serve the model with --logprobs-mode raw_logprobs")
     for number in (float("nan"), -9999.0):
         changed(served, all_of(lambda logprob, number=number: number))
         fails(served, DivergenceError, r"a log-probability is not finite")
