@@ -13,7 +13,7 @@ from ..evaluation.token_rewards import answers_as_rollouts, score_rollouts
 from ..models.architectures import language_model
 from ..models.policy import Policy
 from ..models.signals import LocalSource
-from ..models.vocabulary import NO_LIMIT, check_same_vocabulary, encode_answers, same_vocabulary
+from ..models.vocabulary import NO_LIMIT, check_same_vocabulary, encode_answers
 from ..objectives.rewards import REWARDS, RewardName
 from ..records import Answers, Example
 from ..sampling.rollouts import greedy_answers, greedy_writer
@@ -47,8 +47,7 @@ def reward_view(
     another vocabulary than the tokenizer, and is no `OtherTokenizer`.
     """
     check_choice("value", value, REWARDS)
-    if not same_vocabulary(teacher.tokenizer, tokenizer):
-        check_same_vocabulary(teacher.tokenizer, tokenizer, "in memory", "in memory")
+    check_same_vocabulary(teacher.tokenizer, tokenizer, "in memory", "in memory")
     examples = list(examples)
     names = _check(examples, answers, template_names)
     students = student if isinstance(student, Mapping) else {} if student is None else {"student": student}

@@ -20,7 +20,7 @@ from ..records import Batched, Distribution, TeacherSignal, select_rows
 from .generation import AnswerRules
 from .signals import LocalSource, Write
 from .teacher import Teacher
-from .vocabulary import check_same_vocabulary, same_vocabulary
+from .vocabulary import check_same_vocabulary
 
 Inputs = tuple[str, ...]
 
@@ -38,8 +38,7 @@ class SeveralTeachers(LocalSource):
         self.sources = dict(sources)
         (name, first), *others = self.sources.items()
         for other, source in others:
-            if not same_vocabulary(first.tokenizer, source.tokenizer):
-                check_same_vocabulary(first.tokenizer, source.tokenizer, name, other)
+            check_same_vocabulary(first.tokenizer, source.tokenizer, name, other)
             if set(first.rules.eos_ids) != set(source.rules.eos_ids):
                 raise ModelError(
                     f"teachers '{name}' and '{other}' end answers with {first.rules.eos_ids} and "

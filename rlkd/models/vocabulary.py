@@ -44,6 +44,8 @@ def check_same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teache
     Compares tokenizers, not configurations: T5 models pad the embedding beyond the tokenizer (32,128 rows for
     32,100 pieces), which is fine. Runs before any weights load.
     """
+    if same_vocabulary(teacher_tokenizer, student_tokenizer):
+        return valid_vocab(student_tokenizer)
     ours = {i: t for t, i in teacher_tokenizer.get_vocab().items()}
     theirs = {i: t for t, i in student_tokenizer.get_vocab().items()}
     if ours == theirs:

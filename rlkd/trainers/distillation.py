@@ -27,7 +27,7 @@ from ..models.heads import RowLoss
 from ..models.policy import Policy
 from ..models.saving import evaluated_generation
 from ..models.signals import LocalSource, SignalSource
-from ..models.vocabulary import check_same_vocabulary, same_vocabulary
+from ..models.vocabulary import check_same_vocabulary
 from ..objectives.policy import reduce_tokens, reduction_count
 from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal, select_rows
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
@@ -113,7 +113,7 @@ class DistillationTrainer(StudentTrainer):
         objective = self.objective
         if objective.needs and self.teacher is None:
             raise ConfigError(f"{objective.what} needs a teacher: give one, or {objective.remedy}")
-        if isinstance(self.teacher, LocalSource) and not same_vocabulary(self.teacher.tokenizer, self.tokenizer):
+        if isinstance(self.teacher, LocalSource):
             check_same_vocabulary(self.teacher.tokenizer, self.tokenizer, "in memory", "in memory")
         if self.teacher is not None:
             objective.check(self.teacher.gives, getattr(self.teacher, "lacks", ""))
