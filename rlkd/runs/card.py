@@ -133,7 +133,9 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
     ]
     if chat := record.get("chat"):
         system = "none" if chat["system"] is None else cell(chat["system"])
-        lines.append(f"- the student's prompts: in its chat template (digest {chat['template']}), system prompt {system}")
+        lines.append(
+            f"- the student's prompts: in its chat template (digest {chat['template']}), system prompt {system}"
+        )
     lines += [_labels(made) for d in (record.get("data") or {}).values() for made in d.get("labels") or []]
     if "reward_value" in settings:
         chosen = ", ".join(f"{name} {settings[name]}" for name in REWARD if name in settings)
@@ -182,9 +184,7 @@ def _use(auto: str, architecture: str, settings: dict[str, Any], chat: dict[str,
 def _inputs(max_input_tokens: int, chat: dict[str, Any] | None) -> list[str]:
     """The lines that encode a text."""
     if chat is None:
-        return [
-            f'inputs = tokenizer(["A text."], truncation=True, max_length={max_input_tokens}, return_tensors="pt")'
-        ]
+        return [f'inputs = tokenizer(["A text."], truncation=True, max_length={max_input_tokens}, return_tensors="pt")']
     system = "" if chat["system"] is None else f'{{"role": "system", "content": {chat["system"]!r}}}, '
     return [
         "# It reads every input as the user's turn of its chat template.",

@@ -24,7 +24,8 @@ LLAMA3 = (
 )
 # As Gemma's: no system turn; turns end otherwise than texts.
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
@@ -60,6 +61,4 @@ def chat_model(kind: str = "chatml", *, seed: int = 0, family: str = "llama", **
     tokenizer = chat_tokenizer(kind)
     ends = tokenizer.convert_tokens_to_ids(KINDS[kind][4])
     ids = {"eos_token_id": ends, "pad_token_id": ends[0], "bos_token_id": tokenizer.bos_token_id}
-    return tiny_decoder(
-        family, seed=seed, words=len(tokenizer), max_position_embeddings=256, **{**ids, **options}
-    )
+    return tiny_decoder(family, seed=seed, words=len(tokenizer), max_position_embeddings=256, **{**ids, **options})
