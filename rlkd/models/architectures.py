@@ -11,8 +11,9 @@ import torch
 from ..errors import ModelError
 from . import decoder_only, encoder_decoder
 from .chat import end_turns
-from .generation import AnswerRules, check_supported, read_rules
+from .generation import AnswerRules, read_rules
 from .language_model import LanguageModel
+from .not_applied import check_supported, ignored_settings, say_ignored
 from .positions import Positions
 from .vocabulary import check_ends, fitted_vocab
 
@@ -124,5 +125,6 @@ def language_model(model: Any, tokenizer: Any) -> LanguageModel:
     check_ends(tokenizer, "model", name)
     size = fitted_vocab(tokenizer, model.config, "model", name)
     check_supported(model.generation_config, "model", name)
+    say_ignored(ignored_settings(model.generation_config, continues=not architecture.is_encoder_decoder), "model", name)
     end_turns(model.generation_config, model.config, tokenizer)
     return architecture.wrap(model, size)

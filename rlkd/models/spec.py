@@ -137,8 +137,9 @@ class ModelSpec:
         """
         from .architectures import architecture_of
         from .chat import end_turns
-        from .generation import check_supported, load_generation_config
+        from .generation import load_generation_config
         from .languages import in_languages
+        from .not_applied import check_supported, say_ignored
 
         generation = load_generation_config(self.name, self.role, self.revision)
         check_supported(generation, self.role, self.name)
@@ -146,6 +147,7 @@ class ModelSpec:
         read_rules = architecture_of(self.config, self.role, self.name).rules
         rules = read_rules(self.config, generation, self.role, self.name, self.config.vocab_size)
         rules = rules.within(self.valid_vocab)
+        say_ignored(rules.ignored, self.role, self.name)
         return in_languages(rules, self.tokenizer, self.src_lang, self.tgt_lang, self.role, self.name)
 
     def check(self) -> None:

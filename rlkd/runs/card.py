@@ -42,8 +42,9 @@ def write_card(
 ) -> None:
     """Write README.md into `folder`.
 
-    record: content of run.json, secrets removed, and the student's `chat.chat_record`; architecture: class of the student; scores: the newest `eval_*`
-    numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer steps taken.
+    record: content of run.json, secrets removed, and the student's `chat.chat_record`; architecture: class of the
+    student; scores: the newest `eval_*` numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer
+    steps taken.
     """
     write_text(folder / CARD, card(record, architecture=architecture, scores=scores, rows=rows, step=step))
 
