@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import set_seed
-
 from ..checks import Count, Natural, Share, check_settings
 from ..choices import OnBadRow, Truncation
 from ..data.examples import Examples
@@ -22,18 +20,20 @@ from ..evaluation.task_metrics import check_task_metric, references_of, task_met
 from ..evaluation.task_reward import TaskReward
 from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
-from ..models.adapters import add_adapter, check_same_settings, without_dropout
+from ..models.adapters import check_same_settings
 from ..models.architectures import architecture_of
 from ..models.signals import SignalSource
-from ..models.spec import Dtype, ModelSpec
+from ..models.spec import Dtype
 from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
-from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
+from ..settings.trl_compat import ModelConfig
 from ..trainers.base_arguments import DistillationArguments, check_labels
 from .chat import StudentChatArguments
 from .several import SeveralArguments, TeacherPlan, load_local, tokenizers_of
+from .students import load_student, peft_config, student_spec
 from .teachers import (
     SignalArguments,
+    check_context,
     check_models,
     check_recorded_signal,
     recorded_teacher,
@@ -225,14 +225,14 @@ def prepare(
     recorded = teacher.teacher_signal == "recorded"
     if recorded:
         check_recorded_signal(training)
-    ours, plan = _student_spec(data, student, teacher), TeacherPlan.of(teacher, training)
-    theirs = None if recorded or plan else teacher_spec(vars(teacher), training)
+    ours, plan = student_spec(data, student, teacher), TeacherPlan.of(teacher, training)
+    theirs = None if recorded or plan else teacher_spec(vars(teacher), training, ours)
     if student.use_peft:
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
     said = plan.check(ours, training) if plan else [check_models(theirs, ours, training)]
     if student.use_peft and ours.adapter:
-        check_same_settings(ours.adapter, _peft_config(student))
+        check_same_settings(ours.adapter, peft_config(student))
     task_reward = _task_reward(data, training)
     train, evaluation, labels, note = load_data(
         data,
@@ -248,6 +248,8 @@ def prepare(
         frozen = recorded_teacher(labels, training, ours.tokenizer)
     elif theirs.model.served:
         frozen = served_teacher(theirs, ours, teacher.server, training)
+    elif teacher.teacher_signal == "base":
+        check_context(train, theirs, ours)
     if task_reward is not None:
         task_reward.try_on(train)
     task_metric = task_metric_of(data.task_metric)
@@ -255,18 +257,14 @@ def prepare(
         rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
         references_of(evaluation[:rows])
     if training.process_index == 0:
-        lines = (note, None if data.templates else "no templates: the teacher reads what the student reads", *said)
+        same = not (data.templates or teacher.teacher_system_prompt)
+        lines = (note, "no templates: the teacher reads what the student reads" if same else None, *said)
         print(*filter(None, lines), sep="\n")
 
-    model = ours.load()
-    if student.use_peft and not ours.adapter:
-        set_seed(training.seed)  # adapters start at random
-        model = add_adapter(model, _peft_config(student))
-    if student.use_peft:
-        model = without_dropout(model)
+    model = load_student(ours, student, training.seed)
     return Setup(
         student=model,
-        teacher=frozen or load_local(plan or theirs, ours, teacher),
+        teacher=frozen or load_local(plan or theirs, ours, teacher, model),
         tokenizer=ours.tokenizer,
         train_examples=train,
         eval_examples=evaluation,
@@ -274,34 +272,6 @@ def prepare(
         task_metric=task_metric,
         settings=settings,
     )
-
-
-def _student_spec(data: DataArguments, student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
-    """The student of TRL's settings. It stays where it loads: the trainer places it. With use_peft an adapter is
-    trained further, otherwise merged.
-    """
-    return ModelSpec(
-        str(student.model_name_or_path),
-        "student",
-        revision=student.model_revision,
-        dtype=student.dtype if student.dtype not in (None, "auto") else "float32",
-        attention=student.attn_implementation,
-        quantization=get_quantization_config(student),
-        allow_bin=teacher.allow_bin,
-        keep_adapter=student.use_peft,
-        src_lang=teacher.src_lang,
-        tgt_lang=teacher.tgt_lang,
-        chat=data.student_chat,
-        system_prompt=data.student_system_prompt,
-    )
-
-
-def _peft_config(student: ModelConfig) -> Any:
-    """PEFT's configuration. TRL turns a list of one module into a string, which PEFT would match as a whole path."""
-    config: Any = get_peft_config(student)
-    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
-        config.target_modules = {config.target_modules}
-    return config
 
 
 def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskReward | None:
