@@ -56,6 +56,7 @@ ELSEWHERE = {
     r"python tests/faults_table.py --write$": ("tests/test_quoted_commands.py", "tests/faults_table.py"),
     r".* --task rte ": ("tests/data/test_glue.py", "rte"),  # the flags; its data are on the hub
     r"rlkd train tkd --pseudo_labels": ("tests/jobs/test_label_folder_students.py", '["train", "tkd", "--config"'),
+    r"PARTS=": ("tests/test_cluster.py", "recipes/cluster/submit.sh"),
     r"TEACHER=": ("tests/test_recipes.py", '("classify_agnews", "agnews"'),
 }
 PLACEHOLDERS = {
