@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import fake_slurm
-from rlkd.cli.main import main
 import pytest
+
+from rlkd.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 FLAGS = [
