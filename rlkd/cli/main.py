@@ -149,6 +149,8 @@ def generate_pseudolabels(
     ] = "none",
     allow_bin: AllowBin = False,
     input_eos: prompts.InputEos = None,
+    teacher_chat: prompts.TeacherChat = None,
+    teacher_system_prompt: prompts.TeacherSystem = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
         str | None, typer.Option(help="i/n: make only every n-th shard, from shard i; combine with rlkd data merge.")

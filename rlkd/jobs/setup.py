@@ -30,6 +30,7 @@ from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 from ..trainers.base_arguments import DistillationArguments, check_labels
+from .chat import StudentChatArguments
 from .several import SeveralArguments, TeacherPlan, load_local, tokenizers_of
 from .teachers import (
     SignalArguments,
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DataArguments(TextFileArguments):
+class DataArguments(TextFileArguments, StudentChatArguments):
     """Unlabeled inputs for training, held-out inputs for evaluation, and how each model sees them."""
 
     dataset: str = field(
@@ -224,7 +225,7 @@ def prepare(
     recorded = teacher.teacher_signal == "recorded"
     if recorded:
         check_recorded_signal(training)
-    ours, plan = _student_spec(student, teacher), TeacherPlan.of(teacher, training)
+    ours, plan = _student_spec(data, student, teacher), TeacherPlan.of(teacher, training)
     theirs = None if recorded or plan else teacher_spec(vars(teacher), training)
     if student.use_peft:
         student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
@@ -275,7 +276,7 @@ def prepare(
     )
 
 
-def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
+def _student_spec(data: DataArguments, student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
     """The student of TRL's settings. It stays where it loads: the trainer places it. With use_peft an adapter is
     trained further, otherwise merged.
     """
@@ -290,6 +291,8 @@ def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
         keep_adapter=student.use_peft,
         src_lang=teacher.src_lang,
         tgt_lang=teacher.tgt_lang,
+        chat=data.student_chat,
+        system_prompt=data.student_system_prompt,
     )
 
 

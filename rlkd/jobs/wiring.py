@@ -171,6 +171,8 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         served=settings.get("engine") == "openai",
         src_lang=settings.get("src_lang"),
         tgt_lang=settings.get("tgt_lang"),
+        chat=settings.get("teacher_chat"),
+        system_prompt=settings.get("teacher_system_prompt"),
     )
     model.check()
     ranked = settings.get("strategy") == "rank"
