@@ -100,7 +100,7 @@ def is_elsewhere(command: str) -> bool:
 COMMANDS = quoted()
 # Mentioned, not to be typed as they stand.
 NAMES = {
-    "rlkd generate-pseudolabels", "rlkd config show", "rlkd probe", "rlkd data verify", "rlkd data score",
+    "rlkd generate-pseudolabels", "rlkd config show", "rlkd probe", "rlkd train teacher", "rlkd data verify", "rlkd data score",
     "rlkd prompts lint --dataset", "rlkd inspect-rewards --labels", "python recipe.py", "accelerate launch --multi_gpu",
     "accelerate launch --quiet",
 }  # fmt: skip
