@@ -88,6 +88,7 @@ class PromptedRows:
         render = self.render
         student = f"{render.student_template.source}" if render.student_template else None
         columns = {"input": render.student_column, "reference": render.reference_column, "id": render.id_column}
+        columns |= {} if render.pair_column is None else {"pair": render.pair_column}
         return {
             **self.found.identity,
             "columns": columns,

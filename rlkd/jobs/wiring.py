@@ -84,6 +84,7 @@ class Reading:
     skip_unknown: bool = False
     tokenizers: tuple[Any, ...] = ()
     teacher_column: str | None = None
+    pair_column: str | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], tokenizer: Any = None) -> Reading:
@@ -104,6 +105,7 @@ class Reading:
             skip_missing=bool(settings.get("skip_missing")),
             skip_unknown=bool(settings.get("skip_unknown")),
             tokenizers=() if tokenizer is None else (tokenizer,),
+            pair_column=settings.get("pair_column"),
         )
 
     def examples(self, source: RowSource) -> Examples:
@@ -157,6 +159,7 @@ class Reading:
             skip_missing=self.skip_missing,
             skip_unknown=self.skip_unknown,
             teacher_column=self.teacher_column,
+            pair_column=self.pair_column,
             **options,
         )
 
