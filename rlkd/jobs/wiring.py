@@ -5,7 +5,7 @@ Settings that recipes and commands share have the same names, so one function re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,16 +104,19 @@ class Reading:
             tokenizers=() if tokenizer is None else (tokenizer,),
         )
 
-    def examples(self, source: RowSource) -> Examples:
-        """All rows that every template applies to, in memory. Raises DataError for columns, rows or ids that do not
-        fit.
+    def examples(
+        self, source: RowSource, prepare: Callable[[datasets.Dataset], datasets.Dataset] | None = None
+    ) -> Examples:
+        """All rows that every template applies to, in memory; prepare changes them first. Raises DataError for columns,
+        rows or ids that do not fit.
         """
         render = self.renderer(on_bad_row=source.on_bad_row)
         rows, names = source.table(self.row_map.reads(render.reads()))
         wanted = render.wanted_columns()
         wanted = {"input_column": wanted.pop("student_column")} | wanted
         check_columns(self.row_map.names(names), wanted, source.dataset)
-        return Examples.of(self.row_map.dataset(rows), render, source.dataset)
+        rows = self.row_map.dataset(rows)
+        return Examples.of(rows if prepare is None else prepare(rows), render, source.dataset)
 
     def prompted_rows(
         self, source: RowSource, *, with_choices: bool = False, earlier: dict[str, Any] | None = None
