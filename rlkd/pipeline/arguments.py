@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,7 +61,8 @@ class DistillArguments(TextFileArguments):
         },
     )
     test_data: str | None = field(
-        default=None, metadata={"help": "Rows of the last evaluation; null: split off data. None of them is trained on."}
+        default=None,
+        metadata={"help": "Rows of the last evaluation; null: split off data. None of them is trained on."},
     )
     eval_fraction: Share = field(
         default=0.1,
@@ -105,15 +107,16 @@ class DistillArguments(TextFileArguments):
         if (self.prompt is None) == (not self.templates):
             which = "both set" if self.templates else "both unset"
             raise ConfigError(
-                f"prompt and templates are {which}: give one, a text such as 'Summarise: {{{{ text }}}}' or the name of "
-                "a template"
+                f"prompt and templates are {which}: give one, a text such as 'Summarise: {{{{ text }}}}', or the name "
+                "of a template"
             )
         if self.answer_choices is not None and self.prompt is None:
             raise ConfigError("answer_choices go with prompt: templates have their own")
         if self.metric is not None and self.reference_column is None:
             raise ConfigError(f"metric = {self.metric!r}: needs reference_column, the column with the right answers")
-        if self.metric is not None and check_task_metric(self.metric) is False and self.metric == "none":
+        if self.metric == "none":
             raise ConfigError("metric = 'none': leave it and reference_column out")
+        check_task_metric(self.task_metric)
         for name in ("warm_up", "rl"):
             setattr(self, name, _mapping(name, getattr(self, name)))
 
@@ -126,10 +129,10 @@ class DistillArguments(TextFileArguments):
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     """Settings of a stage, from YAML, or from a flag in JSON. Raises ConfigError."""
     if isinstance(value, str):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f'{name} = {value!r}: must be a mapping of settings; as a flag, JSON: {{"learning_rate": 1e-4}}')
+        raise ConfigError(
+            f'{name} = {value!r}: must be a mapping of settings; as a flag, JSON: {{"learning_rate": 1e-4}}'
+        )
     return value or {}

@@ -112,8 +112,11 @@ class _Costs:
             rows = self.counts["test"]
             steps = 3 * rows / 64 * self.plan.args.max_new_tokens
             return 2 * rows * read, steps * self._step("teacher"), f"{rows} test rows answered and scored", rows * 2e-3
-        return 0.0, 0.0, {"data": "rows split and written", "start": "layers cut"}.get(kind, "written"), saved * (
-            kind in ("start", "student")
+        return (
+            0.0,
+            0.0,
+            {"data": "rows split and written", "start": "layers cut"}.get(kind, "written"),
+            saved * (kind in ("start", "student")),
         )
 
     def _step(self, role: str) -> float:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass
-from pathlib import Path
+from hashlib import sha256 as digest
+from math import prod
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError, ModelError
 from ..io.files import sha256
+from ..models.adapters import adapter_of
 from ..models.cut_layers import cut_config
 from ..models.encoders.classifiers import longest
 from ..models.encoders.rehearsal import is_encoder
-from ..models.folders import check_place
+from ..models.folders import check_place, saved_shapes, weights_files
 from ..models.loading import check_saved_weights, load_config
 from ..models.spec import ModelSpec, TeacherSpec, default_device, paired
 from ..models.vocabulary import load_tokenizer
+from ..runs.files import RUN_FILE, SUMMARY_FILE
 from .arguments import SMALL, DistillArguments
+
+NOT_MODEL = (RUN_FILE, SUMMARY_FILE, "evaluation.json")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Pair:
     """Teacher and student by name.
 
     config, tokenizer  of the student as it will be
+    student    its name; None of one that is made of the teacher
     encoder            whether the student is an encoder, which becomes a classifier
     said               how the two go together, in words; None if they share their vocabulary
     """
@@ -34,6 +40,7 @@ class Pair:
     config: Any
     tokenizer: Any
     encoder: bool
+    student: str | None = None
     said: str | None = None
 
     @classmethod
@@ -52,12 +59,12 @@ class Pair:
             return cls(teacher, config, spec.tokenizer, encoder=False)
         config = load_config(args.student, "student")
         if is_encoder(config):
-            return cls(teacher, config, _encoder_tokenizer(args, spec, config), encoder=True)
+            return cls(teacher, config, _encoder_tokenizer(args, spec, config), True, args.student)
         student = ModelSpec(args.student, "student", allow_bin=args.allow_bin)
         student.check()
         for model in (spec, student):
             model.check_lengths(args.max_input_tokens, answer)
-        return cls(teacher, student.config, student.tokenizer, encoder=False, said=paired(spec, student))
+        return cls(teacher, student.config, student.tokenizer, False, args.student, paired(spec, student))
 
     @property
     def width(self) -> int:
@@ -67,17 +74,23 @@ class Pair:
 
     def sizes(self) -> dict[str, int]:
         """Parameters of the teacher and the student, from their configurations."""
-        return {"teacher": parameters(self.teacher.model.config), "student": parameters(self.config)}
+        teacher = parameters(self.teacher.model.config, self.teacher.model.name)
+        return {"teacher": teacher, "student": parameters(self.config, self.student)}
 
 
 def teacher_dtype(args: DistillArguments) -> str:
     return args.teacher_dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
 
 
-def parameters(config: Any) -> int:
-    """Parameters of a model with this configuration; no weights are made."""
+def parameters(config: Any, name: str | None) -> int:
+    """Parameters of a model: those in the files of a local one, else those that its configuration makes. No weights are
+    loaded.
+    """
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    folder = None if name is None else check_place(name, "model")
+    if folder is not None and (shapes := saved_shapes(folder)) and adapter_of(str(name), "model") is None:
+        return sum(prod(shape) for shape in shapes.values())
     kind = AutoModel if is_encoder(config) else AutoModelForCausalLM
     kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else kind
     with torch.device("meta"):
@@ -90,15 +103,9 @@ def contents(name: str, role: str) -> str:
     folder = check_place(name, role)
     if folder is None:
         return name
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".model"))
-    own = {path.name: sha256(path) for path in files if path.name not in ("run.json", "distill.json")}
-    return _digest(own)
-
-
-def _digest(named: Mapping[str, str]) -> str:
-    from hashlib import sha256 as digest
-
-    return digest(repr(sorted(named.items())).encode()).hexdigest()[:16]
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".model") and path.name not in NOT_MODEL]
+    found = {path.name: sha256(path) for path in files} | weights_files(folder)
+    return digest(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def _encoder_tokenizer(args: DistillArguments, teacher: ModelSpec, config: Any) -> Any:

@@ -16,7 +16,7 @@ from ..jobs.training import TRAINING_JOBS
 from ..settings.parsing import parse_config
 from .arguments import SMALL, DistillArguments
 from .models import Pair, encoder_length, teacher_dtype
-from .rows import PROMPT_FILE, first_template
+from .rows import PROMPT_FILE, choices_of, first_template, templates_of
 
 # The recommended method after the warm-up, and its settings (recipes/studies, docs/method.md).
 RL = "ppo"
@@ -59,7 +59,9 @@ class Stage:
         """The YAML file of a training stage."""
         if self.command and self.command[0] == "train":
             plain = {name: _plain(value) for name, value in self.settings.items()}
-            text = f"# Made by rlkd distill. By hand: rlkd {' '.join(self.command)} --config {self.settings_file(out)}\n"
+            text = (
+                f"# Made by rlkd distill. By hand: rlkd {' '.join(self.command)} --config {self.settings_file(out)}\n"
+            )
             self.settings_file(out).write_text(text + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
     def record(self, out: Path) -> dict[str, Any]:
@@ -196,6 +198,7 @@ def _encoder_stages(
         "pseudo_labels": out / "labels",
         "dev_file": out / "held-out/validation.parquet",
         "test_files": [out / "held-out/test.parquet"],
+        "labels": choices_of(templates_of(args)),
         "student_init": "pretrained",
         "student_pretrained": args.student,
         "allow_bin": args.allow_bin,

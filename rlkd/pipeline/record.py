@@ -39,7 +39,9 @@ class Record:
             return cls(out)
         try:
             stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-            known = {name: {"settings": dict(e["settings"]), "finished": bool(e["finished"])} for name, e in stages.items()}
+            known = {
+                name: {"settings": dict(e["settings"]), "finished": bool(e["finished"])} for name, e in stages.items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{path} is damaged. Restore it, or name a new --out.") from None
         return cls(out, {name: entry for name, entry in known.items() if (out / name).exists()})

@@ -12,9 +12,9 @@ import yaml
 
 from ..data.examples import Examples
 from ..data.row_maps import parse_row_map
-from ..data.splits import held_out_inputs
+from ..data.splits import held_out_inputs, plain
 from ..data.text import text_format
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, nearest
 from ..io.files import write_text
 from ..jobs.wiring import Reading, RowSource
 from ..models.saving import new_folder
@@ -69,14 +69,16 @@ def read_rows(args: DistillArguments, pair: Pair) -> Rows:
         student_template=_student_template(args),
         reference_column=args.reference_column,
         seed=args.seed,
-        tokenizers=(pair.teacher.tokenizer, pair.tokenizer),
+        tokenizers=(pair.teacher.tokenizer,) if pair.encoder else (pair.teacher.tokenizer, pair.tokenizer),
     )
-    if pair.encoder:
-        _check_choices(templates)
+    choices = choices_of(templates) if pair.encoder else []
+
     def prepare(rows: datasets.Dataset) -> datasets.Dataset:
         return merged(rows, args.reference_column)
 
     whole = reading.examples(source_of(args, args.data), prepare)
+    if choices and args.reference_column is not None:
+        _check_references(whole, choices, args.reference_column)
     if args.test_data is None:
         chosen = _held_out(whole, args)
         rest, test = whole.split(chosen, references=True)
@@ -113,7 +115,11 @@ def merged(rows: datasets.Dataset, reference_column: str | None) -> datasets.Dat
             references.setdefault(key, []).extend(value if isinstance(value, list) else [value])
     if len(found) == len(rows):
         return rows
-    logger.info("%d of %d rows repeat another one: they count once, with all their references", len(rows) - len(found), len(rows))
+    logger.info(
+        "%d of %d rows repeat another one: they count once, with all their references",
+        len(rows) - len(found),
+        len(rows),
+    )
     if reference_column is None:
         return datasets.Dataset.from_list(list(found.values()), features=rows.features)
     kept = [{**row, reference_column: list(dict.fromkeys(filter(None, references[key])))} for key, row in found.items()]
@@ -176,14 +182,34 @@ def _check_prompts(templates: list[Template], args: DistillArguments) -> None:
             )
 
 
-def _check_choices(templates: list[Template]) -> None:
-    """Raise ConfigError unless every template has the same answer choices for all rows, at least two."""
+def choices_of(templates: list[Template]) -> list[str]:
+    """The answers that an encoder chooses from. Raises ConfigError unless every template has the same ones for all
+    rows, at least two.
+    """
     for template in templates:
         choices = template.fixed_choices
         if choices is None or len(set(choices)) < 2:
             raise ConfigError(
                 f"{template}: an encoder learns which of at least two answer choices is right, the same for all rows, "
                 "and this template has none such. Write them with ||| between (answer_choices)."
+            )
+        if {*map(plain, choices)} != {*map(plain, templates[0].fixed_choices or ())}:
+            raise ConfigError(
+                f"{template} has the choices {', '.join(choices)}, and {templates[0]} others: they are the labels of "
+                "one encoder. Name templates with the same choices."
+            )
+    return list(templates[0].fixed_choices or ())
+
+
+def _check_references(rows: Examples, choices: list[str], column: str) -> None:
+    """Raise DataError for a reference that is no answer choice: it could not be a label."""
+    known = {*map(plain, choices)}
+    for value in rows.column(column):
+        texts = value if isinstance(value, list) else [value]
+        if wrong := [text for text in texts if text and plain(text) not in known]:
+            raise DataError(
+                f"{rows.source}: reference_column '{column}' has {wrong[0]!r:.60}, which is not one of the answer "
+                f"choices: {', '.join(choices)}.{nearest(wrong[0], choices)} Write the choices into the column."
             )
 
 
@@ -194,7 +220,9 @@ def _held_out(rows: Examples, args: DistillArguments) -> Inputs:
     inputs = list(rows.inputs())
     able = set(inputs)
     if args.reference_column is not None:
-        able -= {texts for texts, value in zip(inputs, rows.column(args.reference_column), strict=True) if not _any(value)}
+        able -= {
+            texts for texts, value in zip(inputs, rows.column(args.reference_column), strict=True) if not _any(value)
+        }
         if not able:
             raise DataError(
                 f"'{args.data}': no row has a text in reference_column '{args.reference_column}'. Name another one, or "

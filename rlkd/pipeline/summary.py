@@ -86,7 +86,10 @@ def _classifier_rows(plan: Plan, out: Path) -> dict[str, Facts]:
     summary = json.loads((out / "training/summary.json").read_text())
     name = "accuracy" if plan.args.reference_column is not None else "agreement with the teacher"
     rows = load_pseudolabels(out / "labels-test").to_list()
-    plain = [(row["label"].strip().casefold(), [r.strip().casefold() for r in row["references"] or [row["label"]]]) for row in rows]
+    plain = [
+        (row["label"].strip().casefold(), [r.strip().casefold() for r in row["references"] or [row["label"]]])
+        for row in rows
+    ]
     sizes = plan.pair.sizes()
     student = summary["student"]
     return {
@@ -118,6 +121,9 @@ def _aligned(names: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     lines = [list(names), *map(list, cells)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(names))]
     return [
-        "  ".join(cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     ]

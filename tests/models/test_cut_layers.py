@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from models.decoder_families import OWN, tiny_decoder
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from decoder_families import OWN, tiny_decoder
 from rlkd.errors import ModelError
 from rlkd.models.cut_layers import cut_layers, kept_layers, write_small
 from rlkd.models.loading import protect_untied_head
 from rlkd.models.spec import ModelSpec
-from tiny import save_pretrained, tiny_bart, tiny_t5, tiny_tokenizer
+from tiny import save_pretrained, tiny_bart, tiny_t5
 
 
 def test_kept_layers_are_spread_evenly():
