@@ -73,8 +73,9 @@ def cut_layers(model: Any) -> Any:
 
 
 def write_small(spec: ModelSpec, out: Path) -> None:
-    """Write the model that `spec` names, its layers cut, in float32, to the new folder `out`, with its tokenizer. Raises
-    ModelError as `cut_layers`, ConfigError if `out` holds something.
+    """Write the model that `spec` names, its layers cut, in float32, with its tokenizer, to the new folder `out`.
+
+    Raises ModelError as `cut_layers`, ConfigError if `out` holds something.
     """
     small = cut_layers(spec.load(device="cpu")).float()
     with new_folder(out) as folder:

@@ -103,7 +103,9 @@ def contents(name: str, role: str) -> str:
     folder = check_place(name, role)
     if folder is None:
         return name
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".model") and path.name not in NOT_MODEL]
+    files = [
+        path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".model") and path.name not in NOT_MODEL
+    ]
     found = {path.name: sha256(path) for path in files} | weights_files(folder)
     return digest(json.dumps(found).encode()).hexdigest()[:16]
 

@@ -50,8 +50,9 @@ class Plan:
 
     @classmethod
     def of(cls, args: DistillArguments) -> Plan:
-        """Checks come in order of cost: the folder, models, rows, settings of every stage. Raises ConfigError, DataError
-        or ModelError; no weights are loaded.
+        """Checks come in order of cost: the folder, models, rows, settings of every stage; no weights are loaded.
+
+        Raises ConfigError, DataError or ModelError.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(

@@ -43,7 +43,8 @@ def finish(plan: Plan) -> list[str]:
     return [
         *(["", said, *_aligned(["", *names], cells), *weak, ""]),
         f"student: {out / 'student'}",
-        f"report: {out / 'report.html'}  answers and numbers: {out / ('training' if plan.pair.encoder else 'evaluation')}",
+        f"report: {out / 'report.html'}",
+        f"answers and numbers: {out / ('training' if plan.pair.encoder else 'evaluation')}",
         "",
         snippet(card, out / "student", plan.rows.test[0].student_input),
     ]

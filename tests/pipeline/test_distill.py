@@ -442,8 +442,8 @@ def test_templates_of_one_encoder_have_the_same_choices(user, capsys):
 
 
 def test_a_file_has_the_same_keys(user, capsys):
-    Path("mine.yaml").write_text("teacher: teacher\nstudent: student\ndata: rows.csv\ninput_column: text\nout: runs/x\n"
-                                 'prompt: "reverse {{ text }}"\nmax_new_tokens: 5\nwarm_up: {max_steps: 6}\n')  # fmt: skip
+    Path("mine.yaml").write_text("teacher: teacher\nstudent: student\ndata: rows.csv\ninput_column: text\n"
+                                 'out: runs/x\nprompt: "reverse {{ text }}"\nmax_new_tokens: 5\nwarm_up: {max_steps: 6}\n')  # fmt: skip
     code, out, err = run(capsys, "--config", "mine.yaml", "--max-input-tokens", "16", "--dry-run")
     assert code == 0, err
     assert "at most 6 updates" in out
