@@ -16,7 +16,7 @@ from ..jobs.training import TRAINING_JOBS
 from ..settings.parsing import parse_config
 from .arguments import SMALL, DistillArguments
 from .models import Pair, encoder_length, teacher_dtype
-from .rows import PROMPT_FILE, choices_of, first_template, templates_of
+from .rows import PROMPT_FILE, Rows, choices_of, first_template, templates_of
 
 # The recommended method after the warm-up, and its settings (recipes/studies, docs/method.md).
 RL = "ppo"
@@ -87,8 +87,8 @@ def _plain(value: Any, out: Path | None = None) -> Any:
     return [_plain(one, out) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def stages(args: DistillArguments, pair: Pair, counts: Mapping[str, int], digests: Mapping[str, Any]) -> list[Stage]:
-    """All stages in their order. counts: rows of each part; digests: of what the names in the settings stand for.
+def stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str, Any]) -> list[Stage]:
+    """All stages in their order. digests: of what the names in the settings stand for.
 
     Raises ConfigError for settings of a training stage that cannot work.
     """
@@ -101,25 +101,24 @@ def stages(args: DistillArguments, pair: Pair, counts: Mapping[str, int], digest
     found = [Stage("data", settings=own, depends={k: v for k, v in digests.items() if "model" not in k})]
     if args.student == SMALL:
         found.append(Stage("start", settings={"student": SMALL}, depends={"teacher model": digests["teacher model"]}))
-    found += _encoder_stages(args, pair, counts, digests) if pair.encoder else _stages(args, pair, counts, digests)
+    found += (_encoder_stages if pair.encoder else _stages)(args, pair, rows, digests)
     for stage in found:
         if stage.name in TRAINING:
             check_training(stage)
     return found
 
 
-def _stages(
-    args: DistillArguments, pair: Pair, counts: Mapping[str, int], digests: Mapping[str, Any]
-) -> Iterator[Stage]:
+def _stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str, Any]) -> Iterator[Stage]:
     """Of a generating student."""
     out = Path(args.out)
     student: Any = out / "start" if args.student == SMALL else args.student
     depends = {"student model": digests["student model"]}
     labels = {**_labels(args, out), "dataset": out / "data/train.parquet", "strategy": "greedy", "out": out / "labels"}
-    labels["max_new_tokens"] = args.max_new_tokens
+    labels |= {"reference_column": rows.reference_column, "max_new_tokens": args.max_new_tokens}
     yield Stage("labels", ("generate-pseudolabels",), labels, {"teacher model": digests["teacher model"]})
-    shared = _training(args, pair, out)
-    steps = max(-(-counts["train"] // (ROWS * ACCUMULATED)), 1)  # of an epoch
+    shared = {**_training(args, out), "reference_column": rows.reference_column}
+    shared["task_metric"] = args.task_metric if rows.reference_column else "none"
+    steps = max(-(-len(rows.train) // (ROWS * ACCUMULATED)), 1)  # of an epoch
     every = min(max(steps, 50), 200)
     warm_up = {
         **shared,
@@ -133,7 +132,7 @@ def _stages(
         "save_steps": every,
     }
     yield Stage("warm-up", ("train", "seqkd"), _with(warm_up, "warm_up", args.warm_up), depends)
-    updates = min(max(counts["train"] * RL_SETTINGS["rollouts_per_prompt"] // (ROWS * ACCUMULATED) * 2, 100), 2000)
+    updates = min(max(len(rows.train) * RL_SETTINGS["rollouts_per_prompt"] // (ROWS * ACCUMULATED) * 2, 100), 2000)
     every = max(updates // 10 // UPDATES_PER_ROLLOUT, 5) * UPDATES_PER_ROLLOUT
     rl = {
         **shared,
@@ -181,19 +180,17 @@ def _evaluation(role: str, args: DistillArguments, out: Path) -> Stage:
     return Stage(f"evaluation/{role}", ("evaluate", str(model)), {**settings, **scored})
 
 
-def _encoder_stages(
-    args: DistillArguments, pair: Pair, counts: Mapping[str, int], digests: Mapping[str, Any]
-) -> Iterator[Stage]:
+def _encoder_stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str, Any]) -> Iterator[Stage]:
     """Of an encoder: the teacher ranks the answer choices for every row, and their probabilities are soft targets."""
     out = Path(args.out)
     for part in ("train", "validation", "test"):
         name = "labels" if part == "train" else f"labels-{part}"
         ranked = {**_labels(args, out), "dataset": out / f"data/{part}.parquet", "strategy": "rank", "out": out / name}
-        if part == "train":
-            ranked["reference_column"] = None  # the student learns from the teacher alone
+        # The student learns from the teacher alone.
+        ranked["reference_column"] = {"validation": rows.reference_column, "test": args.reference_column}.get(part)
         yield Stage(name, ("generate-pseudolabels",), ranked, {"teacher model": digests["teacher model"]})
     yield Stage("held-out")
-    steps = max(-(-counts["train"] // ROWS), 1)
+    steps = max(-(-len(rows.train) // ROWS), 1)
     training = {
         "pseudo_labels": out / "labels",
         "dev_file": out / "held-out/validation.parquet",
@@ -240,7 +237,6 @@ def _labels(args: DistillArguments, out: Path) -> dict[str, Any]:
         "input_column": args.input_column,
         "templates": _templates(args, out),
         "student_template": args.student_template,
-        "reference_column": args.reference_column,
         "max_input_tokens": args.max_input_tokens,
         "input_eos": args.input_eos,
         "allow_bin": args.allow_bin,
@@ -248,7 +244,7 @@ def _labels(args: DistillArguments, out: Path) -> dict[str, Any]:
     }
 
 
-def _training(args: DistillArguments, pair: Pair, out: Path) -> dict[str, Any]:
+def _training(args: DistillArguments, out: Path) -> dict[str, Any]:
     """What the warm-up and RL share."""
     return {
         "teacher": args.teacher,
@@ -259,9 +255,7 @@ def _training(args: DistillArguments, pair: Pair, out: Path) -> dict[str, Any]:
         "eval_dataset": out / "data/validation.parquet",
         "input_column": args.input_column,
         "student_template": args.student_template,
-        "reference_column": args.reference_column,
         "templates": _templates(args, out),
-        "task_metric": args.task_metric,
         "max_input_tokens": args.max_input_tokens,
         "max_new_tokens": args.max_new_tokens,
         "resume_from_checkpoint": "auto",

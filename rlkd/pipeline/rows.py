@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..data.row_maps import parse_row_map
 from ..data.splits import held_out_inputs, plain
 from ..data.text import text_format
 from ..errors import ConfigError, DataError, nearest
+from ..evaluation.task_metrics import references_of
 from ..io.files import write_text
 from ..jobs.wiring import Reading, RowSource
 from ..models.saving import new_folder
@@ -34,12 +35,17 @@ Inputs = set[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Rows:
-    """The examples of each part; an input is in one of them only. note: how they were split, in words."""
+    """The examples of each part; an input is in one of them only.
+
+    note              how they were split, in words
+    reference_column  of the training and validation rows; None if only the test rows have one
+    """
 
     train: Examples
     validation: Examples
     test: Examples
     note: str
+    reference_column: str | None = None
 
     def counts(self) -> dict[str, int]:
         return {part: len(getattr(self, part)) for part in PARTS}
@@ -76,15 +82,20 @@ def read_rows(args: DistillArguments, pair: Pair) -> Rows:
     def prepare(rows: datasets.Dataset) -> datasets.Dataset:
         return merged(rows, args.reference_column)
 
-    whole = reading.examples(source_of(args, args.data), prepare)
-    if choices and args.reference_column is not None:
-        _check_references(whole, choices, args.reference_column)
+    references = None if _only_test_has_references(args, reading) else args.reference_column
+    whole = replace(reading, reference_column=references).examples(source_of(args, args.data), prepare)
+    if choices and references is not None:
+        _check_references(whole, choices, references)
     if args.test_data is None:
-        chosen = _held_out(whole, args)
+        chosen = _held_out(whole, args, references)
         rest, test = whole.split(chosen, references=True)
         said = f"{len(test)} test rows split off {args.data}"
     else:
         test = reading.examples(source_of(args, args.test_data), prepare)
+        if args.reference_column is not None:
+            references_of(test)
+            if choices:
+                _check_references(test, choices, args.reference_column)
         rest, shared = whole.split(set(test.inputs()), references=True)
         said = f"{len(test)} test rows of {args.test_data}"
         if len(shared):
@@ -93,9 +104,17 @@ def read_rows(args: DistillArguments, pair: Pair) -> Rows:
                 args.data, args.test_data,
             )  # fmt: skip
             said += f", whose inputs {len(shared)} other rows had"
-    train, validation = rest.split(_held_out(rest, args))
+    train, validation = rest.split(_held_out(rest, args, references))
     note = f"{len(train)} rows to train on, {len(validation)} validation rows, {said}; equal inputs are in one part"
-    return Rows(train, validation, test, note)
+    return Rows(train, validation, test, note, references)
+
+
+def _only_test_has_references(args: DistillArguments, reading: Reading) -> bool:
+    """Whether `data` has no column for the references that `test_data` brings."""
+    if args.test_data is None or args.reference_column is None:
+        return False
+    _, names = replace(source_of(args, args.data), limit=1).table(())
+    return args.reference_column not in reading.row_map.names(names)
 
 
 def merged(rows: datasets.Dataset, reference_column: str | None) -> datasets.Dataset:
@@ -213,19 +232,17 @@ def _check_references(rows: Examples, choices: list[str], column: str) -> None:
             )
 
 
-def _held_out(rows: Examples, args: DistillArguments) -> Inputs:
+def _held_out(rows: Examples, args: DistillArguments, references: str | None) -> Inputs:
     """The inputs of one part: a share of those whose rows have references, if any are to have some. Raises DataError if
     there are too few.
     """
     inputs = list(rows.inputs())
     able = set(inputs)
-    if args.reference_column is not None:
-        able -= {
-            texts for texts, value in zip(inputs, rows.column(args.reference_column), strict=True) if not _any(value)
-        }
+    if references is not None:
+        able -= {texts for texts, value in zip(inputs, rows.column(references), strict=True) if not _any(value)}
         if not able:
             raise DataError(
-                f"'{args.data}': no row has a text in reference_column '{args.reference_column}'. Name another one, or "
+                f"'{args.data}': no row has a text in reference_column '{references}'. Name another one, or "
                 "leave it out."
             )
     fraction = min(args.eval_fraction, args.eval_rows / max(len(able), 1))

@@ -62,7 +62,7 @@ class Plan:
         record = Record.read(Path(args.out))
         pair = Pair.of(args)
         rows = read_rows(args, pair)
-        found = stages(args, pair, rows.counts(), digests(args))
+        found = stages(args, pair, rows, digests(args))
         record.check(left_out(found, args, record))
         return cls(args, pair, rows, found, record)
 

@@ -375,7 +375,8 @@ def test_a_decoder_only_pair_and_test_rows_of_ones_own(user, capsys):
 
     save_decoders(user)
     write_rows([(text, "a") for text in (*TEXTS[:3], "a a a a")], "test.csv")
-    words = [*BASIC, *PROMPT, *SHORT, "--teacher", "decoder-teacher", "--student", "decoder-student"]
+    write_rows([(text,) for text in TEXTS], names=("text",))
+    words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "decoder-student"]
     code, out, err = run(capsys, *words, "--test-data", "test.csv", "--weak-start", "warn")
     assert code == 0, err
     assert "have inputs of test.csv: they are left out of training" in err
@@ -442,8 +443,9 @@ def test_templates_of_one_encoder_have_the_same_choices(user, capsys):
 
 
 def test_a_file_has_the_same_keys(user, capsys):
-    Path("mine.yaml").write_text("teacher: teacher\nstudent: student\ndata: rows.csv\ninput_column: text\n"
-                                 'out: runs/x\nprompt: "reverse {{ text }}"\nmax_new_tokens: 5\nwarm_up: {max_steps: 6}\n')  # fmt: skip
+    lines = ["teacher: teacher", "student: student", "data: rows.csv", "input_column: text", "out: runs/x"]
+    lines += ['prompt: "reverse {{ text }}"', "max_new_tokens: 5", "warm_up: {max_steps: 6}"]
+    Path("mine.yaml").write_text("\n".join(lines))
     code, out, err = run(capsys, "--config", "mine.yaml", "--max-input-tokens", "16", "--dry-run")
     assert code == 0, err
     assert "at most 6 updates" in out
