@@ -67,6 +67,7 @@ SMALL = {
     "generate-pseudolabels": ["--limit", "4", "--max-new-tokens", "4", "--batch-tokens", "512", "--quiet"],
     "predict": ["--limit", "4", "--batch-tokens", "512", "--quiet"],
     "config": ["--bf16", "false"],
+    "distill": ["--max-new-tokens", "4", "--warm_up", '{"max_steps": 2, "eval_steps": 2, "save_steps": 2}'],
     "probe": ["--max-length", "16"],
     "train-vocabulary": ["--size", "270"],
 }
