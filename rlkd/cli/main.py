@@ -18,7 +18,7 @@ from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
 from ..settings.paths import refuse_missing_paths
-from . import config, data, evaluate, models, probe, prompts, report, rewards, train, vocabulary
+from . import config, data, distill, evaluate, models, predict, probe, prompts, report, rewards, train, vocabulary
 from .models import AllowBin
 
 app = typer.Typer(
@@ -36,8 +36,11 @@ app.add_typer(train.app, name="train")
 app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
+app.command("distill", context_settings=distill.PASS_ON)(distill.distill)
 app.command("evaluate")(evaluate.evaluate)
+app.command("predict")(predict.predict)
 app.command("merge-adapter")(models.merge_adapter)
+app.command("export")(models.export)
 app.command("train-vocabulary")(vocabulary.train_vocabulary)
 app.command("cut-vocabulary")(vocabulary.cut_vocabulary)
 app.command("inspect-rewards")(rewards.inspect_rewards)

@@ -20,8 +20,6 @@ from ..evaluation.task_metrics import check_task_metric, references_of, task_met
 from ..evaluation.task_reward import TaskReward
 from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
-from ..models.adapters import check_same_settings
-from ..models.architectures import architecture_of
 from ..models.signals import SignalSource
 from ..models.spec import Dtype
 from ..models.teacher import TemplateCombination
@@ -29,8 +27,8 @@ from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig
 from ..trainers.base_arguments import DistillationArguments, check_labels
 from .chat import StudentChatArguments
+from .models import check_adapter_settings, load_student, student_spec
 from .several import SeveralArguments, TeacherPlan, load_local, tokenizers_of
-from .students import load_student, peft_config, student_spec
 from .teachers import (
     SignalArguments,
     check_context,
@@ -220,19 +218,14 @@ def prepare(
     """
     settings = (data, teacher, student)
     check_labels(training, given=data.pseudo_labels is not None, name="pseudo_labels")
-    if not student.model_name_or_path:
-        raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
     recorded = teacher.teacher_signal == "recorded"
     if recorded:
         check_recorded_signal(training)
-    ours, plan = student_spec(data, student, teacher), TeacherPlan.of(teacher, training)
+    ours, plan = student_spec(student, vars(teacher) | vars(data)), TeacherPlan.of(teacher, training)
     theirs = None if recorded or plan else teacher_spec(vars(teacher), training, ours)
-    if student.use_peft:
-        student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
     said = plan.check(ours, training) if plan else [check_models(theirs, ours, training)]
-    if student.use_peft and ours.adapter:
-        check_same_settings(ours.adapter, peft_config(student))
+    check_adapter_settings(ours, student)
     task_reward = _task_reward(data, training)
     train, evaluation, labels, note = load_data(
         data,
@@ -302,9 +295,9 @@ def load_data(
     Raises DataError or ConfigError.
     """
     reading = replace(Reading.of(vars(data)), tokenizers=tuple(tokenizers), teacher_column=teacher_column)
-    source = _source(data, data.dataset, data.train_split, data.train_limit)
+    source = split_source(data, data.dataset, data.train_split, data.train_limit)
     labels = None if data.pseudo_labels is None else _labels(data, reading, source, same_templates)
-    held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)
+    held_out = split_source(data, data.eval_dataset or data.dataset, data.eval_split, None)
     if held_out != replace(source, limit=None):
         # Without a task reward, training never looks at references.
         training = reading if references else replace(reading, reference_column=None)
@@ -326,7 +319,7 @@ def load_data(
     return train, evaluation, labels, note
 
 
-def _source(data: DataArguments, dataset: str, split: str, limit: int | None) -> RowSource:
+def split_source(data: DataArguments, dataset: str, split: str, limit: int | None) -> RowSource:
     """The rows of a split; a local source whose files are not named by split has one."""
     path = Path(dataset).expanduser()
     local = path.exists() or is_pattern(dataset)

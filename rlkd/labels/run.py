@@ -54,7 +54,9 @@ AGREEMENT_PROMPTS, AGREEMENT_TOKENS = 100, 32
 
 @dataclass
 class Run:
-    """The source, the engine and the folder of a run; arguments as in `label_rows`, which has locked the folder."""
+    """The source, the engine and the folder of a run; arguments as in `label_rows`, which has locked the folder. kind:
+    of what makes a shard's labels.
+    """
 
     teacher: PromptReader
     source: Source
@@ -63,6 +65,7 @@ class Run:
     options: RunOptions
     engine: Engine
     reference: Callable[[], Engine] | None = None
+    kind: type[Labeller] = Labeller
 
     def __call__(self) -> dict[str, Any]:
         """Label what the log lacks. Returns totals."""
@@ -207,7 +210,7 @@ class Run:
         made = (str(identity.get("teacher")), identity.get("revision") or identity.get("teacher_weights"))
         size, expected = self.header["rows_per_shard"], self._expected()
         with Stop() as stop, progress(expected, before, quiet=self.options.quiet) as advance, _frozen_heap():
-            labeller = Labeller(
+            labeller = self.kind(
                 teacher=self.teacher,
                 engine=self.engine,
                 decoding=self.decoding,

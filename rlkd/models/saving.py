@@ -130,7 +130,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    yield unfinished
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if out.exists():
         out.rmdir()
     os.rename(unfinished, out)

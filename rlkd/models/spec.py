@@ -70,6 +70,7 @@ class ModelSpec:
     allow_bin     load pickled weights (.bin) where there are no safetensors
     keep_adapter  an adapter is trained further, not merged into its base
     served        a server has the weights: none need be here
+    random_weights  of its configuration and size, with weights from torch's random numbers: none need be here
     src_lang, tgt_lang    languages of prompts and answers, for models that translate; None: the checkpoint's
     chat          prompts stand in the tokenizer's chat template, after `system_prompt` if there is one; None: as the
                   tokenizer was saved
@@ -85,6 +86,7 @@ class ModelSpec:
     allow_bin: bool = False
     keep_adapter: bool = False
     served: bool = False
+    random_weights: bool = False
     src_lang: str | None = None
     tgt_lang: str | None = None
     chat: bool | None = None
@@ -99,7 +101,7 @@ class ModelSpec:
 
         config = load_config(self.name, self.role, self.revision)
         check_config(config, self.role, self.name, resolve_dtype(self.dtype, f"{self.role}_dtype"))
-        if not self.served:
+        if not (self.served or self.random_weights):
             check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
         return config
 
@@ -184,16 +186,18 @@ class ModelSpec:
         """The transformers model. Raises ModelError if the checkpoint lacks weights, and as `config` does."""
         from . import loading
 
-        model = loading.load_model(
-            self.name,
-            self.role,
-            dtype=self.dtype,
-            revision=self.revision,
-            attention=self.attention,
-            quantization=self.quantization,
-            allow_bin=self.allow_bin,
-            keep_adapter=self.keep_adapter,
-        )
+        how: dict[str, Any] = {"dtype": self.dtype, "revision": self.revision, "attention": self.attention}
+        if self.random_weights:
+            model = loading.random_model(self.name, self.role, **how)
+        else:
+            model = loading.load_model(
+                self.name,
+                self.role,
+                quantization=self.quantization,
+                allow_bin=self.allow_bin,
+                keep_adapter=self.keep_adapter,
+                **how,
+            )
         if self.tgt_lang is not None:  # a saved student keeps it
             model.generation_config.forced_bos_token_id = self.rules.first
             model.generation_config.decoder_start_token_id = self.rules.start_id

@@ -21,11 +21,13 @@ REWARD = (
 )  # fmt: skip
 METHODS = {
     "GKDTrainer": "GKD: a divergence to the teacher on the student's own answers or on labels",
+    "ReferenceTrainer": "supervised training on the references of its training data",
     "PPOTrainer": "PPO on the reward that the teacher's own log-probabilities induce",
     "ReinforceTrainer": "REINFORCE on the reward that the teacher's own log-probabilities induce",
     "SupervisedTrainer": "imitation of the teacher (sequence-level distillation, or a divergence to it on its answers)",
     "TKDTrainer": "distillation of an encoder-only classifier",
 }
+ALONE = "ReferenceTrainer"  # has no teacher
 # Part of the name of a student's class -> what loads it, and the hub's name of the task: that of encoder-decoders
 # (text2text-generation) is gone from transformers 5.
 HEAD = {
@@ -127,11 +129,20 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
         (role, _named(d.get("source"), "made in memory"), d.get("rows"), d.get("fingerprint"))
         for role, d in (record.get("data") or {}).items()
     ]
-    lines = [
-        f"- teacher: {_teachers(models, 'not recorded')}",
-        f"- student before training: {_named(models.get('student'), 'not recorded')}",
-        f"- templates of the teacher's inputs: {templates}",
-    ]
+    before = _named(models.get("student"), "not recorded")
+    if record.get("trainer") == ALONE:
+        column = settings.get("reference_column")
+        lines = [
+            f"- weights before training: {'random, of the size of ' if settings.get('random_weights') else ''}{before}",
+            f"- templates of its inputs: {templates}",
+            f"- answers that it learned: {f'column {cell(column)}' if column else 'the targets of the templates'}",
+        ]
+    else:
+        lines = [
+            f"- teacher: {_teachers(models, 'not recorded')}",
+            f"- student before training: {before}",
+            f"- templates of the teacher's inputs: {templates}",
+        ]
     if chat := record.get("chat"):
         system = "none" if chat["system"] is None else cell(chat["system"])
         lines.append(
@@ -214,12 +225,12 @@ def _labels(made: dict[str, Any]) -> str:
 
 
 def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
-    train = (record.get("data") or {}).get("train", {})
+    train, alone = (record.get("data") or {}).get("train", {}), record.get("trainer") == ALONE
     lines = [
         f"- It was trained on {_named(train.get('source'), 'the training data above')} ({train.get('rows', '?')} "
         "rows) and evaluated on the held-out rows above only. Other tasks, domains and languages were not tested; no "
         "language is claimed.",
-        "- It inherits the errors and biases of its teacher or labels.",
+        f"- It inherits the errors and biases of its {'references' if alone else 'teacher or labels'}.",
     ]
     held_out = (record.get("data") or {}).get("eval", {})
     if shared := held_out.get("also_in_training"):

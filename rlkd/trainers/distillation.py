@@ -65,6 +65,7 @@ class DistillationTrainer(StudentTrainer):
     args: DistillationArguments
     objective: Objective
     objective_type: Callable[[Any], Objective]
+    expects_teacher = True  # to score held-out answers
 
     def __init__(
         self,
@@ -122,7 +123,8 @@ class DistillationTrainer(StudentTrainer):
     def begin_run(self, checkpoint: Path | None) -> None:
         """As in `StudentTrainer`; says what evaluations lack without a local teacher."""
         super().begin_run(checkpoint)
-        if self.evaluator is not None and not isinstance(self.teacher, LocalSource) and self.is_world_process_zero():
+        told = isinstance(self.teacher, LocalSource) or not self.expects_teacher
+        if self.evaluator is not None and not told and self.is_world_process_zero():
             missing = ", ".join([*self.evaluator.missing, "token rewards"])
             logger.warning(
                 f"held-out answers have no {missing}: that takes the teacher's model"

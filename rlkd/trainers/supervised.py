@@ -288,3 +288,9 @@ class SupervisedTrainer(DistillationTrainer):
         )
         weights, rows = self.args.layer_weights, own if minibatch.denominator is None else float(self.rows_of_update)
         return torch.stack([weights[name] * value for name, value in terms.items()]).sum() / rows
+
+
+class ReferenceTrainer(SupervisedTrainer):
+    """Cross-entropy on one's own references, without a teacher: the rows' answers are right, and so is `label`."""
+
+    expects_teacher = False
