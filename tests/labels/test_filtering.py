@@ -42,7 +42,8 @@ def labels(tmp_path_factory) -> Path:
     examples = [Example(f"n{i}", note, (f"copy : {note}", f": {note}"), (note,)) for i, note in enumerate(NOTES)]
     generate_pseudolabels(
         tiny_teacher(), examples, out=out, template_names=["copy", "of"],
-        decoding=Decoding("sample", 3, 3, top_k_logprobs=2), options=RunOptions(seed=1, shard_rows=24, quiet=True, request={"dataset": "notes.csv"}),
+        decoding=Decoding("sample", 3, 3, top_k_logprobs=2),
+        options=RunOptions(seed=1, shard_rows=24, quiet=True, request={"dataset": "notes.csv"}),
     )  # fmt: skip
     return out
 
