@@ -56,6 +56,7 @@ ELSEWHERE = {
     r"python tests/faults_table.py --write$": ("tests/test_quoted_commands.py", "tests/faults_table.py"),
     r".* --task rte ": ("tests/data/test_glue.py", "rte"),  # the flags; its data are on the hub
     r"rlkd train tkd --pseudo_labels": ("tests/jobs/test_label_folder_students.py", '["train", "tkd", "--config"'),
+    r"PARTS=": ("tests/test_cluster.py", "recipes/cluster/submit.sh"),
     r"TEACHER=": ("tests/test_recipes.py", '("classify_agnews", "agnews"'),
 }
 PLACEHOLDERS = {
@@ -66,6 +67,7 @@ SMALL = {
     "generate-pseudolabels": ["--limit", "4", "--max-new-tokens", "4", "--batch-tokens", "512", "--quiet"],
     "predict": ["--limit", "4", "--batch-tokens", "512", "--quiet"],
     "config": ["--bf16", "false"],
+    "distill": ["--max-new-tokens", "4", "--warm_up", '{"max_steps": 2, "eval_steps": 2, "save_steps": 2}'],
     "probe": ["--max-length", "16"],
     "train-vocabulary": ["--size", "270"],
 }

@@ -187,13 +187,18 @@ class Examples(Sequence[Example]):
             digest.update(json.dumps([batch[name] for name in columns], default=str).encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def kept(self) -> datasets.Dataset:
+        """The row of each example."""
+        return self.rows.select(self._kept)
+
     def column(self, name: str) -> list[Any]:
         """The values of a column, one per example."""
-        return list(self.rows.select(self._kept)[name])
+        return list(self.kept[name])
 
     def inputs(self) -> Iterator[tuple[str, ...]]:
         """What the student reads of each row, up to case and spaces."""
-        rows = self.rows.select(self._kept)
+        rows = self.kept
         if self.render.student_template is None:
             yield from (plain(text) for text in rows[self.render.student_column])
         else:

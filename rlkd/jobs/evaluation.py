@@ -78,6 +78,8 @@ def _evaluate_answers(request: dict[str, Any], out: Path, *, quiet: bool) -> Eva
         allow_bin=bool(request["allow_bin"]),
         src_lang=request["src_lang"],
         tgt_lang=request["tgt_lang"],
+        chat=request["student_chat"],
+        system_prompt=request["student_system_prompt"],
     )
     model.check()
     model.check_lengths(request["max_input_tokens"], request["max_new_tokens"])
@@ -140,6 +142,9 @@ def _check(request: dict[str, Any]) -> TaskMetric | None:
         raise ConfigError(f"--metric {request['metric']}: needs --reference-column, the answers to compare with.")
     if request["templates"] and not request["teacher"]:
         raise ConfigError("--templates are what --teacher reads: name it. The model reads --student-template.")
+    for name in ("teacher_chat", "teacher_system_prompt"):
+        if request[name] is not None and not request["teacher"]:
+            raise ConfigError(f"--{name.replace('_', '-')} is of the prompts of --teacher: name it.")
     return task_metric_of(request["metric"])
 
 

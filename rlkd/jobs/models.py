@@ -16,8 +16,8 @@ from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization
 
 def student_spec(student: ModelConfig, settings: Mapping[str, Any], role: str = "student") -> ModelSpec:
     """The model that TRL's settings name. It stays where it loads: the trainer places it. With use_peft an adapter is
-    trained further, otherwise merged. settings: allow_bin, src_lang, tgt_lang and, if it may start so, random_weights.
-    Raises ConfigError if none is named.
+    trained further, otherwise merged. settings: allow_bin, src_lang, tgt_lang and, where there are such settings,
+    student_chat, student_system_prompt and random_weights. Raises ConfigError if none is named.
     """
     if not student.model_name_or_path:
         raise ConfigError(f"model_name_or_path is not set: name the {role}, e.g. google-t5/t5-base")
@@ -33,6 +33,8 @@ def student_spec(student: ModelConfig, settings: Mapping[str, Any], role: str = 
         random_weights=settings.get("random_weights", False),
         src_lang=settings["src_lang"],
         tgt_lang=settings["tgt_lang"],
+        chat=settings.get("student_chat"),
+        system_prompt=settings.get("student_system_prompt"),
     )
     if student.use_peft:
         student.lora_task_type = architecture_of(spec.config, role, spec.name).lora_task_type

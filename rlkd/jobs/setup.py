@@ -26,6 +26,7 @@ from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig
 from ..trainers.base_arguments import DistillationArguments, check_labels
+from .chat import StudentChatArguments
 from .models import check_adapter_settings, load_student, student_spec
 from .several import SeveralArguments, TeacherPlan, load_local, tokenizers_of
 from .teachers import (
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DataArguments(TextFileArguments):
+class DataArguments(TextFileArguments, StudentChatArguments):
     """Unlabeled inputs for training, held-out inputs for evaluation, and how each model sees them."""
 
     dataset: str = field(
@@ -219,7 +220,7 @@ def prepare(
     recorded = teacher.teacher_signal == "recorded"
     if recorded:
         check_recorded_signal(training)
-    ours, plan = student_spec(student, vars(teacher)), TeacherPlan.of(teacher, training)
+    ours, plan = student_spec(student, vars(teacher) | vars(data)), TeacherPlan.of(teacher, training)
     theirs = None if recorded or plan else teacher_spec(vars(teacher), training)
     check_resumed_settings(training, settings)
     said = plan.check(ours, training) if plan else [check_models(theirs, ours, training)]

@@ -5,7 +5,7 @@ Settings that recipes and commands share have the same names, so one function re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,12 +108,15 @@ class Reading:
             pair_column=settings.get("pair_column"),
         )
 
-    def examples(self, source: RowSource) -> Examples:
-        """All rows that every template applies to, in memory. Raises DataError for columns, rows or ids that do not
-        fit.
+    def examples(
+        self, source: RowSource, prepare: Callable[[datasets.Dataset], datasets.Dataset] | None = None
+    ) -> Examples:
+        """All rows that every template applies to, in memory; prepare changes them first. Raises DataError for columns,
+        rows or ids that do not fit.
         """
         render = self.renderer(on_bad_row=source.on_bad_row)
-        return Examples.of(self._rows(source, render), render, source.dataset)
+        rows = self._rows(source, render)
+        return Examples.of(rows if prepare is None else prepare(rows), render, source.dataset)
 
     def answered(self, source: RowSource) -> Answered:
         """All rows that have an answer, under every template that applies to them. Raises DataError as `examples`, and
@@ -192,6 +195,8 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         served=settings.get("engine") == "openai",
         src_lang=settings.get("src_lang"),
         tgt_lang=settings.get("tgt_lang"),
+        chat=settings.get("teacher_chat"),
+        system_prompt=settings.get("teacher_system_prompt"),
     )
     model.check()
     ranked = settings.get("strategy") == "rank"

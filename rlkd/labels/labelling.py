@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..checks import check_settings
 from ..errors import DataError, DivergenceError, ServerError
 from ..models.generation import NO_RULES, AnswerRules
-from ..models.vocabulary import NO_LIMIT, decode_texts, encode_answers, encode_texts
+from ..models.vocabulary import NO_LIMIT, decode_texts, encode_answers, encode_prompts
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.decode import row_seed
 from ..sampling.engines.protocol import Answer, Decoding, Engine
@@ -140,7 +140,7 @@ class Labeller:
 
         def encode(some: list[Slot]) -> None:
             texts = [slot.text for slot in some]
-            found = encode_texts(self.teacher.tokenizer, texts, NO_LIMIT, append_eos=self.teacher.append_eos)
+            found = encode_prompts(self.teacher.tokenizer, texts, NO_LIMIT, append_eos=self.teacher.append_eos)
             for slot, ids in zip(some, found, strict=True):
                 slot.ids, slot.truncated = ids, len(ids) > self.teacher.max_input_tokens
 
@@ -189,7 +189,7 @@ class Labeller:
                 reason = f"prompt longer than {limit} tokens"
                 self._blank(slot.position, slot.row, slot.template, slot.text, "skipped", reason, labels)
             return [slot for slot in slots if not slot.truncated]
-        cut = encode_texts(
+        cut = encode_prompts(
             self.teacher.tokenizer, [slot.text for slot in long], limit, append_eos=self.teacher.append_eos
         )
         for slot, ids in zip(long, cut, strict=True):
