@@ -202,11 +202,14 @@ def against_constant(arm: Arm) -> Comparison | None:
     return Comparison(arm.name, CONSTANT, "accuracy", means, paired_difference(found[1], constant))
 
 
-def predictions(arm: Arm) -> tuple[list[int], list[int]]:
-    """(predicted, true) labels of a classifier's held-out rows, pooled over its seeds."""
+def predictions(arm: Arm) -> tuple[list[Any], list[Any]]:
+    """(predicted, true) labels of a classifier's held-out rows, indices or lists of them, pooled over its seeds."""
     rows = [row for run in arm.runs for row in run.newest]
-    pairs = [(row["predicted"], row["label"]) for row in rows
-             if type(row.get("predicted")) is int and type(row.get("label")) is int]  # fmt: skip
+    pairs = [
+        (row["predicted"], row["label"])
+        for row in rows
+        if type(row.get("predicted")) in (int, list) and type(row.get("predicted")) is type(row.get("label"))
+    ]
     return [guess for guess, _ in pairs], [label for _, label in pairs]
 
 

@@ -34,22 +34,34 @@ HEAD = {
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
     "Classification": ("AutoModelForSequenceClassification", "text-classification"),
 }
+# What the pipeline gives, where it is not the best label.
+ANSWERS = {
+    "multi_label_classification": "# The text has the labels with a score above 0.5, which may be none.",
+    "regression": "# The score is the number.",
+}
 FOLDER = "path/to/this/folder"
 
 
-def write_card(
-    folder: Path, record: dict[str, Any], *, architecture: str, scores: dict[str, Any], rows: int | None, step: int
-) -> None:
-    """Write README.md into `folder`.
+def write_card(folder: Path, record: dict[str, Any], **facts: Any) -> None:
+    """Write README.md into `folder`; arguments as in `card`."""
+    write_text(folder / CARD, card(record, **facts))
+
+
+def card(
+    record: dict[str, Any],
+    *,
+    architecture: str,
+    scores: dict[str, Any],
+    rows: int | None,
+    step: int,
+    problem_type: str | None = None,
+) -> str:
+    """The card as Markdown with metadata.
 
     record: content of run.json, secrets removed; architecture: class of the student; scores: the newest `eval_*`
-    numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer steps taken.
+    numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer steps taken; problem_type: of a
+    classifier, what its outputs are.
     """
-    write_text(folder / CARD, card(record, architecture=architecture, scores=scores, rows=rows, step=step))
-
-
-def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], rows: int | None, step: int) -> str:
-    """The card as Markdown with metadata; arguments as in `write_card`."""
     models, settings = record.get("models") or {}, record.get("settings") or {}
     trainer = str(record.get("trainer"))
     # The names of encoder-decoders' classes have no part in common.
@@ -68,7 +80,7 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
         "## Training",
         _training(record, settings),
         "## Use",
-        _use(auto, architecture, settings),
+        _use(auto, architecture, settings, problem_type),
         "## Limits",
         _limits(record, settings, auto),
         "## Command, settings, versions",
@@ -144,17 +156,19 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{shown}"
 
 
-def _use(auto: str, architecture: str, settings: dict[str, Any]) -> str:
+def _use(auto: str, architecture: str, settings: dict[str, Any], problem_type: str | None) -> str:
     """A snippet that answers as the student was evaluated, with transformers (and PEFT for an adapter) alone."""
     import transformers
 
     if "Classification" in auto:
+        every = ", top_k=None" if problem_type == "multi_label_classification" else ""
         code = "" if hasattr(transformers, architecture) else ", trust_remote_code=True"  # code that rlkd saved with it
         return _python(
             "from transformers import pipeline",
             "",
             f'classify = pipeline("text-classification", model="{FOLDER}"{code})',
-            f'print(classify("A text.", truncation=True, max_length={settings.get("max_length", 128)}))',
+            f'print(classify("A text.", truncation=True, max_length={settings.get("max_length", 128)}{every}))',
+            ANSWERS.get(str(problem_type)),
             '# Of two texts: classify({"text": "One text.", "text_pair": "Another."}, ...)',
         )
     adapter = architecture.startswith("Peft")

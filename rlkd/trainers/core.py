@@ -312,6 +312,7 @@ class StudentTrainer(ResumableTrainer):
             scores=self.last.newest(),
             rows=self.held_out_rows,
             step=self.state.global_step,
+            problem_type=getattr(self.trained.student.config, "problem_type", None),
         )
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
