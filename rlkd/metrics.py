@@ -251,10 +251,9 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
     ),
     "Terms of the TKD loss": (
         Metric(name="ce", unit="nats", better="down", per="row", logged=TERM,
-               meaning="Loss on the labels: cross-entropy; multi-label: binary, mean over labels; regression: squared "
-                       "error."),
+               meaning="Loss on the labels: cross-entropy, binary, or squared error ([tkd.md](tkd.md))."),
         Metric(name="kd", unit="nats", better="down", per="row", logged=TERM,
-               meaning="Divergence from the teacher's softened labels ([tkd.md](tkd.md)); regression: squared error."),
+               meaning="Divergence from the teacher's softened labels; from its numbers, squared error."),
         Metric(name="pt", unit="", better="down", per="row", logged=TERM,
                meaning="Patient-KD term: distance of the [CLS] states at matched layers."),
         Metric(name="td_student", unit="", better="down", per="row", logged=TERM,

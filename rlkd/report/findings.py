@@ -343,12 +343,12 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
             (f"inputs of more than {high:.0f} words", words > high),
         ]
     )
-    labels = sorted({row["label"] for row in rows if type(row.get("label")) is int})[:LABELS_SHOWN]
+    labels = sorted({label for row in rows for label in _labels_of(row)})[:LABELS_SHOWN]
     called = {label: _label(arm, label) for label in labels}
     conditions = [
         *by_length,
         *(
-            (f"{LABELLED} {name}", np.array([row.get("label") == label for row in rows]))
+            (f"{LABELLED} {name}", np.array([label in _labels_of(row) for row in rows]))
             for label, name in called.items()
         ),
         (TRUNCATED, np.array([row.get("finish_rate") == 0 for row in rows])),
@@ -362,6 +362,12 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
         if mine:
             groups.append(Group(label, len(mine), {name: mean for name, mean in means.items() if mean is not None}))
     return groups
+
+
+def _labels_of(row: Row) -> list[int]:
+    """The indices of a row's label, or of several."""
+    label = row.get("label")
+    return label if isinstance(label, list) else [label] if type(label) is int else []
 
 
 def _label(arm: Arm, label: int) -> str:
