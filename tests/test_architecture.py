@@ -26,6 +26,7 @@ LAYERS = (
     {"evaluation", "labels"},
     {"inspection", "trainers"},
     {"jobs", "report"},
+    {"pipeline"},
     {"cli"},
     {"__main__"},
 )

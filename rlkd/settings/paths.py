@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, DataError, ModelError, nearest
 
-DATA = {"dataset", "eval_dataset", "train_file", "dev_file", "test_files"}
+DATA = {"data", "test_data", "dataset", "eval_dataset", "train_file", "dev_file", "test_files"}
 FOLDERS = {"pseudo_labels", "content_free_labels", "templates_dir"}
 MODELS = {"teacher", "student", "model_name_or_path", "student_pretrained"}
 NAMES = DATA | FOLDERS | MODELS

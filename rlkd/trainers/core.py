@@ -22,6 +22,7 @@ from ..errors import RlkdError
 from ..io import bounded_yaml
 from ..io.redaction import redacted
 from ..io.versions import describe_machine
+from ..models.chat import chat_record
 from ..models.loading import check_finite
 from ..models.saving import save_student
 from ..runs.best import BestCheckpoint, check_best_metric, check_held_out
@@ -305,14 +306,14 @@ class StudentTrainer(ResumableTrainer):
     def write_card(self, folder: Path) -> None:
         """README.md: the model card of the student as it is now."""
         record = asdict(self.run_record) if self.run_record else {"trainer": type(self).__name__}
+        problem = getattr(self.trained.student.config, "problem_type", None)
         write_card(
             folder,
-            redacted(record),
+            redacted(record) | chat_record(self.tokenizer) | {"problem_type": problem},
             architecture=type(self.trained.student).__name__,
             scores=self.last.newest(),
             rows=self.held_out_rows,
             step=self.state.global_step,
-            problem_type=getattr(self.trained.student.config, "problem_type", None),
         )
 
     def create_model_card(self, *args: Any, **options: Any) -> None:

@@ -62,8 +62,8 @@ def check_problem(config: Any, role: str, wanted: ProblemType | None = None, nam
         found = f"problem_type {named}" if named else f"function_to_apply {config.function_to_apply}"
         raise ModelError(
             f"{whose} gives each text {MEANING[stated]} ({found} in config.json), and {MEANING[wanted]} is wanted here "
-            f"(problem_type {wanted}). Use a model fine-tuned for that, or data of its own kind with problem_type: "
-            f"{stated}."
+            f"(problem_type {wanted}). Use a model fine-tuned for that; to train on data of its kind (rlkd train "
+            f"tkd), set problem_type: {stated}."
         )
     if wanted == "single_label_classification" and config.num_labels < 2:
         raise ModelError(
