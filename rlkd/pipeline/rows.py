@@ -123,6 +123,7 @@ def merged(rows: datasets.Dataset, reference_column: str | None) -> datasets.Dat
     """
     import datasets
 
+    reference_column = reference_column if reference_column in rows.column_names else None
     names = [name for name in rows.column_names if name != reference_column]
     found: dict[str, dict[str, Any]] = {}
     references: dict[str, list[str]] = {}
