@@ -91,7 +91,7 @@ def parameters(config: Any, name: str | None) -> int:
     folder = None if name is None else check_place(name, "model")
     if folder is not None and (shapes := saved_shapes(folder)) and adapter_of(str(name), "model") is None:
         return sum(prod(shape) for shape in shapes.values())
-    kind = AutoModel if is_encoder(config) else AutoModelForCausalLM
+    kind: Any = AutoModel if is_encoder(config) else AutoModelForCausalLM
     kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else kind
     with torch.device("meta"):
         model = kind.from_config(config)

@@ -24,7 +24,7 @@ RL_SETTINGS = {
     "reward_value": "max", "one_step": "exact", "lam": 0.2, "kl_coef": 0.05, "baseline": "leave_one_out",
     "rollouts_per_prompt": 2, "epochs_per_rollout": 2, "minibatches_per_rollout": 2,
 }  # fmt: skip
-UPDATES_PER_ROLLOUT = 4
+UPDATES_PER_ROLLOUT, PROMPTS_PER_ROLLOUT = 4, 32
 # Learning rates are inversely proportional to the width of the student: of T5-base, 768, they are 3.3e-4, 3.9e-5 and,
 # of encoders, 5.2e-5.
 WARM_UP_RATE, RL_RATE, ENCODER_RATE = 0.25, 0.03, 0.04
@@ -132,7 +132,7 @@ def _stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str
         "save_steps": every,
     }
     yield Stage("warm-up", ("train", "seqkd"), _with(warm_up, "warm_up", args.warm_up), depends)
-    updates = min(max(len(rows.train) * RL_SETTINGS["rollouts_per_prompt"] // (ROWS * ACCUMULATED) * 2, 100), 2000)
+    updates = min(max(UPDATES_PER_ROLLOUT * len(rows.train) // PROMPTS_PER_ROLLOUT, 100), 2000)
     every = max(updates // 10 // UPDATES_PER_ROLLOUT, 5) * UPDATES_PER_ROLLOUT
     rl = {
         **shared,
@@ -174,7 +174,11 @@ def _evaluation(role: str, args: DistillArguments, out: Path) -> Stage:
     if role == "teacher":
         own = {"student_template": first_template(args, out / "data"), "dtype": teacher_dtype(args)}
         return Stage(f"evaluation/{role}", ("evaluate", args.teacher), {**settings, **own})
-    scored = {"teacher": args.teacher, "teacher_dtype": teacher_dtype(args), "input_eos": args.input_eos}
+    scored: dict[str, Any] = {
+        "teacher": args.teacher,
+        "teacher_dtype": teacher_dtype(args),
+        "input_eos": args.input_eos,
+    }
     scored["templates"] = _templates(args, out)
     model = out / ("warm-up" if role == "warm-up" else "rl")
     return Stage(f"evaluation/{role}", ("evaluate", str(model)), {**settings, **scored})

@@ -166,10 +166,10 @@ def prompt_file(args: DistillArguments) -> str:
     return yaml.safe_dump({"templates": {"prompt": {**fields, "metadata": {}}}}, allow_unicode=True, sort_keys=False)
 
 
-def first_template(args: DistillArguments, folder: Path) -> str:
+def first_template(args: DistillArguments, folder: Path) -> Path | str:
     """The name of the first template alone. folder: where the prompt's file is."""
     if args.prompt is not None:
-        return str(folder / PROMPT_FILE)
+        return folder / PROMPT_FILE
     spec = args.templates[0]
     found = load_templates(spec)
     return spec if len(found) == 1 else f"{spec}:{found[0].id or found[0].name}"

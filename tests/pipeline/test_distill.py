@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from models.decoder_families import continuing_tokenizer, tiny_decoder
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rlkd.cli import distill as command
@@ -22,6 +23,7 @@ from rlkd.runs import resumable
 from tiny import (
     PADDED_VOCAB,
     VALID,
+    WORDS,
     classifier_tokenizer,
     save_pretrained,
     tiny_bart,
@@ -192,8 +194,8 @@ def ends(name):
 DEATHS = [
     (pipeline, "new_folder", 1, lambda *_: True, False),  # nothing of the student is copied yet
     (Record, "set", 1, ends("data"), False),  # the rows are written, and not recorded
-    (Record, "set", 1, ends("labels"), False),
     (Manifest, "append", 1, lambda _, kind, **__: kind == "shard", True),
+    (Record, "set", 1, ends("labels"), False),
     (resumable, "commit", 1, lambda *_: True, True),  # after the first checkpoint of the warm-up
     (resumable, "commit", 3, lambda *_: True, True),  # after the first of RL
     (Record, "set", 1, ends("evaluation/teacher"), False),
@@ -343,19 +345,14 @@ templates:
 
 @pytest.mark.slow
 def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, capsys):
-    """A template file, a student cut from the teacher, no references; then a longer warm-up, and RL all the same."""
+    """A template file, no references; then a longer warm-up, and RL all the same."""
     Path("t.yaml").write_text(CONTINUED)
-    (user / "start").mkdir()  # no obstacle: not in --out
-    words = [*BASIC, "--templates", "t.yaml", "--student", "small", *SHORT]
+    words = [*BASIC, "--templates", "t.yaml", *SHORT]
     code, out, err = run(capsys, *words)
     assert code == 0, err
     assert "RL is left out, and the warmed-up student is the result: not ready for RL" in out
     assert not Path("runs/mine/rl").exists()
-    assert weights("runs/mine/student") == weights("runs/mine/warm-up") != weights("runs/mine/start")
-    teacher, small = (AutoModelForSeq2SeqLM.from_pretrained(n) for n in ("teacher", "runs/mine/start"))
-    assert (len(teacher.encoder.block), len(small.encoder.block), len(small.decoder.block)) == (2, 1, 1)
-    assert torch.equal(small.shared.weight, teacher.shared.weight)
-
+    assert weights("runs/mine/student") == weights("runs/mine/warm-up")
     longer = [*words, "--warm_up", SHORT[1].replace('"max_steps": 4', '"max_steps": 6')]
     code, _, err = run(capsys, *longer)
     assert (code, "Remove that: rm -r" in err) == (2, True), err
@@ -370,13 +367,17 @@ def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, ca
 
 
 @pytest.mark.slow
-def test_a_decoder_only_pair_and_test_rows_of_ones_own(user, capsys):
-    from pipeline.decoder_pair import save_decoders
-
-    save_decoders(user)
+def test_a_decoder_only_student_cut_from_its_teacher_and_test_rows_of_ones_own(user, capsys):
+    """The rows to train on have no references, those of the test have."""
+    words = [*WORDS[:3], "<s>", *WORDS[3:]]
+    tokenizer = continuing_tokenizer(words)
+    model = tiny_decoder("llama", words=len(words))
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    save_pretrained("decoder-teacher", model, tokenizer)
     write_rows([(text, "a") for text in (*TEXTS[:3], "a a a a")], "test.csv")
     write_rows([(text,) for text in TEXTS], names=("text",))
-    words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "decoder-student"]
+    words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "small"]
     code, out, err = run(capsys, *words, "--test-data", "test.csv", "--weak-start", "warn")
     assert code == 0, err
     assert "have inputs of test.csv: they are left out of training" in err
@@ -384,7 +385,15 @@ def test_a_decoder_only_pair_and_test_rows_of_ones_own(user, capsys):
     assert found["test"] == {*TEXTS[:3], "a a a a"}
     assert found["train"] | found["validation"] == set(TEXTS[3:])
     assert not found["train"] & found["validation"]
-    student = AutoModelForCausalLM.from_pretrained("runs/mine/student")
+    assert "exact_match" in out
+    teacher, start, student = (
+        AutoModelForCausalLM.from_pretrained(name)
+        for name in ("decoder-teacher", "runs/mine/start", "runs/mine/student")
+    )
+    assert [model.config.num_hidden_layers for model in (teacher, start, student)] == [2, 1, 1]
+    embeddings = [model.get_input_embeddings().weight for model in (teacher, start, student)]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert not torch.equal(embeddings[1], embeddings[2])
     tokenizer = AutoTokenizer.from_pretrained("runs/mine/student")
     exec(out[out.index("from transformers") :], {})
     (answer,) = eval(capsys.readouterr().out)
