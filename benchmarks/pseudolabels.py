@@ -204,8 +204,18 @@ def _without_end(answer: Answer) -> Answer:
     return Answer(answer.ids[:-1], answer.logps[:-1], False)
 
 
-def measure_agreement(steps: int, prompts: int, seed: int) -> dict[str, float]:
-    """Train a small T5 on the quickstart's task (one right answer each), then compare int8 with float32."""
+@dataclass
+class Trained:
+    """A small T5 trained on the quickstart's task; prompts of the task that it has not seen; its last loss."""
+
+    lm: LanguageModel
+    tokenizer: Any
+    prompts: list[list[int]]
+    loss: float
+
+
+def train_small(steps: int, prompts: int, seed: int) -> Trained:
+    """Train a small T5 on the quickstart's task, with one right answer for each input."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
     task = importlib.import_module("quickstart_task")
     tokenizer = task.make_tokenizer()
@@ -239,13 +249,18 @@ def measure_agreement(steps: int, prompts: int, seed: int) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         schedule.step()
-    lm = language_model(model.eval(), tokenizer)
     texts = [next(notes)[0] for _ in range(prompts)]
-    ids = tokenizer(texts).input_ids
+    return Trained(language_model(model.eval(), tokenizer), tokenizer, tokenizer(texts).input_ids, loss.item())
+
+
+def measure_agreement(steps: int, prompts: int, seed: int) -> dict[str, float]:
+    """Compare int8 with float32 on a trained model."""
+    small = train_small(steps, prompts, seed)
+    lm, ids = small.lm, small.prompts
     int8, float32 = (CTranslate2Engine(lm, precision, threads=1) for precision in ("int8", "float32"))
     decoding = Decoding("greedy", 24)
     exact = [row[0] for row in answer_all(float32, ids, [[0]] * len(ids), decoding, Budget())]
-    more = {"loss": loss.item(), "difference": max(map(partial(_difference, lm), ids, exact))}
+    more = {"loss": small.loss, "difference": max(map(partial(_difference, lm), ids, exact))}
     return agreement(int8, TorchEngine(lm), ids, decoding) | more
 
 

@@ -60,7 +60,7 @@ class Prompt:
 class PromptedRow:
     """A row as both models see it, whether or not every template applies to it; `number` counts usable rows from 0.
 
-    student: the student's input with its flaws, None if they are not known.
+    student: the student's input with its flaws, None if they are not known; second, the second text of a pair.
     """
 
     number: int
@@ -69,6 +69,7 @@ class PromptedRow:
     references: tuple[str, ...]
     prompts: tuple[Prompt, ...]
     student: Prompt | None = None
+    second: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

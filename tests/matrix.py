@@ -30,7 +30,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 from rlkd.cli.main import main as rlkd  # noqa: E402
 from rlkd.models.architectures import LANGUAGE_MODELS  # noqa: E402
 
-GENERATING = LANGUAGE_MODELS["encoder-decoder"].model_types
+ENCODER_DECODERS = LANGUAGE_MODELS["encoder-decoder"].model_types
+DECODERS = LANGUAGE_MODELS["decoder-only"].model_types
+WORDS = ["<s>", "</s>", "<unk>", *"abcdefghijm", "copy", ":"]  # of the decoder-only models
 ENCODERS = (
     "bert", "roberta", "distilbert", "electra", "albert", "camembert", "xlm-roberta", "deberta-v2", "mpnet",
     "modernbert",
@@ -98,7 +100,7 @@ def train(name: str, out: str, *flags: str, rows: str = "rows.jsonl") -> None:
 def inspect(student: str, *flags: str, rows: str = "rows.jsonl") -> None:
     what = ["--teacher", "teacher", "--student", student, "--dataset", rows, "--input-column", "text"]
     what += ["--templates", "templates.yaml"]
-    rlkd(["inspect-rewards", *what, "--max-input-tokens", "32", "--json", *flags])
+    rlkd(["inspect-rewards", *what, "--max-input-tokens", "32", "--max-new-tokens", "4", "--json", *flags])
 
 
 def tkd(preset: str, *flags: str, rows: str = "rows.jsonl") -> None:
@@ -107,22 +109,33 @@ def tkd(preset: str, *flags: str, rows: str = "rows.jsonl") -> None:
     recipe("tkd_glue", *what, *small, "--output_dir", f"runs/{preset}", "--per_device_train_batch_size", "4", *flags)
 
 
+def generating_model(family: str) -> tuple[Any, Any]:
+    """A tiny random model of a family, and its tokenizer."""
+    import torch
+    from decoder_families import continuing_tokenizer, tiny_decoder
+    from test_architectures import small_model
+
+    from tiny import tiny_tokenizer
+
+    if family in DECODERS:
+        return tiny_decoder(family, words=len(WORDS), bos_token_id=0, eos_token_id=1), continuing_tokenizer(WORDS)
+    model, tokenizer = small_model(family), tiny_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():  # random weights may answer with padding alone, which is no label
+        model.get_output_embeddings().weight[tokenizer.pad_token_id] = 0
+    return model, tokenizer
+
+
 def prepare(family: str = "t5", encoder: str = "bert") -> None:
     """Models, rows and templates in an empty working directory."""
-    import torch
     from encoder_families import tiny_config
-    from test_architectures import small_model
     from transformers import AutoModel
 
-    from tiny import classifier_tokenizer, tiny_tokenizer
+    from tiny import classifier_tokenizer
 
-    model = small_model(family)
-    model.resize_token_embeddings(len(tiny_tokenizer()))
-    with torch.no_grad():  # random weights may answer with padding alone, which is no label
-        model.get_output_embeddings().weight[tiny_tokenizer().pad_token_id] = 0
     for name in ("teacher", "student"):
-        model.save_pretrained(name)
-        tiny_tokenizer().save_pretrained(name)
+        for saved in generating_model(family):
+            saved.save_pretrained(name)
     AutoModel.from_config(tiny_config(encoder)).save_pretrained("encoder")
     classifier_tokenizer().save_pretrained("encoder")
     Path("templates.yaml").write_text(TEMPLATES)
@@ -183,11 +196,13 @@ def files(kind: str) -> dict[str, str]:
 def _same_answers() -> None:
     """transformers' own `generate` on the saved student gives the labels that rlkd's decoding gave."""
     import torch
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     from rlkd import load_pseudolabels
 
-    model = AutoModelForSeq2SeqLM.from_pretrained("runs/seqkd").eval()
+    kind = AutoConfig.from_pretrained("runs/seqkd").model_type
+    loaded = AutoModelForCausalLM if kind in DECODERS else AutoModelForSeq2SeqLM
+    model = loaded.from_pretrained("runs/seqkd").eval()
     tokenizer = AutoTokenizer.from_pretrained("runs/seqkd")
     for row in load_pseudolabels("labels/student"):
         ids = torch.tensor([tokenizer(row["teacher_input"])["input_ids"]])
@@ -291,7 +306,8 @@ FILES: dict[str, Callable[[], tuple[str, list[str]]]] = {
     ".xlsx": _excel,
 }
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[str], dict[str, str]]]] = {
-    "Generating models": (GENERATING, generating),
+    "Encoder-decoders": (ENCODER_DECODERS, generating),
+    "Decoder-only": (DECODERS, generating),
     "Encoders": (ENCODERS, encoding),
     "Files": (tuple(FILES), files),
 }

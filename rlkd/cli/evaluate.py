@@ -16,7 +16,9 @@ from .models import AllowBin
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A saved generating model or adapter: a local folder or a hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="A saved generating model, adapter or classifier: a folder or a hub id.")
+    ],
     dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
     input_column: Annotated[str, typer.Option(help="Column that the model reads.")],
     out: Annotated[Path, typer.Option(help="Folder for the numbers and the answers; `rlkd compare` reads it.")],
@@ -27,7 +29,13 @@ def evaluate(
         ),
     ] = "none",
     reference_column: Annotated[
-        str | None, typer.Option(help="Column with the right answers: a text, or a list of texts, in each row.")
+        str | None,
+        typer.Option(
+            help="Column with the right answers: a text, or a list of texts, in each row. Classifiers: with the label."
+        ),
+    ] = None,
+    pair_column: Annotated[
+        str | None, typer.Option(help="Classifiers of pairs: column with the second text. Its first is input-column.")
     ] = None,
     student_template: Annotated[str | None, typer.Option(help="One template for what the model reads.")] = None,
     teacher: Annotated[
@@ -35,12 +43,21 @@ def evaluate(
     ] = None,
     templates: Annotated[list[str] | None, typer.Option(help="What the teacher reads; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
-    max_input_tokens: Annotated[int, typer.Option(help="Maximum length of a prompt, in tokens.", min=1)] = 512,
+    max_input_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum length of an input, in tokens. Default: 512, or as many as a classifier has positions.", min=1
+        ),
+    ] = None,
     batch_rows: Annotated[int, typer.Option(help="Inputs that are answered together.", min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the model.")] = "float32",
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
     input_eos: prompts.InputEos = None,
+    teacher_chat: prompts.TeacherChat = None,
+    teacher_system_prompt: prompts.TeacherSystem = None,
+    student_chat: prompts.StudentChat = None,
+    student_system_prompt: prompts.StudentSystem = None,
     src_lang: prompts.SourceLanguage = None,
     tgt_lang: prompts.TargetLanguage = None,
     allow_bin: AllowBin = False,
@@ -69,31 +86,33 @@ def evaluate(
 ) -> None:
     """Evaluate a saved model on rows: task metrics with 95 % intervals, regret under a teacher, speed and size.
 
-    Every row is answered greedily and once by sampling.
+    Every row is answered greedily and once by sampling. A classifier gets accuracy, F1, Matthews correlation and the
+    scores of each class.
     """
     from ..io.files import write_text
     from ..jobs.evaluation import evaluate as run
 
     request = {name: value for name, value in context.params.items() if name not in ("as_json", "quiet", "out")}
     found = run(request, out, quiet=quiet or as_json)
-    rows = len(found.evaluator.examples)
-    intervals = _intervals(found.numbers, found.evaluator)
-    record = {"rows": rows, "numbers": found.numbers, "intervals": intervals, "speed": found.speed}
+    intervals = _intervals(found.numbers, found.per_row)
+    record = {"rows": found.rows, "numbers": found.numbers, "intervals": intervals, "speed": found.speed}
+    record |= found.classes
     write_text(out / "evaluation.json", json.dumps(record, indent=2) + "\n")
     if as_json:
         typer.echo(json.dumps({**record, "folder": str(out)}))
     elif not quiet:
-        _show({**found.numbers, **found.speed}, intervals, rows, out)
+        _show({**found.numbers, **found.speed}, intervals, found.rows, found.classes)
+        typer.echo(out)
 
 
-def _intervals(numbers: dict[str, float], evaluator: Any) -> dict[str, tuple[float, float]]:
+def _intervals(numbers: dict[str, float], per_row: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
     """95 % intervals of the scores that are means over rows."""
     import numpy as np
 
     from ..report.intervals import mean_interval
 
     found = {}
-    for name, values in evaluator.per_row.items():
+    for name, values in per_row.items():
         interval = mean_interval(np.array([values]))
         # The rows' own BLEU and chrF do not average to that of the corpus.
         if interval.low is not None and interval.high is not None and np.isclose(interval.value, numbers[name]):
@@ -101,8 +120,11 @@ def _intervals(numbers: dict[str, float], evaluator: Any) -> dict[str, tuple[flo
     return found
 
 
-def _show(numbers: dict[str, float], intervals: dict[str, tuple[float, float]], rows: int, out: Path) -> None:
+def _show(
+    numbers: dict[str, float], intervals: dict[str, tuple[float, float]], rows: int, classes: dict[str, Any]
+) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     def cell(name: str) -> str:
@@ -111,9 +133,16 @@ def _show(numbers: dict[str, float], intervals: dict[str, tuple[float, float]], 
         low_high = intervals.get(name)
         return f"{numbers[name]:.4g}" + (f" [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else "")
 
-    table = Table("", "greedy", "sampled", title=f"{rows} rows")
+    table = Table("", *(("all rows",) if classes else ("greedy", "sampled")), title=f"{rows} rows")
     for name in (name for name in numbers if not name.startswith("sample_")):
-        table.add_row(name, cell(name), cell(f"sample_{name}"))
+        table.add_row(name, cell(name), *(() if classes else (cell(f"sample_{name}"),)))
     console = Console(width=100, highlight=False)
     console.print(table)
-    console.print(str(out), soft_wrap=True, markup=False)
+    if classes:
+        columns = ("label", "rows", "predicted", "precision", "recall", "f1")
+        table = Table(*columns, title="each class")
+        for one in classes["classes"]:
+            table.add_row(escape(one["label"]), *(f"{one[name]:.4g}" for name in columns[1:]))
+        console.print(table)
+    for line in classes.get("warnings", ()):
+        console.print(f"WARNING: {line}", soft_wrap=True, markup=False)

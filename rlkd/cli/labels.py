@@ -1,4 +1,6 @@
-"""What `rlkd generate-pseudolabels` and `rlkd data repair` share: running a request, and repeating a recorded one."""
+"""What `rlkd generate-pseudolabels`, `rlkd predict` and `rlkd data repair` share: running a request, and repeating a
+recorded one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import typer
 from ..errors import DataError
 from ..io.redaction import REDACTED
 
-COMMAND = "generate-pseudolabels"
+COMMAND = "generate-pseudolabels"  # of requests that name none
 # These control how the command runs, not its labels.
 NOT_IN_REQUEST = ("out", "overwrite", "allow_config_change", "quiet")
 FINISHED_WITH_FAILED_ROWS = 4
@@ -26,13 +28,13 @@ def recorded(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(request: dict[str, Any], out: Path, *, quiet: bool = False, **how: bool) -> None:
-    """Label as requested and print a summary. Raises: what `jobs.pseudolabels.label` raises; typer.Exit(4) if rows
-    failed.
-    """
+    """Label or predict as requested and print a summary. Raises: what the job raises; typer.Exit(4) if rows failed."""
+    from ..jobs.predictions import predict
     from ..jobs.pseudolabels import label
     from ..labels.card import summary
 
-    totals = label(request, out, quiet=quiet, **how)
+    job = predict if request.get("command") == "predict" else label
+    totals = job(request, out, quiet=quiet, **how)
     if not quiet:
         typer.echo(f"{summary(totals)}\n{out}")
     if totals["status"]["failed"]:
@@ -44,10 +46,10 @@ def arguments(request: dict[str, Any]) -> list[str]:
 
     Raises DataError for what is not an option of the command.
     """
-    options = {option.name: option for option in _command().params}
+    options = {option.name: option for option in _command(request).params}
     words: list[str] = []
     for name, value in request.items():
-        if name == "folder":
+        if name in ("folder", "command"):
             continue
         if name not in options or name in NOT_IN_REQUEST:
             raise DataError(f"the recorded command has an unknown option '{_printable(name)}': repeat it by hand.")
@@ -55,6 +57,9 @@ def arguments(request: dict[str, Any]) -> list[str]:
         if value is None or value == option.default:
             continue
         flag = option.opts[0]
+        if option.param_type_name == "argument":
+            words.insert(0, str(value))
+            continue
         if isinstance(value, bool):
             words += [flag] if value else option.secondary_opts[:1]
         else:
@@ -64,7 +69,7 @@ def arguments(request: dict[str, Any]) -> list[str]:
 
 def shown(request: dict[str, Any], out: Path) -> str:
     """The recorded command as a line to read, and to paste into a shell."""
-    line = shlex.join(["rlkd", COMMAND, *arguments(request), f"--out={out}"])
+    line = shlex.join(["rlkd", _name(request), *arguments(request), f"--out={out}"])
     return _printable(f"cd {shlex.quote(str(request.get('folder', '.')))} && {line}")
 
 
@@ -79,13 +84,21 @@ def repeat(request: dict[str, Any], out: Path, *, quiet: bool) -> int:
     # Relative paths in the request start from the folder where it was made.
     if Path(str(request.get("folder", ""))).is_dir():
         os.chdir(str(request["folder"]))
-    return _command().main(words, prog_name=f"rlkd {COMMAND}", standalone_mode=False) or 0
+    return _command(request).main(words, prog_name=f"rlkd {_name(request)}", standalone_mode=False) or 0
 
 
-def _command() -> Any:
+def _name(request: dict[str, Any]) -> str:
+    """The command that a request is of. Raises DataError for another one."""
+    name = request.get("command", COMMAND)
+    if name not in (COMMAND, "predict"):
+        raise DataError(f"the recorded command is '{_printable(str(name))}', which makes no labels: repeat it by hand.")
+    return str(name)
+
+
+def _command(request: dict[str, Any]) -> Any:
     from .main import app
 
-    return typer.main.get_command(app).commands[COMMAND]  # type: ignore[attr-defined]
+    return typer.main.get_command(app).commands[_name(request)]  # type: ignore[attr-defined]
 
 
 def _printable(text: str) -> str:

@@ -18,7 +18,7 @@ from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
 from ..settings.paths import refuse_missing_paths
-from . import config, data, distill, evaluate, models, probe, prompts, report, rewards, train, vocabulary
+from . import config, data, distill, evaluate, models, predict, probe, prompts, report, rewards, train, vocabulary
 from .models import AllowBin
 
 app = typer.Typer(
@@ -38,7 +38,9 @@ app.command("report")(report.report)
 app.command("compare")(report.compare)
 app.command("distill", context_settings=distill.PASS_ON)(distill.distill)
 app.command("evaluate")(evaluate.evaluate)
+app.command("predict")(predict.predict)
 app.command("merge-adapter")(models.merge_adapter)
+app.command("export")(models.export)
 app.command("train-vocabulary")(vocabulary.train_vocabulary)
 app.command("cut-vocabulary")(vocabulary.cut_vocabulary)
 app.command("inspect-rewards")(rewards.inspect_rewards)
@@ -150,6 +152,8 @@ def generate_pseudolabels(
     ] = "none",
     allow_bin: AllowBin = False,
     input_eos: prompts.InputEos = None,
+    teacher_chat: prompts.TeacherChat = None,
+    teacher_system_prompt: prompts.TeacherSystem = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
     shard: Annotated[
         str | None, typer.Option(help="i/n: make only every n-th shard, from shard i; combine with rlkd data merge.")

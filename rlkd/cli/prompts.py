@@ -49,6 +49,19 @@ InputEos = Annotated[
         help="End prompts with end-of-sequence. T0: --no-input-eos. Default: yes for encoder-decoders.",
     ),
 ]
+TeacherChat = Annotated[
+    bool | None,
+    typer.Option(
+        "--teacher-chat/--no-teacher-chat",
+        help="Whether prompts stand in the teacher's chat template. Default: only if rlkd trained it so.",
+    ),
+]
+TeacherSystem = Annotated[str | None, typer.Option("--teacher-system-prompt", help="Text of the system turn before.")]
+StudentChat = Annotated[
+    bool | None,
+    typer.Option("--student-chat/--no-student-chat", help="Likewise, for the student's prompts."),
+]
+StudentSystem = Annotated[str | None, typer.Option("--student-system-prompt", help="Likewise, for the student's.")]
 SourceLanguage = Annotated[
     str | None, typer.Option(help="Language of prompts, as the tokenizer of a translation model writes it: en_XX.")
 ]

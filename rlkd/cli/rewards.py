@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 else:
     By = Literal[tuple(RANKINGS)]
 
-FROM_MODELS = ("teacher", "student", "student_before", "dataset", "templates", "input_column", "reward_value")
+FROM_MODELS = (
+    "teacher", "student", "student_before", "dataset", "templates", "input_column", "reward_value", "teacher_chat",
+    "teacher_system_prompt", "student_chat", "student_system_prompt",
+)  # fmt: skip
 # Which options each kind of input needs, and which others it takes.
 INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dataset": (("teacher", "input_column"), FROM_MODELS),
@@ -68,6 +71,10 @@ def inspect_rewards(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
     max_input_tokens: Annotated[int, typer.Option(help="Maximum length of a prompt, in tokens.", min=1)] = 512,
     input_eos: prompts.InputEos = None,
+    teacher_chat: prompts.TeacherChat = None,
+    teacher_system_prompt: prompts.TeacherSystem = None,
+    student_chat: prompts.StudentChat = None,
+    student_system_prompt: prompts.StudentSystem = None,
     src_lang: prompts.SourceLanguage = None,
     tgt_lang: prompts.TargetLanguage = None,
     teacher_dtype: Annotated[Dtype, typer.Option(help="Precision of the teacher.")] = "float32",
@@ -136,6 +143,10 @@ def _check(request: dict[str, Any]) -> str:
     foreign = [_flag(name) for name in given if name not in (kind, *taken)]
     if foreign:
         raise ConfigError(f"--{kind} does not take {foreign[0]}: leave it out.")
+    if kind == "dataset" and not (request["student"] or request["student_before"]):
+        for name in ("student_chat", "student_system_prompt"):
+            if request[name] is not None:
+                raise ConfigError(f"{_flag(name)} is of the prompts of --student: name it.")
     out = request["out"]
     if out is not None and out.suffix not in (".html", ".htm"):
         raise ConfigError(f"--out {out}: name a file that ends in .html; numbers come with --json.")

@@ -14,6 +14,7 @@ JOBS = {
     "opd": "Exact on-policy distillation: reverse KL at the student's own prefixes.",
     "gkd": "GKD: a divergence at the prefixes of the student's own answers or of labels.",
     "tkd": "Distil an encoder classifier, its teacher's fine-tuning included.",
+    "teacher": "Train a model on the references of your own rows under templates: a teacher where there is none.",
 }
 # The settings are those of the job's dataclasses, whose own parser reads the flags and prints --help.
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

@@ -88,6 +88,7 @@ class PromptedRows:
         render = self.render
         student = f"{render.student_template.source}" if render.student_template else None
         columns = {"input": render.student_column, "reference": render.reference_column, "id": render.id_column}
+        columns |= {} if render.pair_column is None else {"pair": render.pair_column}
         return {
             **self.found.identity,
             "columns": columns,
@@ -158,7 +159,7 @@ class Examples(Sequence[Example]):
     def _open(self, rows: datasets.Dataset, render: RowRenderer, source: str) -> None:
         self.rows, self.templates, self.source = rows, list(render.templates), source
         self.render = render
-        self._check(source)
+        check_readable(rows, render, source)
         self._part = False  # whether `split` made it
         self.skipped: dict[str, int] = {}
         self.flaws = FlawCounts()
@@ -233,21 +234,6 @@ class Examples(Sequence[Example]):
         texts = tuple(prompt.text for prompt in row.prompts if prompt.text is not None)
         return Example(row.id, row.student_input, texts, row.references)
 
-    def _check(self, source: str) -> None:
-        """Raise DataError unless the named columns and those of the templates exist, and ids are unique."""
-        render = self.render
-        check_columns(self.rows, render.wanted_columns(), source)
-        if render.student_column is not None:
-            check_text_column(self.rows, render.student_column, source)
-        if render.reference_column is not None:
-            check_text_column(self.rows, render.reference_column, source, lists=True)
-        if render.id_column is not None:
-            name, count = Counter(map(str, self.rows[render.id_column])).most_common(1)[0]
-            if count > 1:
-                raise DataError(
-                    f"'{source}': id_column '{render.id_column}' contains '{name}' {count} times. Ids must be unique."
-                )
-
     def _applicable(self, source: str) -> list[int]:
         """Numbers of the rows for which every template and the student have an input; the others are counted."""
         kept = []
@@ -281,6 +267,21 @@ class Examples(Sequence[Example]):
                 reasons,
             )
         return kept
+
+
+def check_readable(rows: datasets.Dataset, render: RowRenderer, source: str) -> None:
+    """Raise DataError unless the named columns and those of the templates exist, and ids are unique."""
+    check_columns(rows, render.wanted_columns(), source)
+    if render.student_column is not None:
+        check_text_column(rows, render.student_column, source)
+    if render.reference_column is not None:
+        check_text_column(rows, render.reference_column, source, lists=True)
+    if render.id_column is not None:
+        name, count = Counter(map(str, rows[render.id_column])).most_common(1)[0]
+        if count > 1:
+            raise DataError(
+                f"'{source}': id_column '{render.id_column}' contains '{name}' {count} times. Ids must be unique."
+            )
 
 
 def supervised_pairs(

@@ -27,8 +27,8 @@ class RowRenderer:
     with_choices: prompts have the templates' answer choices, for ranking. unknown: gives the pieces of a text that the
     tokenizer does not know; None: they are not looked for. skip_missing, skip_unknown: prompts that print a missing
     value, or have such pieces, are skipped; otherwise they are only noted. on_bad_row: of rows on which a template
-    fails. teacher_column: must exist; nothing is rendered of it. Raises ConfigError if a template has no choices, or if
-    the student's input is not given.
+    fails. teacher_column: must exist; nothing is rendered of it. pair_column: the second text of a pair, as it is.
+    Raises ConfigError if a template has no choices, or if the student's input is not given.
     """
 
     templates: tuple[Template, ...]
@@ -43,6 +43,7 @@ class RowRenderer:
     skip_unknown: bool = False
     on_bad_row: OnBadRow = "fail"
     teacher_column: str | None = None
+    pair_column: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("on_bad_row", self.on_bad_row, OnBadRow)
@@ -66,7 +67,8 @@ class RowRenderer:
             prompts = tuple(self._prompt(template, row) for template in self.templates)
         else:
             prompts = tuple(own for _ in self.template_names)
-        return PromptedRow(number, name, student, self._references(row), prompts, own)
+        second = None if self.pair_column is None else row[self.pair_column]
+        return PromptedRow(number, name, student, self._references(row), prompts, own, second)
 
     @property
     def template_names(self) -> list[str]:
@@ -80,6 +82,7 @@ class RowRenderer:
             "reference_column": self.reference_column,
             "id_column": self.id_column,
             "teacher_column": self.teacher_column,
+            "pair_column": self.pair_column,
         }
         used = [*self.templates, *([self.student_template] if self.student_template else [])]
         return {role: column for role, column in named.items() if column is not None} | template_columns(
@@ -94,10 +97,10 @@ class RowRenderer:
 
     def check(self, where: str, row: dict[str, Any]) -> str | None:
         """The row's id (None: its number). Raises BadRowError if a value is not text, or the id is missing."""
-        if self.student_column is not None:
-            value = row.get(self.student_column)
-            if value is not None and type(value) is not str:
-                raise not_text(where, self.student_column, value, lists=False)
+        for column in (self.student_column, self.pair_column):
+            value = None if column is None else row.get(column)
+            if column is not None and value is not None and type(value) is not str:
+                raise not_text(where, column, value, lists=False)
         if self.reference_column is not None:
             value = row.get(self.reference_column)
             texts = value if isinstance(value, list) else [value]

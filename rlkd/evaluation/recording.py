@@ -31,7 +31,7 @@ def evaluated_samples(
     """The greedy, sampled and teacher's answers in `rows` of `Evaluator.rows`, one example each, token by token."""
     samples = []
     for column, source in EVALUATED.items():
-        rollouts = answers_as_rollouts(teacher, examples, [row[column] for row in rows])
+        rollouts = answers_as_rollouts(teacher, tokenizer, examples, [row[column] for row in rows], policy)
         samples += score_rollouts(teacher, tokenizer, rollouts, source=source, policy=policy, value=value)
     return samples
 

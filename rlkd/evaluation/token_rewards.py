@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.generation import rules_of
 from ..models.heads import HeadOverStates
 from ..models.policy import Policy
 from ..models.signals import LocalSource
 from ..models.teacher import Teacher
-from ..models.vocabulary import decode_texts, encode_texts, token_pieces
+from ..models.vocabulary import decode_texts, encode_prompts, token_pieces
 from ..objectives.rewards import induced_advantage
 from ..records import Answers, Example, given
 from ..tensors import pad_rows
@@ -88,19 +89,22 @@ def rows_of(values: Tensor, mask: Tensor) -> list[Any]:
     return [row[kept].tolist() for row, kept in zip(values, mask, strict=True)]
 
 
-def answers_as_rollouts(teacher: LocalSource, examples: list[Example], answers: list[list[int]]) -> Answers:
-    """Answers given as lists of token ids; one that does not end with end-of-sequence counts as cut."""
+def answers_as_rollouts(
+    teacher: LocalSource,
+    tokenizer: Any,
+    examples: list[Example],
+    answers: list[list[int]],
+    policy: Policy | None = None,
+) -> Answers:
+    """Answers given as lists of token ids, to prompts as the policy reads them with this tokenizer; one that does not
+    end with end-of-sequence counts as cut. `behaviour_logps` are zeros.
+    """
     rules = teacher.rules
     ids, mask = pad_rows(answers, rules.pad_id, teacher.device)
-    finished = torch.tensor([row[-1:] != [] and row[-1] in rules.eos_ids for row in answers], device=ids.device)
-    return as_rollouts(teacher, examples, ids, mask, finished)
-
-
-def as_rollouts(teacher: LocalSource, examples: list[Example], ids: Tensor, mask: Tensor, finished: Tensor) -> Answers:
-    """Answers given as ids [B, R], mask [B, R] and whether each is finished [B]; `behaviour_logps` are zeros."""
-    texts, append_eos = [example.student_input for example in examples], teacher.rules.end_of_prompts
-    prompts = encode_texts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=append_eos)
-    input_ids, input_mask = pad_rows(prompts, teacher.rules.pad_id, teacher.device)
+    reading = rules if policy is None else rules_of(policy.lm)
+    texts = [example.student_input for example in examples]
+    prompts = encode_prompts(tokenizer, texts, teacher.max_input_tokens, append_eos=reading.end_of_prompts)
+    input_ids, input_mask = pad_rows(prompts, rules.pad_id, teacher.device)
     return Answers(
         examples=examples,
         input_ids=input_ids,
@@ -108,5 +112,5 @@ def as_rollouts(teacher: LocalSource, examples: list[Example], ids: Tensor, mask
         answer_ids=ids,
         answer_mask=mask,
         behaviour_logps=torch.zeros(ids.shape, device=ids.device),
-        finished=finished,
+        finished=torch.tensor([row[-1:] != [] and row[-1] in rules.eos_ids for row in answers], device=ids.device),
     )

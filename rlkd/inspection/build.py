@@ -57,13 +57,14 @@ def reward_view(
     for start in range(0, len(examples), BATCH_ROWS):
         batch = examples[start : start + BATCH_ROWS]
         texts = {source: list(own[start : start + BATCH_ROWS]) for source, own in given.items()}
+        reader = policies.get("student")
         found = {
             **_students_answers(policies, teacher, tokenizer, batch, max_new_tokens),
-            "teacher greedy": _teacher_answers(teacher, batch, max_new_tokens),
-            **_given_answers(teacher, tokenizer, batch, texts, max_new_tokens),
+            "teacher greedy": _teacher_answers(teacher, tokenizer, batch, max_new_tokens, reader),
+            **_given_answers(teacher, tokenizer, batch, texts, max_new_tokens, reader),
         }
         for source, rollouts in found.items():
-            policy = policies.get(source, policies.get("student"))
+            policy = policies.get(source, reader)
             for shown, under in _under_templates(rollouts, names):
                 samples += score_rollouts(
                     teacher, tokenizer, shown, source=source, value=value, policy=policy, template_names=under
@@ -109,15 +110,22 @@ def _students_answers(
     return {source: greedy_answers(policy, tokenizer, examples, **limits) for source, policy in policies.items()}
 
 
-def _teacher_answers(teacher: LocalSource, examples: list[Example], max_new_tokens: int) -> Answers:
+def _teacher_answers(
+    teacher: LocalSource, tokenizer: Any, examples: list[Example], max_new_tokens: int, reader: Policy | None
+) -> Answers:
     """The teacher's greedy answers under the first template."""
     inputs = [example.teacher_inputs for example in examples]
     answers = teacher.answer(inputs, greedy_writer(max_new_tokens), max_new_tokens)
-    return answers_as_rollouts(teacher, examples, answers)
+    return answers_as_rollouts(teacher, tokenizer, examples, answers, reader)
 
 
 def _given_answers(
-    teacher: LocalSource, tokenizer: Any, examples: list[Example], given: dict[str, list[str]], max_new_tokens: int
+    teacher: LocalSource,
+    tokenizer: Any,
+    examples: list[Example],
+    given: dict[str, list[str]],
+    max_new_tokens: int,
+    reader: Policy | None,
 ) -> dict[str, Answers]:
     """The given texts, and the first reference of the examples that have one."""
     pairs = {source: list(zip(examples, texts, strict=True)) for source, texts in given.items()}
@@ -125,7 +133,11 @@ def _given_answers(
         pairs["reference"] = referenced
     return {
         source: answers_as_rollouts(
-            teacher, [e for e, _ in own], _ends(teacher, tokenizer, [text for _, text in own], max_new_tokens)
+            teacher,
+            tokenizer,
+            [example for example, _ in own],
+            _ends(teacher, tokenizer, [text for _, text in own], max_new_tokens),
+            reader,
         )
         for source, own in pairs.items()
     }

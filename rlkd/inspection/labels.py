@@ -69,7 +69,7 @@ def _scored(teacher: Teacher, tokenizer: Any, labels: list[dict[str, Any]], valu
     for start in range(0, len(labels), BATCH_ROWS):
         batch = labels[start : start + BATCH_ROWS]
         examples = [Example(row["id"], row["student_input"], (row["teacher_input"],)) for row in batch]
-        rollouts = answers_as_rollouts(teacher, examples, [row["token_ids"] for row in batch])
+        rollouts = answers_as_rollouts(teacher, tokenizer, examples, [row["token_ids"] for row in batch])
         scored = score_rollouts(teacher, tokenizer, rollouts, source="pseudo-label", value=value)
         samples += [
             replace(sample, text=row["label"], prompts={row["template"]: row["teacher_input"]})

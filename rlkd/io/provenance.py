@@ -29,8 +29,8 @@ def origins(rows: Any) -> list[dict[str, Any]]:
 
 def described(rows: Any) -> list[dict[str, Any]]:
     """Who made labels, and from what, for a run's record: {folder, teacher, revision, dtype, templates, append_eos,
-    strategy, dataset, data, vocabulary, generation} for each generation. What their origins do not tell (labels that
-    lost them) is read from their columns; [] for other rows.
+    chat, strategy, dataset, data, vocabulary, generation} for each generation. What their origins do not tell (labels
+    that lost them) is read from their columns; [] for other rows.
     """
     made = origins(rows)
     if made:
@@ -57,6 +57,7 @@ def _of_origin(origin: dict[str, Any]) -> dict[str, Any]:
         "dtype": settings.get("dtype") if "tokenizer" in settings else None,
         "templates": [template[0] for template in settings.get("templates", [])],
         "append_eos": settings.get("append_eos"),
+        "chat": settings.get("chat"),
         "strategy": settings.get("strategy"),
         "dataset": origin["dataset"],
         "data": settings.get("source"),

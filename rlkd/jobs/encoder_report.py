@@ -56,7 +56,7 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
             **_evaluated(model, tokenizers[role], setup),
             "ms_per_sentence": {},
         }
-    timed = _spread(data.first_dev, TIMED_SENTENCES)
+    timed = spread_rows(data.first_dev, TIMED_SENTENCES)
     for size in BATCH_SIZES:
         batches = {
             role: [model_inputs(batch) for batch in _batches(timed, tokenizers[role], setup, size)] for role in models
@@ -258,7 +258,7 @@ def _majority(setup: EncoderSetup) -> dict[str, Any]:
     return {"label": data.labels[label], "scores": scores}
 
 
-def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def spread_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """At most `count` rows, evenly spaced."""
     step = max(len(rows) / count, 1)
     return [rows[int(i * step)] for i in range(min(count, len(rows)))]

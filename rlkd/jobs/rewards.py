@@ -33,6 +33,7 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     teacher = teacher_spec(request)
     shared = ("device", "allow_bin", "src_lang", "tgt_lang")
     how: dict[str, Any] = {name: getattr(teacher.model, name) for name in shared}
+    how |= {"chat": request["student_chat"], "system_prompt": request["student_system_prompt"]}
     students = {role: ModelSpec(request[role], role, **how) for role in STUDENTS if request[role]}
     specs = list(students.values())
     for spec in specs:
@@ -46,7 +47,7 @@ def view_of_models(request: dict[str, Any]) -> RewardView:
     source: LocalSource = local_teacher(teacher, specs[0]) if specs else teacher.load()
     return reward_view(
         source,
-        source.tokenizer,
+        specs[0].tokenizer if specs else source.tokenizer,
         examples,
         student={role.replace("_", " "): spec.load() for role, spec in students.items()},
         value=request["reward_value"],
@@ -68,6 +69,8 @@ def view_of_labels(request: dict[str, Any]) -> RewardView:
             raise DataError(f"{request['labels']}: its manifest's settings have no {name}. Get the labels again.")
     reading = {"max_input_tokens": settings["max_input_tokens"], "input_eos": settings["append_eos"]}
     reading |= {name: settings.get(name) for name in ("src_lang", "tgt_lang")}
+    chat = settings.get("chat")
+    reading |= {"teacher_chat": chat is not None, "teacher_system_prompt": chat and chat["system"]}
     if not request["teacher"]:
         logger.info("reading tokens with the tokenizer of '%s', which the labels name", settings["teacher"])
     teacher = teacher_spec({**request, **reading, "teacher": request["teacher"] or settings["teacher"]})

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import set_seed
-
 from ..checks import Count, Natural, Share, check_settings
 from ..choices import OnBadRow, Truncation
 from ..data.examples import Examples
@@ -22,14 +20,14 @@ from ..evaluation.task_metrics import check_task_metric, references_of, task_met
 from ..evaluation.task_reward import TaskReward
 from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
-from ..models.adapters import add_adapter, check_same_settings, without_dropout
-from ..models.architectures import architecture_of
 from ..models.signals import SignalSource
-from ..models.spec import Dtype, ModelSpec
+from ..models.spec import Dtype
 from ..models.teacher import TemplateCombination
 from ..runs.checkpoints import check_resumed_settings
-from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
+from ..settings.trl_compat import ModelConfig
 from ..trainers.base_arguments import DistillationArguments, check_labels
+from .chat import StudentChatArguments
+from .models import check_adapter_settings, load_student, student_spec
 from .several import SeveralArguments, TeacherPlan, load_local, tokenizers_of
 from .teachers import (
     SignalArguments,
@@ -50,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DataArguments(TextFileArguments):
+class DataArguments(TextFileArguments, StudentChatArguments):
     """Unlabeled inputs for training, held-out inputs for evaluation, and how each model sees them."""
 
     dataset: str = field(
@@ -219,19 +217,14 @@ def prepare(
     """
     settings = (data, teacher, student)
     check_labels(training, given=data.pseudo_labels is not None, name="pseudo_labels")
-    if not student.model_name_or_path:
-        raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
     recorded = teacher.teacher_signal == "recorded"
     if recorded:
         check_recorded_signal(training)
-    ours, plan = _student_spec(student, teacher), TeacherPlan.of(teacher, training)
+    ours, plan = student_spec(student, vars(teacher) | vars(data)), TeacherPlan.of(teacher, training)
     theirs = None if recorded or plan else teacher_spec(vars(teacher), training)
-    if student.use_peft:
-        student.lora_task_type = architecture_of(ours.config, "student", ours.name).lora_task_type
     check_resumed_settings(training, settings)
     said = plan.check(ours, training) if plan else [check_models(theirs, ours, training)]
-    if student.use_peft and ours.adapter:
-        check_same_settings(ours.adapter, _peft_config(student))
+    check_adapter_settings(ours, student)
     task_reward = _task_reward(data, training)
     train, evaluation, labels, note = load_data(
         data,
@@ -257,14 +250,8 @@ def prepare(
         lines = (note, None if data.templates else "no templates: the teacher reads what the student reads", *said)
         print(*filter(None, lines), sep="\n")
 
-    model = ours.load()
-    if student.use_peft and not ours.adapter:
-        set_seed(training.seed)  # adapters start at random
-        model = add_adapter(model, _peft_config(student))
-    if student.use_peft:
-        model = without_dropout(model)
     return Setup(
-        student=model,
+        student=load_student(ours, student, training.seed),
         teacher=frozen or load_local(plan or theirs, ours, teacher),
         tokenizer=ours.tokenizer,
         train_examples=train,
@@ -273,32 +260,6 @@ def prepare(
         task_metric=task_metric,
         settings=settings,
     )
-
-
-def _student_spec(student: ModelConfig, teacher: TeacherArguments) -> ModelSpec:
-    """The student of TRL's settings. It stays where it loads: the trainer places it. With use_peft an adapter is
-    trained further, otherwise merged.
-    """
-    return ModelSpec(
-        str(student.model_name_or_path),
-        "student",
-        revision=student.model_revision,
-        dtype=student.dtype if student.dtype not in (None, "auto") else "float32",
-        attention=student.attn_implementation,
-        quantization=get_quantization_config(student),
-        allow_bin=teacher.allow_bin,
-        keep_adapter=student.use_peft,
-        src_lang=teacher.src_lang,
-        tgt_lang=teacher.tgt_lang,
-    )
-
-
-def _peft_config(student: ModelConfig) -> Any:
-    """PEFT's configuration. TRL turns a list of one module into a string, which PEFT would match as a whole path."""
-    config: Any = get_peft_config(student)
-    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
-        config.target_modules = {config.target_modules}
-    return config
 
 
 def _task_reward(data: DataArguments, training: DistillationArguments) -> TaskReward | None:
@@ -329,9 +290,9 @@ def load_data(
     Raises DataError or ConfigError.
     """
     reading = replace(Reading.of(vars(data)), tokenizers=tuple(tokenizers), teacher_column=teacher_column)
-    source = _source(data, data.dataset, data.train_split, data.train_limit)
+    source = split_source(data, data.dataset, data.train_split, data.train_limit)
     labels = None if data.pseudo_labels is None else _labels(data, reading, source, same_templates)
-    held_out = _source(data, data.eval_dataset or data.dataset, data.eval_split, None)
+    held_out = split_source(data, data.eval_dataset or data.dataset, data.eval_split, None)
     if held_out != replace(source, limit=None):
         # Without a task reward, training never looks at references.
         training = reading if references else replace(reading, reference_column=None)
@@ -353,7 +314,7 @@ def load_data(
     return train, evaluation, labels, note
 
 
-def _source(data: DataArguments, dataset: str, split: str, limit: int | None) -> RowSource:
+def split_source(data: DataArguments, dataset: str, split: str, limit: int | None) -> RowSource:
     """The rows of a split; a local source whose files are not named by split has one."""
     path = Path(dataset).expanduser()
     local = path.exists() or is_pattern(dataset)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # What one of `teachers` may say, and its type.
 ENTRY: dict[str, Any] = {
-    "teacher": str, "teacher_revision": str, "teacher_dtype": str, "teacher_append_eos": bool, "weight": (int, float),
+    "teacher": str, "teacher_revision": str, "teacher_dtype": str, "teacher_append_eos": bool, "teacher_chat": bool,
+    "teacher_system_prompt": str, "weight": (int, float),
     "templates": list, "values": list,
 }  # fmt: skip
 WAYS = {
@@ -37,8 +38,8 @@ class SeveralArguments:
         default_factory=list,
         metadata={
             "help": "Several teachers in place of `teacher`, in the file: mappings with teacher, what differs from "
-            "teacher_dtype and teacher_append_eos, teacher_revision, and weight (of its rewards), templates (names of "
-            "those that it reads) or values (of teacher_column)."
+            "teacher_dtype, teacher_append_eos, teacher_chat and teacher_system_prompt, teacher_revision, and weight "
+            "(of its rewards), templates (names of those that it reads) or values (of teacher_column)."
         },
     )
     teacher_column: str | None = field(

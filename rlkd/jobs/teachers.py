@@ -23,10 +23,11 @@ from ..trainers.on_policy import RECORDED_ONLY, check_mix
 from ..trainers.ppo import PPO
 from ..trainers.reinforce import Reinforce
 from ..trainers.supervised import DivergenceKD, check_readiness, imitation
+from .chat import TeacherChatArguments
 
 
 @dataclass(kw_only=True)
-class SignalArguments:
+class SignalArguments(TeacherChatArguments):
     """Where the teacher's probabilities come from."""
 
     teacher_signal: Literal["model", "recorded", "server"] = field(
@@ -64,6 +65,12 @@ class SignalArguments:
             raise ConfigError(f"{given[0]} is set, and teacher_signal is {self.teacher_signal!r}: set it to server")
         if self.teacher_signal == "server":
             _ = self.server
+        for name in ("teacher_chat", "teacher_system_prompt"):
+            if self.teacher_signal == "recorded" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} is set, and teacher_signal is 'recorded': no teacher reads prompts, and the labels have "
+                    "their own. Leave it out."
+                )
 
     @property
     def server(self) -> ServerSettings:
@@ -96,6 +103,8 @@ def teacher_spec(teacher: Mapping[str, Any], training: DistillationArguments) ->
         served=teacher["teacher_signal"] == "server",
         src_lang=teacher["src_lang"],
         tgt_lang=teacher["tgt_lang"],
+        chat=teacher["teacher_chat"],
+        system_prompt=teacher["teacher_system_prompt"],
     )
     return TeacherSpec(model, training.max_input_tokens, teacher["teacher_append_eos"])
 

@@ -20,6 +20,7 @@ from .encoder_data import LabelledDataArguments
 from .encoder_report import compare_with_teacher
 from .encoder_setup import EncoderStudentArguments, EncoderTeacherArguments, prepare_encoders
 from .encoder_teachers import teacher_of_student
+from .references import OwnModelArguments, ReferenceArguments, ReferenceTrainingArguments, train_on_references
 from .setup import DataArguments, Setup, TeacherArguments, prepare
 
 
@@ -92,5 +93,8 @@ TRAINING_JOBS: dict[str, TrainingJob] = {
     "gkd": TrainingJob((*_GENERATING, GKDArguments), _on_policy(GKDTrainer)),
     "tkd": TrainingJob(
         (LabelledDataArguments, EncoderTeacherArguments, EncoderStudentArguments, TKDArguments), _encoder
+    ),
+    "teacher": TrainingJob(
+        (ReferenceArguments, OwnModelArguments, ModelConfig, ReferenceTrainingArguments), train_on_references
     ),
 }

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import check_choice
 from ..choices import OnBadRow
-from ..data.examples import Examples, PromptedRows, RowRenderer
+from ..data.answered import Answered, answered
+from ..data.examples import Examples, PromptedRows, RowRenderer, check_readable
+from ..data.rendering import template_columns
 from ..data.row_maps import RowMap, parse_row_map
 from ..data.rows import RowStream, check_columns, load_table
 from ..data.text import PLAIN, TextFormat, text_format
@@ -82,6 +84,7 @@ class Reading:
     skip_unknown: bool = False
     tokenizers: tuple[Any, ...] = ()
     teacher_column: str | None = None
+    pair_column: str | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], tokenizer: Any = None) -> Reading:
@@ -102,6 +105,7 @@ class Reading:
             skip_missing=bool(settings.get("skip_missing")),
             skip_unknown=bool(settings.get("skip_unknown")),
             tokenizers=() if tokenizer is None else (tokenizer,),
+            pair_column=settings.get("pair_column"),
         )
 
     def examples(
@@ -111,12 +115,28 @@ class Reading:
         rows or ids that do not fit.
         """
         render = self.renderer(on_bad_row=source.on_bad_row)
+        rows = self._rows(source, render)
+        return Examples.of(rows if prepare is None else prepare(rows), render, source.dataset)
+
+    def answered(self, source: RowSource) -> Answered:
+        """All rows that have an answer, under every template that applies to them. Raises DataError as `examples`, and
+        for a column that targets read and the rows lack.
+        """
+        render = self.renderer(on_bad_row=source.on_bad_row)
+        rows = self._rows(source, render, targets=self.reference_column is None)
+        check_readable(rows, render, source.dataset)
+        return answered(rows, render, source.dataset)
+
+    def _rows(self, source: RowSource, render: RowRenderer, *, targets: bool = False) -> datasets.Dataset:
+        """The rows with the columns that are read. Raises DataError if some of them do not exist; with `targets`, also
+        of those that the templates' targets read.
+        """
         rows, names = source.table(self.row_map.reads(render.reads()))
         wanted = render.wanted_columns()
         wanted = {"input_column": wanted.pop("student_column")} | wanted
+        wanted |= template_columns(list(self.templates), target=True) if targets else {}
         check_columns(self.row_map.names(names), wanted, source.dataset)
-        rows = self.row_map.dataset(rows)
-        return Examples.of(rows if prepare is None else prepare(rows), render, source.dataset)
+        return self.row_map.dataset(rows)
 
     def prompted_rows(
         self, source: RowSource, *, with_choices: bool = False, earlier: dict[str, Any] | None = None
@@ -142,6 +162,7 @@ class Reading:
             skip_missing=self.skip_missing,
             skip_unknown=self.skip_unknown,
             teacher_column=self.teacher_column,
+            pair_column=self.pair_column,
             **options,
         )
 
@@ -174,6 +195,8 @@ def teacher_spec(settings: Mapping[str, Any]) -> TeacherSpec:
         served=settings.get("engine") == "openai",
         src_lang=settings.get("src_lang"),
         tgt_lang=settings.get("tgt_lang"),
+        chat=settings.get("teacher_chat"),
+        system_prompt=settings.get("teacher_system_prompt"),
     )
     model.check()
     ranked = settings.get("strategy") == "rank"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -32,18 +33,23 @@ def card(header: dict[str, Any], totals: dict[str, Any]) -> str:
     ended = totals["finish"].get("eos", 0) + totals["finish"].get("ranked", 0)
     front = {"configs": [{"config_name": "default", "data_files": "labels-*.parquet"}]}
     rows = [(name, _counts(counts)) for name, counts in totals["templates"].items()]
+    predicted = (header.get("request") or {}).get("command") == "predict"
+    whose, rows_of = ("model", "prediction") if predicted else ("teacher", "label")
+    lengths = (
+        f"Answers have {totals['tokens'] / ok:.1f} tokens on average;\n{100 * ended / ok:.1f} % of them are complete. "
+    )
+    lengths = "" if settings.get("engine") == "classifier" else lengths
     reasons = [f"- {count} x {cell(text)}" for text, count in totals["reasons"].items()] or ["- none"]
     return f"""{front_matter(front)}
 
-# Pseudo-labels of {cell(str(settings.get("teacher", "a teacher")))}
+# {"Predictions" if predicted else "Pseudo-labels"} of {cell(str(settings.get("teacher", "a teacher")))}
 
 {totals["rows"]} rows from {totals["inputs"]} inputs: {_counts(status)}.
-{totals["truncated"]} prompts were truncated. Answers have {totals["tokens"] / ok:.1f} tokens on average;
-{100 * ended / ok:.1f} % of them are complete. {totals["bad_rows"]} bad input rows were skipped.
+{totals["truncated"]} prompts were truncated. {lengths}{totals["bad_rows"]} bad input rows were skipped.
 
 {table(("template", "rows"), rows)}
 
-Why rows have no label:
+Why rows have no {rows_of}:
 
 {chr(10).join(reasons)}
 
@@ -58,14 +64,14 @@ labels = load_pseudolabels("path/to/this/folder")  # rows with status ok, checke
 ## Settings
 
 ```yaml
-{_settings(header)}
+{_settings(header, predicted=predicted)}
 ```
 
 ## Limits
 {_precision(header)}
-The labels are a model's answers and were not checked for correctness. `truncated` marks prompts of which the teacher
-read only a part, and `finish_reason` length answers that were cut; `sum_logprob` is the teacher's log-probability of
-the answer.
+The {rows_of}s are a model's answers and were not checked for correctness. `truncated` marks prompts of which the
+{whose} read only a part, and `finish_reason` length answers that were cut; `sum_logprob` is the {whose}'s
+log-probability of the answer.
 """
 
 
@@ -75,9 +81,12 @@ def _flaws(totals: dict[str, Any]) -> str:
     return "\n".join(["Prompts that say less than their rows:", "", *lines, "", ""]) if lines else ""
 
 
-def _settings(header: dict[str, Any]) -> str:
+def _settings(header: dict[str, Any], *, predicted: bool) -> str:
     """YAML that cannot end its block: a folder may come from elsewhere."""
-    block = {"generation": header["generation"], **header["settings"], "packages": header["packages"]}
+    settings = header["settings"]
+    if predicted:  # the log has one name for whatever answers
+        settings = {re.sub("^teacher(?=$|_)", "model", name): value for name, value in settings.items()}
+    block = {"generation": header["generation"], **settings, "packages": header["packages"]}
     return yaml.safe_dump(block, sort_keys=False, allow_unicode=True).strip().replace("```", "")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..checks import check_settings
 from ..errors import DataError, DivergenceError, ServerError
 from ..models.generation import NO_RULES, AnswerRules
-from ..models.vocabulary import NO_LIMIT, decode_texts, encode_answers, encode_texts
+from ..models.vocabulary import NO_LIMIT, decode_texts, encode_answers, encode_prompts
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.decode import row_seed
 from ..sampling.engines.protocol import Answer, Decoding, Engine
@@ -41,7 +41,7 @@ class StoppedError(Exception):
 
 
 @dataclass(slots=True)
-class _Slot:
+class Slot:
     """A prompt to answer: the position of its first label in the shard, and what its label rows have in common."""
 
     position: int
@@ -110,15 +110,15 @@ class Labeller:
     def labels_per_prompt(self) -> int:
         return self.decoding.labels_per_input if self.decoding else 1
 
-    def _extra_tokens(self, slot: _Slot) -> int:
+    def _extra_tokens(self, slot: Slot) -> int:
         """Tokens that a prompt's answers add to its own."""
         if self.decoding:
             return self.decoding.labels_per_input * self.decoding.max_new_tokens
         return len(slot.choices or ()) * len(slot.ids)
 
-    def _slots(self, rows: list[PromptedRow], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+    def _slots(self, rows: list[PromptedRow], labels: dict[int, PseudoLabel]) -> list[Slot]:
         """The prompts that need an answer; rows without one get their labels here."""
-        slots: list[_Slot] = []
+        slots: list[Slot] = []
         position = 0
         for row in rows:
             for template, prompt in zip(self.templates, row.prompts, strict=True):
@@ -126,7 +126,7 @@ class Labeller:
                     if prompt.text is None:
                         self._blank(position, row, template, None, prompt.status, prompt.error, labels)
                     else:
-                        slots.append(_Slot(position, row, template, prompt.text, prompt.choices, []))
+                        slots.append(Slot(position, row, template, prompt.text, prompt.choices, []))
                 position += self.labels_per_prompt
         slots = self._encoded(slots, labels)
         if self.decoding is None:
@@ -135,12 +135,12 @@ class Labeller:
             slots = self._shorten(slots, long, labels)
         return slots
 
-    def _encoded(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+    def _encoded(self, slots: list[Slot], labels: dict[int, PseudoLabel]) -> list[Slot]:
         """The prompts with their ids; those that the tokenizer fails on get their labels here."""
 
-        def encode(some: list[_Slot]) -> None:
+        def encode(some: list[Slot]) -> None:
             texts = [slot.text for slot in some]
-            found = encode_texts(self.teacher.tokenizer, texts, NO_LIMIT, append_eos=self.teacher.append_eos)
+            found = encode_prompts(self.teacher.tokenizer, texts, NO_LIMIT, append_eos=self.teacher.append_eos)
             for slot, ids in zip(some, found, strict=True):
                 slot.ids, slot.truncated = ids, len(ids) > self.teacher.max_input_tokens
 
@@ -163,7 +163,7 @@ class Labeller:
             raise first
         return usable
 
-    def _rankable(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+    def _rankable(self, slots: list[Slot], labels: dict[int, PseudoLabel]) -> list[Slot]:
         """The prompts whose answer choices have different tokens, and not too many; the others fail."""
         longest = getattr(self.teacher, "longest_answer", None)
         found = {
@@ -175,7 +175,7 @@ class Labeller:
                 self._blank(slot.position, slot.row, slot.template, slot.text, "failed", problem, labels)
         return [slot for slot in slots if not found[slot.choices or ()]]
 
-    def _shorten(self, slots: list[_Slot], long: list[_Slot], labels: dict[int, PseudoLabel]) -> list[_Slot]:
+    def _shorten(self, slots: list[Slot], long: list[Slot], labels: dict[int, PseudoLabel]) -> list[Slot]:
         """Apply on_long to the prompts that are longer than max_input_tokens."""
         limit = self.teacher.max_input_tokens
         if self.on_long == "error":
@@ -189,14 +189,14 @@ class Labeller:
                 reason = f"prompt longer than {limit} tokens"
                 self._blank(slot.position, slot.row, slot.template, slot.text, "skipped", reason, labels)
             return [slot for slot in slots if not slot.truncated]
-        cut = encode_texts(
+        cut = encode_prompts(
             self.teacher.tokenizer, [slot.text for slot in long], limit, append_eos=self.teacher.append_eos
         )
         for slot, ids in zip(long, cut, strict=True):
             slot.ids = ids
         return slots
 
-    def _answer(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> None:
+    def _answer(self, slots: list[Slot], labels: dict[int, PseudoLabel]) -> None:
         assert self.decoding is not None
         n = self.decoding.labels_per_input
         seeds = [
@@ -226,7 +226,7 @@ class Labeller:
         framing = {*rules.eos_ids, rules.first, tokenizer.eos_token_id}
         return {token for token in ids if token not in framing} == {tokenizer.pad_token_id}
 
-    def _rank(self, slots: list[_Slot], labels: dict[int, PseudoLabel]) -> None:
+    def _rank(self, slots: list[Slot], labels: dict[int, PseudoLabel]) -> None:
         """Label with the most probable choice; the first of equal ones."""
         texts = list(dict.fromkeys(choice for slot in slots for choice in slot.choices or ()))
         rows = encode_answers(self.teacher.tokenizer, texts, NO_LIMIT, self.rules)
@@ -242,7 +242,7 @@ class Labeller:
             labels[slot.position] = self._label(slot, 0, answer, text, **ranked)
         self.advance(len(slots), sum(len(choice) for row in choices for choice in row))
 
-    def _label(self, slot: _Slot, sample: int, answer: Answer, text: str, **ranked: Any) -> PseudoLabel:
+    def _label(self, slot: Slot, sample: int, answer: Answer, text: str, **ranked: Any) -> PseudoLabel:
         values: dict[str, Any] = {
             "teacher_input": slot.text,
             "label": text,
@@ -298,7 +298,7 @@ class Labeller:
             **values,
         )
 
-    def _check_finite(self, slots: list[_Slot], values: list[list[float]]) -> None:
+    def _check_finite(self, slots: list[Slot], values: list[list[float]]) -> None:
         bad = [slot.row.id for slot, row in zip(slots, values, strict=True) if not all(map(math.isfinite, row))]
         if bad:
             error = DivergenceError(

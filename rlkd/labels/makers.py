@@ -15,13 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 def announce(
-    labels: list[dict[str, Any]], teachers: Sequence[tuple[Any, str | None]], *, append_eos: bool | None = None
+    labels: list[dict[str, Any]],
+    teachers: Sequence[tuple[Any, str | None]],
+    *,
+    append_eos: bool | None = None,
+    chats: Sequence[dict[str, Any] | None] | None = None,
 ) -> None:
     """Say who made the labels, and warn of those that are not the answers of one of `teachers`, or are answers to
     prompts that ended otherwise.
 
     labels: what `io.provenance.described` tells. teachers: models, and the digests of their weights; append_eos:
-    whether their prompts end with end-of-sequence, None if that is not known.
+    whether their prompts end with end-of-sequence; chats: `Chat.record` of each; None if that is not known.
     """
     for made in labels:
         logger.info(
@@ -40,6 +44,11 @@ def announce(
             logger.warning(
                 "the labels were written with teacher_append_eos: %s, but this run's teacher reads its prompts with %s",
                 str(theirs).lower(), str(append_eos).lower(),
+            )  # fmt: skip
+        if chats and made.get("strategy") and made.get("chat") not in chats:
+            logger.warning(
+                "the labels were written to prompts %s, but this run's teacher reads its prompts %s (teacher_chat, "
+                "teacher_system_prompt)", _shown_chat(made.get("chat")), _shown_chat(chats[0]),
             )  # fmt: skip
 
 
@@ -62,6 +71,13 @@ def differences(labels: Any, *, dataset: str, templates: Sequence[Template], set
             if name != "sha256" and name in known and known[name] != value:
                 lines.append(f"  {name}: {known[name]!r} -> {value!r}")
     return list(dict.fromkeys(lines))
+
+
+def _shown_chat(chat: dict[str, Any] | None) -> str:
+    if chat is None:
+        return "as plain text"
+    system = "" if chat["system"] is None else f" after the system prompt {chat['system'][:60]!r}"
+    return f"in the chat template {chat['template']}{system}"
 
 
 def _is_maker(made: dict[str, Any], teacher: Any, weights: str | None) -> bool:

@@ -16,7 +16,7 @@ from ..records import Example
 from ..sampling.engines.protocol import Decoding, Engine, EngineSettings
 from ..sampling.engines.registry import EngineChoice, choose_engine
 from .folder import check_output
-from .labelling import PromptReader
+from .labelling import Labeller, PromptReader
 from .manifest import manifest_name
 from .options import RunOptions
 from .run import Run
@@ -72,6 +72,7 @@ def label_rows(
     options: RunOptions,
     make_engine: Callable[[], Engine],
     reference: Callable[[], Engine] | None = None,
+    kind: type[Labeller] = Labeller,
 ) -> dict[str, Any]:
     """Label all rows of a source, or the rest of them if `out` holds an unfinished run of the same settings.
 
@@ -80,9 +81,10 @@ def label_rows(
         decoding: None to rank the answer choices that the source's prompts carry.
         make_engine: called once the folder is locked, so that a second writer is refused before it loads weights.
         reference: makes the full-precision engine that one of lower precision is compared with.
+        kind: what makes the labels of a shard.
     Returns: totals. Raises: DataError if `out` is taken or its settings differ, LockedError if another process writes
     there, DivergenceError if log-probabilities are not finite, InterruptedRunError after a signal, RlkdError if the
     disk is full. Committed shards are kept in all these cases.
     """
     with writer_lock(out / manifest_name(options.part)):
-        return Run(teacher, source, out, decoding, options, make_engine(), reference)()
+        return Run(teacher, source, out, decoding, options, make_engine(), reference, kind)()

@@ -29,10 +29,11 @@ from ..io.lock import Stop
 from ..io.progress import progress
 from ..io.redaction import redacted
 from ..io.versions import VARIABLES, changed_versions, code_digest, describe_machine, variables
+from ..models.chat import chat_record
 from ..models.digests import tokenizer_digest
 from ..models.languages import languages_of
 from ..models.spec import default_device
-from ..models.vocabulary import encode_texts, vocabulary_record
+from ..models.vocabulary import encode_prompts, vocabulary_record
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.agreement import agreement
 from ..sampling.engines.protocol import Decoding, Engine
@@ -53,7 +54,9 @@ AGREEMENT_PROMPTS, AGREEMENT_TOKENS = 100, 32
 
 @dataclass
 class Run:
-    """The source, the engine and the folder of a run; arguments as in `label_rows`, which has locked the folder."""
+    """The source, the engine and the folder of a run; arguments as in `label_rows`, which has locked the folder. kind:
+    of what makes a shard's labels.
+    """
 
     teacher: PromptReader
     source: Source
@@ -62,6 +65,7 @@ class Run:
     options: RunOptions
     engine: Engine
     reference: Callable[[], Engine] | None = None
+    kind: type[Labeller] = Labeller
 
     def __call__(self) -> dict[str, Any]:
         """Label what the log lacks. Returns totals."""
@@ -92,6 +96,7 @@ class Run:
                 "tokenizer": tokenizer_digest(self.teacher.tokenizer),
                 "max_input_tokens": self.teacher.max_input_tokens,
                 "append_eos": self.teacher.append_eos,
+                **chat_record(self.teacher.tokenizer),
                 **languages_of(self.teacher.tokenizer),
                 "on_long": options.on_long,
                 **self._decoding_settings(),
@@ -166,7 +171,7 @@ class Run:
         if not texts:
             return None
         teacher = self.teacher
-        prompts = encode_texts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=teacher.append_eos)
+        prompts = encode_prompts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=teacher.append_eos)
         decoding = self.decoding or Decoding("greedy", AGREEMENT_TOKENS)
         measured = agreement(self.engine, reference(), prompts, decoding, Budget(self.options.batch_tokens))
         logger.warning(
@@ -205,7 +210,7 @@ class Run:
         made = (str(identity.get("teacher")), identity.get("revision") or identity.get("teacher_weights"))
         size, expected = self.header["rows_per_shard"], self._expected()
         with Stop() as stop, progress(expected, before, quiet=self.options.quiet) as advance, _frozen_heap():
-            labeller = Labeller(
+            labeller = self.kind(
                 teacher=self.teacher,
                 engine=self.engine,
                 decoding=self.decoding,

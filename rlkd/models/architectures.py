@@ -10,8 +10,10 @@ import torch
 
 from ..errors import ModelError
 from . import decoder_only, encoder_decoder
-from .generation import AnswerRules, check_supported, read_rules
+from .chat import end_turns
+from .generation import AnswerRules, read_rules
 from .language_model import LanguageModel
+from .not_applied import check_supported, ignored_settings, say_ignored
 from .positions import Positions
 from .vocabulary import check_ends, fitted_vocab
 
@@ -112,7 +114,8 @@ def _is_encoder_decoder(config: Any) -> bool:
 
 
 def language_model(model: Any, tokenizer: Any) -> LanguageModel:
-    """A transformers model (possibly PEFT-wrapped) as rlkd uses it, over the ids of its tokenizer.
+    """A transformers model (possibly PEFT-wrapped) as rlkd uses it, over the ids of its tokenizer. If this is set to
+    its chat template, so is the model's generation_config: answers end with the token that ends a turn.
 
     Raises ModelError if no architecture takes the model, the tokenizer has ids that its embedding lacks, or its
     generation_config has settings that rlkd does not apply.
@@ -122,4 +125,6 @@ def language_model(model: Any, tokenizer: Any) -> LanguageModel:
     check_ends(tokenizer, "model", name)
     size = fitted_vocab(tokenizer, model.config, "model", name)
     check_supported(model.generation_config, "model", name)
+    say_ignored(ignored_settings(model.generation_config, continues=not architecture.is_encoder_decoder), "model", name)
+    end_turns(model.generation_config, model.config, tokenizer)
     return architecture.wrap(model, size)

@@ -34,7 +34,7 @@ NOISE = (
 # Time of reading prompts and answers apart, in that of reading them together (measured: 1.16 on a CPU).
 APART = 1.15
 # Rules that transformers applies to prompt and answer together: an answer alone does not say whether they hold.
-OF_WHOLE_TEXTS = ("forced_bos_token_id", "min_length", "no_repeat_ngram_size")
+OF_WHOLE_TEXTS = ("forced_bos_token_id", "min_length")
 
 
 def check(config: Any, role: str, name: str, dtype: torch.dtype) -> None:

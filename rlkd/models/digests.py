@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .chat import chat_record
+
 # Of a configuration: where it was found and by which version it was written.
 ORIGIN = {
     "_name_or_path", "_commit_hash", "architectures", "base_model_name_or_path", "dtype", "revision", "torch_dtype",
@@ -57,6 +59,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """
     special = {"class": type(tokenizer).__name__, "special": tokenizer.special_tokens_map}
     special["chat"] = getattr(tokenizer, "chat_template", None)
+    special |= {"prompts": made} if (made := chat_record(tokenizer)) else {}
     return _joined([_canonical(special), *_definition(tokenizer)])
 
 

@@ -19,28 +19,13 @@ from torch import Tensor
 from ..errors import ModelError
 from .adapters import adapter_of
 from .folders import GENERATION, check_json, check_place, explained
+from .not_applied import ignored_settings
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
 
 # The logit of a token that cannot follow: its probability is exactly 0, and products with it stay finite.
 FORBIDDEN = -1e4
-
-# Settings that change the distribution in ways rlkd does not compute, and their values without effect.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "constraints": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": (),
-    "forced_decoder_ids": ([],),
-    "guidance_scale": (1.0,),
-    "repetition_penalty": (1.0,),
-    "sequence_bias": ({}, []),
-    "stop_strings": ([],),
-    "token_healing": (False,),
-    "watermarking_config": (),
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +44,7 @@ class AnswerRules:
     min_tokens       tokens before the first end (min_length, min_new_tokens)
     ngram            no n-gram of this size twice (no_repeat_ngram_size); 0: any
     length_penalty, early_stopping    of beam search, as in transformers
+    ignored          settings of its checkpoint that are ignored (`models.not_applied`), by transformers' name
     """
 
     start_id: int | None = 0
@@ -73,6 +59,7 @@ class AnswerRules:
     ngram: int = 0
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    ignored: tuple[tuple[str, Any], ...] = ()
 
     @property
     def end_of_prompts(self) -> bool:
@@ -113,7 +100,8 @@ class AnswerRules:
             "early_stopping": self.early_stopping,
         }
         named = {name: value for name, value in values.items() if value not in (None, (), False)}
-        return {"generation_config": json.loads(json.dumps(named))} if named else {}
+        record = {"generation_config": named, "generation_config_ignored": dict(self.ignored)}
+        return {name: json.loads(json.dumps(value)) for name, value in record.items() if value}
 
     def within(self, valid_vocab: int) -> AnswerRules:
         """Without bans of ids that are no tokens: a saved student names the spare rows of its embedding."""
@@ -278,9 +266,10 @@ def read_rules(
         banned_phrases=tuple(phrase for phrase in phrases if len(phrase) > 1),
         # min_length counts the start token.
         min_tokens=max(get("min_length", 0) - 1, get("min_new_tokens", 0)),
-        ngram=get("no_repeat_ngram_size", 0),
+        ngram=0 if continues else get("no_repeat_ngram_size", 0),
         length_penalty=1.0 if (penalty := getattr(generation_config, "length_penalty", None)) is None else penalty,
         early_stopping=get("early_stopping", False),
+        ignored=ignored_settings(generation_config, continues=continues),
     )
     _check_ids(rules, where, valid_vocab)
     return rules
@@ -308,16 +297,6 @@ def beam_search_settings(rules: AnswerRules, beyond: Iterable[int], **search: in
         length_penalty=rules.length_penalty,
         early_stopping=rules.early_stopping,
     )
-
-
-def check_supported(generation: Any, role: str, name: str) -> None:
-    """Raises ModelError for a transformers.GenerationConfig with settings that rlkd does not apply."""
-    for key, neutral in UNSUPPORTED.items():
-        if (value := getattr(generation, key, None)) is not None and value not in neutral:
-            raise ModelError(
-                f"{role} '{name}': its generation_config sets {key} = {_short(value)}, which rlkd does not apply. "
-                "Remove it from generation_config.json if answers should do without."
-            )
 
 
 def rules_of(lm: LanguageModel) -> AnswerRules:

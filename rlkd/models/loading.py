@@ -21,7 +21,7 @@ from ..checks import check_choice
 from ..errors import ModelError
 from ..tensors import where_not_finite
 from .adapters import Adapter, adapter_of, attach, check_adapter, merge
-from .architectures import architecture_of
+from .architectures import Architecture, architecture_of
 from .folders import AGAIN, CONFIG, GENERATION, check_json, check_place, check_weights, explained, saved_shapes
 from .generation import load_generation_config
 from .spec import Quantization
@@ -96,16 +96,9 @@ def load_model(
     weights.
     """
     import transformers
-    from transformers import PreTrainedConfig
 
     torch_dtype = resolve_dtype(dtype, f"{role}_dtype")
-    config = load_config(name, role, revision)
-    architecture = architecture_of(config, role, name)
-    architecture.check(config, role, name, torch_dtype)
-    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
-        for key in architecture.noise:
-            if hasattr(part, key):
-                setattr(part, key, 0.0)
+    config, architecture = _without_noise(name, role, revision, torch_dtype)
     extra = {"quantization_config": quantization} if quantization is not None else {}
     return load_pretrained(
         getattr(transformers, architecture.auto_class),
@@ -119,6 +112,36 @@ def load_model(
         attn_implementation=attention,
         **extra,
     )
+
+
+def random_model(
+    name: str, role: str, *, dtype: str = "float32", revision: str | None = None, attention: str | None = None
+) -> Any:
+    """A model with the configuration of a folder or hub id, as `load_model` would load it, and random weights. Raises
+    ModelError if it cannot take its role.
+    """
+    import transformers
+
+    torch_dtype = resolve_dtype(dtype, f"{role}_dtype")
+    config, architecture = _without_noise(name, role, revision, torch_dtype)
+    kind = getattr(transformers, architecture.auto_class)
+    model = kind.from_config(config, dtype=torch_dtype, attn_implementation=attention, trust_remote_code=False)
+    model.generation_config = load_generation_config(name, role, revision)
+    return model.eval()
+
+
+def _without_noise(name: str, role: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Architecture]:
+    """The configuration with every dropout at 0, and its architecture. Raises ModelError as `check_config`."""
+    from transformers import PreTrainedConfig
+
+    config = load_config(name, role, revision)
+    architecture = architecture_of(config, role, name)
+    architecture.check(config, role, name, dtype)
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
+        for key in architecture.noise:
+            if hasattr(part, key):
+                setattr(part, key, 0.0)
+    return config, architecture
 
 
 def load_pretrained(

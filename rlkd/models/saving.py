@@ -19,13 +19,14 @@ from .adapters import record_base
 from .encoder_decoder import T5_FAMILY, output_scale
 from .generation import rules_of
 from .language_model import LanguageModel
+from .not_applied import OF_SEARCH
 from .spec import ModelSpec
 
 # Settings of how to search: rlkd decodes greedily when it evaluates.
 SEARCH = (
     "do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "early_stopping",
     "diversity_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
-    "penalty_alpha", "max_length", "max_time",
+    "penalty_alpha", "max_length", "max_time", *OF_SEARCH,
 )  # fmt: skip
 
 
@@ -90,10 +91,11 @@ def evaluated_generation(lm: LanguageModel, max_new_tokens: int) -> Any:
         "pad_token_id": lm.pad_id,
         "eos_token_id": ends if len(ends) > 1 else lm.eos_id,
     }
+    facts |= dict.fromkeys((name for name, _ in rules.ignored), None)
     if rules.start_id is not None:
         facts["decoder_start_token_id"] = rules.start_id
     defaults = GenerationConfig()
-    generation.update(**{name: getattr(defaults, name, None) for name in SEARCH}, **facts)
+    generation.update(**{**{name: getattr(defaults, name, None) for name in SEARCH}, **facts})
     return generation
 
 
@@ -128,7 +130,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    yield unfinished
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if out.exists():
         out.rmdir()
     os.rename(unfinished, out)

@@ -17,7 +17,7 @@ from .digests import tokenizer_digest
 from .generation import AnswerRules
 from .server import Server, ServerSettings
 from .spec import TeacherSpec
-from .vocabulary import encode_texts
+from .vocabulary import encode_prompts
 
 
 @dataclass
@@ -105,7 +105,7 @@ class ServerTeacher:
 
     def prompt_ids(self, texts: list[str]) -> list[list[int]]:
         """Prompts as the model reads them."""
-        return encode_texts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.append_eos)
+        return encode_prompts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.append_eos)
 
 
 def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:

@@ -70,7 +70,10 @@ class ModelSpec:
     allow_bin     load pickled weights (.bin) where there are no safetensors
     keep_adapter  an adapter is trained further, not merged into its base
     served        a server has the weights: none need be here
+    random_weights  of its configuration and size, with weights from torch's random numbers: none need be here
     src_lang, tgt_lang    languages of prompts and answers, for models that translate; None: the checkpoint's
+    chat          prompts stand in the tokenizer's chat template, after `system_prompt` if there is one; None: as the
+                  tokenizer was saved
     """
 
     name: str
@@ -83,8 +86,11 @@ class ModelSpec:
     allow_bin: bool = False
     keep_adapter: bool = False
     served: bool = False
+    random_weights: bool = False
     src_lang: str | None = None
     tgt_lang: str | None = None
+    chat: bool | None = None
+    system_prompt: str | None = None
 
     @cached_property
     def config(self) -> Any:
@@ -95,7 +101,7 @@ class ModelSpec:
 
         config = load_config(self.name, self.role, self.revision)
         check_config(config, self.role, self.name, resolve_dtype(self.dtype, f"{self.role}_dtype"))
-        if not self.served:
+        if not (self.served or self.random_weights):
             check_saved_weights(self.name, self.role, self.revision, allow_bin=self.allow_bin)
         return config
 
@@ -108,10 +114,14 @@ class ModelSpec:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer saved with the model. Raises ModelError if there is none."""
+        """The tokenizer saved with the model, set to its chat template if asked for. Raises ModelError if there is
+        none, and as `chat.as_asked`.
+        """
+        from .chat import as_asked
         from .vocabulary import load_tokenizer
 
-        return load_tokenizer(self.name, self.role, self.revision)
+        tokenizer = load_tokenizer(self.name, self.role, self.revision)
+        return as_asked(tokenizer, self.chat, self.system_prompt, self.role, self.name)
 
     @cached_property
     def valid_vocab(self) -> int:
@@ -128,14 +138,18 @@ class ModelSpec:
         applied.
         """
         from .architectures import architecture_of
-        from .generation import check_supported, load_generation_config
+        from .chat import end_turns
+        from .generation import load_generation_config
         from .languages import in_languages
+        from .not_applied import check_supported, say_ignored
 
         generation = load_generation_config(self.name, self.role, self.revision)
         check_supported(generation, self.role, self.name)
+        end_turns(generation, self.config, self.tokenizer)
         read_rules = architecture_of(self.config, self.role, self.name).rules
         rules = read_rules(self.config, generation, self.role, self.name, self.config.vocab_size)
         rules = rules.within(self.valid_vocab)
+        say_ignored(rules.ignored, self.role, self.name)
         return in_languages(rules, self.tokenizer, self.src_lang, self.tgt_lang, self.role, self.name)
 
     def check(self) -> None:
@@ -150,9 +164,15 @@ class ModelSpec:
         return architecture_of(self.config, self.role, self.name).positions(self.config)
 
     def check_lengths(self, max_input_tokens: int, max_new_tokens: int | None = None) -> None:
-        """Raises ConfigError if the model has fewer positions than prompts or answers of these lengths need."""
+        """Raises ConfigError if the model has fewer positions than prompts or answers of these lengths need, or its
+        chat template alone fills the prompts.
+        """
+        from .chat import chat_of
+
         whose = f"{self.role} '{self.name}' ('{self.config.model_type}')"
         self.positions.check_settings(max_input_tokens, max_new_tokens, whose)
+        if (chat := chat_of(self.tokenizer)) is not None:
+            chat.check_room(max_input_tokens, whose)
 
     @property
     def quantized(self) -> bool:
@@ -166,16 +186,18 @@ class ModelSpec:
         """The transformers model. Raises ModelError if the checkpoint lacks weights, and as `config` does."""
         from . import loading
 
-        model = loading.load_model(
-            self.name,
-            self.role,
-            dtype=self.dtype,
-            revision=self.revision,
-            attention=self.attention,
-            quantization=self.quantization,
-            allow_bin=self.allow_bin,
-            keep_adapter=self.keep_adapter,
-        )
+        how: dict[str, Any] = {"dtype": self.dtype, "revision": self.revision, "attention": self.attention}
+        if self.random_weights:
+            model = loading.random_model(self.name, self.role, **how)
+        else:
+            model = loading.load_model(
+                self.name,
+                self.role,
+                quantization=self.quantization,
+                allow_bin=self.allow_bin,
+                keep_adapter=self.keep_adapter,
+                **how,
+            )
         if self.tgt_lang is not None:  # a saved student keeps it
             model.generation_config.forced_bos_token_id = self.rules.first
             model.generation_config.decoder_start_token_id = self.rules.start_id
@@ -252,7 +274,7 @@ class TeacherSpec:
         """Whether its prompts end with end-of-sequence. Raises ConfigError as `Teacher` does."""
         from .vocabulary import end_of_prompts
 
-        return end_of_prompts(self.input_eos, self.rules)
+        return end_of_prompts(self.input_eos, self.rules, self.tokenizer)
 
     @property
     def tokenizer(self) -> Any:

@@ -25,7 +25,7 @@ from .generation import AnswerRules, rules_of
 from .heads import Head, HeadOverStates
 from .language_model import LanguageModel
 from .signals import SIGNAL, LocalSource, Write
-from .vocabulary import encode_texts, end_of_prompts
+from .vocabulary import encode_prompts, end_of_prompts
 
 TemplateCombination = Literal["average", "pool"]
 Result = TypeVar("Result")
@@ -62,7 +62,8 @@ class PromptCache:
 
 @dataclass
 class Teacher(LocalSource):
-    """A frozen language model with its tokenizer.
+    """A frozen language model with its tokenizer, which says whether prompts stand in a chat template
+    (`chat.with_chat`).
 
     max_input_tokens  prompts are cut to this
     append_eos        end inputs with end-of-sequence (T5, Flan-T5: yes; T0: no); None: as the model reads them
@@ -85,7 +86,7 @@ class Teacher(LocalSource):
     cache: PromptCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.append_eos = end_of_prompts(self.append_eos, self.rules)
+        self.append_eos = end_of_prompts(self.append_eos, self.rules, self.tokenizer)
         check_settings(self)
         self.lm.model.eval().requires_grad_(False)
         self.cache = PromptCache(self.cache_bytes)
@@ -119,9 +120,8 @@ class Teacher(LocalSource):
         Each is computed alone. In a batch its last bits would depend on the other prompts and their padding, so on
         what the cache held: a resumed run, whose cache is empty, would not be the run that it continues.
         """
-        keys = [
-            tuple(ids) for ids in encode_texts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.append_eos)
-        ]
+        rows = encode_prompts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.append_eos)
+        keys = [tuple(ids) for ids in rows]
         states = {key: self._prompt_state(key) for key in dict.fromkeys(keys)}
         return [states[key] for key in keys]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError, ModelError
 from .adapters import adapter_of
+from .chat import chat_of
 from .folders import AGAIN, check_place, check_tokenizer, explained, has_tokenizer
 from .generation import AnswerRules
 from .languages import has_languages, language_ids
@@ -118,16 +119,30 @@ def load_tokenizer(name: str, role: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def end_of_prompts(asked: bool | None, rules: AnswerRules) -> bool:
+def end_of_prompts(asked: bool | None, rules: AnswerRules, tokenizer: Any = None) -> bool:
     """Whether a teacher's prompts end with end-of-sequence; None takes what suits the model. Raises ConfigError where
-    answers continue their prompts.
+    answers continue their prompts, or a chat template ends them.
     """
+    if chat_of(tokenizer) is not None:
+        if asked:
+            raise ConfigError("append_eos = True: the chat template says how prompts end. Leave it out.")
+        return False
     if asked and not rules.end_of_prompts:
         raise ConfigError(
             "append_eos = True: the answers of a decoder-only teacher continue their prompts, and would come after the "
             "end of a text. Leave it out (teacher_append_eos: null; no --input-eos)."
         )
     return rules.end_of_prompts if asked is None else asked
+
+
+def encode_prompts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:
+    """Token ids of each text as a prompt, cut to `max_tokens`: in the chat template of a tokenizer that is set to it
+    (`chat.with_chat`), else as `encode_texts`.
+    """
+    chat = chat_of(tokenizer)
+    if chat is not None and texts:
+        return chat.prompts(texts, max_tokens)
+    return encode_texts(tokenizer, texts, max_tokens, append_eos=append_eos)
 
 
 def encode_texts(tokenizer: Any, texts: list[str], max_tokens: int, *, append_eos: bool = True) -> list[list[int]]:
@@ -163,7 +178,8 @@ def _ids(tokenizer: Any, texts: list[str], max_tokens: int, *, special: bool = T
 def encode_answers(tokenizer: Any, texts: list[str], max_tokens: int, rules: AnswerRules) -> list[list[int]]:
     """Token ids of each text as a model with these rules writes it, cut to `max_tokens` (end-of-sequence kept).
 
-    An answer that continues its prompt follows it after a space, unless it begins with white space of its own.
+    An answer that continues its prompt follows it after a space, unless it begins with white space of its own; in a
+    chat, as the template has it.
     """
     if not rules.end_of_prompts:
         return _continuations(tokenizer, texts, max_tokens, rules)
@@ -190,12 +206,20 @@ def _framed(row: list[int], end: int, max_tokens: int, rules: AnswerRules) -> li
 
 
 def _continuations(tokenizer: Any, texts: list[str], max_tokens: int, rules: AnswerRules) -> list[list[int]]:
-    """Token ids of texts that follow a word, with end-of-sequence: the pieces with which a word begins in mid-text."""
+    """Token ids of texts that follow a prompt, with end-of-sequence."""
+    chat = chat_of(tokenizer)
+    rows = _after_word(tokenizer, texts) if chat is None else chat.answers(texts)
+    ends = (tokenizer.eos_token_id if chat is None else chat.end, *rules.eos_ids)
+    end = next(token for token in ends if token in rules.eos_ids)
+    return [[*row[: max_tokens - 1], end] for row in rows]
+
+
+def _after_word(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts that follow a word: the pieces with which a word begins in mid-text."""
     word = "a"
     before = len(encode_bare(tokenizer, [word])[0])
     joined = [word + (text if not text or text[0].isspace() else f" {text}") for text in texts]
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id in rules.eos_ids else rules.eos_ids[0]
-    return [[*row[before:][: max_tokens - 1], end] for row in encode_bare(tokenizer, joined)]
+    return [row[before:] for row in encode_bare(tokenizer, joined)]
 
 
 class UnknownText:

@@ -14,7 +14,7 @@ from ..errors import ConfigError, ModelError
 from ..io.files import sha256
 from ..models.adapters import adapter_of
 from ..models.cut_layers import cut_config
-from ..models.encoders.classifiers import longest
+from ..models.encoders.classifiers import longest_text
 from ..models.encoders.rehearsal import is_encoder
 from ..models.folders import check_place, saved_shapes, weights_files
 from ..models.loading import check_saved_weights, load_config
@@ -131,7 +131,7 @@ def _encoder_tokenizer(args: DistillArguments, teacher: ModelSpec, config: Any) 
 
 def encoder_length(args: DistillArguments, config: Any) -> int:
     """Tokens that texts of an encoder are cut to: its positions are the limit that it was trained with."""
-    limit = longest(config)
+    limit = longest_text(config)
     return args.max_input_tokens if limit is None else min(args.max_input_tokens, limit)
 
 

@@ -21,11 +21,13 @@ REWARD = (
 )  # fmt: skip
 METHODS = {
     "GKDTrainer": "GKD: a divergence to the teacher on the student's own answers or on labels",
+    "ReferenceTrainer": "supervised training on the references of its training data",
     "PPOTrainer": "PPO on the reward that the teacher's own log-probabilities induce",
     "ReinforceTrainer": "REINFORCE on the reward that the teacher's own log-probabilities induce",
     "SupervisedTrainer": "imitation of the teacher (sequence-level distillation, or a divergence to it on its answers)",
     "TKDTrainer": "distillation of an encoder-only classifier",
 }
+ALONE = "ReferenceTrainer"  # has no teacher
 # Part of the name of a student's class -> what loads it, and the hub's name of the task: that of encoder-decoders
 # (text2text-generation) is gone from transformers 5.
 HEAD = {
@@ -42,8 +44,9 @@ def write_card(
 ) -> None:
     """Write README.md into `folder`.
 
-    record: content of run.json, secrets removed; architecture: class of the student; scores: the newest `eval_*`
-    numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer steps taken.
+    record: content of run.json, secrets removed, and the student's `chat.chat_record`; architecture: class of the
+    student; scores: the newest `eval_*` numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer
+    steps taken.
     """
     write_text(folder / CARD, card(record, architecture=architecture, scores=scores, rows=rows, step=step))
 
@@ -68,7 +71,7 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
         "## Training",
         _training(record, settings),
         "## Use",
-        _use(auto, architecture, settings),
+        _use(auto, architecture, settings, record.get("chat")),
         "## Limits",
         _limits(record, settings, auto),
         "## Command, settings, versions",
@@ -126,11 +129,25 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
         (role, _named(d.get("source"), "made in memory"), d.get("rows"), d.get("fingerprint"))
         for role, d in (record.get("data") or {}).items()
     ]
-    lines = [
-        f"- teacher: {_teachers(models, 'not recorded')}",
-        f"- student before training: {_named(models.get('student'), 'not recorded')}",
-        f"- templates of the teacher's inputs: {templates}",
-    ]
+    before = _named(models.get("student"), "not recorded")
+    if record.get("trainer") == ALONE:
+        column = settings.get("reference_column")
+        lines = [
+            f"- weights before training: {'random, of the size of ' if settings.get('random_weights') else ''}{before}",
+            f"- templates of its inputs: {templates}",
+            f"- answers that it learned: {f'column {cell(column)}' if column else 'the targets of the templates'}",
+        ]
+    else:
+        lines = [
+            f"- teacher: {_teachers(models, 'not recorded')}",
+            f"- student before training: {before}",
+            f"- templates of the teacher's inputs: {templates}",
+        ]
+    if chat := record.get("chat"):
+        system = "none" if chat["system"] is None else cell(chat["system"])
+        lines.append(
+            f"- the student's prompts: in its chat template (digest {chat['template']}), system prompt {system}"
+        )
     lines += [_labels(made) for d in (record.get("data") or {}).values() for made in d.get("labels") or []]
     if "reward_value" in settings:
         chosen = ", ".join(f"{name} {settings[name]}" for name in REWARD if name in settings)
@@ -144,7 +161,7 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{shown}"
 
 
-def _use(auto: str, architecture: str, settings: dict[str, Any]) -> str:
+def _use(auto: str, architecture: str, settings: dict[str, Any], chat: dict[str, Any] | None) -> str:
     """A snippet that answers as the student was evaluated, with transformers (and PEFT for an adapter) alone."""
     import transformers
 
@@ -170,11 +187,24 @@ def _use(auto: str, architecture: str, settings: dict[str, Any]) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")',
         f'model = {load}.from_pretrained("{FOLDER}")',
         f"# The student reads inputs under the template {cell(str(template))}." if template else None,
-        f'inputs = tokenizer(["A text."], truncation=True, max_length={settings.get("max_input_tokens", 512)}, '
-        'return_tensors="pt")',
+        *_inputs(settings.get("max_input_tokens", 512), chat),
         f"answers = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask{options})",
         f"print(tokenizer.batch_decode(answers{shown}, skip_special_tokens=True))",
     )
+
+
+def _inputs(max_input_tokens: int, chat: dict[str, Any] | None) -> list[str]:
+    """The lines that encode a text."""
+    if chat is None:
+        return [f'inputs = tokenizer(["A text."], truncation=True, max_length={max_input_tokens}, return_tensors="pt")']
+    system = "" if chat["system"] is None else f'{{"role": "system", "content": {chat["system"]!r}}}, '
+    return [
+        "# It reads every input as the user's turn of its chat template.",
+        f'messages = [{system}{{"role": "user", "content": "A text."}}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        ")",
+    ]
 
 
 def _python(*lines: str | None) -> str:
@@ -195,12 +225,12 @@ def _labels(made: dict[str, Any]) -> str:
 
 
 def _limits(record: dict[str, Any], settings: dict[str, Any], auto: str) -> str:
-    train = (record.get("data") or {}).get("train", {})
+    train, alone = (record.get("data") or {}).get("train", {}), record.get("trainer") == ALONE
     lines = [
         f"- It was trained on {_named(train.get('source'), 'the training data above')} ({train.get('rows', '?')} "
         "rows) and evaluated on the held-out rows above only. Other tasks, domains and languages were not tested; no "
         "language is claimed.",
-        "- It inherits the errors and biases of its teacher or labels.",
+        f"- It inherits the errors and biases of its {'references' if alone else 'teacher or labels'}.",
     ]
     held_out = (record.get("data") or {}).get("eval", {})
     if shared := held_out.get("also_in_training"):

@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -45,6 +45,7 @@ FREE = {
 }  # fmt: skip
 # A run may be made longer under these schedules only: all others end where the run ends.
 LENGTH = {"max_steps", "num_train_epochs"}
+ACCUMULATION = "gradient_accumulation_steps"
 ENDLESS = {"constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"}
 
 
@@ -135,7 +136,7 @@ class RunRecord:
         if before is None:
             logger.warning("%s has no %s: cannot check whether the settings are the same", checkpoint, RUN_FILE)
             return
-        changed = changed_settings(before.settings, sections) + self._changed_inputs(before)
+        changed = before.changed_settings(sections) + self._changed_inputs(before)
         _refuse(checkpoint, changed, allow_change)
         versions = self._changed_versions(before)
         again = {"time": self.started, "checkpoint": str(checkpoint), "command": self.command, "changed": changed}
@@ -150,6 +151,19 @@ class RunRecord:
                 checkpoint,
                 ", ".join(versions),
             )
+
+    def changed_settings(self, sections: Iterable[Any]) -> list[str]:
+        """As the function, for a run that may have another number of processes: an update has the same micro-batches
+        if there are more steps of accumulation by as many.
+        """
+        sections = list(sections)
+        counts = [
+            getattr(section, ACCUMULATION) * section.world_size
+            for section in sections
+            if hasattr(section, ACCUMULATION)
+        ]
+        same = counts == [self.settings.get(ACCUMULATION, 1) * self.processes]
+        return changed_settings(self.settings, sections, free={ACCUMULATION} if same else set())
 
     def _changed_inputs(self, before: RunRecord) -> list[str]:
         roles = ("train", "labels", "eval")
@@ -178,7 +192,7 @@ def check_settings(checkpoint: Path, sections: Iterable[Any], *, allow_change: b
     """
     before = RunRecord.read(checkpoint)
     if before is not None:
-        _refuse(checkpoint, changed_settings(before.settings, sections), allow_change)
+        _refuse(checkpoint, before.changed_settings(sections), allow_change)
 
 
 def settings_of(sections: Iterable[Any]) -> dict[str, Any]:
@@ -195,12 +209,14 @@ def settings_of(sections: Iterable[Any]) -> dict[str, Any]:
     return redacted(out)
 
 
-def changed_settings(then: Mapping[str, Any], sections: Iterable[Any]) -> list[str]:
-    """`  name: then -> now` of each recorded setting that has changed, free ones left out."""
+def changed_settings(
+    then: Mapping[str, Any], sections: Iterable[Any], free: Collection[str] = frozenset()
+) -> list[str]:
+    """`  name: then -> now` of each recorded setting that has changed, those that may change left out; free: others."""
     lines = []
     sections = list(sections)
     current = settings_of(sections)
-    free = FREE | (LENGTH if _is_endless(then) and _is_endless(current) else set())
+    free = {*free, *FREE, *(LENGTH if _is_endless(then) and _is_endless(current) else ())}
     for section in sections:
         ours = own_names(type(section))
         for item in fields(section):

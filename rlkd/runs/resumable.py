@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from .checkpoints import (
     rewind,
 )
 from .trackers import survive_outages
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -202,6 +205,7 @@ class ResumableTrainer(Trainer):
         return {
             "trainer": type(self).__name__,
             "processes": self.accelerator.num_processes,
+            "micro_batches": self._micro_batches,
             "logs": log_sizes(self.run_folder),
         }
 
@@ -216,11 +220,26 @@ class ResumableTrainer(Trainer):
                 "from that checkpoint's student instead of resuming it"
             )
         then, now = state["processes"], self.accelerator.num_processes
-        if then != now:
+        if then == now:
+            return
+        micro_batches = state.get("micro_batches")
+        if micro_batches != self._micro_batches:
+            steps = None if micro_batches is None or micro_batches % now else micro_batches // now
             raise CheckpointError(
-                f"{checkpoint} was written by {then} processes, this run has {now}: rows and random numbers would be "
-                "divided differently. Resume with as many processes, or start a new run from its student."
+                f"{checkpoint} was written by {then} processes, this run has {now}: updates would be on other rows. "
+                + ("Resume" if steps is None else f"Set gradient_accumulation_steps: {steps}, or resume")
+                + " with as many processes, or start a new run from its student."
             )
+        if self.is_world_process_zero():
+            logger.warning(
+                f"{checkpoint} was written by {then} processes and goes on with {now}: the updates are on the same "
+                "micro-batches, whose gradients are summed in another order, so the run is not the same bit for bit"
+            )
+
+    @property
+    def _micro_batches(self) -> int:
+        """Micro-batches of an update, over all processes."""
+        return self.args.gradient_accumulation_steps * self.accelerator.num_processes
 
     def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
         """Restore what `save_extras` returned and wrote; the student is already loaded."""

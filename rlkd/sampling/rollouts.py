@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.generation import rules_of
 from ..models.policy import Policy
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import encode_prompts
 from ..records import Answers, Example
 from ..tensors import pad_rows
 from .decode import Decoded, decode, greedy, row_seed, sampler
@@ -81,7 +81,7 @@ def _prompts(
     import torch
 
     texts = [example.student_input for example in examples]
-    prompts = encode_texts(tokenizer, texts, max_input_tokens, append_eos=rules_of(policy.lm).end_of_prompts)
+    prompts = encode_prompts(tokenizer, texts, max_input_tokens, append_eos=rules_of(policy.lm).end_of_prompts)
     with torch.no_grad():
         return prompts, policy.lm.prompt_states(prompts)
 

@@ -22,6 +22,7 @@ from ..errors import RlkdError
 from ..io import bounded_yaml
 from ..io.redaction import redacted
 from ..io.versions import describe_machine
+from ..models.chat import chat_record
 from ..models.loading import check_finite
 from ..models.saving import save_student
 from ..runs.best import BestCheckpoint, check_best_metric, check_held_out
@@ -307,7 +308,7 @@ class StudentTrainer(ResumableTrainer):
         record = asdict(self.run_record) if self.run_record else {"trainer": type(self).__name__}
         write_card(
             folder,
-            redacted(record),
+            redacted(record) | chat_record(self.tokenizer),
             architecture=type(self.trained.student).__name__,
             scores=self.last.newest(),
             rows=self.held_out_rows,

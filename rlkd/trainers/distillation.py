@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -27,6 +27,7 @@ from ..models.heads import RowLoss
 from ..models.policy import Policy
 from ..models.saving import evaluated_generation
 from ..models.signals import LocalSource, SignalSource
+from ..models.teacher import Teacher
 from ..models.vocabulary import check_same_vocabulary
 from ..objectives.policy import reduce_tokens, reduction_count
 from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal, select_rows
@@ -64,6 +65,7 @@ class DistillationTrainer(StudentTrainer):
     args: DistillationArguments
     objective: Objective
     objective_type: Callable[[Any], Objective]
+    expects_teacher = True  # to score held-out answers
 
     def __init__(
         self,
@@ -121,7 +123,8 @@ class DistillationTrainer(StudentTrainer):
     def begin_run(self, checkpoint: Path | None) -> None:
         """As in `StudentTrainer`; says what evaluations lack without a local teacher."""
         super().begin_run(checkpoint)
-        if self.evaluator is not None and not isinstance(self.teacher, LocalSource) and self.is_world_process_zero():
+        told = isinstance(self.teacher, LocalSource) or not self.expects_teacher
+        if self.evaluator is not None and not told and self.is_world_process_zero():
             missing = ", ".join([*self.evaluator.missing, "token rewards"])
             logger.warning(
                 f"held-out answers have no {missing}: that takes the teacher's model"
@@ -133,10 +136,13 @@ class DistillationTrainer(StudentTrainer):
         return rows
 
     def models(self) -> dict[str, Any]:
-        teachers: dict[str, Any] = {"teacher": self.teacher and self.teacher.model}
-        if isinstance(self.teacher, LocalSource):
-            teachers = {role: teacher.model for role, teacher in self.teacher.teachers.items()}
-        return {**teachers, "student": self.policy.student}
+        local = {role: teacher.model for role, teacher in self.local_teachers.items()}
+        return {**(local or {"teacher": self.teacher and self.teacher.model}), "student": self.policy.student}
+
+    @property
+    def local_teachers(self) -> Mapping[str, Teacher]:
+        """The teachers whose models are here, by their role."""
+        return self.teacher.teachers if isinstance(self.teacher, LocalSource) else {}
 
     def makers(self) -> list[tuple[Any, str | None]]:
         """The teachers' models with the digests of their weights, to compare with those that made labels."""

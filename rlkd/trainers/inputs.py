@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..models.chat import chat_of
 from ..models.digests import configuration_digest, tokenizer_digest, weights_digest
 from ..models.signals import LocalSource
 
@@ -24,7 +25,7 @@ def describe_inputs(trainer: Any) -> dict[str, str]:
         tokenizers[f"{role}'s tokenizer"] = teacher.tokenizer
         described[f"{role}'s reading"] = (
             f"{teacher.max_input_tokens} tokens, append_eos {teacher.append_eos}, {teacher.combination}, "
-            f"{teacher.lm.valid_vocab} words"
+            f"{teacher.lm.valid_vocab} words{_in_chat(teacher.tokenizer)}"
         )
     if hasattr(source, "identity"):
         described |= source.identity()
@@ -32,6 +33,11 @@ def describe_inputs(trainer: Any) -> dict[str, str]:
         if tokenizer is not None:
             described[name] = tokenizer_digest(tokenizer)
     return described
+
+
+def _in_chat(tokenizer: Any) -> str:
+    chat = chat_of(tokenizer)
+    return "" if chat is None else f", chat template {chat.record['template']}, system prompt {chat.system!r}"
 
 
 def weights_of(role: str) -> str:

@@ -27,7 +27,7 @@ from ..models.encoders.outputs import PROJECTIONS_FILE
 from ..models.language_model import LanguageModel
 from ..models.policy import LayerProjections, Policy
 from ..models.teacher import Teacher
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import encode_prompts
 from ..objectives.neighbours import tinybert_attention, tinybert_hidden
 from ..records import Answers
 from ..tensors import pad_rows
@@ -91,7 +91,7 @@ class LayerTerms:
         """The teacher's, on the labels under its own prompts, in its own precision."""
         teacher, lm = self.teacher, self.lm
         texts = [example.teacher_inputs[0] for example in answers.examples]
-        ids = encode_texts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=teacher.append_eos)
+        ids = encode_prompts(teacher.tokenizer, texts, teacher.max_input_tokens, append_eos=teacher.append_eos)
         prompts = pad_rows(ids, lm.pad_id, lm.device)
         with torch.autocast(lm.device.type, enabled=False):
             return lm.layers(*prompts, answers.answer_ids, answers.answer_mask, scores=self.args.attention_coef > 0)

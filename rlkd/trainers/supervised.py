@@ -17,10 +17,11 @@ from ..io.provenance import described
 from ..labels.makers import announce
 from ..labels.recorded import LabelKey, label_key, probability_weights
 from ..labels.tokens import own_generations
+from ..models.chat import chat_record
 from ..models.generation import NO_RULES, AnswerRules, rules_of
 from ..models.heads import TokenFunction
 from ..models.signals import LocalSource, SignalSource, check_signal
-from ..models.vocabulary import NO_LIMIT, encode_answers, encode_texts
+from ..models.vocabulary import NO_LIMIT, encode_answers, encode_prompts
 from ..objectives.divergences import DIVERGENCES, merged_events
 from ..records import Answers, Example, Minibatch, TeacherSignal, given
 from ..tensors import length_mask, pad_stack
@@ -127,7 +128,7 @@ class PseudoLabelCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         texts = [row["student_input"] for row in rows]
-        prompts = encode_texts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.rules.end_of_prompts)
+        prompts = encode_prompts(self.tokenizer, texts, self.max_input_tokens, append_eos=self.rules.end_of_prompts)
         answers = [self.rules.complete(ids)[: self.max_new_tokens] for ids in self._answers(rows)]
         # Masks decide what counts: a tokenizer may have no padding token, or pad with end-of-sequence.
         pad = self.rules.pad_id
@@ -229,7 +230,8 @@ class SupervisedTrainer(DistillationTrainer):
         super().begin_run(checkpoint)
         if self.is_world_process_zero():
             append_eos = getattr(self.teacher, "append_eos", None)
-            announce(described(self.train_dataset), self.makers(), append_eos=append_eos)
+            chats = [chat_record(teacher.tokenizer).get("chat") for teacher in self.local_teachers.values()]
+            announce(described(self.train_dataset), self.makers(), append_eos=append_eos, chats=chats)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.warm_up is None or kwargs.get("skip_scheduler"):
@@ -286,3 +288,9 @@ class SupervisedTrainer(DistillationTrainer):
         )
         weights, rows = self.args.layer_weights, own if minibatch.denominator is None else float(self.rows_of_update)
         return torch.stack([weights[name] * value for name, value in terms.items()]).sum() / rows
+
+
+class ReferenceTrainer(SupervisedTrainer):
+    """Cross-entropy on one's own references, without a teacher: the rows' answers are right, and so is `label`."""
+
+    expects_teacher = False

@@ -35,7 +35,7 @@ def test_help_lists_every_job(capsys):
     assert "--config" in out
 
 
-@pytest.mark.parametrize("name", [*RECIPES.values(), "tkd_glue"])
+@pytest.mark.parametrize("name", [*RECIPES.values(), "tkd_glue", "teacher_t5"])
 def test_recipes_are_jobs(name):
     assert [job for job in TRAINING_JOBS if f'TRAINING_JOBS["{job}"]' in (ROOT / f"recipes/{name}.py").read_text()]
 

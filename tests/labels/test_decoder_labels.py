@@ -95,7 +95,10 @@ def test_the_manifest_says_how_prompts_end_and_who_decoded(folder, capsys):
     assert header["settings"]["append_eos"] is False
     assert header["settings"]["engine"] == "torch"
     assert label(folder, "refused", "--engine", "ctranslate2") == 2
-    assert "it does not convert 'gemma2' models, only t5, mt5, bart. Use --engine torch." in capsys.readouterr().err
+    assert (
+        "it does not convert 'gemma2' models, only t5, mt5, umt5, bart, mbart, pegasus. Use --engine torch."
+        in capsys.readouterr().err
+    )
     assert label(folder, "refused", "--input-eos") == 2
     assert "append_eos = True: the answers of a decoder-only teacher" in capsys.readouterr().err
     assert not (folder / "refused").exists()

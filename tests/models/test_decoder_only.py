@@ -17,6 +17,7 @@ from rlkd.models.cut_vocabulary import cut_model
 from rlkd.models.decoder_only import FAMILIES, NOISE, DecoderOnly
 from rlkd.models.loading import load_model
 from rlkd.models.policy import Policy
+from rlkd.models.saving import evaluated_generation
 from rlkd.models.teacher import Teacher
 from rlkd.objectives.policy import token_statistics
 from rlkd.sampling.decode import decode, greedy
@@ -319,14 +320,32 @@ def test_what_fails_silently_is_refused():
         check(AutoConfig.for_model("falcon", alibi=True), "teacher", "g", torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("forced_bos_token_id", 4), ("min_length", 3), ("no_repeat_ngram_size", 2)]
-)
+@pytest.mark.parametrize(("setting", "value"), [("forced_bos_token_id", 4), ("min_length", 3)])
 def test_rules_of_whole_texts_are_refused(setting, value):
     lm = lm_of()
     setattr(lm.model.generation_config, setting, value)
     with pytest.raises(ModelError, match=f"sets {setting} = {value}, which in a decoder-only model counts the prompt"):
         _ = lm.rules
+
+
+@pytest.mark.parametrize(("setting", "value"), [("repetition_penalty", 5.0), ("no_repeat_ngram_size", 1)])
+def test_a_penalty_on_repetition_changes_neither_answers_nor_scores(setting, value):
+    """Qwen's checkpoints ship one. Labels, rollouts and scores are of the same distribution, and so is what is saved:
+    plain `generate()` of a student gives the answers that were evaluated.
+    """
+    lm, prompt = lm_of(), PROMPTS[0]
+    plain = decode(lm, lm.prompt_states([prompt]), greedy, max_new_tokens=8)
+    setattr(lm.model.generation_config, setting, value)
+    assert generated(lm.model, prompt, max_new_tokens=8, **{setting: value})[0] != plain.ids[0].tolist()
+    again = decode(lm, lm.prompt_states([prompt]), greedy, max_new_tokens=8)
+    torch.testing.assert_close((again.ids, again.logps), (plain.ids, plain.logps))
+    (beam,) = lm.beam_search([prompt], num_beams=2, num_answers=1, max_new_tokens=4)
+    setattr(lm.model.generation_config, setting, None)
+    assert [beam] == lm.beam_search([prompt], num_beams=2, num_answers=1, max_new_tokens=4)
+    setattr(lm.model.generation_config, setting, value)
+    lm.model.generation_config = evaluated_generation(lm, 8)
+    want = lm.model.generate(torch.tensor([prompt]))[0, len(prompt) :].tolist()
+    assert plain.ids[0][plain.mask[0]].tolist() == want
 
 
 def test_a_rule_of_single_tokens_holds():

@@ -16,6 +16,7 @@ from rlkd.errors import ConfigError, ModelError
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.generation import AnswerRules
 from rlkd.models.policy import Policy
+from rlkd.models.saving import evaluated_generation
 from rlkd.models.spec import ModelSpec, check_pair
 from rlkd.models.teacher import Teacher
 from rlkd.models.vocabulary import encode_answers
@@ -234,9 +235,6 @@ def test_older_checkpoints_keep_their_rules_in_config_json(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("repetition_penalty", 1.3),
-        ("encoder_repetition_penalty", 0.5),
-        ("encoder_no_repeat_ngram_size", 3),
         ("exponential_decay_length_penalty", [5, 1.1]),
         ("sequence_bias", [[[4], -2.0]]),
         ("guidance_scale", 1.5),
@@ -247,6 +245,25 @@ def test_older_checkpoints_keep_their_rules_in_config_json(tmp_path):
 def test_what_is_not_applied_is_refused_by_name(tmp_path, field, value):
     with pytest.raises(ModelError, match=f"generation_config sets {field} = "):
         saved(tmp_path, generation={field: value}).check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("repetition_penalty", 1.3), ("encoder_repetition_penalty", 0.5), ("encoder_no_repeat_ngram_size", 3)],
+)
+def test_what_is_of_a_search_is_ignored_and_said_once(tmp_path, caplog, field, value):
+    spec = saved(tmp_path, generation={field: value, "no_repeat_ngram_size": 2})
+    with caplog.at_level("WARNING"):
+        lm = spec.language_model()
+        spec.language_model()
+    (line,) = [record.getMessage() for record in caplog.records if "generation_config" in record.getMessage()]
+    assert line.startswith(f"teacher '{spec.name}': its generation_config sets {field} = {value}, which is ignored")
+    assert lm.rules == spec.rules
+    assert spec.rules.identity()["generation_config_ignored"] == {field: value}
+    assert spec.rules.identity()["generation_config"] == {"no_repeat_ngram_size": 2}
+    kept = evaluated_generation(lm, 5)
+    assert getattr(kept, field) in (None, 1.0, 0)
+    assert kept.no_repeat_ngram_size == 2
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_a_conversion_overtaken_by_another_process_uses_its_folder(cache, monkey
 @pytest.mark.parametrize(("kind", "refused"), [("t5", True), ("t5-untied", True), ("bart", False)])
 def test_float16_is_refused_for_t5_as_teacher_dtype_is(monkeypatch, kind, refused):
     """A GPU computes in it."""
-    monkeypatch.setattr("rlkd.sampling.engines.ctranslate2_engine._supported", lambda device: ("float16", "float32"))
+    monkeypatch.setattr("rlkd.models.conversion._supported", lambda device: ("float16", "float32"))
     model = LoadedModel(EncoderDecoder(tiny_model(kind), VALID))
     said = CTranslate2Engine.objection(model, None, EngineSettings(compute_type="float16"))
     assert ("float16 overflows to inf in T5 models" in (said or "")) is refused

@@ -119,7 +119,7 @@ def test_auto_takes_torch_where_it_must_and_logs_why(decoding, reason, caplog):
 
 
 def test_auto_takes_torch_without_the_package(monkeypatch, caplog):
-    monkeypatch.setattr("rlkd.sampling.engines.ctranslate2_engine.find_spec", lambda name: None)
+    monkeypatch.setattr("rlkd.models.conversion.find_spec", lambda name: None)
     with caplog.at_level(logging.INFO):
         assert choose("auto", decoding=Decoding("greedy", 4)).make().name == "torch"
     assert "pip install 'rlkd[ctranslate2]'" in caplog.text

@@ -64,9 +64,9 @@ UNEQUAL = ("time", "seconds", "per_second", "train_", "total_flos")
 MODIFYING = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
 
-def build(kind: str, folder: Path, *callbacks: TrainerCallback) -> Any:
+def build(kind: str, folder: Path, *callbacks: TrainerCallback, **more: Any) -> Any:
     """A trainer of `kind`; its run takes a second."""
-    options = {**RUNS[kind], "save_strategy": "steps", "save_total_limit": 2}
+    options = {**RUNS[kind], "save_strategy": "steps", "save_total_limit": 2, **more}
     if kind == "tkd":
         trainer = make_tkd(folder, **options)
     else:

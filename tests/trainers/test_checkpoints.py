@@ -233,7 +233,13 @@ def test_state_is_json_that_names_its_trainer(tmp_path):
     folder = checkpoint(tmp_path)
     state = json.loads((folder / STATE_FILE).read_text())
     size = state.pop("logs")["metrics.jsonl"]
-    assert state == {"trainer": "PPOTrainer", "processes": 1, "kl_coef": 0.05, "behaviour_lags": False}
+    assert state == {
+        "trainer": "PPOTrainer",
+        "processes": 1,
+        "micro_batches": 1,
+        "kl_coef": 0.05,
+        "behaviour_lags": False,
+    }
     assert [row["step"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_bytes()[:size].splitlines())] == [
         1,
         2,

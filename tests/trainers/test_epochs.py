@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import chaos
 from rlkd.runs.checkpoints import checkpoints
@@ -48,10 +49,20 @@ def test_a_run_of_three_epochs_killed_twice_is_the_undisturbed_run(whole, tmp_pa
         assert chaos.difference(reference, chaos.outcome(trainer)) == ""
 
 
+class WaitBeforeTheEnd(TrainerCallback):
+    """A fast process must not end the run before it is killed."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps - 1:
+            time.sleep(600)
+
+
 def a_part(case, folder):
-    """The command, as it is repeated; its process is killed, or ends it."""
+    """The command, as it is repeated; its process is killed."""
     torch.set_num_threads(1)
-    chaos.build_epochs(case, folder).train(resume_from_checkpoint="auto")
+    trainer = chaos.build_epochs(case, folder)
+    trainer.add_callback(WaitBeforeTheEnd())
+    trainer.train(resume_from_checkpoint="auto")
 
 
 @pytest.mark.fault

@@ -1,15 +1,18 @@
-"""Two processes with half the rows each are the same run as one process with all of them."""
+"""Two processes with half the rows each are the same run as one process with all of them, which may continue it."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import two_processes
 from safetensors.torch import load_file
 
+from rlkd.runs.checkpoints import checkpoints
 from tiny_runs import logged
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -30,15 +33,33 @@ def launch(kind, folder, processes):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=WEIGHTS, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def continued(kind, folder, copy):
+    """The weights that one process ends with, from the first checkpoint of two and with as many micro-batches."""
+    shutil.copytree(folder, copy)
+    for path in list(checkpoints(copy).values())[:-1]:  # newest first
+        shutil.rmtree(path)
+    steps = 4 if kind == "reinforce" else 2
+    trainer = two_processes.build(kind, copy, per_device_train_batch_size=4, gradient_accumulation_steps=steps)
+    trainer.train(resume_from_checkpoint="auto")
+    assert len({row["step"] for row in logged(copy)}) == len({row["step"] for row in logged(folder)})
+    trainer.save_model()
+    return load_file(copy / "model.safetensors")
+
+
 @pytest.mark.multi
 @pytest.mark.parametrize("kind", ["ppo", "reinforce", "gkd", "supervised", "tkd"])
 def test_two_processes_are_one_run(tmp_path, kind):
     for processes in (1, 2):
         launch(kind, tmp_path / str(processes), processes)
     one, two = (load_file(tmp_path / str(n) / "model.safetensors") for n in (1, 2))
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=WEIGHTS, msg=lambda m, n=name: f"{n}: {m}")
+    assert_close(two, one)
+    assert_close(continued(kind, tmp_path / "2", tmp_path / "continued"), one)
     lines = [logged(tmp_path / str(n)) for n in (1, 2)]
     assert len(lines[0]) == len(lines[1])
     for first, second in zip(*lines, strict=True):

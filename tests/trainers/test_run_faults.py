@@ -464,13 +464,22 @@ def test_one_of_two_ranks_killed(tmp_path):
     assert re.search(r"local_rank: 1\b", message)
     assert re.search(r"SIGKILL|exitcode *: -9", message)
     assert damage(folder / "checkpoint-2") is None
-    # Fewer processes would be another run.
-    with pytest.raises(CheckpointError, match="was written by 2 processes, this run has 1"):
+    # One process alone would see half of the rows.
+    expected = "was written by 2 processes, this run has 1.*Set gradient_accumulation_steps: 2"
+    with pytest.raises(CheckpointError, match=expected):
         chaos.build("reinforce", folder).train(resume_from_checkpoint="auto")
+    other = shutil.copytree(folder, tmp_path / "other")
     assert ended(launched(folder)) == 0
     models = [chaos.safetensors.torch.load_file(path / "model.safetensors") for path in (straight, folder)]
     assert_same(*models)
     assert [row["step"] for row in logged(folder)] == [row["step"] for row in logged(straight)]
+    # From two processes to one, killed again, and back to two.
+    chaos.build("reinforce", other, gradient_accumulation_steps=2).train(resume_from_checkpoint="auto")
+    shutil.rmtree(other / "checkpoint-4")
+    assert ended(launched(other)) == 0
+    resplit = chaos.safetensors.torch.load_file(other / "model.safetensors")
+    assert all(torch.allclose(resplit[name], tensor, rtol=0, atol=2e-5) for name, tensor in models[0].items())
+    assert [row["step"] for row in logged(other)] == [row["step"] for row in logged(straight)]
 
 
 @pytest.mark.multi

@@ -271,6 +271,14 @@ def test_a_longer_run_is_the_same_run_if_the_schedule_does_not_end_with_it(sched
     assert (changed_settings(then, [arguments(max_steps=8, num_train_epochs=5, **options)]) == []) is free
 
 
+@pytest.mark.parametrize(("processes", "steps", "free"), [(1, 2, False), (2, 2, True), (2, 4, False), (4, 2, False)])
+def test_accumulation_may_make_up_for_other_processes(processes, steps, free):
+    """arguments: one process, so as many steps as there were processes with one step each."""
+    before = record(processes=processes, settings=settings_of([arguments()]))
+    changed = before.changed_settings([arguments(gradient_accumulation_steps=steps)])
+    assert changed == ([] if free else [f"  gradient_accumulation_steps: 1 -> {steps}"])
+
+
 def test_settings_newer_than_the_record_are_no_change():
     then = settings_of([arguments()])
     del then["lam"]

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from test_tkd import make as make_tkd
 from test_tkd import rows
@@ -13,9 +14,9 @@ from tiny import tiny_classifier
 from tiny_runs import examples, labels, make
 
 
-def tkd(folder: str) -> None:
+def tkd(folder: str, **more: Any) -> Any:
     teacher = tiny_classifier()
-    trainer = make_tkd(
+    return make_tkd(
         Path(folder),
         model=build_student(teacher, 2, "random", hidden_size=8),
         teacher=teacher,
@@ -25,19 +26,17 @@ def tkd(folder: str) -> None:
         auto_scale=True,
         optim="sgd",  # Adam would amplify the rounding error of key biases, which have gradient 0
         max_steps=4,
-        per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
         per_device_eval_batch_size=2,
         # Of equal length: terms over tokens are means of a micro-batch, whatever the tokens of the others.
         train=[row for row in rows(400) if len(row["text"].split()) == 5][:32],
         dev=rows(8, seed=1),
         eval_strategy="steps",
         eval_steps=2,
+        **more,
     )
-    trainer.train()
-    trainer.save_model()
 
 
-def main(kind: str, folder: str) -> None:
+def generating(kind: str, folder: str, **more: Any) -> Any:
     options = {
         "ppo": {
             "kl_target": 0.01,
@@ -59,28 +58,32 @@ def main(kind: str, folder: str) -> None:
             "task_reward": "rouge1",
             "task_reward_coef": 0.01,
         },
-        "supervised": {"max_steps": 4, "dataloader_drop_last": True}
-        | {"until_ready": True, "lr_scheduler_type": "linear", "save_strategy": "best"},
+        "supervised": {"max_steps": 4, "eval_steps": 2, "dataloader_drop_last": True}
+        | {"until_ready": True, "lr_scheduler_type": "linear"},
     }[kind]
     if kind in ("ppo", "reinforce"):
         options["weak_start"] = "warn"
-    trainer = make(
+    return make(
         kind,
         Path(folder),
         n=32,
-        per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
         per_device_eval_batch_size=2,
         learning_rate=1e-3,
         eval_strategy="steps",
-        eval_steps=4,
         eval_examples=examples(5),
         sample_table_rows=5,
         task_metric=exact_match,
-        **options,
+        **{"eval_steps": 4, **options, **more},
     )
-    trainer.train()
-    trainer.save_model()
+
+
+def build(kind: str, folder: str | Path, **more: Any) -> Any:
+    """The trainer of a kind, which saves a checkpoint after half of its steps."""
+    more = {"save_strategy": "steps", "save_steps": 4 if kind == "ppo" else 2, "save_total_limit": 3, **more}
+    return tkd(str(folder), **more) if kind == "tkd" else generating(kind, str(folder), **more)
 
 
 if __name__ == "__main__":
-    tkd(sys.argv[2]) if sys.argv[1] == "tkd" else main(*sys.argv[1:])
+    trainer = build(*sys.argv[1:], per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")))
+    trainer.train()
+    trainer.save_model()

@@ -21,7 +21,7 @@ PER_LAYER = ("attention_window",)  # lists with a value for each layer, besides 
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "roberta-prelayernorm")
 
 
-def longest(config: Any) -> int | None:
+def longest_text(config: Any) -> int | None:
     """Tokens of the longest text that the model has positions for; None: any length."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and config.model_type in POSITIONS_AFTER_PADDING:
@@ -31,7 +31,7 @@ def longest(config: Any) -> int | None:
 
 def check_length(max_length: int, config: Any, role: str) -> None:
     """Raises ConfigError if the model has fewer positions than `max_length` tokens."""
-    positions = longest(config)
+    positions = longest_text(config)
     if positions is not None and max_length > positions:
         raise ConfigError(
             f"max_length = {max_length}: the {role} ('{config.model_type}') has {positions} positions. "

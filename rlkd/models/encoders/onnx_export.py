@@ -92,7 +92,10 @@ def _load(name: str, config: Any, allow_bin: bool) -> Any:
 
     kinds = config.architectures or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        raise ModelError(f"'{name}' is a {', '.join(kinds) or 'model without a head'}, not a sequence classifier.")
+        raise ModelError(
+            f"'{name}' is a {', '.join(kinds) or 'model without a head'}, not a sequence classifier. Models that "
+            "generate: rlkd export --to ctranslate2."
+        )
     model = load_pretrained(
         AutoModelForSequenceClassification, name, "model", config=config, dtype=torch.float32, allow_bin=allow_bin
     )

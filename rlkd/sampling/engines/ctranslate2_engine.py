@@ -1,4 +1,4 @@
-"""CTranslate2: T5 and BART teachers in float32, bfloat16 or int8, on a CPU or a GPU.
+"""CTranslate2: teachers of the T5 and BART families in float32, bfloat16 or int8, on a CPU or a GPU.
 
 The teacher is converted once per weights and precision, into a cache folder. Sampling is done in PyTorch: CTranslate2
 seeds its generators once per thread, so samples depend on the batch and on earlier calls.
@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,18 @@ import torch
 
 from ...errors import ConfigError, RlkdError
 from ...io.files import sha256
+from ...models import conversion
+from ...models.conversion import TRANSLATORS, specification
 from ...models.digests import configuration_digest, weights_digest
-from ...models.encoder_decoder import T5_FAMILY, positions
-from ...models.generation import FORBIDDEN, NO_RULES, AnswerRules, rules_of
+from ...models.encoder_decoder import positions
+from ...models.generation import rules_of
 from ...models.language_model import LanguageModel
 from ...models.spec import LoadedModel, ModelSource
 from .protocol import Answer, Decoding, EngineSettings
 
 logger = logging.getLogger(__name__)
 
-# The converter's class for each model type.
-LOADERS = {"t5": "T5Loader", "mt5": "MT5Loader", "bart": "BartLoader"}
 CHECKSUMS = "sha256.json"
-INSTALL = "pip install 'rlkd[ctranslate2]'"
 
 
 class CTranslate2Engine:
@@ -51,7 +49,7 @@ class CTranslate2Engine:
         self, lm: LanguageModel, compute_type: str = "float32", *, threads: int = 0, device: str | None = None
     ):
         where = torch.device(device or lm.device)
-        if reason := _objection(LoadedModel(lm), compute_type, where) or _unruly(rules_of(lm)):
+        if reason := conversion.objection(LoadedModel(lm), compute_type, where, TRANSLATORS):
             raise ConfigError(f"engine = 'ctranslate2': {reason} Use --engine torch.")
         import ctranslate2
 
@@ -77,8 +75,8 @@ class CTranslate2Engine:
     def objection(model: ModelSource, decoding: Decoding | None, settings: EngineSettings) -> str | None:
         precision = settings.compute_type or model.dtype
         where = torch.device(model.device or "cpu")
-        rules, limit = getattr(model, "rules", NO_RULES), positions(model.config).answer
-        return _objection(model, precision, where) or _unable(decoding, limit) or _unruly(rules)
+        reason = conversion.objection(model, precision, where, TRANSLATORS)
+        return reason or _unable(decoding, positions(model.config).answer)
 
     @staticmethod
     def reservation(decoding: Decoding | None) -> str | None:
@@ -176,27 +174,6 @@ class CTranslate2Engine:
         return Answer([*ids, rules.last], [*logps, 0.0], finished)
 
 
-def _objection(model: ModelSource, compute_type: str, device: torch.device) -> str | None:
-    """Why CTranslate2 cannot compute with this model."""
-    kind = model.config.model_type
-    if find_spec("ctranslate2") is None:
-        return f"ctranslate2 is not installed ({INSTALL})."
-    if model.adapted:
-        return "the teacher has PEFT adapters; merge_and_unload() them first."
-    if model.quantized:
-        return "the teacher's weights are already quantized (bitsandbytes)."
-    if kind not in LOADERS:
-        return f"it does not convert '{kind}' models, only {', '.join(LOADERS)}."
-    supported = _supported(device.type)
-    if not supported:
-        return f"it cannot use this {device.type}."
-    if compute_type not in supported:
-        return f"it does not compute in {compute_type} on this {device.type}, only {', '.join(supported)}."
-    if compute_type == "float16" and kind in T5_FAMILY:
-        return "float16 overflows to inf in T5 models, and greedy decoding does not notice: use bfloat16 or float32."
-    return None
-
-
 def _unable(decoding: Decoding | None, limit: int | None) -> str | None:
     """Why CTranslate2 cannot decode this way, with a model of `limit` positions."""
     if decoding is not None and decoding.strategy == "beam" and limit is not None and decoding.max_new_tokens >= limit:
@@ -205,14 +182,6 @@ def _unable(decoding: Decoding | None, limit: int | None) -> str | None:
         return "its samples are not reproducible: they depend on the batch, not on a row's seed."
     if decoding is not None and decoding.top_k_logprobs:
         return "it does not return the log-probabilities of other tokens (top_k_logprobs)."
-    return None
-
-
-def _unruly(rules: AnswerRules) -> str | None:
-    """Why CTranslate2 cannot keep to what the checkpoint says of answers."""
-    if rules.moving:
-        what = ", ".join(rules.moving)
-        return f"it does not compute log-probabilities under {what} (the teacher's generation_config)."
     return None
 
 
@@ -258,43 +227,11 @@ def _recorded(folder: Path) -> Any:
 
 
 def _specification(lm: LanguageModel) -> Any:
-    """CTranslate2's description of the model, weights included. Its tokens are the ids as decimal text."""
-    from ctranslate2.converters import transformers as converters
-    from ctranslate2.specs.model_spec import OPTIONAL, visit_spec
-
-    model, config, head = lm.model, lm.model.config, lm.head()
-    if config.model_type == "bart":
-        # The converter reads them; transformers 5 has dropped them from BART's configuration.
-        for name, value in (("normalize_before", False), ("normalize_embedding", True)):
-            if not hasattr(config, name):
-                setattr(config, name, value)
-    with torch.no_grad():
-        spec = getattr(converters, LOADERS[config.model_type])().get_model_spec(model)
-        # The converter relies on tie_word_embeddings, which transformers 5 sets to True for every T5, untied or not.
-        spec.decoder.scale_outputs = OPTIONAL if head.scale == 1.0 else head.scale
-        # Rows beyond the tokenizer are not tokens: they may neither be chosen nor enter the normalizer.
-        valid = lm.valid_vocab
-        (encoder_embedding,) = spec.encoder.embeddings
-        for part in (encoder_embedding, spec.decoder.embeddings, spec.decoder.projection):
-            part.weight = part.weight[:valid]
-        bias = torch.zeros(valid) if head.bias is None else head.bias[:valid].detach().clone()
-        bias[list(head.rules.banned)] = FORBIDDEN
-        if head.bias is not None or head.rules.banned:
-            spec.decoder.projection.bias = bias
-
-        def own(part: Any, name: str, value: Any) -> None:
-            # Quantization works in place and would overwrite the teacher.
-            if isinstance(value, torch.Tensor):
-                setattr(part, name.rsplit("/", 1)[-1], value.detach().to("cpu", copy=True))
-
-        visit_spec(spec, own)
-    spec.register_source_vocabulary([str(i) for i in range(valid)])
-    spec.register_target_vocabulary([str(i) for i in range(valid)])
-    rules = rules_of(lm)
-    spec.config.decoder_start_token = str(rules.start_id)
+    """CTranslate2's description of the model. Its tokens are the ids as decimal text."""
+    spec = specification(lm, [str(i) for i in range(lm.valid_vocab)])
     # It answers nothing to a prompt of these two alone, such as an empty text's end-of-sequence. Answers end with
     # `end_token` instead.
-    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = str(rules.pad_id)
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = str(rules_of(lm).pad_id)
     spec.validate()
     return spec
 
@@ -312,18 +249,6 @@ def _digest(spec: Any, compute_type: str) -> str:
 
 def _cache() -> Path:
     return Path(os.environ.get("RLKD_CACHE") or Path.home() / ".cache" / "rlkd")
-
-
-def _supported(device: str) -> list[str]:
-    import ctranslate2
-
-    if device not in ("cpu", "cuda"):
-        return []
-    try:
-        return sorted(ctranslate2.get_supported_compute_types(device))
-    except (RuntimeError, ValueError):
-        # No driver, or not the CUDA libraries that this build needs.
-        return []
 
 
 def _tokens(rows: list[list[int]]) -> list[list[str]]:

@@ -1,0 +1,83 @@
+"""A saved classifier by name, for commands that take any model: it is checked before its weights load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from ..errors import ConfigError, ModelError
+from ..models.encoders import bilstm as _bilstm  # noqa: F401  registers its configuration
+from ..models.encoders.classifiers import check_length, longest_text
+from ..models.encoders.labels import check_single_label
+from ..models.encoders.rehearsal import is_encoder
+from ..models.loading import check_saved_weights, load_config, load_pretrained
+from ..models.spec import default_device
+from ..models.vocabulary import check_vocabulary_fits, load_tokenizer, valid_vocab
+
+HEAD = "ForSequenceClassification"
+CLASSIFIERS_ONLY = {"pair_column": None}  # options without effect with a generating model, and their defaults
+LONGEST = 512  # tokens of a text, where the model has as many positions and nothing else is asked for
+
+
+@dataclass(frozen=True)
+class SavedClassifier:
+    """A classifier whose configuration and tokenizer fit; classes, the names of its logits; max_length, tokens of a
+    text.
+    """
+
+    name: str
+    config: Any
+    tokenizer: Any
+    classes: tuple[str, ...]
+    max_length: int
+    allow_bin: bool = False
+
+    @classmethod
+    def of(cls, request: dict[str, Any]) -> SavedClassifier | None:
+        """The model that a command names, None if it is no classifier. Raises ModelError if it is one that cannot be
+        used, ConfigError for more tokens than it has positions. No weights are loaded.
+        """
+        name, allow_bin = request["model"], bool(request["allow_bin"])
+        config = load_config(name, "model")
+        if not any(kind.endswith(HEAD) for kind in config.architectures or ()):
+            return None
+        if not is_encoder(config):
+            raise ModelError(
+                f"model '{name}' classifies with a '{config.model_type}' model, which reads texts in one direction: "
+                "only encoders are supported here."
+            )
+        check_single_label(config, "model", name)
+        tokenizer = load_tokenizer(name, "model")
+        check_vocabulary_fits(config, valid_vocab(tokenizer), "model", name)
+        if tokenizer.pad_token_id is None:
+            raise ModelError(f"model '{name}': its tokenizer has no padding token. Set one (pad_token), save it again.")
+        length = request["max_input_tokens"] or min(longest_text(config) or LONGEST, LONGEST)
+        check_length(length, config, f"model '{name}'")
+        check_saved_weights(name, "model", allow_bin=allow_bin)
+        names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        return cls(name, config, tokenizer, names, length, allow_bin)
+
+    def load(self) -> Any:
+        """The model in float32 on the default device, for evaluation. Raises ModelError as `load_pretrained`."""
+        model = load_pretrained(
+            AutoModelForSequenceClassification,
+            self.name,
+            "model",
+            config=self.config,
+            allow_bin=self.allow_bin,
+            dtype=torch.float32,
+        )
+        return model.eval().to(default_device())
+
+
+def refuse_options(request: dict[str, Any], others: dict[str, Any], kind: str) -> None:
+    """Raise ConfigError for an option that has no effect with a model of this kind; others: option -> its default."""
+    for name, default in others.items():
+        value = request.get(name)
+        if value if default is None else value != default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect: '{request['model']}' is {kind}. Leave it out."
+            )

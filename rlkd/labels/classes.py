@@ -1,0 +1,112 @@
+"""A classifier as the maker of label rows: the label is the most probable class, the ranked choices are the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from ..data.labelled import EncodedTexts
+from ..models.digests import configuration_digest, weights_digest
+from ..records import PromptedRow, PseudoLabel
+from ..sampling.engines.protocol import Answer
+from .labelling import Labeller, Slot, StoppedError
+
+NO_SECOND_TEXT = "no second text"
+
+
+@dataclass(frozen=True)
+class ClassifierReader:
+    """How a classifier reads texts, or pairs of texts; a `PromptReader`."""
+
+    tokenizer: Any
+    max_input_tokens: int
+    pairs: bool = False
+    append_eos: bool = True  # as its tokenizer frames texts
+
+
+class ClassifierEngine:
+    """A sequence classifier with its weights; classes, the names of its logits in their order. It writes no tokens, so
+    that of an `Engine` it has the identity alone.
+    """
+
+    name = "classifier"
+    exact = True
+
+    def __init__(self, model: Any, classes: Sequence[str]):
+        self.model, self.classes = model.eval(), list(classes)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "teacher": self.model.name_or_path,
+            "teacher_weights": weights_digest(self.model),
+            "teacher_configuration": configuration_digest(self.model),
+            "dtype": str(self.model.dtype),
+        }
+
+    @torch.inference_mode()
+    def log_probabilities(self, batch: dict[str, torch.Tensor]) -> list[list[float]]:
+        """Natural log-probability of each class, [B, C], of encoded texts."""
+        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        logps: list[list[float]] = self.model(**inputs).logits.double().log_softmax(-1).tolist()
+        return logps
+
+    def answer(self, *_: Any) -> Any:
+        raise NotImplementedError("a classifier writes no answers")
+
+    score: Callable[..., Any] = answer
+
+
+@dataclass
+class ClassLabeller(Labeller):
+    """Makes the label rows of one shard from the classes of its texts, or pairs of texts. A shard that a signal
+    interrupts is computed again, so that its batches, and the last bits, are those of an uninterrupted run.
+    """
+
+    def shard(self, rows: list[PromptedRow], done: dict[int, PseudoLabel]) -> list[PseudoLabel]:
+        """As in `Labeller`."""
+        labels: dict[int, PseudoLabel] = {}
+        slots = [slot for i, row in enumerate(rows) if (slot := self._slot(i, row, labels)) is not None]
+        self.advance(len(labels), 0)
+        if slots:
+            self._classify(slots, labels)
+        return [labels[i] for i in range(len(rows))]
+
+    def _slot(self, position: int, row: PromptedRow, labels: dict[int, PseudoLabel]) -> Slot | None:
+        """The text to classify; None for a row without one, which gets its label row here."""
+        (prompt,), template = row.prompts, self.templates[0]
+        status, reason = prompt.status, prompt.error
+        if status == "ok" and self.pairs and not (row.second or "").strip():
+            status, reason = "skipped", NO_SECOND_TEXT
+        if prompt.text is None or status != "ok":
+            self._blank(position, row, template, prompt.text, status, reason, labels)
+            return None
+        between = f" {self.teacher.tokenizer.sep_token or ''} "
+        return Slot(position, row, template, prompt.text + (between + str(row.second) if self.pairs else ""), None, [])
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it classifies pairs of texts."""
+        return cast(ClassifierReader, self.teacher).pairs
+
+    def _classify(self, slots: list[Slot], labels: dict[int, PseudoLabel]) -> None:
+        engine, tokenizer = cast(ClassifierEngine, self.engine), self.teacher.tokenizer
+        texts = [{"text": slot.row.prompts[0].text, "text_pair": slot.row.second} for slot in slots]
+        columns = [[text[name] for text in texts] for name in (("text", "text_pair") if self.pairs else ("text",))]
+        whole = tokenizer(*columns, truncation=False, verbose=False)["input_ids"]
+        encoded = EncodedTexts(texts, tokenizer, self.teacher.max_input_tokens, len(engine.classes))
+        for slot, ids, all_ids in zip(slots, encoded.ids["input_ids"], whole, strict=True):
+            slot.ids, slot.truncated = ids, len(all_ids) > len(ids)
+        for numbers, batch in encoded.batches(max(self.budget.tokens // max(encoded.lengths), 1)):
+            if self.stopping():
+                raise StoppedError({})
+            some, logps = [slots[k] for k in numbers], engine.log_probabilities(batch)
+            self._check_finite(some, logps)
+            for slot, values in zip(some, logps, strict=True):
+                best = max(range(len(values)), key=values.__getitem__)
+                ranked = {"finish_reason": "ranked", "choices": engine.classes, "choice_logprobs": values}
+                answer = Answer([], [values[best]], True)
+                labels[slot.position] = self._label(slot, 0, answer, engine.classes[best], **ranked)
+            self.advance(len(numbers), 0)
