@@ -178,8 +178,8 @@ def _evaluation(role: str, args: DistillArguments, out: Path) -> Stage:
         "teacher": args.teacher,
         "teacher_dtype": teacher_dtype(args),
         "input_eos": args.input_eos,
+        "templates": _templates(args, out),
     }
-    scored["templates"] = _templates(args, out)
     model = out / ("warm-up" if role == "warm-up" else "rl")
     return Stage(f"evaluation/{role}", ("evaluate", str(model)), {**settings, **scored})
 
