@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from signal import Signals
@@ -167,7 +167,7 @@ def _write_rows(plan: Plan, folder: Path) -> None:
 
 
 def _write_start(plan: Plan, folder: Path) -> None:
-    write_small(plan.pair.teacher.model, folder)
+    write_small(replace(plan.pair.teacher.model, chat=None, system_prompt=None), folder)
 
 
 def _write_held_out(plan: Plan, folder: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from models.chat_templates import chat_model, chat_tokenizer
 from models.decoder_families import continuing_tokenizer, tiny_decoder
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -318,6 +320,29 @@ def test_mistakes_are_named_before_weights_load(user, capsys, monkeypatch, words
     code, _, err = run(capsys, *BASIC, *PROMPT, *words)
     assert (code, said in err) == (expected, True), err
     assert not Path("runs").exists()
+
+
+def test_chats_are_those_of_every_stage(user, capsys, monkeypatch):
+    """The teacher reads a chat wherever it reads; what is cut from it reads none unless asked."""
+    save_pretrained("chatting", chat_model(), chat_tokenizer())
+    called = []
+    monkeypatch.setattr(command, "command", lambda words: called.append(words) or (words[0] == "evaluate") * 9)
+    asked = ["--teacher", "chatting", "--student", "small", "--teacher-chat", "true", "--student-chat", "false"]
+    asked += ["--teacher-system-prompt", "Be brief.", "--max-input-tokens", "100"]
+    code, _, err = run(capsys, *BASIC, *PROMPT, *asked)
+    assert (code, "evaluation/teacher ended with exit code 9" in err) == (1, True), err
+    labels, warm_up, rl, teacher = called
+    assert {"--teacher-chat", "--teacher-system-prompt=Be brief."} <= {*labels}
+    assert {"--student-chat", "--student-system-prompt=Be brief."} <= {*teacher}
+    for words in (warm_up, rl):
+        settings = yaml.safe_load(Path(words[-1]).read_text())
+        told = {name: value for name, value in settings.items() if "chat" in name or "system" in name}
+        assert told == {"teacher_chat": True, "teacher_system_prompt": "Be brief.", "student_chat": False,
+                        "student_system_prompt": None}  # fmt: skip
+    code, _, err = run(
+        capsys, *BASIC, *PROMPT, "--student", "encoder", "--answer-choices", "a|||b", "--student-chat", "true"
+    )
+    assert (code, "is an encoder, which reads no chats" in err) == (2, True), err
 
 
 def test_neither_prompt_nor_templates(user, capsys):
