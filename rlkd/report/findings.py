@@ -202,11 +202,14 @@ def against_constant(arm: Arm) -> Comparison | None:
     return Comparison(arm.name, CONSTANT, "accuracy", means, paired_difference(found[1], constant))
 
 
-def predictions(arm: Arm) -> tuple[list[int], list[int]]:
-    """(predicted, true) labels of a classifier's held-out rows, pooled over its seeds."""
+def predictions(arm: Arm) -> tuple[list[Any], list[Any]]:
+    """(predicted, true) labels of a classifier's held-out rows, indices or lists of them, pooled over its seeds."""
     rows = [row for run in arm.runs for row in run.newest]
-    pairs = [(row["predicted"], row["label"]) for row in rows
-             if type(row.get("predicted")) is int and type(row.get("label")) is int]  # fmt: skip
+    pairs = [
+        (row["predicted"], row["label"])
+        for row in rows
+        if type(row.get("predicted")) in (int, list) and type(row.get("predicted")) is type(row.get("label"))
+    ]
     return [guess for guess, _ in pairs], [label for _, label in pairs]
 
 
@@ -340,12 +343,12 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
             (f"inputs of more than {high:.0f} words", words > high),
         ]
     )
-    labels = sorted({row["label"] for row in rows if type(row.get("label")) is int})[:LABELS_SHOWN]
+    labels = sorted({label for row in rows for label in _labels_of(row)})[:LABELS_SHOWN]
     called = {label: _label(arm, label) for label in labels}
     conditions = [
         *by_length,
         *(
-            (f"{LABELLED} {name}", np.array([row.get("label") == label for row in rows]))
+            (f"{LABELLED} {name}", np.array([label in _labels_of(row) for row in rows]))
             for label, name in called.items()
         ),
         (TRUNCATED, np.array([row.get("finish_rate") == 0 for row in rows])),
@@ -359,6 +362,12 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
         if mine:
             groups.append(Group(label, len(mine), {name: mean for name, mean in means.items() if mean is not None}))
     return groups
+
+
+def _labels_of(row: Row) -> list[int]:
+    """The indices of a row's label, or of several."""
+    label = row.get("label")
+    return label if isinstance(label, list) else [label] if type(label) is int else []
 
 
 def _label(arm: Arm, label: int) -> str:

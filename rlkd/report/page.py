@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..evaluation.classes import class_scores
+from ..evaluation.classes import class_scores, in_words
 from ..evaluation.samples import Sample
 from ..inspection.markup import environment, heat_map_html, legend_html, standalone_page
 from . import findings, words
@@ -186,9 +186,8 @@ def _cases(found: findings.Failures, row: Row) -> dict[str, Any]:
                     finished=row.get(f"{prefix}finish_rate") != 0,
                 )
             )
-    names = found.run.labels
-    row = {key: names[k] if key in ("label", "predicted") and type(k) is int and 0 <= k < len(names) else k
-           for key, k in row.items()}  # fmt: skip
+    row = {key: in_words(value, found.run.labels) if key in ("label", "predicted") else value
+           for key, value in row.items()}  # fmt: skip
     return {"row": row, "samples": samples, "score": number(row.get(found.by))}
 
 
