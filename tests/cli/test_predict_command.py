@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models.chat_templates import chat_model, chat_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
@@ -172,6 +173,17 @@ def test_a_run_that_is_stopped_continues_to_the_same_files(folder, capsys, monke
     assert Path("cut/labels-00001.parquet").read_bytes() == before
 
 
+def test_a_chat_model_answers_in_its_chat_template(folder, capsys):
+    save_pretrained("chat", chat_model(), chat_tokenizer())
+    words = (*BASIC, "--max-new-tokens", "3", "--max-input-tokens", "128", "--limit", "2", "--student-chat", "--quiet")
+    code, _, err = run(capsys, "chat", *words, "--out", "out")
+    assert code in (0, 4), err
+    rows = load_pseudolabels("out", statuses=None).to_list()
+    turns = [{"role": "user", "content": NOTES[0]}]
+    asked = chat_tokenizer().apply_chat_template(turns, add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert rows[0]["n_in"] == len(asked)
+
+
 def test_a_warning_where_the_run_that_made_the_model_says_otherwise(folder, capsys, caplog):
     record = {
         "trainer": "PPOTrainer", "data": {}, "templates": [], "models": {}, "revisions": {},
@@ -189,6 +201,7 @@ def test_a_warning_where_the_run_that_made_the_model_says_otherwise(folder, caps
         (["student", "--pair-column", "other"], "--pair-column has no effect: 'student' is a generating model"),
         (["classifier", "--max-new-tokens", "4"], "--max-new-tokens has no effect: 'classifier' is a classifier"),
         (["classifier", "--engine", "torch"], "--engine has no effect"),
+        (["classifier", "--no-student-chat"], "--student-chat has no effect"),
         (["classifier", "--max-input-tokens", "600"], "max_length = 600"),
         (["classifier", "--pair-column", "othr"], "Did you mean 'other'"),
         (["encoder"], "an encoder, which writes no text"),
