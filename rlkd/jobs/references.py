@@ -126,7 +126,7 @@ def train_on_references(
     """Train, evaluate and save the model. Raises ModelError, DataError or ConfigError, each before weights load."""
     settings = (data, own, model)
     own.check_model(model)
-    spec = student_spec(model, vars(own), "model")
+    spec = student_spec(model, vars(data) | vars(own))
     check_resumed_settings(training, settings)
     spec.check()
     spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
