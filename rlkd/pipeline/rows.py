@@ -123,6 +123,7 @@ def merged(rows: datasets.Dataset, reference_column: str | None) -> datasets.Dat
     """
     import datasets
 
+    reference_column = reference_column if reference_column in rows.column_names else None
     names = [name for name in rows.column_names if name != reference_column]
     found: dict[str, dict[str, Any]] = {}
     references: dict[str, list[str]] = {}
@@ -165,10 +166,10 @@ def prompt_file(args: DistillArguments) -> str:
     return yaml.safe_dump({"templates": {"prompt": {**fields, "metadata": {}}}}, allow_unicode=True, sort_keys=False)
 
 
-def first_template(args: DistillArguments, folder: Path) -> str:
+def first_template(args: DistillArguments, folder: Path) -> Path | str:
     """The name of the first template alone. folder: where the prompt's file is."""
     if args.prompt is not None:
-        return str(folder / PROMPT_FILE)
+        return folder / PROMPT_FILE
     spec = args.templates[0]
     found = load_templates(spec)
     return spec if len(found) == 1 else f"{spec}:{found[0].id or found[0].name}"
