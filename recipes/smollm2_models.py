@@ -44,8 +44,7 @@ def load(weights: Path) -> tuple[Any, Any]:
 
 def write(model: Any, tokenizer: Any, folder: Path) -> None:
     """folder/teacher and folder/student: a model that came from such a file cannot be saved, its weights can."""
-    from rlkd.models.cut_layers import write_small
-    from rlkd.models.spec import ModelSpec
+    from rlkd import ModelSpec, write_small
 
     fields = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     plain = type(model)(type(model.config)(**fields))

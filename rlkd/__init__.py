@@ -72,6 +72,7 @@ _MODULES = {
     "models.spec": ("ModelSource", "ModelSpec", "TeacherSpec"),
     "models.teacher": ("Teacher",),
     "models.chat": ("with_chat",),
+    "models.cut_layers": ("write_small",),
     "models.vocabulary": ("load_tokenizer", "valid_vocab"),
     "objectives.advantages": ("Baseline", "BASELINES", "CreditInputs"),
     "objectives.attention_tree": ("attention_tree", "rows_of_map"),
@@ -199,6 +200,7 @@ if TYPE_CHECKING:
     from .models.architectures import Architecture as Architecture
     from .models.architectures import language_model as language_model
     from .models.chat import with_chat as with_chat
+    from .models.cut_layers import write_small as write_small
     from .models.encoders.bilstm import BiLSTMConfig as BiLSTMConfig
     from .models.encoders.bilstm import BiLSTMForSequenceClassification as BiLSTMForSequenceClassification
     from .models.encoders.classifiers import build_student as build_student
