@@ -297,6 +297,8 @@ def quantization_config(name: Quantization) -> Any:
     check_choice("quantization", name, Quantization)
     if name == "none":
         return None
+    # At every layer of every forward it says that int8 casts its inputs; how far that moves answers is measured.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
