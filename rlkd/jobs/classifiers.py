@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from ..errors import ConfigError, ModelError
 from ..models.encoders import bilstm as _bilstm  # noqa: F401  registers its configuration
 from ..models.encoders.classifiers import check_length, longest_text
-from ..models.encoders.labels import check_single_label
+from ..models.encoders.labels import check_problem
 from ..models.encoders.rehearsal import is_encoder
 from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.spec import default_device
@@ -54,7 +54,7 @@ class SavedClassifier:
                 f"model '{name}' classifies with a '{config.model_type}' model, which reads texts in one direction: "
                 "only encoders are supported here."
             )
-        check_single_label(config, "model", name)
+        check_problem(config, "model", "single_label_classification", name)
         tokenizer = load_tokenizer(name, "model")
         check_vocabulary_fits(config, valid_vocab(tokenizer), "model", name)
         if tokenizer.pad_token_id is None:

@@ -11,6 +11,7 @@ from ..checks import Count, Share, check_settings
 from ..choices import OnBadRow
 from ..errors import ConfigError
 from ..evaluation.task_metrics import check_task_metric
+from ..jobs.chat import StudentChatArguments, TeacherChatArguments
 from ..jobs.text_files import TextFileArguments
 from ..models.spec import Dtype
 
@@ -18,7 +19,7 @@ SMALL = "small"
 
 
 @dataclass(kw_only=True)
-class DistillArguments(TextFileArguments):
+class DistillArguments(TextFileArguments, TeacherChatArguments, StudentChatArguments):
     """What to distil, and from what; everything else has a default that is a rule (docs/distill.md)."""
 
     teacher: str = field(metadata={"help": "The prompted teacher: hub id or folder of a language model."})

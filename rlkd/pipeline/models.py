@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256 as digest
 from math import prod
 from typing import Any
@@ -47,20 +47,28 @@ class Pair:
     def of(cls, args: DistillArguments) -> Pair:
         """The models that settings name. Raises ModelError or ConfigError if one cannot take its role."""
         answer = args.max_new_tokens
-        spec = ModelSpec(
+        own: dict[str, Any] = {"chat": args.student_chat, "system_prompt": args.student_system_prompt}
+        plain = ModelSpec(
             args.teacher, "teacher", dtype=teacher_dtype(args), device=default_device(), allow_bin=args.allow_bin
         )
+        spec = replace(plain, chat=args.teacher_chat, system_prompt=args.teacher_system_prompt)
         spec.check()
         teacher = TeacherSpec(spec, args.max_input_tokens, args.input_eos)
         _ = teacher.append_eos
         if args.student == SMALL:
             config = cut_config(spec.config)
             spec.check_lengths(args.max_input_tokens, answer)
-            return cls(teacher, config, spec.tokenizer, encoder=False)
+            small = replace(plain, role="student", **own)
+            small.check()
+            return cls(teacher, config, small.tokenizer, encoder=False)
         config = load_config(args.student, "student")
         if is_encoder(config):
+            if set(own.values()) != {None}:
+                raise ConfigError(
+                    f"student '{args.student}' is an encoder, which reads no chats: leave student_chat out"
+                )
             return cls(teacher, config, _encoder_tokenizer(args, spec, config), True, args.student)
-        student = ModelSpec(args.student, "student", allow_bin=args.allow_bin)
+        student = ModelSpec(args.student, "student", allow_bin=args.allow_bin, **own)
         student.check()
         for model in (spec, student):
             model.check_lengths(args.max_input_tokens, answer)
@@ -91,7 +99,7 @@ def parameters(config: Any, name: str | None) -> int:
     folder = None if name is None else check_place(name, "model")
     if folder is not None and (shapes := saved_shapes(folder)) and adapter_of(str(name), "model") is None:
         return sum(prod(shape) for shape in shapes.values())
-    kind = AutoModel if is_encoder(config) else AutoModelForCausalLM
+    kind: Any = AutoModel if is_encoder(config) else AutoModelForCausalLM
     kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else kind
     with torch.device("meta"):
         model = kind.from_config(config)

@@ -24,11 +24,12 @@ RL_SETTINGS = {
     "reward_value": "max", "one_step": "exact", "lam": 0.2, "kl_coef": 0.05, "baseline": "leave_one_out",
     "rollouts_per_prompt": 2, "epochs_per_rollout": 2, "minibatches_per_rollout": 2,
 }  # fmt: skip
-UPDATES_PER_ROLLOUT = 4
+UPDATES_PER_ROLLOUT, PROMPTS_PER_ROLLOUT = 4, 32
 # Learning rates are inversely proportional to the width of the student: of T5-base, 768, they are 3.3e-4, 3.9e-5 and,
 # of encoders, 5.2e-5.
 WARM_UP_RATE, RL_RATE, ENCODER_RATE = 0.25, 0.03, 0.04
 ROWS, ACCUMULATED = 16, 2  # of one forward and backward; of one update
+NEGATED = ("input_eos", "teacher_chat", "student_chat")  # flags whose default is neither
 TRAINING = ("warm-up", "rl", "training")
 
 
@@ -72,7 +73,7 @@ class Stage:
 def _flag(name: str, value: Any) -> Iterator[str]:
     option = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
-        if value or name == "input_eos":
+        if value or name in NEGATED:
             yield option if value else option.replace("--", "--no-", 1)
     elif isinstance(value, (list, tuple)):
         yield from (f"{option}={one}" for one in value)
@@ -132,7 +133,7 @@ def _stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str
         "save_steps": every,
     }
     yield Stage("warm-up", ("train", "seqkd"), _with(warm_up, "warm_up", args.warm_up), depends)
-    updates = min(max(len(rows.train) * RL_SETTINGS["rollouts_per_prompt"] // (ROWS * ACCUMULATED) * 2, 100), 2000)
+    updates = min(max(UPDATES_PER_ROLLOUT * len(rows.train) // PROMPTS_PER_ROLLOUT, 100), 2000)
     every = max(updates // 10 // UPDATES_PER_ROLLOUT, 5) * UPDATES_PER_ROLLOUT
     rl = {
         **shared,
@@ -172,10 +173,21 @@ def _evaluation(role: str, args: DistillArguments, out: Path) -> Stage:
         "quiet": True,
     }
     if role == "teacher":
-        own = {"student_template": first_template(args, out / "data"), "dtype": teacher_dtype(args)}
+        own = {
+            "student_template": first_template(args, out / "data"),
+            "student_chat": args.teacher_chat,
+            "student_system_prompt": args.teacher_system_prompt,
+            "dtype": teacher_dtype(args),
+        }
         return Stage(f"evaluation/{role}", ("evaluate", args.teacher), {**settings, **own})
-    scored = {"teacher": args.teacher, "teacher_dtype": teacher_dtype(args), "input_eos": args.input_eos}
-    scored["templates"] = _templates(args, out)
+    scored: dict[str, Any] = {
+        "teacher": args.teacher,
+        "teacher_dtype": teacher_dtype(args),
+        "input_eos": args.input_eos,
+        "templates": _templates(args, out),
+        **_chat(args, "teacher"),
+        **_chat(args, "student"),
+    }
     model = out / ("warm-up" if role == "warm-up" else "rl")
     return Stage(f"evaluation/{role}", ("evaluate", str(model)), {**settings, **scored})
 
@@ -239,9 +251,14 @@ def _labels(args: DistillArguments, out: Path) -> dict[str, Any]:
         "student_template": args.student_template,
         "max_input_tokens": args.max_input_tokens,
         "input_eos": args.input_eos,
+        **_chat(args, "teacher"),
         "allow_bin": args.allow_bin,
         "seed": args.seed,
     }
+
+
+def _chat(args: DistillArguments, role: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in (f"{role}_chat", f"{role}_system_prompt")}
 
 
 def _training(args: DistillArguments, out: Path) -> dict[str, Any]:
@@ -250,6 +267,8 @@ def _training(args: DistillArguments, out: Path) -> dict[str, Any]:
         "teacher": args.teacher,
         "teacher_dtype": teacher_dtype(args),
         "teacher_append_eos": args.input_eos,
+        **_chat(args, "teacher"),
+        **_chat(args, "student"),
         "allow_bin": args.allow_bin,
         "dataset": out / "data/train.parquet",
         "eval_dataset": out / "data/validation.parquet",

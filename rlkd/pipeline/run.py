@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from signal import Signals
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..data.rows import local_path
+from ..data.splits import plain
 from ..errors import ConfigError, InterruptedRunError, RlkdError
 from ..io.files import make_folder
 from ..io.lock import Stop, writer_lock
@@ -28,7 +29,7 @@ from .arguments import SMALL, DistillArguments
 from .models import Pair, contents
 from .plan import Stage, stages
 from .record import Record
-from .rows import Rows, read_rows, source_of, templates_of
+from .rows import Rows, choices_of, read_rows, source_of, templates_of
 
 logger = logging.getLogger(__name__)
 
@@ -166,19 +167,23 @@ def _write_rows(plan: Plan, folder: Path) -> None:
 
 
 def _write_start(plan: Plan, folder: Path) -> None:
-    write_small(plan.pair.teacher.model, folder)
+    write_small(replace(plan.pair.teacher.model, chat=None, system_prompt=None), folder)
 
 
 def _write_held_out(plan: Plan, folder: Path) -> None:
     """{text, label} of the validation and the test rows: the reference or, without one, the teacher's choice."""
     import datasets
 
+    spelled = {plain(choice): choice for choice in choices_of(plan.rows.train.templates)}
     with new_folder(folder) as unfinished:
         for part in ("validation", "test"):
             labels = load_pseudolabels(folder.parent / f"labels-{part}")
             firsts = {label["row"]: label for label in reversed(labels.to_list())}  # of the first template
             rows = [
-                {"text": label["student_input"], "label": (label["references"] or [label["label"]])[0]}
+                {
+                    "text": label["student_input"],
+                    "label": spelled[plain((label["references"] or [label["label"]])[0])],
+                }
                 for _, label in sorted(firsts.items())
             ]
             datasets.Dataset.from_list(rows).to_parquet(unfinished / f"{part}.parquet")

@@ -10,6 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from models.chat_templates import chat_model, chat_tokenizer
+from models.decoder_families import continuing_tokenizer, tiny_decoder
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rlkd.cli import distill as command
@@ -22,6 +25,7 @@ from rlkd.runs import resumable
 from tiny import (
     PADDED_VOCAB,
     VALID,
+    WORDS,
     classifier_tokenizer,
     save_pretrained,
     tiny_bart,
@@ -192,8 +196,8 @@ def ends(name):
 DEATHS = [
     (pipeline, "new_folder", 1, lambda *_: True, False),  # nothing of the student is copied yet
     (Record, "set", 1, ends("data"), False),  # the rows are written, and not recorded
-    (Record, "set", 1, ends("labels"), False),
     (Manifest, "append", 1, lambda _, kind, **__: kind == "shard", True),
+    (Record, "set", 1, ends("labels"), False),
     (resumable, "commit", 1, lambda *_: True, True),  # after the first checkpoint of the warm-up
     (resumable, "commit", 3, lambda *_: True, True),  # after the first of RL
     (Record, "set", 1, ends("evaluation/teacher"), False),
@@ -295,7 +299,7 @@ REFUSALS = [
     (["--student", "encoder", "--answer-choices", "a"], 2, "at least two answer choices"),
     (["--student", "encoder", "--answer-choices", "a|||b", "--reference-column", "answer"], 3, "not one of the answer"),
     (["--student_template", "quora_para"], 2, "names 4 templates"),
-    (["--limit", "1"], 3, "fewer than two different inputs"),
+    (["--limit", "1"], 3, "too few different inputs"),
     (["--out", "mine"], 2, "holds something else: thesis.tex"),
     (["--out", "photos"], 2, "holds something else: summer"),
 ]
@@ -316,6 +320,29 @@ def test_mistakes_are_named_before_weights_load(user, capsys, monkeypatch, words
     code, _, err = run(capsys, *BASIC, *PROMPT, *words)
     assert (code, said in err) == (expected, True), err
     assert not Path("runs").exists()
+
+
+def test_chats_are_those_of_every_stage(user, capsys, monkeypatch):
+    """The teacher reads a chat wherever it reads; what is cut from it reads none unless asked."""
+    save_pretrained("chatting", chat_model(), chat_tokenizer())
+    called = []
+    monkeypatch.setattr(command, "command", lambda words: called.append(words) or (words[0] == "evaluate") * 9)
+    asked = ["--teacher", "chatting", "--student", "small", "--teacher-chat", "true", "--student-chat", "false"]
+    asked += ["--teacher-system-prompt", "Be brief.", "--max-input-tokens", "100"]
+    code, _, err = run(capsys, *BASIC, *PROMPT, *asked)
+    assert (code, "evaluation/teacher ended with exit code 9" in err) == (1, True), err
+    labels, warm_up, rl, teacher = called
+    assert {"--teacher-chat", "--teacher-system-prompt=Be brief."} <= {*labels}
+    assert {"--student-chat", "--student-system-prompt=Be brief."} <= {*teacher}
+    for words in (warm_up, rl):
+        settings = yaml.safe_load(Path(words[-1]).read_text())
+        told = {name: value for name, value in settings.items() if "chat" in name or "system" in name}
+        assert told == {"teacher_chat": True, "teacher_system_prompt": "Be brief.", "student_chat": False,
+                        "student_system_prompt": None}  # fmt: skip
+    code, _, err = run(
+        capsys, *BASIC, *PROMPT, "--student", "encoder", "--answer-choices", "a|||b", "--student-chat", "true"
+    )
+    assert (code, "is an encoder, which reads no chats" in err) == (2, True), err
 
 
 def test_neither_prompt_nor_templates(user, capsys):
@@ -343,19 +370,14 @@ templates:
 
 @pytest.mark.slow
 def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, capsys):
-    """A template file, a student cut from the teacher, no references; then a longer warm-up, and RL all the same."""
+    """A template file, no references; then a longer warm-up, and RL all the same."""
     Path("t.yaml").write_text(CONTINUED)
-    (user / "start").mkdir()  # no obstacle: not in --out
-    words = [*BASIC, "--templates", "t.yaml", "--student", "small", *SHORT]
+    words = [*BASIC, "--templates", "t.yaml", *SHORT]
     code, out, err = run(capsys, *words)
     assert code == 0, err
     assert "RL is left out, and the warmed-up student is the result: not ready for RL" in out
     assert not Path("runs/mine/rl").exists()
-    assert weights("runs/mine/student") == weights("runs/mine/warm-up") != weights("runs/mine/start")
-    teacher, small = (AutoModelForSeq2SeqLM.from_pretrained(n) for n in ("teacher", "runs/mine/start"))
-    assert (len(teacher.encoder.block), len(small.encoder.block), len(small.decoder.block)) == (2, 1, 1)
-    assert torch.equal(small.shared.weight, teacher.shared.weight)
-
+    assert weights("runs/mine/student") == weights("runs/mine/warm-up")
     longer = [*words, "--warm_up", SHORT[1].replace('"max_steps": 4', '"max_steps": 6')]
     code, _, err = run(capsys, *longer)
     assert (code, "Remove that: rm -r" in err) == (2, True), err
@@ -370,21 +392,33 @@ def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, ca
 
 
 @pytest.mark.slow
-def test_a_decoder_only_pair_and_test_rows_of_ones_own(user, capsys):
-    from pipeline.decoder_pair import save_decoders
-
-    save_decoders(user)
+def test_a_decoder_only_student_cut_from_its_teacher_and_test_rows_of_ones_own(user, capsys, caplog):
+    """The rows to train on have no references, those of the test have."""
+    words = [*WORDS[:3], "<s>", *WORDS[3:]]
+    tokenizer = continuing_tokenizer(words)
+    model = tiny_decoder("llama", words=len(words))
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    save_pretrained("decoder-teacher", model, tokenizer)
     write_rows([(text, "a") for text in (*TEXTS[:3], "a a a a")], "test.csv")
     write_rows([(text,) for text in TEXTS], names=("text",))
-    words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "decoder-student"]
+    words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "small"]
     code, out, err = run(capsys, *words, "--test-data", "test.csv", "--weak-start", "warn")
     assert code == 0, err
-    assert "have inputs of test.csv: they are left out of training" in err
+    assert "3 of 40 rows of rows.csv have inputs of test.csv: they are left out of training" in caplog.text
     found = {part: {row["text"] for row in rows} for part, rows in parts().items()}
     assert found["test"] == {*TEXTS[:3], "a a a a"}
     assert found["train"] | found["validation"] == set(TEXTS[3:])
     assert not found["train"] & found["validation"]
-    student = AutoModelForCausalLM.from_pretrained("runs/mine/student")
+    assert "exact_match" in out
+    teacher, start, student = (
+        AutoModelForCausalLM.from_pretrained(name)
+        for name in ("decoder-teacher", "runs/mine/start", "runs/mine/student")
+    )
+    assert [model.config.num_hidden_layers for model in (teacher, start, student)] == [2, 1, 1]
+    embeddings = [model.get_input_embeddings().weight for model in (teacher, start, student)]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert not torch.equal(embeddings[1], embeddings[2])
     tokenizer = AutoTokenizer.from_pretrained("runs/mine/student")
     exec(out[out.index("from transformers") :], {})
     (answer,) = eval(capsys.readouterr().out)
