@@ -108,14 +108,14 @@ def filter_(
     agree: Annotated[
         int | None, typer.Option(help="Least templates of an input under which the answer is the same.", min=1)
     ] = None,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Keep the first of equal answers to equal inputs.")
+    ] = False,
     best: Annotated[int | None, typer.Option(help="Most answers to an input: the N best of them.", min=1)] = None,
     by: Annotated[
         By | None,
         typer.Option(help="What the best have most of (reward: labels with --top-k-logprobs). Default: logprob."),
     ] = None,
-    drop_duplicates: Annotated[
-        bool, typer.Option("--drop-duplicates", help="Keep the first of equal answers to equal inputs.")
-    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace labels already in the folder.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -127,7 +127,7 @@ def filter_(
     from ..labels.filtering import Filter, filter_labels
     from .labels import recorded
 
-    rules = Filter(min_logprob, min_logprob_per_token, min_tokens, max_tokens, agree, best, by, drop_duplicates)
+    rules = Filter(min_logprob, min_logprob_per_token, min_tokens, max_tokens, agree, drop_duplicates, best, by)
     request = recorded(context.params) | {"command": "data filter"}
     totals = filter_labels(labels, out, rules, overwrite=overwrite, request=request)
     if as_json:

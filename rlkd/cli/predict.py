@@ -35,12 +35,16 @@ def predict(
     ] = None,
     student_template: Annotated[str | None, typer.Option(help="One template for what the model reads.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Generating models: maximum length of an answer, in tokens. Default: 64.", min=1)
+        int | None,
+        typer.Option(
+            help="Generating models: maximum length of an answer, in tokens. Default: as in training, or 64.", min=1
+        ),
     ] = None,
     max_input_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Maximum length of an input, in tokens. Default: 512, or as many as a classifier has positions.", min=1
+            help="Maximum length of an input, in tokens. Default: as in training, or 512, or all positions.",
+            min=1,
         ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Generating models: precision of the model.")] = "float32",

@@ -83,17 +83,20 @@ def answered(rows: datasets.Dataset, render: RowRenderer, source: str) -> Answer
             if prompt.status == "failed" and render.on_bad_row == "fail":
                 raise DataError(str(prompt.error))
             answers, reason = ((), prompt.error) if prompt.text is None else _answers(render, prompted, row, k)
-            kept = answers if render.unknown is None else tuple(a for a in answers if not render.unknown(a))
-            unknown += len(answers) - len(kept)
-            if render.skip_unknown and answers:
-                answers, reason = kept, UNKNOWN_ANSWER
+            known = answers if render.unknown is None else tuple(a for a in answers if not render.unknown(a))
+            unknown += len(answers) - len(known)
+            if render.skip_unknown and answers != known:
+                answers, reason = known, UNKNOWN_ANSWER
             if not answers or prompt.text is None:
                 skipped[str(reason)] += 1
                 continue
             name = f"{prompted.id}:{render.templates[k].name}" if render.templates else prompted.id
             found.append((Example(name, prompt.text, (prompt.text,), answers), plain(prompted.student_input)))
     total = len(rows) * len(render.template_names)
-    _say(source, total, skipped, flaws, 0 if render.skip_unknown else unknown)
+    so = "they are left out" if render.skip_unknown else "the model learns to write them as its unknown token"
+    if unknown:
+        logger.warning("%s: %d answers have characters that the tokenizer does not know: %s", source, unknown, so)
+    _say(source, total, skipped, flaws)
     if not found:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise DataError(
@@ -111,14 +114,10 @@ def _answers(render: RowRenderer, prompted: PromptedRow, row: dict[str, Any], k:
     return (() if rendered.target is None else (rendered.target,)), rendered.reason or NO_TARGET
 
 
-def _say(source: str, total: int, skipped: Counter[str], flaws: FlawCounts, unknown: int) -> None:
+def _say(source: str, total: int, skipped: Counter[str], flaws: FlawCounts) -> None:
+    """Warn of what prompts lack, and of those that are left out."""
     for line in flaws.lines():
         logger.warning("%s: %s", source, line)
-    if unknown:
-        logger.warning(
-            "%s: %d answers have characters that the tokenizer does not know, which the model learns to write as its "
-            "unknown token; skip_unknown: true leaves them out", source, unknown,
-        )  # fmt: skip
     if skipped.total() and skipped.total() < total:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         logger.warning("%s: left out %d of %d prompts (%s)", source, skipped.total(), total, reasons)

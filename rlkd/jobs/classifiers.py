@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from ..models.encoders.rehearsal import is_encoder
 from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.spec import default_device
 from ..models.vocabulary import check_vocabulary_fits, load_tokenizer, valid_vocab
+from ..runs.record import RunRecord
 
+EXPORT_RECORD = "export.json"
 HEAD = "ForSequenceClassification"
 CLASSIFIERS_ONLY = {"pair_column": None}  # options without effect with a generating model, and their defaults
 LONGEST = 512  # tokens of a text, where the model has as many positions and nothing else is asked for
@@ -41,6 +44,8 @@ class SavedClassifier:
         used, ConfigError for more tokens than it has positions. No weights are loaded.
         """
         name, allow_bin = request["model"], bool(request["allow_bin"])
+        if (Path(name) / EXPORT_RECORD).exists():
+            raise ModelError(f"model '{name}' was written by rlkd export: name the student that it was made of.")
         config = load_config(name, "model")
         if not any(kind.endswith(HEAD) for kind in config.architectures or ()):
             return None
@@ -54,7 +59,8 @@ class SavedClassifier:
         check_vocabulary_fits(config, valid_vocab(tokenizer), "model", name)
         if tokenizer.pad_token_id is None:
             raise ModelError(f"model '{name}': its tokenizer has no padding token. Set one (pad_token), save it again.")
-        length = request["max_input_tokens"] or min(longest_text(config) or LONGEST, LONGEST)
+        usual = limits_of(name).get("max_length") or min(longest_text(config) or LONGEST, LONGEST)
+        length = request["max_input_tokens"] or usual
         check_length(length, config, f"model '{name}'")
         check_saved_weights(name, "model", allow_bin=allow_bin)
         names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
@@ -71,6 +77,14 @@ class SavedClassifier:
             dtype=torch.float32,
         )
         return model.eval().to(default_device())
+
+
+def limits_of(model: str) -> dict[str, int]:
+    """Lengths of inputs and answers in the run that made a model, by setting; {} if it has no run.json."""
+    record = RunRecord.read(Path(model))
+    names = ("max_input_tokens", "max_new_tokens", "max_length")
+    found = {} if record is None else {name: record.settings.get(name) for name in names}
+    return {name: value for name, value in found.items() if type(value) is int and value > 0}
 
 
 def refuse_options(request: dict[str, Any], others: dict[str, Any], kind: str) -> None:

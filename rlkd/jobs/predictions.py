@@ -17,11 +17,11 @@ from ..models.spec import ModelSpec, TeacherSpec, default_device
 from ..runs.record import RunRecord
 from ..sampling.engines.protocol import Decoding, EngineSettings
 from ..sampling.engines.registry import choose_engine
-from .classifiers import CLASSIFIERS_ONLY, SavedClassifier, refuse_options
+from .classifiers import CLASSIFIERS_ONLY, SavedClassifier, limits_of, refuse_options
 from .wiring import Reading, row_source
 
 logger = logging.getLogger(__name__)
-MAX_INPUT_TOKENS, MAX_NEW_TOKENS = 512, 64
+LIMITS = {"max_input_tokens": 512, "max_new_tokens": 64}  # of a model that no run of rlkd made
 # Options without effect with a classifier, and their defaults.
 GENERATING_ONLY = {"max_new_tokens": None, "engine": "auto", "dtype": "float32", "src_lang": None, "tgt_lang": None,
                    "student_chat": None, "student_system_prompt": None}  # fmt: skip
@@ -57,7 +57,7 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
             kind=ClassLabeller,
         )
     assert spec is not None
-    decoding = Decoding("greedy", request["max_new_tokens"] or MAX_NEW_TOKENS)
+    decoding = Decoding("greedy", _lengths(request)[1])
     choice = choose_engine(EngineSettings(request["engine"]), spec.model, decoding)
     return label_rows(
         spec,
@@ -85,23 +85,25 @@ def _generating(request: dict[str, Any]) -> TeacherSpec:
         system_prompt=request["student_system_prompt"],
     )
     model.check()
-    longest = request["max_input_tokens"] or MAX_INPUT_TOKENS
-    model.check_lengths(longest, request["max_new_tokens"] or MAX_NEW_TOKENS)
+    longest, new = _lengths(request)
+    model.check_lengths(longest, new)
     return TeacherSpec(model, longest)
 
 
+def _lengths(request: dict[str, Any]) -> tuple[int, int]:
+    """max_input_tokens and max_new_tokens: as asked for, else as in training."""
+    found = LIMITS | limits_of(request["model"])
+    longest, new = (int(request[name] or found[name]) for name in LIMITS)
+    return longest, new
+
+
 def _warn_of_training(request: dict[str, Any]) -> None:
-    """Say where the run that made the model gave it other inputs, or longer ones, than it is to read now."""
+    """Say where the run that made the model gave it other inputs, or other lengths, than the command does."""
     record = RunRecord.read(Path(request["model"]))
     if record is None:
         return
-    limits = {"max_input_tokens": MAX_INPUT_TOKENS, "max_new_tokens": MAX_NEW_TOKENS}
-    pairs = {name: (record.settings.get(name), request[name] or limits[name]) for name in limits}
-    pairs = {name: (then, now) for name, (then, now) in pairs.items() if then is not None}
-    if "student_template" in record.settings:
-        pairs["student_template"] = (record.settings["student_template"], request["student_template"])
-    if "pair_column" in record.settings:
-        pairs["pair_column"] = (record.settings["pair_column"], request["pair_column"])
-    changed = [f"{name} {then} (now {now})" for name, (then, now) in pairs.items() if then != now]
+    trained = {name: value for name, value in record.settings.items() if name in ("student_template", "pair_column")}
+    trained |= {name: value for name, value in limits_of(request["model"]).items() if request.get(name)}
+    changed = [f"{name} {then} (now {request[name]})" for name, then in trained.items() if then != request[name]]
     if changed:
         logger.warning("'%s' was trained with %s", request["model"], ", ".join(changed))

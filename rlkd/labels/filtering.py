@@ -46,10 +46,10 @@ class Filter:
     min_logprob_per_token  the same divided by the number of tokens
     min_tokens, max_tokens of the answer, end-of-sequence included
     agree                  the same answer, up to case and spaces, under at least so many templates of an input
+    drop_duplicates        only the first of the labels with the same student input and the same text
     best                   so many answers to an input, whatever the template; of equal ones the first
     by                     what the best have most of: logprob, logprob_per_token, or the reward
                            sum_t log p(y_t|x, y_<t) - max_a log p(a|x, y_<t), minus the regret of `reward_value: max`
-    drop_duplicates        only the first of the labels with the same student input and the same text
     Raises ConfigError if there is no rule, or rules contradict each other.
     """
 
@@ -58,9 +58,9 @@ class Filter:
     min_tokens: Count | None = None
     max_tokens: Count | None = None
     agree: Count | None = None
+    drop_duplicates: bool = False
     best: Count | None = None
     by: By | None = None
-    drop_duplicates: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -127,10 +127,10 @@ class Filter:
             apply("max_tokens", [rows[i]["n_out"] <= self.max_tokens for i in left])
         if self.agree is not None:
             apply("agree", self._agreeing([rows[i] for i in left]))
-        if self.best is not None:
-            apply("best", self._best([rows[i] for i in left]))
         if self.drop_duplicates:
             apply("drop_duplicates", [_is_new(rows[i], seen) for i in left])
+        if self.best is not None:
+            apply("best", self._best([rows[i] for i in left]))
         return why
 
     def _agreeing(self, rows: list[dict[str, Any]]) -> list[bool]:

@@ -179,7 +179,13 @@ def test_a_warning_where_the_run_that_made_the_model_says_otherwise(folder, caps
     Path("student/run.json").write_text(json.dumps(record))
     code, _, err = run(capsys, "student", *BASIC, *SHORT, "--limit", "2", "--out", "out")
     assert code in (0, 4), err
-    assert "was trained with max_input_tokens 32 (now 16), student_template s.yaml (now None)" in caplog.text
+    assert "was trained with student_template s.yaml (now None), max_input_tokens 32 (now 16)" in caplog.text
+    caplog.clear()
+    code, _, err = run(capsys, "student", *BASIC, "--student-template", "t.yaml", "--limit", "2", "--out", "own")
+    assert code in (0, 4), err
+    settings = Manifest.read(Path("own/manifest.jsonl")).header["settings"]
+    assert (settings["max_input_tokens"], settings["max_new_tokens"]) == (32, 5)
+    assert "was trained with student_template s.yaml (now t.yaml)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -193,6 +199,7 @@ def test_a_warning_where_the_run_that_made_the_model_says_otherwise(folder, caps
         (["classifier", "--pair-column", "othr"], "Did you mean 'other'"),
         (["encoder"], "an encoder, which writes no text"),
         (["one-way"], "reads texts in one direction"),
+        (["exported"], "was written by rlkd export: name the student"),
         (["no-padding"], "its tokenizer has no padding token"),
         (["student", "--input-column", "nota"], "Did you mean 'note'"),
         (["nowhere"], "nowhere"),
@@ -212,6 +219,8 @@ def test_mistakes_are_named_before_weights_load(folder, capsys, monkeypatch, wor
     Path("one-way/config.json").write_text(
         json.dumps(config | llama | {"architectures": ["LlamaForSequenceClassification"]})
     )
+    Path("exported").mkdir()
+    Path("exported/export.json").write_text("{}")
     tokenizer.pad_token = None
     save_pretrained("no-padding", tiny_classifier(), tokenizer)
     code, _, err = run(capsys, *words[:1], *BASIC, *words[1:], "--out", "out")

@@ -109,6 +109,7 @@ def test_answers_that_cannot_be_learned_are_counted_or_left_out(folder, caplog):
     assert "left out 1 of 4 prompts (no reference: 1)" in caplog.text
     pairs, held_out, _ = load_references(data(reference_column="gold", skip_unknown=True), tiny_tokenizer())
     assert len(pairs) + len(held_out) == 2
+    assert "1 answers have characters that the tokenizer does not know: they are left out" in caplog.text
 
 
 def test_weights_are_those_of_plain_training(folder, capsys):

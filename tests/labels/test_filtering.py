@@ -118,6 +118,18 @@ def test_rules_apply_to_what_those_before_left(labels, tmp_path):
     }  # fmt: skip
 
 
+def test_the_best_are_distinct(labels, tmp_path):
+    filter_labels(labels, tmp_path / "out", Filter(best=2, drop_duplicates=True))
+    first: dict[tuple, dict] = {}
+    for row in load_pseudolabels(labels).to_list():
+        first.setdefault((row["student_input"], row["label"]), row)
+    wanted: set[tuple] = set()
+    for number in range(len(NOTES)):
+        own = [row for row in first.values() if row["row"] == number]
+        wanted |= of(sorted(own, key=lambda row: -row["sum_logprob"])[:2])
+    assert kept(tmp_path / "out") == wanted
+
+
 def test_the_folder_is_whole_and_says_what_it_is(labels, tmp_path):
     out = tmp_path / "out"
     totals = filter_labels(labels, out, Filter(best=2, drop_duplicates=True))
