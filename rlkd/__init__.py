@@ -71,6 +71,7 @@ _MODULES = {
     "models.signals": ("LocalSource", "SignalSource"),
     "models.spec": ("ModelSource", "ModelSpec", "TeacherSpec"),
     "models.teacher": ("Teacher",),
+    "models.chat": ("with_chat",),
     "models.vocabulary": ("load_tokenizer", "valid_vocab"),
     "objectives.advantages": ("Baseline", "BASELINES", "CreditInputs"),
     "objectives.attention_tree": ("attention_tree", "rows_of_map"),
@@ -197,6 +198,7 @@ if TYPE_CHECKING:
     from .models.architectures import LANGUAGE_MODELS as LANGUAGE_MODELS
     from .models.architectures import Architecture as Architecture
     from .models.architectures import language_model as language_model
+    from .models.chat import with_chat as with_chat
     from .models.encoders.bilstm import BiLSTMConfig as BiLSTMConfig
     from .models.encoders.bilstm import BiLSTMForSequenceClassification as BiLSTMForSequenceClassification
     from .models.encoders.classifiers import build_student as build_student

@@ -74,7 +74,7 @@ def numbers(values: Iterable[Any], column: str, source: str) -> list[float | Non
     found: list[float | None] = []
     for i, value in enumerate(values):
         try:
-            number = None if value is None or value == "" else float(value)
+            number = None if value is None or value == "" else float(str(value).replace("_", "?"))  # 1_000 is no number
         except (TypeError, ValueError):
             number = math.nan
         if isinstance(value, bool) or (number is not None and not math.isfinite(number)):

@@ -52,7 +52,7 @@ def classified_rows_of(request: dict[str, Any], classes: tuple[str, ...]) -> Row
         request["input_column"],
         request["reference_column"],
         request["pair_column"],
-        columns=found.columns,
+        columns=None if found.columns is None else tuple(found.columns),
         delimiter=found.delimiter,
         encoding=found.encoding,
     )

@@ -77,7 +77,7 @@ def refuse_options(request: dict[str, Any], others: dict[str, Any], kind: str) -
     """Raise ConfigError for an option that has no effect with a model of this kind; others: option -> its default."""
     for name, default in others.items():
         value = request.get(name)
-        if value if default is None else value != default:
+        if value not in (default, [], ()):
             raise ConfigError(
                 f"--{name.replace('_', '-')} has no effect: '{request['model']}' is {kind}. Leave it out."
             )

@@ -117,9 +117,10 @@ class Filter:
                     why[i] = rule
             left = kept
 
-        for name, low in (("logprob", self.min_logprob), ("logprob_per_token", self.min_logprob_per_token)):
-            if low is not None:
-                apply(f"min_{name}", [value_of(rows[i], name) >= low for i in left])
+        if self.min_logprob is not None:
+            apply("min_logprob", [value_of(rows[i], "logprob") >= self.min_logprob for i in left])
+        if (low := self.min_logprob_per_token) is not None:
+            apply("min_logprob_per_token", [value_of(rows[i], "logprob_per_token") >= low for i in left])
         if self.min_tokens is not None:
             apply("min_tokens", [rows[i]["n_out"] >= self.min_tokens for i in left])
         if self.max_tokens is not None:
@@ -142,7 +143,7 @@ class Filter:
         of_input: dict[int, list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
             of_input[row["row"]].append(i)
-        by = self.by or "logprob"
+        by: By = self.by or "logprob"
         kept = {i for own in of_input.values() for i in sorted(own, key=lambda i: -value_of(rows[i], by))[: self.best]}
         return [i in kept for i in range(len(rows))]
 

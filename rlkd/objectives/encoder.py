@@ -71,7 +71,7 @@ def squared_error(outputs: Tensor, numbers: Tensor) -> Tensor:
 
     0 if no row of the batch has a number.
     """
-    squares = (outputs[:, 0] - numbers.nan_to_num().to(outputs.dtype)).square()
+    squares = (outputs[:, 0] - numbers.nan_to_num()).square()  # in float32, also of a bf16 output
     return masked_mean(squares, ~numbers.isnan())
 
 

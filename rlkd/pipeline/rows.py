@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +126,10 @@ def merged(rows: datasets.Dataset, reference_column: str | None) -> datasets.Dat
 
     reference_column = reference_column if reference_column in rows.column_names else None
     names = [name for name in rows.column_names if name != reference_column]
-    found: dict[str, dict[str, Any]] = {}
-    references: dict[str, list[str]] = {}
+    found: dict[bytes, dict[str, Any]] = {}
+    references: dict[bytes, list[str]] = {}
     for row in rows:
-        key = json.dumps([row[name] for name in names], default=str)
+        key = sha256(json.dumps([row[name] for name in names], default=str).encode()).digest()
         found.setdefault(key, row)
         if reference_column is not None:
             value = row[reference_column]
@@ -246,7 +247,12 @@ def _held_out(rows: Examples, args: DistillArguments, references: str | None) ->
                 f"'{args.data}': no row has a text in reference_column '{references}'. Name another one, or "
                 "leave it out."
             )
-    fraction = min(args.eval_fraction, args.eval_rows / max(len(able), 1))
+    if len(able) < 2:
+        raise DataError(
+            f"'{args.data}' has too few different inputs: rows to train on, validation and test rows need one each at "
+            "least. Give more rows."
+        )
+    fraction = min(args.eval_fraction, args.eval_rows / len(able))
     return held_out_inputs(iter(able), fraction, args.data)
 
 

@@ -15,6 +15,7 @@ from ..evaluation.samples import Sample
 from ..inspection.markup import environment, heat_map_html, legend_html, standalone_page
 from . import findings, words
 from .charts import Chart, Sheet, curves, scatter
+from .footprints import footprints
 from .forest import forests
 from .lines import Row, number
 from .reading import Arm
@@ -58,7 +59,7 @@ def report(arms: Sequence[Arm], title: str) -> str:
         settings=settings_table(arms),
         facts=_facts(arms),
         notes=_notes(arms),
-        against_imitation=any(c.other not in (findings.START, findings.CONSTANT) for c in comparisons),
+        against_imitation=any(c.other not in (findings.START, *findings.constants()) for c in comparisons),
         several=any(len(arm.runs) > 1 for arm in arms),
     )  # fmt: skip
     return _page(f"{title}: report", body, sheet)
@@ -98,10 +99,10 @@ def results_table(arms: Sequence[Arm]) -> dict[str, Any]:
 def _constant_row(arms: Sequence[Arm], names: Sequence[str]) -> list[str] | None:
     """The line of classifiers' tables that any classifier should beat."""
     found = next((c for arm in arms if (c := findings.against_constant(arm)) is not None), None)
-    if found is None or "accuracy" not in names:
+    if found is None or found.score not in names:
         return None
-    base = words.shown("accuracy", found.means[1], unit=False)
-    return [findings.CONSTANT, *(base if name == "accuracy" else "–" for name in names)]
+    base = words.shown(found.score, found.means[1], unit=False)
+    return [found.other, *(base if name == found.score else "–" for name in names)]
 
 
 def _each_label(arm: Arm) -> list[list[str]]:
@@ -193,7 +194,7 @@ def _cases(found: findings.Failures, row: Row) -> dict[str, Any]:
 
 def _trade_offs(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
     """Score against size and latency of teachers and encoder students, if there is a summary.json."""
-    found = findings.footprints(arms)
+    found = footprints(arms)
     charts = []
     for title, axis, figure in (
         ("Score against size", "megabytes", "megabytes"),
@@ -207,7 +208,7 @@ def _trade_offs(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
 
 def _sizes(arms: Sequence[Arm]) -> list[list[str]]:
     rows = []
-    for found in findings.footprints(arms):
+    for found in footprints(arms):
         figures = ((found.parameters, 0), (found.megabytes, 2), (found.ms, 3), (found.score, 4))
         rows.append([found.name, *("–" if x is None else f"{x:,.{digits}f}" for x, digits in figures)])
     return rows

@@ -31,7 +31,7 @@ def refuse_missing_paths(argv: list[str] | None = None) -> None:
             given = {**_lines(config_file(value)), **given}
         else:
             given[name] = value
-    if given.get("teacher_signal") == "recorded":  # no teacher is read
+    if given.get("teacher_signal") in ("recorded", "base"):  # no teacher is read
         given.pop("teacher", None)
     for name, value in given.items():
         path = Path(value).expanduser()

@@ -102,7 +102,7 @@ def test_numbers(tmp_path, suffix):
     assert all(type(value) is float for value in found)
 
 
-@pytest.mark.parametrize("value", ["high", "nan", "inf", True, [1.0]])
+@pytest.mark.parametrize("value", ["high", "nan", "inf", "1_000", "3,5", True, [1.0]])
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(DataError, match=r"'x', row 1: column 'score' contains .*, not a finite number"):
         numbers([1.0, value], "score", "x")

@@ -57,6 +57,12 @@ def test_the_distillation_of_several_labels_is_the_divergence_of_sets_of_labels(
     torch.testing.assert_close(found, temperature**2 * expected, rtol=1e-4, atol=1e-6)
 
 
+def test_numbers_are_not_rounded_to_a_bf16_output():
+    numbers = torch.tensor([3.8, 2.2])
+    found = REGRESSION.loss(torch.tensor([[4.0], [2.0]], dtype=torch.bfloat16), numbers)
+    assert float(found) == pytest.approx(0.04, rel=1e-5)
+
+
 def test_the_distillation_of_two_bernoullis_is_kl_div_and_its_gradient_is_the_students_alone():
     student, teacher = logits(5, 2).double().requires_grad_(), logits(5, 2, seed=1).double().requires_grad_()
     pairs = [torch.stack([torch.sigmoid(z), torch.sigmoid(-z)], -1) for z in (student, teacher)]

@@ -66,6 +66,10 @@ OTHERS = {
     ),
     "regression of two": ({"problem_type": "regression"}, "problem_type regression"),
     "sigmoid outputs": ({"function_to_apply": "sigmoid"}, "function_to_apply sigmoid"),
+    "softmax and sigmoid": (
+        {"problem_type": "single_label_classification", "function_to_apply": "sigmoid"}, "does not go with pro",
+    ),
+    "another function": ({"function_to_apply": "tanh"}, "function_to_apply tanh, which does not go with"),
     "raw outputs": ({"function_to_apply": "none"}, "function_to_apply none"),
     "one output": ({"id2label": {"0": "score"}, "label2id": {"score": 0}}, "has 1 label"),
     "regression of one": (

@@ -299,7 +299,7 @@ REFUSALS = [
     (["--student", "encoder", "--answer-choices", "a"], 2, "at least two answer choices"),
     (["--student", "encoder", "--answer-choices", "a|||b", "--reference-column", "answer"], 3, "not one of the answer"),
     (["--student_template", "quora_para"], 2, "names 4 templates"),
-    (["--limit", "1"], 3, "fewer than two different inputs"),
+    (["--limit", "1"], 3, "too few different inputs"),
     (["--out", "mine"], 2, "holds something else: thesis.tex"),
     (["--out", "photos"], 2, "holds something else: summer"),
 ]
@@ -392,7 +392,7 @@ def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, ca
 
 
 @pytest.mark.slow
-def test_a_decoder_only_student_cut_from_its_teacher_and_test_rows_of_ones_own(user, capsys):
+def test_a_decoder_only_student_cut_from_its_teacher_and_test_rows_of_ones_own(user, capsys, caplog):
     """The rows to train on have no references, those of the test have."""
     words = [*WORDS[:3], "<s>", *WORDS[3:]]
     tokenizer = continuing_tokenizer(words)
@@ -405,7 +405,7 @@ def test_a_decoder_only_student_cut_from_its_teacher_and_test_rows_of_ones_own(u
     words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "small"]
     code, out, err = run(capsys, *words, "--test-data", "test.csv", "--weak-start", "warn")
     assert code == 0, err
-    assert "have inputs of test.csv: they are left out of training" in err
+    assert "3 of 40 rows of rows.csv have inputs of test.csv: they are left out of training" in caplog.text
     found = {part: {row["text"] for row in rows} for part, rows in parts().items()}
     assert found["test"] == {*TEXTS[:3], "a a a a"}
     assert found["train"] | found["validation"] == set(TEXTS[3:])

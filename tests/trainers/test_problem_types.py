@@ -141,6 +141,22 @@ def test_the_saved_student_says_what_it_is_and_pipelines_answer_as_it_was_evalua
         assert numbers["eval_loss"] == pytest.approx(numbers["eval_mean_squared_error"], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_is_cached_or_gone_teaches_the_same(tmp_path, kind):
+    teacher, data = classifier(kind), rows(kind)
+    there = trainer(kind, tmp_path / "there", teacher=teacher, preset="kd")
+    batch = one_batch(there, 12)
+    logits = there.teacher_outputs(batch, {"logits"}).logits
+    told = [{**row, "logits": values} for row, values in zip(data, logits.tolist(), strict=True)]
+    options = {"model": build_student(teacher, 2), "preset": "kd"}
+    cached = trainer(kind, tmp_path / "cached", teacher=teacher, teacher_cache="logits", **options)
+    cached.open_teacher_cache()
+    gone = make(tmp_path / "gone", teacher=None, train=told, **options)
+    expected = there.compute_loss(there.model, batch)
+    for other in (cached, gone):
+        torch.testing.assert_close(other.compute_loss(other.model, one_batch(other, 12)), expected)
+
+
 def test_rows_are_compared_in_the_direction_of_each_score(tmp_path):
     one = trainer(REGRESSION, tmp_path, dev=rows(REGRESSION, 5), preset="kd")
     names = ("eval_pearson", "eval_mean_squared_error", "eval_loss")

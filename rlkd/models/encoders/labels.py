@@ -55,11 +55,16 @@ def check_problem(config: Any, role: str, wanted: ProblemType | None = None, nam
     many and distinct labels as that takes. wanted: None for what they are.
     """
     whose = f"{role} '{name or config.name_or_path or config.model_type}'"
+    kind, function = getattr(config, "problem_type", None), getattr(config, "function_to_apply", None)
+    if function is not None and (function not in APPLIED or kind not in (None, APPLIED[function])):
+        raise ModelError(
+            f"{whose}: config.json has function_to_apply {function}, which does not go with problem_type {kind}. "
+            "Correct the one that is wrong."
+        )
     stated = stated_problem(config)
     wanted = wanted or problem_of(config)
     if stated is not None and stated != wanted:
-        named = getattr(config, "problem_type", None)
-        found = f"problem_type {named}" if named else f"function_to_apply {config.function_to_apply}"
+        found = f"problem_type {kind}" if kind else f"function_to_apply {function}"
         raise ModelError(
             f"{whose} gives each text {MEANING[stated]} ({found} in config.json), and {MEANING[wanted]} is wanted here "
             f"(problem_type {wanted}). Use a model fine-tuned for that; to train on data of its kind (rlkd train "
