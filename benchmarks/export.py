@@ -46,10 +46,14 @@ def in_pytorch(lm: EncoderDecoder, prompts: list[list[int]], decoding: Any = GRE
     return [row[0] for row in answer_all(TorchEngine(lm), prompts, [[0]] * len(prompts), decoding, Budget())]
 
 
-def measure_speed(rows: int, turns: int, seed: int, folder: Path) -> tuple[dict[str, float], list[list[str]]]:
-    """Tokens per CPU second of each form, and the lines of the table; the forms take turns on the same prompts."""
-    student = EncoderDecoder(clocked_t5(STUDENT, tied=True, seed=seed), VALID_VOCAB)
-    teacher = EncoderDecoder(clocked_t5(TEACHER, tied=False, seed=seed), VALID_VOCAB)
+def measure_speed(
+    rows: int, turns: int, seed: int, folder: Path, **shape: int
+) -> tuple[dict[str, float], list[list[str]]]:
+    """Tokens per CPU second of each form, and the lines of the table; the forms take turns on the same prompts. shape:
+    what both models have otherwise.
+    """
+    student = EncoderDecoder(clocked_t5(STUDENT | shape, tied=True, seed=seed), VALID_VOCAB)
+    teacher = EncoderDecoder(clocked_t5(TEACHER | shape, tied=False, seed=seed), VALID_VOCAB)
     prompts, tokenizer = draw_prompts(rows, seed), any_tokenizer()
     some = prompts[:8]
     sizes = {TORCH: megabytes(student.model), BY_TEACHER: megabytes(teacher.model)}
@@ -110,11 +114,11 @@ def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rows, turns = (16 if args.once else 32 if args.quick else 128), repetitions(args, quick=2, full=5)
-    steps, inputs = (60, 40) if args.once else (400, 200) if args.quick else (1500, 1000)
+    rows, turns = (8 if args.once else 32 if args.quick else 128), repetitions(args, quick=2, full=5)
+    steps, inputs = (20, 20) if args.once else (400, 200) if args.quick else (1500, 1000)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool, tempfile.TemporaryDirectory() as folder:
         trained = pool.submit(measure_agreement, steps, inputs, args.seed)
-        speeds, lines = measure_speed(rows, turns, args.seed, Path(folder))
+        speeds, lines = measure_speed(rows, turns, args.seed, Path(folder), **({"num_layers": 1} if args.once else {}))
         agreement = trained.result()
     columns = ["form", "MB", "CPU s", "tokens/s", "over student", "over teacher", "mean answer"]
     title = f"{rows} prompts, t5-small-shaped student, t5-base-shaped teacher, greedy, one thread"

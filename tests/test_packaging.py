@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -73,9 +74,12 @@ def test_shipped_settings_are_found_by_name_and_a_local_file_comes_first(tmp_pat
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the sdist, and with the wheel that is built from it."""
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT), cwd=out)
+    """A folder with the sdist of what is under version control, and with the wheel that is built from it."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source), cwd=out)
     return out
 
 
@@ -115,36 +119,54 @@ def installed(built, tmp_path_factory) -> Path:
     (purelib,) = (folder / "env").glob("lib/python*/site-packages")
     (wheel,) = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "env/bin/python")]
-    run(*pip, "install", "--no-deps", "--no-index", str(wheel), cwd=folder)
+    run(*pip, "install", "--no-deps", "--no-index", str(wheel), cwd=folder, PYTHONPATH="")
     # Editable installations of the clone are .pth files, which a folder named in a .pth file does not activate.
     (purelib / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder
+
+
+# One process: starting each command alone would take most of the time.
+IN_TURN = """
+import json, runpy, sys
+from rlkd.cli.main import main
+script, commands = sys.argv[1:]
+sys.argv = [script, "--to", "runs/tiny"]
+sys.path.insert(0, script.rpartition("/")[0])
+runpy.run_path(script, run_name="__main__")
+for command in json.loads(commands):
+    sys.argv = ["rlkd", *command]
+    try:
+        main(command)
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
 
 
 @pytest.mark.slow
 def test_the_installed_package_trains_and_exports_outside_the_clone(installed):
     python = str(installed / "env/bin/python")
     quiet = {"OMP_NUM_THREADS": "1", "RLKD_CACHE": str(installed / "cache"), "PYTHONPATH": ""}
-
-    def rlkd_(*words: str) -> str:
-        return run(str(installed / "env/bin/rlkd"), *words, cwd=installed, **quiet)
-
+    assert "generate-pseudolabels" in run(str(installed / "env/bin/rlkd"), "--help", cwd=installed, **quiet)
     where = run(python, "-c", "import rlkd; print(rlkd.__file__)", cwd=installed, **quiet)
     package = Path(where.strip()).parent
     assert package.is_relative_to(installed)
-    assert "generate-pseudolabels" in rlkd_("--help")
-    assert "--learning_rate" in rlkd_("train", "seqkd", "--help")
-    assert "reward_value: " in rlkd_("config", "show", "ppo_t0_to_t5.yaml", "--recipe", "ppo", "--bf16", "false")
-    assert "dialogsum" in rlkd_("prompts", "list")
-    run(python, str(package / "recipes/tiny_models.py"), "--to", "runs/tiny", cwd=installed, **quiet)
     templates = str(package / "recipes/tiny_templates.yaml")
-    rlkd_(
-        *("generate-pseudolabels", "--teacher", "runs/tiny/teacher", "--dataset", "runs/tiny/train.jsonl"),
-        *("--input-column", "note", "--templates", templates, "--strategy", "sample", "--limit", "16"),
-        *("--max-new-tokens", "8", "--quiet", "--out", "runs/tiny/labels"),
-    )
-    rlkd_("train", "seqkd", "--config", "seqkd_t0_to_t5.tiny.yaml", "--templates", templates)
-    rlkd_("export", "runs/tiny/seqkd", "--to", "ctranslate2", "--out", "served")
+    commands = [
+        ["train", "seqkd", "--help"],
+        ["config", "show", "ppo_t0_to_t5.yaml", "--recipe", "ppo", "--bf16", "false"],
+        ["prompts", "list"],
+        [
+            *("generate-pseudolabels", "--teacher", "runs/tiny/teacher", "--dataset", "runs/tiny/train.jsonl"),
+            *("--input-column", "note", "--templates", templates, "--strategy", "sample", "--limit", "16"),
+            *("--max-new-tokens", "8", "--quiet", "--out", "runs/tiny/labels"),
+        ],
+        ["train", "seqkd", "--config", "seqkd_t0_to_t5.tiny.yaml", "--templates", templates],
+        ["export", "runs/tiny/seqkd", "--to", "ctranslate2", "--out", "served"],
+        ["report", "runs/tiny/seqkd", "--out", "report.html"],
+    ]
+    script = str(package / "recipes/tiny_models.py")
+    shown = run(python, "-c", IN_TURN, script, json.dumps(commands), cwd=installed, **quiet)
+    assert [text for text in ("--learning_rate", "reward_value: ", "dialogsum") if text not in shown] == []
     assert json.loads((installed / "served/export.json").read_text())["inputs"] == 8
-    rlkd_("report", "runs/tiny/seqkd", "--out", "report.html")
     assert (installed / "report.html").is_file()
