@@ -25,9 +25,9 @@ RL_SETTINGS = {
     "rollouts_per_prompt": 2, "epochs_per_rollout": 2, "minibatches_per_rollout": 2,
 }  # fmt: skip
 UPDATES_PER_ROLLOUT, PROMPTS_PER_ROLLOUT = 4, 32
-# Learning rates are inversely proportional to the width of the student: of T5-base, 768, they are 3.3e-4, 3.9e-5 and,
+# Learning rates are inversely proportional to the width of the student: of T5-base, 768, they are 3.3e-4, 6.5e-5 and,
 # of encoders, 5.2e-5.
-WARM_UP_RATE, RL_RATE, ENCODER_RATE = 0.25, 0.03, 0.04
+WARM_UP_RATE, RL_RATE, ENCODER_RATE = 0.25, 0.05, 0.04
 ROWS, ACCUMULATED = 16, 2  # of one forward and backward; of one update
 NEGATED = ("input_eos", "teacher_chat", "student_chat")  # flags whose default is neither
 TRAINING = ("warm-up", "rl", "training")
@@ -127,6 +127,7 @@ def _stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str
         "pseudo_labels": out / "labels",
         "output_dir": out / "warm-up",
         "until_ready": True,
+        "metric_for_best_model": "sample_regret",  # what the start check measures
         "learning_rate": round(WARM_UP_RATE / pair.width, 7),
         "max_steps": max(20 * steps, 2000),
         "eval_steps": every,

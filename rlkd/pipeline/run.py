@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ import torch
 
 from ..data.rows import local_path
 from ..data.splits import plain
-from ..errors import ConfigError, InterruptedRunError, RlkdError
+from ..errors import ConfigError, DataError, InterruptedRunError, RlkdError
 from ..io.files import make_folder
 from ..io.lock import Stop, writer_lock
 from ..labels.store import labels_finished, load_pseudolabels
@@ -127,7 +128,7 @@ def weak_words(record: Record) -> str:
     """Why there is no RL, and what helps."""
     words = record.readiness().get("words", "")
     return (
-        f"RL is left out, and the warmed-up student is the result: {words} (--weak-start warn trains anyway; "
+        f"RL is left out, and the warmed-up student is the result: {words} (--weak-start warn trains it; "
         "docs/distill.md, When the start check does not pass)"
     )
 
@@ -154,12 +155,25 @@ def _run(stage: Stage, plan: Plan, command: Command) -> None:
 
 def _call(stage: Stage, out: Path, command: Command) -> None:
     """Run a stage that is a command of rlkd. Raises RlkdError if it ends with an error that it has printed."""
-    if stage.command[0] == "generate-pseudolabels" and labels_finished(out / stage.name):
-        return  # killed after the last shard
-    stage.write_settings(out)
-    code = command(stage.words(out))
-    if code not in (0, ROWS_FAILED):
-        raise RlkdError(f"{stage.name} ended with exit code {code}: see above")
+    labels = stage.command[0] == "generate-pseudolabels"
+    if not (labels and labels_finished(out / stage.name)):  # which was killed after the last shard
+        stage.write_settings(out)
+        code = command(stage.words(out))
+        if code not in (0, ROWS_FAILED):
+            raise RlkdError(f"{stage.name} ended with exit code {code}: see above")
+    if labels and labels_finished(out / stage.name):
+        _refuse_no_labels(stage.name, out / stage.name)
+
+
+def _refuse_no_labels(name: str, folder: Path) -> None:
+    """Raise DataError if the teacher answered no row: nothing could be learned."""
+    rows = load_pseudolabels(folder, statuses=None)
+    if "ok" not in rows["status"]:
+        error, count = Counter(rows["error"]).most_common(1)[0]
+        raise DataError(
+            f"{name}: the teacher has no answer to any of {len(rows)} rows ({error}: {count}). Try it with another "
+            f"prompt, or another teacher; then remove {folder.parent}, or name a new --out."
+        )
 
 
 def _write_rows(plan: Plan, folder: Path) -> None:

@@ -39,7 +39,10 @@ def finish(plan: Plan) -> list[str]:
     write_page(out / "report.html", page(arms, out.resolve().name))
     weak = [weak_words(plan.record)] if len(left_out(plan.stages, plan.args, plan.record)) < len(plan.stages) else []
     if not weak and is_weak(plan.record):
-        weak = [f"the start was weak: {plan.record.readiness()['words']}"]
+        weak = [
+            f"RL began weak, so compare the two rows of students: {plan.record.readiness()['words']} (docs/distill.md, "
+            "When the start check does not pass)"
+        ]
     return [
         *(["", said, *_aligned(["", *names], cells), *weak, ""]),
         f"student: {out / 'student'}",

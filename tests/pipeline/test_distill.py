@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+import re
+import shlex
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -41,6 +43,7 @@ SHORT = ["--warm_up", '{"max_steps": 4, "eval_steps": 2, "save_steps": 2, "per_d
 SHORT += ["--rl", '{"max_steps": 4, "eval_steps": 4, "save_steps": 4, "per_device_train_batch_size": 4}']
 BASIC = ["--teacher", "teacher", "--student", "student", "--data", "rows.csv", "--input-column", "text"]
 BASIC += ["--max-new-tokens", "5", "--max-input-tokens", "16", "--out", "runs/mine"]
+    words += ["--weak-start", "refuse"]
 PROMPT = ["--prompt", "reverse {{ text }}"]
 SCORED = ["--reference-column", "answer", "--metric", "exact_match"]
 WHOLE = [*BASIC, *PROMPT, *SCORED, *SHORT, "--weak-start", "warn"]
@@ -352,10 +355,31 @@ def test_neither_prompt_nor_templates(user, capsys):
     assert (code, "answer_choices go with prompt" in err) == (2, True)
 
 
+def test_a_teacher_that_answers_nothing_ends_the_run(user, capsys):
+    save_pretrained("silent", tiny_t5(tied=False, seed=0, width=32))
+    model = AutoModelForSeq2SeqLM.from_pretrained("silent")
+    model.lm_head.weight.data.zero_()  # the first of equal tokens is padding
+    model.save_pretrained("silent")
+    for _ in range(2):  # the labels are finished, and no better
+        code, _, err = run(capsys, *BASIC, *PROMPT, "--teacher", "silent")
+        assert code == 3
+        assert "labels: the teacher has no answer to any of 32 rows (the answer is only padding tokens" in err
+
+
 def test_several_processes_are_refused(user, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run(capsys, *BASIC, *PROMPT)
     assert (code, "rlkd distill runs in one process" in err) == (2, True)
+
+
+def quoted():
+    """The arguments of README's `rlkd distill`, whose names are files here."""
+    (line,) = re.findall(r"^rlkd distill (.*)$", (Path(__file__).parents[2] / "README.md").read_text(), re.MULTILINE)
+    words = shlex.split(line)
+    for option, name in (("--teacher", "teacher"), ("--student", "student")):
+        shutil.copytree(name, words[words.index(option) + 1])
+    shutil.copy("rows.csv", words[words.index("--data") + 1])
+    return words
 
 
 CONTINUED = """\
@@ -370,9 +394,9 @@ templates:
 
 @pytest.mark.slow
 def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, capsys):
-    """A template file, no references; then a longer warm-up, and RL all the same."""
-    Path("t.yaml").write_text(CONTINUED)
-    words = [*BASIC, "--templates", "t.yaml", *SHORT]
+    """README's command, without references; then a longer warm-up, and RL all the same."""
+    words = [*quoted(), *SHORT, "--max-new-tokens", "5", "--max-input-tokens", "16", "--out", "runs/mine"]
+    words += ["--weak-start", "refuse"]
     code, out, err = run(capsys, *words)
     assert code == 0, err
     assert "RL is left out, and the warmed-up student is the result: not ready for RL" in out
@@ -388,7 +412,7 @@ def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, ca
     lines = [json.loads(line) for line in Path("runs/mine/warm-up/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_regret" in line] == [2, 4, 6]  # continued, not begun again
     assert weights("runs/mine/student") == weights("runs/mine/rl")
-    assert "the start was weak" in out
+    assert "RL began weak, so compare the two rows of students: not ready for RL" in out
 
 
 @pytest.mark.slow
@@ -402,7 +426,8 @@ def test_a_decoder_only_student_cut_from_its_teacher_and_test_rows_of_ones_own(u
     save_pretrained("decoder-teacher", model, tokenizer)
     write_rows([(text, "a") for text in (*TEXTS[:3], "a a a a")], "test.csv")
     write_rows([(text,) for text in TEXTS], names=("text",))
-    words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "small"]
+    Path("t.yaml").write_text(CONTINUED.replace(" ||| {{ answer }}", ""))
+    words = [*BASIC, "--templates", "t.yaml", *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "small"]
     code, out, err = run(capsys, *words, "--test-data", "test.csv", "--weak-start", "warn")
     assert code == 0, err
     assert "3 of 40 rows of rows.csv have inputs of test.csv: they are left out of training" in caplog.text
