@@ -43,7 +43,6 @@ SHORT = ["--warm_up", '{"max_steps": 4, "eval_steps": 2, "save_steps": 2, "per_d
 SHORT += ["--rl", '{"max_steps": 4, "eval_steps": 4, "save_steps": 4, "per_device_train_batch_size": 4}']
 BASIC = ["--teacher", "teacher", "--student", "student", "--data", "rows.csv", "--input-column", "text"]
 BASIC += ["--max-new-tokens", "5", "--max-input-tokens", "16", "--out", "runs/mine"]
-    words += ["--weak-start", "refuse"]
 PROMPT = ["--prompt", "reverse {{ text }}"]
 SCORED = ["--reference-column", "answer", "--metric", "exact_match"]
 WHOLE = [*BASIC, *PROMPT, *SCORED, *SHORT, "--weak-start", "warn"]
