@@ -152,7 +152,7 @@ def _stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str
     yield Stage("rl", ("train", RL), _with(rl, "rl", args.rl))
     for role in ("teacher", "warm-up", "student"):
         yield _evaluation(role, args, out)
-    yield Stage("student")
+    yield Stage("student", settings={"weak_start": args.weak_start})
 
 
 def _evaluation(role: str, args: DistillArguments, out: Path) -> Stage:

@@ -153,6 +153,7 @@ def refused(capsys):
         (["--prompt", "copy {{ text }}"], 'stage data was made with prompt = "reverse {{ text }}", now "copy'),
         (["--rl", '{"max_steps": 8}'], "stage rl was made with"),
         (["--student", "teacher"], "stage warm-up was made with"),
+        (["--weak-start", "refuse"], 'stage student was made with weak_start = "warn", now "refuse"'),
     ):
         code, _, err = run(capsys, *WHOLE, "--out", "elsewhere", *words)
         assert (code, said in err, err.count("\n")) == (2, True, 1), err
