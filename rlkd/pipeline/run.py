@@ -205,16 +205,21 @@ def _write_held_out(plan: Plan, folder: Path) -> None:
 
 def _write_student(plan: Plan, folder: Path) -> None:
     """The model, its tokenizer and its card, without what training left beside them."""
-    source = trained_folder(plan.record)
+    source = trained_folder(plan)
     with new_folder(folder) as unfinished:
         for path in sorted(source.iterdir()):
             if path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in NOT_MODEL):
                 shutil.copy(path, unfinished)
 
 
-def trained_folder(record: Record) -> Path:
+def stage_names(plan: Plan) -> list[str]:
+    """The stages that the run has, once the warm-up has said whether RL is left out."""
+    return [stage.name for stage in left_out(plan.stages, plan.args, plan.record)]
+
+
+def trained_folder(plan: Plan) -> Path:
     """The run folder whose model is the student."""
-    return next(record.out / name for name in ("training", "rl", "warm-up") if name in record.stages)
+    return Path(plan.args.out) / next(name for name in ("training", "rl", "warm-up") if name in stage_names(plan))
 
 
 _OWN: dict[str, Callable[[Plan, Path], None]] = {
