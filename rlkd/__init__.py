@@ -18,7 +18,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _MODULES = {
     "checks": ("check_choice", "check_settings", "OneOf"),
     "data.examples": ("Examples", "supervised_pairs"),
-    "data.glue": ("find_labels", "load_labelled", "load_task", "TableLayout", "write_submission"),
+    "data.glue": ("load_labelled", "load_task", "TableLayout", "write_submission"),
+    "data.label_columns": ("find_labels",),
     "data.rows": ("load_rows",),
     "data.text": ("TextFormat",),
     "errors": (
@@ -33,12 +34,13 @@ _MODULES = {
         "ServerError",
     ),
     "evaluation.evaluator": ("Evaluator",),
+    "evaluation.problems": ("classification_metrics",),
     "evaluation.probing": ("linear_probe", "majority_baseline", "ProbeScore", "Split"),
     "evaluation.samples": ("Sample",),
-    "evaluation.task_metrics": ("classification_metrics", "RowMean", "TASK_METRICS"),
+    "evaluation.task_metrics": ("RowMean", "TASK_METRICS"),
     "inspection.build": ("reward_view",),
     "inspection.reward_view": ("RewardView",),
-    "jobs.encoder_data": ("LabelledDataArguments",),
+    "jobs.encoder_data_arguments": ("LabelledDataArguments",),
     "jobs.encoder_report": ("compare_with_teacher",),
     "jobs.encoder_setup": ("EncoderStudentArguments", "EncoderTeacherArguments", "prepare_encoders"),
     "jobs.encoder_teachers": ("fine_tuned_teacher", "teacher_of_student"),
@@ -69,6 +71,7 @@ _MODULES = {
     "models.signals": ("LocalSource", "SignalSource"),
     "models.spec": ("ModelSource", "ModelSpec", "TeacherSpec"),
     "models.teacher": ("Teacher",),
+    "models.chat": ("with_chat",),
     "models.vocabulary": ("load_tokenizer", "valid_vocab"),
     "objectives.advantages": ("Baseline", "BASELINES", "CreditInputs"),
     "objectives.attention_tree": ("attention_tree", "rows_of_map"),
@@ -136,10 +139,10 @@ if TYPE_CHECKING:
     from .data.examples import Examples as Examples
     from .data.examples import supervised_pairs as supervised_pairs
     from .data.glue import TableLayout as TableLayout
-    from .data.glue import find_labels as find_labels
     from .data.glue import load_labelled as load_labelled
     from .data.glue import load_task as load_task
     from .data.glue import write_submission as write_submission
+    from .data.label_columns import find_labels as find_labels
     from .data.rows import load_rows as load_rows
     from .data.text import TextFormat as TextFormat
     from .errors import CheckpointError as CheckpointError
@@ -156,13 +159,13 @@ if TYPE_CHECKING:
     from .evaluation.probing import Split as Split
     from .evaluation.probing import linear_probe as linear_probe
     from .evaluation.probing import majority_baseline as majority_baseline
+    from .evaluation.problems import classification_metrics as classification_metrics
     from .evaluation.samples import Sample as Sample
     from .evaluation.task_metrics import TASK_METRICS as TASK_METRICS
     from .evaluation.task_metrics import RowMean as RowMean
-    from .evaluation.task_metrics import classification_metrics as classification_metrics
     from .inspection.build import reward_view as reward_view
     from .inspection.reward_view import RewardView as RewardView
-    from .jobs.encoder_data import LabelledDataArguments as LabelledDataArguments
+    from .jobs.encoder_data_arguments import LabelledDataArguments as LabelledDataArguments
     from .jobs.encoder_report import compare_with_teacher as compare_with_teacher
     from .jobs.encoder_setup import EncoderStudentArguments as EncoderStudentArguments
     from .jobs.encoder_setup import EncoderTeacherArguments as EncoderTeacherArguments
@@ -195,6 +198,7 @@ if TYPE_CHECKING:
     from .models.architectures import LANGUAGE_MODELS as LANGUAGE_MODELS
     from .models.architectures import Architecture as Architecture
     from .models.architectures import language_model as language_model
+    from .models.chat import with_chat as with_chat
     from .models.encoders.bilstm import BiLSTMConfig as BiLSTMConfig
     from .models.encoders.bilstm import BiLSTMForSequenceClassification as BiLSTMForSequenceClassification
     from .models.encoders.classifiers import build_student as build_student

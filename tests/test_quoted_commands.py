@@ -54,7 +54,7 @@ ELSEWHERE = {
     r"pip install": ("Makefile", "pip install"),
     r"rlkd data merge labels$": ("tests/test_quoted_commands.py", '_run("rlkd data merge labels"'),
     r"python tests/faults_table.py --write$": ("tests/test_quoted_commands.py", "tests/faults_table.py"),
-    r".* --task rte ": ("tests/data/test_glue.py", "rte"),  # the flags; its data are on the hub
+    r".* --task (rte|stsb) ": ("tests/data/test_glue.py", "stsb"),  # the flags; their data are on the hub
     r"rlkd train tkd --pseudo_labels": ("tests/jobs/test_label_folder_students.py", '["train", "tkd", "--config"'),
     r"PARTS=": ("tests/test_cluster.py", "recipes/cluster/submit.sh"),
     r"rlkd distill --teacher": ("tests/pipeline/test_distill.py", "^rlkd distill (.*)$"),
@@ -104,7 +104,7 @@ COMMANDS = quoted()
 # Mentioned, not to be typed as they stand.
 NAMES = {
     "rlkd generate-pseudolabels", "rlkd config show", "rlkd probe", "rlkd train teacher", "rlkd data verify",
-    "rlkd data score",
+    "rlkd data score", "rlkd data filter", "rlkd predict",
     "rlkd prompts lint --dataset", "rlkd inspect-rewards --labels", "python recipe.py", "accelerate launch --multi_gpu",
     "accelerate launch --quiet",
 }  # fmt: skip
@@ -151,6 +151,9 @@ def world(tmp_path_factory) -> Path:
     )
     (folder / "news.csv").write_text("body,topic\n" + "".join(f"{n['note']},{i % 4}\n" for i, n in enumerate(notes)))
     shutil.copy(tiny / "labelled.csv", folder / "reviews.csv")
+    (folder / "topics.csv").write_text(
+        "text,label\n" + "".join(f"{i} x,{('a;b', 'a', '')[i % 3]}\n" for i in range(60))
+    )
     (folder / "my").mkdir()
     shutil.copy(ROOT / "recipes/tiny_templates.yaml", folder / "my/templates.yaml")
     (folder / "mine.yaml").write_text("templates:\n" + "".join(TEMPLATE.replace("NAME", name) for name in "ab"))

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from models.chat_templates import chat_model, chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig
 
 from rlkd import (
+    TRAINING_JOBS,
     DataArguments,
     GKDArguments,
     PPOArguments,
@@ -28,6 +30,7 @@ from rlkd import (
     load_pseudolabels,
     parse_config,
 )
+from rlkd.models.spec import ModelSpec
 from rlkd.settings.trl_compat import ModelConfig
 from tiny import save_pretrained, tiny_t5, tiny_tokenizer
 
@@ -79,6 +82,37 @@ def test_shipped_configurations_parse(kind, size):
     for name, value in yaml.safe_load(path.read_text()).items():
         if name not in ("bf16", "report_to"):
             assert values[name] == value or str(values[name]) == str(value), name
+
+
+@pytest.mark.parametrize("kind", ["seqkd", "ppo", "reinforce", "opd"])
+def test_the_configurations_of_a_prompted_llm(kind):
+    """They parse, with the same models and prompts, and their first lines say how they are run."""
+    path = RECIPES / f"{kind}_smollm2.yaml"
+    job = TRAINING_JOBS[kind]
+    data, teacher, model, _ = parse_config(job.settings, ["--config", str(path)], preset=job.preset)
+    assert (teacher.teacher_chat, data.student_chat, teacher.teacher) == (True, True, "runs/smollm2/teacher")
+    assert model.model_name_or_path == f"runs/smollm2/{'student' if kind == 'seqkd' else 'seqkd'}"
+    assert f"rlkd train {kind} --config recipes/{path.name}" in path.read_text()
+
+
+def test_an_llm_is_written_as_plain_weights_with_a_third_of_its_layers(tmp_path, monkeypatch):
+    """All but the download: the model that its file gives cannot be saved as it is."""
+    model = chat_model(seed=3, num_hidden_layers=6)
+    want = model(torch.tensor([[3, 40, 50]])).logits
+    model.config.quantization_config = {"quant_method": "gguf"}
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import smollm2_models
+
+    monkeypatch.setattr(smollm2_models, "fetch", lambda folder: folder / "weights.gguf")
+    monkeypatch.setattr(smollm2_models, "load", lambda weights: (model, chat_tokenizer()))
+    monkeypatch.setattr(sys, "argv", ["smollm2_models.py", "--to", str(tmp_path)])
+    smollm2_models.main()
+    teacher = ModelSpec(str(tmp_path / "teacher"), "teacher", chat=True)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.load()(torch.tensor([[3, 40, 50]])).logits, want)
+    student = ModelSpec(str(tmp_path / "student"), "student", chat=True)
+    assert student.config.num_hidden_layers == 2
+    assert student.tokenizer.chat_template == chat_tokenizer().chat_template
 
 
 @pytest.mark.slow

@@ -205,11 +205,13 @@ def summary_of(teacher: list[int], student: list[int], true: list[int], *, major
 
     def facts(folder, layers, ms, predicted):
         scores = {name: float(sum(map(int.__eq__, predicted, true)) / len(true)) for name in ("score", "accuracy")}
+        only = len(set(predicted)) == 1 or None
         classes = [vars(one) for one in class_scores(predicted, true, ("no", "yes"))]
         return {
             "folder": folder, "layers": layers, "parameters": 2_000, "megabytes": 8.0, "ms_per_sentence": ms,
             "scores": {"m": scores, "mm": {"score": 0.5, "f1": 0.25, "accuracy": 0.75}},
             "classes": {"m": classes, "mm": [vars(c) for c in class_scores([0, 1], [1, 1], ("no", "yes"))]},
+            "constant": {"m": only and {"label": ("no", "yes")[predicted[0]], "rows": len(true)}, "mm": None},
         }  # fmt: skip
 
     share = true.count(majority) / len(true)

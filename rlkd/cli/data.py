@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Check, merge and repair folders of pseudo-labels.", no_args_is_help=True, rich_markup_mode=None)
+from ..labels.options import By
+
+app = typer.Typer(
+    help="Check, merge, filter and repair folders of pseudo-labels.", no_args_is_help=True, rich_markup_mode=None
+)
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Folder = Annotated[Path, typer.Argument(help="Folder written by rlkd generate-pseudolabels.")]
@@ -86,6 +90,50 @@ def score(
     typer.echo("\t".join(["template", *columns]))
     for template, values in scores.items():
         typer.echo("\t".join([template, *(f"{values[column]:.4g}" for column in columns)]))
+
+
+@app.command("filter")
+def filter_(
+    context: typer.Context,
+    labels: Folder,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    min_logprob: Annotated[
+        float | None, typer.Option(help="Least log-probability of the whole answer under the teacher, in nats.")
+    ] = None,
+    min_logprob_per_token: Annotated[
+        float | None, typer.Option(help="Least log-probability divided by the answer's tokens.")
+    ] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Least tokens of an answer, its end included.", min=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer, its end included.", min=1)] = None,
+    agree: Annotated[
+        int | None, typer.Option(help="Least templates of an input under which the answer is the same.", min=1)
+    ] = None,
+    best: Annotated[int | None, typer.Option(help="Most answers to an input: the N best of them.", min=1)] = None,
+    by: Annotated[
+        By | None,
+        typer.Option(help="What the best have most of (reward: labels with --top-k-logprobs). Default: logprob."),
+    ] = None,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Keep the first of equal answers to equal inputs.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace labels already in the folder.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Copy a finished folder without the labels that rules leave out. They apply in the order above, each to what those
+    before it left; what each left out is counted, and recorded in the new folder.
+    """
+    from ..labels.card import summary
+    from ..labels.filtering import Filter, filter_labels
+    from .labels import recorded
+
+    rules = Filter(min_logprob, min_logprob_per_token, min_tokens, max_tokens, agree, best, by, drop_duplicates)
+    request = recorded(context.params) | {"command": "data filter"}
+    totals = filter_labels(labels, out, rules, overwrite=overwrite, request=request)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(out)} | totals, ensure_ascii=False))
+    elif not quiet:
+        typer.echo(f"{summary(totals)}\n{out}")
 
 
 @app.command()

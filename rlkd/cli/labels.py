@@ -16,7 +16,7 @@ from ..io.redaction import REDACTED
 
 COMMAND = "generate-pseudolabels"  # of requests that name none
 # These control how the command runs, not its labels.
-NOT_IN_REQUEST = ("out", "overwrite", "allow_config_change", "quiet")
+NOT_IN_REQUEST = ("out", "overwrite", "allow_config_change", "quiet", "as_json")
 FINISHED_WITH_FAILED_ROWS = 4
 
 
@@ -69,7 +69,7 @@ def arguments(request: dict[str, Any]) -> list[str]:
 
 def shown(request: dict[str, Any], out: Path) -> str:
     """The recorded command as a line to read, and to paste into a shell."""
-    line = shlex.join(["rlkd", _name(request), *arguments(request), f"--out={out}"])
+    line = shlex.join(["rlkd", *_name(request).split(), *arguments(request), f"--out={out}"])
     return _printable(f"cd {shlex.quote(str(request.get('folder', '.')))} && {line}")
 
 
@@ -90,7 +90,7 @@ def repeat(request: dict[str, Any], out: Path, *, quiet: bool) -> int:
 def _name(request: dict[str, Any]) -> str:
     """The command that a request is of. Raises DataError for another one."""
     name = request.get("command", COMMAND)
-    if name not in (COMMAND, "predict"):
+    if name not in (COMMAND, "predict", "data filter"):
         raise DataError(f"the recorded command is '{_printable(str(name))}', which makes no labels: repeat it by hand.")
     return str(name)
 
@@ -98,7 +98,10 @@ def _name(request: dict[str, Any]) -> str:
 def _command(request: dict[str, Any]) -> Any:
     from .main import app
 
-    return typer.main.get_command(app).commands[_name(request)]  # type: ignore[attr-defined]
+    command: Any = typer.main.get_command(app)
+    for name in _name(request).split():
+        command = command.commands[name]
+    return command
 
 
 def _printable(text: str) -> str:

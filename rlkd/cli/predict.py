@@ -51,6 +51,16 @@ def predict(
     shard_rows: Annotated[
         int, typer.Option(help="Rows per file; an interrupted run loses at most one file.", min=1)
     ] = 5000,
+    student_chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--student-chat/--no-student-chat",
+            help="Generating models: whether inputs stand in the chat template. Default: only if rlkd trained it so.",
+        ),
+    ] = None,
+    student_system_prompt: Annotated[
+        str | None, typer.Option(help="Generating models: text of the chat's system turn.")
+    ] = None,
     src_lang: prompts.SourceLanguage = None,
     tgt_lang: prompts.TargetLanguage = None,
     allow_bin: AllowBin = False,

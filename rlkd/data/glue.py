@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..checks import OneOf, check_choice
+from ..choices import ProblemType
 from ..errors import ConfigError, DataError
+from .label_columns import first, label_indices, label_sets, label_values, numbers
 from .rows import OnBadRow, check_columns, check_text_column, load_table
 from .text import TextFormat
 
@@ -25,6 +25,8 @@ class TableLayout:
     text     column of the first text; pair, of the second, None for single texts
     label    column of the label; None if there is none: a transfer set, for training on the teacher's outputs alone
     columns, quoted, delimiter, encoding  of text files, as in `TextFormat`
+    problem_type, separator  what the label column holds (see `label_columns`): one label, lists of labels (or, with a
+                             separator, their names as text), or numbers
     """
 
     text: str = "text"
@@ -34,6 +36,8 @@ class TableLayout:
     quoted: bool = True
     delimiter: str | None = None
     encoding: str | None = None
+    problem_type: ProblemType = "single_label_classification"
+    separator: str | None = None
 
     @property
     def text_format(self) -> TextFormat:
@@ -55,8 +59,8 @@ class ClassificationTask:
 
     source, subset   repository on the hub, and its subset
     layout           columns on the hub; raw, those of the .tsv files as GLUE distributes them (all but the test files)
-    labels           names, in the order of their indices
-    metrics          names in `rlkd.evaluation.task_metrics.CLASSIFICATION_METRICS`
+    labels           names, in the order of their indices; of a regression task, what its number is
+    metrics          names in `rlkd.evaluation.problems.CLASSIFICATION_METRICS`
     submissions      (test split, file name for the GLUE server); submits_names, whether the file has labels by name
     """
 
@@ -70,13 +74,19 @@ class ClassificationTask:
     submits_names: bool = False
     raw: TableLayout | None = None
 
+    @property
+    def problem_type(self) -> ProblemType:
+        return self.layout.problem_type
+
 
 def _glue(
     subset: str, text: str, pair: str | None, labels: tuple[str, ...], file: str, **more: Any
 ) -> ClassificationTask:
+    kind = more.pop("problem_type", TableLayout.problem_type)
     more.setdefault("raw", TableLayout(text, "label", pair, quoted=False))
     more.setdefault("submissions", (("test", file),))
-    return ClassificationTask("nyu-mll/glue", subset, TableLayout(text, "label", pair), labels, **more)
+    layout = TableLayout(text, "label", pair, problem_type=kind)
+    return ClassificationTask("nyu-mll/glue", subset, layout, labels, **more)
 
 
 _ENTAILED = ("entailment", "not_entailment")
@@ -122,6 +132,16 @@ TASKS: dict[str, ClassificationTask] = {
         metrics=("f1", "accuracy"),
         raw=TableLayout("#1 String", "Quality", "#2 String", quoted=False),
     ),
+    "stsb": _glue(
+        "stsb",
+        "sentence1",
+        "sentence2",
+        ("similarity",),
+        "STS-B.tsv",
+        metrics=("pearson", "spearman"),
+        problem_type="regression",
+        raw=TableLayout("sentence1", "score", "sentence2", quoted=False, problem_type="regression"),
+    ),
     "trec6": ClassificationTask(
         "CogComp/trec", None, TableLayout("text", "coarse_label"), ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
         dev_splits=("test",),
@@ -147,7 +167,8 @@ def load_task(
     limit: int | None = None,
     on_bad_row: OnBadRow = "fail",
 ) -> list[dict[str, Any]]:
-    """Rows {text, text_pair, label} of a split of a data set; label is None where the data set hides it.
+    """Rows {text, text_pair, label} of a split of a data set; label is None where the data set hides it (the test rows
+    of a regression task, which have -1 as any number, too).
 
     They come from the hub, or from a local `file`: a .tsv file of a GLUE task is read in GLUE's own format (without
     labels if the split is named test*), any other file with the columns of the hub. on_bad_row: `fail`, or `skip` rows
@@ -158,6 +179,8 @@ def load_task(
     if file is not None and found.raw is not None and Path(file).suffix.lower() == ".tsv":
         # The test files have a header, and no labels.
         layout = replace(found.raw, label=None, columns=None) if split.startswith("test") else found.raw
+    if layout.problem_type == "regression" and split.startswith("test"):
+        layout = replace(layout, label=None)
     return load_labelled(
         file or found.source,
         layout,
@@ -182,7 +205,7 @@ def load_labelled(
     """Rows {text, text_pair, label} of a hub data set or of local files.
 
     split, subset, limit and on_bad_row as in `load_rows`. label is the index in `labels` (given in the data by name or
-    by index), None where it is missing or -1.
+    by index), None where it is missing or -1; by `layout.problem_type` a list of such indices, or a number.
     Raises DataError for a column that does not exist or holds no text, and for labels not in the label set, with the
     rows; ConfigError for another on_bad_row.
     """
@@ -200,74 +223,31 @@ def load_labelled(
         check_text_column(rows, column, source)
         empty = [i for i, text in enumerate(rows[column]) if text is None]
         if empty:
-            raise DataError(f"'{source}', rows {_first(empty)}: column '{column}' is empty. Fill or remove them.")
-    indices: list[int | None] = [None] * len(rows)
-    if layout.label is not None:
-        indices = label_indices(label_values(rows, layout.label, source), labels, source)
+            raise DataError(f"'{source}', rows {first(empty)}: column '{column}' is empty. Fill or remove them.")
     return [
         {"text": row[layout.text], "text_pair": row[layout.pair] if layout.pair else None, "label": label}
-        for row, label in zip(rows, indices, strict=True)
+        for row, label in zip(rows, _labels(rows, layout, labels, source), strict=True)
     ]
 
 
-def label_values(rows: datasets.Dataset, column: str, source: str) -> list[Any]:
-    """The values of a label column: names where the data set names its classes, whole numbers as integers.
-
-    Raises DataError for a list of labels or a fraction: rows of a multi-label or a regression task.
-    """
-    names: list[str] = getattr(rows.features[column], "names", None) or []
-    values = []
-    for i, value in enumerate(rows[column]):
-        if isinstance(value, (list, dict)) or (isinstance(value, float) and math.isfinite(value) and value % 1):
-            kind = "a number for regression" if isinstance(value, float) else "not one label"
-            raise DataError(
-                f"'{source}', row {i}: column '{column}' contains {str(value)[:60]}, {kind}. Only single-label "
-                "classification is supported: name a column with one label in each row."
-            )
-        if isinstance(value, float):
-            value = int(value) if math.isfinite(value) else None
-        named = isinstance(value, int) and 0 <= value < len(names)
-        values.append(names[value] if named else value)
-    return values
+def _labels(rows: datasets.Dataset, layout: TableLayout, labels: Sequence[str], source: str) -> list[Any]:
+    """The label of each row, in the form that the problem has."""
+    if layout.label is None:
+        return [None] * len(rows)
+    if layout.problem_type == "regression":
+        return numbers(rows[layout.label], layout.label, source)
+    if layout.problem_type == "multi_label_classification":
+        sets = label_sets(rows, layout.label, source, layout.separator)
+        owner = [i for i, names in enumerate(sets) for _ in names or ()]
+        found = label_indices([name for names in sets for name in names or ()], labels, source, owner)
+        indices = iter(found)
+        return [None if names is None else sorted({next(indices) for _ in names}) for names in sets]  # type: ignore[type-var]
+    return label_indices(label_values(rows, layout.label, source), labels, source)
 
 
-def find_labels(values: Iterable[Any]) -> tuple[str, ...]:
-    """The label set of a column, for data without one: the names, sorted, or the numbers from 0 (or from the smallest,
-    if that is larger) to the largest.
-
-    Take it from the training rows, so that a label that only held-out rows have is detected.
-    """
-    seen = {value for value in values if not _hidden(value)}
-    if seen and all(type(value) is int for value in seen):
-        return tuple(map(str, range(min(seen), max(seen) + 1) if min(seen) > 0 else range(max(seen) + 1)))
-    return tuple(sorted(map(str, seen)))
-
-
-def label_indices(values: Iterable[Any], labels: Sequence[str], source: str) -> list[int | None]:
-    """The index of each value: a name of `labels` or, unless names are numbers, an index itself; None if hidden.
-
-    Raises DataError for any other value.
-    """
-    names = {name: i for i, name in enumerate(labels)}
-    numbered = any(re.fullmatch(r"-?\d+", name) for name in labels)
-    indices: list[int | None] = []
-    unknown: dict[Any, list[int]] = {}
-    for i, value in enumerate(values):
-        index = None if _hidden(value) else names.get(str(value))
-        if index is None and not numbered and isinstance(value, int) and 0 <= value < len(labels):
-            index = value
-        if index is None and not _hidden(value):
-            unknown.setdefault(value, []).append(i)
-        indices.append(index)
-    if unknown:
-        found = "; ".join(f"{value!r} in rows {_first(rows)}" for value, rows in list(unknown.items())[:5])
-        indices_too = "" if numbered else f", or 0 to {len(labels) - 1}"
-        raise DataError(f"'{source}': labels not in the label set: {found}. Allowed: {', '.join(labels)}{indices_too}.")
-    return indices
-
-
-def write_submission(folder: str | Path, task: TaskName, split: str, predictions: Sequence[int]) -> Path:
-    """Write predicted labels (indices, in the order of the split) in the GLUE server's format; returns the file.
+def write_submission(folder: str | Path, task: TaskName, split: str, predictions: Sequence[float]) -> Path:
+    """Write predicted labels (indices, or numbers; in the order of the split) in the GLUE server's format; returns the
+    file.
 
     Raises ConfigError for an unknown task, and for a split that is not one of its test splits.
     """
@@ -279,16 +259,8 @@ def write_submission(folder: str | Path, task: TaskName, split: str, predictions
         )
     path = Path(folder) / files[split]
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown = [found.labels[p] if found.submits_names else str(p) for p in predictions]
+    shown = [found.labels[int(p)] if found.submits_names else str(p) for p in predictions]
     path.write_text(
         "index\tprediction\n" + "".join(f"{i}\t{label}\n" for i, label in enumerate(shown)), encoding="utf-8"
     )
     return path
-
-
-def _hidden(value: Any) -> bool:
-    return value is None or value == -1 or value == ""
-
-
-def _first(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..choices import ProblemType
 from ..errors import DataError, ModelError
 from ..tensors import length_mask, pad_stack
 from .splits import plain
@@ -18,18 +19,32 @@ from .splits import plain
 logger = logging.getLogger(__name__)
 
 UNLABELLED = -100
+# What the labels of a batch are, as in `evaluation.problems`.
+DTYPES: dict[ProblemType, torch.dtype] = {
+    "single_label_classification": torch.int64,
+    "multi_label_classification": torch.float32,
+    "regression": torch.float32,
+}
 
 
 class EncodedTexts(Sequence[dict[str, Any]]):
     """Rows {text, text_pair (or None), label (or None)}, tokenised, each with its index for the teacher's cache.
 
     Args: rows, which may bring the teacher's `logits`, one for each label; tokenizer, a fast one; max_length, tokens to
-    cut texts to; num_labels, to check labels against. A row without a label is trained on the teacher's outputs alone.
+    cut texts to; num_labels, to check labels against; problem_type, what a label is: an index, a list of the indices of
+    the labels that the row has, or a number. A row without a label (None) is trained on the teacher's outputs alone.
     Raises DataError if there are no rows, a text is missing or not a string, a label is not in the label set, only some
     rows are pairs, or logits are not numbers for all rows and labels; ModelError if the tokenizer has no padding token.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, num_labels: int):
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer: Any,
+        max_length: int,
+        num_labels: int,
+        problem_type: ProblemType = "single_label_classification",
+    ):
         if not rows:
             raise DataError("no rows: at least one text is needed")
         if tokenizer.pad_token_id is None:
@@ -47,7 +62,8 @@ class EncodedTexts(Sequence[dict[str, Any]]):
             if not all(isinstance(text, str) for text in pair[: 1 if alone else 2]):
                 raise DataError(f"row {i}: text and text_pair must be text, found {pair}. Fix or remove the row.")
         self.texts = list(zip(first, second, strict=True))
-        self.labels = [_label(i, row.get("label"), num_labels) for i, row in enumerate(rows)]
+        self.dtype, own = DTYPES[problem_type], LABELS[problem_type]
+        self.labels = [own(i, row.get("label"), num_labels) for i, row in enumerate(rows)]
         self.logits = _recorded_logits(rows, num_labels)
         encoded = tokenizer(first, None if alone else second, truncation=True, max_length=max_length, verbose=False)
         self.names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
@@ -85,7 +101,8 @@ class EncodedTexts(Sequence[dict[str, Any]]):
         return digest.hexdigest()[:16]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids, attention_mask (and token_type_ids) [B, L], padded on the right; labels and index [B];
+        """input_ids, attention_mask (and token_type_ids) [B, L], padded on the right; labels [B], of several
+        labels [B, C], as in `evaluation.problems`; index [B];
         teacher_logits [B, C] where the rows bring them.
         """
         batch: dict[str, Tensor] = {
@@ -93,7 +110,7 @@ class EncodedTexts(Sequence[dict[str, Any]]):
             for name in self.names
         }
         batch["attention_mask"] = length_mask([len(row["input_ids"]) for row in rows]).long()
-        batch["labels"] = torch.tensor([row["label"] for row in rows])
+        batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=self.dtype)
         batch["index"] = torch.tensor([row["index"] for row in rows])
         if self.logits is not None:
             batch["teacher_logits"] = self.logits[batch["index"]]
@@ -139,6 +156,38 @@ def _label(index: int, label: Any, num_labels: int) -> int:
             f"{num_labels - 1}, or None for a row that is trained on the teacher's outputs alone"
         )
     return label
+
+
+def _label_set(index: int, label: Any, num_labels: int) -> list[float]:
+    """1 for each label that the row has and 0 for the others; NaN for all of them if they are not known."""
+    if label is None:
+        return [math.nan] * num_labels
+    if not isinstance(label, (list, tuple)) or None in label:
+        raise DataError(
+            f"row {index}: label {label!r} is not a list: a multi-label row has the list of the numbers of its labels, "
+            "[] if it has none, or None for a row that is trained on the teacher's outputs alone"
+        )
+    mine = [_label(index, one, num_labels) for one in label]
+    return [float(k in mine) for k in range(num_labels)]
+
+
+def _number(index: int, label: Any, num_labels: int) -> float:
+    """The number as a float; NaN if it is not known."""
+    if label is None:
+        return math.nan
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
+        raise DataError(
+            f"row {index}: label {label!r} is not a finite number, or None for a row that is trained on the teacher's "
+            "outputs alone"
+        )
+    return float(label)
+
+
+LABELS: dict[ProblemType, Callable[[int, Any, int], Any]] = {
+    "single_label_classification": _label,
+    "multi_label_classification": _label_set,
+    "regression": _number,
+}
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

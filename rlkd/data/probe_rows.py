@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .glue import DEFAULT_LAYOUT, TableLayout, find_labels, load_labelled
+from .glue import DEFAULT_LAYOUT, TableLayout, load_labelled
+from .label_columns import find_labels, label_values
 from .readers import Cells
 from .rows import check_columns, check_limit, load_table
 from .text import TextFile, TextFormat
@@ -78,7 +79,7 @@ def read_tables(
     for source in sources:
         rows, names = load_table(source, limit=limit, text_format=layout.text_format, only=[layout.label])
         check_columns(names, {"label_column": layout.label}, source)
-        values += rows[layout.label]
+        values += label_values(rows, layout.label, source)
     classes = find_labels(values)
 
     def read(source: str) -> list[Row]:

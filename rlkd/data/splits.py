@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -15,21 +16,30 @@ def split_off(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rest, part) of rows {text, text_pair, label}: `fraction` of every label, drawn with `seed`, order kept.
 
-    Rows whose texts are equal up to case and spaces stay together, so that no dev text is trained on. A label with at
-    least two texts has at least one in each part; texts without a label stay in the rest.
+    A row with a list of labels is drawn by the rarest of them; rows with numbers are all alike. Rows whose texts are
+    equal up to case and spaces stay together, so that no dev text is trained on. A label with at least two texts has at
+    least one in each part; texts without a label stay in the rest.
     """
     same: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(rows):
         same.setdefault(plain(row["text"], row["text_pair"]), []).append(i)
+    counts = Counter(k for row in rows if isinstance(row["label"], list) for k in row["label"])
     by_label: dict[int, list[list[int]]] = {}
     for indices in same.values():
         labels = [label for i in indices if (label := rows[i]["label"]) is not None]
         if labels:
-            by_label.setdefault(labels[0], []).append(indices)
+            by_label.setdefault(_stratum(labels[0], counts), []).append(indices)
     draw, part = random.Random(seed), set()
     for _, groups in sorted(by_label.items()):
         part |= {i for indices in draw.sample(groups, _share(fraction, len(groups))) for i in indices}
     return [row for i, row in enumerate(rows) if i not in part], [rows[i] for i in sorted(part)]
+
+
+def _stratum(label: Any, counts: Counter[int]) -> int:
+    """What a row is drawn by: its label, the rarest of several (-1 if it has none of them), or nothing (a number)."""
+    if isinstance(label, list):
+        return min(label, key=lambda k: (counts[k], k), default=-1)
+    return label if isinstance(label, int) else -1
 
 
 def held_out_inputs(inputs: Iterator[tuple[str, ...]], fraction: float, source: str) -> set[tuple[str, ...]]:

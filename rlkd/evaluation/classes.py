@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..choices import ProblemType
+from .problems import PROBLEMS, has_label
+
 
 @dataclass(frozen=True)
 class ClassScore:
@@ -22,30 +25,36 @@ class ClassScore:
     f1: float
 
 
-def class_scores(predicted: Sequence[int], true: Sequence[int], names: Sequence[str] = ()) -> list[ClassScore]:
-    """Scores of every label that is named, true or predicted, in the order of the indices; by scikit-learn.
+def class_scores(predicted: Sequence[Any], true: Sequence[Any], names: Sequence[str] = ()) -> list[ClassScore]:
+    """Scores of every label that is named, true or predicted, in the order of the indices.
 
-    Rows whose true label is negative have none and are left out.
+    A row has one label, or a list of them. Rows whose true label is negative have none and are left out.
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
-    pairs = [(guess, label) for guess, label in zip(predicted, true, strict=True) if label >= 0]
-    labels = sorted({*range(len(names)), *(label for pair in pairs for label in pair)})
+    pairs = [
+        (_as_set(guess), _as_set(label))
+        for guess, label in zip(predicted, true, strict=True)
+        if isinstance(label, list) or label >= 0
+    ]
     if not pairs:
         return []
-    guesses, truths = zip(*pairs, strict=True)
-    found = precision_recall_fscore_support(truths, guesses, labels=labels, zero_division=0)
+    given = Counter(k for guess, _ in pairs for k in guess)
+    rows = Counter(k for _, label in pairs for k in label)
+    right = Counter(k for guess, label in pairs for k in guess & label)
     return [
         ClassScore(
             label=names[k] if k < len(names) else str(k),
-            rows=truths.count(k),
-            predicted=guesses.count(k),
-            precision=float(found[0][i]),
-            recall=float(found[1][i]),
-            f1=float(found[2][i]),
+            rows=rows[k],
+            predicted=given[k],
+            precision=right[k] / max(given[k], 1),
+            recall=right[k] / max(rows[k], 1),
+            f1=2 * right[k] / max(given[k] + rows[k], 1),
         )
-        for i, k in enumerate(labels)
+        for k in sorted({*range(len(names)), *given, *rows})
     ]
+
+
+def _as_set(label: Any) -> set[int]:
+    return set(label) if isinstance(label, list) else {label}
 
 
 def confusion_matrix(predicted: Sequence[int], true: Sequence[int], labels: int) -> list[list[int]]:
@@ -73,13 +82,31 @@ def calibration_error(probabilities: np.ndarray, true: Sequence[int], bins: int 
     return sum(gaps) / len(labels)
 
 
-def classified_rows(predicted: Sequence[int], true: Sequence[int], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """{id, input, label, predicted, accuracy} of each row that has a label: the lines of held_out.jsonl."""
+def classified_rows(
+    predicted: Sequence[Any] | np.ndarray,
+    true: Sequence[Any] | np.ndarray,
+    texts: Sequence[str],
+    problem_type: ProblemType = "single_label_classification",
+) -> list[dict[str, Any]]:
+    """{id, input, label, predicted, SCORE} of each row that has a label: the lines of held_out.jsonl.
+
+    SCORE is that of a single row (`evaluation.problems`); of rows with several labels, label and predicted are lists of
+    indices. predicted, true: in the form of labels there.
+    """
+    guesses, labels = np.asarray(predicted), np.asarray(true)
+    name, by_row = PROBLEMS[problem_type].by_row
+    scores, known = by_row(guesses, labels), has_label(labels)
+    facts = zip(texts, labels, guesses, scores, known, strict=True)
     return [
-        {"id": str(i), "input": text, "label": label, "predicted": guess, "accuracy": float(guess == label)}
-        for i, (guess, label, text) in enumerate(zip(predicted, true, texts, strict=True))
-        if label >= 0
+        {"id": str(i), "input": text, "label": _plain(label), "predicted": _plain(guess), name: float(score)}
+        for i, (text, label, guess, score, labelled) in enumerate(facts)
+        if labelled
     ]
+
+
+def _plain(label: Any) -> Any:
+    """A label as JSON has it: an index, a list of indices, or a number."""
+    return np.flatnonzero(label).tolist() if np.ndim(label) else label.item()
 
 
 def commonest(labels: Sequence[int]) -> int:
@@ -88,13 +115,27 @@ def commonest(labels: Sequence[int]) -> int:
     return max(sorted(counts), key=lambda label: counts[label])
 
 
-def only_class(predicted: Sequence[int]) -> int | None:
-    """The label predicted for every row, if it is one label for at least two rows."""
-    return predicted[0] if len(predicted) > 1 and len(set(predicted)) == 1 else None
+def only_prediction(predicted: Sequence[Any]) -> Any:
+    """What is predicted for every row (an index or a list of indices), if it is the same for at least two rows."""
+    same = len(predicted) > 1 and all(one == predicted[0] for one in predicted)
+    return predicted[0] if same else None
+
+
+def in_words(label: Any, names: Sequence[str]) -> str:
+    """A label, by index, or a list of them, or a number, as text."""
+    if isinstance(label, list):
+        return ", ".join(_named(one, names) for one in label) or "none of the labels"
+    return _named(label, names)
+
+
+def _named(label: Any, names: Sequence[str]) -> str:
+    if isinstance(label, float):
+        return f"{label:.4g}"
+    return names[label] if type(label) is int and 0 <= label < len(names) else str(label)
 
 
 def one_class_warning(who: str, label: str, rows: int) -> str:
-    """What to say of a classifier that predicts one label for every row."""
+    """What to say of a classifier that predicts the same for every row."""
     return (
         f"{who} predicts '{label}' for all {rows} held-out rows: it tells no classes apart, and its scores are those "
         "of a constant. Train longer or with another learning rate, and check the labels."

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..checks import check_choice
 from ..errors import ConfigError, DataError, RlkdError, nearest
 from ..metrics import held_out
@@ -291,68 +289,3 @@ def score_labels(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[s
             "finished": sum(row["finish_reason"] != "length" for row in mine) / len(mine),
         }
     return scores
-
-
-# Classifiers: (predicted, true) label indices of labelled rows -> score in [-1, 1], by scikit-learn; 0 without rows.
-
-
-def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Share of equal labels."""
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(true, predicted)) if len(true) else 0.0
-
-
-def f1(predicted: np.ndarray, true: np.ndarray) -> float:
-    """F1 of label 1 whatever other labels there are, as GLUE scores QQP and MRPC; 0 if neither side has it."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(true, predicted, labels=[1], average="macro", zero_division=0)) if len(true) else 0.0
-
-
-def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Matthews correlation, also for several classes (Gorodkin 2004); 0 if either side is constant."""
-    from sklearn.metrics import matthews_corrcoef
-
-    # scikit-learn gives 0 for a single label as well, with a warning.
-    return float(matthews_corrcoef(true, predicted)) if len(np.union1d(true, predicted)) > 1 else 0.0
-
-
-CLASSIFICATION_METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
-
-
-def classification_metrics(names: Sequence[str]) -> Callable[[Any], dict[str, float]]:
-    """`compute_metrics` for the Trainer: these metrics of the largest logits, over the rows that have a label.
-
-    Raises ConfigError for an unknown name.
-    """
-    for name in names:
-        check_choice("metric", name, CLASSIFICATION_METRICS)
-
-    def compute(prediction: Any) -> dict[str, float]:
-        logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-        labelled = labels >= 0
-        predicted, true = logits.argmax(-1)[labelled], labels[labelled]
-        return {name: CLASSIFICATION_METRICS[name](predicted, true) for name in names}
-
-    return compute
-
-
-def try_classification(compute: Any, labels: Sequence[int], classes: int) -> list[str]:
-    """The names of the scores that `compute_metrics` gives, from right predictions of the held-out labels.
-
-    Raises ConfigError if it fails on them; a score that is 0 for them is a warning.
-    """
-    from transformers import EvalPrediction
-
-    true = np.asarray(labels)
-    right = np.eye(classes, dtype=np.float32)[true.clip(min=0)]
-    try:
-        scores = dict(compute(EvalPrediction(right, true)))
-    except Exception as error:  # a user's function may raise anything
-        raise ConfigError(
-            f"compute_metrics fails on {len(true)} right predictions ({type(error).__name__}: {error}): it must take "
-            "an EvalPrediction (logits, labels) and return a dictionary of numbers"
-        ) from error
-    warn_of_useless(scores, "F1 needs rows of label 1, the Matthews correlation rows of two labels")
-    return list(scores)

@@ -19,9 +19,9 @@ from ..evaluation.classes import (
     commonest,
     confusion_matrix,
     one_class_warning,
-    only_class,
+    only_prediction,
 )
-from ..evaluation.task_metrics import CLASSIFICATION_METRICS, classification_metrics
+from ..evaluation.problems import PROBLEMS, classification_metrics
 from ..models.footprint import count_parameters, latency, megabytes
 from .classifiers import SavedClassifier
 from .encoder_report import TIMED_PASSES, TIMED_SENTENCES, spread_rows
@@ -52,7 +52,7 @@ def classified_rows_of(request: dict[str, Any], classes: tuple[str, ...]) -> Row
         request["input_column"],
         request["reference_column"],
         request["pair_column"],
-        columns=found.columns,
+        columns=None if found.columns is None else tuple(found.columns),
         delimiter=found.delimiter,
         encoding=found.encoding,
     )
@@ -74,8 +74,8 @@ def evaluate_classes(classifier: SavedClassifier, rows: Rows, batch_rows: int) -
         logits[numbers] = model(**{name: x.to(model.device) for name, x in batch.items()}).logits.float().cpu()
     predicted, true = logits.argmax(-1).tolist(), texts.labels
     probabilities = logits.double().softmax(-1).numpy()
-    numbers_of = classification_metrics(list(CLASSIFICATION_METRICS))
-    alone = only_class(predicted)
+    numbers_of = classification_metrics(list(PROBLEMS["single_label_classification"].scores))
+    alone = only_prediction(predicted)
     classes = {
         "classes": [asdict(one) for one in class_scores(predicted, true, names)],
         "confusion": confusion_matrix(predicted, true, len(names)),

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from ..errors import ConfigError, ModelError
 from ..models.encoders import bilstm as _bilstm  # noqa: F401  registers its configuration
 from ..models.encoders.classifiers import check_length, longest_text
-from ..models.encoders.labels import check_single_label
+from ..models.encoders.labels import check_problem
 from ..models.encoders.rehearsal import is_encoder
 from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.spec import default_device
@@ -49,7 +49,7 @@ class SavedClassifier:
                 f"model '{name}' classifies with a '{config.model_type}' model, which reads texts in one direction: "
                 "only encoders are supported here."
             )
-        check_single_label(config, "model", name)
+        check_problem(config, "model", "single_label_classification", name)
         tokenizer = load_tokenizer(name, "model")
         check_vocabulary_fits(config, valid_vocab(tokenizer), "model", name)
         if tokenizer.pad_token_id is None:
@@ -77,7 +77,7 @@ def refuse_options(request: dict[str, Any], others: dict[str, Any], kind: str) -
     """Raise ConfigError for an option that has no effect with a model of this kind; others: option -> its default."""
     for name, default in others.items():
         value = request.get(name)
-        if value if default is None else value != default:
+        if value not in (default, [], ()):
             raise ConfigError(
                 f"--{name.replace('_', '-')} has no effect: '{request['model']}' is {kind}. Leave it out."
             )

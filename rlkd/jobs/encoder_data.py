@@ -7,18 +7,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from ..checks import Count, OneOf, Share, check_settings
-from ..choices import OnBadRow
-from ..data.glue import TASKS, TableLayout, find_labels, find_task, label_values, load_labelled, load_task
+from ..choices import ProblemType
+from ..data.glue import TableLayout, find_task, load_labelled, load_task
+from ..data.label_columns import find_labels, label_sets, label_values
 from ..data.rows import check_columns, load_table, local_path
 from ..data.splits import split_off
 from ..data.text import text_format
 from ..errors import ConfigError, DataError, nearest
-from ..evaluation.task_metrics import CLASSIFICATION_METRICS, classification_metrics
-from .encoder_label_folder import parse_choice_labels, read_label_folder
-from .text_files import TextFileArguments
+from ..evaluation.classes import in_words
+from ..evaluation.problems import PROBLEMS, classification_metrics
+from .encoder_data_arguments import LabelledDataArguments
+from .encoder_label_folder import read_label_folder
 
 logger = logging.getLogger(__name__)
 
@@ -28,86 +29,10 @@ PAIRED = {"sentence1": "sentence2", "question1": "question2", "premise": "hypoth
 
 
 @dataclass
-class LabelledDataArguments(TextFileArguments):
-    """Labelled sentences or pairs: a task from the hub, or your own files, which take precedence."""
-
-    task: Annotated[str, OneOf(TASKS)] | None = field(
-        default=None, metadata={"help": "A GLUE task or another labelled data set, read from the hub."}
-    )
-    train_file: str | None = field(
-        default=None, metadata={"help": "Your own .csv, .tsv, .jsonl or .parquet file, instead of a task."}
-    )
-    dev_file: str | None = field(default=None, metadata={"help": "Held-out rows; null splits them off train_file."})
-    on_bad_row: OnBadRow = field(
-        default="fail", metadata={"help": "Rows that cannot be read: fail, or skip and count them."}
-    )
-    text_column: str = field(default="text", metadata={"help": "Column of train_file with the sentence."})
-    pair_column: str | None = field(default=None, metadata={"help": "Column with the second sentence of a pair."})
-    label_column: str = field(default="label", metadata={"help": "Column with the label, a name or a number."})
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "Label names in the order of their indices; null finds them in train_file."}
-    )
-    metrics: list[Annotated[str, OneOf(CLASSIFICATION_METRICS)]] | None = field(
-        default=None, metadata={"help": "Dev metrics; their mean is `score`. null: the task's own, or accuracy."}
-    )
-    dev_fraction: Share = field(default=0.1, metadata={"help": "Share of each label that is split off as dev rows."})
-    dev_seed: int = field(default=0, metadata={"help": "Seed of that split, independent of the training seed."})
-    pseudo_labels: str | None = field(
-        default=None,
-        metadata={"help": "Folder of labels made with --strategy rank: the teacher, and the training rows."},
-    )
-    choice_labels: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "The label that each answer choice stands for; null: that of its name."}
-    )
-    content_free_labels: str | None = field(
-        default=None, metadata={"help": "Folder of the same teacher's labels of content-free inputs, to calibrate by."}
-    )
-    test_files: list[str] = field(
-        default_factory=list, metadata={"help": "Further labelled rows, which only the final table scores."}
-    )
-    train_limit: Count | None = field(default=None, metadata={"help": "Use only the first N rows."})
-    dev_limit: Count | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        self.choice_labels = parse_choice_labels(self.choice_labels)
-        if self.pseudo_labels is not None:
-            self._check_pseudo_labels()
-            return
-        for name in ("choice_labels", "content_free_labels"):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"{name} is set without pseudo_labels, which it describes")
-        if self.train_file is None:
-            if self.task is None:
-                raise ConfigError(
-                    "none of task, train_file and pseudo_labels is set: name a task (sst2, rte, ...) or your own file"
-                )
-            if self.dev_file is not None:
-                raise ConfigError("dev_file is set without train_file: a task brings its own held-out rows")
-            for name in ("pair_column", "labels"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"{name} is set without train_file: task {self.task} has its own")
-
-    def _check_pseudo_labels(self) -> None:
-        """dev rows come from dev_file, from task, or from the folder's own gold labels."""
-        if self.train_file is not None:
-            raise ConfigError(
-                "pseudo_labels and train_file are both set: each brings the training rows. Leave one out."
-            )
-        if self.dev_file is not None and self.task is not None:
-            raise ConfigError(
-                "dev_file and task are both set beside pseudo_labels: each brings dev rows. Leave one out."
-            )
-        if self.pair_column is not None:
-            raise ConfigError("pair_column is set beside pseudo_labels, whose rows are single texts: leave it out")
-        if self.task is not None and self.labels is not None:
-            raise ConfigError(f"labels is set beside task {self.task}, which has its own")
-
-
-@dataclass
 class LabelledData:
     """Loaded rows. dev has the rows of each held-out split; checkpoints are selected on the first. test has further
-    rows, which are scored at the end; recorded, whether the training rows bring a teacher's logits.
+    rows, which are scored at the end; recorded, whether the training rows bring a teacher's logits. labels: of
+    regression, what its number is.
     """
 
     name: str
@@ -117,6 +42,7 @@ class LabelledData:
     metrics: tuple[str, ...]
     note: str
     test: dict[str, Rows] = field(default_factory=dict)
+    problem_type: ProblemType = "single_label_classification"
 
     @property
     def recorded(self) -> bool:
@@ -131,9 +57,14 @@ class LabelledData:
     def first_dev(self) -> Rows:
         return next(iter(self.dev.values()))
 
+    @property
+    def measured(self) -> list[str]:
+        """The chosen metrics, and those that the problem always has."""
+        return list(dict.fromkeys([*self.metrics, *PROBLEMS[self.problem_type].always]))
+
     def compute_metrics(self) -> Callable[[Any], dict[str, float]]:
-        """`compute_metrics` of the Trainer: accuracy, the chosen metrics, and the mean of these as `score`."""
-        compute = classification_metrics(list(dict.fromkeys([*self.metrics, "accuracy"])))
+        """`compute_metrics` of the Trainer: the chosen metrics, their mean as `score`, and those always measured."""
+        compute = classification_metrics(self.measured, self.problem_type)
 
         def scored(prediction: Any) -> dict[str, float]:
             values = compute(prediction)
@@ -216,12 +147,13 @@ def _with_labels(rows: Rows, source: str) -> Rows:
 def _load_task(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) -> LabelledData:
     assert data.task is not None
     task = find_task(data.task)
-    if teacher_labels:
+    if teacher_labels and task.problem_type != "regression":
         _check_order(task.labels, teacher_labels, f"task {data.task}")
     train = load_task(data.task, limit=data.train_limit)
     dev = {split: load_task(data.task, split, limit=data.dev_limit) for split in task.dev_splits}
     _check_labels(train, task.labels, data.task)
-    return LabelledData(data.task, train, dev, task.labels, tuple(data.metrics or task.metrics), "the task's own split")
+    metrics, note = tuple(data.metrics or task.metrics), "the task's own split"
+    return LabelledData(data.task, train, dev, task.labels, metrics, note, problem_type=task.problem_type)
 
 
 def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) -> LabelledData:
@@ -229,8 +161,11 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
     sources = {role: source for role, source in files.items() if source is not None}
     for role, source in sources.items():
         _check_local(role, source)
-    labels = tuple(data.labels or ()) or teacher_labels or _labels_of_file(data, str(data.train_file))
-    if teacher_labels:
+    if data.problem == "regression":
+        labels: tuple[str, ...] = (data.label_column,)
+    else:
+        labels = tuple(data.labels or ()) or teacher_labels or _labels_of_file(data, str(data.train_file))
+    if teacher_labels and data.problem != "regression":
         _check_order(labels, teacher_labels, "labels")
     loaded = {}
     for role, source in sources.items():
@@ -249,7 +184,7 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
             whose = "the teacher's" if teacher_labels else f"those of '{data.train_file}'"
             raise DataError(f"{error} (The labels are {whose}; set labels to name others.)") from None
         _check_texts(loaded[role], data, source)
-    if teacher_labels and not data.labels:
+    if teacher_labels and not data.labels and data.problem != "regression":
         _warn_of_numbers(data, teacher_labels)
     train = loaded["train_file"]
     _check_labels(train, labels, sources["train_file"])
@@ -258,14 +193,32 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
     else:
         train, dev = split_off(train, data.dev_fraction, data.dev_seed)
         dev = [row for row in dev if row["label"] is not None][: data.dev_limit]
+        each = "" if data.problem == "regression" else " of each label"
         note = (
             f"{len(dev)} of {len(loaded['train_file'])} rows split off {data.train_file}, "
-            f"{data.dev_fraction:.0%} of each label, dev_seed {data.dev_seed}"
+            f"{data.dev_fraction:.0%}{each}, dev_seed {data.dev_seed}"
         )
         if not dev:
             raise DataError(f"'{data.train_file}' has too few rows to split any off: set dev_file.")
-    name = Path(sources["train_file"]).stem
-    return LabelledData(name, train, {"dev": dev}, labels, tuple(data.metrics or ["accuracy"]), note)
+    name, kind = Path(sources["train_file"]).stem, data.problem
+    note += _described(loaded["train_file"], labels, kind)
+    return LabelledData(
+        name, train, {"dev": dev}, labels, tuple(data.metrics or PROBLEMS[kind].chosen), note, problem_type=kind
+    )
+
+
+def _described(rows: Rows, labels: tuple[str, ...], problem_type: ProblemType) -> str:
+    """What was found in a label column that holds more than one label in each row."""
+    known = [row["label"] for row in rows if row["label"] is not None]
+    if problem_type == "regression":
+        return f"; numbers from {min(known):g} to {max(known):g}, {len(rows) - len(known)} rows without one"
+    if problem_type == "multi_label_classification":
+        none = sum(not label for label in known)
+        return (
+            f"; {len(labels)} labels: {', '.join(labels)}; {none} of {len(rows)} rows have none of them, and of "
+            f"{len(rows) - len(known)} they are not known"
+        )
+    return ""
 
 
 def _check_local(role: str, source: str) -> None:
@@ -277,8 +230,7 @@ def _labels_of_file(data: LabelledDataArguments, source: str) -> tuple[str, ...]
     layout = _layout(data, source)
     rows, names = _table(data, source, limit=data.train_limit, only=layout.only)
     check_columns(names, {"label_column": data.label_column, "text_column": data.text_column}, source)
-    values = label_values(rows, data.label_column, source)
-    labels = find_labels(values)
+    labels = find_labels(_values(data, rows, source))
     if len(labels) * 2 > max(len(rows), 4):
         raise DataError(
             f"'{source}': column '{data.label_column}' has {len(labels)} values in {len(rows)} rows, e.g. "
@@ -296,6 +248,8 @@ def _layout(data: LabelledDataArguments, source: str) -> TableLayout:
         columns=None if found.columns is None else tuple(found.columns),
         delimiter=found.delimiter,
         encoding=found.encoding,
+        problem_type=data.problem,
+        separator=data.label_separator,
     )
 
 
@@ -304,11 +258,19 @@ def _table(data: LabelledDataArguments, source: str, **options: Any) -> Any:
     return load_table(source, text_format=_layout(data, source).text_format, on_bad_row=data.on_bad_row, **options)
 
 
+def _values(data: LabelledDataArguments, rows: Any, source: str) -> list[Any]:
+    """The labels in a file, of all rows together."""
+    if data.problem == "single_label_classification":
+        return label_values(rows, data.label_column, source)
+    sets = label_sets(rows, data.label_column, source, data.label_separator)
+    return [label for own in sets for label in own or ()]
+
+
 def _warn_of_numbers(data: LabelledDataArguments, labels: tuple[str, ...]) -> None:
     """Which label a number stands for is the teacher's order, unless the file names its labels."""
     assert data.train_file is not None
     rows, _ = _table(data, data.train_file, limit=data.train_limit, only=_layout(data, data.train_file).only)
-    numbers = any(isinstance(value, int) for value in label_values(rows, data.label_column, data.train_file))
+    numbers = any(isinstance(value, int) for value in _values(data, rows, data.train_file))
     if numbers and not all(name.isdigit() for name in labels):
         logger.warning(
             "'%s' numbers its labels: they are taken for the fine-tuned teacher's, %s. If they mean others, write the "
@@ -345,9 +307,10 @@ def _check_texts(rows: Rows, data: LabelledDataArguments, source: str) -> None:
 
 
 def _check_labels(rows: Rows, labels: tuple[str, ...], source: str) -> None:
-    counts = Counter(row["label"] for row in rows if row["label"] is not None)
+    counts = Counter(str(row["label"]) for row in rows if row["label"] is not None)
     if len(counts) < 2:
-        found = f"only the label '{labels[next(iter(counts))]}'" if counts else "no label"
+        label = next((row["label"] for row in rows if row["label"] is not None), None)
+        found = "no label" if label is None else f"only the label '{in_words(label, labels)}'"
         raise DataError(f"'{source}' has {found} in its {len(rows)} rows. A classifier needs at least two labels.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +17,21 @@ from rich.table import Table
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..data.labelled import EncodedTexts, model_inputs
-from ..evaluation.classes import calibration_error, class_scores, commonest, confusion_matrix, one_class_warning
+from ..choices import ProblemType
+from ..data.labelled import LABELS, EncodedTexts, model_inputs
+from ..evaluation.classes import (
+    calibration_error,
+    class_scores,
+    classified_rows,
+    commonest,
+    confusion_matrix,
+    in_words,
+    one_class_warning,
+    only_prediction,
+)
+from ..evaluation.problems import PROBLEMS
 from ..io.files import write_text
+from ..metrics import held_out
 from ..models.encoders.onnx_export import Agreement, export_onnx
 from ..models.footprint import count_parameters, latency, megabytes
 from ..runs.files import SUMMARY_FILE
@@ -28,6 +41,15 @@ from .encoder_setup import EncoderSetup, load_saved_student
 BATCH_SIZES = (1, 32)
 TIMED_SENTENCES = 32
 TIMED_PASSES = 5
+CONSTANTS: dict[ProblemType, str] = {
+    "single_label_classification": "the commonest training label",
+    "multi_label_classification": "the commonest set of training labels",
+    "regression": "the mean of the training numbers",
+}
+LEFT_OUT: dict[ProblemType, str] = {
+    "multi_label_classification": "no confusion matrix and no calibration error: a row has any number of labels",
+    "regression": "no scores of each label, no confusion matrix and no calibration error: the labels are numbers",
+}
 SHOWN_LABELS = 10  # of a confusion matrix; more do not fit a screen, and are in summary.json
 
 
@@ -36,8 +58,10 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
     summary.json to output_dir. To be called in the main process only, after training.
 
     Returns: the summary. Scores are those of float32 models on dev rows, on which the checkpoint was selected, and on
-    test rows; `majority` has those of the commonest training label, predicted for every row, `classes` those of each
-    label, `confusion` rows by true and predicted label, `ece` the calibration error. A teacher of which there are only
+    test rows; `majority` has those of a constant (the commonest training label or set of labels, the mean of the
+    training numbers) for every row, `constant` what a model itself gives every row, `classes` the scores of each label,
+    `confusion` rows by true and predicted label, `ece` the calibration error; those that a problem does not have are
+    empty, and named on the screen. A teacher of which there are only
     labels is `labels_of_teacher`: their accuracy on the training rows with a gold label. Times are
     medians over interleaved passes, on dev sentences, without tokenization.
     """
@@ -75,6 +99,7 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
         },
         "dev_rows": data.note,
         "labels": list(data.labels),
+        "problem_type": data.problem_type,
         "preset": training.preset,
         "seed": training.seed,
         "majority": _majority(setup),
@@ -130,15 +155,16 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
         ratio = [f"{other / one:.3f}" if compare and one else "-"] if ratios else []
         table.add_row(label, base, *(format(value, form) for value in values), *ratio)
 
-    constant = any(_constant(facts, split) for facts in models for split in facts["scores"])
+    constant = any(facts["constant"][split] for facts in models for split in facts["scores"])
     for split, scores in student["scores"].items():
         for name in scores:
             if name == "score" and len(scores) == 2:
                 continue  # the only metric
             base, values = majority["scores"][split][name], [facts["scores"][split][name] for facts in models]
             # A ratio to a teacher that is no better than a constant says nothing of the student.
-            row(f"{split} {name}", f"{base:.4f}", values, ".4f", not constant and values[0] > base)
-        if all("ece" in facts for facts in models):
+            better = values[0] < base if held_out(name).lower_is_better else values[0] > base
+            row(f"{split} {name}", f"{base:.4f}", values, ".4f", not constant and better)
+        if all(split in facts.get("ece", ()) for facts in models):
             row(f"{split} calibration error", "", [facts["ece"][split] for facts in models], ".4f", False)
     table.add_section()
     for label, name in (("layers", "layers"), ("parameters", "parameters"), ("size, MB", "megabytes")):
@@ -150,9 +176,10 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
     _show_classes(summary, console)
     for line in warnings_of(summary):
         console.print(f"WARNING: {line}", soft_wrap=True, markup=False)
-    console.print(
-        f"majority: '{majority['label']}', the commonest training label, for every row", soft_wrap=True, markup=False
-    )
+    kind = summary.get("problem_type", "single_label_classification")
+    console.print(f"majority: '{majority['label']}', {CONSTANTS[kind]}, for every row", soft_wrap=True, markup=False)
+    if left_out := LEFT_OUT.get(kind):
+        console.print(left_out, soft_wrap=True)
     timing = summary["timing"]
     console.print(f"dev rows: {summary['dev_rows']}; the checkpoints were selected on them", soft_wrap=True)
     console.print(
@@ -178,25 +205,24 @@ def _in_words(labels: dict[str, Any]) -> str:
 def warnings_of(summary: dict[str, Any]) -> list[str]:
     """What makes the scores of a summary say less than they seem to: models that are no better than a constant."""
     lines, base = [], summary["majority"]["scores"]
+    kind = summary.get("problem_type", "single_label_classification")
     for role in ("teacher", "student"):
         facts = summary.get(role, {"scores": {}})
         for split, scores in facts["scores"].items():
             where = f"the {role}" if len(facts["scores"]) == 1 else f"the {role} ({split})"
-            if label := _constant(facts, split):
-                rows = sum(one["rows"] for one in facts["classes"][split])
-                lines.append(one_class_warning(where, label, rows))
-            elif scores["accuracy"] <= base[split]["accuracy"]:
+            if said := facts["constant"][split]:
+                lines.append(one_class_warning(where, said["label"], said["rows"]))
+            elif kind != "single_label_classification" and scores["score"] <= base[split]["score"]:
+                lines.append(
+                    f"{where} has a score of {scores['score']:.4f}, {CONSTANTS[kind]} for every row "
+                    f"{base[split]['score']:.4f}: it has not learned the task."
+                )
+            elif kind == "single_label_classification" and scores["accuracy"] <= base[split]["accuracy"]:
                 lines.append(
                     f"{where} is right for {scores['accuracy']:.1%} of the dev rows, the commonest label alone for "
                     f"{base[split]['accuracy']:.1%}: it has not learned the task, or its labels are in another order."
                 )
     return lines
-
-
-def _constant(facts: dict[str, Any], split: str) -> str:
-    """The label that a model predicts for every row of a split; empty if it predicts several."""
-    predicted = [one["label"] for one in facts["classes"][split] if one["predicted"]]
-    return predicted[0] if len(predicted) == 1 else ""
 
 
 def _show_classes(summary: dict[str, Any], console: Console) -> None:
@@ -221,7 +247,8 @@ def _show_classes(summary: dict[str, Any], console: Console) -> None:
 
 
 def _batches(rows: list[dict[str, Any]], tokenizer: Any, setup: EncoderSetup, size: int) -> Iterator[dict[str, Tensor]]:
-    texts = EncodedTexts(rows, tokenizer, setup.training.max_length, len(setup.data.labels))
+    data, length = setup.data, setup.training.max_length
+    texts = EncodedTexts(rows, tokenizer, length, len(data.labels), data.problem_type)
     for start in range(0, len(texts), size):
         batch = texts.collate([texts[i] for i in range(start, min(start + size, len(texts)))])
         yield {name: tensor.to(setup.training.device) for name, tensor in batch.items()}
@@ -230,32 +257,49 @@ def _batches(rows: list[dict[str, Any]], tokenizer: Any, setup: EncoderSetup, si
 @torch.inference_mode()
 def _evaluated(model: Any, tokenizer: Any, setup: EncoderSetup) -> dict[str, Any]:
     """Scores of every dev and test split, and of each label in it."""
-    found: dict[str, Any] = {"scores": {}, "classes": {}, "confusion": {}, "ece": {}}
+    found: dict[str, Any] = {"scores": {}, "constant": {}, "classes": {}, "confusion": {}, "ece": {}}
+    kind, names = setup.data.problem_type, setup.data.labels
     for split, rows in setup.data.held_out.items():
         logits, labels = [], []
         for batch in _batches(rows, tokenizer, setup, setup.training.per_device_eval_batch_size):
             logits.append(model(**model_inputs(batch)).logits.float().cpu())
             labels.append(batch["labels"].cpu())
-        prediction = EvalPrediction(torch.cat(logits).numpy(), torch.cat(labels).numpy())
-        found["scores"][split] = setup.data.compute_metrics()(prediction)
-        guesses, true = torch.cat(logits).argmax(-1).tolist(), torch.cat(labels).tolist()
-        found["classes"][split] = [asdict(one) for one in class_scores(guesses, true, setup.data.labels)]
-        found["confusion"][split] = confusion_matrix(guesses, true, len(setup.data.labels))
-        found["ece"][split] = calibration_error(torch.cat(logits).softmax(-1).numpy(), true)
+        outputs, true = torch.cat(logits).numpy(), torch.cat(labels).numpy()
+        found["scores"][split] = setup.data.compute_metrics()(EvalPrediction(outputs, true))
+        rated = classified_rows(PROBLEMS[kind].predict(outputs), true, [row["text"] for row in rows], kind)
+        given, labelled = [row["predicted"] for row in rated], [row["label"] for row in rated]
+        only = only_prediction(given)
+        found["constant"][split] = None if only is None else {"label": in_words(only, names), "rows": len(given)}
+        if kind != "regression":
+            found["classes"][split] = [asdict(one) for one in class_scores(given, labelled, names)]
+        if kind == "single_label_classification":
+            found["confusion"][split] = confusion_matrix(given, labelled, len(names))
+            found["ece"][split] = calibration_error(torch.cat(logits).softmax(-1).numpy(), true.tolist())
     return found
 
 
 def _majority(setup: EncoderSetup) -> dict[str, Any]:
-    """The commonest training label (of the teacher's, without gold ones) and its scores for every held-out row."""
-    data = setup.data
+    """The best constant of the training labels (of the teacher's, without gold ones), and its scores for every held-out
+    row.
+    """
+    data, kind = setup.data, setup.data.problem_type
     gold = [row["label"] for row in data.train if row["label"] is not None]
-    label = commonest(gold) if gold else commonest_guess(data.train)
+    if kind == "regression":
+        label: Any = float(np.mean(gold))
+    elif kind == "multi_label_classification":
+        sets = Counter(tuple(sorted(one)) for one in gold)
+        label = list(sorted(sets.items(), key=lambda item: (-item[1], item[0]))[0][0])
+    else:
+        label = commonest(gold) if gold else commonest_guess(data.train)
+    count, own = len(data.labels), LABELS[kind]
     scores = {}
     for split, rows in data.held_out.items():
-        true = np.array([-1 if row["label"] is None else row["label"] for row in rows])
-        constant = np.tile(np.eye(len(data.labels))[label], (len(rows), 1))
-        scores[split] = data.compute_metrics()(EvalPrediction(constant, true))
-    return {"label": data.labels[label], "scores": scores}
+        true, constant = (np.array([own(0, one, count) for one in of]) for of in (
+            [row["label"] for row in rows], [label] * len(rows),
+        ))  # fmt: skip
+        outputs = PROBLEMS[kind].outputs(constant, count)
+        scores[split] = data.compute_metrics()(EvalPrediction(outputs, true))
+    return {"label": in_words(label, data.labels), "scores": scores}
 
 
 def spread_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

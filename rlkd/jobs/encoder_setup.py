@@ -15,15 +15,16 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from ..checks import Count, Positive, check_choice, check_settings
 from ..errors import ConfigError, ModelError
 from ..models.encoders.classifiers import Init, build_student, check_length, labelled_config, pretrained_student
-from ..models.encoders.labels import check_single_label, give_labels, label_names
+from ..models.encoders.labels import check_problem, give_labels, label_names, problem_of
 from ..models.encoders.onnx_export import require_onnx
 from ..models.encoders.rehearsal import is_encoder, rehearse
 from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
 from ..trainers.encoders.arguments import TKDArguments
-from ..trainers.encoders.checks import check_distillation, check_recorded_teacher
-from .encoder_data import LabelledData, LabelledDataArguments, load_labelled_data
+from ..trainers.encoders.checks import check_distillation, check_recorded_teacher, check_temperature
+from .encoder_data import LabelledData, load_labelled_data
+from .encoder_data_arguments import LabelledDataArguments
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +211,9 @@ def prepare_encoders(
     config = load_config(teacher.teacher, "teacher", teacher.teacher_revision)
     teacher_tokenizer = load_tokenizer(teacher.teacher, "teacher", teacher.teacher_revision)
     _check_encoder(config, teacher_tokenizer, teacher)
+    check_temperature(training, data.problem)
+    if teacher.teacher_finetuned:
+        check_problem(config, "teacher", data.problem, teacher.teacher)
     names = label_names(config) if teacher.teacher_finetuned else ()
     loaded = load_labelled_data(data, names)
     if training.process_index == 0:
@@ -219,12 +223,17 @@ def prepare_encoders(
             f"teacher '{teacher.teacher}' has {config.num_labels} labels, and {loaded.name} has {len(loaded.labels)} "
             f"({', '.join(loaded.labels)}). It was fine-tuned on another task."
         )
-    if teacher.teacher_finetuned and not names:
+    if teacher.teacher_finetuned and problem_of(config) != data.problem:
+        logger.warning(
+            "teacher '%s' does not say what its outputs are (problem_type in config.json): they are taken for those of "
+            "%s.", teacher.teacher, data.problem,
+        )  # fmt: skip
+    if teacher.teacher_finetuned and not names and len(loaded.labels) > 1:
         logger.warning(
             "teacher '%s' does not name its labels: its outputs are taken for %s, in this order. If it was fine-tuned "
             "with another order, set labels.", teacher.teacher, ", ".join(loaded.labels),
         )  # fmt: skip
-    give_labels(config, loaded.labels)
+    give_labels(config, loaded.labels, loaded.problem_type)
     tokenizer = teacher_tokenizer
     if student.student_init == "pretrained" and student.student_pretrained is not None:
         tokenizer = load_tokenizer(student.student_pretrained, "student")
@@ -249,7 +258,7 @@ def prepare_encoders(
 
 def _check_best(training: TKDArguments, data: LabelledData) -> None:
     best = (training.metric_for_best_model or "loss").removeprefix("eval_")
-    known = list(dict.fromkeys(["score", *data.metrics, "accuracy", "loss"]))
+    known = ["score", *data.measured, "loss"]
     check_choice("metric_for_best_model", best, known)
 
 
@@ -314,5 +323,3 @@ def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments
             f"teacher '{name}' is a {', '.join(kinds) or 'model without a head'}, not a fine-tuned classifier. "
             "Leave teacher_finetuned out: the recipe fine-tunes it."
         )
-    if teacher.teacher_finetuned:
-        check_single_label(config, "teacher", name)

@@ -159,6 +159,7 @@ def _fine_tuning_settings(setup: EncoderSetup) -> dict[str, Any]:
         "seed": training.seed,
         "mixed_precision": training.mixed_precision,
         "labels": list(setup.data.labels),
+        "problem_type": setup.data.problem_type,
         "data": _digest([*setup.data.train, *setup.data.first_dev]),
         "tokenizer": tokenizer_digest(setup.teacher_tokenizer),
     }

@@ -35,7 +35,8 @@ TRAINER = "evaluate"  # in run.json, in the place of a trainer's class
 GENERATING_ONLY = {
     "metric": "none", "student_template": None, "teacher": None, "templates": None, "max_new_tokens": 64,
     "dtype": "float32", "teacher_dtype": "float32", "input_eos": None, "src_lang": None, "tgt_lang": None,
-    "column_map": None, "label_map": None, "id_column": None, "seed": 0,
+    "column_map": None, "label_map": None, "id_column": None, "seed": 0, "teacher_chat": None,
+    "teacher_system_prompt": None, "student_chat": None, "student_system_prompt": None,
 }  # fmt: skip
 TIMED_INPUTS = 16  # answered one by one; the median of their seconds is the latency
 

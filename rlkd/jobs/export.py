@@ -21,7 +21,7 @@ from ..models.language_model import LanguageModel
 from ..models.loading import check_finite, load_config
 from ..models.saving import check_new, new_folder
 from ..models.spec import ModelSpec, TeacherSpec
-from ..models.vocabulary import encode_texts
+from ..models.vocabulary import encode_prompts
 from ..records import Example
 from ..runs.files import HELD_OUT
 from ..runs.record import RunRecord
@@ -82,7 +82,7 @@ def export(request: Mapping[str, Any], out: Path) -> list[Form]:
     check_finite(lm.model, "student", student.name)
     texts = [example.student_input for example in examples]
     most, end = settings["max_input_tokens"], rules_of(lm).end_of_prompts
-    prompts = encode_texts(student.tokenizer, texts, most, append_eos=end)
+    prompts = encode_prompts(student.tokenizer, texts, most, append_eos=end)
     with new_folder(out) as folder:
         theirs, plain = _in_pytorch("student, PyTorch float32", lm, prompts, settings["max_new_tokens"])
         exported = write_exported(lm, student.tokenizer, folder, settings["quantization"], prompts, theirs)
@@ -151,7 +151,7 @@ def _in_pytorch(name: str, lm: LanguageModel, prompts: list[list[int]], most: in
 def _teacher_form(teacher: TeacherSpec, examples: list[Example], settings: dict[str, Any]) -> Form:
     loaded = teacher.load()
     texts = [example.teacher_inputs[0] for example in examples[:TEACHER_INPUTS]]
-    prompts = encode_texts(teacher.tokenizer, texts, settings["max_input_tokens"], append_eos=teacher.append_eos)
+    prompts = encode_prompts(teacher.tokenizer, texts, settings["max_input_tokens"], append_eos=teacher.append_eos)
     name = f"teacher, PyTorch {settings['teacher_dtype']}"
     return _in_pytorch(name, loaded.lm, prompts, settings["max_new_tokens"])[1]
 

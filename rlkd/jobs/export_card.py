@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..io.cards import cell, front_matter, table
+from ..models.chat import chat_of
 from ..models.spec import ModelSpec
 from ..models.vocabulary import encode_texts
 from ..sampling.exported import Exported
@@ -74,8 +75,7 @@ def snippet(exported: Exported, student: ModelSpec, settings: Mapping[str, Any])
         f'model = ctranslate2.{kind}("{FOLDER}")',
         f"# The student reads inputs under the template {cell(str(template))}." if template else None,
         'texts = ["A text."]',
-        f"ids = tokenizer(texts, truncation=True, max_length={settings['max_input_tokens']}).input_ids",
-        "ids = [row[:-1] for row in ids]  # without the end" if _writes_end(exported, student) else None,
+        *_ids(exported, student, settings["max_input_tokens"]),
         "tokens = [tokenizer.convert_ids_to_tokens(row) for row in ids]",
         f"results = model.{call}",
         f"answers = [tokenizer.convert_tokens_to_ids(result.{part}[0]) for result in results]",
@@ -83,6 +83,23 @@ def snippet(exported: Exported, student: ModelSpec, settings: Mapping[str, Any])
     )
     code = "\n".join(line.replace("```", "") for line in lines if line is not None)
     return f"```python\n{code}\n```"
+
+
+def _ids(exported: Exported, student: ModelSpec, max_input_tokens: int) -> list[str]:
+    """The lines that encode the texts."""
+    chat = chat_of(student.tokenizer)
+    if chat is None:
+        plain = f"ids = tokenizer(texts, truncation=True, max_length={max_input_tokens}).input_ids"
+        return [
+            plain,
+            *(["ids = [row[:-1] for row in ids]  # without the end"] if _writes_end(exported, student) else []),
+        ]
+    system = "" if chat.system is None else f'{{"role": "system", "content": {chat.system!r}}}, '
+    return [
+        "# It reads every input as the user's turn of its chat template.",
+        f'chats = [[{system}{{"role": "user", "content": text}}] for text in texts]',
+        "ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True).input_ids",
+    ]
 
 
 def _writes_end(exported: Exported, student: ModelSpec) -> bool:

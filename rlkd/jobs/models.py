@@ -14,16 +14,16 @@ from ..models.spec import ModelSpec
 from ..settings.trl_compat import ModelConfig, get_peft_config, get_quantization_config
 
 
-def student_spec(student: ModelConfig, settings: Mapping[str, Any], role: str = "student") -> ModelSpec:
+def student_spec(student: ModelConfig, settings: Mapping[str, Any]) -> ModelSpec:
     """The model that TRL's settings name. It stays where it loads: the trainer places it. With use_peft an adapter is
     trained further, otherwise merged. settings: allow_bin, src_lang, tgt_lang and, where there are such settings,
     student_chat, student_system_prompt and random_weights. Raises ConfigError if none is named.
     """
     if not student.model_name_or_path:
-        raise ConfigError(f"model_name_or_path is not set: name the {role}, e.g. google-t5/t5-base")
+        raise ConfigError("model_name_or_path is not set: name the student, e.g. google-t5/t5-base")
     spec = ModelSpec(
         student.model_name_or_path,
-        role,
+        "student",
         revision=student.model_revision,
         dtype=student.dtype if student.dtype not in (None, "auto") else "float32",
         attention=student.attn_implementation,
@@ -37,7 +37,7 @@ def student_spec(student: ModelConfig, settings: Mapping[str, Any], role: str = 
         system_prompt=settings.get("student_system_prompt"),
     )
     if student.use_peft:
-        student.lora_task_type = architecture_of(spec.config, role, spec.name).lora_task_type
+        student.lora_task_type = architecture_of(spec.config, "student", spec.name).lora_task_type
     return spec
 
 

@@ -23,10 +23,11 @@ from .wiring import Reading, row_source
 logger = logging.getLogger(__name__)
 MAX_INPUT_TOKENS, MAX_NEW_TOKENS = 512, 64
 # Options without effect with a classifier, and their defaults.
-GENERATING_ONLY = {"max_new_tokens": None, "engine": "auto", "dtype": "float32", "src_lang": None, "tgt_lang": None}
+GENERATING_ONLY = {"max_new_tokens": None, "engine": "auto", "dtype": "float32", "src_lang": None, "tgt_lang": None,
+                   "student_chat": None, "student_system_prompt": None}  # fmt: skip
 
 
-def predict(request: dict[str, Any], out: Path, **how: bool) -> dict[str, Any]:
+def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
     """Answer or classify every row; the model's kind decides. Checks come in order of cost; weights load last.
 
     how: overwrite, allow_config_change, quiet, as in `RunOptions`. Returns: totals. Raises: what `label_rows` raises;
@@ -42,13 +43,8 @@ def predict(request: dict[str, Any], out: Path, **how: bool) -> dict[str, Any]:
     source = Reading.of({**request, "templates": []}, tokenizer).prompted_rows(
         row_source(request), earlier=manifest.header["scan"] if manifest.headers else None
     )
-    options = RunOptions(
-        seed=request["seed"],
-        batch_tokens=request["batch_tokens"],
-        shard_rows=request["shard_rows"],
-        request=request,
-        **how,
-    )
+    settings: dict[str, Any] = {name: request[name] for name in ("seed", "batch_tokens", "shard_rows")}
+    options = RunOptions(**settings, **how, request=request)
     if classifier is not None:
         found = classifier
         return label_rows(
@@ -79,12 +75,14 @@ def _generating(request: dict[str, Any]) -> TeacherSpec:
     refuse_options(request, CLASSIFIERS_ONLY, "a generating model, which reads one text")
     model = ModelSpec(
         request["model"],
-        "model",
+        "student",
         dtype=request["dtype"],
         device=default_device(),
         allow_bin=bool(request["allow_bin"]),
         src_lang=request["src_lang"],
         tgt_lang=request["tgt_lang"],
+        chat=request["student_chat"],
+        system_prompt=request["student_system_prompt"],
     )
     model.check()
     longest = request["max_input_tokens"] or MAX_INPUT_TOKENS

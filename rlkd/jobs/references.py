@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..evaluation.task_metrics import check_task_metric, task_metric_of
 from ..models.footprint import count_parameters
 from ..models.spec import ModelSpec
-from ..models.vocabulary import NO_LIMIT, encode_answers, encode_texts
+from ..models.vocabulary import NO_LIMIT, encode_answers, encode_prompts
 from ..runs.checkpoints import check_resumed_settings
 from ..settings.trl_compat import ModelConfig
 from ..trainers.base_arguments import require
@@ -126,7 +126,7 @@ def train_on_references(
     """Train, evaluate and save the model. Raises ModelError, DataError or ConfigError, each before weights load."""
     settings = (data, own, model)
     own.check_model(model)
-    spec = student_spec(model, vars(own), "model")
+    spec = student_spec(model, vars(data) | vars(own))
     check_resumed_settings(training, settings)
     spec.check()
     spec.check_lengths(training.max_input_tokens, training.max_new_tokens)
@@ -174,7 +174,7 @@ def load_references(data: ReferenceArguments, tokenizer: Any) -> tuple[Answered,
 def cut_lines(pairs: Answered, spec: ModelSpec, training: ReferenceTrainingArguments) -> list[str]:
     """What training cuts, one line each for answers and prompts."""
     prompts = list(dict.fromkeys(pair["student_input"] for pair in pairs))
-    read = encode_texts(spec.tokenizer, prompts, NO_LIMIT, append_eos=spec.rules.end_of_prompts)
+    read = encode_prompts(spec.tokenizer, prompts, NO_LIMIT, append_eos=spec.rules.end_of_prompts)
     learned = encode_answers(spec.tokenizer, [pair["label"] for pair in pairs], NO_LIMIT, spec.rules)
     found = (
         ("prompts", "max_input_tokens", "the model reads a part of them", read),

@@ -31,6 +31,7 @@ from .models import check_adapter_settings, load_student, student_spec
 from .several import SeveralArguments, TeacherPlan, load_local, tokenizers_of
 from .teachers import (
     SignalArguments,
+    check_context,
     check_models,
     check_recorded_signal,
     recorded_teacher,
@@ -221,7 +222,7 @@ def prepare(
     if recorded:
         check_recorded_signal(training)
     ours, plan = student_spec(student, vars(teacher) | vars(data)), TeacherPlan.of(teacher, training)
-    theirs = None if recorded or plan else teacher_spec(vars(teacher), training)
+    theirs = None if recorded or plan else teacher_spec(vars(teacher), training, ours)
     check_resumed_settings(training, settings)
     said = plan.check(ours, training) if plan else [check_models(theirs, ours, training)]
     check_adapter_settings(ours, student)
@@ -240,6 +241,8 @@ def prepare(
         frozen = recorded_teacher(labels, training, ours.tokenizer)
     elif theirs.model.served:
         frozen = served_teacher(theirs, ours, teacher.server, training)
+    elif teacher.teacher_signal == "base":
+        check_context(train, theirs, ours)
     if task_reward is not None:
         task_reward.try_on(train)
     task_metric = task_metric_of(data.task_metric)
@@ -247,12 +250,14 @@ def prepare(
         rows = len(evaluation) if training.eval_limit is None else min(training.eval_limit, len(evaluation))
         references_of(evaluation[:rows])
     if training.process_index == 0:
-        lines = (note, None if data.templates else "no templates: the teacher reads what the student reads", *said)
+        same = not (data.templates or teacher.teacher_system_prompt)
+        lines = (note, "no templates: the teacher reads what the student reads" if same else None, *said)
         print(*filter(None, lines), sep="\n")
 
+    model = load_student(ours, student, training.seed)
     return Setup(
-        student=load_student(ours, student, training.seed),
-        teacher=frozen or load_local(plan or theirs, ours, teacher),
+        student=model,
+        teacher=frozen or load_local(plan or theirs, ours, teacher, model),
         tokenizer=ours.tokenizer,
         train_examples=train,
         eval_examples=evaluation,

@@ -13,7 +13,7 @@ from ..models.several import AveragedTeachers, RoutedTeachers, SeveralTeachers
 from ..models.signals import LocalSource
 from ..models.spec import ModelSpec, TeacherSpec
 from ..trainers.base_arguments import DistillationArguments, require
-from .teachers import check_models, refuse_one_model, teacher_spec
+from .teachers import base_teacher, check_models, refuse_one_model, teacher_spec
 from .wiring import local_teacher
 
 if TYPE_CHECKING:
@@ -174,12 +174,16 @@ def tokenizers_of(spec: TeacherPlan | TeacherSpec | None) -> list[Any]:
 
 
 def load_local(
-    spec: TeacherPlan | TeacherSpec | None, student: ModelSpec, settings: TeacherArguments
+    spec: TeacherPlan | TeacherSpec | None, student: ModelSpec, settings: TeacherArguments, model: Any
 ) -> LocalSource | None:
-    """The teacher, or teachers, with their weights; None without any. Raises as `local_teacher` does."""
+    """The teacher, or teachers, with their weights; None without any. model: the student, whose base may be the
+    teacher. Raises as `local_teacher` does.
+    """
     options = {"combination": settings.template_combination, "cache_bytes": settings.teacher_cache_mb * 2**20}
     if isinstance(spec, TeacherPlan):
         return spec.load(student, **options)
+    if spec is not None and settings.teacher_signal == "base":
+        return base_teacher(model, spec, **options)
     return None if spec is None else local_teacher(spec, student, **options)
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..checks import Count, Positive, check_settings
 from ..errors import ConfigError, DataError
 from ..labels.recorded import RecordedTeacher
+from ..models.adapters import base_of
+from ..models.architectures import language_model
+from ..models.chat import chat_record
 from ..models.other_tokenizer import SHARED_VOCABULARY, OtherTokenizer, ServedOtherTokenizer
 from ..models.served import ServerTeacher
 from ..models.server import Api, ServerSettings
 from ..models.signals import SIGNAL, SignalSource
 from ..models.spec import ModelSpec, TeacherSpec, paired
-from ..models.teacher import TemplateCombination
+from ..models.teacher import Teacher, TemplateCombination
 from ..models.vocabulary import same_vocabulary
+from ..records import Example
 from ..trainers.arguments import GKDArguments, OnPolicyArguments, PPOArguments, ReinforceArguments, SupervisedArguments
 from ..trainers.base_arguments import DistillationArguments, require
 from ..trainers.objective import Objective
@@ -30,12 +34,13 @@ from .chat import TeacherChatArguments
 class SignalArguments(TeacherChatArguments):
     """Where the teacher's probabilities come from."""
 
-    teacher_signal: Literal["model", "recorded", "server"] = field(
+    teacher_signal: Literal["model", "recorded", "server", "base"] = field(
         default="model",
         metadata={
             "help": "Where the teacher's probabilities come from: the model; recorded, what pseudo_labels hold of them "
             "(--top-k-logprobs; no teacher is read); server, one of vLLM or SGLang (of the teacher only configuration "
-            "and tokenizer are read here)."
+            "and tokenizer are read here); base, the student's own base model with its adapter off (use_peft), which "
+            "reads other prompts."
         },
     )
     server_url: str | None = field(
@@ -54,7 +59,7 @@ class SignalArguments(TeacherChatArguments):
 
     def check_signal(self, combination: TemplateCombination) -> None:
         """Raise ConfigError for settings that contradict each other, or this combination of templates."""
-        if self.teacher_signal != "model" and combination == "pool":
+        if self.teacher_signal in ("recorded", "server") and combination == "pool":
             raise ConfigError(
                 f"template_combination = 'pool': takes the teacher's model, and teacher_signal is "
                 f"{self.teacher_signal!r}: set it to average"
@@ -65,6 +70,13 @@ class SignalArguments(TeacherChatArguments):
             raise ConfigError(f"{given[0]} is set, and teacher_signal is {self.teacher_signal!r}: set it to server")
         if self.teacher_signal == "server":
             _ = self.server
+        for name in ("teacher", "teacher_revision", "teacher_dtype") if self.teacher_signal == "base" else ():
+            require(
+                getattr(self, name) == getattr(type(self), name),
+                name,
+                getattr(self, name),
+                "teacher_signal is 'base', and the teacher is the student's base as it was loaded: leave it out",
+            )
         for name in ("teacher_chat", "teacher_system_prompt"):
             if self.teacher_signal == "recorded" and getattr(self, name) is not None:
                 raise ConfigError(
@@ -91,8 +103,18 @@ OBJECTIVES: dict[type, Callable[[Any], Objective]] = {
 }
 
 
-def teacher_spec(teacher: Mapping[str, Any], training: DistillationArguments) -> TeacherSpec:
-    """The teacher that settings name."""
+def teacher_spec(
+    teacher: Mapping[str, Any], training: DistillationArguments, student: ModelSpec | None = None
+) -> TeacherSpec:
+    """The teacher that settings name. Raises ConfigError if it is to be the base of a student without an adapter."""
+    chat = {"chat": teacher["teacher_chat"], "system_prompt": teacher["teacher_system_prompt"]}
+    if teacher["teacher_signal"] == "base":
+        assert student is not None
+        require(
+            student.keep_adapter, "teacher_signal", "base", "is the student without its adapter: set use_peft to true"
+        )
+        own = replace(student, role="teacher", device=str(training.device), **chat)
+        return TeacherSpec(own, training.max_input_tokens, teacher["teacher_append_eos"])
     model = ModelSpec(
         teacher["teacher"],
         "teacher",
@@ -103,8 +125,7 @@ def teacher_spec(teacher: Mapping[str, Any], training: DistillationArguments) ->
         served=teacher["teacher_signal"] == "server",
         src_lang=teacher["src_lang"],
         tgt_lang=teacher["tgt_lang"],
-        chat=teacher["teacher_chat"],
-        system_prompt=teacher["teacher_system_prompt"],
+        **chat,
     )
     return TeacherSpec(model, training.max_input_tokens, teacher["teacher_append_eos"])
 
@@ -182,6 +203,29 @@ def recorded_teacher(labels: Any, training: DistillationArguments, tokenizer: An
     """The teacher of the labels, None if the objective reads the labels alone. Raises DataError as RecordedTeacher."""
     reads = any(made(training).needs for kind, made in OBJECTIVES.items() if isinstance(training, kind))
     return RecordedTeacher(labels, tokenizer) if reads else None
+
+
+def check_context(examples: Sequence[Example], teacher: TeacherSpec, student: ModelSpec) -> None:
+    """Raise ConfigError if a teacher that is the student's base reads the student's own prompts: it has nothing to
+    teach.
+    """
+    if chat_record(teacher.tokenizer) != chat_record(student.tokenizer):
+        return
+    some = (examples[i] for i in range(min(len(examples), 100)))
+    if all(example.teacher_inputs == (example.student_input,) for example in some):
+        raise ConfigError(
+            "teacher_signal = 'base': the base model would read the student's own prompts, and teach nothing: give it "
+            "templates or a teacher_system_prompt."
+        )
+
+
+def base_teacher(student: Any, spec: TeacherSpec, **options: Any) -> Teacher:
+    """The base of a student with an adapter as its teacher; options, further fields of `Teacher`."""
+    base = base_of(student)
+    if not spec.model.quantized:
+        base = base.to(spec.model.device)
+    reading: dict[str, Any] = {"max_input_tokens": spec.max_input_tokens, "append_eos": spec.append_eos}
+    return Teacher(language_model(base, spec.tokenizer), spec.tokenizer, **reading, **options)
 
 
 def refuse_other_templates(found: list[str], folder: str) -> None:

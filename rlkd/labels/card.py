@@ -20,6 +20,7 @@ def summary(totals: dict[str, Any]) -> str:
     ]
     lines += [f"  {count} x {reason}" for reason, count in sorted(totals["reasons"].items(), key=lambda item: -item[1])]
     lines += [f"  {name}: {_counts(counts)}" for name, counts in totals["templates"].items()]
+    lines += [f"  filtered by {name}: {count}" for name, count in totals.get("filtered", {}).items()]
     lines += [f"warning: {line}" for line in FlawCounts(totals.get("flaws")).lines()]
     if seconds := totals.get("seconds"):
         lines.append(f"{totals['made'] / seconds:.1f} rows/s, {seconds:.1f} s")
@@ -33,7 +34,7 @@ def card(header: dict[str, Any], totals: dict[str, Any]) -> str:
     ended = totals["finish"].get("eos", 0) + totals["finish"].get("ranked", 0)
     front = {"configs": [{"config_name": "default", "data_files": "labels-*.parquet"}]}
     rows = [(name, _counts(counts)) for name, counts in totals["templates"].items()]
-    predicted = (header.get("request") or {}).get("command") == "predict"
+    predicted = ((header.get("labels") or header).get("request") or {}).get("command") == "predict"
     whose, rows_of = ("model", "prediction") if predicted else ("teacher", "label")
     lengths = (
         f"Answers have {totals['tokens'] / ok:.1f} tokens on average;\n{100 * ended / ok:.1f} % of them are complete. "
@@ -49,7 +50,7 @@ def card(header: dict[str, Any], totals: dict[str, Any]) -> str:
 
 {table(("template", "rows"), rows)}
 
-Why rows have no {rows_of}:
+{_filter(header, totals)}Why rows have no {rows_of}:
 
 {chr(10).join(reasons)}
 
@@ -73,6 +74,17 @@ The {rows_of}s are a model's answers and were not checked for correctness. `trun
 {whose} read only a part, and `finish_reason` length answers that were cut; `sum_logprob` is the {whose}'s
 log-probability of the answer.
 """
+
+
+def _filter(header: dict[str, Any], totals: dict[str, Any]) -> str:
+    """What `rlkd data filter` left out, by rule, if it made the folder."""
+    if "filtered" not in totals:
+        return ""
+    rules = header["settings"]["filter"]
+    lines = [(f"{name} {cell(str(rules[name]))}", count) for name, count in totals["filtered"].items()]
+    by = f", best by {cell(str(rules['by']))}" if "by" in rules else ""
+    head = f"Filtered from generation {cell(str(rules['labels']))}{by}; each rule applies to what those before left."
+    return f"{head}\n\n{table(('rule', 'labels left out'), lines)}\n\n"
 
 
 def _flaws(totals: dict[str, Any]) -> str:

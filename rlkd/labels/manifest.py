@@ -195,7 +195,7 @@ def _foreign(entry: dict[str, Any]) -> str | None:
             return f"{kind} {entry['shard']} names the file {_short(entry['file'])}, not {canonical}"
     if kind == "header" and not _is_part(entry.get("part")):
         return f"header: part is {_short(entry['part'])}, not [i, n]"
-    for name in ("request", "vocabulary") if kind == "header" else ():
+    for name in ("request", "vocabulary", "labels") if kind == "header" else ():
         if not isinstance(entry.get(name), dict | None):
             return f"header: {name} is {_short(entry[name])}, not an object"
     return None

@@ -9,6 +9,7 @@ from ..checks import check_settings
 from ..sampling.schedule import Budget
 
 OnLong = Literal["truncate", "error", "skip"]
+By = Literal["logprob", "logprob_per_token", "reward"]  # what the best answers have most of: `filtering.Filter`
 
 
 @dataclass(frozen=True)

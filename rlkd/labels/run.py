@@ -104,7 +104,7 @@ class Run:
         )
         return {
             "format": FORMAT,
-            "generation": _digest(json.dumps(settings, sort_keys=True)),
+            "generation": digest_of(json.dumps(settings, sort_keys=True)),
             "settings": settings,
             "vocabulary": vocabulary_record(self.teacher.tokenizer),
             "rows_per_shard": max(options.shard_rows // self.labels_per_row, 1),
@@ -307,7 +307,7 @@ def _frozen_heap() -> Iterator[None]:
 
 def template_settings(templates: list[tuple[str, str, str]]) -> list[list[str]]:
     """(name, id, fingerprint) of templates as the log has them."""
-    return [[name, key, _digest(text)] for name, key, text in templates]
+    return [[name, key, digest_of(text)] for name, key, text in templates]
 
 
 def _surroundings(header: dict[str, Any]) -> dict[str, Any]:
@@ -321,5 +321,6 @@ def packages() -> dict[str, str]:
     }
 
 
-def _digest(text: str) -> str:
+def digest_of(text: str) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -133,7 +133,7 @@ def _origin(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "generation": header["generation"],
-        "dataset": (header.get("request") or {}).get("dataset"),
+        "dataset": ((header.get("labels") or header).get("request") or {}).get("dataset"),
         "vocabulary": header.get("vocabulary"),
         "settings": header["settings"],
     }

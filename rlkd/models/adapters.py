@@ -6,6 +6,7 @@ holds the checksums of a local base model, so that a base that has changed since
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections import Counter
@@ -165,6 +166,21 @@ def add_adapter(model: Any, config: Any) -> Any:
             "the adapter could never be merged. Leave the embeddings and the tied head out of lora_target_modules."
         )
     return adapted
+
+
+def base_of(model: Any) -> Any:
+    """The base of a PEFT model, without its adapters, as a model of its own. Its weights are the same tensors, of which
+    there is no second copy; training the adapters does not change them.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    made = copy.deepcopy(model, shared)
+    for module in list(made.modules()):
+        for name, part in list(module.named_children()):
+            if isinstance(part, ModulesToSaveWrapper):  # `unload` would keep what is trained
+                setattr(module, name, part.original_module)
+    return made.unload()
 
 
 def without_dropout(model: Any) -> Any:

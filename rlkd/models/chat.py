@@ -186,6 +186,24 @@ def as_asked(tokenizer: Any, asked: bool | None, system: str | None, role: str, 
     return tokenizer
 
 
+def frame(tokenizer: Any) -> list[str]:
+    """What the tokenizer's chat template writes around a text and its answer; [] without one that can be used."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    chat = chat_of(tokenizer) or Chat(tokenizer)
+    try:
+        return [chat.render(""), chat.render("", "")]
+    except Exception:  # said where it is to be used
+        return []
+
+
+def copy_chat(source: Any, tokenizer: Any) -> None:
+    """Give a tokenizer the chat template of another, and whether prompts stand in it."""
+    tokenizer.chat_template = getattr(source, "chat_template", None)
+    if chat_of(source) is not None:
+        tokenizer.init_kwargs[RECORD] = source.init_kwargs[RECORD]
+
+
 def end_turns(generation: Any, config: Any, tokenizer: Any) -> None:
     """Let answers end with the token that ends a turn of the tokenizer's chat, first of all: in place, in a
     transformers.GenerationConfig. `config` has the ends where it has none.

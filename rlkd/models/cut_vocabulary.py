@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .chat import copy_chat, frame
 from .languages import has_languages
 from .vocabulary import valid_vocab
 
@@ -23,8 +24,8 @@ Texts = Callable[[], Iterable[str]]  # read several times
 
 
 def kept_ids(tokenizer: Any, texts: Texts, configs: Collection[Any]) -> list[int]:
-    """The ids to keep, in order: those of the texts, special tokens with a name, ids that the configurations name, the
-    characters of all these pieces, and the pieces that they are merged from.
+    """The ids to keep, in order: those of the texts and of the chat template around them, special tokens with a name,
+    ids that the configurations name, the characters of all these pieces, and the pieces that they are merged from.
 
     Raises ModelError for tokenizers that cannot be cut.
     """
@@ -33,9 +34,8 @@ def kept_ids(tokenizer: Any, texts: Texts, configs: Collection[Any]) -> list[int
     if has_languages(tokenizer):
         raise ModelError("the vocabulary of a model that translates is not cut: all its languages are part of it")
     state, ids, valid = _state(tokenizer), tokenizer.get_vocab(), valid_vocab(tokenizer)
-    keep = {
-        token for batch in _batches(texts()) for row in tokenizer(batch, verbose=False)["input_ids"] for token in row
-    }
+    read = chain(_batches(texts()), [frame(tokenizer)] if frame(tokenizer) else [])
+    keep = {token for batch in read for row in tokenizer(batch, verbose=False)["input_ids"] for token in row}
     keep |= {ids[token] for name in NAMED if (token := getattr(tokenizer, name, None)) in ids}
     keep |= {ids[token] for token in _of_processor(state.get("post_processor")) if token in ids}
     keep |= {i for config in configs for i in _named_ids(config) if i < valid}
@@ -75,6 +75,7 @@ def cut_tokenizer(tokenizer: Any, keep: list[int], texts: Texts) -> Any:
         model_input_names=tokenizer.model_input_names,
         **named,
     )
+    copy_chat(tokenizer, cut)
     for batch in _batches(texts()):
         before, after = (t(batch, verbose=False)["input_ids"] for t in (tokenizer, cut))
         for text, old, now in zip(batch, before, after, strict=True):

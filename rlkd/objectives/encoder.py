@@ -45,6 +45,36 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     return temperature**2 * forward_kl(student / temperature, teacher.detach() / temperature).mean()
 
 
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """BCE = mean over labelled rows and over labels of -y log s(z) - (1 - y) log s(-z), a scalar; s is the sigmoid.
+
+    logits [B, C], labels [B, C], 1 for each label that a row has and 0 for the others, NaN in a row whose labels are
+    not known. 0 if those of no row of the batch are.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num().to(logits.dtype), reduction="none")
+    return masked_mean(losses, ~labels.isnan())
+
+
+def bernoulli_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KD = T^2 mean over rows and labels of KL(Bernoulli(s(z_t / T)) || Bernoulli(s(z_s / T))), a scalar, nats;
+    logits [B, C], of which each label is a question of its own.
+
+    Summed over the labels it is the divergence of distributions over sets of labels; the mean over them goes with that
+    of `binary_cross_entropy`. A Bernoulli with logit z is the softmax of (z, 0).
+    """
+    own, theirs = (torch.stack([z / temperature, torch.zeros_like(z)], dim=-1) for z in (student, teacher.detach()))
+    return temperature**2 * forward_kl(own, theirs).mean()
+
+
+def squared_error(outputs: Tensor, numbers: Tensor) -> Tensor:
+    """MSE = mean over labelled rows of (z - y)^2, a scalar; outputs [B, 1], numbers y [B], NaN where there is none.
+
+    0 if no row of the batch has a number.
+    """
+    squares = (outputs[:, 0] - numbers.nan_to_num()).square()  # in float32, also of a bf16 output
+    return masked_mean(squares, ~numbers.isnan())
+
+
 def token_distance(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],

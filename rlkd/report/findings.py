@@ -4,13 +4,13 @@ show is reported as unknown, with the missing file.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..evaluation.classes import commonest
 from ..metrics import held_out
 from .intervals import Difference, Interval, mean_interval, overall, paired_difference
 from .lines import Row, number
@@ -19,7 +19,12 @@ from .reading import Arm, RunData
 # Shown after the task scores, in this order.
 COMMON = ("regret", "sample_regret", "match", "length", "finish_rate")
 START = "its start"
-CONSTANT = "the commonest label for every row"
+# A score of classifiers -> what they are compared with, and the type of a row's label.
+CONSTANTS: dict[str, tuple[str, type]] = {
+    "accuracy": ("the commonest label for every row", int),
+    "subset_accuracy": ("the commonest set of labels for every row", list),
+    "mean_squared_error": ("the mean for every row", float),
+}
 TRUNCATED = "truncated answers"
 LABELLED = "rows labelled"
 LABELS_SHOWN = 50
@@ -82,17 +87,6 @@ class Failures:
     end_share: float | None
     groups: list[Group]
     worst: list[Row]
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """A model of summary.json: parameters, megabytes on disk, ms per sentence (batch size 1), mean dev score."""
-
-    name: str
-    parameters: float | None
-    megabytes: float | None
-    ms: float | None
-    score: float | None
 
 
 def evaluated(runs: Sequence[RunData]) -> list[RunData]:
@@ -189,24 +183,37 @@ def headline_comparisons(arms: Sequence[Arm]) -> list[Comparison]:
     return [comparison for comparison in found if comparison is not None]
 
 
+def constants() -> list[str]:
+    """What classifiers are compared with."""
+    return [name for name, _ in CONSTANTS.values()]
+
+
 def against_constant(arm: Arm) -> Comparison | None:
-    """The accuracy of a classifier against predicting the commonest label of the held-out rows for each of them."""
-    found = score_table(arm.runs, "accuracy")
+    """A classifier against one answer for every held-out row: their commonest label or labels, or their mean number."""
+    name = next((name for name in CONSTANTS if score_table(arm.runs, name)), "")
+    found = score_table(arm.runs, name)
     labels = {str(row.get("id")): row.get("label") for run in evaluated(arm.runs) for row in run.newest}
-    true = [labels.get(name) for name in found[0]] if found else []
-    if found is None or not all(type(label) is int for label in true):
+    true: list[Any] = [labels.get(key) for key in found[0]] if found else []
+    if found is None or not all(type(label) is CONSTANTS[name][1] for label in true):
         return None
-    label = commonest([int(k) for k in true if k is not None])
-    constant = np.tile([float(k == label) for k in true], (len(found[1]), 1))
+    if name == "mean_squared_error":
+        scores = np.square(true - np.mean(true))
+    else:
+        answer, _ = Counter(map(str, true)).most_common(1)[0]
+        scores = np.array([float(str(label) == answer) for label in true])
+    constant = np.tile(scores, (len(found[1]), 1))
     means = (float(found[1].mean()), float(constant.mean()))
-    return Comparison(arm.name, CONSTANT, "accuracy", means, paired_difference(found[1], constant))
+    return Comparison(arm.name, CONSTANTS[name][0], name, means, paired_difference(found[1], constant))
 
 
-def predictions(arm: Arm) -> tuple[list[int], list[int]]:
-    """(predicted, true) labels of a classifier's held-out rows, pooled over its seeds."""
+def predictions(arm: Arm) -> tuple[list[Any], list[Any]]:
+    """(predicted, true) labels of a classifier's held-out rows, indices or lists of them, pooled over its seeds."""
     rows = [row for run in arm.runs for row in run.newest]
-    pairs = [(row["predicted"], row["label"]) for row in rows
-             if type(row.get("predicted")) is int and type(row.get("label")) is int]  # fmt: skip
+    pairs = [
+        (row["predicted"], row["label"])
+        for row in rows
+        if type(row.get("predicted")) in (int, list) and type(row.get("predicted")) is type(row.get("label"))
+    ]
     return [guess for guess, _ in pairs], [label for _, label in pairs]
 
 
@@ -239,46 +246,12 @@ def cost(arm: Arm) -> Cost:
     """Steps, CPU seconds, wall-clock seconds and answer tokens of an arm's training, means over its seeds."""
     return Cost(
         arm=arm.name,
-        steps=_average([run.steps for run in arm.runs]),
-        cpu_seconds=_average([number(run.end.get("train_cpu_seconds")) for run in arm.runs]),
-        seconds=_average([number(run.end.get("train_runtime")) for run in arm.runs]),
-        tokens=_average([run.tokens for run in arm.runs]),
+        steps=average([run.steps for run in arm.runs]),
+        cpu_seconds=average([number(run.end.get("train_cpu_seconds")) for run in arm.runs]),
+        seconds=average([number(run.end.get("train_runtime")) for run in arm.runs]),
+        tokens=average([run.tokens for run in arm.runs]),
         unfinished=sum(not run.end for run in arm.runs),
     )
-
-
-def footprints(arms: Sequence[Arm]) -> list[Footprint]:
-    """Each teacher and student measured in a summary.json; a teacher shared by several runs appears once."""
-    found: dict[tuple[Any, ...], Footprint] = {}
-    for arm in arms:
-        for run in arm.runs:
-            for role in ("teacher", "student"):
-                figures = _part(run.summary, role)
-                if not isinstance(figures, dict):
-                    continue
-                made = Footprint(
-                    name=run.title if role == "student" else f"teacher of {run.title}",
-                    parameters=number(figures.get("parameters")),
-                    megabytes=number(figures.get("megabytes")),
-                    ms=number(_part(figures, "ms_per_sentence", "batch_1")),
-                    score=_dev_score(run.summary, figures),
-                )
-                key = ("teacher", str(figures.get("folder"))) if role == "teacher" else ("student", run.folder)
-                found.setdefault(key, made)
-    return list(found.values())
-
-
-def _dev_score(summary: Any, figures: dict[str, Any]) -> float | None:
-    """The mean score over dev splits, not over `test_files`."""
-    scores, test = _part(figures, "scores"), _part(summary, "data", "test")
-    splits = scores.items() if isinstance(scores, dict) else ()
-    return _average([number(_part(split, "score")) for name, split in splits if name not in (test or ())])
-
-
-def _part(value: Any, *names: str) -> Any:
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def watched(arms: Sequence[Arm]) -> list[Arm]:
@@ -340,12 +313,12 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
             (f"inputs of more than {high:.0f} words", words > high),
         ]
     )
-    labels = sorted({row["label"] for row in rows if type(row.get("label")) is int})[:LABELS_SHOWN]
+    labels = sorted({label for row in rows for label in _labels_of(row)})[:LABELS_SHOWN]
     called = {label: _label(arm, label) for label in labels}
     conditions = [
         *by_length,
         *(
-            (f"{LABELLED} {name}", np.array([row.get("label") == label for row in rows]))
+            (f"{LABELLED} {name}", np.array([label in _labels_of(row) for row in rows]))
             for label, name in called.items()
         ),
         (TRUNCATED, np.array([row.get("finish_rate") == 0 for row in rows])),
@@ -355,10 +328,16 @@ def _groups(arm: Arm, names: Sequence[str]) -> list[Group]:
     groups = []
     for label, chosen in conditions:
         mine = [row for row, is_in in zip(rows, chosen, strict=True) if is_in]
-        means = {name: _average([number(row.get(name)) for row in mine]) for name in names}
+        means = {name: average([number(row.get(name)) for row in mine]) for name in names}
         if mine:
             groups.append(Group(label, len(mine), {name: mean for name, mean in means.items() if mean is not None}))
     return groups
+
+
+def _labels_of(row: Row) -> list[int]:
+    """The indices of a row's label, or of several."""
+    label = row.get("label")
+    return label if isinstance(label, list) else [label] if type(label) is int else []
 
 
 def _label(arm: Arm, label: int) -> str:
@@ -377,6 +356,7 @@ def _mean(arm: Arm, name: str) -> float | None:
     return None if found is None else float(found[1].mean())
 
 
-def _average(values: Sequence[float | None]) -> float | None:
+def average(values: Sequence[float | None]) -> float | None:
+    """Mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

@@ -10,11 +10,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..evaluation.classes import class_scores
+from ..evaluation.classes import class_scores, in_words
 from ..evaluation.samples import Sample
 from ..inspection.markup import environment, heat_map_html, legend_html, standalone_page
 from . import findings, words
 from .charts import Chart, Sheet, curves, scatter
+from .footprints import footprints
 from .forest import forests
 from .lines import Row, number
 from .reading import Arm
@@ -58,7 +59,7 @@ def report(arms: Sequence[Arm], title: str) -> str:
         settings=settings_table(arms),
         facts=_facts(arms),
         notes=_notes(arms),
-        against_imitation=any(c.other not in (findings.START, findings.CONSTANT) for c in comparisons),
+        against_imitation=any(c.other not in (findings.START, *findings.constants()) for c in comparisons),
         several=any(len(arm.runs) > 1 for arm in arms),
     )  # fmt: skip
     return _page(f"{title}: report", body, sheet)
@@ -98,10 +99,10 @@ def results_table(arms: Sequence[Arm]) -> dict[str, Any]:
 def _constant_row(arms: Sequence[Arm], names: Sequence[str]) -> list[str] | None:
     """The line of classifiers' tables that any classifier should beat."""
     found = next((c for arm in arms if (c := findings.against_constant(arm)) is not None), None)
-    if found is None or "accuracy" not in names:
+    if found is None or found.score not in names:
         return None
-    base = words.shown("accuracy", found.means[1], unit=False)
-    return [findings.CONSTANT, *(base if name == "accuracy" else "–" for name in names)]
+    base = words.shown(found.score, found.means[1], unit=False)
+    return [found.other, *(base if name == found.score else "–" for name in names)]
 
 
 def _each_label(arm: Arm) -> list[list[str]]:
@@ -186,15 +187,14 @@ def _cases(found: findings.Failures, row: Row) -> dict[str, Any]:
                     finished=row.get(f"{prefix}finish_rate") != 0,
                 )
             )
-    names = found.run.labels
-    row = {key: names[k] if key in ("label", "predicted") and type(k) is int and 0 <= k < len(names) else k
-           for key, k in row.items()}  # fmt: skip
+    row = {key: in_words(value, found.run.labels) if key in ("label", "predicted") else value
+           for key, value in row.items()}  # fmt: skip
     return {"row": row, "samples": samples, "score": number(row.get(found.by))}
 
 
 def _trade_offs(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
     """Score against size and latency of teachers and encoder students, if there is a summary.json."""
-    found = findings.footprints(arms)
+    found = footprints(arms)
     charts = []
     for title, axis, figure in (
         ("Score against size", "megabytes", "megabytes"),
@@ -208,7 +208,7 @@ def _trade_offs(arms: Sequence[Arm], sheet: Sheet) -> list[Chart]:
 
 def _sizes(arms: Sequence[Arm]) -> list[list[str]]:
     rows = []
-    for found in findings.footprints(arms):
+    for found in footprints(arms):
         figures = ((found.parameters, 0), (found.megabytes, 2), (found.ms, 3), (found.score, 4))
         rows.append([found.name, *("–" if x is None else f"{x:,.{digits}f}" for x, digits in figures)])
     return rows

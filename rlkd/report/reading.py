@@ -19,9 +19,11 @@ from .lines import Log, Row, json_lines, json_object, number, parsed, step_of
 FILES = (METRICS, HELD_OUT, ALARMS_FILE, RUN_FILE)
 SEED = re.compile(r"seed[-_]?(\d+)$")
 DEPTH = 3  # of run folders below the one given
-TASK_ORDER = ("accuracy", "exact_match", "rougeL", "bleu")  # which task score is the headline's, if there are several
+# Which task score is the headline's, if there are several.
+TASK_ORDER = ("accuracy", "subset_accuracy", "exact_match", "rougeL", "bleu")
 ALARMS_SHOWN = 1000
 ROWS_KEPT = 50_000  # of an evaluation
+LABELS_KEPT = 100  # of a row
 # What the reports need of every held-out row; the rest is read again for the few rows that are shown.
 SHORT = (str, int, float)
 TEXTS = ("input", "student", "teacher", "sample_student", "sample_teacher")
@@ -278,6 +280,8 @@ def _held_out(path: Path, notes: list[str]) -> dict[int, list[Row]]:
 def _short(row: Row) -> Row:
     """The numbers of a row; of its input the words, of its rewards the first, the last and the sum."""
     kept: Row = {name: value for name, value in row.items() if name not in TEXTS and isinstance(value, SHORT)}
+    # Of a row with several labels: their numbers.
+    kept |= {name: row[name] for name in ("label", "predicted") if _are_labels(row.get(name))}
     if "input" in row:
         kept["words"] = len(str(row["input"]).split())
     rewards = row.get("rewards")
@@ -286,6 +290,10 @@ def _short(row: Row) -> Row:
         if len(known) == len(rewards):
             kept["reward_ends"] = (known[0], known[-1], sum(known))
     return kept
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= LABELS_KEPT and all(type(one) is int for one in value)
 
 
 def _alarms(path: Path, notes: list[str]) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..evaluation.classes import one_class_warning, only_class
+from ..evaluation.classes import in_words, one_class_warning, only_prediction
 from ..metrics import held_out
 from .findings import LABELLED, TRUNCATED, Comparison, Cost, Failures, answer
 from .intervals import Interval
@@ -158,10 +158,10 @@ def one_class(arms: Sequence[Arm]) -> list[str]:
     lines = []
     for arm in arms:
         for run in arm.runs:
-            predicted = [row["predicted"] for row in run.newest if type(row.get("predicted")) is int]
-            if (label := only_class(predicted)) is not None:
-                name = run.labels[label] if 0 <= label < len(run.labels) else str(label)
-                lines.append("Warning: " + one_class_warning(run.title, name, len(predicted)))
+            predicted = [row["predicted"] for row in run.newest if type(row.get("predicted")) in (int, list)]
+            if (label := only_prediction(predicted)) is not None:
+                said = in_words(label, run.labels)
+                lines.append("Warning: " + one_class_warning(run.title, said, len(predicted)))
     return lines
 
 

@@ -36,6 +36,11 @@ HEAD = {
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
     "Classification": ("AutoModelForSequenceClassification", "text-classification"),
 }
+# What the pipeline gives, where it is not the best label.
+ANSWERS = {
+    "multi_label_classification": "# The text has the labels with a score above 0.5, which may be none.",
+    "regression": "# The score is the number.",
+}
 FOLDER = "path/to/this/folder"
 
 
@@ -44,9 +49,9 @@ def write_card(
 ) -> None:
     """Write README.md into `folder`.
 
-    record: content of run.json, secrets removed, and the student's `chat.chat_record`; architecture: class of the
-    student; scores: the newest `eval_*` numbers ({} if it was never evaluated) on `rows` held-out rows; step: optimizer
-    steps taken.
+    record: content of run.json, secrets removed, with the student's `chat.chat_record`, and problem_type: what the
+    outputs of a classifier are; architecture: class of the student; scores: the newest `eval_*` numbers ({} if it was
+    never evaluated) on `rows` held-out rows; step: optimizer steps taken.
     """
     write_text(folder / CARD, card(record, architecture=architecture, scores=scores, rows=rows, step=step))
 
@@ -71,7 +76,7 @@ def card(record: dict[str, Any], *, architecture: str, scores: dict[str, Any], r
         "## Training",
         _training(record, settings),
         "## Use",
-        _use(auto, architecture, settings, record.get("chat")),
+        _use(auto, architecture, settings, record),
         "## Limits",
         _limits(record, settings, auto),
         "## Command, settings, versions",
@@ -161,17 +166,20 @@ def _training(record: dict[str, Any], settings: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{shown}"
 
 
-def _use(auto: str, architecture: str, settings: dict[str, Any], chat: dict[str, Any] | None) -> str:
+def _use(auto: str, architecture: str, settings: dict[str, Any], record: dict[str, Any]) -> str:
     """A snippet that answers as the student was evaluated, with transformers (and PEFT for an adapter) alone."""
     import transformers
 
     if "Classification" in auto:
+        kind = str(record.get("problem_type"))
+        every = ", top_k=None" if kind == "multi_label_classification" else ""
         code = "" if hasattr(transformers, architecture) else ", trust_remote_code=True"  # code that rlkd saved with it
         return _python(
             "from transformers import pipeline",
             "",
             f'classify = pipeline("text-classification", model="{FOLDER}"{code})',
-            f'print(classify("A text.", truncation=True, max_length={settings.get("max_length", 128)}))',
+            f'print(classify("A text.", truncation=True, max_length={settings.get("max_length", 128)}{every}))',
+            ANSWERS.get(kind),
             '# Of two texts: classify({"text": "One text.", "text_pair": "Another."}, ...)',
         )
     adapter = architecture.startswith("Peft")
@@ -187,7 +195,7 @@ def _use(auto: str, architecture: str, settings: dict[str, Any], chat: dict[str,
         f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")',
         f'model = {load}.from_pretrained("{FOLDER}")',
         f"# The student reads inputs under the template {cell(str(template))}." if template else None,
-        *_inputs(settings.get("max_input_tokens", 512), chat),
+        *_inputs(settings.get("max_input_tokens", 512), record.get("chat")),
         f"answers = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask{options})",
         f"print(tokenizer.batch_decode(answers{shown}, skip_special_tokens=True))",
     )

@@ -30,6 +30,7 @@ from ..io import bounded_yaml
 from ..io.outputs import prepare_outputs
 from ..io.redaction import redact_command_line, redacted
 from .fields import default_of, own_names, plain
+from .paths import config_file
 
 MOST_PROBLEMS = 20  # fits on one screen
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -114,7 +115,7 @@ def _given(
     files = flags.pop("config") or []
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}): only one file is allowed.")
-    values, origins = _read(Path(files[0]), hints) if files else ({}, {})
+    values, origins = _read(config_file(files[0]), hints) if files else ({}, {})
     values = {**preset, **values, **flags}
     return values, dict.fromkeys(preset, "preset") | origins | {name: f"--{name}" for name in flags}
 

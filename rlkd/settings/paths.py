@@ -16,6 +16,9 @@ NAMES = DATA | FOLDERS | MODELS
 FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|gz|zst)$", re.IGNORECASE)
 LINE = re.compile(r"^(\w+):[ \t]+['\"]?([^'\"#\n]+?)['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
 LARGEST_FILE = 2**20
+# Next to the package in a checkout, inside it in an installation (see pyproject.toml).
+_BESIDE, _INSIDE = (Path(__file__).resolve().parents[i] / "recipes" for i in (2, 1))
+RECIPES = _BESIDE if _BESIDE.is_dir() else _INSIDE
 
 
 def refuse_missing_paths(argv: list[str] | None = None) -> None:
@@ -25,10 +28,10 @@ def refuse_missing_paths(argv: list[str] | None = None) -> None:
     given: dict[str, str] = {}
     for name, value in _flags(sys.argv[1:] if argv is None else argv):
         if name == "config":
-            given = {**_lines(Path(value)), **given}
+            given = {**_lines(config_file(value)), **given}
         else:
             given[name] = value
-    if given.get("teacher_signal") == "recorded":  # no teacher is read
+    if given.get("teacher_signal") in ("recorded", "base"):  # no teacher is read
         given.pop("teacher", None)
     for name, value in given.items():
         path = Path(value).expanduser()
@@ -38,6 +41,13 @@ def refuse_missing_paths(argv: list[str] | None = None) -> None:
         where = "" if path.parent.is_dir() else f" Folder {path.parent} does not exist."
         message = f"{name} = '{value}': there is no such file or folder.{near}{where}"
         raise ModelError(message) if name in MODELS else DataError(message)
+
+
+def config_file(name: str) -> Path:
+    """The file that --config names: where it says, or else the one of this name that comes with rlkd (recipes/)."""
+    path = Path(name)
+    shipped = RECIPES / path.name
+    return shipped if not path.exists() and path.parent.name in ("", "recipes") and shipped.is_file() else path
 
 
 def _flags(argv: list[str]) -> Iterator[tuple[str, str]]:

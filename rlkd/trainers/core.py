@@ -306,9 +306,10 @@ class StudentTrainer(ResumableTrainer):
     def write_card(self, folder: Path) -> None:
         """README.md: the model card of the student as it is now."""
         record = asdict(self.run_record) if self.run_record else {"trainer": type(self).__name__}
+        problem = getattr(self.trained.student.config, "problem_type", None)
         write_card(
             folder,
-            redacted(record) | chat_record(self.tokenizer),
+            redacted(record) | chat_record(self.tokenizer) | {"problem_type": problem},
             architecture=type(self.trained.student).__name__,
             scores=self.last.newest(),
             rows=self.held_out_rows,

@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models.chat_templates import chat_model, chat_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from rlkd import DataError, InterruptedRunError, load_pseudolabels
+from rlkd import DataError, load_pseudolabels
 from rlkd.cli import labels as recorded_commands
 from rlkd.cli.main import main
 from rlkd.jobs.encoder_label_folder import read_label_folder
 from rlkd.labels.classes import ClassifierEngine
 from rlkd.labels.manifest import Manifest
+from rlkd.sampling.engines.torch_engine import TorchEngine
 from tiny import classifier_tokenizer, save_pair, save_pretrained, tiny_classifier, tiny_tokenizer
 
 NOTES = [f"{a} {b} {c}" for a in "abc" for b in "def" for c in "gh"]
@@ -130,31 +132,17 @@ def test_long_and_missing_texts(folder, capsys):
 
 @pytest.mark.parametrize("name", ["student", "classifier"])
 def test_a_run_that_is_stopped_continues_to_the_same_files(folder, capsys, monkeypatch, name):
-    words = (*BASIC, *(SHORT if name == "student" else ()), "--shard-rows", "4", "--quiet")
+    words = (*BASIC, "--limit", "10", "--shard-rows", "4", "--quiet")
+    words += (*SHORT, "--engine", "torch") if name == "student" else ()
+    kind, method = (TorchEngine, "answer") if name == "student" else (ClassifierEngine, "log_probabilities")
     assert run(capsys, name, *words, "--out", "whole")[0] in (0, 4)
-    batches, answer = [], ClassifierEngine.log_probabilities
-    if name == "classifier":
+    batches, compute = [], getattr(kind, method)
 
-        def stopped(self, batch):
-            batches.append(signal.raise_signal(signal.SIGTERM) if len(batches) == 2 else None)
-            return answer(self, batch)
+    def stopped(self, *args):
+        batches.append(signal.raise_signal(signal.SIGTERM) if len(batches) == 1 else None)
+        return compute(self, *args)
 
-        monkeypatch.setattr(ClassifierEngine, "log_probabilities", stopped)
-    else:
-        from rlkd.sampling.engines.torch_engine import TorchEngine
-
-        answer = TorchEngine.answer
-
-        def stopped(self, *args):
-            batches.append(signal.raise_signal(signal.SIGTERM) if len(batches) == 2 else None)
-            return answer(self, *args)
-
-        monkeypatch.setattr(TorchEngine, "answer", stopped)
-        words = (*words, "--engine", "torch")
-        assert run(capsys, name, *words, "--out", "whole", "--overwrite")[0] == InterruptedRunError("", 15).exit_code
-        batches.extend([None] * 9)
-        assert run(capsys, name, *words, "--out", "whole")[0] in (0, 4)
-        batches.clear()
+    monkeypatch.setattr(kind, method, stopped)
     code, _, err = run(capsys, name, *words, "--out", "cut")
     assert (code, "Repeat the command to continue" in err) == (143, True)
     assert run(capsys, name, *words, "--out", "cut")[0] in (0, 4)
@@ -170,6 +158,17 @@ def test_a_run_that_is_stopped_continues_to_the_same_files(folder, capsys, monke
         main(["data", "repair", "cut", "--run", "--quiet"])
     assert end.value.code in (0, 4, None)
     assert Path("cut/labels-00001.parquet").read_bytes() == before
+
+
+def test_a_chat_model_answers_in_its_chat_template(folder, capsys):
+    save_pretrained("chat", chat_model(), chat_tokenizer())
+    words = (*BASIC, "--max-new-tokens", "3", "--max-input-tokens", "128", "--limit", "2", "--student-chat", "--quiet")
+    code, _, err = run(capsys, "chat", *words, "--out", "out")
+    assert code in (0, 4), err
+    rows = load_pseudolabels("out", statuses=None).to_list()
+    turns = [{"role": "user", "content": NOTES[0]}]
+    asked = chat_tokenizer().apply_chat_template(turns, add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert rows[0]["n_in"] == len(asked)
 
 
 def test_a_warning_where_the_run_that_made_the_model_says_otherwise(folder, capsys, caplog):
@@ -189,6 +188,7 @@ def test_a_warning_where_the_run_that_made_the_model_says_otherwise(folder, caps
         (["student", "--pair-column", "other"], "--pair-column has no effect: 'student' is a generating model"),
         (["classifier", "--max-new-tokens", "4"], "--max-new-tokens has no effect: 'classifier' is a classifier"),
         (["classifier", "--engine", "torch"], "--engine has no effect"),
+        (["classifier", "--no-student-chat"], "--student-chat has no effect"),
         (["classifier", "--max-input-tokens", "600"], "max_length = 600"),
         (["classifier", "--pair-column", "othr"], "Did you mean 'other'"),
         (["encoder"], "an encoder, which writes no text"),

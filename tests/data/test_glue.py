@@ -10,15 +10,14 @@ from rlkd.data import glue
 from rlkd.data.glue import (
     TASKS,
     TableLayout,
-    find_labels,
     find_task,
-    label_indices,
     load_labelled,
     load_task,
     write_submission,
 )
+from rlkd.data.label_columns import find_labels, label_indices
 from rlkd.errors import ConfigError, DataError
-from rlkd.evaluation.task_metrics import CLASSIFICATION_METRICS
+from rlkd.evaluation.problems import CLASSIFICATION_METRICS
 
 ROWS = [("good film", "yes"), ("a, b", "no"), ('he said "no"', "yes")]
 
@@ -77,7 +76,10 @@ def test_tasks_read_their_own_columns(name, monkeypatch):
     first, second = load_task(name, task.dev_splits[0], limit=2)
     pair = "three" if task.layout.pair else None
     assert first == {"text": "one", "text_pair": pair, "label": len(task.labels) - 1}
-    assert second["label"] is None
+    hidden = task.problem_type != "regression"  # -1 is a number like any other, except in a test split
+    assert second["label"] == (None if hidden else -1.0)
+    assert load_task(name, "test", limit=2)[1]["label"] is None
+    load_task(name, task.dev_splits[0], limit=2)
     assert (asked["source"], asked["subset"], asked["split"]) == (task.source, task.subset, task.dev_splits[0])
     assert set(task.metrics) <= CLASSIFICATION_METRICS.keys()
 
@@ -108,6 +110,14 @@ RAW = {
         'index\tquestion\tsentence\tlabel\n0\tWhen?\tIn "1800.\tnot_entailment\n',
         "index\tquestion\tsentence\n0\ta\tb\n",
         [("When?", 'In "1800.', 1)],
+    ),
+    "stsb": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        '0\tcaptions\tMSRvid\t2012\t1\tn\tn\tA "plane.\tA jet.\t3.800\n'
+        "1\tcaptions\tMSRvid\t2012\t1\tn\tn\tOne.\tTwo.\t5.000\n",
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\n"
+        "0\tcaptions\tx\t2012\t1\tn\tn\ta\tb\n",
+        [('A "plane.', "A jet.", 3.8), ("One.", "Two.", 5.0)],
     ),
     "rte": (
         'index\tsentence1\tsentence2\tlabel\n0\tOne.\tTwo ".\tentailment\n',

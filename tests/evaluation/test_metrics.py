@@ -6,18 +6,11 @@ import pytest
 from transformers import EvalPrediction
 
 from rlkd.errors import ConfigError, DataError
-from rlkd.evaluation.task_metrics import (
-    CLASSIFICATION_METRICS,
-    TASK_METRICS,
-    bleu,
-    classification_metrics,
-    exact_match,
-    f1,
-    matthews,
-    rouge,
-    try_metric,
-)
+from rlkd.evaluation.problems import PROBLEMS, classification_metrics, f1, matthews
+from rlkd.evaluation.task_metrics import TASK_METRICS, bleu, exact_match, rouge, try_metric
 from rlkd.records import Example
+
+SINGLE_LABEL = PROBLEMS["single_label_classification"].scores
 
 
 def rows(*references):
@@ -113,7 +106,7 @@ def test_classification_metrics_from_the_four_counts(seed):
     logits, labels = random.normal(size=(40, 2)), random.integers(-1, 2, 40)
     kept = labels >= 0
     expected = by_hand(logits.argmax(-1)[kept], labels[kept])
-    found = classification_metrics(list(CLASSIFICATION_METRICS))(EvalPrediction(logits, labels))
+    found = classification_metrics(list(SINGLE_LABEL))(EvalPrediction(logits, labels))
     assert found == pytest.approx(expected)
 
 
@@ -136,5 +129,5 @@ def test_matthews_of_several_classes_is_their_correlation():
 
 def test_classification_metrics_without_anything_to_score():
     nothing, zeros = np.array([], dtype=int), np.zeros(3, dtype=int)
-    assert [score(nothing, nothing) for score in CLASSIFICATION_METRICS.values()] == [0, 0, 0]
-    assert [score(zeros, zeros) for score in CLASSIFICATION_METRICS.values()] == [1, 0, 0]
+    assert [score(nothing, nothing) for score in SINGLE_LABEL.values()] == [0, 0, 0]
+    assert [score(zeros, zeros) for score in SINGLE_LABEL.values()] == [1, 0, 0]

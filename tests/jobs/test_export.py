@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("ctranslate2")
 
+from models.chat_templates import chat_model, chat_tokenizer
 from models.decoder_families import VALID as DECODER_VALID
 from models.decoder_families import continuing_tokenizer, tiny_decoder
 from peft import LoraConfig, get_peft_model
@@ -17,6 +18,7 @@ from rlkd.cli.main import main
 from rlkd.errors import ConfigError, DataError, ModelError
 from rlkd.jobs.export import export
 from rlkd.models import conversion, loading
+from rlkd.models.chat import with_chat
 from rlkd.models.conversion import GENERATORS, TRANSLATORS
 from rlkd.sampling import exported
 from rlkd.sampling.exported import equal_shares, token_names
@@ -286,3 +288,20 @@ def test_every_id_has_a_name_of_its_own():
     assert token_names(Tokens(), 4) == ["a", "b", "<id 2>", "<id 3>"]
     tokenizer = tiny_tokenizer()
     assert tokenizer.convert_tokens_to_ids(token_names(tokenizer, VALID)) == list(range(VALID))
+
+
+def test_a_chat_template_is_read_as_in_training(tmp_path):
+    tokenizer = with_chat(chat_tokenizer(), "Speak up.")
+    source = save_pretrained(tmp_path / "student", chat_model(seed=3), tokenizer)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    rows = {"dataset": str(tmp_path / "rows.jsonl"), "input_column": "text", "max_input_tokens": 99}
+    (form, *_) = export(request(source, max_new_tokens=NEW, **rows), tmp_path / "out")
+    assert form.equal_answers == 1.0
+    model, want = AutoModelForCausalLM.from_pretrained(source), []
+    beyond = list(range(len(tokenizer), model.config.vocab_size))
+    for text in TEXTS:
+        turns = [{"role": "system", "content": "Speak up."}, {"role": "user", "content": text}]
+        ids = chat_tokenizer().apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        made = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, suppress_tokens=beyond)
+        want.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+    assert served(tmp_path / "out") == want

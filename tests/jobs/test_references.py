@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from models.chat_templates import chat_model, chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.optimization import Adafactor
 
@@ -18,6 +19,7 @@ from rlkd.cli.main import main
 from rlkd.data.rows import load_rows
 from rlkd.data.splits import held_out_inputs
 from rlkd.jobs.references import ReferenceArguments, ReferenceTrainingArguments, load_references
+from rlkd.models.chat import chat_of
 from tiny import save_pretrained, tiny_t5, tiny_tokenizer
 
 TEMPLATES = """\
@@ -132,6 +134,25 @@ def test_weights_are_those_of_plain_training(folder, capsys):
     assert "answers that it learned: column gold" in card
     assert "| train | rows.jsonl | 18 |" in card
     assert "teacher" not in card.split("## Command")[0].replace("trained without a teacher", "")
+
+
+def test_a_chat_model_learns_in_its_chat_template(folder, capsys, monkeypatch):
+    made = {}
+
+    class Trainer:
+        def __init__(self, model, args, **inputs):
+            made.update(inputs)
+
+        def run(self, settings):
+            pass
+
+    save_pretrained(folder / "chat", chat_model(), chat_tokenizer())
+    monkeypatch.setattr("rlkd.jobs.references.ReferenceTrainer", Trainer)
+    settings = {"model_name_or_path": "chat", "reference_column": "gold", "max_input_tokens": 128, "max_new_tokens": 8}
+    for asked in ("true", "false"):
+        code, _, err = train(capsys, **settings, student_chat=asked)
+        assert code == 0, err
+        assert (chat_of(made["tokenizer"]) is not None) == (asked == "true")
 
 
 @pytest.mark.slow

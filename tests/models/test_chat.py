@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from rlkd.errors import ConfigError, ModelError
 from rlkd.models.architectures import language_model
 from rlkd.models.chat import as_asked, chat_of, with_chat, without_chat
+from rlkd.models.cut_vocabulary import cut_tokenizer, kept_ids
 from rlkd.models.digests import tokenizer_digest
 from rlkd.models.other_tokenizer import OtherTokenizer
 from rlkd.models.served import ServerTeacher
@@ -233,3 +234,14 @@ def test_a_template_for_prompts_alone_ends_as_the_checkpoint_does():
     assert chat_of(made).end is None
     assert language_model(chat_model(), made).rules.eos_ids == (tokenizer.eos_token_id,)
     assert encode_answers(made, ["yes"], 9, language_model(chat_model(), made).rules)[0][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_vocabulary_keeps_the_frame(kind):
+    """The words and special tokens that only the template writes."""
+    tokenizer = with_chat(chat_tokenizer(kind))
+    keep = kept_ids(tokenizer, lambda: ["ab"], [])
+    cut = cut_tokenizer(tokenizer, keep, lambda: ["ab"])
+    (row,) = encode_prompts(cut, ["ab"], 99)
+    assert [keep[i] for i in row] == oracle(chat_tokenizer(kind), "ab")
+    assert keep[chat_of(cut).end] == chat_of(tokenizer).end

@@ -52,14 +52,56 @@ def test_a_classifiers_rows_are_seen(tmp_path):
     assert "no held-out rows" not in page.text
     said = words.helped(found, findings.headline_comparisons(found))
     assert "accuracy 90.0 % against 53.3 %, better by 36.7 points" in said[0]
-    assert findings.CONSTANT in said[0]
+    assert "the commonest label for every row" in said[0]
     assert words.headline(findings.headline_comparisons(found), found) == "Yes"
     assert page.tables["Each label, tkd"][1:] == [
         ["no", "14", "13", "0.923", "0.857", "0.889"], ["yes", "16", "17", "0.882", "0.938", "0.909"],
     ]  # fmt: skip
-    assert [findings.CONSTANT, "–", "53.3"] in page.tables["Results"]
+    assert ["the commonest label for every row", "–", "53.3"] in page.tables["Results"]
     assert "It is worst on rows labelled no (14 rows): accuracy 85.7 %." in page.text
     assert "label: no; predicted: yes" in " ".join(page.text.split())
+
+
+def other_classifier(folder, score, rows):
+    """As `classifier`, of rows (label, predicted, value of the score)."""
+    made = [{"step": 28, "id": str(i), "input": "a " * (i + 1), "label": label, "predicted": guess, score: value}
+            for i, (label, guess, value) in enumerate(rows)]  # fmt: skip
+    lines(folder / "held_out.jsonl", made)
+    mean = sum(row[score] for row in made) / len(made)
+    lines(folder / "metrics.jsonl", [{"step": 28, f"eval_{score}": mean}])
+    (folder / "run.json").write_text(json.dumps({"trainer": "TKDTrainer", "settings": {}}))
+    (folder / "summary.json").write_text(json.dumps({"labels": ["no", "yes"]}))
+    return read_arms(folder)
+
+
+def test_rows_with_several_labels_are_seen(tmp_path):
+    sets = [[0], [0, 1], [], [0, 1]] * 5
+    guesses = [[0], [0, 1], [1], [1]] * 5
+    rows = [(label, guess, float(label == guess)) for label, guess in zip(sets, guesses, strict=True)]
+    found = other_classifier(tmp_path / "tkd", "subset_accuracy", rows)
+    page = Page(report(found, "tkd"))
+    comparison = findings.against_constant(found[0])
+    assert comparison.means == (0.5, 0.5)  # [0, 1] for every row
+    assert comparison.other == "the commonest set of labels for every row"
+    assert page.tables["Each label, tkd"][1:] == [
+        ["no", "15", "10", "1.000", "0.667", "0.800"], ["yes", "10", "15", "0.667", "1.000", "0.800"],
+    ]  # fmt: skip
+    text = " ".join(page.text.split())
+    assert "label: no, yes; predicted: yes" in text
+    assert "label: none of the labels; predicted: yes" in text
+    assert "It is worst on rows labelled yes (10 rows)" in text
+
+
+def test_rows_with_numbers_are_seen(tmp_path):
+    numbers = [float(i % 5) for i in range(20)]
+    rows = [(number, number + 0.5, 0.25) for number in numbers]
+    found = other_classifier(tmp_path / "tkd", "mean_squared_error", rows)
+    page = Page(report(found, "tkd"))
+    comparison = findings.against_constant(found[0])
+    assert comparison.means == (0.25, 2.0)  # the variance of 0 to 4
+    assert (comparison.other, comparison.verdict) == ("the mean for every row", "better")
+    assert not [name for name in page.tables if name.startswith("Each label")]
+    assert "label: 3; predicted: 3.5" in " ".join(page.text.split())
 
 
 def test_a_classifier_of_one_class_is_called_that(tmp_path, capsys):

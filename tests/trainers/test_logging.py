@@ -4,12 +4,15 @@ import json
 import re
 
 import pytest
+from test_problem_types import rows as rows_of
+from test_problem_types import trainer as trainer_of
 from test_tkd import make as make_tkd
 from test_tkd import rows as labelled_rows
 
 from rlkd import metrics
 from rlkd.evaluation.evaluator import Evaluator
-from rlkd.evaluation.task_metrics import CLASSIFICATION_METRICS, TASK_METRICS
+from rlkd.evaluation.problems import PROBLEMS
+from rlkd.evaluation.task_metrics import TASK_METRICS
 from rlkd.jobs.encoder_data import LabelledData
 from rlkd.models.architectures import language_model
 from rlkd.models.policy import Policy
@@ -61,7 +64,8 @@ def run(kind, folder):
         ).train()  # fmt: skip
         return logged(folder)
     data = LabelledData(
-        name="x", train=[], dev={}, labels=("0", "1"), metrics=tuple(CLASSIFICATION_METRICS), note=""
+        name="x", train=[], dev={}, labels=("0", "1"), note="",
+        metrics=tuple(PROBLEMS["single_label_classification"].scores),
     )  # fmt: skip
     others = {name: 1.0 for name in TERMS if name not in PRESETS["all-t-s-tkd"] + PRESETS["rand"]}
     presets: dict[str, dict] = {"all-t-s-tkd": {}, "rand": {}, "custom": {"terms": others}}
@@ -70,7 +74,10 @@ def run(kind, folder):
         trainer = make_tkd(folder / preset, preset=preset, **dev, **options)
         trainer.compute_metrics = data.compute_metrics()
         trainer.train()
-    return [line for preset in presets for line in logged(folder / preset)]
+    for problem in set(PROBLEMS) - {"single_label_classification"}:
+        dev = {"dev": rows_of(problem, 4), "eval_strategy": "steps", "eval_steps": 2}
+        trainer_of(problem, folder / problem, preset="kd", **dev).train()
+    return [line for path in sorted(folder.iterdir()) for line in logged(path)]
 
 
 def when(line):

@@ -30,7 +30,8 @@ from rlkd import (
 )
 from rlkd.cli.main import app
 from rlkd.errors import ConfigError, DataError
-from rlkd.evaluation.task_metrics import classification_metrics, exact_match
+from rlkd.evaluation.problems import classification_metrics
+from rlkd.evaluation.task_metrics import exact_match
 from rlkd.jobs.setup import load_data
 from rlkd.sampling.engines.protocol import Answer, Decoding
 from rlkd.settings.trl_compat import ModelConfig

@@ -88,7 +88,7 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
             states.append(pad_packed_sequence(output, batch_first=True, total_length=input_ids.shape[1])[0])
         both_ends = torch.cat([last[0], last[1]], dim=-1)
         logits = self.classifier(self.dropout(self.dense(both_ends).relu()))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=tuple(states) if output_hidden_states else None
         )

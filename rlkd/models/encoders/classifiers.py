@@ -13,7 +13,7 @@ from torch import nn
 from ...checks import check_choice
 from ...errors import ConfigError, ModelError
 from ..loading import load_config, load_pretrained
-from .labels import check_single_label, give_labels, label_names
+from .labels import check_problem, give_labels, label_names, problem_of
 
 Init = Literal["mapped", "first", "pretrained", "random"]
 PER_LAYER = ("attention_window",)  # lists with a value for each layer, besides those called so (layer_types)
@@ -98,7 +98,7 @@ def student_config(
     }
     if narrower and init != "random":
         raise ConfigError(f"init = {init!r} copies weights and needs equal widths, not {narrower}: use init: random")
-    check_single_label(teacher_config, "teacher")
+    check_problem(teacher_config, "teacher")
     chosen = matched_layers(layers, teacher_config.num_hidden_layers, layer_map)
     if init == "pretrained":
         if pretrained is None:
@@ -110,7 +110,8 @@ def student_config(
             )
     else:
         config = copy.deepcopy(teacher_config)
-    give_labels(config, [str(teacher_config.id2label[i]) for i in range(teacher_config.num_labels)])
+    names = [str(teacher_config.id2label[i]) for i in range(teacher_config.num_labels)]
+    give_labels(config, names, problem_of(teacher_config))
     _keep_layers(config, chosen if init == "mapped" else list(range(1, layers + 1)))
     for name, value in narrower.items():
         setattr(config, name, value)

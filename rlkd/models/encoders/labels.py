@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
+from ...choices import ProblemType
 from ...errors import ModelError
 
-SINGLE_LABEL = "single_label_classification"
+# Pipelines of transformers read `function_to_apply`: a sigmoid makes each label a question of its own.
+APPLIED: dict[str, ProblemType] = {
+    "softmax": "single_label_classification",
+    "sigmoid": "multi_label_classification",
+    "none": "regression",
+}
+MEANING: dict[ProblemType, str] = {
+    "single_label_classification": "one of several labels",
+    "multi_label_classification": "any number of labels",
+    "regression": "a number",
+}
 
 
 def label_names(config: Any) -> tuple[str, ...]:
@@ -16,32 +27,57 @@ def label_names(config: Any) -> tuple[str, ...]:
     return () if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
-def give_labels(config: Any, names: Sequence[str]) -> None:
-    """Make a configuration that of a single-label classifier with these labels, whatever its head was for before."""
+def stated_problem(config: Any) -> ProblemType | None:
+    """What a configuration says that its outputs are; None if it does not say."""
+    kind, function = getattr(config, "problem_type", None), getattr(config, "function_to_apply", None)
+    return kind if kind in get_args(ProblemType) else APPLIED.get(function or "")
+
+
+def problem_of(config: Any) -> ProblemType:
+    """What the outputs of a classifier are; of one that does not say, a number if there is one output, else one label
+    (as transformers takes them).
+    """
+    return stated_problem(config) or ("regression" if config.num_labels == 1 else "single_label_classification")
+
+
+def give_labels(config: Any, names: Sequence[str], problem_type: ProblemType = "single_label_classification") -> None:
+    """Make a configuration that of a classifier with these labels, whatever its head was for before."""
+    config.problem_type = None  # it goes with the number of labels
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
-    config.problem_type = SINGLE_LABEL
+    config.problem_type = problem_type
     if hasattr(config, "function_to_apply"):
         del config.function_to_apply
 
 
-def check_single_label(config: Any, role: str, name: str | None = None) -> None:
-    """Raises ModelError unless the model gives each text exactly one of at least two distinct labels."""
+def check_problem(config: Any, role: str, wanted: ProblemType | None = None, name: str | None = None) -> None:
+    """Raises ModelError unless the outputs of the model are what is wanted, as far as its configuration says, with as
+    many and distinct labels as that takes. wanted: None for what they are.
+    """
     whose = f"{role} '{name or config.name_or_path or config.model_type}'"
-    kind = getattr(config, "problem_type", None)
-    # Pipelines of transformers read `function_to_apply`: a sigmoid makes each label a question of its own.
-    function = getattr(config, "function_to_apply", None)
-    if kind not in (None, SINGLE_LABEL) or function not in (None, "softmax"):
-        found = f"problem_type {kind}" if kind not in (None, SINGLE_LABEL) else f"function_to_apply {function}"
+    kind, function = getattr(config, "problem_type", None), getattr(config, "function_to_apply", None)
+    if function is not None and (function not in APPLIED or kind not in (None, APPLIED[function])):
         raise ModelError(
-            f"{whose} is not a single-label classifier ({found} in config.json): its logits are no distribution over "
-            "labels, which every loss here takes them for. Multi-label and regression models are not supported: use a "
-            "model fine-tuned to give each text one label."
+            f"{whose}: config.json has function_to_apply {function}, which does not go with problem_type {kind}. "
+            "Correct the one that is wrong."
         )
-    if config.num_labels < 2:
+    stated = stated_problem(config)
+    wanted = wanted or problem_of(config)
+    if stated is not None and stated != wanted:
+        found = f"problem_type {kind}" if kind else f"function_to_apply {function}"
         raise ModelError(
-            f"{whose} has {config.num_labels} label: a classifier needs at least 2, and regression is not supported. "
-            "Use a model fine-tuned to give each text one of several labels."
+            f"{whose} gives each text {MEANING[stated]} ({found} in config.json), and {MEANING[wanted]} is wanted here "
+            f"(problem_type {wanted}). Use a model fine-tuned for that; to train on data of its kind (rlkd train "
+            f"tkd), set problem_type: {stated}."
+        )
+    if wanted == "single_label_classification" and config.num_labels < 2:
+        raise ModelError(
+            f"{whose} has {config.num_labels} label: a classifier needs at least 2. Use a model fine-tuned to give "
+            "each text one of several labels; for a number (problem_type: regression), one fine-tuned on numbers."
+        )
+    if wanted == "regression" and config.num_labels != 1:
+        raise ModelError(
+            f"{whose} has {config.num_labels} outputs: a regression model gives one number here. Use a model with one."
         )
     _check_names(config, whose)
 
@@ -69,7 +105,15 @@ def check_same_labels(student: Any, teacher: Any) -> None:
             f"the teacher has {teacher.num_labels} labels and the student {student.num_labels}: "
             "fine-tune the teacher on this task first"
         )
+    kinds = problem_of(student), problem_of(teacher)
+    if kinds[0] != kinds[1]:
+        raise ModelError(
+            f"the teacher gives each text {MEANING[kinds[1]]} and the student {MEANING[kinds[0]]}: their outputs "
+            f"cannot be compared. Make the student with build_student, or set the teacher's problem_type to {kinds[0]}."
+        )
     own, others = label_names(student), label_names(teacher)
+    if student.num_labels == 1:  # one output, whatever it is called
+        return
     if own and others and [name.casefold() for name in own] != [name.casefold() for name in others]:
         raise ModelError(
             f"the teacher's labels are {', '.join(others)}, in this order, and the student's are {', '.join(own)}: "

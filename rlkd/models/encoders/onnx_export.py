@@ -13,29 +13,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...choices import ProblemType
 from ...errors import ConfigError, ModelError
 from ...io.files import make_folder
 from ...io.folders import refuse_other_contents
 from ...tensors import length_mask
 from ..loading import load_config, load_pretrained
 from ..vocabulary import load_tokenizer
+from .labels import problem_of
 
 MODEL_FILE = "model.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Agreement(NamedTuple):
-    """How far the two runtimes differ: the largest |difference| of logits, and the share of rows with equal argmax."""
+    """How far the two runtimes differ: the largest |difference| of logits, and the share of rows with the same label
+    (or labels), None for outputs that are numbers.
+    """
 
     largest_difference: float
-    same_label: float
+    same_label: float | None
     rows: int
 
     def __str__(self) -> str:
-        return (
-            f"logits within {self.largest_difference:.1e} of PyTorch's, same label in {self.same_label:.1%} of "
-            f"{self.rows} random rows"
-        )
+        labels = "" if self.same_label is None else f", same label in {self.same_label:.1%}"
+        return f"logits within {self.largest_difference:.1e} of PyTorch's{labels} of {self.rows} random rows"
 
 
 class _Logits(nn.Module):
@@ -127,7 +129,7 @@ def _compare(model: Any, names: list[str], path: Path, tolerance: float) -> Agre
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    largest, scale, equal, rows = 0.0, 1.0, 0, 0
+    largest, scale, equal, rows, kind = 0.0, 1.0, 0, 0, problem_of(model.config)
     for seed, lengths in enumerate([[1], [7], [2, 9, 4], [16, 3, 11, 1, 8], [30, 30]]):
         batch = _batch(model.config, lengths, names, seed)
         with torch.inference_mode():
@@ -136,14 +138,21 @@ def _compare(model: Any, names: list[str], path: Path, tolerance: float) -> Agre
         logits = torch.from_numpy(found)
         largest = max(largest, float((logits - expected).abs().max()))
         scale = max(scale, float(expected.abs().max()))
-        equal, rows = equal + int((logits.argmax(-1) == expected.argmax(-1)).sum()), rows + len(lengths)
-    agreement = Agreement(largest, equal / rows, rows)
+        equal, rows = equal + _same_labels(logits, expected, kind), rows + len(lengths)
+    agreement = Agreement(largest, None if kind == "regression" else equal / rows, rows)
     if not largest <= tolerance * scale:
         raise ModelError(
-            f"ONNX and PyTorch differ by {largest:.2g} in a logit, more than {tolerance * scale:.2g} (equal labels in "
-            f"{agreement.same_label:.1%} of {rows} rows). Nothing was written."
+            f"ONNX and PyTorch differ by {largest:.2g} in a logit, more than {tolerance * scale:.2g} ({agreement}). "
+            "Nothing was written."
         )
     return agreement
+
+
+def _same_labels(logits: Tensor, expected: Tensor, problem_type: ProblemType) -> int:
+    """The number of rows whose label, or labels, are the same."""
+    if problem_type == "multi_label_classification":
+        return int(((logits > 0) == (expected > 0)).all(-1).sum())
+    return int((logits.argmax(-1) == expected.argmax(-1)).sum())
 
 
 def _batch(config: Any, lengths: list[int], names: list[str], seed: int) -> dict[str, Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from ...choices import ProblemType
 from ...errors import ConfigError, ModelError
+from ...evaluation.problems import PROBLEMS
 from ...models.encoders.classifiers import check_head_slices, check_length, matched_layers
-from ...models.encoders.labels import check_same_labels, check_single_label
+from ...models.encoders.labels import check_problem, check_same_labels, problem_of
 from ...models.encoders.outputs import Need, width_of
 from ...models.vocabulary import check_vocabulary_fits, valid_vocab
 from .arguments import TKDArguments
@@ -20,7 +22,8 @@ def check_distillation(
     """Check the combination of models and settings from configurations and tokenizers alone. Raises ConfigError or
     ModelError.
     """
-    check_single_label(teacher_config, "teacher")
+    check_problem(teacher_config, "teacher")
+    check_temperature(args, problem_of(student_config))
     check_same_labels(student_config, teacher_config)
     check_length(args.max_length, student_config, "student")
     check_length(args.max_length, teacher_config, "teacher")
@@ -43,6 +46,15 @@ def check_distillation(
         raise ConfigError(
             f"term gradient: word embeddings of width {own} (student) and {theirs} (teacher) have no comparable "
             "gradients. Use another term, or a student of the teacher's width."
+        )
+
+
+def check_temperature(args: TKDArguments, problem_type: ProblemType) -> None:
+    """Raises ConfigError for a temperature where there is nothing to soften."""
+    if not PROBLEMS[problem_type].temperature and args.temperature != TKDArguments.temperature:
+        raise ConfigError(
+            f"temperature = {args.temperature:g}: has no effect under problem_type {problem_type}, whose outputs are "
+            "compared as they are. Leave it out."
         )
 
 
@@ -108,7 +120,7 @@ def _word_width(config: Any) -> int:
 
 
 def check_labels_and_vocabulary(model: Any, role: str, tokenizer: Any) -> None:
-    """Raises ModelError unless the model gives single labels and has embeddings for all ids of the tokenizer."""
-    check_single_label(model.config, role)
+    """Raises ModelError unless the model's labels are distinct and it has embeddings for all ids of the tokenizer."""
+    check_problem(model.config, role)
     name = model.config.name_or_path or model.config.model_type
     check_vocabulary_fits(model.config, valid_vocab(tokenizer), role, name)

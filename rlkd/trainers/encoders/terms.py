@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...evaluation.problems import Problem
 from ...models.encoders.attention import comparable_maps
 from ...models.encoders.outputs import EncoderOutputs, Need
 from ...objectives.attention_tree import all_tokens, attention_tree, cls_token, random_tokens
-from ...objectives.encoder import cross_entropy, soft_cross_entropy, token_distance
+from ...objectives.encoder import token_distance
 from ...objectives.neighbours import (
     activation_boundaries,
     gradient_distance,
@@ -41,7 +42,8 @@ class Batch:
     """What the terms of one micro-batch are computed from.
 
     student, teacher  outputs of both; the teacher's are those of the matched layers
-    labels [B]        negative where there is none
+    problem           what the logits are
+    labels            as in `evaluation.problems`
     ids [B, L], valid [B, L] (False for padding)
     heads             attention heads of student and teacher
     special           token ids of `cls` and `sep`
@@ -50,6 +52,7 @@ class Batch:
     args: TKDArguments
     student: EncoderOutputs
     teacher: EncoderOutputs
+    problem: Problem
     labels: Tensor
     ids: Tensor
     valid: Tensor
@@ -158,9 +161,9 @@ _STATES = _needs("hidden")
 _GROWN = _needs("hidden", "tree")
 
 TERMS: dict[str, Term] = {
-    "ce": Term(lambda b: cross_entropy(b.student.logits, b.labels), "labels", setting="w_ce"),
+    "ce": Term(lambda b: b.problem.loss(b.student.logits, b.labels), "labels", setting="w_ce"),
     "kd": Term(
-        lambda b: soft_cross_entropy(b.student.logits, b.teacher.logits, b.args.temperature),
+        lambda b: b.problem.distillation(b.student.logits, b.teacher.logits, b.args.temperature),
         "logits, KL at the temperature", _needs("logits"), setting="w_kd",
     ),
     "mse": Term(

@@ -7,17 +7,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, set_seed
 
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError
-from ...evaluation.classes import classified_rows, one_class_warning, only_class
-from ...evaluation.task_metrics import classification_metrics, try_classification
+from ...evaluation.classes import classified_rows, in_words, one_class_warning, only_prediction
+from ...evaluation.problems import PROBLEMS, classification_metrics, try_classification
 from ...io.versions import describe_machine
 from ...metrics import metric
 from ...models.encoders.classifiers import check_length, matched_layers
+from ...models.encoders.labels import problem_of, stated_problem
 from ...models.encoders.outputs import (
     EncoderOutputs,
     EncoderStudent,
@@ -28,13 +30,13 @@ from ...models.encoders.outputs import (
 )
 from ...models.encoders.rehearsal import check_outputs
 from ...models.encoders.teacher_outputs import TeacherOutputs, cache_key, cached_outputs
-from ...objectives.encoder import cross_entropy, weighted_terms
+from ...objectives.encoder import weighted_terms
 from ...objectives.neighbours import input_gradient
 from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
 from ..environment import describe_environment
 from .arguments import TKDArguments
-from .checks import check_distillation, check_labels_and_vocabulary, check_recorded_teacher
+from .checks import check_distillation, check_labels_and_vocabulary, check_recorded_teacher, check_temperature
 from .terms import TERMS, Batch, compared_parts, needs_of
 
 logger = logging.getLogger(__name__)
@@ -46,11 +48,12 @@ SMALLEST_TERM = 1e-4  # auto_scale: a smaller term joins later; its inverse woul
 class TKDTrainer(StudentTrainer):
     """L = sum of weight x term over the terms of a method (`terms.PRESETS`), on transformers' Trainer.
 
-    Args: student, a sequence classifier (see `build_student`); teacher, a fine-tuned one, None for preset ft and where
-    train_rows bring `logits`; tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}, in
-    train_rows with the logits of a teacher that is not here; teacher_tokenizer if it differs;
-    compute_metrics as in Trainer, accuracy by default. Callbacks are added by `add_callback`. What is saved is the bare
-    student. Raises ConfigError, ModelError or DataError for invalid combinations.
+    Args: student, a sequence classifier (see `build_student`), whose problem_type decides what is learned from labels
+    and logits (`evaluation.problems`); teacher, a fine-tuned one, None for preset ft and where train_rows bring
+    `logits`; tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}, in train_rows with the
+    logits of a teacher that is not here; teacher_tokenizer if it differs; compute_metrics as in Trainer, by default the
+    scores that the problem always has. Callbacks are added by `add_callback`. What is saved is the bare student. Raises
+    ConfigError, ModelError or DataError for invalid combinations.
     """
 
     args: TKDArguments
@@ -77,6 +80,12 @@ class TKDTrainer(StudentTrainer):
                 "no term of %s reads the logits: the classification head does not learn", sorted(args.weights)
             )
         check_length(args.max_length, student.config, "student")
+        kind = problem_of(student.config)
+        if kind == "regression" and stated_problem(student.config) is None:
+            logger.warning("the student has one output and no problem_type: it is taken for a number (regression)")
+        student.config.problem_type = kind  # for whoever loads it
+        self.problem_type, self.problem = kind, PROBLEMS[kind]
+        check_temperature(args, kind)
         if teacher is not None:
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
             teacher.eval().requires_grad_(False).to(args.device)
@@ -91,20 +100,21 @@ class TKDTrainer(StudentTrainer):
             train_rows = labelled_rows(train_rows, "train_rows")
         eval_rows = None if eval_rows is None else labelled_rows(eval_rows, "eval_rows")
         self.held_out_texts = [" / ".join(filter(None, (r["text"], r.get("text_pair")))) for r in eval_rows or ()]
-        train = EncodedTexts(train_rows, tokenizer, args.max_length, labels)
+        options = (args.max_length, labels, kind)
+        train = EncodedTexts(train_rows, tokenizer, *options)
         self.teacher_tokenizer, self.teacher_texts = tokenizer, train
         if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
             self.teacher_tokenizer = teacher_tokenizer
-            self.teacher_texts = EncodedTexts(train_rows, teacher_tokenizer, args.max_length, labels)
+            self.teacher_texts = EncodedTexts(train_rows, teacher_tokenizer, *options)
         self.teacher_cache: TeacherOutputs | None = None
         self.scales: dict[str, float] = {}  # of auto_scale, once known
         self.one_class = False  # whether it was said that one label is predicted for every row
         super().__init__(
             args=args,
             train_dataset=train,
-            eval_dataset=None if eval_rows is None else EncodedTexts(eval_rows, tokenizer, args.max_length, labels),
+            eval_dataset=None if eval_rows is None else EncodedTexts(eval_rows, tokenizer, *options),
             data_collator=train.collate,
-            compute_metrics=compute_metrics or classification_metrics(["accuracy"]),
+            compute_metrics=compute_metrics or classification_metrics(self.problem.always, kind),
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch: accumulation averages it
 
@@ -159,6 +169,7 @@ class TKDTrainer(StudentTrainer):
             args=self.args,
             student=student,
             teacher=teacher,
+            problem=self.problem,
             labels=inputs["labels"],
             ids=inputs["input_ids"],
             valid=inputs["attention_mask"].bool(),
@@ -248,47 +259,56 @@ class TKDTrainer(StudentTrainer):
         """As in `StudentTrainer`. Raises ConfigError if `compute_metrics` fails on right predictions."""
         if self.eval_dataset is None:
             return None
-        labels = self.eval_dataset.labels  # type: ignore[union-attr]
-        return ["loss", *try_classification(self.compute_metrics, labels, self.trained.config.num_labels)]
+        labels, count = self.eval_dataset.labels, self.trained.config.num_labels  # type: ignore[union-attr]
+        return ["loss", *try_classification(self.compute_metrics, labels, count, self.problem_type)]
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Cross-entropy, logits [B, C] and labels [B] of held-out rows; the teacher is not used."""
+        """Loss on the labels, logits [B, C] and labels of held-out rows; the teacher is not used."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(model_inputs(inputs)).logits.float()
-            loss = cross_entropy(logits, inputs["labels"])
+            loss = self.problem.loss(logits, inputs["labels"])
         return (loss, None, None) if prediction_loss_only else (loss, logits, inputs["labels"])
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        """As in Trainer; whether each labelled row was right goes to held_out.jsonl."""
+        """As in Trainer; what each labelled row was given and scores goes to held_out.jsonl."""
         out = super().evaluation_loop(*args, **options)
         rows: Any = self.eval_dataset
         logits, labels = cast(Any, out.predictions), cast(Any, out.label_ids)
         # Rows sorted by length come in another order and cannot be matched to their ids.
-        if options.get("metric_key_prefix", "eval") != "eval" or labels is None or labels.tolist() != rows.labels:
+        given = labels is not None and np.array_equal(labels, np.asarray(rows.labels, labels.dtype))
+        if options.get("metric_key_prefix", "eval") != "eval" or not given:
             return out
-        evaluated = classified_rows(logits.argmax(-1).tolist(), rows.labels, self.held_out_texts)
+        evaluated = classified_rows(self.problem.predict(logits), labels, self.held_out_texts, self.problem_type)
         if self.is_world_process_zero():
             keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, evaluated)
             self._warn_of_one_class([row["predicted"] for row in evaluated])
-        right = [row["accuracy"] for row in evaluated]  # scores without a value per row (F1, ...) are compared by these
-        self.per_row = {name.removeprefix("eval_"): right for name in out.metrics or () if metric(name).task}
+        self.per_row = self._scores_by_row(evaluated, out.metrics or ())
         return out
+
+    def _scores_by_row(self, evaluated: list[dict[str, Any]], names: Collection[str]) -> dict[str, list[float]]:
+        """A value per row for each task score; those that have none (F1, ...) are compared by the problem's."""
+        own, _ = self.problem.by_row
+        falls = metric(f"eval_{own}").lower_is_better
+        values = [row[own] for row in evaluated]
+        turned = [-value for value in values]
+        tasks = {name: metric(name).lower_is_better for name in names if metric(name).task}
+        return {name.removeprefix("eval_"): values if lower == falls else turned for name, lower in tasks.items()}
 
     def refresh_held_out(self) -> None:
         """As in `StudentTrainer`."""
         self.evaluation_loop(self.get_eval_dataloader(), description="held-out rows")
         self.per_row = {}
 
-    def _warn_of_one_class(self, predicted: list[int]) -> None:
+    def _warn_of_one_class(self, predicted: list[Any]) -> None:
         """Once, after training began: such scores look like those of a model that has learned something."""
-        label = only_class(predicted)
-        if label is not None and self.state.global_step > 0 and not self.one_class:
+        only = only_prediction(predicted)
+        if only is not None and self.state.global_step > 0 and not self.one_class:
             self.one_class = True
-            name = self.trained.config.id2label[label]
-            logger.warning("step %d: %s", self.state.global_step, one_class_warning("it", name, len(predicted)))
+            said = in_words(only, [self.trained.config.id2label[k] for k in range(self.trained.config.num_labels)])
+            logger.warning("step %d: %s", self.state.global_step, one_class_warning("it", said, len(predicted)))
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the projections are saved next to the student."""
