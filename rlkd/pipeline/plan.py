@@ -150,13 +150,13 @@ def _stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str
         "weak_start": "warn",
     }
     yield Stage("rl", ("train", RL), _with(rl, "rl", args.rl))
-    for role in ("teacher", "warm-up", "student"):
+    for role in ("teacher", "warm-up", "rl"):
         yield _evaluation(role, args, out)
     yield Stage("student", settings={"weak_start": args.weak_start})
 
 
 def _evaluation(role: str, args: DistillArguments, out: Path) -> Stage:
-    """The evaluation of the teacher, the warmed-up or the finished student on the test rows. As the model that is
+    """The evaluation of the teacher, the student after the warm-up or after RL, on the test rows. As the model that is
     evaluated, the teacher reads its own first prompt.
     """
     settings = {
@@ -189,8 +189,7 @@ def _evaluation(role: str, args: DistillArguments, out: Path) -> Stage:
         **_chat(args, "teacher"),
         **_chat(args, "student"),
     }
-    model = out / ("warm-up" if role == "warm-up" else "rl")
-    return Stage(f"evaluation/{role}", ("evaluate", str(model)), {**settings, **scored})
+    return Stage(f"evaluation/{role}", ("evaluate", str(out / role)), {**settings, **scored})
 
 
 def _encoder_stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str, Any]) -> Iterator[Stage]:

@@ -27,6 +27,7 @@ from ..models.saving import new_folder
 from ..runs.checkpoints import LOGS
 from ..runs.files import HELD_OUT, RUN_FILE, SUMMARY_FILE
 from .arguments import SMALL, DistillArguments
+from .choice import Helped
 from .models import Pair, contents
 from .plan import Stage, stages
 from .record import Record
@@ -87,7 +88,7 @@ def left_out(found: Sequence[Stage], args: DistillArguments, record: Record) -> 
     weak = "warm-up" in record.stages and record.stages["warm-up"]["finished"] and is_weak(record)
     if args.weak_start == "warn" or not weak:
         return list(found)
-    return [stage for stage in found if stage.name not in ("rl", "evaluation/student")]
+    return [stage for stage in found if stage.name not in ("rl", "evaluation/rl")]
 
 
 def is_weak(record: Record) -> bool:
@@ -219,7 +220,10 @@ def stage_names(plan: Plan) -> list[str]:
 
 def trained_folder(plan: Plan) -> Path:
     """The run folder whose model is the student."""
-    return Path(plan.args.out) / next(name for name in ("training", "rl", "warm-up") if name in stage_names(plan))
+    out, names = Path(plan.args.out), stage_names(plan)
+    if plan.pair.encoder:
+        return out / "training"
+    return out / ("rl" if "rl" in names and Helped.of(out / "rl") else "warm-up")
 
 
 _OWN: dict[str, Callable[[Plan, Path], None]] = {

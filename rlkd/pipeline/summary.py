@@ -16,6 +16,7 @@ from ..report.page import report as page
 from ..report.reading import TASK_ORDER, Arm, read_run
 from ..runs.card import FOLDER
 from ..runs.files import HELD_OUT
+from .choice import Helped
 from .run import Plan, is_weak, stage_names, trained_folder, weak_words
 
 SHOWN_TEXT = 200  # characters of an input in the snippet
@@ -40,9 +41,10 @@ def finish(plan: Plan) -> list[str]:
     weak = [weak_words(plan.record)] if len(stage_names(plan)) < len(plan.stages) else []
     if not weak and is_weak(plan.record):
         weak = [
-            f"RL began weak, so compare the two rows of students: {plan.record.readiness()['words']} (docs/distill.md, "
-            "When the start check does not pass)"
+            f"RL began weak: {plan.record.readiness()['words']} (docs/distill.md, When the start check does not pass)"
         ]
+    if "rl" in runs:
+        weak.append(str(Helped.of(out / "rl")))
     return [
         *(["", said, *_aligned(["", *names], cells), *weak, ""]),
         f"student: {out / 'student'}",
@@ -55,7 +57,7 @@ def finish(plan: Plan) -> list[str]:
 
 def _rows(plan: Plan, out: Path) -> dict[str, Facts]:
     """Role -> the numbers to show of it."""
-    roles = [role for role in ("teacher", "warm-up", "student") if f"evaluation/{role}" in stage_names(plan)]
+    roles = [role for role in ("teacher", "warm-up", "rl") if f"evaluation/{role}" in stage_names(plan)]
     found = {role: json.loads((out / "evaluation" / role / "evaluation.json").read_text()) for role in roles}
     scores = {role: one["numbers"] for role, one in found.items()}
     scores["teacher"] = scores["teacher"] | teacher_scores(plan, out) | {"regret": 0.0}

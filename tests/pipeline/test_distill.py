@@ -2,6 +2,7 @@
 
 import csv
 import json
+import operator
 import random
 import re
 import shlex
@@ -22,6 +23,7 @@ from rlkd.cli.main import main
 from rlkd.errors import InterruptedRunError
 from rlkd.labels.manifest import Manifest
 from rlkd.pipeline import run as pipeline
+from rlkd.pipeline.choice import Helped
 from rlkd.pipeline.record import Record
 from rlkd.runs import resumable
 from tiny import (
@@ -101,6 +103,25 @@ def parts(out="runs/mine"):
     return {part: pq.read_table(f"{out}/data/{part}.parquet").to_pylist() for part in ("train", "validation", "test")}
 
 
+def assert_the_better_one_is_the_student(out, score, better):
+    lines = [json.loads(line) for line in Path("runs/mine/rl/metrics.jsonl").read_text().splitlines()]
+    before, *_, after = [line[f"eval_{score}"] for line in lines if f"eval_{score}" in line]
+    source = "rl" if better(after, before) else "warm-up"
+    assert weights("runs/mine/student") == weights(f"runs/mine/{source}")
+    assert f"the student is that of {source}: greedy {score} on the validation rows was" in out
+
+
+def test_a_student_is_the_better_one(tmp_path):
+    def evaluated(**scores):
+        lines = [{"step": step, "eval_regret": 1.0, **{f"eval_{name}": pair[k] for name, pair in scores.items()}}
+                 for k, step in enumerate((0, 4))]  # fmt: skip
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return bool(Helped.of(tmp_path))
+
+    assert [evaluated(regret=pair) for pair in ((2.0, 1.0), (1.0, 1.0), (1.0, 2.0))] == [True, True, False]
+    assert [evaluated(bleu=pair, regret=(1.0, 9.0)) for pair in ((2.0, 1.0), (1.0, 2.0))] == [False, True]
+
+
 @pytest.mark.slow
 def test_a_whole_run(user, capsys, monkeypatch):
     code, out, err = run(capsys, *WHOLE)
@@ -114,15 +135,16 @@ def test_a_whole_run(user, capsys, monkeypatch):
     # The teacher's score is known: it gives its own answers, and no other.
     own = dict(zip(TEXTS, answers_of_teacher(TEXTS), strict=True))
     right = [own[row["text"]] in row["answer"] for row in parts()["test"]]
-    table = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("teacher ", "student "))}
+    table = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("teacher ", "rl "))}
     assert float(table["teacher"][1]) == pytest.approx(sum(right) / len(right), abs=0.01)
     labels = pq.read_table("runs/mine/labels/labels-00000.parquet").to_pylist()
     assert {row["student_input"]: row["label"] for row in labels} == {text: own[text] for text in inputs["train"]}
     student = AutoModelForSeq2SeqLM.from_pretrained("runs/mine/student")
-    assert int(table["student"][4].replace(",", "")) == student.num_parameters()
+    assert int(table["rl"][4].replace(",", "")) == student.num_parameters()
     assert {path.name for path in Path("runs/mine/student").iterdir()} >= {"README.md", "tokenizer.json"}
     assert not Path("runs/mine/student/run.json").exists()
-    assert weights("runs/mine/student") == weights("runs/mine/rl") != weights("runs/mine/warm-up")
+    assert weights("runs/mine/rl") != weights("runs/mine/warm-up")
+    assert_the_better_one_is_the_student(out, "exact_match", operator.ge)
     assert "4 test rows, which nothing was trained on or chosen by" in Path("runs/mine/student/README.md").read_text()
     assert "<html" in Path("runs/mine/report.html").read_text()
     # What is printed last serves the student.
@@ -271,7 +293,7 @@ def test_a_dry_run_loads_and_writes_nothing(user, capsys, monkeypatch):
         "rl",
         "evaluation/teacher",
         "evaluation/warm-up",
-        "evaluation/student",
+        "evaluation/rl",
         "student",
     ]
     assert "32 answers of the teacher" in out
@@ -411,8 +433,8 @@ def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, ca
     assert code == 0, err
     lines = [json.loads(line) for line in Path("runs/mine/warm-up/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_regret" in line] == [2, 4, 6]  # continued, not begun again
-    assert weights("runs/mine/student") == weights("runs/mine/rl")
-    assert "RL began weak, so compare the two rows of students: not ready for RL" in out
+    assert "RL began weak: not ready for RL" in out
+    assert_the_better_one_is_the_student(out, "regret", operator.le)
 
 
 @pytest.mark.slow
