@@ -34,6 +34,6 @@ class Helped:
     def __str__(self) -> str:
         who = "rl" if self else "warm-up"
         return (
-            f"the student is that of {who}: greedy {self.score} on the validation rows was {self.before:.4g} before RL and "
-            f"is {self.after:.4g} after it"
+            f"the student is that of {who}: greedy {self.score} on the validation rows was {self.before:.4g} before RL "
+            f"and is {self.after:.4g} after it"
         )
