@@ -57,6 +57,7 @@ ELSEWHERE = {
     r".* --task (rte|stsb) ": ("tests/data/test_glue.py", "stsb"),  # the flags; their data are on the hub
     r"rlkd train tkd --pseudo_labels": ("tests/jobs/test_label_folder_students.py", '["train", "tkd", "--config"'),
     r"PARTS=": ("tests/test_cluster.py", "recipes/cluster/submit.sh"),
+    r"rlkd distill --teacher": ("tests/pipeline/test_distill.py", "^rlkd distill (.*)$"),
     r"TEACHER=": ("tests/test_recipes.py", '("classify_agnews", "agnews"'),
 }
 PLACEHOLDERS = {
@@ -67,7 +68,6 @@ SMALL = {
     "generate-pseudolabels": ["--limit", "4", "--max-new-tokens", "4", "--batch-tokens", "512", "--quiet"],
     "predict": ["--limit", "4", "--batch-tokens", "512", "--quiet"],
     "config": ["--bf16", "false"],
-    "distill": ["--max-new-tokens", "4", "--warm_up", '{"max_steps": 2, "eval_steps": 2, "save_steps": 2}'],
     "probe": ["--max-length", "16"],
     "train-vocabulary": ["--size", "270"],
 }

@@ -86,9 +86,9 @@ class DistillArguments(TextFileArguments, TeacherChatArguments, StudentChatArgum
     allow_bin: bool = field(
         default=False, metadata={"help": "Models may be pickled .bin files (read with weights_only)."}
     )
-    weak_start: Literal["refuse", "warn"] = field(
-        default="refuse",
-        metadata={"help": "If the warmed-up student is too weak for RL: refuse leaves RL out, warn trains anyway."},
+    weak_start: Literal["warn", "refuse"] = field(
+        default="warn",
+        metadata={"help": "If the warmed-up student is weak for RL: warn and train, or refuse, which leaves RL out."},
     )
     warm_up: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further settings of the warm-up, as of `rlkd train seqkd` (encoders: tkd)."}

@@ -25,9 +25,9 @@ RL_SETTINGS = {
     "rollouts_per_prompt": 2, "epochs_per_rollout": 2, "minibatches_per_rollout": 2,
 }  # fmt: skip
 UPDATES_PER_ROLLOUT, PROMPTS_PER_ROLLOUT = 4, 32
-# Learning rates are inversely proportional to the width of the student: of T5-base, 768, they are 3.3e-4, 3.9e-5 and,
+# Learning rates are inversely proportional to the width of the student: of T5-base, 768, they are 3.3e-4, 6.5e-5 and,
 # of encoders, 5.2e-5.
-WARM_UP_RATE, RL_RATE, ENCODER_RATE = 0.25, 0.03, 0.04
+WARM_UP_RATE, RL_RATE, ENCODER_RATE = 0.25, 0.05, 0.04
 ROWS, ACCUMULATED = 16, 2  # of one forward and backward; of one update
 NEGATED = ("input_eos", "teacher_chat", "student_chat")  # flags whose default is neither
 TRAINING = ("warm-up", "rl", "training")
@@ -127,6 +127,7 @@ def _stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str
         "pseudo_labels": out / "labels",
         "output_dir": out / "warm-up",
         "until_ready": True,
+        "metric_for_best_model": "sample_regret",  # what the start check measures
         "learning_rate": round(WARM_UP_RATE / pair.width, 7),
         "max_steps": max(20 * steps, 2000),
         "eval_steps": every,
@@ -149,13 +150,13 @@ def _stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str
         "weak_start": "warn",
     }
     yield Stage("rl", ("train", RL), _with(rl, "rl", args.rl))
-    for role in ("teacher", "warm-up", "student"):
+    for role in ("teacher", "warm-up", "rl"):
         yield _evaluation(role, args, out)
-    yield Stage("student")
+    yield Stage("student", settings={"weak_start": args.weak_start})
 
 
 def _evaluation(role: str, args: DistillArguments, out: Path) -> Stage:
-    """The evaluation of the teacher, the warmed-up or the finished student on the test rows. As the model that is
+    """The evaluation of the teacher, the student after the warm-up or after RL, on the test rows. As the model that is
     evaluated, the teacher reads its own first prompt.
     """
     settings = {
@@ -188,8 +189,7 @@ def _evaluation(role: str, args: DistillArguments, out: Path) -> Stage:
         **_chat(args, "teacher"),
         **_chat(args, "student"),
     }
-    model = out / ("warm-up" if role == "warm-up" else "rl")
-    return Stage(f"evaluation/{role}", ("evaluate", str(model)), {**settings, **scored})
+    return Stage(f"evaluation/{role}", ("evaluate", str(out / role)), {**settings, **scored})
 
 
 def _encoder_stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str, Any]) -> Iterator[Stage]:

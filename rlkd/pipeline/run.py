@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ import torch
 
 from ..data.rows import local_path
 from ..data.splits import plain
-from ..errors import ConfigError, InterruptedRunError, RlkdError
+from ..errors import ConfigError, DataError, InterruptedRunError, RlkdError
 from ..io.files import make_folder
 from ..io.lock import Stop, writer_lock
 from ..labels.store import labels_finished, load_pseudolabels
@@ -26,6 +27,7 @@ from ..models.saving import new_folder
 from ..runs.checkpoints import LOGS
 from ..runs.files import HELD_OUT, RUN_FILE, SUMMARY_FILE
 from .arguments import SMALL, DistillArguments
+from .choice import Helped
 from .models import Pair, contents
 from .plan import Stage, stages
 from .record import Record
@@ -86,7 +88,7 @@ def left_out(found: Sequence[Stage], args: DistillArguments, record: Record) -> 
     weak = "warm-up" in record.stages and record.stages["warm-up"]["finished"] and is_weak(record)
     if args.weak_start == "warn" or not weak:
         return list(found)
-    return [stage for stage in found if stage.name not in ("rl", "evaluation/student")]
+    return [stage for stage in found if stage.name not in ("rl", "evaluation/rl")]
 
 
 def is_weak(record: Record) -> bool:
@@ -127,7 +129,7 @@ def weak_words(record: Record) -> str:
     """Why there is no RL, and what helps."""
     words = record.readiness().get("words", "")
     return (
-        f"RL is left out, and the warmed-up student is the result: {words} (--weak-start warn trains anyway; "
+        f"RL is left out, and the warmed-up student is the result: {words} (--weak-start warn trains it; "
         "docs/distill.md, When the start check does not pass)"
     )
 
@@ -154,12 +156,25 @@ def _run(stage: Stage, plan: Plan, command: Command) -> None:
 
 def _call(stage: Stage, out: Path, command: Command) -> None:
     """Run a stage that is a command of rlkd. Raises RlkdError if it ends with an error that it has printed."""
-    if stage.command[0] == "generate-pseudolabels" and labels_finished(out / stage.name):
-        return  # killed after the last shard
-    stage.write_settings(out)
-    code = command(stage.words(out))
-    if code not in (0, ROWS_FAILED):
-        raise RlkdError(f"{stage.name} ended with exit code {code}: see above")
+    labels = stage.command[0] == "generate-pseudolabels"
+    if not (labels and labels_finished(out / stage.name)):  # which was killed after the last shard
+        stage.write_settings(out)
+        code = command(stage.words(out))
+        if code not in (0, ROWS_FAILED):
+            raise RlkdError(f"{stage.name} ended with exit code {code}: see above")
+    if labels and labels_finished(out / stage.name):
+        _refuse_no_labels(stage.name, out / stage.name)
+
+
+def _refuse_no_labels(name: str, folder: Path) -> None:
+    """Raise DataError if the teacher answered no row: nothing could be learned."""
+    rows = load_pseudolabels(folder, statuses=None)
+    if "ok" not in rows["status"]:
+        error, count = Counter(rows["error"]).most_common(1)[0]
+        raise DataError(
+            f"{name}: the teacher has no answer to any of {len(rows)} rows ({error}: {count}). Try it with another "
+            f"prompt, or another teacher; then remove {folder.parent}, or name a new --out."
+        )
 
 
 def _write_rows(plan: Plan, folder: Path) -> None:
@@ -191,16 +206,24 @@ def _write_held_out(plan: Plan, folder: Path) -> None:
 
 def _write_student(plan: Plan, folder: Path) -> None:
     """The model, its tokenizer and its card, without what training left beside them."""
-    source = trained_folder(plan.record)
+    source = trained_folder(plan)
     with new_folder(folder) as unfinished:
         for path in sorted(source.iterdir()):
             if path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in NOT_MODEL):
                 shutil.copy(path, unfinished)
 
 
-def trained_folder(record: Record) -> Path:
+def stage_names(plan: Plan) -> list[str]:
+    """The stages that the run has, once the warm-up has said whether RL is left out."""
+    return [stage.name for stage in left_out(plan.stages, plan.args, plan.record)]
+
+
+def trained_folder(plan: Plan) -> Path:
     """The run folder whose model is the student."""
-    return next(record.out / name for name in ("training", "rl", "warm-up") if name in record.stages)
+    out, names = Path(plan.args.out), stage_names(plan)
+    if plan.pair.encoder:
+        return out / "training"
+    return out / ("rl" if "rl" in names and Helped.of(out / "rl") else "warm-up")
 
 
 _OWN: dict[str, Callable[[Plan, Path], None]] = {

@@ -16,7 +16,8 @@ from ..report.page import report as page
 from ..report.reading import TASK_ORDER, Arm, read_run
 from ..runs.card import FOLDER
 from ..runs.files import HELD_OUT
-from .run import Plan, is_weak, left_out, trained_folder, weak_words
+from .choice import Helped
+from .run import Plan, is_weak, stage_names, trained_folder, weak_words
 
 SHOWN_TEXT = 200  # characters of an input in the snippet
 Facts = dict[str, Any]
@@ -29,17 +30,21 @@ def finish(plan: Plan) -> list[str]:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     cells = [[role, *(_cell(row.get(name)) for name in names)] for role, row in rows.items()]
     said = f"{len(plan.rows.test)} test rows, which nothing was trained on or chosen by"
-    source = trained_folder(plan.record)
+    source = trained_folder(plan)
     card = (source / CARD).read_text(encoding="utf-8")
     section = f"## Test\n\n{said[0].upper()}{said[1:]}.\n\n{table(('', *names), cells)}\n\n## Training"
     card = card.replace("## Training", section, 1)
     write_text(out / "student" / CARD, card)
-    runs = [name for name in ("warm-up", "rl", "training") if name in plan.record.stages]
+    runs = [name for name in ("warm-up", "rl", "training") if name in stage_names(plan)]
     arms = [Arm(name, [read_run(out / name, name)]) for name in runs]
     write_page(out / "report.html", page(arms, out.resolve().name))
-    weak = [weak_words(plan.record)] if len(left_out(plan.stages, plan.args, plan.record)) < len(plan.stages) else []
+    weak = [weak_words(plan.record)] if len(stage_names(plan)) < len(plan.stages) else []
     if not weak and is_weak(plan.record):
-        weak = [f"the start was weak: {plan.record.readiness()['words']}"]
+        weak = [
+            f"RL began weak: {plan.record.readiness()['words']} (docs/distill.md, When the start check does not pass)"
+        ]
+    if "rl" in runs:
+        weak.append(str(Helped.of(out / "rl")))
     return [
         *(["", said, *_aligned(["", *names], cells), *weak, ""]),
         f"student: {out / 'student'}",
@@ -52,7 +57,7 @@ def finish(plan: Plan) -> list[str]:
 
 def _rows(plan: Plan, out: Path) -> dict[str, Facts]:
     """Role -> the numbers to show of it."""
-    roles = [role for role in ("teacher", "warm-up", "student") if f"evaluation/{role}" in plan.record.stages]
+    roles = [role for role in ("teacher", "warm-up", "rl") if f"evaluation/{role}" in stage_names(plan)]
     found = {role: json.loads((out / "evaluation" / role / "evaluation.json").read_text()) for role in roles}
     scores = {role: one["numbers"] for role, one in found.items()}
     scores["teacher"] = scores["teacher"] | teacher_scores(plan, out) | {"regret": 0.0}

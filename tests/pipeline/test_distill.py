@@ -2,7 +2,10 @@
 
 import csv
 import json
+import operator
 import random
+import re
+import shlex
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -20,6 +23,7 @@ from rlkd.cli.main import main
 from rlkd.errors import InterruptedRunError
 from rlkd.labels.manifest import Manifest
 from rlkd.pipeline import run as pipeline
+from rlkd.pipeline.choice import Helped
 from rlkd.pipeline.record import Record
 from rlkd.runs import resumable
 from tiny import (
@@ -99,6 +103,25 @@ def parts(out="runs/mine"):
     return {part: pq.read_table(f"{out}/data/{part}.parquet").to_pylist() for part in ("train", "validation", "test")}
 
 
+def assert_the_better_one_is_the_student(out, score, better):
+    lines = [json.loads(line) for line in Path("runs/mine/rl/metrics.jsonl").read_text().splitlines()]
+    before, *_, after = [line[f"eval_{score}"] for line in lines if f"eval_{score}" in line]
+    source = "rl" if better(after, before) else "warm-up"
+    assert weights("runs/mine/student") == weights(f"runs/mine/{source}")
+    assert f"the student is that of {source}: greedy {score} on the validation rows was" in out
+
+
+def test_a_student_is_the_better_one(tmp_path):
+    def evaluated(**scores):
+        lines = [{"step": step, "eval_regret": 1.0, **{f"eval_{name}": pair[k] for name, pair in scores.items()}}
+                 for k, step in enumerate((0, 4))]  # fmt: skip
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return bool(Helped.of(tmp_path))
+
+    assert [evaluated(regret=pair) for pair in ((2.0, 1.0), (1.0, 1.0), (1.0, 2.0))] == [True, True, False]
+    assert [evaluated(bleu=pair, regret=(1.0, 9.0)) for pair in ((2.0, 1.0), (1.0, 2.0))] == [False, True]
+
+
 @pytest.mark.slow
 def test_a_whole_run(user, capsys, monkeypatch):
     code, out, err = run(capsys, *WHOLE)
@@ -112,15 +135,16 @@ def test_a_whole_run(user, capsys, monkeypatch):
     # The teacher's score is known: it gives its own answers, and no other.
     own = dict(zip(TEXTS, answers_of_teacher(TEXTS), strict=True))
     right = [own[row["text"]] in row["answer"] for row in parts()["test"]]
-    table = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("teacher ", "student "))}
+    table = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("teacher ", "rl "))}
     assert float(table["teacher"][1]) == pytest.approx(sum(right) / len(right), abs=0.01)
     labels = pq.read_table("runs/mine/labels/labels-00000.parquet").to_pylist()
     assert {row["student_input"]: row["label"] for row in labels} == {text: own[text] for text in inputs["train"]}
     student = AutoModelForSeq2SeqLM.from_pretrained("runs/mine/student")
-    assert int(table["student"][4].replace(",", "")) == student.num_parameters()
+    assert int(table["rl"][4].replace(",", "")) == student.num_parameters()
     assert {path.name for path in Path("runs/mine/student").iterdir()} >= {"README.md", "tokenizer.json"}
     assert not Path("runs/mine/student/run.json").exists()
-    assert weights("runs/mine/student") == weights("runs/mine/rl") != weights("runs/mine/warm-up")
+    assert weights("runs/mine/rl") != weights("runs/mine/warm-up")
+    assert_the_better_one_is_the_student(out, "exact_match", operator.ge)
     assert "4 test rows, which nothing was trained on or chosen by" in Path("runs/mine/student/README.md").read_text()
     assert "<html" in Path("runs/mine/report.html").read_text()
     # What is printed last serves the student.
@@ -151,6 +175,7 @@ def refused(capsys):
         (["--prompt", "copy {{ text }}"], 'stage data was made with prompt = "reverse {{ text }}", now "copy'),
         (["--rl", '{"max_steps": 8}'], "stage rl was made with"),
         (["--student", "teacher"], "stage warm-up was made with"),
+        (["--weak-start", "refuse"], 'stage student was made with weak_start = "warn", now "refuse"'),
     ):
         code, _, err = run(capsys, *WHOLE, "--out", "elsewhere", *words)
         assert (code, said in err, err.count("\n")) == (2, True, 1), err
@@ -268,7 +293,7 @@ def test_a_dry_run_loads_and_writes_nothing(user, capsys, monkeypatch):
         "rl",
         "evaluation/teacher",
         "evaluation/warm-up",
-        "evaluation/student",
+        "evaluation/rl",
         "student",
     ]
     assert "32 answers of the teacher" in out
@@ -352,10 +377,31 @@ def test_neither_prompt_nor_templates(user, capsys):
     assert (code, "answer_choices go with prompt" in err) == (2, True)
 
 
+def test_a_teacher_that_answers_nothing_ends_the_run(user, capsys):
+    save_pretrained("silent", tiny_t5(tied=False, seed=0, width=32))
+    model = AutoModelForSeq2SeqLM.from_pretrained("silent")
+    model.lm_head.weight.data.zero_()  # the first of equal tokens is padding
+    model.save_pretrained("silent")
+    for _ in range(2):  # the labels are finished, and no better
+        code, _, err = run(capsys, *BASIC, *PROMPT, "--teacher", "silent")
+        assert code == 3
+        assert "labels: the teacher has no answer to any of 32 rows (the answer is only padding tokens" in err
+
+
 def test_several_processes_are_refused(user, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run(capsys, *BASIC, *PROMPT)
     assert (code, "rlkd distill runs in one process" in err) == (2, True)
+
+
+def quoted():
+    """The arguments of README's `rlkd distill`, whose names are files here."""
+    (line,) = re.findall(r"^rlkd distill (.*)$", (Path(__file__).parents[2] / "README.md").read_text(), re.MULTILINE)
+    words = shlex.split(line)
+    for option, name in (("--teacher", "teacher"), ("--student", "student")):
+        shutil.copytree(name, words[words.index(option) + 1])
+    shutil.copy("rows.csv", words[words.index("--data") + 1])
+    return words
 
 
 CONTINUED = """\
@@ -370,9 +416,9 @@ templates:
 
 @pytest.mark.slow
 def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, capsys):
-    """A template file, no references; then a longer warm-up, and RL all the same."""
-    Path("t.yaml").write_text(CONTINUED)
-    words = [*BASIC, "--templates", "t.yaml", *SHORT]
+    """README's command, without references; then a longer warm-up, and RL all the same."""
+    words = [*quoted(), *SHORT, "--max-new-tokens", "5", "--max-input-tokens", "16", "--out", "runs/mine"]
+    words += ["--weak-start", "refuse"]
     code, out, err = run(capsys, *words)
     assert code == 0, err
     assert "RL is left out, and the warmed-up student is the result: not ready for RL" in out
@@ -387,8 +433,8 @@ def test_a_weak_student_is_the_result_of_its_warm_up_until_it_may_go_on(user, ca
     assert code == 0, err
     lines = [json.loads(line) for line in Path("runs/mine/warm-up/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_regret" in line] == [2, 4, 6]  # continued, not begun again
-    assert weights("runs/mine/student") == weights("runs/mine/rl")
-    assert "the start was weak" in out
+    assert "RL began weak: not ready for RL" in out
+    assert_the_better_one_is_the_student(out, "regret", operator.le)
 
 
 @pytest.mark.slow
@@ -402,7 +448,8 @@ def test_a_decoder_only_student_cut_from_its_teacher_and_test_rows_of_ones_own(u
     save_pretrained("decoder-teacher", model, tokenizer)
     write_rows([(text, "a") for text in (*TEXTS[:3], "a a a a")], "test.csv")
     write_rows([(text,) for text in TEXTS], names=("text",))
-    words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "small"]
+    Path("t.yaml").write_text(CONTINUED.replace(" ||| {{ answer }}", ""))
+    words = [*BASIC, "--templates", "t.yaml", *SCORED, *SHORT, "--teacher", "decoder-teacher", "--student", "small"]
     code, out, err = run(capsys, *words, "--test-data", "test.csv", "--weak-start", "warn")
     assert code == 0, err
     assert "3 of 40 rows of rows.csv have inputs of test.csv: they are left out of training" in caplog.text
