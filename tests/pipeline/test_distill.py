@@ -316,7 +316,7 @@ REFUSALS = [
     (["--rl", '{"seed": 3}'], 2, "rl: seed is set by distill for all stages alike"),
     (["--rl", '{"lam": 2}'], 2, "lam = 2"),
     (["--rl", "fast"], 2, "must be a mapping of settings"),
-    (["--teacher", "./techer"], 2, "Did you mean 'teacher'"),
+    (["--teacher", "./teachr"], 2, "Did you mean 'teacher'"),
     (["--data", "row.csv"], 3, "Did you mean 'rows.csv'"),
     (["--eval-fraction", "1"], 2, "eval_fraction"),
     (["--student", "bart"], 2, "has 64 positions"),
