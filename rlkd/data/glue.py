@@ -39,6 +39,9 @@ class TableLayout:
     problem_type: ProblemType = "single_label_classification"
     separator: str | None = None
 
+    def __post_init__(self) -> None:
+        check_choice("problem_type", self.problem_type, ProblemType)
+
     @property
     def text_format(self) -> TextFormat:
         """Raises ConfigError as TextFormat does."""

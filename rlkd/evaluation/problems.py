@@ -181,8 +181,9 @@ def classification_metrics(
 ) -> Callable[[Any], dict[str, float]]:
     """`compute_metrics` for the Trainer: these scores of what the logits predict, over the rows that have a label.
 
-    Raises ConfigError for a name that the problem does not have.
+    Raises ConfigError for a problem that there is not, and a name that it does not have.
     """
+    check_choice("problem_type", problem_type, PROBLEMS)
     problem = PROBLEMS[problem_type]
     for name in names:
         check_choice("metric", name, problem.scores)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_choice
 from ..choices import ProblemType
 from ..data.glue import TableLayout, find_task, load_labelled, load_task
 from ..data.label_columns import find_labels, label_sets, label_values
@@ -43,6 +44,9 @@ class LabelledData:
     note: str
     test: dict[str, Rows] = field(default_factory=dict)
     problem_type: ProblemType = "single_label_classification"
+
+    def __post_init__(self) -> None:
+        check_choice("problem_type", self.problem_type, ProblemType)
 
     @property
     def recorded(self) -> bool:

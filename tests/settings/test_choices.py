@@ -39,6 +39,11 @@ def sections() -> Iterator[type]:
                 yield item
 
 
+def fixed(kind: type) -> set[str]:
+    """The fields that take no value."""
+    return {field.name for field in fields(kind) if not field.init}
+
+
 def field_choices() -> list[Any]:
     """Those of the fields that rlkd declares."""
     return [
@@ -47,7 +52,7 @@ def field_choices() -> list[Any]:
         for base in kind.__mro__
         if base.__module__.startswith("rlkd.")
         for name, annotation in inspect.get_annotations(base).items()
-        if choices(annotation, vars(sys.modules[base.__module__]))
+        if name not in fixed(kind) and choices(annotation, vars(sys.modules[base.__module__]))
     ]
 
 
