@@ -176,6 +176,33 @@ def has_label(labels: np.ndarray) -> np.ndarray:
     return known if known.ndim == 1 else known.all(-1)
 
 
+def classified_rows(
+    predicted: Sequence[Any] | np.ndarray,
+    true: Sequence[Any] | np.ndarray,
+    texts: Sequence[str],
+    problem_type: ProblemType = "single_label_classification",
+) -> list[dict[str, Any]]:
+    """{id, input, label, predicted, SCORE} of each row that has a label: the lines of held_out.jsonl.
+
+    SCORE is that of a single row (`evaluation.problems`); of rows with several labels, label and predicted are lists of
+    indices. predicted, true: in the form of labels there.
+    """
+    guesses, labels = np.asarray(predicted), np.asarray(true)
+    name, by_row = PROBLEMS[problem_type].by_row
+    scores, known = by_row(guesses, labels), has_label(labels)
+    facts = zip(texts, labels, guesses, scores, known, strict=True)
+    return [
+        {"id": str(i), "input": text, "label": _plain(label), "predicted": _plain(guess), name: float(score)}
+        for i, (text, label, guess, score, labelled) in enumerate(facts)
+        if labelled
+    ]
+
+
+def _plain(label: Any) -> Any:
+    """A label as JSON has it: an index, a list of indices, or a number."""
+    return np.flatnonzero(label).tolist() if np.ndim(label) else label.item()
+
+
 def classification_metrics(
     names: Sequence[str], problem_type: ProblemType = "single_label_classification"
 ) -> Callable[[Any], dict[str, float]]:

@@ -15,13 +15,12 @@ from ..data.text import text_format
 from ..evaluation.classes import (
     calibration_error,
     class_scores,
-    classified_rows,
     commonest,
     confusion_matrix,
     one_class_warning,
     only_prediction,
 )
-from ..evaluation.problems import PROBLEMS, classification_metrics
+from ..evaluation.problems import PROBLEMS, classification_metrics, classified_rows
 from ..models.footprint import count_parameters, latency, megabytes
 from .classifiers import SavedClassifier
 from .encoder_report import TIMED_PASSES, TIMED_SENTENCES, spread_rows

@@ -22,14 +22,13 @@ from ..data.labelled import LABELS, EncodedTexts, model_inputs
 from ..evaluation.classes import (
     calibration_error,
     class_scores,
-    classified_rows,
     commonest,
     confusion_matrix,
     in_words,
     one_class_warning,
     only_prediction,
 )
-from ..evaluation.problems import PROBLEMS
+from ..evaluation.problems import PROBLEMS, classified_rows
 from ..io.files import write_text
 from ..metrics import held_out
 from ..models.encoders.onnx_export import Agreement, export_onnx

@@ -14,8 +14,14 @@ from torch.nn import functional as F
 from transformers import EvalPrediction
 
 from rlkd.errors import ConfigError
-from rlkd.evaluation.classes import class_scores, classified_rows, in_words, only_prediction
-from rlkd.evaluation.problems import CLASSIFICATION_METRICS, PROBLEMS, classification_metrics, try_classification
+from rlkd.evaluation.classes import class_scores, in_words, only_prediction
+from rlkd.evaluation.problems import (
+    CLASSIFICATION_METRICS,
+    PROBLEMS,
+    classification_metrics,
+    classified_rows,
+    try_classification,
+)
 
 MULTI, REGRESSION = PROBLEMS["multi_label_classification"], PROBLEMS["regression"]
 

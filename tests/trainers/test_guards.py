@@ -530,7 +530,7 @@ def test_advice_on_lam_is_one_procedure():
     readme = (root / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in readme.splitlines() if line.startswith("| `lam` |")]
     assert f"| `lam` | {default} |" in row
-    assert "(docs/method.md#choosing-lam) (provisional)" in row
+    assert "docs/method.md#choosing-lam) (provisional)" in row
     for name, direction in (("run_on", "raise"), ("finish_rate_drop", "raise"), ("length_collapse", "lower")):
         first, second, *_ = ALARMS[name].advice
         assert first.startswith("warm up longer")

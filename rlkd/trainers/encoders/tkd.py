@@ -14,8 +14,8 @@ from transformers import EvalPrediction, set_seed
 
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
 from ...errors import ConfigError
-from ...evaluation.classes import classified_rows, in_words, one_class_warning, only_prediction
-from ...evaluation.problems import PROBLEMS, classification_metrics, try_classification
+from ...evaluation.classes import in_words, one_class_warning, only_prediction
+from ...evaluation.problems import PROBLEMS, classification_metrics, classified_rows, try_classification
 from ...io.versions import describe_machine
 from ...metrics import metric
 from ...models.encoders.classifiers import check_length, matched_layers
