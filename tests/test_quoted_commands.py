@@ -36,7 +36,7 @@ PROGRAMS = rf"(?:rlkd (?:{SUBCOMMANDS})|python|accelerate launch|make|pip|pytest
 ELSEWHERE = {
     r"make quickstart( ARGS=--quick)?$": (".ci/run", 'make quickstart ARGS="--quick'),
     r"make test$": (".ci/run", "make test ARGS="),
-    r"pytest( -m slow| --messages FILE)?$": (".ci/run", "--messages runs/messages.tsv -m 'not gpu and not net"),
+    r"pytest( -m slow| --messages FILE)?$": (".ci/run", "--messages=runs/messages.tsv -m 'not gpu and not net"),
     r"pytest -m browser$": ("tests/report/test_report_browser.py", "pytest.mark.browser"),
     r"rlkd prompts download$": (".ci/run", "rlkd prompts download"),
     r"python benchmarks/\w+.py( --quick)?$": ("tests/test_benchmarks.py", "--quick"),
