@@ -138,11 +138,13 @@ def measure_time(term: str, widths: tuple[int, int], rows: int, turns: int, seed
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
-    time_rows, turns = ROWS // 4 if args.quick else ROWS, repetitions(args, quick=3, full=5)
+    time_rows = 1 if args.once else ROWS // 4 if args.quick else ROWS
+    turns = repetitions(args, quick=3, full=5)
     # --quick: every term at one width, three at the other, and the memory of those three.
     cases = [
         (term, widths) for widths in WIDTHS for term in TERMS if widths == WIDTHS[0] or term in QUICK or not args.quick
     ]
+    cases = [case for case in cases if case[1] == WIDTHS[0] or not args.once]
     processes = get_context("forkserver")
     processes.set_forkserver_preload(["rlkd.models.heads", "rlkd.objectives.divergences"])
     # A fresh process for every job, two at a time; their imports are those of one server.

@@ -266,9 +266,9 @@ def measure_agreement(steps: int, prompts: int, seed: int) -> dict[str, float]:
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
-    rows = (64, 32) if args.quick else (256, 128)
+    rows = (8, 4) if args.once else (64, 32) if args.quick else (256, 128)
     sizes = ((rows[0], repetitions(args, quick=2, full=5)), (rows[1], repetitions(args, quick=1, full=3)))
-    steps, held_out = (400, 200) if args.quick else (1500, 1000)
+    steps, held_out = (40, 20) if args.once else (400, 200) if args.quick else (1500, 1000)
     # Converted models are of no use to a later run.
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(2, get_context("spawn")) as pool:
         os.environ["RLKD_CACHE"] = cache
@@ -318,7 +318,9 @@ def main() -> None:
         worst
         | figures
         | (
-            overhead(100_000) | two_processes(20_000, repetitions=1 if args.once else 2)
+            overhead(20_000) | two_processes(4_000, repetitions=1)
+            if args.once
+            else overhead(100_000) | two_processes(20_000, repetitions=2)
             if args.quick
             else overhead() | two_processes()
         )

@@ -119,8 +119,8 @@ def test_killed_at_a_few_random_moments(tmp_path, whole):
 
 
 @pytest.mark.fault
-def test_killed_at_fifty_random_moments(tmp_path, whole):
-    kill_at_random(tmp_path, whole, 50, seed=1)
+def test_killed_at_twenty_random_moments(tmp_path, whole):
+    kill_at_random(tmp_path, whole, 20, seed=1)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
