@@ -17,9 +17,8 @@ from ..models.encoders.rehearsal import is_encoder
 from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.spec import default_device
 from ..models.vocabulary import check_vocabulary_fits, load_tokenizer, valid_vocab
-from ..runs.record import RunRecord
+from .saved import EXPORT_RECORD, limits_of
 
-EXPORT_RECORD = "export.json"
 HEAD = "ForSequenceClassification"
 CLASSIFIERS_ONLY = {"pair_column": None}  # options without effect with a generating model, and their defaults
 LONGEST = 512  # tokens of a text, where the model has as many positions and nothing else is asked for
@@ -77,14 +76,6 @@ class SavedClassifier:
             dtype=torch.float32,
         )
         return model.eval().to(default_device())
-
-
-def limits_of(model: str) -> dict[str, int]:
-    """Lengths of inputs and answers in the run that made a model, by setting; {} if it has no run.json."""
-    record = RunRecord.read(Path(model))
-    names = ("max_input_tokens", "max_new_tokens", "max_length")
-    found = {} if record is None else {name: record.settings.get(name) for name in names}
-    return {name: value for name, value in found.items() if type(value) is int and value > 0}
 
 
 def refuse_options(request: dict[str, Any], others: dict[str, Any], kind: str) -> None:

@@ -19,13 +19,14 @@ from ..models.digests import weights_digest
 from ..models.footprint import count_parameters, megabytes
 from ..models.loading import check_finite
 from ..models.policy import Policy
-from ..models.spec import ModelSpec, default_device, paired
+from ..models.spec import paired
 from ..records import Example
 from ..runs.files import HELD_OUT, METRICS, RUN_FILE, append_lines, keep_first_and_last
 from ..runs.record import RunRecord, describe_data, describe_templates
 from ..sampling.rollouts import greedy_answers
 from .class_evaluation import classified_rows_of, evaluate_classes
 from .classifiers import CLASSIFIERS_ONLY, SavedClassifier, refuse_options
+from .saved import saved_student
 from .wiring import Reading, local_teacher, row_source, teacher_spec
 
 logger = logging.getLogger(__name__)
@@ -71,17 +72,7 @@ def evaluate(request: dict[str, Any], out: Path, *, quiet: bool = False) -> Eval
 def _evaluate_answers(request: dict[str, Any], out: Path, *, quiet: bool) -> Evaluation:
     """As `evaluate`, of a generating model."""
     metric = _check(request)
-    model = ModelSpec(
-        request["model"],
-        "student",
-        dtype=request["dtype"],
-        device=default_device(),
-        allow_bin=bool(request["allow_bin"]),
-        src_lang=request["src_lang"],
-        tgt_lang=request["tgt_lang"],
-        chat=request["student_chat"],
-        system_prompt=request["student_system_prompt"],
-    )
+    model = saved_student(request)
     model.check()
     model.check_lengths(request["max_input_tokens"], request["max_new_tokens"])
     teacher = teacher_spec(request) if request["teacher"] else None

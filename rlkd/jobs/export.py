@@ -30,11 +30,10 @@ from ..sampling.engines.torch_engine import TorchEngine
 from ..sampling.exported import equal_shares, without_end, write_exported
 from ..sampling.schedule import Budget, answer_all
 from .export_card import export_card
+from .saved import EXPORT_RECORD, LIMITS, limits_of
 from .wiring import Reading, row_source, teacher_spec
 
-RECORD = "export.json"
 TEACHER_INPUTS = 32  # how many a teacher answers: its speed is all that is asked for
-LIMITS = {"max_input_tokens": 512, "max_new_tokens": 64}  # of a model that is no run of rlkd
 # How rows are read, but for what the command asks.
 PLAIN_ROWS: dict[str, Any] = {
     "subset": None, "templates_dir": None, "all_templates": False, "gold_input": False, "truncation": "none",
@@ -94,7 +93,7 @@ def export(request: Mapping[str, Any], out: Path) -> list[Form]:
         if teacher is not None:
             forms.append(_teacher_form(teacher, examples, settings))
         record = {"forms": [asdict(form) for form in forms], "inputs": len(prompts), "settings": _plain(settings)}
-        write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / EXPORT_RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         write_text(folder / CARD, export_card(exported, student, forms, settings, len(prompts)))
     return forms
 
@@ -109,7 +108,7 @@ def _settings(request: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("--dataset and --input-column say together on what to compare: give both, or neither.")
     run = RunRecord.read(Path(request["model"]))
     trained = {} if run is None else run.settings
-    limits = {name: trained.get(name) or value for name, value in LIMITS.items()}
+    limits = LIMITS | limits_of(request["model"])
     template = request["student_template"] or trained.get("student_template")
     given = {name: value for name, value in request.items() if value is not None}
     return {**PLAIN_ROWS, **request, **limits, **given, "student_template": template}

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..labels.classes import ClassifierEngine, ClassifierReader, ClassLabeller
 from ..labels.folder import check_output
 from ..labels.options import RunOptions
 from ..labels.pseudolabels import label_rows
-from ..models.spec import ModelSpec, TeacherSpec, default_device
+from ..models.spec import TeacherSpec
 from ..runs.record import RunRecord
-from ..sampling.engines.protocol import Decoding, EngineSettings
+from ..sampling.engines.protocol import Decoding, Engine, EngineSettings
 from ..sampling.engines.registry import choose_engine
-from .classifiers import CLASSIFIERS_ONLY, SavedClassifier, limits_of, refuse_options
+from .classifiers import CLASSIFIERS_ONLY, SavedClassifier, refuse_options
+from .saved import LIMITS, limits_of, saved_student
 from .wiring import Reading, row_source
 
 logger = logging.getLogger(__name__)
-LIMITS = {"max_input_tokens": 512, "max_new_tokens": 64}  # of a model that no run of rlkd made
 # Options without effect with a classifier, and their defaults.
 GENERATING_ONLY = {"max_new_tokens": None, "engine": "auto", "dtype": "float32", "src_lang": None, "tgt_lang": None,
                    "student_chat": None, "student_system_prompt": None}  # fmt: skip
@@ -53,7 +53,7 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
             out=out,
             decoding=None,
             options=options,
-            make_engine=lambda: ClassifierEngine(found.load(), found.classes),
+            make_engine=lambda: cast(Engine, ClassifierEngine(found.load(), found.classes)),
             kind=ClassLabeller,
         )
     assert spec is not None
@@ -73,17 +73,7 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
 def _generating(request: dict[str, Any]) -> TeacherSpec:
     """The generating model; it reads prompts as a student does. Raises ModelError or ConfigError."""
     refuse_options(request, CLASSIFIERS_ONLY, "a generating model, which reads one text")
-    model = ModelSpec(
-        request["model"],
-        "student",
-        dtype=request["dtype"],
-        device=default_device(),
-        allow_bin=bool(request["allow_bin"]),
-        src_lang=request["src_lang"],
-        tgt_lang=request["tgt_lang"],
-        chat=request["student_chat"],
-        system_prompt=request["student_system_prompt"],
-    )
+    model = saved_student(request)
     model.check()
     longest, new = _lengths(request)
     model.check_lengths(longest, new)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -52,11 +52,6 @@ class ClassifierEngine:
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         logps: list[list[float]] = self.model(**inputs).logits.double().log_softmax(-1).tolist()
         return logps
-
-    def answer(self, *_: Any) -> Any:
-        raise NotImplementedError("a classifier writes no answers")
-
-    score: Callable[..., Any] = answer
 
 
 @dataclass

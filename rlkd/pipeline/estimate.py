@@ -37,7 +37,7 @@ def estimate(plan: Plan) -> list[str]:
         done = "finished" if plan.record.finished(stage) else f"about {in_words(seconds)}"
         lines.append(f"{stage.name:<20} {what}; {done}, {megabytes:,.0f} MB")
     lines.append(
-        "Times are rough, within a factor of 3 or so: 2 operations per parameter and token read, 6 per token trained, "
+        "Times are guesses, to tell minutes from days: 2 operations per parameter and token read, 6 per token trained, "
         f"at {EFFICIENCY:.0%} of the {speed / 1e9:,.0f} G operations a second of a matrix product on "
         f"{default_device()}, measured now. The warm-up ends when regret stops falling."
     )

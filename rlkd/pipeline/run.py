@@ -26,6 +26,7 @@ from ..models.cut_layers import write_small
 from ..models.saving import new_folder
 from ..runs.checkpoints import LOGS
 from ..runs.files import HELD_OUT, RUN_FILE, SUMMARY_FILE
+from ..trainers.start import too_weak
 from .arguments import SMALL, DistillArguments
 from .choice import Helped
 from .models import Pair, contents
@@ -92,9 +93,9 @@ def left_out(found: Sequence[Stage], args: DistillArguments, record: Record) -> 
 
 
 def is_weak(record: Record) -> bool:
-    """Whether the start check of RL would fail (`trainers.start.Start.weak`)."""
+    """Whether the start check of RL would fail."""
     found = record.readiness()
-    return bool(found) and found["start_regret"] > 0.5 * found["start_eos_price"]
+    return bool(found) and too_weak(found["start_regret"], found["start_eos_price"])
 
 
 def run_stages(plan: Plan, command: Command, say: Callable[[str], None]) -> list[Stage]:

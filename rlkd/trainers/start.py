@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 START_NEEDS = frozenset({"chosen", "max", "distribution"})
 
 
+def too_weak(regret: float, eos_price: float) -> bool:
+    """Whether the regret of an answer is not well below the cost of an early end (nats): more than half of it."""
+    return regret > 0.5 * eos_price
+
+
 @dataclass(frozen=True)
 class Start:
     """What a student's sampled answers cost it; docs/metrics.md defines the numbers (`start_*`).
@@ -41,8 +46,8 @@ class Start:
 
     @property
     def weak(self) -> bool:
-        """Whether the regret of an answer is not well below the cost of an early end: more than half of it."""
-        return self.regret > 0.5 * self.eos_price
+        """As `too_weak`."""
+        return too_weak(self.regret, self.eos_price)
 
     @classmethod
     def of(cls, sums: Tensor) -> Start:
