@@ -314,17 +314,9 @@ def main() -> None:
         "ct2_int8_mean_abs_delta_logprob": trained["mean_abs_delta_logprob"],
         "trained_loss": trained["loss"],
     }
-    figures = (
-        worst
-        | figures
-        | (
-            overhead(20_000) | two_processes(4_000, repetitions=1)
-            if args.once
-            else overhead(100_000) | two_processes(20_000, repetitions=2)
-            if args.quick
-            else overhead() | two_processes()
-        )
-    )
+    free, shared = (20_000, 4_000) if args.once else (100_000, 20_000) if args.quick else (200_000, 40_000)
+    pipeline = overhead(free) | two_processes(shared, repetitions=repetitions(args, quick=2, full=3))
+    figures = worst | figures | pipeline
     show(
         "Figures (speed-ups: the worse of the two shapes)",
         ["figure", "value"],
