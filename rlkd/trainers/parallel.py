@@ -7,8 +7,10 @@ lags are whole in every process. `rlkd.sharding` has every access to the student
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -66,6 +68,9 @@ def check_sharding(args: Any) -> None:
             raise ConfigError(f"{variable.lower()} = {found} of accelerate's configuration: {why}: set it to {value}")
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ConfigError(f"FSDP ({USE_FSDP}): one process has nothing to shard. Use `{LAUNCH}`, or leave FSDP out.")
+    if not args.use_cpu and not torch.accelerator.is_available():
+        # accelerate would let every process train alone.
+        raise ConfigError("use_cpu = False: FSDP2 finds no GPU on this machine: set it to true")
     for name, (sharded, remedy) in _settings(args).items():
         if not sharded:
             raise ConfigError(f"{name} = {getattr(args, name)!s}: not with FSDP2: {remedy}")
@@ -101,3 +106,5 @@ def shard_with(accelerator: Any) -> None:
     state.fsdp_plugin = FullyShardedDataParallelPlugin()  # of its own: it remembers the layers of the model it wrapped
     for of in (state, PartialState()):
         of.distributed_type = DistributedType.FSDP
+    # It is the position bias that T5's layers pass on, which the next one adds out of place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP\w*T5Block\) returned a view")
