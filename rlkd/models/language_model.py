@@ -43,8 +43,8 @@ class LanguageModel(Protocol):
     positions    how long prompts and answers may be
 
     Answers are [B, R], right-padded. Prompts are lists of token ids, at least one each. batch_tokens bounds the padded
-    tokens of one forward (None: one forward for all): it decides speed and memory, not results. An implementation is not an nn.Module itself and
-    survives copy.deepcopy together with its model.
+    tokens of one forward (None: one forward for all): it decides speed and memory, not results. An implementation is
+    not an nn.Module itself and survives copy.deepcopy together with its model.
     """
 
     @property

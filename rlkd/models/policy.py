@@ -205,7 +205,7 @@ class Policy(nn.Module):
         save_student(self.student, folder)
 
     def save_value_head(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write the critic, if there is one, next to a saved student. weights: the whole weights of a sharded policy."""
+        """Write the critic, if there is one, next to a saved student. weights: of a sharded policy, whole."""
         from safetensors.torch import save_file
 
         if self.value_head is not None:

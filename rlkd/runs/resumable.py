@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from signal import Signals
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -202,7 +202,7 @@ class ResumableTrainer(Trainer):
             state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
             if self.args.should_save:
                 torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+                torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -228,7 +228,7 @@ class ResumableTrainer(Trainer):
             for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
         )
         load_optimizer_state(self.optimizer, optimizer)
-        self.lr_scheduler.load_state_dict(scheduler)
+        cast(Any, self.lr_scheduler).load_state_dict(scheduler)
 
     def check_resumable(self, checkpoint: Path) -> None:
         """Raise CheckpointError if this run cannot resume that checkpoint."""

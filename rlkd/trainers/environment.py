@@ -32,8 +32,8 @@ def check_launch(args: Any) -> None:
         origin = setting if setting and getattr(args, setting, None) else f"{variable}, as accelerate's configuration"
         if origin == setting or os.environ.get(variable, "false").lower() in ("true", "1"):
             raise ConfigError(
-                f"{what} ({origin}) is not supported. Shard the student with FSDP2: `{LAUNCH}`; or use DDP: `accelerate "
-                "launch --multi_gpu`."
+                f"{what} ({origin}) is not supported. Shard the student with FSDP2: `{LAUNCH}`; or use DDP: "
+                "`accelerate launch --multi_gpu`."
             )
     check_sharding(args)
     for variable, kinds in ((MIXED_PRECISION, PrecisionType), (COMPILER, DynamoBackend)):

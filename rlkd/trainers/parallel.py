@@ -54,13 +54,13 @@ def sharding_wanted() -> bool:
 def check_sharding(args: Any) -> None:
     """Raise ConfigError for what sharded training does not have: before any weights load."""
     if getattr(args, "fsdp", None):
-        raise ConfigError(f"fsdp = {args.fsdp!r}: sharding is a matter of the launcher: leave it out, and use `{LAUNCH}`")
+        raise ConfigError(f"fsdp = {args.fsdp!r}: the launcher says how to shard: leave it out, and use `{LAUNCH}`")
     if not sharding_wanted():
         return
     if not args.shards:
         raise ConfigError(
-            f"FSDP ({USE_FSDP}): {type(args).__name__} trains students that are not sharded. Use one process, or several "
-            "with DDP: `accelerate launch --multi_gpu`."
+            f"FSDP ({USE_FSDP}): {type(args).__name__} trains students that are not sharded. Use one process, or "
+            "several with DDP: `accelerate launch --multi_gpu`."
         )
     for variable, (default, value, why) in SUPPORTED.items():
         found = os.environ.get(variable, default)
@@ -79,12 +79,12 @@ def check_sharding(args: Any) -> None:
 def _settings(args: Any) -> dict[str, tuple[bool, str]]:
     """{setting: (whether its value can be had, what to do if not)}."""
     optimizer = getattr(args.optim, "value", args.optim)
-    coefs = {name: getattr(args, name) for name in ("hidden_coef", "attention_coef") if hasattr(args, name)}
+    coefs = [name for name in ("hidden_coef", "attention_coef") if getattr(args, name, 0) > 0]
     return {
         "optim": (optimizer in OPTIMIZERS, f"set it to one of {', '.join(OPTIMIZERS)}"),
         "torch_compile": (not args.torch_compile, "leave it out"),
         "auto_find_batch_size": (not args.auto_find_batch_size, "leave it out"),
-        **{name: (value == 0, "layers of a sharded student are not compared: set it to 0") for name, value in coefs.items()},
+        **dict.fromkeys(coefs, (False, "layers of a sharded student are not compared: set it to 0")),
     }
 
 

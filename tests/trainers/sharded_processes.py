@@ -1,5 +1,5 @@
-"""Run by test_sharding.py under `accelerate launch` with FSDP2: each run of RUNS, those of RESUMED again from their first
-checkpoint; at the end process 1 of one more run kills itself.
+"""Run by test_sharding.py under `accelerate launch` with FSDP2: each run of RUNS, those of RESUMED again from their
+first checkpoint; at the end process 1 of one more run kills itself.
 """
 
 import json
@@ -14,6 +14,7 @@ import test_decoder_training as decoders
 import two_processes
 from transformers import TrainerCallback
 
+from rlkd.models import batching
 from rlkd.runs.checkpoints import checkpoints
 from rlkd.sharding import own_part
 from tiny_runs import student
@@ -53,6 +54,7 @@ class KilledRank(TrainerCallback):
 
 
 def main(folder: Path) -> None:
+    batching.PADDING["cpu"] = 0  # as many forwards as there are lengths: other numbers in each process
     shares = {}
     for kind in RUNS:
         held, whole, again = Held(), folder / kind, folder / f"{kind}-resumed"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import sharded_processes
-import torch
 from safetensors.torch import load_file
 from test_processes import METRICS, TIMES, assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -56,14 +55,16 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path):
             assert lines(resumed) == lines(folder)
         auto = AutoModelForCausalLM if kind == "llama" else AutoModelForSeq2SeqLM
         loaded, info = auto.from_pretrained(folder, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
         assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == (kind not in ("gkd", "llama"))
     for rank in (0, 1):
         shares = json.loads((tmp_path / f"shares-{rank}.json").read_text())
         assert all(0.4 < share < 0.6 for kind in shares.values() for share in kind), shares
     # The last run: process 1 was killed, the other and the launcher end and say so.
     assert done.returncode == 1
-    assert re.search(r"local_rank: 1\b", done.stderr) and re.search(r"SIGKILL|exitcode *: -9", done.stderr)
+    assert re.search(r"local_rank: 1\b", done.stderr)
+    assert re.search(r"SIGKILL|exitcode *: -9", done.stderr)
     assert damage(tmp_path / "killed" / "checkpoint-2") is None
     # One process goes on from there, with the optimizer's state.
     more = {"gradient_accumulation_steps": 4, "allow_config_change": True}
