@@ -233,7 +233,7 @@ def test_holm(results):
 # Arms
 
 
-WIDER = ("seqkd", "seqkd-sampled", "gkd-reverse")  # rivals of RL: more trials for them count against it
+WIDER = ("seqkd", "seqkd-sampled", "gkd-reverse", "seqkd-10")  # rivals of RL: more trials for them count against it
 
 
 def test_methods_are_treated_alike(study, plan, tmp_path):
@@ -246,7 +246,7 @@ def test_methods_are_treated_alike(study, plan, tmp_path):
             trials = [cell for cell in grid.cells.values() if cell.arm.startswith(f"{method}-trial-")]
             tried = [cell.settings["training"] for cell in trials]
             assert tried[:3] == plan["trials"]
-            assert len(tried) == (6 if method in WIDER else 3)
+            assert len(tried) == (7 if method in WIDER else 3)
             assert {(c.seed, c.settings["split"], c.settings["budget"]["seconds"]) for c in trials} == {
                 (1, "validation", of_task["seconds"]["trial"])
             }
