@@ -25,8 +25,10 @@ from rlkd.cli.main import app, main
 from tiny import classifier_tokenizer, save_pretrained, tiny_classifier
 
 ROOT = Path(__file__).parents[1]
+TUTORIAL = ROOT / "docs/tutorial.md"  # runs as a whole, from an installed package: test_packaging
 PAGES = [
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "prompts/README.md",
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("*.md")} - {TUTORIAL}),
+    ROOT / "prompts/README.md",
     ROOT / "benchmarks/README.md", ROOT / "docker/README.md", *sorted((ROOT / "recipes").rglob("*.md")),
 ]  # fmt: skip
 SUBCOMMANDS = "|".join(info.name or "probe" for info in (*app.registered_commands, *app.registered_groups))
