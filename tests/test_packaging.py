@@ -141,7 +141,6 @@ for kind, block in json.loads(sys.argv[1]):
     except SystemExit as end:
         if end.code:
             raise
-assert names["answers"].shape[0] == len(names["served"]) == len(names["texts"])
 """
 FOUR = '{"max_steps": 4, "eval_steps": 4, "save_steps": 4}'
 # The tutorial in seconds: fewer rows and updates.
@@ -152,12 +151,8 @@ SHORTER = {
 }
 
 
-def blocks(page: Path) -> list[tuple[str, str | list[str]]]:
+def blocks(text: str) -> list[tuple[str, str | list[str]]]:
     """(python, source) and (shell, words of a command of rlkd) of a page, in its order."""
-    text = page.read_text()
-    for long, short in SHORTER.items():
-        assert text.count(long) == 1, long
-        text = text.replace(long, short)
     found: list[tuple[str, str | list[str]]] = []
     for kind, block in re.findall(r"^```([a-z]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
@@ -176,12 +171,19 @@ def test_the_tutorial_runs_from_the_installed_package_outside_the_clone(installe
         ("shell", ["config", "show", "ppo_t0_to_t5.yaml", "--recipe", "ppo", "--bf16", "false"]),
         ("shell", ["prompts", "list"]),
     ]
-    steps = blocks(ROOT / "docs/tutorial.md")
+    text = (ROOT / "docs/tutorial.md").read_text()
+    for long, short in SHORTER.items():
+        assert text.count(long) == 1, long
+        text = text.replace(long, short)
+    steps = blocks(text)
     assert [words[0] for kind, words in steps if kind == "shell"] == [
         *("train-vocabulary", "train", "distill", "evaluate", "predict", "export"),
     ]
+    steps.append(("python", "assert len(answers) == len(served) == len(texts)"))
+    pandas, datasets = blocks((ROOT / "docs/howto.md").read_text().partition("## Read labels")[2])
+    steps += [pandas, ("python", "read = dict(answers)"), datasets, ("python", "assert read == answers and read")]
     shown = run(python, "-c", IN_TURN, json.dumps([*shipped, *steps]), cwd=installed, **quiet)
-    assert [text for text in ("reward_value: ", "dialogsum", "the student is that of") if text not in shown] == []
+    assert [told for told in ("reward_value: ", "dialogsum", "the student is that of") if told not in shown] == []
     made = installed / "runs"
     assert json.loads((made / "served/export.json").read_text())["settings"]["max_new_tokens"] == 16
     assert json.loads((made / "test/evaluation.json").read_text())["rows"] == 6

@@ -47,6 +47,7 @@ ELSEWHERE = {
     # Its tests; of chaos.py a sample, in test_run_faults.
     r"make test-faults$": (".ci/run", "-m 'not gpu and not net"),
     r"python tests/trainers/chaos.py": ("tests/trainers/test_run_faults.py", "chaos"),
+    r"make docs$": ("tests/test_docs_site.py", "make docs"),
     r"make notebooks$": ("tests/test_notebooks.py", "nbclient"),
     r"make docker-check$": ("tests/test_docker.py", "build stage"),
     r"docker (build|run)": ("tests/test_docker.py", "Dockerfile"),
