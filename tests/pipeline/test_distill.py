@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from rlkd.cli import distill as command
 from rlkd.cli.main import main
 from rlkd.errors import InterruptedRunError
+from rlkd.jobs.saved import limits_of
 from rlkd.labels.manifest import Manifest
 from rlkd.pipeline import run as pipeline
 from rlkd.pipeline.choice import Helped
 from rlkd.pipeline.record import Record
+from rlkd.report.reading import read_runs
 from rlkd.runs import resumable
 from tiny import (
     PADDED_VOCAB,
@@ -47,6 +49,7 @@ BASIC = ["--teacher", "teacher", "--student", "student", "--data", "rows.csv", "
 BASIC += ["--max-new-tokens", "5", "--max-input-tokens", "16", "--out", "runs/mine"]
 PROMPT = ["--prompt", "reverse {{ text }}"]
 SCORED = ["--reference-column", "answer", "--metric", "exact_match"]
+EVALUATED = ("teacher", "warm-up", "rl")
 WHOLE = [*BASIC, *PROMPT, *SCORED, *SHORT, "--weak-start", "warn"]
 
 
@@ -142,7 +145,9 @@ def test_a_whole_run(user, capsys, monkeypatch):
     student = AutoModelForSeq2SeqLM.from_pretrained("runs/mine/student")
     assert int(table["rl"][4].replace(",", "")) == student.num_parameters()
     assert {path.name for path in Path("runs/mine/student").iterdir()} >= {"README.md", "tokenizer.json"}
-    assert not Path("runs/mine/student/run.json").exists()
+    assert limits_of("runs/mine/student") == {"max_input_tokens": 16, "max_new_tokens": 5}
+    runs = {str(found.folder) for found in read_runs(Path("runs/mine"))}
+    assert runs == {f"runs/mine/{name}" for name in ("warm-up", "rl", *(f"evaluation/{e}" for e in EVALUATED))}
     assert weights("runs/mine/rl") != weights("runs/mine/warm-up")
     assert_the_better_one_is_the_student(out, "exact_match", operator.ge)
     assert "4 test rows, which nothing was trained on or chosen by" in Path("runs/mine/student/README.md").read_text()
