@@ -1,5 +1,6 @@
 """`rlkd estimate` against PyTorch's own account of real trainings, files on disk and transformers' count of steps."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, T5Config
 from rlkd.cli.main import main
 from rlkd.errors import ConfigError, ModelError
 from rlkd.jobs import estimate as estimates
-from rlkd.jobs.memory import Rehearsal
+from rlkd.jobs.memory import Phase, Rehearsal
 from rlkd.jobs.teachers import OBJECTIVES
 from rlkd.models.architectures import language_model
 from rlkd.models.spec import ModelSpec
@@ -24,7 +25,8 @@ from rlkd.trainers.ppo import PPOTrainer
 from rlkd.trainers.supervised import SupervisedTrainer
 from tiny import EOS, PAD, WORDS, save_pair, tiny_tokenizer
 
-PROMPT, ANSWER, VOCAB = 48, 12, len(WORDS)
+PROMPT, ANSWER, VOCAB = 48, 12, 1000  # of so many words that an untrained student hardly ever ends an answer
+ALL_WORDS = [*WORDS, *(f"x{i}" for i in range(VOCAB - len(WORDS)))]
 CONFIGS = {
     "t5": T5Config(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
                    decoder_start_token_id=PAD),
@@ -46,7 +48,7 @@ def arguments(case, folder, **more):
     return kind(output_dir=str(folder), **(shared | OPTIONS.get(case, {}) | more))
 
 
-def built(shape, tokenizer):
+def built(shape):
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(0)
@@ -55,15 +57,15 @@ def built(shape, tokenizer):
 
 
 def trainer_of(shape, case, args):
-    tokenizer = tiny_tokenizer()
-    teacher = Teacher(language_model(built(shape, tokenizer), tokenizer), tokenizer, PROMPT, cache_bytes=0)
+    tokenizer = tiny_tokenizer(ALL_WORDS)
+    teacher = Teacher(language_model(built(shape), tokenizer), tokenizer, PROMPT, cache_bytes=0)
     texts = [" ".join("abcdefgh"[(i + j * j) % 8] for j in range(PROMPT - 1 - i % 2)) for i in range(32)]
     if case == "ppo":
         examples = [Example(str(i), text, (text,)) for i, text in enumerate(texts)]
-        return PPOTrainer(built(shape, tokenizer), args, teacher=teacher, tokenizer=tokenizer, train_examples=examples)
+        return PPOTrainer(built(shape), args, teacher=teacher, tokenizer=tokenizer, train_examples=examples)
     rows = [{"student_input": text, "teacher_input": text, "label": text[: 2 * (ANSWER - 1 - i % 2) - 1]}
             for i, text in enumerate(texts)]  # fmt: skip
-    return SupervisedTrainer(built(shape, tokenizer), args, teacher=teacher, tokenizer=tokenizer, train_dataset=rows)
+    return SupervisedTrainer(built(shape), args, teacher=teacher, tokenizer=tokenizer, train_dataset=rows)
 
 
 def rehearsal(shape, case, folder):
@@ -76,6 +78,7 @@ def rehearsal(shape, case, folder):
 
 def peak_of(run):
     """Most bytes in use above those at the start, as PyTorch's profiler recorded each allocation and release."""
+    gc.collect()  # what earlier trainings release would count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -87,11 +90,13 @@ def peak_of(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", OPTIONS)
-@pytest.mark.parametrize("shape", CONFIGS)
+@pytest.mark.parametrize(
+    ("shape", "case"),
+    [("t5", "seqkd"), ("t5", "ppo"), ("llama", "seqkd"), ("llama", "ppo"), ("t5", "forward_kl"), ("llama", "checkpointed")],
+)
 def test_memory_is_that_of_a_real_training_within_15_percent(tmp_path, shape, case):
     trainer = trainer_of(shape, case, arguments(case, tmp_path / "run"))
-    held = sum(size_of(model) for model in (trainer.policy, trainer.teacher.model, trainer.reference) if model)
+    held = sum(map(size_of, filter(None, (trainer.policy, trainer.teacher.model, trainer.reference))))
     measured = held + peak_of(trainer.train)
     phases = rehearsal(shape, case, tmp_path).phases()
     said = max(phase.total for phase in phases)
@@ -140,7 +145,7 @@ def recipe(tmp_path, monkeypatch):
     """Writes a recipe with tiny models; returns what estimates it: the JSON of `rlkd estimate`."""
     monkeypatch.chdir(tmp_path)
     teacher, student = save_pair(tmp_path / "models")
-    rows = [{"note": " ".join("abc"), "answer": "a"} for _ in range(21)]
+    rows = [{"note": f"a {i % 10} {i // 10}", "answer": "a"} for i in range(21)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     def run(capsys, name="ppo_mine.yaml", flags=(), **settings):
@@ -165,11 +170,10 @@ def test_no_weights_are_read_and_a_part_that_is_not_there_is_not_counted(recipe,
     parts = {name for phase in found["phases"] for name in phase["parts"]}
     assert code == 0
     assert {"reference policy", "teacher", "gradients"} <= parts and "behaviour policy" not in parts
-    more, _, _ = recipe(capsys, "reinforce.yaml", sync_every=2)
-    assert more["phases"][0]["parts"]["behaviour policy"] == more["phases"][0]["parts"]["reference policy"]
-    adapted, _, _ = recipe(capsys, "reinforce.yaml", use_peft=True, lora_target_modules=["q", "v"])
-    assert adapted["disk"]["student"] < more["disk"]["student"] / 2
-    assert adapted["phases"][0]["parts"]["reference policy"] < more["phases"][0]["parts"]["reference policy"] / 2
+    adapted, _, _ = recipe(capsys, "reinforce.yaml", use_peft=True, sync_every=2, lora_target_modules=["q", "v"], lora_r=2)
+    assert adapted["disk"]["student"] < found["disk"]["student"] / 4
+    parts = adapted["phases"][0]["parts"]
+    assert parts["reference policy"] == parts["behaviour policy"] == adapted["disk"]["student"]
 
 
 def test_what_is_saved_is_as_large_as_said(recipe, capsys):
@@ -190,13 +194,16 @@ def test_updates_are_those_of_the_trainer(tmp_path, rows, batch, accumulation, e
     settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     args = arguments("plain", tmp_path, max_steps=-1, num_train_epochs=epochs, **settings)
     trainer = trainer_of("t5", "seqkd", args)
-    found = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     trainer.train_dataset = trainer.train_dataset[:rows]
     found = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     assert estimates._updates(args, rows, 1) == found[-1 if isinstance(found[-1], int) else 6]
 
 
-def test_rows_are_counted_where_they_are_and_asked_for_where_not(recipe, capsys):
+def test_rows_are_counted_where_they_are_and_asked_for_where_not(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(Rehearsal, "phases", lambda self: [Phase("update", {"student": 1})])
+    monkeypatch.setattr(Rehearsal, "operations", {"update": 10**12}, raising=False)
+    monkeypatch.setattr(Rehearsal, "saved", lambda self: (1, 1))
+    monkeypatch.setattr(Rehearsal, "parameters", lambda self: {})
     found, _, _ = recipe(capsys, max_steps=-1, num_train_epochs=2, eval_fraction=0.1, rollouts_per_prompt=2)
     assert found["updates"] == 19 // 4 * 4 * 2  # batches of 4 prompts, four updates on each
     found, _, _ = recipe(capsys, max_steps=-1, dataset="owner/name")
