@@ -130,11 +130,15 @@ class EncodedTexts(Sequence[dict[str, Any]]):
 
     def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """All rows, shortest first, in batches of `size`: the rows' numbers and the model's inputs."""
+        return ((numbers, model_inputs(batch)) for numbers, batch in self.collated(size))
+
+    def collated(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """As `batches`, with everything that is collated."""
         lengths = self.lengths
         order = sorted(range(len(self)), key=lambda i: (lengths[i], i))
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
-            yield numbers, model_inputs(self.collate([self[i] for i in numbers]))
+            yield numbers, self.collate([self[i] for i in numbers])
 
 
 def labelled_rows(rows: Sequence[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:

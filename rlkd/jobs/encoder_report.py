@@ -175,7 +175,10 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
     for line in warnings_of(summary):
         console.print(f"WARNING: {line}", soft_wrap=True, markup=False)
     kind = summary.get("problem_type", "single_label_classification")
-    console.print(f"majority: '{majority['label']}', {CONSTANTS[kind]}, for every row", soft_wrap=True, markup=False)
+    every = "word" if PROBLEMS[kind].of_words else "row"
+    console.print(
+        f"majority: '{majority['label']}', {CONSTANTS[kind]}, for every {every}", soft_wrap=True, markup=False
+    )
     if left_out := LEFT_OUT.get(kind):
         console.print(left_out, soft_wrap=True)
     for role in ("teacher", "student"):

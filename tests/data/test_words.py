@@ -31,8 +31,8 @@ def test_a_word_is_read_at_its_first_token():
     assert batch["labels"].tolist() == [[1, 0, 0, 2], [-100] * 4]
     assert texts.true.tolist() == batch["labels"].tolist()
     logits = torch.randn(2, batch["input_ids"].shape[1], 3)
-    assert torch.equal(by_word(logits, batch["words"]), torch.stack([logits[0, 1], logits[0, 3], logits[0, 4],
-                                                                     logits[1, 1], logits[1, 2], logits[1, 5]]))  # fmt: skip
+    read = [(0, 1), (0, 3), (0, 4), (1, 1), (1, 2), (1, 5)]
+    assert torch.equal(by_word(logits, batch["words"]), torch.stack([logits[row, token] for row, token in read]))
     whole = with_unread(logits, batch["words"], 2)
     assert torch.equal(whole[0, 3], logits[0, 4])
     assert whole[0, 2].tolist() == whole[1, 3].tolist() == [0, 0, 1]

@@ -3,23 +3,12 @@ exactly; saved as what they are.
 """
 
 import json
-import random
 import shutil
 
 import pytest
 import torch
 from test_tkd import make, one_batch
-from transformers import (
-    AutoConfig,
-    AutoModelForTokenClassification,
-    BertConfig,
-    BertForTokenClassification,
-    DistilBertConfig,
-    DistilBertForTokenClassification,
-    RobertaConfig,
-    RobertaForTokenClassification,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModelForTokenClassification, pipeline
 
 from rlkd.data.labelled import model_inputs
 from rlkd.errors import ConfigError, DataError, ModelError
@@ -29,52 +18,17 @@ from rlkd.models.encoders.labels import auto_class, check_problem, give_labels, 
 from rlkd.models.encoders.onnx_export import export_onnx
 from rlkd.models.encoders.rehearsal import rehearse
 from rlkd.trainers.encoders.terms import PRESETS, TERMS
-from tiny import CLASSIFIER_WORDS, classifier_tokenizer, save_pretrained, tiny_classifier
+from tiny import CLASSIFIER_WORDS, TAGS, classifier_tokenizer, first_tokens, save_pretrained, tiny_classifier
+from tiny import tagged_rows as rows
+from tiny import tiny_tagger as tagger
 from tiny_runs import assert_same, logged, weights
 
 LETTERS = CLASSIFIER_WORDS[4:]
-TAGS = ("O", "B-V", "I-V", "B-Z")
 ALLOWED = [name for name in PRESETS if name != "custom" and not any(TERMS[t].of_text for t in PRESETS[name])]
-
-
-def rows(n=12, seed=0):
-    """Vowels are entities of type V, z of type Z; every third word has two letters, which are two tokens."""
-    draw = random.Random(seed)
-    made = []
-    for _ in range(n):
-        words = [draw.choice(LETTERS) + (f" {draw.choice(LETTERS)}" if k % 3 == 2 else "")
-                 for k in range(draw.randint(2, 7))]  # fmt: skip
-        made.append({"words": words, "label": [1 if w[0] in "aeiou" else 3 if w[0] == "z" else 0 for w in words]})
-    return made
-
-
-def tagger(family="bert", tags=TAGS, seed=0, layers=4):
-    torch.manual_seed(seed)
-    names = {"id2label": dict(enumerate(tags)), "label2id": {tag: i for i, tag in enumerate(tags)}}
-    shape = {"vocab_size": len(CLASSIFIER_WORDS), "max_position_embeddings": 40, "pad_token_id": 0,
-             "initializer_range": 0.4, **names}  # fmt: skip
-    if family == "distilbert":
-        config = DistilBertConfig(dim=16, n_layers=layers, n_heads=2, hidden_dim=32, dropout=0.0, attention_dropout=0.0,
-                                  **shape)  # fmt: skip
-        return DistilBertForTokenClassification(config).eval()
-    config, model = {"bert": (BertConfig, BertForTokenClassification),
-                     "roberta": (RobertaConfig, RobertaForTokenClassification)}[family]  # fmt: skip
-    width = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32,
-             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 2}  # fmt: skip
-    return model(config(**shape, **width)).eval()
 
 
 def trainer(folder, family="bert", **options):
     return make(folder, **{"train": rows(), "teacher": tagger(family), "preset": "kd", **options})
-
-
-def first_tokens(row, length=32):
-    """The position of each word's first token, counted by hand; None beyond the longest text."""
-    found, position = [], 1
-    for word in row["words"]:
-        found.append(position if position < length - 1 else None)
-        position += len(word.split())
-    return found
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
@@ -151,7 +105,10 @@ def test_every_term_but_those_of_whole_texts_trains(tmp_path):
     [
         ({"preset": "tkd"}, r"preset = 'tkd': the term pt starts from one vector .*preset: ft, kd, .*or beta: 0"),
         ({"preset": "tkd", "beta": 0.0}, "the term td_student starts from .*or gamma_s: 0"),
-        ({"preset": "derivatives"}, r"the term gradient starts from one vector or logit of the whole text.*boundaries\."),
+        (
+            {"preset": "derivatives"},
+            r"the term gradient starts from one vector or logit of the whole text.*boundaries\.",
+        ),
     ],
 )
 def test_terms_of_whole_texts_are_refused(tmp_path, options, message):
@@ -239,11 +196,15 @@ def test_configurations_say_what_a_model_tags():
     assert problem_of(config) == "single_label_classification"
     assert rehearse(config, {"layers": 2}).problem_type == "single_label_classification"
     give_labels(config, TAGS, "token_classification")
-    assert rehearse(config, {"layers": 2}, needs={"student": {"hidden"}}).architectures == ["bertForTokenClassification"]
-    with pytest.raises(ModelError, match="gives each text a tag for each word .* and one of several labels is wanted"):
+    assert rehearse(config, {"layers": 2}, needs={"student": {"hidden"}}).architectures == [
+        "bertForTokenClassification"
+    ]
+    with pytest.raises(ModelError, match=r"gives each text a tag for each word .* and one of several labels is wanted"):
         check_problem(config, "teacher", "single_label_classification", "x")
     give_labels(config, ["LABEL_0", "LABEL_1"], "token_classification")
-    with pytest.raises(ModelError, match="id2label in config.json does not name the tags of words: 'LABEL_0' is no tag"):
+    with pytest.raises(
+        ModelError, match=r"id2label in config.json does not name the tags of words: 'LABEL_0' is no tag"
+    ):
         check_problem(config, "teacher")
     bilstm = BiLSTMConfig(vocab_size=30)
     give_labels(bilstm, TAGS, "token_classification")
