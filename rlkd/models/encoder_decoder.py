@@ -241,3 +241,13 @@ def output_scale(config: Any) -> float:
         return 1.0
     scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
     return config.d_model**-0.5 if scaled else 1.0
+
+
+def separate_head(model: Any) -> None:
+    """Give a model that was made of its configuration the head that trained ones of its kind have: v1.1, Flan, T0 and
+    mT5 have one of their own, and T5Config ties it all the same.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    untied = model.config.model_type in T5_FAMILY and output_scale(model.config) == 1.0
+    if untied and head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
