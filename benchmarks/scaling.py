@@ -39,11 +39,10 @@ def student(width: int) -> Any:
 class SecondStep(TrainerCallback):
     """Bytes of resident memory at the peak of the second update: the first one makes the optimizer's state."""
 
-    held = peak = 0
+    peak = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1:
-            self.held = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -62,7 +61,6 @@ def train(folder: Path, width: int) -> None:
         student(width), args, tokenizer=any_tokenizer(WORDS), train_dataset=rows, callbacks=[second]
     ).train()
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(second.peak - before))
-    print("held", (second.held - before) / 1e6, "peak", (second.peak - before) / 1e6, file=sys.stderr)
 
 
 def measured(engine: str, width: int) -> float:
@@ -73,7 +71,6 @@ def measured(engine: str, width: int) -> float:
         # Every buffer from 64 KiB on is given back when freed; else glibc keeps what was transient.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        print(done.stderr[-300:])
         if done.returncode:
             raise SystemExit(done.stderr)
         return max(json.loads(path.read_text()) for path in Path(folder).glob("[01].json")) / 1e6
