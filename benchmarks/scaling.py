@@ -25,8 +25,6 @@ from rlkd.trainers.supervised import SupervisedTrainer
 
 ROOT = Path(__file__).parents[1]
 ENGINES = ("ddp", "fsdp2")
-
-
 WORDS = 1000
 
 
