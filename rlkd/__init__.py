@@ -18,7 +18,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _MODULES = {
     "checks": ("check_choice", "check_settings", "OneOf"),
     "cli.distill": ("distill",),
-    "data.examples": ("Examples", "supervised_pairs"),
+    "data.answered": ("supervised_pairs",),
+    "data.examples": ("Examples",),
     "data.glue": ("load_labelled", "load_task", "TableLayout", "write_submission"),
     "data.label_columns": ("find_labels",),
     "data.rows": ("load_rows",),
@@ -140,8 +141,8 @@ if TYPE_CHECKING:
     from .checks import check_choice as check_choice
     from .checks import check_settings as check_settings
     from .cli.distill import distill as distill
+    from .data.answered import supervised_pairs as supervised_pairs
     from .data.examples import Examples as Examples
-    from .data.examples import supervised_pairs as supervised_pairs
     from .data.glue import TableLayout as TableLayout
     from .data.glue import load_labelled as load_labelled
     from .data.glue import load_task as load_task
