@@ -21,7 +21,7 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="A saved generating model, adapter or classifier: a folder or a hub id.")
     ],
-    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
+    dataset: prompts.Dataset,
     input_column: Annotated[str, typer.Option(help="Column that the model reads.")],
     out: Annotated[Path, typer.Option(help="Folder for the numbers and the answers; `rlkd compare` reads it.")],
     metric: Annotated[
@@ -33,11 +33,15 @@ def evaluate(
     reference_column: Annotated[
         str | None,
         typer.Option(
-            help="Column with the right answers: a text, or a list of texts, in each row. Classifiers: with the label."
+            help="Column with the right answers: a text, or a list of texts, in each row. Classifiers: with the label, "
+            "list of labels or of tags, or number."
         ),
     ] = None,
     pair_column: Annotated[
         str | None, typer.Option(help="Classifiers of pairs: column with the second text. Its first is input-column.")
+    ] = None,
+    label_separator: Annotated[
+        str | None, typer.Option(help="Classifiers of several labels: what separates their names, written as text.")
     ] = None,
     student_template: Annotated[str | None, typer.Option(help="One template for what the model reads.")] = None,
     teacher: Annotated[
@@ -94,7 +98,7 @@ def evaluate(
     """Evaluate a saved model on rows: task metrics with 95 % intervals, regret under a teacher, speed and size.
 
     Every row is answered greedily and once by sampling. A classifier gets accuracy, F1, Matthews correlation and the
-    scores of each class.
+    scores of each class; one of several labels, of numbers or of words, the scores of its kind.
     """
     from ..io.files import write_text
     from ..jobs.evaluation import evaluate as run
@@ -157,9 +161,10 @@ def _show(
         table.add_row(name, cell(name), *(() if classes else (cell(f"sample_{name}"),)))
     console = Console(width=100, highlight=False)
     console.print(table)
-    if classes:
+    if classes.get("classes"):
         columns = ("label", "rows", "predicted", "precision", "recall", "f1")
-        table = Table(*columns, title="each class")
+        words = classes["problem_type"] == "token_classification"
+        table = Table(*columns, title="each type of entity; rows are entities" if words else "each class")
         for one in classes["classes"]:
             table.add_row(escape(one["label"]), *(f"{one[name]:.4g}" for name in columns[1:]))
         console.print(table)

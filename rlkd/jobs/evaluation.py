@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..evaluation.evaluator import Evaluator, TaskMetric
+from ..evaluation.problems import PROBLEMS
 from ..evaluation.task_metrics import check_task_metric, references_of, task_metric_of
 from ..io.folders import refuse_other_contents
 from ..io.progress import progress
@@ -110,14 +111,16 @@ def _evaluate_answers(request: dict[str, Any], out: Path, *, quiet: bool) -> Eva
 
 
 def _evaluate_classes(request: dict[str, Any], out: Path, classifier: SavedClassifier) -> Evaluation:
-    """As `evaluate`, of a classifier: input_column and pair_column have the texts, reference_column their labels."""
+    """As `evaluate`, of a classifier: input_column and pair_column have the texts (or words),
+    reference_column their labels."""
     refuse_options(request, GENERATING_ONLY, "a classifier")
     if request["reference_column"] is None:
         raise ConfigError("--reference-column is not set: name the column with the right label of each text.")
-    rows = classified_rows_of(request, classifier.classes)
+    rows = classified_rows_of(request, classifier)
     found = evaluate_classes(classifier, rows, request["batch_rows"])
     _write(request, out, found.rows, found.numbers, {"student": found.model, "teacher": None}, found.texts)
-    per_row = {"accuracy": [row["accuracy"] for row in found.rows]}
+    score, _ = PROBLEMS[classifier.problem_type].by_row
+    per_row = {score: [row[score] for row in found.rows]}
     limits = {"max_input_tokens": classifier.max_length}
     return Evaluation(len(found.rows), found.numbers, per_row, limits, found.speed, found.classes)
 

@@ -12,6 +12,7 @@ from ..labels.classes import ClassifierEngine, ClassifierReader, ClassLabeller
 from ..labels.folder import check_output
 from ..labels.options import RunOptions
 from ..labels.pseudolabels import label_rows
+from ..models.encoders.labels import check_problem
 from ..models.spec import TeacherSpec
 from ..sampling.engines.protocol import Decoding, Engine, EngineSettings
 from ..sampling.engines.registry import choose_engine
@@ -34,6 +35,7 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
     classifier = SavedClassifier.of(request)
     if classifier is not None:
         refuse_options(request, GENERATING_ONLY, "a classifier")
+        check_problem(classifier.config, "model", "single_label_classification", classifier.name)
     spec = None if classifier is not None else _generating(request)
     tokenizer = (classifier or spec).tokenizer  # type: ignore[union-attr]
     warn_of_training(request)

@@ -485,6 +485,26 @@ def test_a_decoder_only_student_cut_from_its_teacher_and_test_rows_of_ones_own(u
 
 
 @pytest.mark.slow
+def test_a_student_of_another_vocabulary_is_paid_by_text(user, capsys):
+    """What the recommended settings need of a shared vocabulary gives way; asked for, it is refused first."""
+    vocabulary = [*WORDS[:3], "<s>", *WORDS[:2:-1]]
+    model = tiny_decoder("llama", words=len(vocabulary), bos_token_id=3, eos_token_id=1)
+    save_pretrained("other", model, continuing_tokenizer(vocabulary))
+    words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--student", "other"]
+    code, _, err = run(capsys, *words, "--rl", '{"one_step": "exact"}')
+    assert (code, "rl.yaml" in err, "which has another vocabulary than the student" in err) == (2, True, True), err
+    code, out, _ = run(capsys, *words, "--dry-run")
+    assert (code, "have different vocabularies" in out) == (0, True)
+    assert not Path("runs").exists()
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+    settings = json.loads(Path("runs/mine/rl/run.json").read_text())["settings"]
+    assert (settings["one_step"], settings["lam"]) == ("sampled", 0.2)
+    assert isinstance(AutoModelForCausalLM.from_pretrained("runs/mine/student"), type(model))
+    assert AutoTokenizer.from_pretrained("runs/mine/student").get_vocab() == {w: i for i, w in enumerate(vocabulary)}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("references", [False, True])
 def test_an_encoder_learns_the_probabilities_of_choices(user, capsys, references):
     """Its teacher's accuracy, or its agreement with itself, from transformers' own log-probabilities of the choices."""
