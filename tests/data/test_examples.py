@@ -94,7 +94,7 @@ def test_supervised_pairs(caplog):
     gold = rows(a=["A", None, "C", "D"], n=[1, 0, -1, 0])
     labels = Template("t", "{{ q }}? ||| {{ answer_choices[n] }}", "no ||| yes")
     assert supervised_pairs(gold, [labels], student_column="q")["label"][:] == ["yes", "no", "no"]
-    assert supervised_pairs(gold, [ASK], student_column="q")["label"][:] == ["A", "C", "D"]
+    assert supervised_pairs(gold, [ASK], student_column="q")["label"][:] == ["A", "D"]
     with pytest.raises(
         DataError, match=r"none of 4 prompts has an answer to learn \(no target: 3, no student input: 1\)"
     ):
