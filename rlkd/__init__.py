@@ -17,7 +17,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # checkers and editors read the imports below, which a test holds equal to this table.
 _MODULES = {
     "checks": ("check_choice", "check_settings", "OneOf"),
-    "data.examples": ("Examples", "supervised_pairs"),
+    "cli.distill": ("distill",),
+    "data.answered": ("supervised_pairs",),
+    "data.examples": ("Examples",),
     "data.glue": ("load_labelled", "load_task", "TableLayout", "write_submission"),
     "data.label_columns": ("find_labels",),
     "data.rows": ("load_rows",),
@@ -88,6 +90,7 @@ _MODULES = {
         "teacher_value",
         "token_scores",
     ),
+    "pipeline.arguments": ("DistillArguments",),
     "records": (
         "Answers",
         "Batched",
@@ -137,8 +140,9 @@ if TYPE_CHECKING:
     from .checks import OneOf as OneOf
     from .checks import check_choice as check_choice
     from .checks import check_settings as check_settings
+    from .cli.distill import distill as distill
+    from .data.answered import supervised_pairs as supervised_pairs
     from .data.examples import Examples as Examples
-    from .data.examples import supervised_pairs as supervised_pairs
     from .data.glue import TableLayout as TableLayout
     from .data.glue import load_labelled as load_labelled
     from .data.glue import load_task as load_task
@@ -244,6 +248,7 @@ if TYPE_CHECKING:
     from .objectives.rewards import induced_reward as induced_reward
     from .objectives.rewards import teacher_value as teacher_value
     from .objectives.rewards import token_scores as token_scores
+    from .pipeline.arguments import DistillArguments as DistillArguments
     from .records import Answers as Answers
     from .records import Batched as Batched
     from .records import Distribution as Distribution

@@ -86,7 +86,7 @@ def built(tmp_path_factory) -> Path:
 
 def run(*command: str, cwd: Path, **variables: str) -> str:
     done = subprocess.run(
-        command, cwd=cwd, env=os.environ | variables, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=cwd, env=os.environ | variables, capture_output=True, text=True, timeout=540, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

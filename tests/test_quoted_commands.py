@@ -107,7 +107,7 @@ COMMANDS = quoted()
 # Mentioned, not to be typed as they stand.
 NAMES = {
     "rlkd generate-pseudolabels", "rlkd config show", "rlkd probe", "rlkd train teacher", "rlkd data verify",
-    "rlkd data score", "rlkd data filter", "rlkd predict",
+    "rlkd data score", "rlkd data filter", "rlkd predict", "python -m rlkd",
     "rlkd prompts lint --dataset", "rlkd inspect-rewards --labels", "python recipe.py", "accelerate launch --multi_gpu",
     "accelerate launch --quiet",
 }  # fmt: skip

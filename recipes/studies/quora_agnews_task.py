@@ -82,7 +82,8 @@ def teacher_pairs(splits: dict[str, Any], counts: dict[str, int], batch_rows: in
     batches: list[list[dict[str, str]]] = []
     for task, name in TASKS.items():
         rows = datasets.Dataset.from_list(splits[task]["teacher"])
-        pairs = supervised_pairs(rows, load_templates(name), source=f"{task} teacher rows").shuffle(seed=0)
+        reads = {"student_column": INPUT[task], "source": f"{task} teacher rows"}
+        pairs = supervised_pairs(rows, load_templates(name), **reads).shuffle(seed=0)
         chosen = pairs.select(range(min(counts[task], len(pairs)))).to_list()
         batches += [chosen[i : i + batch_rows] for i in range(0, len(chosen) - batch_rows + 1, batch_rows)]
     random.Random(0).shuffle(batches)

@@ -50,7 +50,7 @@ app.add_typer(train.app, name="train")
 app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
-app.command("distill", context_settings=distill.PASS_ON)(distill.distill)
+app.command("distill", context_settings=distill.PASS_ON)(distill.distill_command)
 app.command("estimate", context_settings=estimate.PASS_ON)(estimate.estimate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
@@ -170,9 +170,7 @@ def generate_pseudolabels(
     teacher_chat: prompts.TeacherChat = None,
     teacher_system_prompt: prompts.TeacherSystem = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of templates with random choices.")] = 0,
-    shard: Annotated[
-        str | None, typer.Option(help="i/n: make only every n-th shard, from shard i; combine with rlkd data merge.")
-    ] = None,
+    shard: prompts.Shard = None,
     on_bad_row: Annotated[
         OnBadRow,
         typer.Option(help="Input rows that cannot be used: stop, or skip them and list them in bad_rows.jsonl."),

@@ -55,6 +55,7 @@ def predict(
     shard_rows: Annotated[
         int, typer.Option(help="Rows per file; an interrupted run loses at most one file.", min=1)
     ] = 5000,
+    shard: prompts.Shard = None,
     student_chat: Annotated[
         bool | None,
         typer.Option(

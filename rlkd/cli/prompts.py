@@ -82,6 +82,9 @@ LabelMap = Annotated[
 ]
 
 LINTED_ROWS = 1000
+Shard = Annotated[
+    str | None, typer.Option(help="i/n: make only every n-th shard, from shard i; combine with rlkd data merge.")
+]
 Delimiter = Annotated[
     str | None,
     typer.Option(

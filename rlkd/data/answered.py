@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..records import Example, PromptedRow
 from ..templates.template import NO_TARGET, Template
+from .examples import check_template_columns
 from .flaws import FlawCounts
 from .rendering import RowRenderer
 from .splits import plain
@@ -104,6 +105,26 @@ def answered(rows: datasets.Dataset, render: RowRenderer, source: str) -> Answer
             "answers, or templates with a target after '|||'."
         )
     return Answered((e for e, _ in found), (text for _, text in found), source, render.templates, texts)
+
+
+def supervised_pairs(
+    rows: datasets.Dataset,
+    templates: Sequence[Template],
+    *,
+    student_column: str,
+    source: str = "the rows",
+    seed: int = 0,
+) -> datasets.Dataset:
+    """Every row under every template, with the template's target: columns id, student_input (the prompt) and label.
+
+    For training a teacher. student_column: the raw input; rows without one, and pairs without prompt or target, are
+    left out and counted by reason in the log. Raises DataError for a column that the rows lack, or if no pair is left.
+    """
+    import datasets
+
+    check_template_columns(rows, list(templates), source, target=True)
+    render = RowRenderer(tuple(templates), student_column=student_column, seed=seed)
+    return datasets.Dataset.from_list(list(answered(rows, render, source).pairs()))
 
 
 def _answers(render: RowRenderer, prompted: PromptedRow, row: dict[str, Any], k: int) -> tuple[tuple[str, ...], str]:

@@ -6,15 +6,14 @@ import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import DataError
 from ..records import Example, Prompt, PromptedRow
-from ..templates.missing import missing_columns
 from ..templates.template import Template
 from .flaws import STUDENT, FlawCounts
 from .rendering import RowRenderer, template_columns
@@ -282,50 +281,6 @@ def check_readable(rows: datasets.Dataset, render: RowRenderer, source: str) -> 
             raise DataError(
                 f"'{source}': id_column '{render.id_column}' contains '{name}' {count} times. Ids must be unique."
             )
-
-
-def supervised_pairs(
-    rows: datasets.Dataset, templates: list[Template], *, source: str = "the rows", seed: int = 0
-) -> datasets.Dataset:
-    """Every row under every template, with its gold target: columns id, student_input (the prompt) and label.
-
-    For training a teacher. Pairs without input or target are skipped and counted by reason in the log; so are rows
-    without a gold answer (see Template.lacks_label), which would render as "None" or as the last choice.
-    Raises DataError for a column that the rows lack, or if no pair is left.
-    """
-    import datasets
-
-    check_template_columns(rows, templates, source, target=True)
-    pairs: list[dict[str, str]] = []
-    skipped: Counter[str] = Counter()
-    flaws = FlawCounts()
-    for number, row in enumerate(rows):
-        for template in templates:
-            rendered = template.render(row, seed=seed)
-            if rendered.target is not None:
-                missing = missing_columns(template, row, rendered.input, partial(_input_part, template, seed))
-                flaws.add(template.name, Prompt(rendered.input, missing=missing))
-                pairs.append(
-                    {"id": f"{number}:{template.name}", "student_input": rendered.input, "label": rendered.target}
-                )
-            else:
-                skipped[rendered.reason or ""] += 1
-    total = len(rows) * len(templates)
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-    if not pairs:
-        raise DataError(
-            f"'{source}': none of {total} rendered rows has an input and a target ({reasons}). "
-            "Choose templates with a target after '|||'."
-        )
-    for line in flaws.lines():
-        logger.warning("%s: %s", source, line)
-    if len(pairs) < total:
-        logger.warning("%s: skipped %d of %d pairs (%s)", source, skipped.total(), total, reasons)
-    return datasets.Dataset.from_list(pairs)
-
-
-def _input_part(template: Template, seed: int, row: Mapping[str, Any]) -> str:
-    return template.parts(row, seed=seed)[0]
 
 
 def check_template_columns(

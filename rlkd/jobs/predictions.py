@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from ..labels.classes import ClassifierEngine, ClassifierReader, ClassLabeller
 from ..labels.folder import check_output
+from ..labels.maintenance import part_of
 from ..labels.options import RunOptions
 from ..labels.pseudolabels import label_rows
 from ..models.encoders.labels import check_problem
@@ -31,7 +32,8 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
     how: overwrite, allow_config_change, quiet, as in `RunOptions`. Returns: totals. Raises: what `label_rows` raises;
     ModelError, DataError or ConfigError before weights load.
     """
-    manifest = check_output(out, overwrite=how.get("overwrite", False))
+    part = part_of(request["shard"]) if request["shard"] else None
+    manifest = check_output(out, overwrite=how.get("overwrite", False), part=part)
     classifier = SavedClassifier.of(request)
     if classifier is not None:
         refuse_options(request, GENERATING_ONLY, "a classifier")
@@ -43,7 +45,7 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
         row_source(request), earlier=manifest.header["scan"] if manifest.headers else None
     )
     settings: dict[str, Any] = {name: request[name] for name in ("seed", "batch_tokens", "shard_rows")}
-    options = RunOptions(**settings, **how, request=request)
+    options = RunOptions(**settings, **how, part=part, request=request)
     if classifier is not None:
         found = classifier
         return label_rows(

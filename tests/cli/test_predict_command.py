@@ -149,6 +149,15 @@ def test_a_run_that_is_stopped_continues_to_the_same_files(folder, capsys, monke
     for file in sorted(Path("whole").glob("labels-*.parquet")):
         assert file.read_bytes() == Path("cut", file.name).read_bytes()
     assert run(capsys, name, *words, "--out", "cut")[0] == DataError.exit_code  # finished
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    for part in ("0/2", "1/2"):
+        assert run(capsys, name, *words, "--shard", part, "--out", "parts")[0] in (0, 4)
+    with pytest.raises(SystemExit) as end:
+        main(["data", "merge", "parts"])
+    assert not end.value.code
+    for file in sorted(Path("whole").glob("labels-*.parquet")):
+        assert file.read_bytes() == Path("parts", file.name).read_bytes()
     # Damage is repaired by the recorded command.
     before = Path("cut/labels-00001.parquet").read_bytes()
     Path("cut/labels-00001.parquet").write_bytes(b"x")

@@ -3,7 +3,8 @@ import logging
 import datasets
 import pytest
 
-from rlkd.data.examples import Examples, PromptedRows, RowRenderer, supervised_pairs
+from rlkd.data.answered import supervised_pairs
+from rlkd.data.examples import Examples, PromptedRows, RowRenderer
 from rlkd.data.row_maps import parse_row_map
 from rlkd.data.rows import RowStream
 from rlkd.errors import ConfigError, DataError
@@ -59,7 +60,7 @@ def test_unlabeled_rows_need_no_target_column():
     unlabeled = rows().remove_columns("a")
     assert Examples(unlabeled, [ASK], student_column="q")[0].teacher_inputs == ("Ask p",)
     with pytest.raises(DataError, match=r"a in template 'ask'.*\n.*found    q, n"):
-        supervised_pairs(unlabeled, [ASK])
+        supervised_pairs(unlabeled, [ASK], student_column="q")
 
 
 def test_errors():
@@ -81,7 +82,7 @@ def test_errors():
 
 def test_supervised_pairs(caplog):
     with caplog.at_level(logging.WARNING):
-        pairs = supervised_pairs(rows(a=["A", "B", "", "D"]), [ASK, EVEN], source="f")
+        pairs = supervised_pairs(rows(a=["A", "B", "", "D"]), [ASK, EVEN], student_column="q", source="f")
     assert pairs.to_list() == [
         {"id": "0:ask", "student_input": "Ask p", "label": "A"},
         {"id": "0:even", "student_input": "Even p", "label": "A"},
@@ -89,13 +90,15 @@ def test_supervised_pairs(caplog):
         {"id": "3:ask", "student_input": "Ask s", "label": "D"},
         {"id": "3:even", "student_input": "Even s", "label": "D"},
     ]
-    assert caplog.messages == ["f: skipped 3 of 8 pairs (not applicable: 1, no target: 2)"]
+    assert caplog.messages == ["f: left out 3 of 8 prompts (template does not apply: 1, no student input: 2)"]
     gold = rows(a=["A", None, "C", "D"], n=[1, 0, -1, 0])
     labels = Template("t", "{{ q }}? ||| {{ answer_choices[n] }}", "no ||| yes")
-    assert supervised_pairs(gold, [labels])["label"][:] == ["yes", "no", "no"]
-    assert supervised_pairs(gold, [ASK])["label"][:] == ["A", "C", "D"]
-    with pytest.raises(DataError, match=r"none of 4 rendered rows .* \(no target: 3, not applicable: 1\)"):
-        supervised_pairs(rows(), [Template("t", "{{ q }}")])
+    assert supervised_pairs(gold, [labels], student_column="q")["label"][:] == ["yes", "no", "no"]
+    assert supervised_pairs(gold, [ASK], student_column="q")["label"][:] == ["A", "D"]
+    with pytest.raises(
+        DataError, match=r"none of 4 prompts has an answer to learn \(no target: 3, no student input: 1\)"
+    ):
+        supervised_pairs(rows(), [Template("t", "{{ q }}")], student_column="q")
 
 
 def test_a_row_on_which_a_template_fails_is_an_error_where_every_row_trains():

@@ -9,7 +9,8 @@ import pytest
 
 import stub
 from rlkd.cli.main import main
-from rlkd.data.examples import Examples, supervised_pairs
+from rlkd.data.answered import supervised_pairs
+from rlkd.data.examples import Examples
 from rlkd.data.flaws import FlawCounts
 from rlkd.data.rendering import RowRenderer
 from rlkd.jobs.setup import DataArguments, load_data
@@ -133,7 +134,7 @@ def test_lint_counts_them_too(tmp_path, capsys):
 
 def test_pairs_for_a_teacher_are_counted(caplog):
     rows = datasets.Dataset.from_dict({"q": ["a", None], "y": ["b", "c"]})
-    supervised_pairs(rows, [Template("t", "{{ q }} ? ||| {{ y }}")])
+    supervised_pairs(rows, [Template("t", "{{ q }} ? ||| {{ y }}")], student_column="y")
     assert caplog.messages == ["the rows: t: prompts print a missing value as a word such as None, by column: q 1"]
 
 

@@ -5,6 +5,7 @@ as a teacher of the other commands.
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from rlkd.data.rows import load_rows
 from rlkd.data.splits import held_out_inputs
 from rlkd.jobs.references import ReferenceArguments, ReferenceTrainingArguments, load_references
 from rlkd.models.chat import chat_of
+from rlkd.trainers.supervised import ReferenceTrainer
 from tiny import save_pretrained, tiny_t5, tiny_tokenizer
 
 TEMPLATES = """\
@@ -156,9 +158,21 @@ def test_a_chat_model_learns_in_its_chat_template(folder, capsys, monkeypatch):
         assert (chat_of(made["tokenizer"]) is not None) == (asked == "true")
 
 
+def signalled(stop):
+    """A `training_step` in which the process gets SIGTERM, after `stop` updates; None: never."""
+    compute = ReferenceTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == stop:
+            signal.raise_signal(signal.SIGTERM)
+        return compute(self, *args, **kwargs)
+
+    return step
+
+
 @pytest.mark.slow
-def test_killed_and_continued_it_has_the_same_weights_and_then_labels(folder, capsys):
-    """Random weights, decoder-only too: two epochs at once or with a stop between; the labels are the model's own."""
+def test_killed_by_signals_and_continued_it_has_the_same_weights_and_then_labels(folder, capsys, monkeypatch):
+    """Random weights, decoder-only too: two epochs at once or stopped twice; the labels are the model's own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -169,14 +183,16 @@ def test_killed_and_continued_it_has_the_same_weights_and_then_labels(folder, ca
     for name, kind in (("t5", AutoModelForSeq2SeqLM), ("llama", AutoModelForCausalLM)):
         (folder / name / "model.safetensors").unlink()
         settings = {
-            "model_name_or_path": name, "templates": "t.yaml:copied", "random_weights": "true", "save_steps": 3,
+            "model_name_or_path": name, "templates": "t.yaml:copied", "random_weights": "true", "save_steps": 100,
             "learning_rate": 0.03, "num_train_epochs": 2, "lr_scheduler_type": "constant", "eval_strategy": "epoch",
             "resume_from_checkpoint": "auto", "optim": "adafactor", "optim_args": "scale_parameter=True",
         }  # fmt: skip
-        for out, ends in (("whole", (8,)), ("cut", (3, 6, 8))):
-            for steps in ends:
-                code, _, err = train(capsys, **settings, output_dir=f"{name}-{out}", max_steps=steps)
-                assert code == 0, err
+        for out, stops in (("whole", (None,)), ("cut", (2, 5, None))):  # of the cut run, the steps that a signal ends
+            for stop in stops:
+                with monkeypatch.context() as patch:
+                    patch.setattr(ReferenceTrainer, "training_step", signalled(stop))
+                    code, _, err = train(capsys, **settings, output_dir=f"{name}-{out}", max_steps=8)
+                assert (code, "stopped by SIGTERM" in err) == ((0, False) if stop is None else (143, True)), err
         one, other = (kind.from_pretrained(f"{name}-{out}").state_dict() for out in ("whole", "cut"))
         assert all(torch.equal(one[key], other[key]) for key in one)
         words = ("--dataset", "rows.jsonl", "--input-column", "note", "--templates", "t.yaml:copied")

@@ -18,9 +18,10 @@ from models.chat_templates import chat_model, chat_tokenizer
 from models.decoder_families import continuing_tokenizer, tiny_decoder
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from rlkd import DistillArguments, distill
 from rlkd.cli import distill as command
 from rlkd.cli.main import main
-from rlkd.errors import InterruptedRunError
+from rlkd.errors import ConfigError, InterruptedRunError
 from rlkd.jobs.saved import limits_of
 from rlkd.labels.manifest import Manifest
 from rlkd.pipeline import run as pipeline
@@ -160,11 +161,15 @@ def test_a_whole_run(user, capsys, monkeypatch):
     expected = student.generate(input_ids=asked.input_ids, attention_mask=asked.attention_mask, **rules)
     assert capsys.readouterr().out.strip() == str(tiny_tokenizer().batch_decode(expected, skip_special_tokens=True))
 
-    # The same command again only reads.
+    # The same in Python, again, only reads.
     monkeypatch.setattr(command, "command", lambda words: pytest.fail(f"ran {words}"))
     before = weights("runs/mine/student")
-    code, again, err = run(capsys, *WHOLE)
-    assert code == 0, err
+    settings = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in zip(WHOLE[::2], WHOLE[1::2], strict=True)
+    }
+    numbers = {"max_new_tokens": 5, "max_input_tokens": 16}
+    assert distill(DistillArguments(**settings | numbers)) == Path("runs/mine/student")
+    again = capsys.readouterr().out
     assert again.count(": finished") == 8
     assert again[again.index("test rows,") :] == out[out.index("test rows,") :]
     assert weights("runs/mine/student") == before
@@ -555,4 +560,11 @@ def test_a_file_has_the_same_keys(user, capsys):
     code, out, err = run(capsys, "--config", "mine.yaml", "--max-input-tokens", "16", "--dry-run")
     assert code == 0, err
     assert "at most 6 updates" in out
+    said, settings = [], yaml.safe_load(Path("mine.yaml").read_text())
+    assert distill(DistillArguments(**settings, max_input_tokens=16, dry_run=True), said.append) == Path(
+        "runs/x/student"
+    )
+    assert "\n".join(said).splitlines()[:4] == out.splitlines()[:4]
+    with pytest.raises(ConfigError, match="prompt and templates are both set"):
+        distill(DistillArguments(**settings, templates=["x"]))
     assert run(capsys, "--config", "mine.yaml", "--promt", "x")[0] == 2
