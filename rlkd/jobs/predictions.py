@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
-from ..labels.classes import ClassifierEngine, ClassifierReader, ClassLabeller
+from ..labels.classes import ClassifierEngine, ClassifierReader, ClassLabeller, TagLabeller
 from ..labels.folder import check_output
 from ..labels.options import RunOptions
 from ..labels.pseudolabels import label_rows
@@ -38,7 +38,9 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
     classifier = SavedClassifier.of(request)
     if classifier is not None:
         refuse_options(request, GENERATING_ONLY, "a classifier")
-        check_problem(classifier.config, "model", "single_label_classification", classifier.name)
+        tags = classifier.problem_type == "token_classification"
+        if not tags:
+            check_problem(classifier.config, "model", "single_label_classification", classifier.name)
     spec = None if classifier is not None else _generating(request)
     tokenizer = (classifier or spec).tokenizer  # type: ignore[union-attr]
     _warn_of_training(request)
@@ -56,7 +58,7 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
             decoding=None,
             options=options,
             make_engine=lambda: cast(Engine, ClassifierEngine(found.load(), found.classes)),
-            kind=ClassLabeller,
+            kind=TagLabeller if tags else ClassLabeller,
         )
     assert spec is not None
     decoding = Decoding("greedy", _lengths(request)[1])

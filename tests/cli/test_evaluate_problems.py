@@ -12,6 +12,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 
 from rlkd.cli.main import main
+from rlkd.labels.store import load_pseudolabels
 from rlkd.report.reading import read_side_by_side
 from tiny import TAGS, classifier_tokenizer, first_tokens, save_pretrained, tagged_rows, tiny_classifier
 from tiny import tiny_tagger as tagger
@@ -142,6 +143,24 @@ def test_words(folder, capsys):
     assert (code, "each type of entity" in out) == (0, True)
 
 
+def test_tags_are_predicted_for_the_words_between_spaces(folder, capsys):
+    texts = ["a b  z", " ", "c d e f g h i"]
+    Path("texts.csv").write_text("note\n" + "".join(f'"{text}"\n' for text in texts))
+    code, _, err = run(capsys, "predict", TOKENS, "--dataset", "texts.csv", "--out", "tags", "--max-input-tokens", "6")
+    assert code == 0, err
+    rows = list(load_pseudolabels("tags", statuses=("ok", "skipped")))
+    assert [row["status"] for row in rows] == ["ok", "skipped", "ok"]
+    for row, text, kept in ((rows[0], texts[0], 3), (rows[2], texts[2], 4)):
+        words = text.split()
+        (logits,) = forward(tagger(), [" ".join(words[:kept])])
+        logps = torch.from_numpy(logits[1:-1]).log_softmax(-1)
+        assert row["label"].split() == [TAGS[k] for k in logps.argmax(-1)] + ["O"] * (len(words) - kept)
+        assert row["sum_logprob"] == pytest.approx(float(logps.max(-1).values.sum()), rel=1e-5)
+        assert row["truncated"] == (kept < len(words))
+    code, _, err = run(capsys, "predict", TOKENS, "--dataset", "texts.csv", "--out", "tags")
+    assert code != 0  # the folder is there
+
+
 @pytest.mark.parametrize(
     ("command", "kind", "words", "said"),
     [
@@ -151,7 +170,6 @@ def test_words(folder, capsys):
         ("evaluate", TOKENS, ["--reference-column", "note"], "labels not in the label set"),
         ("predict", MULTI, [], "and one of several labels is wanted here"),
         ("predict", REGRESSION, [], "and one of several labels is wanted here"),
-        ("predict", TOKENS, [], "and one of several labels is wanted here"),
     ],
 )
 def test_mistakes_are_named_before_weights_load(folder, capsys, monkeypatch, command, kind, words, said):
