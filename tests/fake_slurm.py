@@ -1,7 +1,7 @@
-"""A scheduler of one machine for tests: `sbatch` and `srun` that start the processes they are asked for.
+"""A scheduler of one machine for tests: `sbatch` and `srun` that start the processes they are asked for, and `squeue`.
 
 A job runs while `sbatch` waits, the tasks of an array two at a time. Environment: JOBS, the folder of states and logs;
-KILL, "PART FILE", an array task that dies once FILE has a line of a shard, as on a lost node.
+KILL, "PART FILE", an array task that dies once FILE has a line of a shard, as on a lost node; FULL, set where jobs wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-KNOWN = {"array", "dependency", "kill-on-invalid-dep", "parsable", "partition"}  # on the command line
+KNOWN = {"array", "comment", "dependency", "kill-on-invalid-dep", "parsable", "partition"}  # on the command line
 DIRECTIVES = KNOWN | {
     "job-name", "gpus-per-task", "cpus-per-task", "mem", "time", "signal", "requeue", "open-mode", "output", "nodes",
     "ntasks-per-node", "gpus-per-node",
@@ -25,7 +25,7 @@ DIRECTIVES = KNOWN | {
 
 def install(folder: Path) -> None:
     """Write the commands to a folder, which goes on the PATH."""
-    for name in ("sbatch", "srun"):
+    for name in ("sbatch", "squeue", "srun"):
         file = folder / name
         file.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
         file.chmod(0o755)
@@ -57,7 +57,8 @@ def sbatch(arguments: list[str]) -> None:
     jobs = Path(os.environ["JOBS"])
     number = len(list(jobs.glob("*.json"))) + 1
     before = options.get("dependency", "").removeprefix("afterok:")
-    ran = not before or json.loads((jobs / f"{before}.json").read_text())["ok"]
+    full = bool(os.environ.get("FULL"))
+    ran = not full and (not before or json.loads((jobs / f"{before}.json").read_text())["ok"])
     environment = {
         "SLURM_JOB_ID": str(number),
         "SLURM_NNODES": "1",
@@ -67,12 +68,21 @@ def sbatch(arguments: list[str]) -> None:
     tasks = [{"SLURM_ARRAY_TASK_ID": task} for task in options["array"].split(",")] if "array" in options else [{}]
     with ThreadPoolExecutor(2) as pool:
         ends = list(pool.map(lambda task: run_task(["bash", *arguments], environment | task), tasks)) if ran else []
-    record = {"script": Path(arguments[0]).name, "options": options, "ran": ran, "ok": ran and all(ends)}
+    record = {"script": Path(arguments[0]).name, "options": options, "ran": ran, "ok": ran and all(ends), "waits": full}
     (jobs / f"{number}.json").write_text(json.dumps(record))
     print(number)
+
+
+def squeue(arguments: list[str]) -> None:
+    """The numbers and comments of the jobs that wait, one a line."""
+    assert arguments == ["--me", "--noheader", "--format=%i %k"]
+    for file in sorted(Path(os.environ["JOBS"]).glob("*.json")):
+        job = json.loads(file.read_text())
+        if job["waits"]:
+            print(file.stem, job["options"].get("comment", "(null)"))
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "srun":
         os.execvp(sys.argv[2], sys.argv[2:])
-    sbatch(sys.argv[2:])
+    {"sbatch": sbatch, "squeue": squeue}[sys.argv[1]](sys.argv[2:])

@@ -68,3 +68,29 @@ def test_a_part_that_dies_is_the_only_one_submitted_again(user, monkeypatch):
     assert shards(folder / "labels") == shards(folder / "whole") != {}
     for job in ("seqkd", "ppo"):
         assert (folder / "runs" / "tiny" / job / "model.safetensors").exists()
+
+
+def test_nothing_is_submitted_twice_while_jobs_wait(tmp_path):
+    """Jobs of another folder, or without a comment, are no obstacle."""
+    jobs, commands = tmp_path / "jobs", tmp_path / "bin"
+    for folder in (jobs, commands):
+        folder.mkdir()
+    fake_slurm.install(commands)
+    own = {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "JOBS": str(jobs), "PARTS": "2", "FULL": "1"}
+
+    def submit(out):
+        command = ["bash", str(ROOT / "recipes/cluster/submit.sh"), "--teacher=t"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | own | {"OUT": out}, capture_output=True, text=True, timeout=100
+        )
+        return done.returncode, done.stderr, len(list(jobs.glob("*.json")))
+
+    (jobs / "1.json").write_text(json.dumps({"waits": True, "options": {}}))
+    assert submit("my labels") == (0, "", 3)
+    code, error, count = submit(f"{tmp_path}/my labels")
+    assert (code, count) == (75, 3)
+    assert error.startswith(f"error: jobs of {tmp_path}/my labels still wait or run: 2 3.") and "scancel 2 3" in error
+    assert submit("my") == (0, "", 5)
+    for number in (2, 3):
+        (jobs / f"{number}.json").unlink()
+    assert submit("my labels")[0] == 0

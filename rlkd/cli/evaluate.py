@@ -13,13 +13,15 @@ from ..models.spec import Dtype
 from . import prompts
 from .models import AllowBin
 
+LENGTHS = {"max_input_tokens": "tokens of an input", "max_new_tokens": "of an answer"}
+
 
 def evaluate(
     context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="A saved generating model, adapter or classifier: a folder or a hub id.")
     ],
-    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
+    dataset: prompts.Dataset,
     input_column: Annotated[str, typer.Option(help="Column that the model reads.")],
     out: Annotated[Path, typer.Option(help="Folder for the numbers and the answers; `rlkd compare` reads it.")],
     metric: Annotated[
@@ -46,11 +48,16 @@ def evaluate(
         str | None, typer.Option(help="Also regret and log-probability under this teacher, and the match with it.")
     ] = None,
     templates: Annotated[list[str] | None, typer.Option(help="What the teacher reads; repeatable.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Generating models: maximum length of an answer, in tokens. Default: as in training, or 64.", min=1
+        ),
+    ] = None,
     max_input_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Maximum length of an input, in tokens. Default: 512, or as many as a classifier has positions.", min=1
+            help="Maximum length of an input, in tokens. Default: as in training, or 512, or all positions.", min=1
         ),
     ] = None,
     batch_rows: Annotated[int, typer.Option(help="Inputs that are answered together.", min=1)] = 64,
@@ -99,13 +106,19 @@ def evaluate(
     request = {name: value for name, value in context.params.items() if name not in ("as_json", "quiet", "out")}
     found = run(request, out, quiet=quiet or as_json)
     intervals = _intervals(found.numbers, found.per_row)
-    record = {"rows": found.rows, "numbers": found.numbers, "intervals": intervals, "speed": found.speed}
+    record = {
+        "rows": found.rows,
+        "limits": found.limits,
+        "numbers": found.numbers,
+        "intervals": intervals,
+        "speed": found.speed,
+    }
     record |= found.classes
     write_text(out / "evaluation.json", json.dumps(record, indent=2) + "\n")
     if as_json:
         typer.echo(json.dumps({**record, "folder": str(out)}))
     elif not quiet:
-        _show({**found.numbers, **found.speed}, intervals, found.rows, found.classes)
+        _show({**found.numbers, **found.speed}, intervals, _title(found.rows, found.limits), found.classes)
         typer.echo(out)
 
 
@@ -124,8 +137,14 @@ def _intervals(numbers: dict[str, float], per_row: dict[str, list[float]]) -> di
     return found
 
 
+def _title(rows: int, limits: dict[str, int]) -> str:
+    """As '500 rows; at most 512 tokens of an input, 64 of an answer'."""
+    cuts = [f"{limits[name]} {of}" for name, of in LENGTHS.items() if name in limits]
+    return f"{rows} rows; at most {', '.join(cuts)}"
+
+
 def _show(
-    numbers: dict[str, float], intervals: dict[str, tuple[float, float]], rows: int, classes: dict[str, Any]
+    numbers: dict[str, float], intervals: dict[str, tuple[float, float]], title: str, classes: dict[str, Any]
 ) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -137,7 +156,7 @@ def _show(
         low_high = intervals.get(name)
         return f"{numbers[name]:.4g}" + (f" [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else "")
 
-    table = Table("", *(("all rows",) if classes else ("greedy", "sampled")), title=f"{rows} rows")
+    table = Table("", *(("all rows",) if classes else ("greedy", "sampled")), title=title)
     for name in (name for name in numbers if not name.startswith("sample_")):
         table.add_row(name, cell(name), *(() if classes else (cell(f"sample_{name}"),)))
     console = Console(width=100, highlight=False)

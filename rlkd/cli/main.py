@@ -17,8 +17,22 @@ from ..models.spec import Dtype, Quantization
 from ..sampling.engines.protocol import Strategy
 from ..sampling.engines.registry import engine_names
 from ..settings.parsing import run_main
-from ..settings.paths import refuse_missing_paths
-from . import config, data, distill, evaluate, models, predict, probe, prompts, report, rewards, train, vocabulary
+from ..settings.paths import refuse_missing_paths, refuse_remote_paths
+from . import (
+    config,
+    data,
+    distill,
+    estimate,
+    evaluate,
+    models,
+    predict,
+    probe,
+    prompts,
+    report,
+    rewards,
+    train,
+    vocabulary,
+)
 from .models import AllowBin
 
 app = typer.Typer(
@@ -37,6 +51,7 @@ app.command()(probe.probe)
 app.command("report")(report.report)
 app.command("compare")(report.compare)
 app.command("distill", context_settings=distill.PASS_ON)(distill.distill)
+app.command("estimate", context_settings=estimate.PASS_ON)(estimate.estimate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("merge-adapter")(models.merge_adapter)
@@ -73,7 +88,7 @@ def _root(
 def generate_pseudolabels(
     context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher: a local folder or a hub id.")],
-    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
+    dataset: prompts.Dataset,
     input_column: Annotated[str, typer.Option(help="Column with the raw input that the student reads.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     templates: Annotated[
@@ -219,8 +234,8 @@ def main(argv: list[str] | None = None) -> None:
 def _run(argv: list[str] | None) -> None:
     """The command. Its usage errors repeat what was typed, and are redacted."""
     given = sys.argv[1:] if argv is None else argv
-    if given[:1] != ["config"]:  # which checks settings alone
-        refuse_missing_paths(given)
+    # `config` checks settings alone.
+    (refuse_remote_paths if given[:1] == ["config"] else refuse_missing_paths)(given)
     try:
         code = app(args=argv, prog_name="rlkd", standalone_mode=False)
     except UsageError as error:

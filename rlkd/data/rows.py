@@ -21,6 +21,7 @@ import pyarrow as pa
 from ..checks import check_choice
 from ..choices import OnBadRow
 from ..errors import DataError, nearest
+from ..io.remote import local_copy
 from .columns import UNREAD, Columns
 from .files import SUFFIXES, allowed_sources, is_pattern, open_local
 from .readers import FILE, Reader
@@ -95,7 +96,7 @@ def local_path(
     source: str, *, split: str = "train", subset: str | None = None, revision: str | None = None
 ) -> Path | None:
     """The path of a local source, None for a hub id. Raises DataError if it is neither, or local with hub settings."""
-    path = Path(source).expanduser()
+    path = local_copy(source)
     if path.exists() or is_pattern(path):
         if subset or revision or "[" in split:
             raise DataError(

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, RlkdError
+from .urls import refuse_remote
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -52,6 +53,7 @@ def append_text(path: Path, text: str) -> None:
 
 def check_folder(path: Path) -> None:
     """Raise ConfigError unless `path` is a folder that can be written, or can be made one. Nothing is created."""
+    refuse_remote(path)
     found = path
     while not os.path.lexists(found) and found != found.parent:
         found = found.parent
@@ -68,6 +70,7 @@ def check_folder(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Create a folder, and those above it. Raises as `check_folder` does, and RlkdError if the disk is full."""
+    refuse_remote(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from .files import check_folder
+from .urls import refuse_remote
 
 # What people keep next to results: logs and settings.
 BESIDE = ("*.log", "*.out", "*.err", "*.txt", "*.yaml", "*.yml", "*.sh", ".*")
@@ -47,7 +48,8 @@ def write_page(path: Path, text: str) -> None:
 
 
 def check_page(path: Path) -> None:
-    """Raise ConfigError if a page at `path` would replace a file that is none of ours."""
+    """Raise ConfigError if a page at `path` would replace a file that is none of ours, or is a URL."""
+    refuse_remote(path, "--out")
     if path.is_file() and GENERATOR.encode() not in _head(path):
         raise ConfigError(f"--out {path} exists and is not a page of rlkd. Name another file.")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import Count, Natural, Share, check_settings
@@ -18,6 +17,7 @@ from ..errors import ConfigError, DataError
 from ..evaluation.evaluator import TaskMetric
 from ..evaluation.task_metrics import check_task_metric, references_of, task_metric_of
 from ..evaluation.task_reward import TaskReward
+from ..io.remote import local_copy
 from ..labels.makers import differences
 from ..labels.store import load_pseudolabels
 from ..models.signals import SignalSource
@@ -321,7 +321,7 @@ def load_data(
 
 def split_source(data: DataArguments, dataset: str, split: str, limit: int | None) -> RowSource:
     """The rows of a split; a local source whose files are not named by split has one."""
-    path = Path(dataset).expanduser()
+    path = local_copy(dataset)
     local = path.exists() or is_pattern(dataset)
     return RowSource(
         dataset,
@@ -343,7 +343,7 @@ def _labels(data: DataArguments, reading: Reading, train: RowSource, same_templa
     student = reading.student_template
     settings = {"input": reading.input_column, "row_map": reading.row_map.to_json(),
                 "student_template": student.source if student else None}  # fmt: skip
-    if Path(data.dataset).exists() or is_pattern(data.dataset):
+    if local_copy(data.dataset).exists() or is_pattern(data.dataset):
         settings |= {"sha256": train.stream(()).identity()["sha256"]}
     found = differences(labels, dataset=data.dataset, templates=reading.templates, settings=settings)
     if same_templates:

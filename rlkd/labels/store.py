@@ -18,6 +18,7 @@ from ..data.rows import read_parquet
 from ..errors import DataError
 from ..io.files import write_durably
 from ..io.provenance import attach
+from ..io.remote import local_copy
 from ..records import PseudoLabel
 from .integrity import STATUSES, finished_manifest, shard_problem
 from .integrity import damage as damage
@@ -109,7 +110,7 @@ def load_pseudolabels(path: str | Path, *, statuses: tuple[str, ...] | None = ("
     Raises: DataError if the run is unfinished, its log is damaged or has gaps, a shard is missing or differs from its
     checksum, or columns are missing.
     """
-    folder = Path(path)
+    folder = local_copy(str(path))
     manifest = finished_manifest(folder)
     shards = [manifest.shards[k] for k in sorted(manifest.shards)]
     for shard in shards:

@@ -204,10 +204,13 @@ def _adapted_and_shared(model: Any) -> str | None:
     """The name of an adapted part whose weights another part of the PEFT model has too, None if there is none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    places = Counter(weight.data_ptr() for _, weight in model.named_parameters(remove_duplicate=False))
+    def place(weight: Any) -> int:
+        return weight.data_ptr() or id(weight)  # 0 without memory
+
+    places = Counter(place(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         adapted: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
-        if hasattr(adapted, "weight") and places[adapted.weight.data_ptr()] > 1:
+        if hasattr(adapted, "weight") and places[place(adapted.weight)] > 1:
             return name
     return None
 

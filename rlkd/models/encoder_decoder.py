@@ -110,7 +110,7 @@ class EncoderDecoder(TransformersModel):
         self.positions.check(prompt=input_ids.shape[1])
         return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long(), **options)
 
-    def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
+    def prompt_states(self, prompts: list[list[int]], batch_tokens: int | None = 4096) -> list[Tensor]:
         """Encoder states [P_i, D] of each prompt, batched by length so that little padding is encoded."""
         check_prompts(prompts, self.config.vocab_size)
         states: list[Tensor | None] = [None] * len(prompts)
@@ -168,7 +168,7 @@ class EncoderDecoder(TransformersModel):
         )
 
     def answer_hidden(
-        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096
+        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int | None = 4096
     ) -> Tensor:
         """As in LanguageModel."""
 
@@ -241,3 +241,13 @@ def output_scale(config: Any) -> float:
         return 1.0
     scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
     return config.d_model**-0.5 if scaled else 1.0
+
+
+def separate_head(model: Any) -> None:
+    """Give a model that was made of its configuration the head that trained ones of its kind have: v1.1, Flan, T0 and
+    mT5 have one of their own, and T5Config ties it all the same.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    untied = model.config.model_type in T5_FAMILY and output_scale(model.config) == 1.0
+    if untied and head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, ModelError, nearest
+from ..io.urls import refuse_remote
 
 DATA = {"data", "test_data", "dataset", "eval_dataset", "train_file", "dev_file", "test_files"}
 FOLDERS = {"pseudo_labels", "content_free_labels", "templates_dir"}
 MODELS = {"teacher", "student", "model_name_or_path", "student_pretrained"}
 NAMES = DATA | FOLDERS | MODELS
+READ = DATA | {"pseudo_labels", "content_free_labels"}  # from object storage, too
 FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|gz|zst)$", re.IGNORECASE)
 LINE = re.compile(r"^(\w+):[ \t]+['\"]?([^'\"#\n]+?)['\"]?[ \t]*(?:#.*)?$", re.MULTILINE)
 LARGEST_FILE = 2**20
@@ -21,10 +23,26 @@ _BESIDE, _INSIDE = (Path(__file__).resolve().parents[i] / "recipes" for i in (2,
 RECIPES = _BESIDE if _BESIDE.is_dir() else _INSIDE
 
 
+def refuse_remote_paths(argv: list[str] | None = None) -> None:
+    """Raise ConfigError for the first word or setting that names object storage and is no input that is read from it.
+    argv: by default the command line.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    found = [(name, value) for name, value in _flags(words) if name != "config"]
+    files = [config_file(value) for name, value in _flags(words) if name == "config"]
+    found += [setting for file in files if file.is_file() for setting in _lines(file).items()]
+    after_flag = {i + 1 for i, word in enumerate(words) if word.startswith("--") and "=" not in word}
+    found += [("path", word) for i, word in enumerate(words) if i not in after_flag and not word.startswith("-")]
+    for name, value in found:
+        if name not in READ and not value.lower().startswith(("http://", "https://")):
+            refuse_remote(value, name)
+
+
 def refuse_missing_paths(argv: list[str] | None = None) -> None:
     """Raise the error of the first setting that names a file or folder that is not there. What may be a name on the hub
-    is left to the loaders. argv: by default the command line.
+    is left to the loaders. argv: by default the command line. Raises as `refuse_remote_paths`, too.
     """
+    refuse_remote_paths(argv)
     given: dict[str, str] = {}
     for name, value in _flags(sys.argv[1:] if argv is None else argv):
         if name == "config":
