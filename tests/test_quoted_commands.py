@@ -154,6 +154,8 @@ def world(tmp_path_factory) -> Path:
     )
     (folder / "news.csv").write_text("body,topic\n" + "".join(f"{n['note']},{i % 4}\n" for i, n in enumerate(notes)))
     shutil.copy(tiny / "labelled.csv", folder / "reviews.csv")
+    words = [note["note"].split() for note in notes]
+    _write(folder / "news.jsonl", [{"tokens": own, "ner_tags": ["B-X", *"O" * (len(own) - 1)]} for own in words])
     (folder / "topics.csv").write_text(
         "text,label\n" + "".join(f"{i} x,{('a;b', 'a', '')[i % 3]}\n" for i in range(60))
     )

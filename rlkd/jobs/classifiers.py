@@ -33,7 +33,7 @@ LONGEST = 512  # tokens of a text, where the model has as many positions and not
 @dataclass(frozen=True)
 class SavedClassifier:
     """A classifier whose configuration and tokenizer fit; classes, the names of its logits; max_length, tokens of a
-    text; problem_type, what its outputs are.
+    text.
     """
 
     name: str
@@ -41,7 +41,6 @@ class SavedClassifier:
     tokenizer: Any
     classes: tuple[str, ...]
     max_length: int
-    problem_type: ProblemType = "single_label_classification"
     allow_bin: bool = False
 
     @classmethod
@@ -76,7 +75,12 @@ class SavedClassifier:
         check_length(length, config, f"model '{name}'")
         check_saved_weights(name, "model", allow_bin=allow_bin)
         names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-        return cls(name, config, tokenizer, names, length, problem, allow_bin)
+        return cls(name, config, tokenizer, names, length, allow_bin)
+
+    @property
+    def problem_type(self) -> ProblemType:
+        """What its outputs are."""
+        return problem_of(self.config)
 
     def load(self) -> Any:
         """The model in float32 on the default device, for evaluation. Raises ModelError as `load_pretrained`."""

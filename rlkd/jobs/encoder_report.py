@@ -175,6 +175,12 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
     for line in warnings_of(summary):
         console.print(f"WARNING: {line}", soft_wrap=True, markup=False)
     kind = summary.get("problem_type", "single_label_classification")
+    _show_conditions(summary, kind, console)
+
+
+def _show_conditions(summary: dict[str, Any], kind: ProblemType, console: Console) -> None:
+    """How the numbers came about, and where the models are."""
+    student, majority = summary["student"], summary["majority"]
     every = "word" if PROBLEMS[kind].of_words else "row"
     console.print(
         f"majority: '{majority['label']}', {CONSTANTS[kind]}, for every {every}", soft_wrap=True, markup=False
@@ -200,7 +206,7 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
         console.print(f"ONNX: {onnx.pop('folder')}, {Agreement(**onnx)}", soft_wrap=True)
     if "labels_of_teacher" in summary:
         console.print(f"teacher: {_in_words(summary['labels_of_teacher'])}", soft_wrap=True)
-    teacher = f", teacher: {summary['teacher']['folder']}" if ratios else ""
+    teacher = f", teacher: {summary['teacher']['folder']}" if "teacher" in summary else ""
     loads = f"AutoModel{head_for(kind)}"
     console.print(f"student: {student['folder']} ({loads}){teacher}", soft_wrap=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from ..labels.classes import ClassifierEngine, ClassifierReader, ClassLabeller
+from ..labels.classes import ClassifierEngine, ClassifierReader, ClassLabeller, TagLabeller
 from ..labels.folder import check_output
 from ..labels.maintenance import part_of
 from ..labels.options import RunOptions
@@ -37,7 +37,9 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
     classifier = SavedClassifier.of(request)
     if classifier is not None:
         refuse_options(request, GENERATING_ONLY, "a classifier")
-        check_problem(classifier.config, "model", "single_label_classification", classifier.name)
+        tags = classifier.problem_type == "token_classification"
+        if not tags:
+            check_problem(classifier.config, "model", "single_label_classification", classifier.name)
     spec = None if classifier is not None else _generating(request)
     tokenizer = (classifier or spec).tokenizer  # type: ignore[union-attr]
     warn_of_training(request)
@@ -55,7 +57,7 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
             decoding=None,
             options=options,
             make_engine=lambda: cast(Engine, ClassifierEngine(found.load(), found.classes)),
-            kind=ClassLabeller,
+            kind=TagLabeller if tags else ClassLabeller,
         )
     assert spec is not None
     decoding = Decoding("greedy", with_lengths(request)["max_new_tokens"])

@@ -1,4 +1,6 @@
-"""A classifier as the maker of label rows: the label is the most probable class, the ranked choices are the classes."""
+"""A classifier as the maker of label rows: the label is the most probable class, the ranked choices are the classes; of
+a classifier of words, the label is the tags.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from ..data.labelled import EncodedTexts
+from ..data.words import UNREAD, EncodedWords, label_logits
 from ..models.digests import configuration_digest, weights_digest
 from ..records import PromptedRow, PseudoLabel
 from ..sampling.engines.protocol import Answer
@@ -105,3 +108,37 @@ class ClassLabeller(Labeller):
                 answer = Answer([], [values[best]], True)
                 labels[slot.position] = self._label(slot, 0, answer, engine.classes[best], **ranked)
             self.advance(len(numbers), 0)
+
+
+class TagLabeller(ClassLabeller):
+    """Makes label rows of the tags of a text's words, which are what spaces separate: one tag for each word, with
+    spaces between; O for a word that the classifier does not read, and the row is truncated then.
+    """
+
+    def _classify(self, slots: list[Slot], labels: dict[int, PseudoLabel]) -> None:
+        engine = cast(ClassifierEngine, self.engine)
+        words = [str(slot.row.prompts[0].text).split() for slot in slots]
+        length = self.teacher.max_input_tokens
+        rows = [{"words": own} for own in words]
+        encoded = EncodedWords(rows, self.teacher.tokenizer, length, len(engine.classes))
+        for slot, ids, unread in zip(slots, encoded.ids["input_ids"], encoded.unread, strict=True):
+            slot.ids, slot.truncated = ids, unread > 0
+        for numbers, batch in encoded.collated(max(self.budget.tokens // max(encoded.lengths), 1)):
+            if self.stopping():
+                raise StoppedError({})
+            best, tags = self._tags(batch)
+            logps = [[x for x, start in zip(*pair, strict=True) if start != UNREAD]
+                     for pair in zip(best, batch["words"].tolist(), strict=True)]  # fmt: skip
+            self._check_finite([slots[k] for k in numbers], logps)
+            for k, values, found in zip(numbers, logps, tags, strict=True):
+                text = " ".join(engine.classes[tag] for tag in found[: len(words[k])])
+                labels[slots[k].position] = self._label(slots[k], 0, Answer([], values, True), text)
+            self.advance(len(numbers), 0)
+
+    @torch.inference_mode()
+    def _tags(self, batch: dict[str, torch.Tensor]) -> tuple[list[list[float]], list[list[int]]]:
+        """Of every word, the natural log-probability of its tag and the tag, two lists of [B, W]."""
+        engine = cast(ClassifierEngine, self.engine)
+        inputs = {name: tensor.to(engine.model.device) for name, tensor in batch.items()}
+        best = label_logits(engine.model, inputs, engine.classes).double().log_softmax(-1).max(-1)
+        return best.values.tolist(), best.indices.tolist()

@@ -12,7 +12,8 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 
 from rlkd.cli.main import main
-from rlkd.report.reading import read_side_by_side
+from rlkd.labels.store import load_pseudolabels
+from rlkd.report.reading import read_arms
 from tiny import TAGS, classifier_tokenizer, first_tokens, save_pretrained, tagged_rows, tiny_classifier
 from tiny import tiny_tagger as tagger
 
@@ -55,11 +56,12 @@ def run(capsys, command, kind, *words):
 
 
 def evaluated(capsys, kind, *words):
-    options = ("--reference-column", "gold", "--out", f"runs/{kind}", "--json", *words)
-    code, out, err = run(capsys, "evaluate", kind, *options)
+    """evaluation.json, the lines of held_out.jsonl, and the screen."""
+    out = Path("runs", kind)
+    code, screen, err = run(capsys, "evaluate", kind, "--reference-column", "gold", "--out", str(out), *words)
     assert code == 0, err
-    lines = [json.loads(line) for line in Path(f"runs/{kind}/held_out.jsonl").read_text().splitlines()]
-    return json.loads(out), lines
+    lines = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    return json.loads((out / "evaluation.json").read_text()), lines, screen
 
 
 def forward(model, texts):
@@ -71,7 +73,8 @@ def forward(model, texts):
 def test_several_labels(folder, capsys):
     from transformers import AutoModelForSequenceClassification
 
-    found, lines = evaluated(capsys, MULTI)
+    found, lines, screen = evaluated(capsys, MULTI)
+    assert "each class" in screen
     kept = [(text, gold) for text, gold in zip(TEXTS, LABELS, strict=True) if gold is not None]
     logits = forward(AutoModelForSequenceClassification.from_pretrained(MULTI), [text for text, _ in kept])
     guess = np.array(logits) > 0
@@ -90,7 +93,7 @@ def test_several_labels(folder, capsys):
     names = ["" if gold is None else ";".join("aeg"[k] for k in gold) or "?" for gold in LABELS]
     rows = [f"{text},{name}" for text, name in zip(TEXTS, names, strict=True) if name not in ("", "?")]
     Path("rows.csv").write_text("note,gold\n" + "\n".join(rows) + "\n")
-    again, _ = evaluated(capsys, MULTI, "--dataset", "rows.csv", "--label-separator", ";", "--overwrite")
+    again, *_ = evaluated(capsys, MULTI, "--dataset", "rows.csv", "--label-separator", ";", "--overwrite")
     labelled = [bool(row.any()) for row in true]
     assert again["numbers"]["micro_f1"] == pytest.approx(f1_score(true[labelled], guess[labelled], average="micro"))
 
@@ -98,7 +101,8 @@ def test_several_labels(folder, capsys):
 def test_numbers(folder, capsys):
     from transformers import AutoModelForSequenceClassification
 
-    found, lines = evaluated(capsys, REGRESSION)
+    found, lines, screen = evaluated(capsys, REGRESSION)
+    assert ("pearson" in screen, "each class" in screen) == (True, False)
     kept = [(text, gold) for text, gold in zip(TEXTS, NUMBERS, strict=True) if gold is not None]
     outputs = np.array(forward(AutoModelForSequenceClassification.from_pretrained(REGRESSION), [t for t, _ in kept]))
     true = np.array([gold for _, gold in kept])
@@ -110,15 +114,14 @@ def test_numbers(folder, capsys):
     low, high = found["intervals"]["mean_squared_error"]
     assert low < found["numbers"]["mean_squared_error"] < high
     assert "classes" not in found
-    code, out, _ = run(capsys, "evaluate", REGRESSION, "--reference-column", "gold", "--out", "runs/again")
-    assert (code, "pearson" in out, "each class" in out) == (0, True, False)
-    assert len(read_side_by_side([Path(f"runs/{REGRESSION}"), Path("runs/again")])) == 2
+    assert len(read_arms(Path(f"runs/{REGRESSION}"))) == 1
 
 
 def test_words(folder, capsys):
     from seqeval.metrics import f1_score as entity_f1
 
-    found, lines = evaluated(capsys, TOKENS, "--max-input-tokens", "8")
+    found, lines, screen = evaluated(capsys, TOKENS, "--max-input-tokens", "8")
+    assert "each type of entity" in screen
     data = tagged_rows(20)
     guesses = []
     for row, logits in zip(data, forward(tagger(), [" ".join(row["words"]) for row in data]), strict=True):
@@ -138,8 +141,24 @@ def test_words(folder, capsys):
     assert found["warnings"] == [
         f"{cut} of {words} words are not read (beyond 8 tokens, or without a token), and are predicted as O"
     ]
-    code, out, _ = run(capsys, "evaluate", TOKENS, "--reference-column", "gold", "--out", "runs/again")
-    assert (code, "each type of entity" in out) == (0, True)
+
+
+def test_tags_are_predicted_for_the_words_between_spaces(folder, capsys):
+    texts = ["a b  z", " ", "c d e f g h i"]
+    Path("texts.csv").write_text("note\n" + "".join(f'"{text}"\n' for text in texts))
+    code, _, err = run(capsys, "predict", TOKENS, "--dataset", "texts.csv", "--out", "tags", "--max-input-tokens", "6")
+    assert code == 0, err
+    rows = list(load_pseudolabels("tags", statuses=("ok", "skipped")))
+    assert [row["status"] for row in rows] == ["ok", "skipped", "ok"]
+    for row, text, kept in ((rows[0], texts[0], 3), (rows[2], texts[2], 4)):
+        words = text.split()
+        (logits,) = forward(tagger(), [" ".join(words[:kept])])
+        logps = torch.from_numpy(logits[1:-1]).log_softmax(-1)
+        assert row["label"].split() == [TAGS[k] for k in logps.argmax(-1)] + ["O"] * (len(words) - kept)
+        assert row["sum_logprob"] == pytest.approx(float(logps.max(-1).values.sum()), rel=1e-5)
+        assert row["truncated"] == (kept < len(words))
+    code, _, err = run(capsys, "predict", TOKENS, "--dataset", "texts.csv", "--out", "tags")
+    assert code != 0  # the folder is there
 
 
 @pytest.mark.parametrize(
@@ -151,7 +170,6 @@ def test_words(folder, capsys):
         ("evaluate", TOKENS, ["--reference-column", "note"], "labels not in the label set"),
         ("predict", MULTI, [], "and one of several labels is wanted here"),
         ("predict", REGRESSION, [], "and one of several labels is wanted here"),
-        ("predict", TOKENS, [], "and one of several labels is wanted here"),
     ],
 )
 def test_mistakes_are_named_before_weights_load(folder, capsys, monkeypatch, command, kind, words, said):

@@ -51,6 +51,9 @@ def test_two_tokenizers_read_the_words_that_both_read():
         [start != UNREAD for start in row] for row in other.starts
     ]
     assert one.unread == [2, 1]
+    longer, shorter = encoded(length=16), encoded(length=5)
+    read_the_same_words(shorter, longer)
+    assert longer.unread == shorter.unread == [2, 1]
     with pytest.raises(DataError, match="row 0: the tokenizer has a token for none of its words"):
         read_the_same_words(encoded([{"words": [" "]}]), encoded([{"words": ["a"]}]))
 

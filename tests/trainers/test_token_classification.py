@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from test_tkd import make, one_batch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForTokenClassification, pipeline
 
 from rlkd.data.labelled import model_inputs
@@ -141,6 +142,19 @@ def test_a_teacher_that_is_cached_or_has_another_tokenizer_teaches_the_same(tmp_
                         teacher_cache=cache)  # fmt: skip
         other.open_teacher_cache()
         torch.testing.assert_close(other.compute_loss(other.model, one_batch(other, 12)), expected)
+
+
+def test_a_teacher_reads_words_where_its_own_tokenizer_has_them(tmp_path):
+    """Here one token later: its texts begin with two special tokens."""
+    other = classifier_tokenizer(["<pad>", "[CLS]", "[SEP]", "<unk>", *LETTERS[::-1]])
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] [SEP] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    one = trainer(tmp_path, other=other)
+    read = other([" ".join(row["words"]) for row in rows()[:4]], padding=True, return_tensors="pt")
+    logits = one.teacher(**read).logits
+    expected = [logits[i, place + 1] for i, row in enumerate(rows()[:4]) for place in first_tokens(row)]
+    torch.testing.assert_close(one.teacher_outputs(one_batch(one), {"logits"}).logits, torch.stack(expected))
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):

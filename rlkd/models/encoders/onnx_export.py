@@ -94,8 +94,8 @@ def _load(name: str, config: Any, allow_bin: bool) -> Any:
     kinds = config.architectures or []
     if head_of(config) is None:
         raise ModelError(
-            f"'{name}' is a {', '.join(kinds) or 'model without a head'}, not a sequence or token classifier. Models "
-            "that generate: rlkd export --to ctranslate2."
+            f"'{name}' is a {', '.join(kinds) or 'model without a head'}, not a sequence classifier or token "
+            "classifier. Models that generate: rlkd export --to ctranslate2."
         )
     model = load_pretrained(auto_class(config), name, "model", config=config, dtype=torch.float32, allow_bin=allow_bin)
     return model.eval()
