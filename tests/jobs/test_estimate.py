@@ -162,6 +162,18 @@ def recipe(tmp_path, monkeypatch):
     return run
 
 
+def without_rehearsal(monkeypatch):
+    """Memory is not estimated, which takes seconds."""
+
+    def phases(self):
+        self.operations["update"] = 10**12
+        return [Phase("update", {"student": 10**6})]
+
+    monkeypatch.setattr(Rehearsal, "phases", phases)
+    monkeypatch.setattr(Rehearsal, "saved", lambda self: (1, 1))
+    monkeypatch.setattr(Rehearsal, "parameters", lambda self: {})
+
+
 def test_no_weights_are_read_and_a_part_that_is_not_there_is_not_counted(recipe, capsys):
     for weights in Path("models").rglob("*.safetensors"):
         weights.unlink()
@@ -200,10 +212,7 @@ def test_updates_are_those_of_the_trainer(tmp_path, rows, batch, accumulation, e
 
 
 def test_rows_are_counted_where_they_are_and_asked_for_where_not(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(Rehearsal, "phases", lambda self: [Phase("update", {"student": 1})])
-    monkeypatch.setattr(Rehearsal, "operations", {"update": 10**12}, raising=False)
-    monkeypatch.setattr(Rehearsal, "saved", lambda self: (1, 1))
-    monkeypatch.setattr(Rehearsal, "parameters", lambda self: {})
+    without_rehearsal(monkeypatch)
     found, _, _ = recipe(capsys, max_steps=-1, num_train_epochs=2, eval_fraction=0.1, rollouts_per_prompt=2)
     assert found["updates"] == 19 // 4 * 4 * 2  # batches of 4 prompts, four updates on each
     found, _, _ = recipe(capsys, max_steps=-1, dataset="owner/name")
@@ -213,7 +222,8 @@ def test_rows_are_counted_where_they_are_and_asked_for_where_not(recipe, capsys,
     assert found["hours"] == pytest.approx(40 * found["operations"] / 1e12 / 3600)
 
 
-def test_a_few_updates_are_timed_and_nothing_of_them_is_kept(recipe, capsys):
+def test_a_few_updates_are_timed_and_nothing_of_them_is_kept(recipe, capsys, monkeypatch):
+    without_rehearsal(monkeypatch)
     found, code, _ = recipe(capsys, flags=["--measure", "2"])
     assert code == 0 and found["seconds_per_update"] > 0 and not Path("out").exists()
     assert found["hours"] == pytest.approx(8 * found["seconds_per_update"] / 3600)
@@ -223,15 +233,16 @@ def test_a_few_updates_are_timed_and_nothing_of_them_is_kept(recipe, capsys):
     ("flags", "name", "settings", "words"),
     [
         ([], "mine.yaml", {}, "which job of `rlkd train` is it for"),
-        (["--device-memory", "0.000001"], "ppo_mine.yaml", {}, "the training needs .* GB in the phase"),
+        (["--device-memory", "0.000001"], "ppo_mine.yaml", {}, "the training needs 0.0 GB in the phase"),
         (["--tflops", "1", "--measure", "1"], "ppo_mine.yaml", {}, "both give a speed"),
         ([], "ppo_mine.yaml", {"load_in_4bit": True}, "quantized weights is not estimated"),
     ],
 )
-def test_errors_are_one_line(recipe, capsys, flags, name, settings, words):
+def test_errors_are_one_line(recipe, capsys, monkeypatch, flags, name, settings, words):
+    without_rehearsal(monkeypatch)
     _, code, error = recipe(capsys, name, flags, **settings)
     assert code == ConfigError.exit_code
-    assert error.startswith("error: ") and words.split(" .* ")[0] in error and error.count("\n") == 1
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
 
 
 def test_a_model_that_does_not_run_without_weights_is_said(tmp_path, monkeypatch):
