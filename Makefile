@@ -1,5 +1,6 @@
 # make quickstart   the main job on the embedded default task (no downloads), in an environment made here
 # make test         the tests
+# make docs         the documentation site, in build/docs
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -7,7 +8,7 @@ ARGS ?=
 # A machine with a GPU keeps the torch that pip chooses; one without takes the CPU build.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: quickstart test test-all test-faults lint docker-check notebooks clean
+.PHONY: quickstart test test-all test-faults lint docker-check notebooks docs clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python recipes/quickstart.py $(ARGS)
@@ -40,6 +41,10 @@ docker-check: $(VENV)/.installed-dev
 # Every notebook from top to bottom.
 notebooks: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest tests/test_notebooks.py -n 0 -m "slow or not slow" --durations 0
+
+# Warnings are errors: links that lead nowhere, pages in no table of contents, names that are gone.
+docs: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m sphinx -W --keep-going -b html docs build/docs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -16,6 +16,7 @@ checkpoints.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ import torch
 from overhead import number_tokenizer
 from transformers.utils import logging
 
-from common import arguments, interleave, repetitions, report, show
+from common import arguments, interleave, layers, repetitions, report, show
 from rl_step import EOS, VALID_VOCAB, t5
 from rlkd.models.architectures import language_model
 from rlkd.models.teacher import Teacher
@@ -73,16 +74,16 @@ ON_POLICY = ("opd", "reinforce")  # a rollout batch for every update
 class Arm:
     """A trainer whose updates are taken one by one."""
 
-    def __init__(self, name: str, folder: str, examples: list[Example], labels: list[dict[str, Any]], seed: int):
+    def __init__(self, name: str, folder: str, examples: list[Example], labels: list[dict[str, Any]], args: Namespace):
         trainer, settings, options = ARMS[name]
-        torch.manual_seed(seed)
-        student, teacher, tokenizer = t5(STUDENT), t5(TEACHER), number_tokenizer()
+        torch.manual_seed(args.seed)
+        student, teacher, tokenizer = t5(layers(args, STUDENT)), t5(layers(args, TEACHER)), number_tokenizer()
         with torch.no_grad():  # hardly an answer ends by itself: rollouts are as long as labels
             student.shared.weight[EOS] = -4 * student.shared.weight.mean(0)
         supervised, mixed = settings is SupervisedArguments, settings is GKDArguments
         arguments = settings(
             output_dir=str(Path(folder) / name), use_cpu=True, disable_tqdm=True, per_device_train_batch_size=ROWS,
-            max_input_tokens=PROMPT, max_new_tokens=ANSWER, learning_rate=0.0, save_strategy="no", seed=seed,
+            max_input_tokens=PROMPT, max_new_tokens=ANSWER, learning_rate=0.0, save_strategy="no", seed=args.seed,
             **({} if supervised or mixed else {"weak_start": "ignore"}), **options,
         )  # fmt: skip
         given = {"train_dataset": labels} if supervised else {"train_examples": examples}
@@ -151,7 +152,7 @@ def main() -> None:
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
     with TemporaryDirectory() as folder:
-        arms = {name: Arm(name, folder, examples, labels, args.seed) for name in ARMS}
+        arms = {name: Arm(name, folder, examples, labels, args) for name in ARMS}
         for arm in arms.values():
             arm.encode(prompts)
             if not args.once:

@@ -32,6 +32,11 @@ def repetitions(args: argparse.Namespace, *, quick: int, full: int) -> int:
     return 1 if args.once else quick if args.quick else full
 
 
+def layers(args: argparse.Namespace, shape: Mapping[str, int]) -> dict[str, int]:
+    """The shape of a model: with a single layer under --once."""
+    return {**shape, "num_layers": 1} if args.once else dict(shape)
+
+
 def cpu_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     """CPU seconds of one call (user and system, so page faults count) and its result."""
     start = time.process_time()

@@ -10,6 +10,7 @@ every step does the same work. A checkpoint is whatever the trainer writes when 
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from common import arguments, repetitions, report, show
+from common import arguments, layers, repetitions, report, show
 from rl_step import EOS, STUDENT, VALID_VOCAB, t5
 from rlkd.models.architectures import language_model
 from rlkd.models.teacher import Teacher
@@ -106,12 +107,13 @@ class Turns(TrainerCallback):
         control.should_save = self.VARIANTS[(state.global_step - 1) % 3] == "saved"
 
 
-def build(folder: str, steps: int, seed: int) -> ReinforceTrainer:
+def build(folder: str, steps: int, args: Namespace) -> ReinforceTrainer:
     """The trainer, on prompts and answers of fixed lengths."""
-    random = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(EOS + 1, VALID_VOCAB, (ROWS, PROMPT - 1), generator=random)
+    rows = 2 if args.once else ROWS
+    random = torch.Generator().manual_seed(args.seed)
+    prompts = torch.randint(EOS + 1, VALID_VOCAB, (rows, PROMPT - 1), generator=random)
     texts = [" ".join(map(str, [*row, EOS])) for row in prompts.tolist()]
-    student, teacher = t5(STUDENT), t5(STUDENT)
+    student, teacher = t5(layers(args, STUDENT)), t5(layers(args, STUDENT))
     with torch.no_grad():  # no answer ends by itself
         student.shared.weight[EOS] = -4 * student.shared.weight.mean(0)
     settings = ReinforceArguments(
@@ -119,7 +121,7 @@ def build(folder: str, steps: int, seed: int) -> ReinforceTrainer:
         use_cpu=True,
         disable_tqdm=True,
         max_steps=steps,
-        per_device_train_batch_size=ROWS,
+        per_device_train_batch_size=rows,
         rollouts_per_prompt=2,
         max_input_tokens=PROMPT,
         max_new_tokens=ANSWER,
@@ -128,7 +130,7 @@ def build(folder: str, steps: int, seed: int) -> ReinforceTrainer:
         save_strategy="no",
         save_total_limit=1,
         weak_start="ignore",
-        seed=seed,
+        seed=args.seed,
     )
     tokenizer = number_tokenizer()
     return ReinforceTrainer(
@@ -148,7 +150,7 @@ def main() -> None:
     clock, rounds = Clock(), repetitions(args, quick=3, full=12)
     with TemporaryDirectory() as folder:
         # One round warms up, and the last step has no end.
-        trainer = build(folder, 3 * (rounds + 1) + 1, args.seed)
+        trainer = build(folder, 3 * (rounds + 1) + 1, args)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Turns(trainer, clock))
         with patch("builtins.print"):

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
-from common import arguments, interleave, repetitions, report, show
+from common import arguments, interleave, layers, repetitions, report, show
 from label_pipeline import overhead, two_processes
 from rl_step import EOS, PAD, PADDED_VOCAB, STUDENT, TEACHER, VALID_VOCAB, log_normal_lengths
 from rlkd.models.architectures import language_model
@@ -161,10 +161,9 @@ class Result:
     lengths: dict[str, float]
 
 
-def measure_speed(name: str, rows: int, turns: int, seed: int) -> Result:
+def measure_speed(shape: dict[str, int], tied: bool, rows: int, turns: int, seed: int) -> Result:
     """Label the same prompts in every way, taking turns."""
     logging.set_verbosity_error()
-    shape, tied = SHAPES[name]
     lm = EncoderDecoder(clocked_t5(shape, tied=tied, seed=seed), VALID_VOCAB)
     engines: dict[str, Engine] = {
         "torch": TorchEngine(lm),
@@ -273,8 +272,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(2, get_context("spawn")) as pool:
         os.environ["RLKD_CACHE"] = cache
         jobs = {
-            name: pool.submit(measure_speed, name, count, turns, args.seed)
-            for (name, (count, turns)) in reversed(list(zip(SHAPES, sizes, strict=True)))
+            name: pool.submit(measure_speed, layers(args, shape), tied, count, turns, args.seed)
+            for (name, (shape, tied)), (count, turns) in reversed(list(zip(SHAPES.items(), sizes, strict=True)))
         }
         trained = pool.submit(measure_agreement, steps, held_out, args.seed).result()
         results = {name: jobs[name].result() for name in SHAPES}

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
-from common import arguments, interleave, repetitions, report, show
+from common import arguments, interleave, layers, repetitions, report, show
 from rlkd.models.encoder_decoder import EncoderDecoder
 from rlkd.models.policy import Policy
 from rlkd.models.teacher import Teacher
@@ -161,7 +161,7 @@ def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     logging.set_verbosity_error()
     torch.manual_seed(args.seed)
-    student, teacher_model = t5(STUDENT), t5(TEACHER)
+    student, teacher_model = t5(layers(args, STUDENT)), t5(layers(args, TEACHER))
     policy = Policy(EncoderDecoder(student, VALID_VOCAB))
     teacher = Teacher(EncoderDecoder(teacher_model, VALID_VOCAB), tokenizer)
     batch = Batch.draw(args.seed)

@@ -117,29 +117,30 @@ def measure_times(width: int, rows: int, turns: int, seed: int) -> tuple[dict[st
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
-    time_rows, turns = ROWS // 8 if args.quick else ROWS, repetitions(args, quick=3, full=5)
+    all_rows, widths = (8, WIDTHS[:1]) if args.once else (ROWS, WIDTHS)
+    time_rows, turns = all_rows // 8 if args.quick else all_rows, repetitions(args, quick=3, full=5)
     jobs = [
         (variant, width, rows)
-        for width in WIDTHS
+        for width in widths
         for variant, rows in [
-            ("score_full", ROWS),
-            ("score_packed", ROWS),
-            ("score_packed", ROWS // 2),
-            ("train_full", ROWS),
-            ("train_chunked", ROWS),
+            ("score_full", all_rows),
+            ("score_packed", all_rows),
+            ("score_packed", all_rows // 2),
+            ("train_full", all_rows),
+            ("train_chunked", all_rows),
         ]
     ]
     # A fresh process for every job, two at a time.
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        timing = {width: pool.submit(measure_times, width, time_rows, turns, args.seed) for width in WIDTHS}
+        timing = {width: pool.submit(measure_times, width, time_rows, turns, args.seed) for width in widths}
         memory = {job: pool.submit(measure_memory, *job, args.seed) for job in jobs}
 
     figures: dict[str, float] = {}
     lines = []
-    for width in WIDTHS:
+    for width in widths:
         seconds, score_difference, gradient_difference = timing[width].result()
         full, chunked, halved, train_full, train_chunked = (memory[job].result() for job in jobs if job[1] == width)
-        outputs = 5 * 4 * ROWS * TOKENS  # five float32 per token
+        outputs = 5 * 4 * all_rows * TOKENS  # five float32 per token
         figures |= {
             f"scoring_memory_ratio_d{width}": full / chunked,
             f"scoring_speedup_d{width}": seconds["score_full"] / seconds["score_chunked"],
@@ -156,7 +157,7 @@ def main() -> None:
             ("scoring, full logits", full, seconds["score_full"]),
             ("scoring, chunks", chunked, seconds["score_chunked"]),
             ("scoring, chunks, half the tokens valid", None, seconds["score_half"]),
-            (f"scoring, chunks, B {ROWS // 2}", halved, None),
+            (f"scoring, chunks, B {all_rows // 2}", halved, None),
             ("loss head, full logits", train_full, seconds["train_full"]),
             ("loss head, chunks", train_chunked, seconds["train_chunked"]),
         ]:
@@ -171,10 +172,10 @@ def main() -> None:
     }
     worst |= {"head_memory_ratio": min, "head_speedup": min, "scoring_peak_mb": max, "head_peak_mb": max}
     worst |= {"score_max_abs_diff": max, "gradient_rel_diff": max}
-    figures = {name: pick(figures[f"{name}_d{width}"] for width in WIDTHS) for name, pick in worst.items()} | figures
+    figures = {name: pick(figures[f"{name}_d{width}"] for width in widths) for name, pick in worst.items()} | figures
 
     show(
-        f"Vocabulary head: B {ROWS}, T {TOKENS}, V {PADDED_VOCAB:,} ({VALID_VOCAB:,} valid), float32",
+        f"Vocabulary head: B {all_rows}, T {TOKENS}, V {PADDED_VOCAB:,} ({VALID_VOCAB:,} valid), float32",
         ["d", "variant", "peak extra MB", f"CPU s (B {time_rows})"],
         lines,
         "Peak extra memory: everything above inputs and weights, the gradients of both included.",

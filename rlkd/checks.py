@@ -8,7 +8,8 @@ files and flags (`settings.parsing`) reads the same declarations.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import Field, fields
 from enum import Enum
 from functools import cache
@@ -43,6 +44,9 @@ FOREIGN_RANGES = {
     "max_grad_norm": NonNegative,
     "weight_decay": NonNegative,
 }
+# Tags of words: outside of every entity; its first, a further, its last, its only word (IOB and IOBES).
+OUTSIDE = "O"
+TAG = re.compile(r"O|[BIES](-.+)?")
 
 
 class OneOf:
@@ -206,3 +210,13 @@ def _holds(limit: Any, value: Any) -> bool:
         return compare(value, getattr(limit, bound))
     except TypeError:  # not a number
         return False
+
+
+def tag_fault(names: Sequence[str]) -> str | None:
+    """What keeps names from being the tags of entities; None if nothing does."""
+    if wrong := [name for name in names if not TAG.fullmatch(name)]:
+        return (
+            f"'{wrong[0]}' is no tag of an entity: allowed are {OUTSIDE}, and B-, I-, E- or S- before a type (write L- "
+            "as E-, U- as S-; if tags are numbers, set labels to their names in order)"
+        )
+    return None if OUTSIDE in names else f"there is no tag {OUTSIDE}, of words outside of every entity"

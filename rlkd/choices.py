@@ -8,5 +8,5 @@ Pool = Literal["cls", "mean"]
 Truncation = Literal["none", "t0"]
 # Input rows that cannot be used: `data.rows`.
 OnBadRow = Literal["fail", "skip"]
-# What a classifier's outputs are, by transformers' own names: `evaluation.problems`.
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+# What a classifier's outputs are: `evaluation.problems`. The first three are transformers' own names.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression", "token_classification"]

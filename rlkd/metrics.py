@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .checks import check_settings
 
@@ -110,6 +110,11 @@ class Metric:
     def is_timing(self) -> bool:
         """Whether it measures duration or speed."""
         return "second" in self.unit
+
+
+def _score(name: str, meaning: str, unit: str = "", better: Any = "up", per: Any = "evaluation") -> Metric:
+    """A score of classifiers against the labels of held-out rows."""
+    return Metric(name, unit, better, per, {GREEDY: TKD}, meaning, task=True)
 
 
 # fmt: off
@@ -228,26 +233,21 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
                meaning="F1 of words (0 to 100) against the best of the references, as SQuAD scores answers."),
         Metric(name="sari", unit="", better="up", per="answer", logged=HELD_OUT, task=True,
                meaning="SARI (0 to 100) of a rewritten input: n-grams rightly added, kept and deleted."),
-        Metric(name="accuracy", unit="share", better="up", per="row", logged={GREEDY: TKD}, task=True,
-               meaning="Labelled rows whose largest logit is that of their label."),
-        Metric(name="score", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
-               meaning="Mean of the `metrics` of the data (`recipes/tkd_glue.py`)."),
-        Metric(name="f1", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
-               meaning="F1 of label 1 (0 to 1), as GLUE scores QQP and MRPC."),
-        Metric(name="matthews", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
-               meaning="Matthews correlation (-1 to 1)."),
-        Metric(name="micro_f1", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
-               meaning="Multi-label: F1 of all pairs of row and label together (0 to 1)."),
-        Metric(name="macro_f1", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
-               meaning="Multi-label: mean over labels of the F1 of each (0 to 1)."),
-        Metric(name="subset_accuracy", unit="share", better="up", per="row", logged={GREEDY: TKD}, task=True,
-               meaning="Multi-label: rows whose predicted labels are exactly their labels."),
-        Metric(name="pearson", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
-               meaning="Regression: linear correlation with the numbers (-1 to 1)."),
-        Metric(name="spearman", unit="", better="up", per="evaluation", logged={GREEDY: TKD}, task=True,
-               meaning="Regression: correlation of ranks (-1 to 1)."),
-        Metric(name="mean_squared_error", unit="value^2", better="down", per="row", logged={GREEDY: TKD}, task=True,
-               meaning="Regression: squared difference to the number."),
+        _score("accuracy", "Labelled rows whose largest logit is that of their label.", unit="share", per="row"),
+        _score("score", "Mean of the `metrics` of the data (`recipes/tkd_glue.py`)."),
+        _score("f1", "F1 of label 1 (0 to 1), as GLUE scores QQP and MRPC."),
+        _score("matthews", "Matthews correlation (-1 to 1)."),
+        _score("micro_f1", "Multi-label: F1 of all pairs of row and label together (0 to 1)."),
+        _score("macro_f1", "Multi-label: mean over labels of the F1 of each (0 to 1)."),
+        _score("subset_accuracy", "Multi-label: rows with exactly the right labels.", unit="share", per="row"),
+        _score("pearson", "Regression: linear correlation with the numbers (-1 to 1)."),
+        _score("spearman", "Regression: correlation of ranks (-1 to 1)."),
+        _score("mean_squared_error", "Regression: squared difference.", unit="value^2", better="down", per="row"),
+        _score("entity_f1", "Token classification: F1 of the entities of all types (0 to 1, seqeval)."),
+        _score("entity_precision", "Token classification: predicted entities that are right (0 to 1, seqeval)."),
+        _score("entity_recall", "Token classification: entities that are found (0 to 1, seqeval)."),
+        _score("token_accuracy", "Token classification: words that have their tag.", unit="share"),
+        _score("sequence_accuracy", "Token classification: rows with the right tags.", unit="share", per="row"),
     ),
     "Terms of the TKD loss": (
         Metric(name="ce", unit="nats", better="down", per="row", logged=TERM,

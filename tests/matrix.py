@@ -113,13 +113,16 @@ def generating_model(family: str) -> tuple[Any, Any]:
     """A tiny random model of a family, and its tokenizer."""
     import torch
     from decoder_families import continuing_tokenizer, tiny_decoder
-    from test_architectures import small_model
+    from test_architectures import small_model, tiny_t5gemma
 
     from tiny import tiny_tokenizer
 
     if family in DECODERS:
         return tiny_decoder(family, words=len(WORDS), bos_token_id=0, eos_token_id=1), continuing_tokenizer(WORDS)
-    model, tokenizer = small_model(family), tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
+    if family == "t5gemma":  # whose parts have a configuration each
+        return tiny_t5gemma(), tokenizer
+    model = small_model(family)
     model.resize_token_embeddings(len(tokenizer))
     with torch.no_grad():  # random weights may answer with padding alone, which is no label
         model.get_output_embeddings().weight[tokenizer.pad_token_id] = 0

@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Every package and module of rlkd, from the bottom up: each imports from the layers below its own only.
 LAYERS = (
-    {"choices", "errors", "records", "tensors"},
+    {"choices", "errors", "records", "sharding", "tensors"},
     {"checks", "io"},
     {"metrics", "objectives", "settings", "templates"},
     {"data", "models", "runs"},

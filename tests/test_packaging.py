@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -127,46 +128,63 @@ def installed(built, tmp_path_factory) -> Path:
 
 # One process: starting each command alone would take most of the time.
 IN_TURN = """
-import json, runpy, sys
+import json, sys
 from rlkd.cli.main import main
-script, commands = sys.argv[1:]
-sys.argv = [script, "--to", "runs/tiny"]
-sys.path.insert(0, script.rpartition("/")[0])
-runpy.run_path(script, run_name="__main__")
-for command in json.loads(commands):
-    sys.argv = ["rlkd", *command]
+names = {}
+for kind, block in json.loads(sys.argv[1]):
+    if kind == "python":
+        exec(block, names)
+        continue
+    sys.argv = ["rlkd", *block]
     try:
-        main(command)
+        main(block)
     except SystemExit as end:
         if end.code:
             raise
 """
+FOUR = '{"max_steps": 4, "eval_steps": 4, "save_steps": 4}'
+# The tutorial in seconds: fewer rows and updates.
+SHORTER = {
+    "--max_steps 200": "--max_steps 40 --eval_limit 8",
+    "--out runs/notes\n": f"--out runs/notes --limit 60 --warm_up '{FOUR}' --rl '{FOUR}'\n",
+    "--dataset notes.csv --input-column": "--limit 8 --dataset notes.csv --input-column",
+}
+
+
+def blocks(text: str) -> list[tuple[str, str | list[str]]]:
+    """(python, source) and (shell, words of a command of rlkd) of a page, in its order."""
+    found: list[tuple[str, str | list[str]]] = []
+    for kind, block in re.findall(r"^```([a-z]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
+        found += [(kind, block)] if kind else [("shell", words[1:]) for words in commands if words[0] == "rlkd"]
+    return found
 
 
 @pytest.mark.slow
-def test_the_installed_package_trains_and_exports_outside_the_clone(installed):
+def test_the_tutorial_runs_from_the_installed_package_outside_the_clone(installed):
     python = str(installed / "env/bin/python")
     quiet = {"OMP_NUM_THREADS": "1", "RLKD_CACHE": str(installed / "cache"), "PYTHONPATH": ""}
     assert "generate-pseudolabels" in run(str(installed / "env/bin/rlkd"), "--help", cwd=installed, **quiet)
     where = run(python, "-c", "import rlkd; print(rlkd.__file__)", cwd=installed, **quiet)
-    package = Path(where.strip()).parent
-    assert package.is_relative_to(installed)
-    templates = str(package / "recipes/tiny_templates.yaml")
-    commands = [
-        ["train", "seqkd", "--help"],
-        ["config", "show", "ppo_t0_to_t5.yaml", "--recipe", "ppo", "--bf16", "false"],
-        ["prompts", "list"],
-        [
-            *("generate-pseudolabels", "--teacher", "runs/tiny/teacher", "--dataset", "runs/tiny/train.jsonl"),
-            *("--input-column", "note", "--templates", templates, "--strategy", "sample", "--limit", "16"),
-            *("--max-new-tokens", "8", "--quiet", "--out", "runs/tiny/labels"),
-        ],
-        ["train", "seqkd", "--config", "seqkd_t0_to_t5.tiny.yaml", "--templates", templates],
-        ["export", "runs/tiny/seqkd", "--to", "ctranslate2", "--out", "served"],
-        ["report", "runs/tiny/seqkd", "--out", "report.html"],
+    assert Path(where.strip()).is_relative_to(installed)
+    shipped = [
+        ("shell", ["config", "show", "ppo_t0_to_t5.yaml", "--recipe", "ppo", "--bf16", "false"]),
+        ("shell", ["prompts", "list"]),
     ]
-    script = str(package / "recipes/tiny_models.py")
-    shown = run(python, "-c", IN_TURN, script, json.dumps(commands), cwd=installed, **quiet)
-    assert [text for text in ("--learning_rate", "reward_value: ", "dialogsum") if text not in shown] == []
-    assert json.loads((installed / "served/export.json").read_text())["inputs"] == 8
-    assert (installed / "report.html").is_file()
+    text = (ROOT / "docs/tutorial.md").read_text()
+    for long, short in SHORTER.items():
+        assert text.count(long) == 1, long
+        text = text.replace(long, short)
+    steps = blocks(text)
+    assert [words[0] for kind, words in steps if kind == "shell"] == [
+        *("train-vocabulary", "train", "distill", "evaluate", "predict", "export"),
+    ]
+    steps.append(("python", "assert len(answers) == len(served) == len(texts)"))
+    pandas, datasets = blocks((ROOT / "docs/howto.md").read_text().partition("## Read labels")[2])
+    steps += [pandas, ("python", "read = dict(answers)"), datasets, ("python", "assert read == answers and read")]
+    shown = run(python, "-c", IN_TURN, json.dumps([*shipped, *steps]), cwd=installed, **quiet)
+    assert [told for told in ("reward_value: ", "dialogsum", "the student is that of") if told not in shown] == []
+    made = installed / "runs"
+    assert json.loads((made / "served/export.json").read_text())["settings"]["max_new_tokens"] == 16
+    assert json.loads((made / "test/evaluation.json").read_text())["rows"] == 6
+    assert (made / "notes/report.html").is_file()

@@ -25,8 +25,10 @@ from rlkd.cli.main import app, main
 from tiny import classifier_tokenizer, save_pretrained, tiny_classifier
 
 ROOT = Path(__file__).parents[1]
+TUTORIAL = ROOT / "docs/tutorial.md"  # runs as a whole, from an installed package: test_packaging
 PAGES = [
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "prompts/README.md",
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("*.md")} - {TUTORIAL}),
+    ROOT / "prompts/README.md",
     ROOT / "benchmarks/README.md", ROOT / "docker/README.md", *sorted((ROOT / "recipes").rglob("*.md")),
 ]  # fmt: skip
 SUBCOMMANDS = "|".join(info.name or "probe" for info in (*app.registered_commands, *app.registered_groups))
@@ -45,6 +47,7 @@ ELSEWHERE = {
     # Its tests; of chaos.py a sample, in test_run_faults.
     r"make test-faults$": (".ci/run", "-m 'not gpu and not net"),
     r"python tests/trainers/chaos.py": ("tests/trainers/test_run_faults.py", "chaos"),
+    r"make docs$": ("tests/test_docs_site.py", "make docs"),
     r"make notebooks$": ("tests/test_notebooks.py", "nbclient"),
     r"make docker-check$": ("tests/test_docker.py", "build stage"),
     r"docker (build|run)": ("tests/test_docker.py", "Dockerfile"),

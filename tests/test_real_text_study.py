@@ -233,6 +233,9 @@ def test_holm(results):
 # Arms
 
 
+WIDER = ("seqkd", "seqkd-sampled", "gkd-reverse", "seqkd-10")  # rivals of RL: more trials for them count against it
+
+
 def test_methods_are_treated_alike(study, plan, tmp_path):
     for name, of_task in plan["tasks"].items():
         grid = study.study(plan, name, tmp_path, tmp_path / "out")
@@ -241,7 +244,9 @@ def test_methods_are_treated_alike(study, plan, tmp_path):
                 assert not any(cell.arm.startswith(method) for cell in grid.cells.values())
                 continue
             trials = [cell for cell in grid.cells.values() if cell.arm.startswith(f"{method}-trial-")]
-            assert [cell.settings["training"] for cell in trials] == plan["trials"]
+            tried = [cell.settings["training"] for cell in trials]
+            assert tried[:3] == plan["trials"]
+            assert len(tried) == (7 if method in WIDER else 3)
             assert {(c.seed, c.settings["split"], c.settings["budget"]["seconds"]) for c in trials} == {
                 (1, "validation", of_task["seconds"]["trial"])
             }
@@ -253,7 +258,7 @@ def test_methods_are_treated_alike(study, plan, tmp_path):
                 assert (cell.settings["split"], cell.settings["budget"]) == ("test", budget)
                 needed = grid.needed(cell)
                 assert needed[plan["methods"][method]["start"]].seed == 3
-                assert [arm for arm in needed if "-trial-" in arm] == [f"{method}-trial-{i}" for i in range(3)]
+                assert [arm for arm in needed if "-trial-" in arm] == [f"{method}-trial-{i}" for i in range(len(tried))]
 
 
 def test_a_method_on_an_unknown_task_is_refused(study, plan, tmp_path):
@@ -262,9 +267,9 @@ def test_a_method_on_an_unknown_task_is_refused(study, plan, tmp_path):
         study.study(plan, "quora", tmp_path, tmp_path / "out")
 
 
-def test_a_method_with_more_trials_is_refused(study, plan, tmp_path):
-    plan["methods"]["ppo"]["trials"] = [*plan["trials"], {"learning_rate": 1.0}]
-    with pytest.raises(ConfigError, match=r"methods\.ppo\.trials: must be as many as for the others, 3"):
+def test_a_method_with_fewer_trials_is_refused(study, plan, tmp_path):
+    plan["methods"]["ppo"]["trials"] = plan["trials"][1:]
+    with pytest.raises(ConfigError, match=r"methods\.ppo\.trials: must be 3 or more, as for the others"):
         study.study(plan, "e2e", tmp_path, tmp_path / "out")
 
 

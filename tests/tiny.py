@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    DistilBertForTokenClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaForTokenClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -185,3 +189,45 @@ def tiny_classifier(
         **shape,
     )  # fmt: skip
     return model(config).eval()
+
+
+# Classifiers of words.
+
+TAGS = ("O", "B-V", "I-V", "B-Z")
+
+
+def tagged_rows(n: int = 12, seed: int = 0) -> list[dict[str, Any]]:
+    """Vowels are entities of type V, z of type Z; every third word has two letters, which are two tokens."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(n):
+        words = [draw.choice(CLASSIFIER_WORDS[4:]) + (f" {draw.choice(CLASSIFIER_WORDS[4:])}" if k % 3 == 2 else "")
+                 for k in range(draw.randint(2, 7))]  # fmt: skip
+        made.append({"words": words, "label": [1 if w[0] in "aeiou" else 3 if w[0] == "z" else 0 for w in words]})
+    return made
+
+
+def tiny_tagger(family: str = "bert", *, tags: tuple[str, ...] = TAGS, seed: int = 0, layers: int = 4) -> Any:
+    """A random token classifier; family: 'bert', 'roberta' or 'distilbert'."""
+    torch.manual_seed(seed)
+    names = {"id2label": dict(enumerate(tags)), "label2id": {tag: i for i, tag in enumerate(tags)}}
+    shape = {"vocab_size": len(CLASSIFIER_WORDS), "max_position_embeddings": 40, "pad_token_id": 0,
+             "initializer_range": 0.4, **names}  # fmt: skip
+    if family == "distilbert":
+        config = DistilBertConfig(dim=16, n_layers=layers, n_heads=2, hidden_dim=32, dropout=0.0, attention_dropout=0.0,
+                                  **shape)  # fmt: skip
+        return DistilBertForTokenClassification(config).eval()
+    config, model = {"bert": (BertConfig, BertForTokenClassification),
+                     "roberta": (RobertaConfig, RobertaForTokenClassification)}[family]  # fmt: skip
+    width = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32,
+             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "type_vocab_size": 2}  # fmt: skip
+    return model(config(**shape, **width)).eval()
+
+
+def first_tokens(row: dict[str, Any], length: int = 32) -> list[int | None]:
+    """The position of each word's first token, counted by hand; None beyond the longest text."""
+    found, position = [], 1
+    for word in row["words"]:
+        found.append(position if position < length - 1 else None)
+        position += len(word.split())
+    return found

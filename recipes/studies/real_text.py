@@ -259,7 +259,7 @@ def main_arm(cell: Cell) -> dict[str, Any]:
 def methods_of(plan: dict[str, Any], task_name: str) -> dict[str, dict[str, Any]]:
     """What the methods of a task are made of, without their titles and trials.
 
-    Raises ConfigError for settings that a method does not have, and for another number of trials than the others'.
+    Raises ConfigError for settings that a method does not have, and for fewer trials than the others'.
     """
     found = {}
     for name, method in plan["methods"].items():
@@ -269,8 +269,8 @@ def methods_of(plan: dict[str, Any], task_name: str) -> dict[str, dict[str, Any]
         check_choice(f"methods.{name}.start", method["start"], plan["starts"])
         for other in method.get("tasks", ()):
             check_choice(f"methods.{name}.tasks", other, plan["tasks"])
-        if len(method.get("trials", plan["trials"])) != len(plan["trials"]):
-            raise ConfigError(f"methods.{name}.trials: must be as many as for the others, {len(plan['trials'])}.")
+        if len(method.get("trials", plan["trials"])) < len(plan["trials"]):
+            raise ConfigError(f"methods.{name}.trials: must be {len(plan['trials'])} or more, as for the others.")
         if task_name in method.get("tasks", plan["tasks"]):
             what = {key: method[key] for key in ("start", "trainer", "labels", "training") if key in method}
             found[name] = {**what, "name": name, "share": plan["starts"][method["start"]]}

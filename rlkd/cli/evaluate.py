@@ -13,6 +13,8 @@ from ..models.spec import Dtype
 from . import prompts
 from .models import AllowBin
 
+LENGTHS = {"max_input_tokens": "tokens of an input", "max_new_tokens": "of an answer"}
+
 
 def evaluate(
     context: typer.Context,
@@ -31,22 +33,31 @@ def evaluate(
     reference_column: Annotated[
         str | None,
         typer.Option(
-            help="Column with the right answers: a text, or a list of texts, in each row. Classifiers: with the label."
+            help="Column with the right answers: a text, or a list of texts, in each row. Classifiers: with the label, "
+            "list of labels or of tags, or number."
         ),
     ] = None,
     pair_column: Annotated[
         str | None, typer.Option(help="Classifiers of pairs: column with the second text. Its first is input-column.")
+    ] = None,
+    label_separator: Annotated[
+        str | None, typer.Option(help="Classifiers of several labels: what separates their names, written as text.")
     ] = None,
     student_template: Annotated[str | None, typer.Option(help="One template for what the model reads.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Also regret and log-probability under this teacher, and the match with it.")
     ] = None,
     templates: Annotated[list[str] | None, typer.Option(help="What the teacher reads; repeatable.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.", min=1)] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Generating models: maximum length of an answer, in tokens. Default: as in training, or 64.", min=1
+        ),
+    ] = None,
     max_input_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Maximum length of an input, in tokens. Default: 512, or as many as a classifier has positions.", min=1
+            help="Maximum length of an input, in tokens. Default: as in training, or 512, or all positions.", min=1
         ),
     ] = None,
     batch_rows: Annotated[int, typer.Option(help="Inputs that are answered together.", min=1)] = 64,
@@ -87,7 +98,7 @@ def evaluate(
     """Evaluate a saved model on rows: task metrics with 95 % intervals, regret under a teacher, speed and size.
 
     Every row is answered greedily and once by sampling. A classifier gets accuracy, F1, Matthews correlation and the
-    scores of each class.
+    scores of each class; one of several labels, of numbers or of words, the scores of its kind.
     """
     from ..io.files import write_text
     from ..jobs.evaluation import evaluate as run
@@ -95,13 +106,19 @@ def evaluate(
     request = {name: value for name, value in context.params.items() if name not in ("as_json", "quiet", "out")}
     found = run(request, out, quiet=quiet or as_json)
     intervals = _intervals(found.numbers, found.per_row)
-    record = {"rows": found.rows, "numbers": found.numbers, "intervals": intervals, "speed": found.speed}
+    record = {
+        "rows": found.rows,
+        "limits": found.limits,
+        "numbers": found.numbers,
+        "intervals": intervals,
+        "speed": found.speed,
+    }
     record |= found.classes
     write_text(out / "evaluation.json", json.dumps(record, indent=2) + "\n")
     if as_json:
         typer.echo(json.dumps({**record, "folder": str(out)}))
     elif not quiet:
-        _show({**found.numbers, **found.speed}, intervals, found.rows, found.classes)
+        _show({**found.numbers, **found.speed}, intervals, _title(found.rows, found.limits), found.classes)
         typer.echo(out)
 
 
@@ -120,8 +137,14 @@ def _intervals(numbers: dict[str, float], per_row: dict[str, list[float]]) -> di
     return found
 
 
+def _title(rows: int, limits: dict[str, int]) -> str:
+    """As '500 rows; at most 512 tokens of an input, 64 of an answer'."""
+    cuts = [f"{limits[name]} {of}" for name, of in LENGTHS.items() if name in limits]
+    return f"{rows} rows; at most {', '.join(cuts)}"
+
+
 def _show(
-    numbers: dict[str, float], intervals: dict[str, tuple[float, float]], rows: int, classes: dict[str, Any]
+    numbers: dict[str, float], intervals: dict[str, tuple[float, float]], title: str, classes: dict[str, Any]
 ) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -133,14 +156,15 @@ def _show(
         low_high = intervals.get(name)
         return f"{numbers[name]:.4g}" + (f" [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else "")
 
-    table = Table("", *(("all rows",) if classes else ("greedy", "sampled")), title=f"{rows} rows")
+    table = Table("", *(("all rows",) if classes else ("greedy", "sampled")), title=title)
     for name in (name for name in numbers if not name.startswith("sample_")):
         table.add_row(name, cell(name), *(() if classes else (cell(f"sample_{name}"),)))
     console = Console(width=100, highlight=False)
     console.print(table)
-    if classes:
+    if classes.get("classes"):
         columns = ("label", "rows", "predicted", "precision", "recall", "f1")
-        table = Table(*columns, title="each class")
+        words = classes["problem_type"] == "token_classification"
+        table = Table(*columns, title="each type of entity; rows are entities" if words else "each class")
         for one in classes["classes"]:
             table.add_row(escape(one["label"]), *(f"{one[name]:.4g}" for name in columns[1:]))
         console.print(table)

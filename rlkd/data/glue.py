@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ..checks import OneOf, check_choice
 from ..choices import ProblemType
 from ..errors import ConfigError, DataError
-from .label_columns import first, label_indices, label_sets, label_values, numbers
+from .label_columns import first, label_indices, label_sets, label_values, numbers, word_lists, word_tags
 from .rows import OnBadRow, check_columns, check_text_column, load_table
 from .text import TextFormat
 
@@ -26,7 +26,8 @@ class TableLayout:
     label    column of the label; None if there is none: a transfer set, for training on the teacher's outputs alone
     columns, quoted, delimiter, encoding  of text files, as in `TextFormat`
     problem_type, separator  what the label column holds (see `label_columns`): one label, lists of labels (or, with a
-                             separator, their names as text), or numbers
+                             separator, their names as text), numbers, or lists of tags, for the words in the text
+                             column
     """
 
     text: str = "text"
@@ -208,7 +209,8 @@ def load_labelled(
     """Rows {text, text_pair, label} of a hub data set or of local files.
 
     split, subset, limit and on_bad_row as in `load_rows`. label is the index in `labels` (given in the data by name or
-    by index), None where it is missing or -1; by `layout.problem_type` a list of such indices, or a number.
+    by index), None where it is missing or -1; by `layout.problem_type` a list of such indices, or a number. Rows of
+    tagged words have `words`, too, of which text is the line.
     Raises DataError for a column that does not exist or holds no text, and for labels not in the label set, with the
     rows; ConfigError for another on_bad_row.
     """
@@ -222,6 +224,8 @@ def load_labelled(
     )
     wanted = {"text_column": layout.text, "pair_column": layout.pair, "label_column": layout.label}
     check_columns(names, {role: column for role, column in wanted.items() if column is not None}, source)
+    if layout.problem_type == "token_classification":
+        return _tagged(rows, layout, labels, source)
     for column in [layout.text] if layout.pair is None else [layout.text, layout.pair]:
         check_text_column(rows, column, source)
         empty = [i for i, text in enumerate(rows[column]) if text is None]
@@ -231,6 +235,19 @@ def load_labelled(
         {"text": row[layout.text], "text_pair": row[layout.pair] if layout.pair else None, "label": label}
         for row, label in zip(rows, _labels(rows, layout, labels, source), strict=True)
     ]
+
+
+def _tagged(rows: datasets.Dataset, layout: TableLayout, labels: Sequence[str], source: str) -> list[dict[str, Any]]:
+    """Rows {text, text_pair, words, label}."""
+    words = word_lists(rows, layout.text, source)
+    tags: list[Any] = [None] * len(words)
+    if layout.label is not None:
+        tags = word_tags(rows, layout.label, words, source)
+        owner = [i for i, own in enumerate(tags) for _ in own or ()]
+        found = iter(label_indices([tag for own in tags for tag in own or ()], labels, source, owner))
+        tags = [None if own is None else [next(found) for _ in own] for own in tags]
+    pairs = zip(words, tags, strict=True)
+    return [{"text": " ".join(own), "text_pair": None, "words": own, "label": label} for own, label in pairs]
 
 
 def _labels(rows: datasets.Dataset, layout: TableLayout, labels: Sequence[str], source: str) -> list[Any]:

@@ -12,6 +12,8 @@ from ..errors import DataError
 if TYPE_CHECKING:
     import datasets
 
+UNLABELLED = -100  # the index of no label, as torch and transformers have it
+
 
 def label_values(rows: datasets.Dataset, column: str, source: str) -> list[Any]:
     """The values of a label column: names where the data set names its classes, whole numbers as integers.
@@ -66,6 +68,45 @@ def label_sets(
                 "vector of 0 and 1, the names or numbers of the labels at 1)."
             )
         found.append(value and [names[k] if isinstance(k, int) and 0 <= k < len(names) else k for k in value])
+    return found
+
+
+def word_lists(rows: datasets.Dataset, column: str, source: str) -> list[list[str]]:
+    """The words of each row. Raises DataError for a column without lists of texts, and for a row without words."""
+    feature = rows.features[column]
+    if getattr(getattr(feature, "feature", None), "dtype", None) not in ("string", "large_string"):
+        raise DataError(
+            f"'{source}': column '{column}' contains {feature}, not lists of words. Name another text_column; .jsonl "
+            "and .parquet files can have lists."
+        )
+    found: list[list[str]] = rows[column]
+    if wrong := [i for i, words in enumerate(found) if not words or None in words]:
+        raise DataError(
+            f"'{source}', rows {first(wrong)}: column '{column}' has no words, or null among them. Fix or remove them."
+        )
+    return found
+
+
+def word_tags(rows: datasets.Dataset, column: str, words: Sequence[Sequence[str]], source: str) -> list[Any]:
+    """The tags of each row, names or whole numbers, one for each word; None for a row whose tags are not known.
+
+    Raises DataError for other values, and for another number of tags than words.
+    """
+    names: list[str] = getattr(getattr(rows.features[column], "feature", None), "names", None) or []
+    found: list[Any] = []
+    for i, (tags, own) in enumerate(zip(rows[column], words, strict=True)):
+        where = f"'{source}', row {i}: column '{column}'"
+        if tags is not None and not isinstance(tags, list):
+            raise DataError(f"{where} contains {str(tags)[:60]!r}, not a list with a tag for each word.")
+        for tag in tags or ():
+            if not isinstance(tag, (str, int)) or isinstance(tag, bool) or hidden(tag) or tag == UNLABELLED:
+                raise DataError(
+                    f"{where} has the tag {tag!r}: tags are names, or whole numbers from 0. If those of a row are not "
+                    "known, write null in place of the list."
+                )
+        if tags is not None and len(tags) != len(own):
+            raise DataError(f"{where} has {len(tags)} tags for {len(own)} words. Give each word one tag.")
+        found.append(tags and [names[k] if isinstance(k, int) and 0 <= k < len(names) else k for k in tags])
     return found
 
 

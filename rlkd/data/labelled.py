@@ -8,22 +8,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..choices import ProblemType
 from ..errors import DataError, ModelError
 from ..tensors import length_mask, pad_stack
+from .label_columns import UNLABELLED
 from .splits import plain
 
 logger = logging.getLogger(__name__)
 
-UNLABELLED = -100
 # What the labels of a batch are, as in `evaluation.problems`.
 DTYPES: dict[ProblemType, torch.dtype] = {
     "single_label_classification": torch.int64,
     "multi_label_classification": torch.float32,
     "regression": torch.float32,
+    "token_classification": torch.int64,
 }
 
 
@@ -62,12 +64,22 @@ class EncodedTexts(Sequence[dict[str, Any]]):
             if not all(isinstance(text, str) for text in pair[: 1 if alone else 2]):
                 raise DataError(f"row {i}: text and text_pair must be text, found {pair}. Fix or remove the row.")
         self.texts = list(zip(first, second, strict=True))
-        self.dtype, own = DTYPES[problem_type], LABELS[problem_type]
+        self.problem_type, own = problem_type, LABELS[problem_type]
         self.labels = [own(i, row.get("label"), num_labels) for i, row in enumerate(rows)]
         self.logits = _recorded_logits(rows, num_labels)
-        encoded = tokenizer(first, None if alone else second, truncation=True, max_length=max_length, verbose=False)
+        encoded = self.encode(tokenizer, truncation=True, max_length=max_length, verbose=False)
         self.names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
         self.ids = {name: encoded[name] for name in self.names}
+
+    def encode(self, tokenizer: Any, **options: Any) -> Any:
+        """The tokenizer's output for all rows."""
+        first, second = ([texts[k] for texts in self.texts] for k in range(2))
+        return tokenizer(first, None if second[0] is None else second, **options)
+
+    @property
+    def true(self) -> np.ndarray:
+        """The labels of all rows, as in `evaluation.problems`."""
+        return stacked_labels(self.labels, self.problem_type).numpy()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,7 +122,7 @@ class EncodedTexts(Sequence[dict[str, Any]]):
             for name in self.names
         }
         batch["attention_mask"] = length_mask([len(row["input_ids"]) for row in rows]).long()
-        batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=self.dtype)
+        batch["labels"] = stacked_labels([row["label"] for row in rows], self.problem_type)
         batch["index"] = torch.tensor([row["index"] for row in rows])
         if self.logits is not None:
             batch["teacher_logits"] = self.logits[batch["index"]]
@@ -118,11 +130,15 @@ class EncodedTexts(Sequence[dict[str, Any]]):
 
     def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """All rows, shortest first, in batches of `size`: the rows' numbers and the model's inputs."""
+        return ((numbers, model_inputs(batch)) for numbers, batch in self.collated(size))
+
+    def collated(self, size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """As `batches`, with everything that is collated."""
         lengths = self.lengths
         order = sorted(range(len(self)), key=lambda i: (lengths[i], i))
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
-            yield numbers, model_inputs(self.collate([self[i] for i in numbers]))
+            yield numbers, self.collate([self[i] for i in numbers])
 
 
 def labelled_rows(rows: Sequence[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:
@@ -183,11 +199,30 @@ def _number(index: int, label: Any, num_labels: int) -> float:
     return float(label)
 
 
+def _tags(index: int, label: Any, num_labels: int) -> list[int]:
+    """The tag of each word; [] if they are not known."""
+    if not isinstance(label, (list, tuple, type(None))) or None in (label or ()):
+        raise DataError(
+            f"row {index}: label {str(label)[:60]!r} is not a list with the number of a tag for each word, or None for "
+            "a row that is trained on the teacher's outputs alone"
+        )
+    return [_label(index, one, num_labels) for one in label or ()]
+
+
 LABELS: dict[ProblemType, Callable[[int, Any, int], Any]] = {
     "single_label_classification": _label,
     "multi_label_classification": _label_set,
     "regression": _number,
+    "token_classification": _tags,
 }
+
+
+def stacked_labels(labels: Sequence[Any], problem_type: ProblemType) -> Tensor:
+    """Labels of rows, as `LABELS` gives them, in one tensor; tags beyond the end of a row are UNLABELLED."""
+    kind = DTYPES[problem_type]
+    if problem_type == "token_classification":
+        return pad_stack([torch.tensor(tags, dtype=kind) for tags in labels], UNLABELLED)
+    return torch.tensor(labels, dtype=kind)
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

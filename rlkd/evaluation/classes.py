@@ -21,6 +21,12 @@ class ClassScore:
     recall: float
     f1: float
 
+    @classmethod
+    def of(cls, label: str, *, rows: int, predicted: int, right: int) -> ClassScore:
+        """The scores of these counts; right, those that are predicted and true."""
+        precision, recall = right / max(predicted, 1), right / max(rows, 1)
+        return cls(label, rows, predicted, precision, recall, 2 * right / max(predicted + rows, 1))
+
 
 def class_scores(predicted: Sequence[Any], true: Sequence[Any], names: Sequence[str] = ()) -> list[ClassScore]:
     """Scores of every label that is named, true or predicted, in the order of the indices.
@@ -38,14 +44,7 @@ def class_scores(predicted: Sequence[Any], true: Sequence[Any], names: Sequence[
     rows = Counter(k for _, label in pairs for k in label)
     right = Counter(k for guess, label in pairs for k in guess & label)
     return [
-        ClassScore(
-            label=names[k] if k < len(names) else str(k),
-            rows=rows[k],
-            predicted=given[k],
-            precision=right[k] / max(given[k], 1),
-            recall=right[k] / max(rows[k], 1),
-            f1=2 * right[k] / max(given[k] + rows[k], 1),
-        )
+        ClassScore.of(names[k] if k < len(names) else str(k), rows=rows[k], predicted=given[k], right=right[k])
         for k in sorted({*range(len(names)), *given, *rows})
     ]
 
@@ -104,9 +103,9 @@ def _named(label: Any, names: Sequence[str]) -> str:
     return names[label] if type(label) is int and 0 <= label < len(names) else str(label)
 
 
-def one_class_warning(who: str, label: str, rows: int) -> str:
-    """What to say of a classifier that predicts the same for every row."""
+def one_class_warning(who: str, label: str, rows: int, what: str = "rows") -> str:
+    """What to say of a classifier that predicts the same for every row, or word."""
     return (
-        f"{who} predicts '{label}' for all {rows} held-out rows: it tells no classes apart, and its scores are those "
+        f"{who} predicts '{label}' for all {rows} held-out {what}: it tells no classes apart, and its scores are those "
         "of a constant. Train longer or with another learning rate, and check the labels."
     )

@@ -1,11 +1,13 @@
 """What a classifier's outputs are, in one dictionary: how they are learned from labels and from a teacher, what they
 predict, and how that is scored.
 
-The names are transformers' own (`problem_type` in config.json). Labels of N rows are, as arrays,
+The names are transformers' own (`problem_type` in config.json, but for the last: there the model's class says it).
+Labels of N rows are, as arrays,
 
     single_label_classification  [N], the index of the label, negative where it is not known
     multi_label_classification   [N, C], 1 for each label that the row has and 0 for the others, NaN if not known
     regression                   [N], the number, NaN where it is not known
+    token_classification         [N, W], the index of each word's tag, negative where it is not known and beyond the end
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from ..objectives.encoder import (
     squared_error,
 )
 from ..objectives.neighbours import logit_mse
+from .entities import entity_f1, entity_precision, entity_recall, sequence_accuracy, token_accuracy
 from .task_metrics import warn_of_useless
 
-Score = Callable[[np.ndarray, np.ndarray], float]
+Score = Callable[[Any, Any], float]
 
-# Scores: (predicted, true) of labelled rows -> a number, by scikit-learn and scipy; 0 without rows.
+# Scores: (predicted, true) of labelled rows -> a number, by scikit-learn and scipy; 0 without rows. Those of words take
+# the names of their tags (`entities`).
 
 
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
@@ -106,19 +110,28 @@ def _squares(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     return np.square(predicted - true)
 
 
+def _all_equal(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+    return ((predicted == true) | (true < 0)).all(-1).astype(float)
+
+
+def _one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
+    return np.eye(classes, dtype=np.float32)[labels.clip(min=0)]
+
+
 @dataclass(frozen=True)
 class Problem:
-    """One kind of classifier.
+    """One kind of classifier; B rows or, of words, B words of all rows.
 
     loss          on labels: (logits [B, C], labels) -> a scalar, `ce`
     distillation  (student's, teacher's logits [B, C], temperature) -> a scalar, `kd`
-    predict       logits [N, C] -> predictions, in the form of labels
-    outputs       its inverse: (labels, C) -> logits [N, C] that predict them
+    predict       logits [N, C] ([N, W, C] of words) -> predictions, in the form of labels
+    outputs       its inverse: (labels, C) -> logits that predict them
     scores        name -> score of all rows
     chosen        those whose mean is `score`, unless others are chosen
     always        those that are measured whatever is chosen
     by_row        name and function of what a single row scores
     temperature   whether `distillation` has one
+    of_words      whether each word has its own label, a tag
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -130,6 +143,7 @@ class Problem:
     always: tuple[str, ...]
     by_row: tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = field(repr=False)
     temperature: bool = True
+    of_words: bool = False
 
 
 PROBLEMS: dict[ProblemType, Problem] = {
@@ -137,7 +151,7 @@ PROBLEMS: dict[ProblemType, Problem] = {
         loss=cross_entropy,
         distillation=soft_cross_entropy,
         predict=lambda logits: logits.argmax(-1),
-        outputs=lambda labels, classes: np.eye(classes, dtype=np.float32)[labels.clip(min=0)],
+        outputs=_one_hot,
         scores={"accuracy": accuracy, "f1": f1, "matthews": matthews},
         chosen=("accuracy",),
         always=("accuracy",),
@@ -164,14 +178,31 @@ PROBLEMS: dict[ProblemType, Problem] = {
         by_row=("mean_squared_error", _squares),
         temperature=False,
     ),
+    "token_classification": Problem(
+        loss=cross_entropy,
+        distillation=soft_cross_entropy,
+        predict=lambda logits: logits.argmax(-1),
+        outputs=_one_hot,
+        scores={
+            "entity_f1": entity_f1,
+            "entity_precision": entity_precision,
+            "entity_recall": entity_recall,
+            "token_accuracy": token_accuracy,
+            "sequence_accuracy": sequence_accuracy,
+        },
+        chosen=("entity_f1",),
+        always=("entity_f1", "entity_precision", "entity_recall", "token_accuracy", "sequence_accuracy"),
+        by_row=("sequence_accuracy", _all_equal),
+        of_words=True,
+    ),
 }
 CLASSIFICATION_METRICS: dict[str, Score] = {k: v for problem in PROBLEMS.values() for k, v in problem.scores.items()}
 
 
 def has_label(labels: np.ndarray) -> np.ndarray:
-    """Which of N rows have a label [N], of labels as in the three problems."""
+    """Which of N rows have a label [N], of labels as in the problems."""
     if not np.issubdtype(labels.dtype, np.floating):
-        return labels >= 0 if labels.ndim == 1 else np.ones(len(labels), dtype=bool)
+        return labels >= 0 if labels.ndim == 1 else np.any(labels >= 0, axis=-1)  # type: ignore[no-any-return]
     known = ~np.isnan(labels)
     return known if known.ndim == 1 else known.all(-1)
 
@@ -181,21 +212,31 @@ def classified_rows(
     true: Sequence[Any] | np.ndarray,
     texts: Sequence[str],
     problem_type: ProblemType = "single_label_classification",
+    names: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """{id, input, label, predicted, SCORE} of each row that has a label: the lines of held_out.jsonl.
 
     SCORE is that of a single row (`evaluation.problems`); of rows with several labels, label and predicted are lists of
-    indices. predicted, true: in the form of labels there.
+    indices, of words lists of tags by `names`. predicted, true: in the form of labels there.
     """
     guesses, labels = np.asarray(predicted), np.asarray(true)
-    name, by_row = PROBLEMS[problem_type].by_row
+    problem = PROBLEMS[problem_type]
+    name, by_row = problem.by_row
     scores, known = by_row(guesses, labels), has_label(labels)
-    facts = zip(texts, labels, guesses, scores, known, strict=True)
+    plain: list[list[Any]] = [
+        tags(part, labels, names) if problem.of_words else [_plain(one) for one in part] for part in (labels, guesses)
+    ]
+    facts = zip(texts, *plain, scores, known, strict=True)
     return [
-        {"id": str(i), "input": text, "label": _plain(label), "predicted": _plain(guess), name: float(score)}
+        {"id": str(i), "input": text, "label": label, "predicted": guess, name: float(score)}
         for i, (text, label, guess, score, labelled) in enumerate(facts)
         if labelled
     ]
+
+
+def tags(labels: np.ndarray, true: np.ndarray, names: Sequence[str]) -> list[list[str]]:
+    """The names of tags [N, W], of the words whose true tag is known."""
+    return [[names[k] for k in row[known]] for row, known in zip(labels, true >= 0, strict=True)]
 
 
 def _plain(label: Any) -> Any:
@@ -204,28 +245,36 @@ def _plain(label: Any) -> Any:
 
 
 def classification_metrics(
-    names: Sequence[str], problem_type: ProblemType = "single_label_classification"
+    names: Sequence[str], problem_type: ProblemType = "single_label_classification", labels: Sequence[str] = ()
 ) -> Callable[[Any], dict[str, float]]:
     """`compute_metrics` for the Trainer: these scores of what the logits predict, over the rows that have a label.
 
-    Raises ConfigError for a problem that there is not, and a name that it does not have.
+    labels: the names of the tags, which the scores of words need. Raises ConfigError for a problem that there is not, a
+    name that it does not have, and for words without labels.
     """
     check_choice("problem_type", problem_type, PROBLEMS)
     problem = PROBLEMS[problem_type]
     for name in names:
         check_choice("metric", name, problem.scores)
+    if problem.of_words and not labels:
+        raise ConfigError(f"labels is empty: the scores of {problem_type} need the names of the tags, in order")
 
     def compute(prediction: Any) -> dict[str, float]:
-        logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-        known = has_label(labels)
-        predicted, true = problem.predict(logits)[known], labels[known]
+        logits, given = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        known = has_label(given)
+        predicted, true = problem.predict(logits)[known], given[known]
+        if problem.of_words:
+            predicted, true = tags(predicted, true, labels), tags(true, true, labels)
         return {name: problem.scores[name](predicted, true) for name in names}
 
     return compute
 
 
 def try_classification(
-    compute: Any, labels: Sequence[Any], classes: int, problem_type: ProblemType = "single_label_classification"
+    compute: Any,
+    labels: Sequence[Any] | np.ndarray,
+    classes: int,
+    problem_type: ProblemType = "single_label_classification",
 ) -> list[str]:
     """The names of the scores that `compute_metrics` gives, from right predictions of the held-out labels.
 
@@ -245,6 +294,7 @@ def try_classification(
         "single_label_classification": "F1 needs rows of label 1, the Matthews correlation rows of two labels",
         "multi_label_classification": "F1 needs rows that have a label",
         "regression": "a correlation needs different numbers",
+        "token_classification": "they need rows with entities",
     }
     warn_of_useless(scores, reason[problem_type])
     return list(scores)

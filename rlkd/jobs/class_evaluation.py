@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ..checks import OUTSIDE
 from ..data.glue import TableLayout, load_labelled
 from ..data.labelled import EncodedTexts, labelled_rows
 from ..data.text import text_format
-from ..evaluation.classes import (
-    calibration_error,
-    class_scores,
-    commonest,
-    confusion_matrix,
-    one_class_warning,
-    only_prediction,
-)
+from ..data.words import EncodedWords, encoded_rows, label_logits
+from ..errors import ConfigError
+from ..evaluation.class_facts import class_facts, constant_prediction
+from ..evaluation.classes import commonest, one_class_warning
 from ..evaluation.problems import PROBLEMS, classification_metrics, classified_rows
 from ..models.footprint import count_parameters, latency, megabytes
+from ..tensors import pad_stack
 from .classifiers import SavedClassifier
 from .encoder_report import TIMED_PASSES, TIMED_SENTENCES, spread_rows
 
@@ -30,8 +28,8 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class EvaluatedClasses:
-    """rows, as held_out.jsonl has them; numbers, by their names in `rlkd.metrics`; classes: scores of each class,
-    confusion matrix, calibration error, accuracy of the commonest label, warnings; speed; and what was evaluated.
+    """rows, as held_out.jsonl has them; numbers, by their names in `rlkd.metrics`; classes: `class_facts`, of single
+    labels the accuracy of the commonest, the problem, warnings; speed; and what was evaluated.
     """
 
     rows: Rows
@@ -42,10 +40,14 @@ class EvaluatedClasses:
     texts: EncodedTexts
 
 
-def classified_rows_of(request: dict[str, Any], classes: tuple[str, ...]) -> Rows:
-    """The labelled rows {text, text_pair, label} that a command names; rows without a label are counted in a warning.
-    Raises DataError for columns, texts or labels that do not fit.
+def classified_rows_of(request: dict[str, Any], classifier: SavedClassifier) -> Rows:
+    """The labelled rows {text, text_pair, label} that a command names, for what the classifier gives; rows without a
+    label are counted in a warning. Raises DataError for columns, texts or labels that do not fit, and ConfigError for a
+    separator of labels where a row has one.
     """
+    kind = classifier.problem_type
+    if request["label_separator"] is not None and kind != "multi_label_classification":
+        raise ConfigError(f"--label-separator has no effect: '{classifier.name}' is of {kind}. Leave it out.")
     found = text_format(request)
     layout = TableLayout(
         request["input_column"],
@@ -54,9 +56,11 @@ def classified_rows_of(request: dict[str, Any], classes: tuple[str, ...]) -> Row
         columns=None if found.columns is None else tuple(found.columns),
         delimiter=found.delimiter,
         encoding=found.encoding,
+        problem_type=kind,
+        separator=request["label_separator"],
     )
     where = {name: request[name] for name in ("split", "subset", "limit", "on_bad_row")}
-    rows = load_labelled(request["dataset"], layout, labels=classes, **where)
+    rows = load_labelled(request["dataset"], layout, labels=classifier.classes, **where)
     return [dict(row) for row in labelled_rows(rows, request["dataset"])]
 
 
@@ -65,26 +69,27 @@ def evaluate_classes(classifier: SavedClassifier, rows: Rows, batch_rows: int) -
     """Classify the rows with the classifier, which loads now, and score the classes. Raises DataError for texts that
     cannot be encoded, before that.
     """
-    names = classifier.classes
-    texts = EncodedTexts(rows, classifier.tokenizer, classifier.max_length, len(names))
-    model = classifier.load()
-    logits = torch.zeros(len(rows), len(names))
-    for numbers, batch in texts.batches(batch_rows):
-        logits[numbers] = model(**{name: x.to(model.device) for name, x in batch.items()}).logits.float().cpu()
-    predicted, true = logits.argmax(-1).tolist(), texts.labels
-    probabilities = logits.double().softmax(-1).numpy()
-    numbers_of = classification_metrics(list(PROBLEMS["single_label_classification"].scores))
-    alone = only_prediction(predicted)
-    classes = {
-        "classes": [asdict(one) for one in class_scores(predicted, true, names)],
-        "confusion": confusion_matrix(predicted, true, len(names)),
-        "ece": calibration_error(probabilities, true),
-        "commonest": {"label": names[commonest(true)], "accuracy": float(np.mean(np.array(true) == commonest(true)))},
-        "warnings": [] if alone is None else [one_class_warning("the model", names[alone], len(rows))],
+    names, kind = classifier.classes, classifier.problem_type
+    texts, model = _encoded(classifier, rows), classifier.load()
+    logits = [torch.empty(0)] * len(rows)
+    for numbers, batch in texts.collated(batch_rows):
+        on_device = {name: x.to(model.device) for name, x in batch.items()}
+        for number, row in zip(numbers, label_logits(model, on_device, names).cpu(), strict=True):
+            logits[number] = row
+    outputs, true = pad_stack(logits).numpy(), texts.true
+    problem = PROBLEMS[kind]
+    inputs = [" / ".join(filter(None, pair)) for pair in texts.texts]
+    rated = classified_rows(problem.predict(outputs), true, inputs, kind, names)
+    classes = class_facts(outputs, true, names, kind) | {
+        "problem_type": kind,
+        "warnings": _warnings(rated, texts, classifier),
     }
+    if kind == "single_label_classification":
+        most = commonest(true.tolist())
+        classes["commonest"] = {"label": names[most], "accuracy": float(np.mean(true == most))}
     return EvaluatedClasses(
-        classified_rows(predicted, true, [" / ".join(filter(None, pair)) for pair in texts.texts]),
-        numbers_of(EvalPrediction(logits.numpy(), np.array(true))),
+        rated,
+        classification_metrics(list(problem.scores), kind, names)(EvalPrediction(outputs, true)),
         classes,
         _speed(model, classifier, rows, batch_rows),
         model,
@@ -92,10 +97,29 @@ def evaluate_classes(classifier: SavedClassifier, rows: Rows, batch_rows: int) -
     )
 
 
+def _encoded(classifier: SavedClassifier, rows: Rows) -> EncodedTexts:
+    classes = len(classifier.classes)
+    return encoded_rows(rows, classifier.tokenizer, classifier.max_length, classes, classifier.problem_type)
+
+
+def _warnings(rated: Rows, texts: EncodedTexts, classifier: SavedClassifier) -> list[str]:
+    """What makes the scores say less than they seem to."""
+    kind, lines = classifier.problem_type, []
+    if alone := constant_prediction(rated, classifier.classes, kind):
+        what = "words" if PROBLEMS[kind].of_words else "rows"
+        lines.append(one_class_warning("the model", alone["label"], alone["rows"], what))
+    if isinstance(texts, EncodedWords) and (unread := sum(texts.unread)):
+        lines.append(
+            f"{unread} of {sum(map(len, texts.words))} words are not read (beyond {classifier.max_length} tokens, or "
+            f"without a token), and are predicted as {OUTSIDE}"
+        )
+    return lines
+
+
 def _speed(model: Any, classifier: SavedClassifier, rows: Rows, batch_rows: int) -> dict[str, float]:
     """Size, and how fast texts are classified in batches and one by one, without tokenization."""
     some = spread_rows(rows, TIMED_SENTENCES)
-    texts = EncodedTexts(some, classifier.tokenizer, classifier.max_length, len(classifier.classes))
+    texts = _encoded(classifier, some)
 
     def milliseconds(size: int) -> float:
         batches = [{name: x.to(model.device) for name, x in batch.items()} for _, batch in texts.batches(size)]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_choice
+from ..checks import check_choice, tag_fault
 from ..choices import ProblemType
 from ..data.glue import TableLayout, find_task, load_labelled, load_task
-from ..data.label_columns import find_labels, label_sets, label_values
+from ..data.label_columns import find_labels, label_sets, label_values, word_lists, word_tags
 from ..data.rows import check_columns, load_table, local_path
 from ..data.splits import split_off
 from ..data.text import text_format
@@ -68,7 +67,7 @@ class LabelledData:
 
     def compute_metrics(self) -> Callable[[Any], dict[str, float]]:
         """`compute_metrics` of the Trainer: the chosen metrics, their mean as `score`, and those always measured."""
-        compute = classification_metrics(self.measured, self.problem_type)
+        compute = classification_metrics(self.measured, self.problem_type, self.labels)
 
         def scored(prediction: Any) -> dict[str, float]:
             values = compute(prediction)
@@ -171,6 +170,8 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
         labels = tuple(data.labels or ()) or teacher_labels or _labels_of_file(data, str(data.train_file))
     if teacher_labels and data.problem != "regression":
         _check_order(labels, teacher_labels, "labels")
+    if data.problem == "token_classification" and (fault := tag_fault(labels)):
+        raise DataError(f"'{data.train_file}', column '{data.label_column}' (label_column): {fault}.")
     loaded = {}
     for role, source in sources.items():
         _check_pairs(data, role, source)
@@ -191,7 +192,8 @@ def _load_files(data: LabelledDataArguments, teacher_labels: tuple[str, ...]) ->
     if teacher_labels and not data.labels and data.problem != "regression":
         _warn_of_numbers(data, teacher_labels)
     train = loaded["train_file"]
-    _check_labels(train, labels, sources["train_file"])
+    if data.problem != "token_classification" or not teacher_labels:  # whose tags alone can teach words
+        _check_labels(train, labels, sources["train_file"])
     if "dev_file" in loaded:
         dev, note = _with_labels(loaded["dev_file"], str(data.dev_file)), f"rows of {data.dev_file}"
     else:
@@ -222,6 +224,13 @@ def _described(rows: Rows, labels: tuple[str, ...], problem_type: ProblemType) -
             f"; {len(labels)} labels: {', '.join(labels)}; {none} of {len(rows)} rows have none of them, and of "
             f"{len(rows) - len(known)} they are not known"
         )
+    if problem_type == "token_classification":
+        types = sorted({name.partition("-")[2] for name in labels} - {""})
+        words = sum(len(row["words"]) for row in rows)
+        return (
+            f"; {len(labels)} tags of {len(types)} types of entities: {', '.join(types)}; {words} words, and "
+            f"{len(rows) - len(known)} of {len(rows)} rows without tags"
+        )
     return ""
 
 
@@ -235,6 +244,8 @@ def _labels_of_file(data: LabelledDataArguments, source: str) -> tuple[str, ...]
     rows, names = _table(data, source, limit=data.train_limit, only=layout.only)
     check_columns(names, {"label_column": data.label_column, "text_column": data.text_column}, source)
     labels = find_labels(_values(data, rows, source))
+    if data.problem == "token_classification":
+        return labels
     if len(labels) * 2 > max(len(rows), 4):
         raise DataError(
             f"'{source}': column '{data.label_column}' has {len(labels)} values in {len(rows)} rows, e.g. "
@@ -266,6 +277,9 @@ def _values(data: LabelledDataArguments, rows: Any, source: str) -> list[Any]:
     """The labels in a file, of all rows together."""
     if data.problem == "single_label_classification":
         return label_values(rows, data.label_column, source)
+    if data.problem == "token_classification":
+        words = word_lists(rows, data.text_column, source)
+        return [tag for tags in word_tags(rows, data.label_column, words, source) for tag in tags or ()]
     sets = label_sets(rows, data.label_column, source, data.label_separator)
     return [label for own in sets for label in own or ()]
 
@@ -311,9 +325,11 @@ def _check_texts(rows: Rows, data: LabelledDataArguments, source: str) -> None:
 
 
 def _check_labels(rows: Rows, labels: tuple[str, ...], source: str) -> None:
-    counts = Counter(str(row["label"]) for row in rows if row["label"] is not None)
-    if len(counts) < 2:
-        label = next((row["label"] for row in rows if row["label"] is not None), None)
+    known = [row["label"] for row in rows if row["label"] is not None]
+    if rows[0].get("words"):
+        known = [tag for tags in known for tag in tags]
+    if len({str(label) for label in known}) < 2:
+        label = next(iter(known), None)
         found = "no label" if label is None else f"only the label '{in_words(label, labels)}'"
         raise DataError(f"'{source}' has {found} in its {len(rows)} rows. A classifier needs at least two labels.")
 

@@ -29,12 +29,17 @@ class LabelledDataArguments(TextFileArguments):
     on_bad_row: OnBadRow = field(
         default="fail", metadata={"help": "Rows that cannot be read: fail, or skip and count them."}
     )
-    text_column: str = field(default="text", metadata={"help": "Column of train_file with the sentence."})
+    text_column: str = field(
+        default="text", metadata={"help": "Column of train_file with the sentence, or with its list of words."}
+    )
     pair_column: str | None = field(default=None, metadata={"help": "Column with the second sentence of a pair."})
     label_column: str = field(default="label", metadata={"help": "Column with the label, a name or a number."})
     problem_type: ProblemType | None = field(
         default=None,
-        metadata={"help": "What label_column holds: one label, lists of labels, numbers; null: the task's, else one."},
+        metadata={
+            "help": "What label_column holds: one label, lists of labels, numbers, a tag for each word; null: the "
+            "task's, else one."
+        },
     )
     label_separator: str | None = field(
         default=None, metadata={"help": "What separates the names in label_column, where lists are written as text."}
@@ -106,6 +111,10 @@ class LabelledDataArguments(TextFileArguments):
             raise ConfigError(
                 f"label_separator = {self.label_separator!r}: separates the labels of a row, under problem_type: "
                 "multi_label_classification alone, and is not empty. Leave it out, or set that."
+            )
+        if self.pair_column is not None and kind == "token_classification":
+            raise ConfigError(
+                "pair_column is set, and problem_type is token_classification, of single texts: leave it out"
             )
         if self.labels is not None and kind == "regression":
             raise ConfigError("labels is set, and problem_type is regression, which has none. Leave it out.")

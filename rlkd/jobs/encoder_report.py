@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,20 @@ from rich.table import Table
 from torch import Tensor
 from transformers import EvalPrediction
 
+from ..checks import OUTSIDE
 from ..choices import ProblemType
-from ..data.labelled import LABELS, EncodedTexts, model_inputs
-from ..evaluation.classes import (
-    calibration_error,
-    class_scores,
-    commonest,
-    confusion_matrix,
-    in_words,
-    one_class_warning,
-    only_prediction,
-)
+from ..data.labelled import LABELS, EncodedTexts, model_inputs, stacked_labels
+from ..data.words import EncodedWords, encoded_rows, label_logits
+from ..evaluation.class_facts import class_facts, constant_prediction
+from ..evaluation.classes import commonest, in_words, one_class_warning
 from ..evaluation.problems import PROBLEMS, classified_rows
 from ..io.files import write_text
 from ..metrics import held_out
+from ..models.encoders.labels import head_for
 from ..models.encoders.onnx_export import Agreement, export_onnx
 from ..models.footprint import count_parameters, latency, megabytes
 from ..runs.files import SUMMARY_FILE
+from ..tensors import pad_stack
 from .encoder_label_folder import agreement, commonest_guess
 from .encoder_setup import EncoderSetup, load_saved_student
 
@@ -44,10 +40,12 @@ CONSTANTS: dict[ProblemType, str] = {
     "single_label_classification": "the commonest training label",
     "multi_label_classification": "the commonest set of training labels",
     "regression": "the mean of the training numbers",
+    "token_classification": "the commonest tag of training words",
 }
 LEFT_OUT: dict[ProblemType, str] = {
     "multi_label_classification": "no confusion matrix and no calibration error: a row has any number of labels",
     "regression": "no scores of each label, no confusion matrix and no calibration error: the labels are numbers",
+    "token_classification": "no confusion matrix and no calibration error: an entity is several words",
 }
 SHOWN_LABELS = 10  # of a confusion matrix; more do not fit a screen, and are in summary.json
 
@@ -60,7 +58,8 @@ def compare_with_teacher(setup: EncoderSetup) -> dict[str, Any]:
     test rows; `majority` has those of a constant (the commonest training label or set of labels, the mean of the
     training numbers) for every row, `constant` what a model itself gives every row, `classes` the scores of each label,
     `confusion` rows by true and predicted label, `ece` the calibration error; those that a problem does not have are
-    empty, and named on the screen. A teacher of which there are only
+    empty, and named on the screen; of words, `classes` has each type of entity, and `unread` the words that the model
+    does not read. A teacher of which there are only
     labels is `labels_of_teacher`: their accuracy on the training rows with a gold label. Times are
     medians over interleaved passes, on dev sentences, without tokenization.
     """
@@ -176,9 +175,19 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
     for line in warnings_of(summary):
         console.print(f"WARNING: {line}", soft_wrap=True, markup=False)
     kind = summary.get("problem_type", "single_label_classification")
-    console.print(f"majority: '{majority['label']}', {CONSTANTS[kind]}, for every row", soft_wrap=True, markup=False)
+    every = "word" if PROBLEMS[kind].of_words else "row"
+    console.print(
+        f"majority: '{majority['label']}', {CONSTANTS[kind]}, for every {every}", soft_wrap=True, markup=False
+    )
     if left_out := LEFT_OUT.get(kind):
         console.print(left_out, soft_wrap=True)
+    for role in ("teacher", "student"):
+        for split, unread in summary.get(role, {}).get("unread", {}).items():
+            console.print(
+                f"{split}, {role}: {unread['unread']} of {unread['words']} words are not read (beyond max_length, or "
+                f"without a token), and are predicted as {OUTSIDE}",
+                soft_wrap=True,
+            )
     timing = summary["timing"]
     console.print(f"dev rows: {summary['dev_rows']}; the checkpoints were selected on them", soft_wrap=True)
     console.print(
@@ -192,7 +201,8 @@ def show_summary(summary: dict[str, Any], console: Console | None = None) -> Non
     if "labels_of_teacher" in summary:
         console.print(f"teacher: {_in_words(summary['labels_of_teacher'])}", soft_wrap=True)
     teacher = f", teacher: {summary['teacher']['folder']}" if ratios else ""
-    console.print(f"student: {student['folder']} (AutoModelForSequenceClassification){teacher}", soft_wrap=True)
+    loads = f"AutoModel{head_for(kind)}"
+    console.print(f"student: {student['folder']} ({loads}){teacher}", soft_wrap=True)
 
 
 def _in_words(labels: dict[str, Any]) -> str:
@@ -210,7 +220,8 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
         for split, scores in facts["scores"].items():
             where = f"the {role}" if len(facts["scores"]) == 1 else f"the {role} ({split})"
             if said := facts["constant"][split]:
-                lines.append(one_class_warning(where, said["label"], said["rows"]))
+                what = "words" if PROBLEMS[kind].of_words else "rows"
+                lines.append(one_class_warning(where, said["label"], said["rows"], what))
             elif kind != "single_label_classification" and scores["score"] <= base[split]["score"]:
                 lines.append(
                     f"{where} has a score of {scores['score']:.4f}, {CONSTANTS[kind]} for every row "
@@ -226,9 +237,11 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
 
 def _show_classes(summary: dict[str, Any], console: Console) -> None:
     roles = [role for role in ("teacher", "student") if role in summary]
+    words = summary.get("problem_type") == "token_classification"
+    what, each = ("entities", "each type of entity") if words else ("rows", "each label")
     for split, own in summary["student"]["classes"].items():
-        table = Table(title=f"{split}, each label", title_justify="left")
-        for name in ("", "rows", *(column for role in roles for column in (f"{role}: predicted", "recall", "F1"))):
+        table = Table(title=f"{split}, {each}", title_justify="left")
+        for name in ("", what, *(column for role in roles for column in (f"{role}: predicted", "recall", "F1"))):
             table.add_column(name, justify="left" if not name else "right")
         for k, mine in enumerate(own):
             found = [summary[role]["classes"][split][k] for role in roles]
@@ -246,8 +259,15 @@ def _show_classes(summary: dict[str, Any], console: Console) -> None:
 
 
 def _batches(rows: list[dict[str, Any]], tokenizer: Any, setup: EncoderSetup, size: int) -> Iterator[dict[str, Tensor]]:
-    data, length = setup.data, setup.training.max_length
-    texts = EncodedTexts(rows, tokenizer, length, len(data.labels), data.problem_type)
+    yield from _batched(_encoded(rows, tokenizer, setup), setup, size)
+
+
+def _encoded(rows: list[dict[str, Any]], tokenizer: Any, setup: EncoderSetup) -> EncodedTexts:
+    data = setup.data
+    return encoded_rows(rows, tokenizer, setup.training.max_length, len(data.labels), data.problem_type)
+
+
+def _batched(texts: EncodedTexts, setup: EncoderSetup, size: int) -> Iterator[dict[str, Tensor]]:
     for start in range(0, len(texts), size):
         batch = texts.collate([texts[i] for i in range(start, min(start + size, len(texts)))])
         yield {name: tensor.to(setup.training.device) for name, tensor in batch.items()}
@@ -259,21 +279,17 @@ def _evaluated(model: Any, tokenizer: Any, setup: EncoderSetup) -> dict[str, Any
     found: dict[str, Any] = {"scores": {}, "constant": {}, "classes": {}, "confusion": {}, "ece": {}}
     kind, names = setup.data.problem_type, setup.data.labels
     for split, rows in setup.data.held_out.items():
-        logits, labels = [], []
-        for batch in _batches(rows, tokenizer, setup, setup.training.per_device_eval_batch_size):
-            logits.append(model(**model_inputs(batch)).logits.float().cpu())
-            labels.append(batch["labels"].cpu())
-        outputs, true = torch.cat(logits).numpy(), torch.cat(labels).numpy()
+        texts = _encoded(rows, tokenizer, setup)
+        batches = _batched(texts, setup, setup.training.per_device_eval_batch_size)
+        outputs = pad_stack([row for batch in batches for row in label_logits(model, batch, names).cpu()]).numpy()
+        true = texts.true
         found["scores"][split] = setup.data.compute_metrics()(EvalPrediction(outputs, true))
-        rated = classified_rows(PROBLEMS[kind].predict(outputs), true, [row["text"] for row in rows], kind)
-        given, labelled = [row["predicted"] for row in rated], [row["label"] for row in rated]
-        only = only_prediction(given)
-        found["constant"][split] = None if only is None else {"label": in_words(only, names), "rows": len(given)}
-        if kind != "regression":
-            found["classes"][split] = [asdict(one) for one in class_scores(given, labelled, names)]
-        if kind == "single_label_classification":
-            found["confusion"][split] = confusion_matrix(given, labelled, len(names))
-            found["ece"][split] = calibration_error(torch.cat(logits).softmax(-1).numpy(), true.tolist())
+        rated = classified_rows(PROBLEMS[kind].predict(outputs), true, [row["text"] for row in rows], kind, names)
+        found["constant"][split] = constant_prediction(rated, names, kind)
+        for name, fact in class_facts(outputs, true, names, kind).items():
+            found[name][split] = fact
+        if isinstance(texts, EncodedWords):
+            found.setdefault("unread", {})[split] = {"unread": sum(texts.unread), "words": sum(map(len, texts.words))}
     return found
 
 
@@ -288,15 +304,19 @@ def _majority(setup: EncoderSetup) -> dict[str, Any]:
     elif kind == "multi_label_classification":
         sets = Counter(tuple(sorted(one)) for one in gold)
         label = list(sorted(sets.items(), key=lambda item: (-item[1], item[0]))[0][0])
+    elif kind == "token_classification":
+        label = commonest([tag for tags in gold for tag in tags] or [data.labels.index(OUTSIDE)])
     else:
         label = commonest(gold) if gold else commonest_guess(data.train)
     count, own = len(data.labels), LABELS[kind]
     scores = {}
     for split, rows in data.held_out.items():
-        true, constant = (np.array([own(0, one, count) for one in of]) for of in (
-            [row["label"] for row in rows], [label] * len(rows),
-        ))  # fmt: skip
-        outputs = PROBLEMS[kind].outputs(constant, count)
+        constant = [[label] * len(row["label"]) if kind == "token_classification" else label for row in rows]
+        true, guess = (
+            stacked_labels([own(0, one, count) for one in of], kind).numpy()
+            for of in ([row["label"] for row in rows], constant)
+        )
+        outputs = PROBLEMS[kind].outputs(guess, count)
         scores[split] = data.compute_metrics()(EvalPrediction(outputs, true))
     return {"label": in_words(label, data.labels), "scores": scores}
 

@@ -10,19 +10,30 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import set_seed
 
 from ..checks import Count, Positive, check_choice, check_settings
+from ..choices import ProblemType
 from ..errors import ConfigError, ModelError
 from ..models.encoders.classifiers import Init, build_student, check_length, labelled_config, pretrained_student
-from ..models.encoders.labels import check_problem, give_labels, label_names, problem_of
+from ..models.encoders.labels import (
+    OF_WORDS,
+    auto_class,
+    check_problem,
+    give_labels,
+    head_for,
+    head_of,
+    label_names,
+    problem_of,
+)
 from ..models.encoders.onnx_export import require_onnx
 from ..models.encoders.rehearsal import is_encoder, rehearse
+from ..models.encoders.words import reading_words
 from ..models.loading import check_saved_weights, load_config, load_pretrained
 from ..models.vocabulary import load_tokenizer
 from ..runs.checkpoints import check_resumed_settings
 from ..trainers.encoders.arguments import TKDArguments
-from ..trainers.encoders.checks import check_distillation, check_recorded_teacher, check_temperature
+from ..trainers.encoders.checks import check_distillation, check_recorded_teacher, check_settings_of
 from .encoder_data import LabelledData, load_labelled_data
 from .encoder_data_arguments import LabelledDataArguments
 
@@ -146,9 +157,9 @@ class EncoderSetup:
         return ("student",) if self.data.recorded else ("teacher", "student")
 
     def load_teacher(self, name: str) -> Any:
-        """A sequence classifier in float32 with the labels of this task."""
+        """A classifier in float32 with the labels of this task."""
         return load_pretrained(
-            AutoModelForSequenceClassification,
+            auto_class(self.teacher_config),
             name,
             "teacher",
             config=copy.deepcopy(self.teacher_config),
@@ -182,10 +193,8 @@ class EncoderSetup:
 
 def load_saved_student(folder: str) -> Any:
     """A trained student as it is on disk, in float32."""
-    return load_pretrained(
-        AutoModelForSequenceClassification, folder, "student", config=load_config(folder, "student"),
-        dtype=torch.float32, needs="all",
-    )  # fmt: skip
+    config = load_config(folder, "student")
+    return load_pretrained(auto_class(config), folder, "student", config=config, dtype=torch.float32, needs="all")
 
 
 def prepare_encoders(
@@ -209,9 +218,9 @@ def prepare_encoders(
     if data.pseudo_labels is not None:
         return _prepare_labels(data, teacher, student, training)
     config = load_config(teacher.teacher, "teacher", teacher.teacher_revision)
-    teacher_tokenizer = load_tokenizer(teacher.teacher, "teacher", teacher.teacher_revision)
-    _check_encoder(config, teacher_tokenizer, teacher)
-    check_temperature(training, data.problem)
+    check_settings_of(data.problem, training)
+    teacher_tokenizer = _tokenizer(teacher.teacher, "teacher", data, teacher.teacher_revision)
+    _check_encoder(config, teacher_tokenizer, teacher, problem=data.problem)
     if teacher.teacher_finetuned:
         check_problem(config, "teacher", data.problem, teacher.teacher)
     names = label_names(config) if teacher.teacher_finetuned else ()
@@ -236,7 +245,7 @@ def prepare_encoders(
     give_labels(config, loaded.labels, loaded.problem_type)
     tokenizer = teacher_tokenizer
     if student.student_init == "pretrained" and student.student_pretrained is not None:
-        tokenizer = load_tokenizer(student.student_pretrained, "student")
+        tokenizer = _tokenizer(student.student_pretrained, "student", data)
     _check_best(training, loaded)
     above, reads = config, teacher_tokenizer
     for one in [*student.assistants, student]:
@@ -254,6 +263,11 @@ def prepare_encoders(
     if student.student_init == "pretrained":
         check_saved_weights(str(student.student_pretrained), "student", allow_bin=teacher.allow_bin)
     return EncoderSetup(loaded, teacher, student, training, config, tokenizer, teacher_tokenizer, settings)
+
+
+def _tokenizer(name: str, role: str, data: LabelledDataArguments, revision: str | None = None) -> Any:
+    tokenizer = load_tokenizer(name, role, revision)
+    return reading_words(tokenizer, role, name) if data.problem == "token_classification" else tokenizer
 
 
 def _check_best(training: TKDArguments, data: LabelledData) -> None:
@@ -309,7 +323,13 @@ def _token_types(tokenizer: Any, data: LabelledData) -> list[int]:
     return sorted(set(tokenizer(*texts).get("token_type_ids", ())))
 
 
-def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments, role: str = "teacher") -> None:
+def _check_encoder(
+    config: Any,
+    tokenizer: Any,
+    teacher: EncoderTeacherArguments,
+    role: str = "teacher",
+    problem: ProblemType = "single_label_classification",
+) -> None:
     name = teacher.teacher
     begins = tokenizer.cls_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.cls_token_id]
     if not is_encoder(config) or not begins or tokenizer.pad_token_id is None:
@@ -318,8 +338,9 @@ def _check_encoder(config: Any, tokenizer: Any, teacher: EncoderTeacherArguments
             "Choose one of the BERT family."
         )
     kinds = config.architectures or []
-    if teacher.teacher_finetuned and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+    if teacher.teacher_finetuned and head_of(config) != head_for(problem):
+        words = " of words" if head_for(problem) == OF_WORDS else ""
         raise ModelError(
-            f"teacher '{name}' is a {', '.join(kinds) or 'model without a head'}, not a fine-tuned classifier. "
+            f"teacher '{name}' is a {', '.join(kinds) or 'model without a head'}, not a fine-tuned classifier{words}. "
             "Leave teacher_finetuned out: the recipe fine-tunes it."
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..evaluation.evaluator import Evaluator, TaskMetric
+from ..evaluation.problems import PROBLEMS
 from ..evaluation.task_metrics import check_task_metric, references_of, task_metric_of
 from ..io.folders import refuse_other_contents
 from ..io.progress import progress
@@ -26,7 +27,7 @@ from ..runs.record import RunRecord, describe_data, describe_templates
 from ..sampling.rollouts import greedy_answers
 from .class_evaluation import classified_rows_of, evaluate_classes
 from .classifiers import CLASSIFIERS_ONLY, SavedClassifier, refuse_options
-from .saved import saved_student
+from .saved import LIMITS, saved_student, warn_of_training, with_lengths
 from .wiring import Reading, local_teacher, row_source, teacher_spec
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ FILES = (RUN_FILE, METRICS, HELD_OUT, "evaluation.json")
 TRAINER = "evaluate"  # in run.json, in the place of a trainer's class
 # Options without effect with a classifier, and their defaults.
 GENERATING_ONLY = {
-    "metric": "none", "student_template": None, "teacher": None, "templates": None, "max_new_tokens": 64,
+    "metric": "none", "student_template": None, "teacher": None, "templates": None, "max_new_tokens": None,
     "dtype": "float32", "teacher_dtype": "float32", "input_eos": None, "src_lang": None, "tgt_lang": None,
     "column_map": None, "label_map": None, "id_column": None, "seed": 0, "teacher_chat": None,
     "teacher_system_prompt": None, "student_chat": None, "student_system_prompt": None,
@@ -45,12 +46,14 @@ TIMED_INPUTS = 16  # answered one by one; the median of their seconds is the lat
 @dataclass(frozen=True)
 class Evaluation:
     """rows, how many; numbers, by their names in `rlkd.metrics`; per_row, the scores of each row, by the same names;
-    speed, size and speed of the model; classes, what else there is to say of a classifier (`class_facts`).
+    limits, the lengths that texts are cut to; speed, size and speed of the model; classes, what else there is to say of
+    a classifier (`class_facts`).
     """
 
     rows: int
     numbers: dict[str, float]
     per_row: dict[str, list[float]]
+    limits: dict[str, int]
     speed: dict[str, float]
     classes: dict[str, Any] = field(default_factory=dict)
 
@@ -63,10 +66,11 @@ def evaluate(request: dict[str, Any], out: Path, *, quiet: bool = False) -> Eval
     """
     _check_folder(request, out)
     classifier = SavedClassifier.of(request)
+    warn_of_training(request)
     if classifier is not None:
         return _evaluate_classes(request, out, classifier)
     refuse_options(request, CLASSIFIERS_ONLY, "a generating model, which reads one text")
-    return _evaluate_answers({**request, "max_input_tokens": request["max_input_tokens"] or 512}, out, quiet=quiet)
+    return _evaluate_answers(with_lengths(request), out, quiet=quiet)
 
 
 def _evaluate_answers(request: dict[str, Any], out: Path, *, quiet: bool) -> Evaluation:
@@ -102,19 +106,23 @@ def _evaluate_answers(request: dict[str, Any], out: Path, *, quiet: bool) -> Eva
     numbers = {name: value for name, value in found.items() if name.removeprefix("sample_") != "kl"}  # to no reference
     models = {"student": policy.student, "teacher": None if evaluator.teacher is None else evaluator.teacher.model}
     _write(request, out, rows, numbers, models, examples)
-    return Evaluation(len(examples), numbers, evaluator.per_row, _speed(policy, evaluator))
+    limits = {name: request[name] for name in LIMITS}
+    return Evaluation(len(examples), numbers, evaluator.per_row, limits, _speed(policy, evaluator))
 
 
 def _evaluate_classes(request: dict[str, Any], out: Path, classifier: SavedClassifier) -> Evaluation:
-    """As `evaluate`, of a classifier: input_column and pair_column have the texts, reference_column their labels."""
+    """As `evaluate`, of a classifier: input_column and pair_column have the texts (or words),
+    reference_column their labels."""
     refuse_options(request, GENERATING_ONLY, "a classifier")
     if request["reference_column"] is None:
         raise ConfigError("--reference-column is not set: name the column with the right label of each text.")
-    rows = classified_rows_of(request, classifier.classes)
+    rows = classified_rows_of(request, classifier)
     found = evaluate_classes(classifier, rows, request["batch_rows"])
     _write(request, out, found.rows, found.numbers, {"student": found.model, "teacher": None}, found.texts)
-    per_row = {"accuracy": [row["accuracy"] for row in found.rows]}
-    return Evaluation(len(found.rows), found.numbers, per_row, found.speed, found.classes)
+    score, _ = PROBLEMS[classifier.problem_type].by_row
+    per_row = {score: [row[score] for row in found.rows]}
+    limits = {"max_input_tokens": classifier.max_length}
+    return Evaluation(len(found.rows), found.numbers, per_row, limits, found.speed, found.classes)
 
 
 def _check_folder(request: dict[str, Any], out: Path) -> None:

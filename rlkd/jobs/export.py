@@ -30,7 +30,7 @@ from ..sampling.engines.torch_engine import TorchEngine
 from ..sampling.exported import equal_shares, without_end, write_exported
 from ..sampling.schedule import Budget, answer_all
 from .export_card import export_card
-from .saved import EXPORT_RECORD, LIMITS, limits_of
+from .saved import EXPORT_RECORD, with_lengths
 from .wiring import Reading, row_source, teacher_spec
 
 TEACHER_INPUTS = 32  # how many a teacher answers: its speed is all that is asked for
@@ -108,10 +108,8 @@ def _settings(request: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("--dataset and --input-column say together on what to compare: give both, or neither.")
     run = RunRecord.read(Path(request["model"]))
     trained = {} if run is None else run.settings
-    limits = LIMITS | limits_of(request["model"])
     template = request["student_template"] or trained.get("student_template")
-    given = {name: value for name, value in request.items() if value is not None}
-    return {**PLAIN_ROWS, **request, **limits, **given, "student_template": template}
+    return {**PLAIN_ROWS, **with_lengths(request), "student_template": template}
 
 
 def _examples(settings: dict[str, Any], tokenizer: Any) -> list[Example]:

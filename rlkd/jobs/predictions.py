@@ -5,7 +5,6 @@ A request is the options of the command as JSON-able values; it is kept in the m
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,15 +12,14 @@ from ..labels.classes import ClassifierEngine, ClassifierReader, ClassLabeller
 from ..labels.folder import check_output
 from ..labels.options import RunOptions
 from ..labels.pseudolabels import label_rows
+from ..models.encoders.labels import check_problem
 from ..models.spec import TeacherSpec
-from ..runs.record import RunRecord
 from ..sampling.engines.protocol import Decoding, Engine, EngineSettings
 from ..sampling.engines.registry import choose_engine
 from .classifiers import CLASSIFIERS_ONLY, SavedClassifier, refuse_options
-from .saved import LIMITS, limits_of, saved_student
+from .saved import saved_student, warn_of_training, with_lengths
 from .wiring import Reading, row_source
 
-logger = logging.getLogger(__name__)
 # Options without effect with a classifier, and their defaults.
 GENERATING_ONLY = {"max_new_tokens": None, "engine": "auto", "dtype": "float32", "src_lang": None, "tgt_lang": None,
                    "student_chat": None, "student_system_prompt": None}  # fmt: skip
@@ -37,9 +35,10 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
     classifier = SavedClassifier.of(request)
     if classifier is not None:
         refuse_options(request, GENERATING_ONLY, "a classifier")
+        check_problem(classifier.config, "model", "single_label_classification", classifier.name)
     spec = None if classifier is not None else _generating(request)
     tokenizer = (classifier or spec).tokenizer  # type: ignore[union-attr]
-    _warn_of_training(request)
+    warn_of_training(request)
     source = Reading.of({**request, "templates": []}, tokenizer).prompted_rows(
         row_source(request), earlier=manifest.header["scan"] if manifest.headers else None
     )
@@ -57,7 +56,7 @@ def predict(request: dict[str, Any], out: Path, **how: Any) -> dict[str, Any]:
             kind=ClassLabeller,
         )
     assert spec is not None
-    decoding = Decoding("greedy", _lengths(request)[1])
+    decoding = Decoding("greedy", with_lengths(request)["max_new_tokens"])
     choice = choose_engine(EngineSettings(request["engine"]), spec.model, decoding)
     return label_rows(
         spec,
@@ -75,25 +74,6 @@ def _generating(request: dict[str, Any]) -> TeacherSpec:
     refuse_options(request, CLASSIFIERS_ONLY, "a generating model, which reads one text")
     model = saved_student(request)
     model.check()
-    longest, new = _lengths(request)
-    model.check_lengths(longest, new)
-    return TeacherSpec(model, longest)
-
-
-def _lengths(request: dict[str, Any]) -> tuple[int, int]:
-    """max_input_tokens and max_new_tokens: as asked for, else as in training."""
-    found = LIMITS | limits_of(request["model"])
-    longest, new = (int(request[name] or found[name]) for name in LIMITS)
-    return longest, new
-
-
-def _warn_of_training(request: dict[str, Any]) -> None:
-    """Say where the run that made the model gave it other inputs, or other lengths, than the command does."""
-    record = RunRecord.read(Path(request["model"]))
-    if record is None:
-        return
-    trained = {name: value for name, value in record.settings.items() if name in ("student_template", "pair_column")}
-    trained |= {name: value for name, value in limits_of(request["model"]).items() if request.get(name)}
-    changed = [f"{name} {then} (now {request[name]})" for name, then in trained.items() if then != request[name]]
-    if changed:
-        logger.warning("'%s' was trained with %s", request["model"], ", ".join(changed))
+    lengths = with_lengths(request)
+    model.check_lengths(lengths["max_input_tokens"], lengths["max_new_tokens"])
+    return TeacherSpec(model, lengths["max_input_tokens"])

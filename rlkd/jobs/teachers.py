@@ -143,9 +143,14 @@ def check_models(teacher: TeacherSpec | None, student: ModelSpec, training: Dist
     said = paired(teacher.model, student)
     if said is None:
         return None
+    check_other_vocabulary(training)
+    return said
+
+
+def check_other_vocabulary(training: DistillationArguments) -> None:
+    """Raise ConfigError if these settings need a vocabulary that teacher and student share."""
     refuse_one_model(training, "needs a vocabulary that teacher and student share")
     check_objective(training, SIGNAL - SHARED_VOCABULARY, OtherTokenizer.lacks)
-    return said
 
 
 def refuse_one_model(training: DistillationArguments, why: str) -> None:

@@ -19,14 +19,17 @@ def padding_allowed(device: torch.device) -> int:
     return PADDING["cpu" if device.type == "cpu" else "accelerator"]
 
 
-def batches_by_length(lengths: list[int], batch_tokens: int, padding: int | None = None) -> list[list[int]]:
+def batches_by_length(lengths: list[int], batch_tokens: int | None, padding: int | None = None) -> list[list[int]]:
     """Row indices, sorted by length and cut so that rows x longest <= batch_tokens (one row at least).
 
-    With `padding` also so that rows x longest - sum of lengths <= padding.
+    With `padding` also so that rows x longest - sum of lengths <= padding. batch_tokens None: all in one batch.
     """
     batches: list[list[int]] = []
     padded = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    if batch_tokens is None:
+        return [order]
+    for i in order:
         if batches:
             rows = batches[-1]
             more = padded + len(rows) * (lengths[i] - lengths[rows[-1]])
@@ -44,7 +47,7 @@ def packed_by_length(
     prompt_lengths: list[int],
     answer_ids: Tensor,
     answer_mask: Tensor,
-    batch_tokens: int,
+    batch_tokens: int | None,
 ) -> Tensor:
     """Hidden states [N, D] of the N tokens of `answer_mask` [B, R], computed in batches by the length of prompt and
     answer, each as wide as its longest answer.

@@ -90,7 +90,7 @@ class DecoderOnly(TransformersModel):
         cap = getattr(config, "final_logit_softcapping", None)
         return Head(projection.weight, projection.bias, logit_scale(config), self.valid_vocab, self.rules, cap)
 
-    def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
+    def prompt_states(self, prompts: list[list[int]], batch_tokens: int | None = 4096) -> list[Tensor]:
         """As in LanguageModel, batched by length so that little padding is read."""
         check_prompts(prompts, self.config.vocab_size)
         self.positions.check(max(map(len, prompts), default=0))
@@ -98,7 +98,7 @@ class DecoderOnly(TransformersModel):
             return [torch.tensor(prompt, device=self.device) for prompt in prompts]
         return self._computed(prompts, batch_tokens)
 
-    def _computed(self, prompts: list[list[int]], batch_tokens: int) -> list[Tensor]:
+    def _computed(self, prompts: list[list[int]], batch_tokens: int | None) -> list[Tensor]:
         """The states that hold keys and values."""
         from transformers import DynamicCache
 
@@ -114,10 +114,10 @@ class DecoderOnly(TransformersModel):
         return states
 
     def answer_hidden(
-        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096
+        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int | None = 4096
     ) -> Tensor:
         """As in LanguageModel."""
-        if _are_ids(states) and self._shares(states, int(answer_mask.sum())):
+        if batch_tokens and _are_ids(states) and self._shares(states, int(answer_mask.sum())):
             made = dict(zip(map(id, states), states, strict=True))
             computed = self._computed([state.tolist() for state in made.values()], batch_tokens)
             by_prompt = dict(zip(made, computed, strict=True))

@@ -110,7 +110,7 @@ class EncoderDecoder(TransformersModel):
         self.positions.check(prompt=input_ids.shape[1])
         return self.model.get_encoder()(input_ids=input_ids, attention_mask=mask.long(), **options)
 
-    def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
+    def prompt_states(self, prompts: list[list[int]], batch_tokens: int | None = 4096) -> list[Tensor]:
         """Encoder states [P_i, D] of each prompt, batched by length so that little padding is encoded."""
         check_prompts(prompts, self.config.vocab_size)
         states: list[Tensor | None] = [None] * len(prompts)
@@ -168,7 +168,7 @@ class EncoderDecoder(TransformersModel):
         )
 
     def answer_hidden(
-        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096
+        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int | None = 4096
     ) -> Tensor:
         """As in LanguageModel."""
 

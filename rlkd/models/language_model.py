@@ -43,8 +43,8 @@ class LanguageModel(Protocol):
     positions    how long prompts and answers may be
 
     Answers are [B, R], right-padded. Prompts are lists of token ids, at least one each. batch_tokens bounds the padded
-    tokens of one forward: it decides speed and memory, not results. An implementation is not an nn.Module itself and
-    survives copy.deepcopy together with its model.
+    tokens of one forward (None: one forward for all): it decides speed and memory, not results. An implementation is
+    not an nn.Module itself and survives copy.deepcopy together with its model.
     """
 
     @property
@@ -75,7 +75,7 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def prompt_states(self, prompts: list[list[int]], batch_tokens: int = 4096) -> list[Tensor]:
+    def prompt_states(self, prompts: list[list[int]], batch_tokens: int | None = 4096) -> list[Tensor]:
         """What decoding needs to know of each prompt, as one tensor whose layout only this model knows; differentiable.
 
         Encoder states [P_i, D] of an encoder-decoder; keys and values of a decoder-only model. A state may be
@@ -84,7 +84,7 @@ class LanguageModel(Protocol):
         ...
 
     def answer_hidden(
-        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int = 4096
+        self, states: list[Tensor], answer_ids: Tensor, answer_mask: Tensor, batch_tokens: int | None = 4096
     ) -> Tensor:
         """Head inputs [N, D] that predict the N tokens of `answer_mask`, teacher-forced, row after row; differentiable.
 

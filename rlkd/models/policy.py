@@ -5,7 +5,7 @@ student.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..objectives.policy import token_logps, token_statistics
 from ..records import given
+from ..sharding import is_sharded, load_whole
 from ..tensors import unpack
 from .encoder_decoder import Layers
 from .heads import HeadOverStates, RowLoss, TokenFunction
@@ -161,7 +162,13 @@ class Policy(nn.Module):
 
     def _hidden(self, input_ids: Tensor, input_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
         """The head's inputs at the answers' tokens, [N, D]."""
-        return self.lm.answer_hidden(self._prompt_states(input_ids, input_mask), answer_ids, answer_mask)
+        states = self._prompt_states(input_ids, input_mask)
+        return self.lm.answer_hidden(states, answer_ids, answer_mask, self._batch_tokens)
+
+    @property
+    def _batch_tokens(self) -> int | None:
+        """Each forward of a sharded layer gathers its weights, so all processes must run as many: one for all rows."""
+        return None if is_sharded(self) and torch.is_grad_enabled() else 4096
 
     def _values(self, hidden: Tensor, answer_mask: Tensor) -> Tensor:
         if self.value_head is None:
@@ -173,8 +180,14 @@ class Policy(nn.Module):
         rows = zip(input_ids.tolist(), input_mask.tolist(), strict=True)
         prompts = [tuple(token for token, valid in zip(*row, strict=True) if valid) for row in rows]
         unique = list(dict.fromkeys(prompts))
-        states = dict(zip(unique, self.lm.prompt_states([list(p) for p in unique]), strict=True))
+        computed = self.lm.prompt_states([list(prompt) for prompt in unique], self._batch_tokens)
+        states = dict(zip(unique, computed, strict=True))
         return [states[prompt] for prompt in prompts]
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The class names of the student's layers: FSDP2 shards them one by one."""
+        return list(self.student._no_split_modules or ())
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass: called by the Trainer for `gradient_checkpointing`."""
@@ -191,12 +204,14 @@ class Policy(nn.Module):
         """Write the bare student as `from_pretrained` loads it."""
         save_student(self.student, folder)
 
-    def save_value_head(self, folder: str | Path) -> None:
-        """Write the critic, if there is one, next to a saved student."""
+    def save_value_head(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the critic, if there is one, next to a saved student. weights: of a sharded policy, whole."""
         from safetensors.torch import save_file
 
         if self.value_head is not None:
-            save_file(self.value_head.state_dict(), Path(folder) / VALUE_HEAD_FILE)
+            own = self.value_head.state_dict()
+            whole = own if weights is None else {name: weights[f"value_head.{name}"] for name in own}
+            save_file(whole, Path(folder) / VALUE_HEAD_FILE)
 
     def load(self, folder: str | Path) -> None:
         """Load in place what `save` and `save_value_head` wrote. Raises OSError if the folder lacks the critic this
@@ -212,6 +227,6 @@ class Policy(nn.Module):
         else:
             config, dtype = copy.deepcopy(self.config), next(self.student.parameters()).dtype
             loaded = load_pretrained(type(self.student), str(folder), "student", config=config, dtype=dtype)
-            self.student.load_state_dict(loaded.state_dict())
+            load_whole(self.student, loaded.state_dict())
         if self.value_head is not None:
-            self.value_head.load_state_dict(load_file(Path(folder) / VALUE_HEAD_FILE, device=str(device)))
+            load_whole(self.value_head, load_file(Path(folder) / VALUE_HEAD_FILE, device=str(device)))

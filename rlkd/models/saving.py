@@ -30,18 +30,21 @@ SEARCH = (
 )  # fmt: skip
 
 
-def save_student(model: Any, folder: str | Path, generation: Any = None) -> None:
+def save_student(
+    model: Any, folder: str | Path, generation: Any = None, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write what `from_pretrained` loads: the model, or its adapter with the checksums of a local base model.
 
-    generation: the transformers.GenerationConfig to save with it, by default the model's own.
+    generation: the transformers.GenerationConfig to save with it, by default the model's own. weights: of the model,
+    whole, if it is sharded.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = getattr(base, "generation_config", None)
     if generation is not None:
         base.generation_config = generation
     try:
-        with as_weights_are(base) as weights:
-            model.save_pretrained(folder, **({"state_dict": weights} if base is model and weights else {}))
+        with as_weights_are(base, weights) as saved:
+            model.save_pretrained(folder, **({"state_dict": saved} if base is model and saved else {}))
         if base is not model:
             config = next(iter(model.peft_config.values()))
             if base.can_generate():
@@ -53,9 +56,9 @@ def save_student(model: Any, folder: str | Path, generation: Any = None) -> None
 
 
 @contextmanager
-def as_weights_are(model: Any) -> Iterator[dict[str, Tensor] | None]:
+def as_weights_are(model: Any, weights: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor] | None]:
     """The configuration of a T5 model says meanwhile whether its head is tied; yields the weights to save, None for its
-    own.
+    own. weights: what is yielded where nothing has to be added, in place of its own.
 
     transformers 5 sets tie_word_embeddings to True for all of them, reads False as "no output scale", and ties by what
     the file of weights holds. transformers 4 and converters tie and scale by the field alone. So an untied, unscaled
@@ -63,16 +66,18 @@ def as_weights_are(model: Any) -> Iterator[dict[str, Tensor] | None]:
     """
     config, head = model.config, model.get_output_embeddings()
     if config.model_type not in T5_FAMILY or head is None or output_scale(config) != 1.0:
-        yield None
+        yield weights
         return
-    embedding = model.get_input_embeddings().weight
-    tied = head.weight is embedding
+    tied = head.weight is model.get_input_embeddings().weight
     if tied and config.model_type != "mt5":
-        yield None
+        yield weights
         return
     kept, config.tie_word_embeddings = config.tie_word_embeddings, False
     try:
-        yield {**model.state_dict(), "lm_head.weight": embedding.detach().clone()} if tied else None
+        if tied:
+            own = weights or model.state_dict()
+            weights = {**own, "lm_head.weight": own["lm_head.weight"].clone()}
+        yield weights
     finally:
         config.tie_word_embeddings = kept
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ..errors import ConfigError, RlkdError
+from ..jobs.teachers import check_other_vocabulary
 from ..jobs.training import TRAINING_JOBS
 from ..settings.parsing import parse_config
 from .arguments import SMALL, DistillArguments
@@ -24,6 +25,7 @@ RL_SETTINGS = {
     "reward_value": "max", "one_step": "exact", "lam": 0.2, "kl_coef": 0.05, "baseline": "leave_one_out",
     "rollouts_per_prompt": 2, "epochs_per_rollout": 2, "minibatches_per_rollout": 2,
 }  # fmt: skip
+OTHER_VOCABULARY = {"one_step": "sampled"}  # the exact term reads the teacher's whole distribution
 UPDATES_PER_ROLLOUT, PROMPTS_PER_ROLLOUT = 4, 32
 # Learning rates are inversely proportional to the width of the student: of T5-base, 768, they are 3.3e-4, 6.5e-5 and,
 # of encoders, 5.2e-5.
@@ -105,7 +107,7 @@ def stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str,
     found += (_encoder_stages if pair.encoder else _stages)(args, pair, rows, digests)
     for stage in found:
         if stage.name in TRAINING:
-            check_training(stage)
+            check_training(stage, pair)
     return found
 
 
@@ -141,6 +143,7 @@ def _stages(args: DistillArguments, pair: Pair, rows: Rows, digests: Mapping[str
         "model_name_or_path": out / "warm-up",
         "output_dir": out / "rl",
         **RL_SETTINGS,
+        **({} if pair.said is None else OTHER_VOCABULARY),
         "learning_rate": round(RL_RATE / pair.width, 8),
         "warmup_steps": UPDATES_PER_ROLLOUT,
         "max_steps": updates // UPDATES_PER_ROLLOUT * UPDATES_PER_ROLLOUT,
@@ -302,12 +305,15 @@ def _with(settings: dict[str, Any], name: str, more: Any) -> dict[str, Any]:
     return {**settings, **more}
 
 
-def check_training(stage: Stage) -> None:
+def check_training(stage: Stage, pair: Pair) -> None:
     """Raise ConfigError for settings that the training command would refuse."""
     job = TRAINING_JOBS[stage.command[1]]
     with tempfile.TemporaryDirectory() as folder:
         stage.write_settings(Path(folder))
         try:
-            parse_config(job.settings, ["--config", str(stage.settings_file(Path(folder)))], preset=job.preset)
+            built = parse_config(job.settings, ["--config", str(stage.settings_file(Path(folder)))], preset=job.preset)
+            if pair.said is not None:
+                check_other_vocabulary(built[-1])
         except RlkdError as error:
-            raise ConfigError(str(error).replace(f"{folder}/", "")) from None
+            said, own = str(error).replace(f"{folder}/", ""), f"{stage.name}.yaml: "
+            raise ConfigError(said if own in said else f"{own}{said}") from None

@@ -25,7 +25,7 @@ from ..labels.store import labels_finished, load_pseudolabels
 from ..models.cut_layers import write_small
 from ..models.saving import new_folder
 from ..runs.checkpoints import LOGS
-from ..runs.files import HELD_OUT, RUN_FILE, SUMMARY_FILE
+from ..runs.files import HELD_OUT, SUMMARY_FILE
 from ..trainers.start import too_weak
 from .arguments import SMALL, DistillArguments
 from .choice import Helped
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 Command = Callable[[list[str]], int]  # runs `rlkd` with these words; its exit code
 ROWS_FAILED = 4  # of labels: the others are there
-# Of a run folder, what is not the model.
-NOT_MODEL = (RUN_FILE, *LOGS, HELD_OUT, SUMMARY_FILE, "training_args.bin", "*.html", ".*")
+# Of a run folder, what is not the model; its run.json says how the model was trained, and with which lengths.
+NOT_MODEL = (*LOGS, HELD_OUT, SUMMARY_FILE, "training_args.bin", "*.html", ".*")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.classes import ClassScore
 from ..metrics import held_out
 from .intervals import Difference, Interval, mean_interval, overall, paired_difference
 from .lines import Row, number
@@ -215,6 +216,16 @@ def predictions(arm: Arm) -> tuple[list[Any], list[Any]]:
         if type(row.get("predicted")) in (int, list) and type(row.get("predicted")) is type(row.get("label"))
     ]
     return [guess for guess, _ in pairs], [label for _, label in pairs]
+
+
+def summarised_classes(arm: Arm) -> list[ClassScore]:
+    """Scores of each type of entity on the dev rows, as the first run's comparison with its teacher has them."""
+    student = arm.runs[0].summary.get("student")
+    classes = student.get("classes") if isinstance(student, dict) else None
+    try:
+        return [ClassScore(**one) for one in next(iter(dict(classes or {}).values()), [])]
+    except (TypeError, ValueError):  # of another version, or edited
+        return []
 
 
 def reference(arms: Sequence[Arm]) -> Arm:

@@ -107,7 +107,7 @@ def _constant_row(arms: Sequence[Arm], names: Sequence[str]) -> list[str] | None
 
 def _each_label(arm: Arm) -> list[list[str]]:
     """Rows of a table: a label, its rows, how often it is predicted, precision, recall and F1."""
-    scores = class_scores(*findings.predictions(arm), arm.runs[0].labels)
+    scores = class_scores(*findings.predictions(arm), arm.runs[0].labels) or findings.summarised_classes(arm)
     return [[c.label, str(c.rows), str(c.predicted), *(f"{x:.3f}" for x in (c.precision, c.recall, c.f1))]
             for c in scores[: findings.LABELS_SHOWN]]  # fmt: skip
 

@@ -327,6 +327,12 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES)
 
 
+def _is_model_alone(folder: Path) -> bool:
+    """Whether this is a copy of a run's model: the logs are elsewhere."""
+    logs = any((folder / name).is_file() for name in FILES if name != RUN_FILE)
+    return not logs and any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
     try:
         children = sorted(folder.iterdir())
@@ -336,7 +342,8 @@ def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
         yield folder
     elif depth < DEPTH:
         for child in children:
-            if child.is_dir() and not child.is_symlink() and not child.name.startswith((".", "checkpoint-")):
+            hidden = child.is_symlink() or child.name.startswith((".", "checkpoint-"))
+            if child.is_dir() and not hidden and not _is_model_alone(child):
                 yield from _run_folders(child, depth + 1)
 
 

@@ -34,6 +34,7 @@ HEAD = {
     "Seq2SeqLM": ("AutoModelForSeq2SeqLM", "text-generation"),
     "CausalLM": ("AutoModelForCausalLM", "text-generation"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "TokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "Classification": ("AutoModelForSequenceClassification", "text-classification"),
 }
 # What the pipeline gives, where it is not the best label.
@@ -170,6 +171,14 @@ def _use(auto: str, architecture: str, settings: dict[str, Any], record: dict[st
     """A snippet that answers as the student was evaluated, with transformers (and PEFT for an adapter) alone."""
     import transformers
 
+    if "TokenClassification" in auto:
+        return _python(
+            "from transformers import pipeline",
+            "",
+            "# The tag of a word is that of its first token.",
+            f'tag = pipeline("token-classification", model="{FOLDER}", aggregation_strategy="first")',
+            'print(tag("A text."))',
+        )
     if "Classification" in auto:
         kind = str(record.get("problem_type"))
         every = ", top_k=None" if kind == "multi_label_classification" else ""

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from ..errors import DivergenceError
 from ..io.files import make_folder, write_text
 from ..records import Batched
+from ..sharding import own_part
 
 DIVERGED_FOLDER = "diverged"
 NAMED_ROWS = 5
@@ -102,7 +103,7 @@ class FiniteGuard(TrainerCallback):
 
     def check_weights(self, tensors: Iterable[Tensor]) -> None:
         """Refuse to save what is not finite. Every process calls this."""
-        flags = [t.isfinite().all() for t in tensors if t.is_floating_point()]
+        flags = [own_part(t).isfinite().all() for t in tensors if t.is_floating_point()]
         bad = bool(flags) and not bool(torch.stack([f.to(flags[0].device) for f in flags]).all())
         problem = "weights or optimizer state are not finite, and are not saved" if bad else None
         self._stop_if(problem, [])

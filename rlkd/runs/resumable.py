@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from signal import Signals
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import CheckpointError, InterruptedRunError, RlkdError
 from ..io.files import check_folder
 from ..io.lock import Stop, writer_lock
+from ..sharding import load_optimizer_state, whole_optimizer_state
 from .checkpoints import (
     RESUME,
     STATE_FILE,
@@ -196,7 +198,13 @@ class ResumableTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Called for resumable checkpoints only, after the student was written.
-        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled:  # whole tensors: runs that are not sharded, or otherwise, read the same files
+            state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
+            if self.args.should_save:
+                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+                torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(self.save_extras(Path(output_dir)), indent=2))
 
@@ -210,6 +218,17 @@ class ResumableTrainer(Trainer):
         }
 
     # Resuming
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True, mmap=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        load_optimizer_state(self.optimizer, optimizer)
+        cast(Any, self.lr_scheduler).load_state_dict(scheduler)
 
     def check_resumable(self, checkpoint: Path) -> None:
         """Raise CheckpointError if this run cannot resume that checkpoint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
@@ -28,6 +28,8 @@ class StudentArguments(TrainingArguments):
     to a tracker unless requested, columns are kept for the collators, and a resumed run restores its callbacks.
     """
 
+    shards: ClassVar[bool] = False  # whether FSDP2 may shard the student
+
     allow_config_change: bool = field(
         default=False, metadata={"help": "Resume a checkpoint that was written with other settings."}
     )
@@ -50,7 +52,7 @@ class StudentArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_launch(self)
+        check_launch(self)  # before TrainingArguments, which would set up what is refused
         self.run_name = redacted(self.run_name)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not held_out(self.metric_for_best_model).lower_is_better
@@ -76,6 +78,8 @@ class StudentArguments(TrainingArguments):
 @dataclass
 class DistillationArguments(StudentArguments):
     """Settings of all trainers of generating students."""
+
+    shards = True
 
     max_input_tokens: Count = field(default=512, metadata={"help": "Prompts are cut to this many tokens."})
     max_new_tokens: Count = field(default=64, metadata={"help": "Answers are cut to this many tokens."})

@@ -34,11 +34,13 @@ from ..runs.guards import AlarmCallback
 from ..runs.progress import TrainingProgress
 from ..runs.record import RunRecord, describe_data, describe_templates, settings_of
 from ..runs.resumable import ResumableTrainer
+from ..sharding import tied_as, whole
 from .announce import Announcement
 from .base_arguments import StudentArguments
 from .environment import describe_environment, warn_of_ignored
 from .inputs import describe_inputs, weights_of
 from .last import LastEvaluation
+from .parallel import check_student, shard_with, sharding_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,14 @@ class StudentTrainer(ResumableTrainer):
         self.add_callback(TrainingProgress())
         self.callback_handler.callbacks.insert(0, self.last)  # trackers close their runs when training ends
         check_best_metric(self.args, self.held_out_names)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer; with FSDP2 where accelerate's configuration asks for it."""
+        super().create_accelerator_and_postprocess()
+        if sharding_wanted():
+            check_student(self.trained.student)
+            shard_with(self.accelerator)
+            self.is_fsdp_enabled = True
 
     def run(self, settings: Sequence[Any] = ()) -> None:
         """A whole job, as the recipes run it: train (or resume), evaluate, save the student, print its path.
@@ -271,7 +281,7 @@ class StudentTrainer(ResumableTrainer):
         return None
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        self.finite.grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.finite.grad_norm = whole(super()._get_grad_norm(model, grad_norm))
         return self.finite.grad_norm
 
     # Saving: the bare student and, in checkpoints only, the state needed to resume (`resumable.py`).
@@ -295,9 +305,15 @@ class StudentTrainer(ResumableTrainer):
             return
         folder = Path(output_dir) if output_dir else self.run_folder
         folder.mkdir(parents=True, exist_ok=True)
-        save_student(self.trained.student, folder, self.generation_config())
+        # Of a sharded student the Trainer has gathered the weights here; names of one parameter have one tensor again.
+        weights = None if state_dict is None else tied_as(self.trained, state_dict)
+        self._save_weights(folder, weights)
         self.tokenizer.save_pretrained(folder)
         self.write_card(folder)
+
+    def _save_weights(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        own = weights and {n.removeprefix("student."): t for n, t in weights.items() if n.startswith("student.")}
+        save_student(self.trained.student, folder, self.generation_config(), own)
 
     def generation_config(self) -> Any:
         """The GenerationConfig to save with the student; None for its own."""

@@ -33,6 +33,7 @@ from ..objectives.policy import reduce_tokens, reduction_count
 from ..records import Answers, Example, Imitation, Minibatch, TeacherSignal, select_rows
 from ..runs.files import HELD_OUT, SAMPLES, TOKEN_REWARDS, append_lines, keep_first_and_last
 from ..runs.sample_tables import SampleTables, print_samples
+from ..sharding import unsharded
 from .base_arguments import DistillationArguments
 from .core import StudentTrainer
 from .cut_answers import ending_signal
@@ -158,22 +159,25 @@ class DistillationTrainer(StudentTrainer):
         if self.evaluator is None:
             raise ValueError("evaluate() needs eval_examples: pass them to the trainer, or set eval_strategy: 'no'")
         started = time.perf_counter()
-        rows = self.evaluate_policy(self.args.eval_limit)
+        with unsharded(self.policy):
+            rows = self.evaluate_policy(self.args.eval_limit)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator.summarise(rows).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - started
         if metric_key_prefix == "eval":
             self.per_row = self.evaluator.per_row
         self.log(metrics)
-        if self.is_world_process_zero():
-            keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)
-            self._save_samples(rows[: self.args.sample_table_rows])
+        with unsharded(self.policy):
+            if self.is_world_process_zero():
+                keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)
+                self._save_samples(rows[: self.args.sample_table_rows])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def refresh_held_out(self) -> None:
         """As in `StudentTrainer`."""
         assert self.evaluator is not None
-        rows = self.evaluate_policy(self.args.eval_limit)
+        with unsharded(self.policy):
+            rows = self.evaluate_policy(self.args.eval_limit)
         self.evaluator.summarise(rows)
         if self.is_world_process_zero():
             keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, rows)
@@ -293,7 +297,8 @@ class DistillationTrainer(StudentTrainer):
         function, token_args = self.objective.token_function(minibatch.signal, minibatch.annotations)
         labels = None if minibatch.imitation is None else minibatch.imitation.labels.policy_inputs
         loss_of = self.row_loss(minibatch)
-        total, parts, *beside = model(*answers.policy_inputs, function, token_args, labels, loss_of)
+        with self.accelerator.autocast():  # which accelerate leaves to FSDP2, and does itself in a DDP model
+            total, parts, *beside = model(*answers.policy_inputs, function, token_args, labels, loss_of)
         tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         loss, logps = tokens.pop("loss"), tokens.pop("logps")
         if minibatch.imitation is not None:
@@ -357,9 +362,13 @@ class DistillationTrainer(StudentTrainer):
         return evaluated_generation(self.policy.lm, self.args.max_new_tokens)
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
-        """As in `StudentTrainer`; the critic goes next to the student, the objective's state into the extras."""
-        self.policy.save_value_head(folder)
+        """As in `StudentTrainer`, with the objective's state."""
         return {**super().save_extras(folder), **self.objective.state()}
+
+    def _save_weights(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        super()._save_weights(folder, weights)
+        if self._unfinished is not None:  # the critic goes next to the student, in checkpoints only
+            self.policy.save_value_head(folder, weights)
 
     def load_extras(self, extras: dict[str, Any], folder: Path) -> None:
         super().load_extras(extras, folder)

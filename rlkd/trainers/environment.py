@@ -11,14 +11,14 @@ from accelerate.utils import DynamoBackend, PrecisionType
 
 from ..errors import ConfigError
 from ..io.versions import variables
+from .parallel import LAUNCH, check_sharding, sharding_wanted
 
 logger = logging.getLogger(__name__)
 
 MIXED_PRECISION, COMPILER = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-# Setting (None: there is none) and variable that shard a model over processes.
+# Setting (None: there is none) and variable of what shards a model in ways that no trainer has; FSDP: `parallel.py`.
 SHARDING = {
-    "FSDP": ("fsdp", "ACCELERATE_USE_FSDP"),
     "DeepSpeed": ("deepspeed", "ACCELERATE_USE_DEEPSPEED"),
     "Megatron-LM": (None, "ACCELERATE_USE_MEGATRON_LM"),
 }
@@ -32,14 +32,16 @@ def check_launch(args: Any) -> None:
         origin = setting if setting and getattr(args, setting, None) else f"{variable}, as accelerate's configuration"
         if origin == setting or os.environ.get(variable, "false").lower() in ("true", "1"):
             raise ConfigError(
-                f"{what} ({origin}): students are not sharded, and a sharded one would not be saved whole. Use one "
-                "process, or several with DDP: `accelerate launch --multi_gpu`, without its configuration of "
-                f"{what}."
+                f"{what} ({origin}) is not supported. Shard the student with FSDP2: `{LAUNCH}`; or use DDP: "
+                "`accelerate launch --multi_gpu`."
             )
+    check_sharding(args)
     for variable, kinds in ((MIXED_PRECISION, PrecisionType), (COMPILER, DynamoBackend)):
         value, allowed = os.environ.get(variable), [str(kind.value).lower() for kind in kinds]
         if value is not None and value.lower() not in allowed:
             raise ConfigError(f"{variable} = {value!r}: allowed are {', '.join(allowed)}")
+    if sharding_wanted() and (compiler := os.environ.get(COMPILER, "no")).lower() != "no":
+        raise ConfigError(f"{COMPILER} = {compiler!r}: not with FSDP2: leave it out")
 
 
 def check_half_precision(precision: str, *, setting: bool) -> None:
@@ -82,4 +84,6 @@ def describe_environment(accelerator: Any) -> dict[str, str]:
         "device": accelerator.device.type,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+    if sharding_wanted():
+        found["sharding"] = "FSDP2"
     return found | variables()

@@ -38,6 +38,7 @@ from ..records import Answers, Example, Minibatch, select_rows
 from ..sampling.decode import row_seed
 from ..sampling.proposal import PLAIN, Proposal
 from ..sampling.rollouts import sample_rollouts
+from ..sharding import copy_weights, unsharded
 from .arguments import OnPolicyArguments
 from .base_arguments import check_labels
 from .distillation import DistillationTrainer, TrainerInputs
@@ -156,7 +157,8 @@ class OnPolicyTrainer(DistillationTrainer):
             index = self.rollout_index
             self.synchronise(index)
             started = time.perf_counter()
-            batch = self.annotate(self.sample(index))
+            with unsharded(self.policy):
+                batch = self.annotate(self.sample(index))
             self.record(rollout_seconds=time.perf_counter() - started)
             for minibatch in self.minibatches(batch, index):
                 yield {"minibatch": minibatch}
@@ -169,7 +171,7 @@ class OnPolicyTrainer(DistillationTrainer):
     def synchronise(self, index: int) -> None:
         """Copy the student into the behaviour policy every `sync_every` rollout batches."""
         if self.behaviour is not self.policy and index % self.args.sync_every == 0:
-            self.behaviour.load_state_dict(self.policy.state_dict())
+            copy_weights(self.policy, self.behaviour)
 
     def prompts(self, index: int) -> list[Example]:
         """This process's prompts of rollout batch `index`: each pass over the data has its own order."""
@@ -298,7 +300,7 @@ class OnPolicyTrainer(DistillationTrainer):
             if extras["behaviour_lags"]:
                 load_model(self.behaviour, folder / BEHAVIOUR_FILE)
             else:
-                self.behaviour.load_state_dict(self.policy.state_dict())
+                copy_weights(self.policy, self.behaviour)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..models.signals import LocalSource
 from ..objectives.advantages import regret_per_sequence
 from ..records import Answers, given
+from ..sharding import unsharded
 
 if TYPE_CHECKING:
     from .distillation import DistillationTrainer
@@ -98,8 +99,9 @@ class StartCheck(TrainerCallback):
                 logger.warning(f"{message} (weak_start: ignore silences this)")
             return
         # Its strength is that of the student itself; lengths are compared with those of later rollouts.
-        rollouts = self.trainer.answers(0)
-        drawn = rollouts if args.samples_itself else self.trainer.sample(0)
+        with unsharded(self.trainer.policy):
+            rollouts = self.trainer.answers(0)
+            drawn = rollouts if args.samples_itself else self.trainer.sample(0)
         with self.trainer.finite.together(rollouts.ids, rollouts):
             sums = start_sums(self.trainer, [rollouts])
         sums[2], sums[3] = drawn.answer_mask.sum(), given(drawn.finished).sum()

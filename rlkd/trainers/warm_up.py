@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from ..io.provenance import described
 from ..records import Answers
 from ..sampling.rollouts import sample_rollouts
+from ..sharding import unsharded
 from .start import Start, start_sums
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class WarmUp(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
-        with trainer.finite.together([], None):
+        with trainer.finite.together([], None), unsharded(trainer.policy):
             sums = start_sums(trainer, self.samples())
         self.start = Start.of(trainer.sum(sums))
         trainer.log(self.start.logged())

@@ -95,6 +95,32 @@ def test_without_teacher_and_references_and_again(folder, capsys):
     assert len((folder / "runs/one/held_out.jsonl").read_text().splitlines()) == len(NOTES)
 
 
+def test_lengths_are_those_of_the_models_run_unless_asked_for(folder, capsys, caplog):
+    record = {
+        "trainer": "PPOTrainer", "data": {}, "templates": [], "models": {}, "revisions": {},
+        "settings": {"max_input_tokens": 3, "max_new_tokens": 2},
+    }  # fmt: skip
+    (folder / "student/run.json").write_text(json.dumps(record))
+    tokenizer, student = tiny_tokenizer(), AutoModelForSeq2SeqLM.from_pretrained("student").eval()
+
+    def answers(longest, new):
+        asked = [tokenizer(note, return_tensors="pt", truncation=True, max_length=longest) for note in NOTES]
+        banned = list(range(VALID, student.config.vocab_size))
+        rules = GenerationConfig(max_new_tokens=new, do_sample=False, suppress_tokens=banned)
+        return [tokenizer.decode(student.generate(**one, generation_config=rules)[0], skip_special_tokens=True)
+                for one in asked]  # fmt: skip
+
+    for words, longest, new in (((), 3, 2), (("--max-new-tokens", "5"), 3, 5)):
+        code, out, err = run(capsys, "student", *BASIC[:4], *words, "--out", f"runs/{new}")
+        assert code == 0, err
+        assert f"at most {longest} tokens of an input, {new} of an answer" in " ".join(out.split())
+        lines = (folder / f"runs/{new}/held_out.jsonl").read_text().splitlines()
+        assert [json.loads(line)["student"] for line in lines] == answers(longest, new)
+        settings = json.loads((folder / f"runs/{new}/run.json").read_text())["settings"]
+        assert (settings["max_input_tokens"], settings["max_new_tokens"]) == (longest, new)
+        assert ("was trained with max_new_tokens 2 (now 5)" in caplog.text) == (new == 5)
+
+
 def test_a_teacher_of_another_vocabulary_scores_by_characters(folder, capsys, caplog):
     """With the same words in another order the regret is that of the shared vocabulary."""
     found = []

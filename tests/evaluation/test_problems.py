@@ -130,21 +130,30 @@ def test_right_predictions_are_best_and_nothing_is_0(kind):
         "single_label_classification": np.array([0, 1, 2]),
         "multi_label_classification": np.array([[0, 1], [1, 1], [0, 0]]),
         "regression": np.array([0.5, 2.0, -1.0]),
+        "token_classification": np.array([[0, 1], [1, 1], [0, 0], [1, 1]]),
     }[kind]
+    names = ["O", "B-X"]
+
+    def named(labels):
+        return [[names[k] for k in row] for row in labels] if problem.of_words else labels
+
     outputs = problem.outputs(true, 3 if kind == "single_label_classification" else 2)
     assert np.array_equal(problem.predict(outputs), true.astype(problem.predict(outputs).dtype))
-    scores = classification_metrics(list(problem.scores), kind)(EvalPrediction(outputs, true))
+    scores = classification_metrics(list(problem.scores), kind, names)(EvalPrediction(outputs, true))
     assert scores == pytest.approx({name: float(name != "mean_squared_error") for name in problem.scores})
-    assert [score(true[:0], true[:0]) for score in problem.scores.values()] == [0] * len(problem.scores)
+    none = named(true[:0])
+    assert [score(none, none) for score in problem.scores.values()] == [0] * len(problem.scores)
     (name, by_row) = problem.by_row
     moved = np.roll(true, 1, axis=0)
-    assert by_row(moved, true).mean() == pytest.approx(problem.scores[name](moved, true))
+    assert by_row(moved, true).mean() == pytest.approx(problem.scores[name](named(moved), named(true)))
     assert {*problem.chosen, *problem.always, name} <= problem.scores.keys() <= CLASSIFICATION_METRICS.keys()
 
 
 def test_scores_of_another_problem_are_refused_and_useless_ones_said(caplog):
     with pytest.raises(ConfigError, match="metric = 'accuracy': allowed are 'pearson'"):
         classification_metrics(["accuracy"], "regression")
+    with pytest.raises(ConfigError, match="labels is empty: the scores of token_classification need the names"):
+        classification_metrics(["entity_f1"], "token_classification")
     compute = classification_metrics(["pearson", "mean_squared_error"], "regression")
     assert try_classification(compute, [2.0, 2.0], 1, "regression") == ["pearson", "mean_squared_error"]
     assert "pearson: 0 for the right answers themselves" in caplog.text

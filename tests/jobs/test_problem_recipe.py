@@ -22,7 +22,6 @@ from rlkd import (
 )
 from rlkd.data.probe_rows import read_tables
 from rlkd.errors import ConfigError, DataError, ModelError
-from rlkd.jobs.classifiers import SavedClassifier
 from rlkd.report.page import report
 from rlkd.report.reading import read_arms
 from tiny import classifier_tokenizer, save_pretrained, tiny_classifier
@@ -236,13 +235,6 @@ def test_the_output_of_a_run_that_was_continued_is_kept(tmp_path):
     with pytest.raises(ConfigError, match="was fine-tuned with labels"):
         TRAINING_JOBS["tkd"].run(*settings(tmp_path, teacher, other, max_steps=1))
     assert Path(tmp_path / "out" / "teacher" / "model.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize(("kind", "labels"), [(MULTI, 2), (REGRESSION, 1)])
-def test_evaluating_a_saved_model_of_another_problem_is_refused(tmp_path, no_weights, kind, labels):
-    request = {"model": encoder(tmp_path, kind, labels), "allow_bin": False, "max_input_tokens": None}
-    with pytest.raises(ModelError, match=rf"problem_type {kind} in config.json.*one of several labels is wanted here"):
-        SavedClassifier.of(request)
 
 
 def test_one_label_that_a_text_has_or_not(tmp_path, no_weights):

@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from rlkd.cli import distill as command
 from rlkd.cli.main import main
 from rlkd.errors import InterruptedRunError
+from rlkd.jobs.saved import limits_of
 from rlkd.labels.manifest import Manifest
 from rlkd.pipeline import run as pipeline
 from rlkd.pipeline.choice import Helped
 from rlkd.pipeline.record import Record
+from rlkd.report.reading import read_runs
 from rlkd.runs import resumable
 from tiny import (
     PADDED_VOCAB,
@@ -47,6 +49,7 @@ BASIC = ["--teacher", "teacher", "--student", "student", "--data", "rows.csv", "
 BASIC += ["--max-new-tokens", "5", "--max-input-tokens", "16", "--out", "runs/mine"]
 PROMPT = ["--prompt", "reverse {{ text }}"]
 SCORED = ["--reference-column", "answer", "--metric", "exact_match"]
+EVALUATED = ("teacher", "warm-up", "rl")
 WHOLE = [*BASIC, *PROMPT, *SCORED, *SHORT, "--weak-start", "warn"]
 
 
@@ -142,7 +145,9 @@ def test_a_whole_run(user, capsys, monkeypatch):
     student = AutoModelForSeq2SeqLM.from_pretrained("runs/mine/student")
     assert int(table["rl"][4].replace(",", "")) == student.num_parameters()
     assert {path.name for path in Path("runs/mine/student").iterdir()} >= {"README.md", "tokenizer.json"}
-    assert not Path("runs/mine/student/run.json").exists()
+    assert limits_of("runs/mine/student") == {"max_input_tokens": 16, "max_new_tokens": 5}
+    runs = {str(found.folder) for found in read_runs(Path("runs/mine"))}
+    assert runs == {f"runs/mine/{name}" for name in ("warm-up", "rl", *(f"evaluation/{e}" for e in EVALUATED))}
     assert weights("runs/mine/rl") != weights("runs/mine/warm-up")
     assert_the_better_one_is_the_student(out, "exact_match", operator.ge)
     assert "4 test rows, which nothing was trained on or chosen by" in Path("runs/mine/student/README.md").read_text()
@@ -472,6 +477,26 @@ def test_a_decoder_only_student_cut_from_its_teacher_and_test_rows_of_ones_own(u
     inputs = tokenizer([TEXTS[0]], return_tensors="pt")
     ids = student.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
     assert answer == tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_a_student_of_another_vocabulary_is_paid_by_text(user, capsys):
+    """What the recommended settings need of a shared vocabulary gives way; asked for, it is refused first."""
+    vocabulary = [*WORDS[:3], "<s>", *WORDS[:2:-1]]
+    model = tiny_decoder("llama", words=len(vocabulary), bos_token_id=3, eos_token_id=1)
+    save_pretrained("other", model, continuing_tokenizer(vocabulary))
+    words = [*BASIC, *PROMPT, *SCORED, *SHORT, "--student", "other"]
+    code, _, err = run(capsys, *words, "--rl", '{"one_step": "exact"}')
+    assert (code, "rl.yaml" in err, "which has another vocabulary than the student" in err) == (2, True, True), err
+    code, out, _ = run(capsys, *words, "--dry-run")
+    assert (code, "have different vocabularies" in out) == (0, True)
+    assert not Path("runs").exists()
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+    settings = json.loads(Path("runs/mine/rl/run.json").read_text())["settings"]
+    assert (settings["one_step"], settings["lam"]) == ("sampled", 0.2)
+    assert isinstance(AutoModelForCausalLM.from_pretrained("runs/mine/student"), type(model))
+    assert AutoTokenizer.from_pretrained("runs/mine/student").get_vocab() == {w: i for i, w in enumerate(vocabulary)}
 
 
 @pytest.mark.slow

@@ -3,9 +3,11 @@ compared.
 """
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from accelerate.state import AcceleratorState
 from test_tkd import make as make_tkd
 
@@ -14,8 +16,10 @@ from rlkd.errors import ConfigError
 from rlkd.io.versions import VARIABLES
 from rlkd.runs.record import RunRecord
 from rlkd.trainers.environment import ACCUMULATION, COMPILER, MIXED_PRECISION, use_one_gpu
+from rlkd.trainers.parallel import check_student
 from tiny_runs import ARGUMENTS, differ, make, weights
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp2.yaml"
 KINDS = list(ARGUMENTS)
 
 
@@ -90,9 +94,12 @@ def test_variables_that_change_numbers_are_compared(tmp_path, monkeypatch, varia
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "FSDP .*students are not sharded"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed .*students are not sharded"),
-        ("ACCELERATE_USE_MEGATRON_LM", "True", "Megatron-LM .*students are not sharded"),
+        (
+            "ACCELERATE_USE_DEEPSPEED",
+            "true",
+            "DeepSpeed .* is not supported. Shard the student with FSDP2: `acc",
+        ),
+        ("ACCELERATE_USE_MEGATRON_LM", "True", "Megatron-LM .* is not supported"),
         (MIXED_PRECISION, "half", "ACCELERATE_MIXED_PRECISION = 'half': allowed are no, fp8, fp16, bf16"),
         (COMPILER, "fast", "ACCELERATE_DYNAMO_BACKEND = 'fast': allowed are no, "),
     ],
@@ -103,9 +110,65 @@ def test_what_no_trainer_can_do_is_refused_before_anything_loads(tmp_path, monke
         kind(str(tmp_path), use_cpu=True)
 
 
-def test_sharding_by_settings_is_refused_too(tmp_path):
-    with pytest.raises(ConfigError, match=r"FSDP \(fsdp\)"):
+@pytest.fixture
+def sharded(monkeypatch):
+    """The variables of recipes/accelerate/fsdp2.yaml, in one of two processes; they can be changed."""
+    environment = {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}
+    for name, value in yaml.safe_load(RECIPE.read_text())["fsdp_config"].items():
+        environment[name.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version = 1 .*FSDP1 is not supported: set it to 2"),
+        ("FSDP_VERSION", None, "fsdp_version = 1 "),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "fsdp_auto_wrap_policy = .*set it to TRANSFORMER_BASED_WRAP"),
+        ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "fsdp_state_dict_type = .*set it to FULL_STATE_DICT"),
+        ("FSDP_STATE_DICT_TYPE", None, "fsdp_state_dict_type = .*set it to FULL_STATE_DICT"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "teacher and reference policy need their weights in every process"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params = true "),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward = false "),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "gradient_checkpointing of the trainer does it"),
+        ("FSDP_IGNORED_MODULES", "value_head", "fsdp_ignored_modules = value_head "),
+        ("WORLD_SIZE", "1", "one process has nothing to shard. Use `accelerate launch --config_file"),
+        (COMPILER, "EAGER", "ACCELERATE_DYNAMO_BACKEND = 'EAGER': not with FSDP2"),
+    ],
+)
+def test_what_fsdp2_does_not_do_here_is_refused_before_anything_loads(tmp_path, sharded, variable, value, said):
+    sharded.setenv(variable, value) if value else sharded.delenv(variable)
+    with pytest.raises(ConfigError, match=said):
+        arguments("supervised", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("ppo", {"optim": "adafactor"}, "optim = adafactor: not with FSDP2: set it to one of adamw_torch, "),
+        ("gkd", {"torch_compile": True}, "torch_compile = True: not with FSDP2"),
+        ("reinforce", {"auto_find_batch_size": True}, "auto_find_batch_size = True: not with FSDP2"),
+        ("supervised", {"hidden_coef": 1.0}, "hidden_coef = 1.0: not with FSDP2"),
+        ("supervised", {"attention_coef": 1.0}, "attention_coef = 1.0: not with FSDP2"),
+    ],
+)
+def test_settings_that_a_sharded_student_has_not(tmp_path, sharded, kind, options, said):
+    with pytest.raises(ConfigError, match=said):
+        arguments(kind, tmp_path, **options)
+
+
+def test_other_ways_to_shard_and_other_students_are_refused(tmp_path, sharded):
+    with pytest.raises(ConfigError, match="TKDArguments trains students that are not sharded"):
+        TKDArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ConfigError, match="fsdp = 'full_shard': the launcher says how to shard"):
         arguments("supervised", tmp_path, fsdp="full_shard")
+    with pytest.raises(ConfigError, match="use_peft: an adapter is small"):
+        check_student(SimpleNamespace(peft_config={}))
+    sharded.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="use_cpu = False: FSDP2 finds no GPU"):
+        ARGUMENTS["supervised"](output_dir=str(tmp_path))
 
 
 def test_accumulation_of_accelerates_configuration_is_said_to_be_ignored(tmp_path, monkeypatch, caplog):

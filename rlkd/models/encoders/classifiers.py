@@ -13,7 +13,7 @@ from torch import nn
 from ...checks import check_choice
 from ...errors import ConfigError, ModelError
 from ..loading import load_config, load_pretrained
-from .labels import check_problem, give_labels, label_names, problem_of
+from .labels import auto_class, check_problem, give_labels, label_names, name_head, problem_of
 
 Init = Literal["mapped", "first", "pretrained", "random"]
 PER_LAYER = ("attention_window",)  # lists with a value for each layer, besides those called so (layer_types)
@@ -132,7 +132,7 @@ def _keep_layers(config: Any, kept: list[int]) -> None:
 
 
 def build_student(teacher: Any, layers: int, init: Init = "mapped", *, allow_bin: bool = False, **options: Any) -> Any:
-    """A student of `layers` layers in the family of a fine-tuned `teacher`, as a plain sequence classifier.
+    """A student of `layers` layers in the family of a fine-tuned `teacher`, as a plain classifier of its kind.
 
     mapped      embeddings, head and layers I(1) .. I(K) of the teacher (see `matched_layers`)
     first       embeddings, head and layers 1 .. K of the teacher
@@ -142,6 +142,7 @@ def build_student(teacher: Any, layers: int, init: Init = "mapped", *, allow_bin
     options: as in `student_config`; hidden_size, attention_heads and intermediate_size make a narrower student, init
     random only. Raises ConfigError, or ModelError where layers cannot take one another's place.
     """
+    name_head(teacher)
     config = student_config(teacher.config, layers, init, **options)
     if init == "pretrained":
         return pretrained_student(options["pretrained"], config, allow_bin)
@@ -169,11 +170,9 @@ def labelled_config(name: str, layers: int | None, labels: Sequence[str]) -> Any
 
 def pretrained_student(name: str, config: Any, allow_bin: bool = False) -> Any:
     """The classifier that a configuration describes, with the weights of a pretrained model, as far as it has them."""
-    from transformers import AutoModelForSequenceClassification
-
     given = label_names(load_config(name, "student"))
     student = load_pretrained(
-        AutoModelForSequenceClassification,
+        auto_class(config),
         name,
         "student",
         config=config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from ...checks import tag_fault
 from ...choices import ProblemType
 from ...errors import ModelError
 
@@ -18,7 +19,35 @@ MEANING: dict[ProblemType, str] = {
     "single_label_classification": "one of several labels",
     "multi_label_classification": "any number of labels",
     "regression": "a number",
+    "token_classification": "a tag for each word",
 }
+# The end of the name of a class: transformers' problem_type knows no words.
+OF_TEXTS, OF_WORDS = "ForSequenceClassification", "ForTokenClassification"
+
+
+def head_of(config: Any) -> str | None:
+    """OF_TEXTS or OF_WORDS, whichever kind of classifier a configuration names; None if it names none."""
+    heads = (head for kind in config.architectures or () for head in (OF_TEXTS, OF_WORDS) if kind.endswith(head))
+    return next(heads, None)
+
+
+def name_head(model: Any) -> None:
+    """Let the configuration of a token classifier made in memory say so, as a saved one does."""
+    if type(model).__name__.endswith(OF_WORDS):
+        model.config.architectures = [type(model).__name__]
+
+
+def head_for(problem_type: ProblemType) -> str:
+    """OF_TEXTS or OF_WORDS, whichever kind of classifier a problem takes."""
+    return OF_WORDS if problem_type == "token_classification" else OF_TEXTS
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' Auto class for the classifier that a configuration describes."""
+    import transformers
+
+    words = head_of(config) == OF_WORDS
+    return transformers.AutoModelForTokenClassification if words else transformers.AutoModelForSequenceClassification
 
 
 def label_names(config: Any) -> tuple[str, ...]:
@@ -29,6 +58,8 @@ def label_names(config: Any) -> tuple[str, ...]:
 
 def stated_problem(config: Any) -> ProblemType | None:
     """What a configuration says that its outputs are; None if it does not say."""
+    if head_of(config) == OF_WORDS:
+        return "token_classification"
     kind, function = getattr(config, "problem_type", None), getattr(config, "function_to_apply", None)
     return kind if kind in get_args(ProblemType) else APPLIED.get(function or "")
 
@@ -45,9 +76,17 @@ def give_labels(config: Any, names: Sequence[str], problem_type: ProblemType = "
     config.problem_type = None  # it goes with the number of labels
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
-    config.problem_type = problem_type
+    state_problem(config, problem_type)
     if hasattr(config, "function_to_apply"):
         del config.function_to_apply
+
+
+def state_problem(config: Any, problem_type: ProblemType) -> None:
+    """Make a configuration say what its outputs are, for whoever loads it."""
+    head = head_for(problem_type)
+    if head_of(config) != head and OF_WORDS in (head, head_of(config)):
+        config.architectures = [f"{config.model_type}{head}"]  # its class names itself when it is saved
+    config.problem_type = None if head == OF_WORDS else problem_type
 
 
 def check_problem(config: Any, role: str, wanted: ProblemType | None = None, name: str | None = None) -> None:
@@ -65,6 +104,8 @@ def check_problem(config: Any, role: str, wanted: ProblemType | None = None, nam
     wanted = wanted or problem_of(config)
     if stated is not None and stated != wanted:
         found = f"problem_type {kind}" if kind else f"function_to_apply {function}"
+        if head_of(config) == OF_WORDS:
+            found = f"{(config.architectures or [''])[0]}"
         raise ModelError(
             f"{whose} gives each text {MEANING[stated]} ({found} in config.json), and {MEANING[wanted]} is wanted here "
             f"(problem_type {wanted}). Use a model fine-tuned for that; to train on data of its kind (rlkd train "
@@ -80,6 +121,9 @@ def check_problem(config: Any, role: str, wanted: ProblemType | None = None, nam
             f"{whose} has {config.num_labels} outputs: a regression model gives one number here. Use a model with one."
         )
     _check_names(config, whose)
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if wanted == "token_classification" and (fault := tag_fault(names)):
+        raise ModelError(f"{whose}: id2label in config.json does not name the tags of words: {fault}.")
 
 
 def _check_names(config: Any, whose: str) -> None:

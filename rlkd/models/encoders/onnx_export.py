@@ -20,7 +20,7 @@ from ...io.folders import refuse_other_contents
 from ...tensors import length_mask
 from ..loading import load_config, load_pretrained
 from ..vocabulary import load_tokenizer
-from .labels import problem_of
+from .labels import auto_class, head_of, problem_of
 
 MODEL_FILE = "model.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -61,11 +61,12 @@ def require_onnx() -> None:
 def export_onnx(
     model: str | Path, folder: str | Path, *, tolerance: float = 1e-4, allow_bin: bool = False
 ) -> Agreement:
-    """Write `folder`/model.onnx, the configuration and the tokenizer of a saved sequence classifier.
+    """Write `folder`/model.onnx, the configuration and the tokenizer of a saved sequence or token classifier.
 
     Inputs input_ids, attention_mask (and token_type_ids) [batch, tokens], both of any size; output logits
-    [batch, labels], in float32. The file is compared with PyTorch on ragged batches of random tokens, and kept only if
-    no logit differs by more than `tolerance` (times the largest logit, if that is above 1).
+    [batch, labels], of a token classifier [batch, tokens, labels], in float32. The file is compared with PyTorch on
+    ragged batches of random tokens, and kept only if no logit differs by more than `tolerance` (times the largest
+    logit, if that is above 1).
     Raises ConfigError without the extra, or if the folder holds something else; ModelError if the model is not a
     classifier, cannot be exported, or disagrees with PyTorch.
     """
@@ -90,17 +91,13 @@ def export_onnx(
 
 
 def _load(name: str, config: Any, allow_bin: bool) -> Any:
-    from transformers import AutoModelForSequenceClassification
-
     kinds = config.architectures or []
-    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+    if head_of(config) is None:
         raise ModelError(
-            f"'{name}' is a {', '.join(kinds) or 'model without a head'}, not a sequence classifier. Models that "
-            "generate: rlkd export --to ctranslate2."
+            f"'{name}' is a {', '.join(kinds) or 'model without a head'}, not a sequence or token classifier. Models "
+            "that generate: rlkd export --to ctranslate2."
         )
-    model = load_pretrained(
-        AutoModelForSequenceClassification, name, "model", config=config, dtype=torch.float32, allow_bin=allow_bin
-    )
+    model = load_pretrained(auto_class(config), name, "model", config=config, dtype=torch.float32, allow_bin=allow_bin)
     return model.eval()
 
 
@@ -152,7 +149,7 @@ def _same_labels(logits: Tensor, expected: Tensor, problem_type: ProblemType) ->
     """The number of rows whose label, or labels, are the same."""
     if problem_type == "multi_label_classification":
         return int(((logits > 0) == (expected > 0)).all(-1).sum())
-    return int((logits.argmax(-1) == expected.argmax(-1)).sum())
+    return int((logits.argmax(-1) == expected.argmax(-1)).view(len(logits), -1).all(-1).sum())  # of words, all tags
 
 
 def _batch(config: Any, lengths: list[int], names: list[str], seed: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ PROJECTIONS_FILE = "projections.safetensors"
 class EncoderOutputs(NamedTuple):
     """Outputs of one forward. All but the logits are empty unless they are needed.
 
-    logits      [B, C]
+    logits      [B, C]; of words [B, L, C] as the model gives them, for the loss [words, C]
     hidden      outputs of the layers [B, L, D], layer 1 first; of a student, with the teacher's width
     plain       the same before any projection
     embeddings  what layer 1 reads: none, or one of [B, L, D]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ...errors import ConfigError, ModelError
@@ -19,6 +18,7 @@ from ...objectives.neighbours import input_gradient
 from ..loading import load_config
 from .attention import AttentionSource, prepare_attention
 from .classifiers import build_student, student_config
+from .labels import OF_WORDS, auto_class, head_of
 from .outputs import ATTENTION_NEEDS, EncoderOutputs, run_encoder, width_of
 
 RANDOM_FILLS = {"uniform_", "normal_", "trunc_normal_", "random_", "bernoulli_", "exponential_"}
@@ -41,8 +41,9 @@ def rehearse(
     """The configuration of the student that `build_student` will make with `options` of a model of `teacher_config`.
 
     Both are built, without weights: the student must take the teacher's layers, be the same model when its
-    configuration is saved and read again, and give logits [B, C]. needs: what else a role ("teacher", "student") must
-    give (`outputs.Need`); token_types: the token_type_ids that its tokenizer gives, at most 4, none where it gives no
+    configuration is saved and read again, and give logits [B, C], of words [B, L, C]. needs: what else a role
+    ("teacher", "student") must give (`outputs.Need`); token_types: the token_type_ids that its tokenizer gives, at most
+    4, none where it gives no
     such input. Raises ConfigError or ModelError.
     """
     with _naming("student", teacher_config):
@@ -89,7 +90,7 @@ def check_outputs(
 
 
 def _model(config: Any) -> Any:
-    return AutoModelForSequenceClassification.from_config(copy.deepcopy(config), dtype=torch.float32)
+    return auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
 def _check_saved(student: Any) -> None:
@@ -122,10 +123,11 @@ def _two_texts(model: Any, token_types: Sequence[int]) -> dict[str, torch.Tensor
 def _check_shapes(model: Any, role: str, needs: Collection[str], out: EncoderOutputs) -> None:
     config = model.config
     layers, kind = config.num_hidden_layers, f"{role}: a '{config.model_type}' model"
-    if out.logits.shape != (2, config.num_labels):
+    expected = (2, 4, config.num_labels) if head_of(config) == OF_WORDS else (2, config.num_labels)
+    if out.logits.shape != expected:
         raise ModelError(
-            f"{kind} gives logits of shape {tuple(out.logits.shape)} for 2 texts and {config.num_labels} labels. "
-            "Choose a model of the BERT family."
+            f"{kind} gives logits of shape {tuple(out.logits.shape)} for 2 texts of 4 tokens and {config.num_labels} "
+            "labels. Choose a model of the BERT family."
         )
     states = [*out.embeddings, *out.hidden]
     found = [tuple(h.shape) for h in states]

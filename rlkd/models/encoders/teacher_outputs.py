@@ -27,7 +27,7 @@ from .outputs import EncoderOutputs
 logger = logging.getLogger(__name__)
 
 FORMAT = 3
-PER_ROW = ("logits", "cls")  # the other parts have a line for each token
+PER_ROW = ("logits", "cls")  # the other parts have a line for each token, as have the logits of words
 META_FILE = "meta.json"
 # Outputs of a batch of rows, for the rows' indices.
 Compute = Callable[[list[int]], EncoderOutputs]
@@ -36,7 +36,7 @@ Compute = Callable[[list[int]], EncoderOutputs]
 class TeacherOutputs:
     """Outputs of every row of a data set, in one array for each part that is cached.
 
-    logits      [rows, C]
+    logits      [rows, C]; of words [tokens of all rows, C]
     cls         [rows, K, D]               [CLS] of the K matched layers
     hidden      [tokens of all rows, K, D] every token of the matched layers: 4 K D bytes a token
     embeddings  [tokens, D]
@@ -52,11 +52,12 @@ class TeacherOutputs:
         self.parts = {part: np.load(folder / f"{part}.npy", mmap_mode="r") for part in meta["parts"]}
 
     def __len__(self) -> int:
-        return len(self.parts["logits"])
+        return len(self.offsets) - 1
 
     def batch(self, index: Sequence[int], length: int, device: str | torch.device = "cpu") -> EncoderOutputs:
         """Outputs of the rows of `index` as `_ask_teacher` would give them, of [CLS] alone [B, 1, D] where only that is
-        cached. length is L, the batch's padded length; padding is 0.
+        cached. length is L, the batch's padded length; padding is 0. Logits of words are as long as the teacher's
+        texts.
         """
         found = {part: self._tensor(part, index, length).to(device) for part in self.parts}
         out = EncoderOutputs(found.pop("logits"))
@@ -73,11 +74,13 @@ class TeacherOutputs:
     def _tensor(self, part: str, index: Sequence[int], length: int) -> Tensor:
         """The rows of one part [B, ...], with padded tokens as the second axis where it has tokens."""
         array = self.parts[part]
-        if part in PER_ROW:
+        if part in PER_ROW and len(array) == len(self):  # a row has at least two tokens
             rows = torch.from_numpy(array[list(index)])
             return rows if part == "logits" else rows[:, None]
         spans = [np.array(array[self.offsets[i] : self.offsets[i + 1]]) for i in index]
         grid = pad_stack([torch.from_numpy(span).float() for span in spans])
+        if part == "logits":
+            return grid
         widened = grid.new_zeros(len(spans), length, *grid.shape[2:])
         widened[:, : grid.shape[1]] = grid
         return widened
@@ -155,7 +158,7 @@ def _write(folder: Path, parts: Sequence[str], lengths: list[int], compute: Comp
         out = compute(index)
         for part in parts:
             values = _values(part, out, [lengths[i] for i in index]).detach().cpu()
-            if part in PER_ROW:
+            if part == "cls" or (part == "logits" and out.logits.dim() == 2):
                 array(part, len(lengths), values[0])[index] = values.numpy()
                 continue
             for i, row in zip(index, values, strict=True):

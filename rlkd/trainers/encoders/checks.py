@@ -13,7 +13,7 @@ from ...models.encoders.labels import check_problem, check_same_labels, problem_
 from ...models.encoders.outputs import Need, width_of
 from ...models.vocabulary import check_vocabulary_fits, valid_vocab
 from .arguments import TKDArguments
-from .terms import TERMS
+from .terms import PRESETS, TERMS
 
 
 def check_distillation(
@@ -23,7 +23,7 @@ def check_distillation(
     ModelError.
     """
     check_problem(teacher_config, "teacher")
-    check_temperature(args, problem_of(student_config))
+    check_settings_of(problem_of(student_config), args)
     check_same_labels(student_config, teacher_config)
     check_length(args.max_length, student_config, "student")
     check_length(args.max_length, teacher_config, "teacher")
@@ -49,12 +49,23 @@ def check_distillation(
         )
 
 
-def check_temperature(args: TKDArguments, problem_type: ProblemType) -> None:
-    """Raises ConfigError for a temperature where there is nothing to soften."""
-    if not PROBLEMS[problem_type].temperature and args.temperature != TKDArguments.temperature:
+def check_settings_of(problem_type: ProblemType, args: TKDArguments) -> None:
+    """Raises ConfigError for a temperature where there is nothing to soften, and for terms of whole texts where each
+    word has a label.
+    """
+    problem = PROBLEMS[problem_type]
+    if not problem.temperature and args.temperature != TKDArguments.temperature:
         raise ConfigError(
             f"temperature = {args.temperature:g}: has no effect under problem_type {problem_type}, whose outputs are "
             "compared as they are. Leave it out."
+        )
+    if whole := [name for name in args.weights if TERMS[name].of_text] if problem.of_words else []:
+        setting = TERMS[whole[0]].setting
+        off = f", or {setting}: 0" if setting else ""
+        fitting = [name for name, terms in PRESETS.items() if terms and not any(TERMS[term].of_text for term in terms)]
+        raise ConfigError(
+            f"preset = {args.preset!r}: the term {whole[0]} starts from one vector or logit of the whole text, and "
+            f"{problem_type} has one for each word. Use preset: {', '.join(fitting)}{off}."
         )
 
 

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 class Batch:
     """What the terms of one micro-batch are computed from.
 
-    student, teacher  outputs of both; the teacher's are those of the matched layers
+    student, teacher  outputs of both; the teacher's are those of the matched layers; logits of words are [words, C]
     problem           what the logits are
-    labels            as in `evaluation.problems`
+    labels            as in `evaluation.problems`; of words [words]
     ids [B, L], valid [B, L] (False for padding)
     heads             attention heads of student and teacher
     special           token ids of `cls` and `sep`
@@ -137,6 +137,7 @@ class Term:
     setting   the setting with its weight; a term without one has weight 1, or that of `terms`
     late      waits for `tree_start_epoch`
     same_heads  whether both models must have equally many attention heads
+    of_text     whether it reads one vector or one logit of the whole text, which classifiers of words do not have
     """
 
     loss: Callable[[Batch], Tensor]
@@ -146,6 +147,7 @@ class Term:
     setting: str | None = None
     late: bool = False
     same_heads: bool = False
+    of_text: bool = False
 
     @property
     def of_logits(self) -> bool:
@@ -170,16 +172,18 @@ TERMS: dict[str, Term] = {
         lambda b: logit_mse(b.student.logits, b.teacher.logits), "logits, squared", _needs("logits"), setting="w_kd"
     ),
     "noisy": Term(_noisy, "logits with noise, squared", _needs("logits"), setting="w_kd"),
-    "pt": Term(_patience, "[CLS] of every layer", _needs("cls"), _needs("cls"), setting="beta"),
+    "pt": Term(_patience, "[CLS] of every layer", _needs("cls"), _needs("cls"), setting="beta", of_text=True),
     "td_student": Term(
-        lambda b: b.distance(b.student_tree), "tokens of the student's tree", _STATES, _GROWN, "gamma_s", late=True
+        lambda b: b.distance(b.student_tree), "tokens of the student's tree", _STATES, _GROWN, "gamma_s", late=True,
+        of_text=True,
     ),
     "td_teacher": Term(
-        lambda b: b.distance(b.tree("teacher")), "tokens of the teacher's tree", _GROWN, _STATES, "gamma_t", late=True
+        lambda b: b.distance(b.tree("teacher")), "tokens of the teacher's tree", _GROWN, _STATES, "gamma_t", late=True,
+        of_text=True,
     ),
     "td_random": Term(
         lambda b: b.distance([random_tokens(level, b.valid) for level in b.student_tree]),
-        "random tokens, as many as in the student's tree", _STATES, _GROWN, "gamma_r", late=True,
+        "random tokens, as many as in the student's tree", _STATES, _GROWN, "gamma_r", late=True, of_text=True,
     ),
     "all": Term(
         lambda b: b.distance([all_tokens(b.valid, b.heads["student"])] * len(b.student.hidden)),
@@ -208,7 +212,7 @@ TERMS: dict[str, Term] = {
         "on or off, each feed-forward neuron", _needs("neurons"), _needs("neurons"),
     ),
     "gradient": Term(
-        _gradient, "gradients by the word embeddings", _needs("gradient"), _needs("gradient")
+        _gradient, "gradients by the word embeddings", _needs("gradient"), _needs("gradient"), of_text=True
     ),
 }  # fmt: skip
 

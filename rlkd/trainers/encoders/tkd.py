@@ -12,14 +12,24 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, set_seed
 
+from ...checks import OUTSIDE
 from ...data.labelled import EncodedTexts, labelled_rows, model_inputs
+from ...data.words import (
+    UNREAD,
+    EncodedWords,
+    by_word,
+    encoded_rows,
+    read_the_same_words,
+    warn_of_unread,
+    with_unread,
+)
 from ...errors import ConfigError
 from ...evaluation.classes import in_words, one_class_warning, only_prediction
 from ...evaluation.problems import PROBLEMS, classification_metrics, classified_rows, try_classification
 from ...io.versions import describe_machine
 from ...metrics import metric
 from ...models.encoders.classifiers import check_length, matched_layers
-from ...models.encoders.labels import problem_of, stated_problem
+from ...models.encoders.labels import name_head, problem_of, state_problem, stated_problem
 from ...models.encoders.outputs import (
     EncoderOutputs,
     EncoderStudent,
@@ -36,7 +46,7 @@ from ...runs.files import HELD_OUT, keep_first_and_last
 from ..core import StudentTrainer
 from ..environment import describe_environment
 from .arguments import TKDArguments
-from .checks import check_distillation, check_labels_and_vocabulary, check_recorded_teacher, check_temperature
+from .checks import check_distillation, check_labels_and_vocabulary, check_recorded_teacher, check_settings_of
 from .terms import TERMS, Batch, compared_parts, needs_of
 
 logger = logging.getLogger(__name__)
@@ -48,12 +58,13 @@ SMALLEST_TERM = 1e-4  # auto_scale: a smaller term joins later; its inverse woul
 class TKDTrainer(StudentTrainer):
     """L = sum of weight x term over the terms of a method (`terms.PRESETS`), on transformers' Trainer.
 
-    Args: student, a sequence classifier (see `build_student`), whose problem_type decides what is learned from labels
-    and logits (`evaluation.problems`); teacher, a fine-tuned one, None for preset ft and where train_rows bring
-    `logits`; tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label}, in train_rows with the
-    logits of a teacher that is not here; teacher_tokenizer if it differs; compute_metrics as in Trainer, by default the
-    scores that the problem always has. Callbacks are added by `add_callback`. What is saved is the bare student. Raises
-    ConfigError, ModelError or DataError for invalid combinations.
+    Args: student, a sequence or token classifier (see `build_student`), whose problem_type or class decides what is
+    learned from labels and logits (`evaluation.problems`); teacher, a fine-tuned one, None for preset ft and where
+    train_rows bring `logits`; tokenizer, the student's; train_rows, eval_rows, rows {text, text_pair, label} (of words
+    {words, label}, see `EncodedWords`), in train_rows with the logits of a teacher that is not here; teacher_tokenizer
+    if it differs; compute_metrics as in Trainer, by default the scores that the problem always has. Callbacks are added
+    by `add_callback`. What is saved is the bare student. Raises ConfigError, ModelError or DataError for invalid
+    combinations.
     """
 
     args: TKDArguments
@@ -80,43 +91,62 @@ class TKDTrainer(StudentTrainer):
                 "no term of %s reads the logits: the classification head does not learn", sorted(args.weights)
             )
         check_length(args.max_length, student.config, "student")
+        for model in (student, teacher):
+            name_head(model)
         kind = problem_of(student.config)
         if kind == "regression" and stated_problem(student.config) is None:
             logger.warning("the student has one output and no problem_type: it is taken for a number (regression)")
-        student.config.problem_type = kind  # for whoever loads it
+        state_problem(student.config, kind)
         self.problem_type, self.problem = kind, PROBLEMS[kind]
-        check_temperature(args, kind)
+        check_settings_of(kind, args)
         if teacher is not None:
             check_distillation(args, student.config, teacher.config, tokenizer, teacher_tokenizer)
             teacher.eval().requires_grad_(False).to(args.device)
         self.teacher, self.tokenizer = teacher, tokenizer
         set_seed(args.seed)  # projections are drawn before the Trainer does so
         self.trained = self._wrap(student, args)
-        labels = student.config.num_labels
         check_labels_and_vocabulary(student, "student", tokenizer)
         if teacher is not None:
             check_labels_and_vocabulary(teacher, "teacher", teacher_tokenizer or tokenizer)
         if args.weights.keys() == {"ce"}:
             train_rows = labelled_rows(train_rows, "train_rows")
         eval_rows = None if eval_rows is None else labelled_rows(eval_rows, "eval_rows")
-        self.held_out_texts = [" / ".join(filter(None, (r["text"], r.get("text_pair")))) for r in eval_rows or ()]
-        options = (args.max_length, labels, kind)
-        train = EncodedTexts(train_rows, tokenizer, *options)
-        self.teacher_tokenizer, self.teacher_texts = tokenizer, train
-        if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
-            self.teacher_tokenizer = teacher_tokenizer
-            self.teacher_texts = EncodedTexts(train_rows, teacher_tokenizer, *options)
+        self.names = [str(student.config.id2label[k]) for k in range(student.config.num_labels)]
+        data = self._data(args, train_rows, eval_rows, teacher_tokenizer)
         self.teacher_cache: TeacherOutputs | None = None
         self.scales: dict[str, float] = {}  # of auto_scale, once known
         self.one_class = False  # whether it was said that one label is predicted for every row
         super().__init__(
             args=args,
-            train_dataset=train,
-            eval_dataset=None if eval_rows is None else EncodedTexts(eval_rows, tokenizer, *options),
-            data_collator=train.collate,
-            compute_metrics=compute_metrics or classification_metrics(self.problem.always, kind),
+            compute_metrics=compute_metrics or classification_metrics(self.problem.always, kind, self.names),
+            **data,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch: accumulation averages it
+
+    def _data(
+        self,
+        args: TKDArguments,
+        train_rows: Sequence[Mapping[str, Any]],
+        eval_rows: Sequence[Mapping[str, Any]] | None,
+        teacher_tokenizer: Any,
+    ) -> dict[str, Any]:
+        """The Trainer's data sets and collator; what the teacher reads of the training rows is kept beside."""
+
+        def encoded(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> EncodedTexts:
+            return encoded_rows(rows, tokenizer, args.max_length, len(self.names), self.problem_type)
+
+        train = encoded(train_rows, self.tokenizer)
+        held_out = None if eval_rows is None else encoded(eval_rows, self.tokenizer)
+        self.teacher_tokenizer, self.teacher_texts = self.tokenizer, train
+        if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            self.teacher_tokenizer = teacher_tokenizer
+            self.teacher_texts = encoded(train_rows, teacher_tokenizer)
+        if isinstance(train, EncodedWords):
+            read_the_same_words(train, cast(EncodedWords, self.teacher_texts))
+            warn_of_unread(train, "train_rows", args.max_length, "they carry no loss")
+        if isinstance(held_out, EncodedWords):
+            warn_of_unread(held_out, "eval_rows", args.max_length, f"{OUTSIDE} is predicted for them")
+        return {"train_dataset": train, "eval_dataset": held_out, "data_collator": train.collate}
 
     def _wrap(self, student: Any, args: TKDArguments) -> EncoderStudent:
         own, asked = args.student_needs, (args.teacher_needs | args.cached) - {"logits"}
@@ -146,7 +176,7 @@ class TKDTrainer(StudentTrainer):
     ) -> Any:
         """The weighted sum of the terms that are on at this epoch; each is logged raw, and weighted as `weighted_*`."""
         weights = self.active_weights()
-        student = model(model_inputs(inputs), needs_of(weights, "student"))
+        student = self._at_words(model(model_inputs(inputs), needs_of(weights, "student")), inputs)
         asked = needs_of(weights, "teacher")
         teacher = self.teacher_outputs(inputs, asked) if asked else NO_TEACHER
         batch = self.batch(inputs, student, teacher)
@@ -158,9 +188,24 @@ class TKDTrainer(StudentTrainer):
         watched = {"the loss": loss}
         if asked:
             watched = {"the teacher's logits": teacher.logits, **watched}
-        self.finite.watch(watched, [str(i) for i in inputs["index"].tolist()], inputs)
+        self.finite.watch(watched, [str(i) for i in self._rows_of_logits(inputs)], inputs)
         self.record(**terms, **{f"weighted_{name}": value for name, value in weighted.items()})
         return (loss, {"logits": student.logits}) if return_outputs else loss
+
+    def _at_words(self, out: EncoderOutputs, inputs: Mapping[str, Tensor]) -> EncoderOutputs:
+        """Where words have labels, logits [words, C] in place of [B, L, C]."""
+        return out._replace(logits=by_word(out.logits, inputs["words"])) if self.problem.of_words else out
+
+    def _labels(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The labels of rows or, where words have labels, of the words that are read [words]."""
+        return inputs["labels"][inputs["words"] != UNREAD] if self.problem.of_words else inputs["labels"]
+
+    def _rows_of_logits(self, inputs: dict[str, Any]) -> list[int]:
+        """The row that each line of the logits is of."""
+        index: Tensor = inputs["index"]
+        if self.problem.of_words:
+            index = index.repeat_interleave((inputs["words"] != UNREAD).sum(1))
+        return index.tolist()
 
     def batch(self, inputs: dict[str, Any], student: EncoderOutputs, teacher: EncoderOutputs) -> Batch:
         """What the terms are computed from."""
@@ -170,7 +215,7 @@ class TKDTrainer(StudentTrainer):
             student=student,
             teacher=teacher,
             problem=self.problem,
-            labels=inputs["labels"],
+            labels=self._labels(inputs),
             ids=inputs["input_ids"],
             valid=inputs["attention_mask"].bool(),
             heads={role: getattr(getattr(m, "config", None), "num_attention_heads", 0) for role, m in models.items()},
@@ -204,14 +249,17 @@ class TKDTrainer(StudentTrainer):
         """Logits [B, C] and what else is needed, of the matched layers, cached or computed."""
         if self.brings_logits:
             return EncoderOutputs(inputs["teacher_logits"])
-        index = inputs["index"].tolist()
+        index, own = inputs["index"].tolist(), inputs
+        if self.teacher_texts is not self.train_dataset:
+            own = self._teacher_batch(index)
         if self.teacher_cache is not None:
-            return self.teacher_cache.batch(index, inputs["input_ids"].shape[1], inputs["input_ids"].device)
-        same = self.teacher_texts is self.train_dataset
-        return self._ask_teacher(model_inputs(inputs) if same else self._teacher_batch(index), needs)
+            out = self.teacher_cache.batch(index, inputs["input_ids"].shape[1], inputs["input_ids"].device)
+        else:
+            out = self._ask_teacher(model_inputs(own), needs)
+        return self._at_words(out, own)
 
     def _teacher_batch(self, index: list[int]) -> dict[str, Tensor]:
-        batch = model_inputs(self.teacher_texts.collate([self.teacher_texts[i] for i in index]))
+        batch = self.teacher_texts.collate([self.teacher_texts[i] for i in index])
         return {name: tensor.to(self.args.device) for name, tensor in batch.items()}
 
     def _ask_teacher(self, inputs: dict[str, Tensor], needs: Collection[str]) -> EncoderOutputs:
@@ -233,7 +281,7 @@ class TKDTrainer(StudentTrainer):
             return
 
         def compute(index: list[int]) -> EncoderOutputs:
-            return self._ask_teacher(self._teacher_batch(index), parts)
+            return self._ask_teacher(model_inputs(self._teacher_batch(index)), parts)
 
         key = cache_key(
             self.teacher,
@@ -259,17 +307,19 @@ class TKDTrainer(StudentTrainer):
         """As in `StudentTrainer`. Raises ConfigError if `compute_metrics` fails on right predictions."""
         if self.eval_dataset is None:
             return None
-        labels, count = self.eval_dataset.labels, self.trained.config.num_labels  # type: ignore[union-attr]
-        return ["loss", *try_classification(self.compute_metrics, labels, count, self.problem_type)]
+        labels = cast(EncodedTexts, self.eval_dataset).true
+        return ["loss", *try_classification(self.compute_metrics, labels, len(self.names), self.problem_type)]
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss on the labels, logits [B, C] and labels of held-out rows; the teacher is not used."""
+        """Loss on the labels, logits [B, C] (of words [B, W, C]) and labels of held-out rows, without the teacher."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(model_inputs(inputs)).logits.float()
-            loss = self.problem.loss(logits, inputs["labels"])
+            loss = self.problem.loss(self._at_words(EncoderOutputs(logits), inputs).logits, self._labels(inputs))
+        if self.problem.of_words:
+            logits = with_unread(logits, inputs["words"], self.names.index(OUTSIDE))
         return (loss, None, None) if prediction_loss_only else (loss, logits, inputs["labels"])
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
@@ -278,10 +328,11 @@ class TKDTrainer(StudentTrainer):
         rows: Any = self.eval_dataset
         logits, labels = cast(Any, out.predictions), cast(Any, out.label_ids)
         # Rows sorted by length come in another order and cannot be matched to their ids.
-        given = labels is not None and np.array_equal(labels, np.asarray(rows.labels, labels.dtype))
+        given = labels is not None and np.array_equal(labels, rows.true.astype(labels.dtype))
         if options.get("metric_key_prefix", "eval") != "eval" or not given:
             return out
-        evaluated = classified_rows(self.problem.predict(logits), labels, self.held_out_texts, self.problem_type)
+        texts = [" / ".join(filter(None, pair)) for pair in rows.texts]
+        evaluated = classified_rows(self.problem.predict(logits), labels, texts, self.problem_type, self.names)
         if self.is_world_process_zero():
             keep_first_and_last(self.run_folder / HELD_OUT, self.last.step, evaluated)
             self._warn_of_one_class([row["predicted"] for row in evaluated])
@@ -304,11 +355,14 @@ class TKDTrainer(StudentTrainer):
 
     def _warn_of_one_class(self, predicted: list[Any]) -> None:
         """Once, after training began: such scores look like those of a model that has learned something."""
+        if self.problem.of_words:
+            predicted = [tag for tags in predicted for tag in tags]
         only = only_prediction(predicted)
         if only is not None and self.state.global_step > 0 and not self.one_class:
             self.one_class = True
-            said = in_words(only, [self.trained.config.id2label[k] for k in range(self.trained.config.num_labels)])
-            logger.warning("step %d: %s", self.state.global_step, one_class_warning("it", said, len(predicted)))
+            what = "words" if self.problem.of_words else "rows"
+            said = one_class_warning("it", in_words(only, self.names), len(predicted), what)
+            logger.warning("step %d: %s", self.state.global_step, said)
 
     def save_extras(self, folder: Path) -> dict[str, Any]:
         """As in `StudentTrainer`; the projections are saved next to the student."""
