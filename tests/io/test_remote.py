@@ -130,14 +130,24 @@ def test_a_label_folder_is_read(tmp_path, monkeypatch):
     store = fsspec.filesystem("memory")
     with store.open("/bucket/rows.jsonl", "wb") as file:
         file.write(Path("rows.jsonl").read_bytes())
-    label = ["generate-pseudolabels", "--teacher", teacher, "--input-column", "text", "--max-new-tokens", "4", "--quiet"]
+    label = [
+        "generate-pseudolabels",
+        "--teacher",
+        teacher,
+        "--input-column",
+        "text",
+        "--max-new-tokens",
+        "4",
+        "--quiet",
+    ]
     with pytest.raises(SystemExit) as end:
         main([*label, "--strategy", "sample", "--dataset", "memory://bucket/rows.jsonl", "--out", "labels"])
     assert end.value.code == 0
     store.put("labels", "/bucket/labels", recursive=True)
     assert load_pseudolabels("memory://bucket/labels").to_list() == load_pseudolabels("labels").to_list() != []
     record = Path("labels/manifest.jsonl").read_text()
-    assert "memory://bucket/rows.jsonl" in record and str(tmp_path / "cache") not in record
+    assert "memory://bucket/rows.jsonl" in record
+    assert str(tmp_path / "cache") not in record
     store.store.clear()
 
 
@@ -147,8 +157,8 @@ OUTPUTS = [
     "predict m --dataset d --out", "report", "report runs --out", "compare a b --out", "inspect-rewards --out",
     "merge-adapter a", "export m --out", "export-onnx m", "train-vocabulary d --out", "cut-vocabulary m --out",
     "data merge", "data verify", "data repair", "data filter labels --out", "train ppo --output_dir",
-    "train tkd --output_dir", "train ppo --pseudo_labels memory://b/labels --logging_dir", "distill --out", "probe --out",
-    "train ppo --teacher", "train ppo --model_name_or_path", "generate-pseudolabels --templates-dir", "config check",
+    "train tkd --output_dir", "train ppo --pseudo_labels memory://b/labels --logging_dir", "distill --out",
+    "probe --out",    "train ppo --teacher", "train ppo --model_name_or_path", "generate-pseudolabels --templates-dir", "config check",
 ]  # fmt: skip
 
 
@@ -161,7 +171,8 @@ def test_outputs_are_refused_by_every_command(scheme, capsys, tmp_path, monkeypa
         assert end.value.code == ConfigError.exit_code, command
         error = capsys.readouterr().err
         assert f"'{scheme}://bucket/place': object storage is only read" in error, command
-        assert error.count("\n") == 1 and ("aws s3 sync" in error) == (scheme == "s3")
+        assert error.count("\n") == 1
+        assert ("aws s3 sync" in error) == (scheme == "s3")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,4 +201,5 @@ def test_a_recipe_refuses_before_torch_is_imported(tmp_path):
     done = subprocess.run(
         command, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}, capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout) == (2, "") and "object storage is only read" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "object storage is only read" in done.stderr
