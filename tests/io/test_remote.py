@@ -158,7 +158,8 @@ OUTPUTS = [
     "merge-adapter a", "export m --out", "export-onnx m", "train-vocabulary d --out", "cut-vocabulary m --out",
     "data merge", "data verify", "data repair", "data filter labels --out", "train ppo --output_dir",
     "train tkd --output_dir", "train ppo --pseudo_labels memory://b/labels --logging_dir", "distill --out",
-    "probe --out",    "train ppo --teacher", "train ppo --model_name_or_path", "generate-pseudolabels --templates-dir", "config check",
+    "probe --out",    "train ppo --teacher", "train ppo --model_name_or_path", "generate-pseudolabels --templates-dir",
+    "config check",
 ]  # fmt: skip
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, T5Config
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, T5Config
 
 from rlkd.cli.main import main
 from rlkd.errors import ConfigError, ModelError
 from rlkd.jobs import estimate as estimates
+from rlkd.jobs.encoder_memory import EncoderRehearsal
 from rlkd.jobs.memory import Phase, Rehearsal
 from rlkd.jobs.teachers import OBJECTIVES
 from rlkd.models.architectures import language_model
@@ -21,6 +23,7 @@ from rlkd.models.weightless import Ledger, fake_weights, size_of, without_memory
 from rlkd.records import Example
 from rlkd.settings.trl_compat import ModelConfig
 from rlkd.trainers.arguments import PPOArguments, SupervisedArguments
+from rlkd.trainers.encoders.arguments import TKDArguments
 from rlkd.trainers.ppo import PPOTrainer
 from rlkd.trainers.supervised import SupervisedTrainer
 from tiny import EOS, PAD, WORDS, save_pair, tiny_tokenizer
@@ -123,6 +126,27 @@ def test_the_ledger_counts_bytes_and_operations_of_a_layer_by_hand():
     assert ledger.now == 4 * (rows * width + width**2)
     assert ledger.operations == 4 * rows * width**2
     assert ledger.peak > ledger.now
+
+
+def test_an_encoder_and_its_teachers_fine_tuning(tmp_path):
+    config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    args = TKDArguments(output_dir=str(tmp_path), preset="kd", max_length=8, per_device_train_batch_size=4,
+                        gradient_accumulation_steps=2, use_cpu=True, report_to="none")  # fmt: skip
+    small = BertConfig(**{**config.to_dict(), "num_hidden_layers": 1})
+    made = EncoderRehearsal(small, config, True, args)
+    fine_tuning, update = made.phases()
+    ids = torch.full((4, 8), 5)
+    for name, of in (("fine-tuning", config), ("update", small)):
+        model = BertForSequenceClassification(of).train()
+        with FlopCounterMode(display=False) as counted:
+            model(ids).logits.sum().backward()
+            if name == "update":
+                BertForSequenceClassification(config).eval().requires_grad_(False)(ids)
+        assert made.operations[name] == counted.get_total_flops()
+    weights = sum(p.numel() for p in BertForSequenceClassification(config).parameters()) * 4
+    assert fine_tuning.parts["gradients"] == weights <= fine_tuning.parts["teacher"]
+    assert fine_tuning.parts["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
+    assert update.parts["teacher"] == fine_tuning.parts["teacher"] > update.parts["student"]
 
 
 def test_whole_numbers_are_real_and_lengths_can_be_read():
