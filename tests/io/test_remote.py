@@ -1,5 +1,6 @@
 """Rows and label folders are read from object storage; nothing is written there."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from rlkd.cli.main import main
 from rlkd.data.rows import RowStream, load_rows
-from rlkd.errors import ConfigError, DataError
+from rlkd.errors import ConfigError, DataError, RlkdError
 from rlkd.io import remote
 from rlkd.io.files import check_folder, make_folder
 from rlkd.io.folders import check_page
@@ -90,6 +91,21 @@ def test_a_copy_that_was_cut_short_is_not_used(bucket, cache, monkeypatch):
 def test_what_cannot_be_read_is_said(source, words):
     with pytest.raises(DataError, match=words):
         load_rows(source)
+
+
+def test_a_name_that_would_leave_the_cache_is_refused():
+    with pytest.raises(DataError, match=r"has '\.\.' in it"):
+        remote._inside("bucket/../../rows.jsonl")
+
+
+def test_a_full_disk_is_said(bucket, monkeypatch):
+    def full(self, name, target, **_):
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    bucket(one=[{"a": 1}])
+    monkeypatch.setattr(fsspec.filesystem("memory").__class__, "get_file", full)
+    with pytest.raises(RlkdError, match="no space left for"):
+        load_rows("memory://bucket/one.jsonl")
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs")])
