@@ -60,12 +60,13 @@ def peak_extra_memory(function: Callable[[], Any]) -> int:
     profiler's list of tensors would not. It is reset first, or the process's own start would hide behind it (Linux).
     """
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     function()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes that the kernel counts for this process: VmRSS, resident; VmHWM, at their peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 

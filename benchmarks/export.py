@@ -34,11 +34,11 @@ TORCH, INT8, FLOAT32 = "student, generate", "student, CTranslate2 int8", "studen
 LOOP, BY_TEACHER = "student, rlkd's loop", "teacher, generate"
 
 
-def any_tokenizer() -> PreTrainedTokenizerFast:
+def any_tokenizer(words: int = VALID_VOCAB) -> PreTrainedTokenizerFast:
     """A word for each id, for models that read ids."""
-    words = {"<pad>": 0, "</s>": EOS, "<unk>": 2, **{f"w{i}": i for i in range(3, VALID_VOCAB)}}
+    ids = {"<pad>": 0, "</s>": EOS, "<unk>": 2, **{f"w{i}": i for i in range(3, words)}}
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), **special)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(ids, unk_token="<unk>")), **special)
 
 
 def in_pytorch(lm: EncoderDecoder, prompts: list[list[int]], decoding: Any = GREEDY) -> list[Answer]:

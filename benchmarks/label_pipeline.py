@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from common import _status, arguments, cpu_seconds, report, show
+from common import arguments, cpu_seconds, report, show, status
 from rlkd.data.examples import PromptedRows, RowRenderer
 from rlkd.data.rows import RowStream
 from rlkd.labels.maintenance import merge, part_of
@@ -92,9 +92,9 @@ def overhead(rows: int = 200_000) -> dict[str, float]:
         write_rows(source, rows)
         write_rows(small, rows // 5)
         label(small, Path(folder, "warm"), StubEngine())
-        before = _status("VmRSS")
+        before = status("VmRSS")
         seconds, totals = cpu_seconds(lambda: label(source, Path(folder, "out"), StubEngine()))
-        grown = _status("VmRSS") - before
+        grown = status("VmRSS") - before
     assert totals["status"]["ok"] == rows
     return {"overhead_rows_per_s": rows / seconds, "rss_mb_per_100k_rows": max(grown, 0) / 2**20 / (rows / 100_000)}
 

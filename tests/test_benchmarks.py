@@ -21,7 +21,7 @@ def test_readme_quotes_benchmarks_that_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUOTED)
+@pytest.mark.parametrize("name", [*QUOTED, pytest.param("scaling", marks=pytest.mark.load)])
 def test_a_benchmark_runs_and_reports_its_figures(name):
     small = ["--inputs", "20", "--tokens", "16"] if name == "page" else ["--once"]
     done = subprocess.run(

@@ -21,7 +21,7 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="A saved generating model, adapter or classifier: a folder or a hub id.")
     ],
-    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
+    dataset: prompts.Dataset,
     input_column: Annotated[str, typer.Option(help="Column that the model reads.")],
     out: Annotated[Path, typer.Option(help="Folder for the numbers and the answers; `rlkd compare` reads it.")],
     metric: Annotated[

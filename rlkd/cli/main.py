@@ -88,7 +88,7 @@ def _root(
 def generate_pseudolabels(
     context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher: a local folder or a hub id.")],
-    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
+    dataset: prompts.Dataset,
     input_column: Annotated[str, typer.Option(help="Column with the raw input that the student reads.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     templates: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..models.spec import Dtype
+from . import prompts
 
 AllowBin = Annotated[
     bool,
@@ -42,7 +43,9 @@ def export(
     ] = "int8",
     dataset: Annotated[
         str | None,
-        typer.Option(help="Rows to compare with PyTorch on. Default: the held-out ones of the student's run."),
+        typer.Option(
+            *prompts.ROWS, help="Rows to compare with PyTorch on. Default: the held-out ones of the student's run."
+        ),
     ] = None,
     input_column: Annotated[str | None, typer.Option(help="Their column that the student reads.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of a folder of shards.")] = "train",

@@ -24,7 +24,7 @@ def predict(
     model: Annotated[
         str, typer.Argument(help="A saved generating model, adapter or classifier: a local folder or a hub id.")
     ],
-    dataset: Annotated[str, typer.Option(help=prompts.DATASET)],
+    dataset: prompts.Dataset,
     input_column: Annotated[str, typer.Option(help="Column that the model reads.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     pair_column: Annotated[

@@ -99,6 +99,8 @@ DATASET = (
     "A .jsonl, .json, .csv, .tsv, .parquet or .arrow file (text also as .gz, .bz2, .xz, .zst), a pattern in quotes "
     "('data/*.jsonl'), a folder of them or saved by datasets, or a hub id."
 )
+ROWS = ("--dataset", "--data")  # the names that recipes and `rlkd distill` have for it
+Dataset = Annotated[str, typer.Option(*ROWS, help=DATASET)]
 
 
 @app.command("list")
@@ -154,7 +156,7 @@ def show(
 @app.command()
 def render(
     spec: Annotated[str, typer.Argument(help=SPEC)],
-    dataset: Annotated[str, typer.Option(help=f"Rows to render. {DATASET}")],
+    dataset: Annotated[str, typer.Option(*ROWS, help=f"Rows to render. {DATASET}")],
     subset: Subset = None,
     split: Split = "train",
     delimiter: Delimiter = None,

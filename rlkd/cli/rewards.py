@@ -38,7 +38,7 @@ def inspect_rewards(
     student_before: Annotated[
         str | None, typer.Option(help="The student before training, shown for comparison.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Inputs, as for generate-pseudolabels.")] = None,
+    dataset: Annotated[str | None, typer.Option(*prompts.ROWS, help="Inputs, as for generate-pseudolabels.")] = None,
     input_column: Annotated[str | None, typer.Option(help="Column with the raw input that the student reads.")] = None,
     templates: Annotated[
         list[str] | None,

@@ -187,7 +187,8 @@ class Policy(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """The class names of the student's layers: FSDP2 shards them one by one."""
-        return list(self.student._no_split_modules or ())
+        present = {type(module).__name__ for module in self.student.modules()}
+        return sorted(present & set(self.student._no_split_modules or ()))
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass: called by the Trainer for `gradient_checkpointing`."""

@@ -29,7 +29,7 @@ templates:
     jinja: 'b {{ note }} a'
     metadata: !TemplateMetadata {}
 """
-BASIC = ("--dataset", "rows.jsonl", "--input-column", "note")
+BASIC = ("--data", "rows.jsonl", "--input-column", "note")
 SHORT = ("--max-new-tokens", "5", "--max-input-tokens", "16")
 
 
