@@ -40,6 +40,7 @@ TINY = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "
 def config_of(shape: str, *, tiny: bool = False) -> Any:
     from transformers import LlamaConfig, T5Config
 
+    tiny = tiny or "--once" in sys.argv
     kind, sizes = {"t5": T5Config, "llama": LlamaConfig}[shape], SHAPES[shape]
     sizes = {name: TINY.get(name, value) if tiny else value for name, value in sizes.items()}
     return kind(vocab_size=VOCAB, dropout_rate=0.0, **sizes)
@@ -119,9 +120,9 @@ def main() -> None:
         print(json.dumps({"bytes": train(*args.only)}))
         return
     figures, rows = {}, []
-    for case in args.cases:
+    for case in args.cases[:1] if args.once else args.cases:
         shape, job = case.split("_")
-        command = [sys.executable, __file__, "--only", shape, job]
+        command = [sys.executable, __file__, "--only", shape, job, *(["--once"] if args.once else [])]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         measured, said = json.loads(done.stdout.splitlines()[-1])["bytes"], estimated(shape, job)
         print(f"{case}: {said / 1e6:,.0f} MB of {measured / 1e6:,.0f}", file=sys.stderr)

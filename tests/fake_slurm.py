@@ -1,7 +1,7 @@
 """A scheduler of one machine for tests: `sbatch` and `srun` that start the processes they are asked for, and `squeue`.
 
 A job runs while `sbatch` waits, the tasks of an array two at a time. Environment: JOBS, the folder of states and logs;
-KILL, "PART FILE", an array task that dies once FILE has a line of a shard, as on a lost node; FULL, set where jobs wait.
+KILL, "PART FILE", an array task that dies once FILE has a line of a shard, as on a lost node; FULL, set if jobs wait.
 """
 
 from __future__ import annotations

@@ -89,7 +89,8 @@ def test_nothing_is_submitted_twice_while_jobs_wait(tmp_path):
     assert submit("my labels") == (0, "", 3)
     code, error, count = submit(f"{tmp_path}/my labels")
     assert (code, count) == (75, 3)
-    assert error.startswith(f"error: jobs of {tmp_path}/my labels still wait or run: 2 3.") and "scancel 2 3" in error
+    assert error.startswith(f"error: jobs of {tmp_path}/my labels still wait or run: 2 3.")
+    assert "scancel 2 3" in error
     assert submit("my") == (0, "", 5)
     for number in (2, 3):
         (jobs / f"{number}.json").unlink()

@@ -42,6 +42,7 @@ ELSEWHERE = {
     r"pytest -m browser$": ("tests/report/test_report_browser.py", "pytest.mark.browser"),
     r"rlkd prompts download$": (".ci/run", "rlkd prompts download"),
     r"python benchmarks/\w+.py( --quick)?$": ("tests/test_benchmarks.py", "--quick"),
+    r"rlkd estimate ": ("tests/jobs/test_estimate.py", 'main(["estimate"'),
     r"python -m rlkd.metrics docs/metrics.md$": ("tests/test_metrics_table.py", "docs"),
     r"python tests/trainers/golden_runs.py": ("tests/trainers/test_golden.py", "golden_runs"),
     # Its tests; of chaos.py a sample, in test_run_faults.

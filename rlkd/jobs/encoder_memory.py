@@ -14,7 +14,7 @@ from ..models.footprint import count_parameters
 from ..models.loading import load_config
 from ..models.weightless import Ledger, size_of, weightless, without_memory
 from ..trainers.encoders.arguments import TKDArguments
-from .memory import Phase, optimizer_bytes
+from .memory import Phase, fill_gradients, optimizer_bytes
 
 SOME_LABELS = 2  # where the rows say how many
 
@@ -72,7 +72,7 @@ class EncoderRehearsal:
         return student, student + self.state
 
     def _update(self, name: str, role: str, held: dict[str, int]) -> Phase:
-        """The second micro-batch of an update of one of the models; the other one teaches it, if it is held."""
+        """A micro-batch of one of the models; the other one teaches it, if it is held."""
         args, ledger, model = self.training, self.ledger, self.models[role]
         self.state = optimizer_bytes(args, model, ledger)[0]
         model.train()
@@ -83,19 +83,20 @@ class EncoderRehearsal:
         ids = torch.full((args.per_device_train_batch_size, args.max_length), 5)
         mask = torch.ones_like(ids)
         mask[::2, -1] = 0
-        for _ in range(min(args.gradient_accumulation_steps, 2)):
-            ledger.start()
-            operations = ledger.operations
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-                out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-                if held:
-                    with torch.no_grad():
-                        states = bool(args.teacher_needs - {"logits"})
-                        above = self.models["teacher"].eval()(ids, mask, output_hidden_states=states)
-                    del above
-            out.logits.float().sum().backward()
-            self.operations[name] = ledger.operations - operations
-            del out
+        if args.gradient_accumulation_steps > 1:
+            fill_gradients(model)
+        ledger.start()
+        operations = ledger.operations
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+            if held:
+                with torch.no_grad():
+                    states = bool(args.teacher_needs - {"logits"})
+                    above = self.models["teacher"].eval()(ids, mask, output_hidden_states=states)
+                del above
+        out.logits.float().sum().backward()
+        self.operations[name] = ledger.operations - operations
+        del out
         peak = ledger.peak - before
         parts = {**held, role: size_of(model), "optimizer state": self.state, "gradients": own}
         model.zero_grad()

@@ -40,7 +40,7 @@ from ..trainers.distillation import DistillationTrainer
 from ..trainers.objective import Evidence, Objective
 from .models import load_student
 
-FEW = 8  # rows on which the evidence is computed; more of them take so much more
+FEW = 4  # rows on which the evidence is computed; more of them take so much more
 FIRST = 3  # of the ids of prompts, after those that end or pad texts in most vocabularies
 SEEDS = [0]
 CACHE = "teacher's prompt cache, at most"
@@ -182,7 +182,7 @@ class Rehearsal:
         return max(peak - batch, 0), batch * rows // few
 
     def _update(self) -> Phase:
-        """The second micro-batch of an update, if there is one: gradients are there from the first."""
+        """A micro-batch; if an update has several, gradients are there from the one before."""
         args: Any = self.training
         rows, ledger = args.per_device_train_batch_size, self.ledger
         rl = isinstance(args, OnPolicyArguments)
@@ -193,16 +193,16 @@ class Rehearsal:
         if args.gradient_checkpointing:
             options = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        before = ledger.now
-        for _ in range(min(args.gradient_accumulation_steps, 2)):
-            ledger.start()
-            operations = ledger.operations
-            minibatch = self._minibatch(answers) if ready is None else ready
-            if isinstance(args, RLArguments) and args.imitation_coef > 0:
-                imitation = Imitation(labels=self._answers(rows, rows), tokens=1.0, coef=1.0)
-                minibatch = replace(minibatch, imitation=imitation)
-            self._loss(minibatch).backward()
-            self.operations["update"] = ledger.operations - operations
+        before, operations = ledger.now, ledger.operations
+        if args.gradient_accumulation_steps > 1:
+            fill_gradients(self.policy)
+        ledger.start()
+        minibatch = self._minibatch(answers) if ready is None else ready
+        if isinstance(args, RLArguments) and args.imitation_coef > 0:
+            imitation = Imitation(labels=self._answers(rows, rows), tokens=1.0, coef=1.0)
+            minibatch = replace(minibatch, imitation=imitation)
+        self._loss(minibatch).backward()
+        self.operations["update"] = ledger.operations - operations
         peak = ledger.peak - before
         grown = self.gradients if self.processes > 1 else 0
         own = size_of(self.policy, trained=True)
@@ -314,12 +314,18 @@ class Rehearsal:
         return Answers(examples, input_ids, input_mask, answer_ids, answer_mask, logps, finished)
 
 
+def fill_gradients(model: Any) -> None:
+    """Gradients as an earlier micro-batch leaves them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def optimizer_bytes(args: Any, model: Any, ledger: Ledger) -> tuple[int, int]:
     """Bytes of the optimizer's state, and what its second step takes for a while."""
     trained = [p for p in model.parameters() if p.requires_grad]
     kind, options = StudentTrainer.get_optimizer_cls_and_kwargs(args)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
+    fill_gradients(model)
     before, optimizer = ledger.now, kind(trained, **options)
     optimizer.step()
     state = ledger.now - before

@@ -14,9 +14,11 @@ from ..errors import ConfigError, ModelError
 from ..io.files import sha256
 from ..models.adapters import adapter_of
 from ..models.cut_layers import cut_config
+from ..models.encoder_decoder import separate_head
 from ..models.encoders.classifiers import longest_text
 from ..models.encoders.rehearsal import is_encoder
 from ..models.folders import check_place, saved_shapes, weights_files
+from ..models.footprint import count_parameters
 from ..models.loading import check_saved_weights, load_config
 from ..models.spec import ModelSpec, TeacherSpec, default_device, paired
 from ..models.vocabulary import load_tokenizer
@@ -103,7 +105,9 @@ def parameters(config: Any, name: str | None) -> int:
     kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else kind
     with torch.device("meta"):
         model = kind.from_config(config)
-    return sum(weight.numel() for weight in model.parameters())
+        if kind is AutoModelForSeq2SeqLM:
+            separate_head(model)
+    return count_parameters(model)
 
 
 def contents(name: str, role: str) -> str:

@@ -1,5 +1,6 @@
 """Rows and label folders are read from object storage; nothing is written there."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from rlkd.cli.main import main
 from rlkd.data.rows import RowStream, load_rows
-from rlkd.errors import ConfigError, DataError
+from rlkd.errors import ConfigError, DataError, RlkdError
 from rlkd.io import remote
 from rlkd.io.files import check_folder, make_folder
 from rlkd.io.folders import check_page
@@ -92,6 +93,21 @@ def test_what_cannot_be_read_is_said(source, words):
         load_rows(source)
 
 
+def test_a_name_that_would_leave_the_cache_is_refused():
+    with pytest.raises(DataError, match=r"has '\.\.' in it"):
+        remote._inside("bucket/../../rows.jsonl")
+
+
+def test_a_full_disk_is_said(bucket, monkeypatch):
+    def full(self, name, target, **_):
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    bucket(one=[{"a": 1}])
+    monkeypatch.setattr(fsspec.filesystem("memory").__class__, "get_file", full)
+    with pytest.raises(RlkdError, match="no space left for"):
+        load_rows("memory://bucket/one.jsonl")
+
+
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs")])
 def test_a_missing_driver_is_named(monkeypatch, scheme, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -130,14 +146,24 @@ def test_a_label_folder_is_read(tmp_path, monkeypatch):
     store = fsspec.filesystem("memory")
     with store.open("/bucket/rows.jsonl", "wb") as file:
         file.write(Path("rows.jsonl").read_bytes())
-    label = ["generate-pseudolabels", "--teacher", teacher, "--input-column", "text", "--max-new-tokens", "4", "--quiet"]
+    label = [
+        "generate-pseudolabels",
+        "--teacher",
+        teacher,
+        "--input-column",
+        "text",
+        "--max-new-tokens",
+        "4",
+        "--quiet",
+    ]
     with pytest.raises(SystemExit) as end:
         main([*label, "--strategy", "sample", "--dataset", "memory://bucket/rows.jsonl", "--out", "labels"])
     assert end.value.code == 0
     store.put("labels", "/bucket/labels", recursive=True)
     assert load_pseudolabels("memory://bucket/labels").to_list() == load_pseudolabels("labels").to_list() != []
     record = Path("labels/manifest.jsonl").read_text()
-    assert "memory://bucket/rows.jsonl" in record and str(tmp_path / "cache") not in record
+    assert "memory://bucket/rows.jsonl" in record
+    assert str(tmp_path / "cache") not in record
     store.store.clear()
 
 
@@ -147,8 +173,9 @@ OUTPUTS = [
     "predict m --dataset d --out", "report", "report runs --out", "compare a b --out", "inspect-rewards --out",
     "merge-adapter a", "export m --out", "export-onnx m", "train-vocabulary d --out", "cut-vocabulary m --out",
     "data merge", "data verify", "data repair", "data filter labels --out", "train ppo --output_dir",
-    "train tkd --output_dir", "train ppo --pseudo_labels memory://b/labels --logging_dir", "distill --out", "probe --out",
-    "train ppo --teacher", "train ppo --model_name_or_path", "generate-pseudolabels --templates-dir", "config check",
+    "train tkd --output_dir", "train ppo --pseudo_labels memory://b/labels --logging_dir", "distill --out",
+    "probe --out",    "train ppo --teacher", "train ppo --model_name_or_path", "generate-pseudolabels --templates-dir",
+    "config check",
 ]  # fmt: skip
 
 
@@ -161,7 +188,8 @@ def test_outputs_are_refused_by_every_command(scheme, capsys, tmp_path, monkeypa
         assert end.value.code == ConfigError.exit_code, command
         error = capsys.readouterr().err
         assert f"'{scheme}://bucket/place': object storage is only read" in error, command
-        assert error.count("\n") == 1 and ("aws s3 sync" in error) == (scheme == "s3")
+        assert error.count("\n") == 1
+        assert ("aws s3 sync" in error) == (scheme == "s3")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,4 +218,5 @@ def test_a_recipe_refuses_before_torch_is_imported(tmp_path):
     done = subprocess.run(
         command, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}, capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout) == (2, "") and "object storage is only read" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "object storage is only read" in done.stderr

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, T5Config
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, T5Config
 
 from rlkd.cli.main import main
 from rlkd.errors import ConfigError, ModelError
 from rlkd.jobs import estimate as estimates
+from rlkd.jobs.encoder_memory import EncoderRehearsal
 from rlkd.jobs.memory import Phase, Rehearsal
 from rlkd.jobs.teachers import OBJECTIVES
 from rlkd.models.architectures import language_model
@@ -21,6 +23,7 @@ from rlkd.models.weightless import Ledger, fake_weights, size_of, without_memory
 from rlkd.records import Example
 from rlkd.settings.trl_compat import ModelConfig
 from rlkd.trainers.arguments import PPOArguments, SupervisedArguments
+from rlkd.trainers.encoders.arguments import TKDArguments
 from rlkd.trainers.ppo import PPOTrainer
 from rlkd.trainers.supervised import SupervisedTrainer
 from tiny import EOS, PAD, WORDS, save_pair, tiny_tokenizer
@@ -92,7 +95,14 @@ def peak_of(run):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "case"),
-    [("t5", "seqkd"), ("t5", "ppo"), ("llama", "seqkd"), ("llama", "ppo"), ("t5", "forward_kl"), ("llama", "checkpointed")],
+    [
+        ("t5", "seqkd"),
+        ("t5", "ppo"),
+        ("llama", "seqkd"),
+        ("llama", "ppo"),
+        ("t5", "forward_kl"),
+        ("llama", "checkpointed"),
+    ],
 )
 def test_memory_is_that_of_a_real_training_within_15_percent(tmp_path, shape, case):
     trainer = trainer_of(shape, case, arguments(case, tmp_path / "run"))
@@ -116,6 +126,27 @@ def test_the_ledger_counts_bytes_and_operations_of_a_layer_by_hand():
     assert ledger.now == 4 * (rows * width + width**2)
     assert ledger.operations == 4 * rows * width**2
     assert ledger.peak > ledger.now
+
+
+def test_an_encoder_and_its_teachers_fine_tuning(tmp_path):
+    config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    args = TKDArguments(output_dir=str(tmp_path), preset="kd", max_length=8, per_device_train_batch_size=4,
+                        gradient_accumulation_steps=2, use_cpu=True, report_to="none")  # fmt: skip
+    small = BertConfig(**{**config.to_dict(), "num_hidden_layers": 1})
+    made = EncoderRehearsal(small, config, True, args)
+    fine_tuning, update = made.phases()
+    ids = torch.full((4, 8), 5)
+    for name, of in (("fine-tuning", config), ("update", small)):
+        model = BertForSequenceClassification(of).train()
+        with FlopCounterMode(display=False) as counted:
+            model(ids).logits.sum().backward()
+            if name == "update":
+                BertForSequenceClassification(config).eval().requires_grad_(False)(ids)
+        assert made.operations[name] == counted.get_total_flops()
+    weights = sum(p.numel() for p in BertForSequenceClassification(config).parameters()) * 4
+    assert fine_tuning.parts["gradients"] == weights <= fine_tuning.parts["teacher"]
+    assert fine_tuning.parts["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
+    assert update.parts["teacher"] == fine_tuning.parts["teacher"] > update.parts["student"]
 
 
 def test_whole_numbers_are_real_and_lengths_can_be_read():
@@ -162,6 +193,18 @@ def recipe(tmp_path, monkeypatch):
     return run
 
 
+def without_rehearsal(monkeypatch):
+    """Memory is not estimated, which takes seconds."""
+
+    def phases(self):
+        self.operations["update"] = 10**12
+        return [Phase("update", {"student": 10**6})]
+
+    monkeypatch.setattr(Rehearsal, "phases", phases)
+    monkeypatch.setattr(Rehearsal, "saved", lambda self: (1, 1))
+    monkeypatch.setattr(Rehearsal, "parameters", lambda self: {})
+
+
 def test_no_weights_are_read_and_a_part_that_is_not_there_is_not_counted(recipe, capsys):
     for weights in Path("models").rglob("*.safetensors"):
         weights.unlink()
@@ -169,8 +212,11 @@ def test_no_weights_are_read_and_a_part_that_is_not_there_is_not_counted(recipe,
     assert not error
     parts = {name for phase in found["phases"] for name in phase["parts"]}
     assert code == 0
-    assert {"reference policy", "teacher", "gradients"} <= parts and "behaviour policy" not in parts
-    adapted, _, _ = recipe(capsys, "reinforce.yaml", use_peft=True, sync_every=2, lora_target_modules=["q", "v"], lora_r=2)
+    assert {"reference policy", "teacher", "gradients"} <= parts
+    assert "behaviour policy" not in parts
+    adapted, _, _ = recipe(
+        capsys, "reinforce.yaml", use_peft=True, sync_every=2, lora_target_modules=["q", "v"], lora_r=2
+    )
     assert adapted["disk"]["student"] < found["disk"]["student"] / 4
     parts = adapted["phases"][0]["parts"]
     assert parts["reference policy"] == parts["behaviour policy"] == adapted["disk"]["student"]
@@ -186,7 +232,9 @@ def test_what_is_saved_is_as_large_as_said(recipe, capsys):
     assert sizes["model.safetensors"] == pytest.approx(found["disk"]["student"], rel=0.3)
     assert sum(sizes.values()) == pytest.approx(found["disk"]["checkpoint"], rel=0.5)
     made = {path.name for path in Path("out").glob("checkpoint-*")}
-    assert found["disk"]["checkpoints and student"] == found["disk"]["student"] + len(made) * found["disk"]["checkpoint"]
+    assert (
+        found["disk"]["checkpoints and student"] == found["disk"]["student"] + len(made) * found["disk"]["checkpoint"]
+    )
 
 
 @pytest.mark.parametrize(("rows", "batch", "accumulation", "epochs"), [(7, 2, 2, 2), (8, 4, 1, 3), (5, 2, 4, 1.5)])
@@ -200,22 +248,23 @@ def test_updates_are_those_of_the_trainer(tmp_path, rows, batch, accumulation, e
 
 
 def test_rows_are_counted_where_they_are_and_asked_for_where_not(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(Rehearsal, "phases", lambda self: [Phase("update", {"student": 1})])
-    monkeypatch.setattr(Rehearsal, "operations", {"update": 10**12}, raising=False)
-    monkeypatch.setattr(Rehearsal, "saved", lambda self: (1, 1))
-    monkeypatch.setattr(Rehearsal, "parameters", lambda self: {})
+    without_rehearsal(monkeypatch)
     found, _, _ = recipe(capsys, max_steps=-1, num_train_epochs=2, eval_fraction=0.1, rollouts_per_prompt=2)
     assert found["updates"] == 19 // 4 * 4 * 2  # batches of 4 prompts, four updates on each
     found, _, _ = recipe(capsys, max_steps=-1, dataset="owner/name")
-    assert found["updates"] is None and found["hours"] is None
+    assert found["updates"] is None
+    assert found["hours"] is None
     found, _, _ = recipe(capsys, flags=["--rows", "40", "--tflops", "1"], max_steps=-1, num_train_epochs=1,
                          dataset="owner/name", rollouts_per_prompt=2)  # fmt: skip
     assert found["hours"] == pytest.approx(40 * found["operations"] / 1e12 / 3600)
 
 
-def test_a_few_updates_are_timed_and_nothing_of_them_is_kept(recipe, capsys):
+def test_a_few_updates_are_timed_and_nothing_of_them_is_kept(recipe, capsys, monkeypatch):
+    without_rehearsal(monkeypatch)
     found, code, _ = recipe(capsys, flags=["--measure", "2"])
-    assert code == 0 and found["seconds_per_update"] > 0 and not Path("out").exists()
+    assert code == 0
+    assert found["seconds_per_update"] > 0
+    assert not Path("out").exists()
     assert found["hours"] == pytest.approx(8 * found["seconds_per_update"] / 3600)
 
 
@@ -223,15 +272,18 @@ def test_a_few_updates_are_timed_and_nothing_of_them_is_kept(recipe, capsys):
     ("flags", "name", "settings", "words"),
     [
         ([], "mine.yaml", {}, "which job of `rlkd train` is it for"),
-        (["--device-memory", "0.000001"], "ppo_mine.yaml", {}, "the training needs .* GB in the phase"),
+        (["--device-memory", "0.000001"], "ppo_mine.yaml", {}, "the training needs 0.0 GB in the phase"),
         (["--tflops", "1", "--measure", "1"], "ppo_mine.yaml", {}, "both give a speed"),
         ([], "ppo_mine.yaml", {"load_in_4bit": True}, "quantized weights is not estimated"),
     ],
 )
-def test_errors_are_one_line(recipe, capsys, flags, name, settings, words):
+def test_errors_are_one_line(recipe, capsys, monkeypatch, flags, name, settings, words):
+    without_rehearsal(monkeypatch)
     _, code, error = recipe(capsys, name, flags, **settings)
     assert code == ConfigError.exit_code
-    assert error.startswith("error: ") and words.split(" .* ")[0] in error and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert words in error
+    assert error.count("\n") == 1
 
 
 def test_a_model_that_does_not_run_without_weights_is_said(tmp_path, monkeypatch):
@@ -240,5 +292,5 @@ def test_a_model_that_does_not_run_without_weights_is_said(tmp_path, monkeypatch
 
     monkeypatch.setattr(Rehearsal, "phases", fail)
     monkeypatch.setattr(estimates, "_language", lambda *_: (rehearsal("t5", "seqkd", tmp_path), []))
-    with pytest.raises(ModelError, match="does not run without weights .NotImplementedError"):
+    with pytest.raises(ModelError, match=r"does not run without weights \(NotImplementedError"):
         estimates.estimate("seqkd", [object(), arguments("seqkd", tmp_path)])
