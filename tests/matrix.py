@@ -172,10 +172,9 @@ def encoding(family: str) -> dict[str, str]:
     """The cells of a family of encoders."""
     prepare(encoder=family)
     cells = {preset: run(lambda preset=preset: tkd(preset)) for preset in ("kd", "pkd", "tkd")}
-    cells["probe"] = run(
-        lambda: rlkd(["probe", "runs/kd", "--train", "rows.jsonl", "--test", "rows.jsonl", "--max-length", "16"])
-    )
-    cells["export-onnx"] = run(lambda: rlkd(["export-onnx", "runs/kd", "onnx"]))
+    probe = ["probe", "runs/kd", "--train", "rows.jsonl", "--test", "rows.jsonl", "--max-length", "16"]
+    for name, words in {"probe": probe, "export-onnx": ["export-onnx", "runs/kd", "onnx"]}.items():
+        cells[name] = run(lambda words=words: rlkd(words)) if cells["kd"] == "yes" else NOT_TRAINED
     return cells
 
 
@@ -361,7 +360,7 @@ def main() -> None:
         if rows:
             text += [f"## {title}", "", table(rows), ""]
     if options.out:
-        options.out.write_text("\n".join(text))
+        options.out.write_text("\n".join(text).rstrip() + "\n")
     else:
         print("\n".join(text))
 
