@@ -362,7 +362,8 @@ def test_quick_run(tmp_path):
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     plan = read_plan(STUDIES / "real_text.yaml", quick=True)
     for method in plan["methods"]:
-        assert "e2e" in plan["methods"][method].get("tasks", ["e2e"]), method
+        if "e2e" not in plan["methods"][method].get("tasks", ["e2e"]):
+            continue
         arms = [method, f"{method}-updates"] if plan["methods"][method].get("equal_updates", True) else [method]
         for arm in arms:
             result = record["e2e"]["results"][arm]["1"]
