@@ -57,6 +57,7 @@ ELSEWHERE = {
     r"python recipes/studies/tkd_presets.py": ("tests/test_tkd_study.py", "tkd_presets"),
     r"pip install": ("Makefile", "pip install"),
     r"rlkd data merge labels$": ("tests/test_quoted_commands.py", '_run("rlkd data merge labels"'),
+    r"python tests/matrix.py --out": ("tests/test_quoted_commands.py", "tests/matrix.py"),
     r"python tests/faults_table.py --write$": ("tests/test_quoted_commands.py", "tests/faults_table.py"),
     r".* --task (rte|stsb) ": ("tests/data/test_glue.py", "stsb"),  # the flags; their data are on the hub
     r"rlkd train tkd --pseudo_labels": ("tests/jobs/test_label_folder_students.py", '["train", "tkd", "--config"'),
@@ -254,6 +255,17 @@ def _has_archive() -> bool:
     from rlkd.templates.sources import cached_archive
 
     return cached_archive().exists()
+
+
+@pytest.mark.slow
+def test_the_table_of_families_and_files_is_made(tmp_path):
+    made = tmp_path / "families.md"
+    command = [sys.executable, "tests/matrix.py", "--only", ".xlsx", "--out", str(made)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = next(line for line in made.read_text().splitlines() if line.startswith("| .xlsx"))
+    assert line in (ROOT / "docs/families.md").read_text()
+    assert line.count("refused (1)") == 6
 
 
 @pytest.mark.slow

@@ -210,5 +210,5 @@ def test_gradient_checkpointing_and_logits_of_another_shape():
         rehearse(bilstm(num_hidden_layers=2).config, {"layers": 1, "init": "random"}, gradient_checkpointing=True)
     model = bilstm()
     model.config.id2label = {0: "a", 1: "b", 2: "c"}
-    with pytest.raises(ModelError, match=r"gives logits of shape \(2, 2\) for 2 texts and 3 labels"):
+    with pytest.raises(ModelError, match=r"gives logits of shape \(2, 2\) for 2 texts of 4 tokens and 3 labels"):
         check_outputs(model, "teacher", {"hidden"})

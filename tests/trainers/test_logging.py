@@ -2,12 +2,14 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 from test_problem_types import rows as rows_of
 from test_problem_types import trainer as trainer_of
 from test_tkd import make as make_tkd
 from test_tkd import rows as labelled_rows
+from test_token_classification import trainer as trainer_of_words
 
 from rlkd import metrics
 from rlkd.evaluation.evaluator import Evaluator
@@ -17,7 +19,7 @@ from rlkd.jobs.encoder_data import LabelledData
 from rlkd.models.architectures import language_model
 from rlkd.models.policy import Policy
 from rlkd.trainers.encoders.terms import PRESETS, TERMS
-from tiny import tiny_tokenizer
+from tiny import tagged_rows, tiny_tokenizer
 from tiny_runs import WORDS, assert_same, examples, labels, logged, make, student, tiny_teacher, weights
 
 # The trainers of the table's labels, as this file runs them: PPO with its critic, REINFORCE without one.
@@ -75,8 +77,10 @@ def run(kind, folder):
         trainer.compute_metrics = data.compute_metrics()
         trainer.train()
     for problem in set(PROBLEMS) - {"single_label_classification"}:
-        dev = {"dev": rows_of(problem, 4), "eval_strategy": "steps", "eval_steps": 2}
-        trainer_of(problem, folder / problem, preset="kd", **dev).train()
+        made, held_out = partial(trainer_of, problem), rows_of
+        if PROBLEMS[problem].of_words:
+            made, held_out = trainer_of_words, lambda _, n: tagged_rows(n)
+        made(folder / problem, preset="kd", dev=held_out(problem, 4), eval_strategy="steps", eval_steps=2).train()
     return [line for path in sorted(folder.iterdir()) for line in logged(path)]
 
 
