@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from common import _status
+from common import status
 from label_pipeline import StubEngine, label, write_rows
 class Counting(StubEngine):
     asked = 0
@@ -25,9 +25,9 @@ folder = Path(sys.argv[1])
 write_rows(folder / "small.jsonl", 200_000)
 write_rows(folder / "rows.jsonl", 1_000_000)
 label(folder / "small.jsonl", folder / "small", StubEngine())
-before = _status("VmRSS")
+before = status("VmRSS")
 totals = label(folder / "rows.jsonl", folder / "out", StubEngine())
-grown = (_status("VmRSS") - before) / 2**20
+grown = (status("VmRSS") - before) / 2**20
 log = folder / "out" / "manifest.jsonl"
 log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-2]))
 engine = Counting()
