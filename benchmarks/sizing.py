@@ -69,14 +69,15 @@ def estimate_of(row: tuple[str, str, str, str, list[str]], folder: Path, *, once
 
 def main() -> None:
     args = arguments(__doc__).parse_args()
-    names = [*SHOWN, "activations, logits"]
-    print(f"| job | teacher -> student | {' | '.join(names)} | together, GB | 10^12 operations an update | hours |")
-    print("|---|---|" + "---|" * (len(names) + 3))
+    columns = " | ".join((*SHOWN, "all else at the peak"))
+    print(f"| job | teacher -> student | {columns} | together, GB | 10^12 operations an update | hours |")
+    print("|---|---|" + "---|" * (len(SHOWN) + 4))
     figures = {}
     for row in ROWS[1:2] if args.once else ROWS:
         with tempfile.TemporaryDirectory() as folder:
             found = estimate_of(row, Path(folder), once=args.once)
-        parts = [found.peak.parts.get(name, 0) for name in names]
+        parts = [found.peak.parts.get(name, 0) for name in SHOWN]
+        parts.append(found.peak.total - sum(parts))
         job, _, teacher, student, flags = row
         more = " (LoRA)" if "--use_peft=true" in flags else ""
         hours = found.hours(found.operations / (TFLOPS * 1e12))

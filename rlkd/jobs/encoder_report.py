@@ -221,16 +221,16 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
     """What makes the scores of a summary say less than they seem to: models that are no better than a constant."""
     lines, base = [], summary["majority"]["scores"]
     kind = summary.get("problem_type", "single_label_classification")
+    unit = "word" if PROBLEMS[kind].of_words else "row"
     for role in ("teacher", "student"):
         facts = summary.get(role, {"scores": {}})
         for split, scores in facts["scores"].items():
             where = f"the {role}" if len(facts["scores"]) == 1 else f"the {role} ({split})"
             if said := facts["constant"][split]:
-                what = "words" if PROBLEMS[kind].of_words else "rows"
-                lines.append(one_class_warning(where, said["label"], said["rows"], what))
+                lines.append(one_class_warning(where, said["label"], said["rows"], f"{unit}s"))
             elif kind != "single_label_classification" and scores["score"] <= base[split]["score"]:
                 lines.append(
-                    f"{where} has a score of {scores['score']:.4f}, {CONSTANTS[kind]} for every row "
+                    f"{where} has a score of {scores['score']:.4f}, {CONSTANTS[kind]} for every {unit} "
                     f"{base[split]['score']:.4f}: it has not learned the task."
                 )
             elif kind == "single_label_classification" and scores["accuracy"] <= base[split]["accuracy"]:

@@ -29,7 +29,6 @@ def estimate(plan: Plan) -> list[str]:
     """The stages with their size, time and disk, as lines."""
     sizes, counts = plan.pair.sizes(), plan.rows.counts()
     lines = [f"{role}: {sizes[role]:,} parameters" for role in ("teacher", "student")]
-    lines += [] if plan.pair.said is None else [plan.pair.said]
     lines.append(", ".join(f"{count} {part} rows" for part, count in counts.items()))
     speed = operations_per_second()
     for stage in plan.stages:

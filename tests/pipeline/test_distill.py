@@ -494,7 +494,7 @@ def test_a_student_of_another_vocabulary_is_paid_by_text(user, capsys):
     code, _, err = run(capsys, *words, "--rl", '{"one_step": "exact"}')
     assert (code, "rl.yaml" in err, "which has another vocabulary than the student" in err) == (2, True, True), err
     code, out, _ = run(capsys, *words, "--dry-run")
-    assert (code, "have different vocabularies" in out) == (0, True)
+    assert (code, out.count("have different vocabularies")) == (0, 1)
     assert not Path("runs").exists()
     code, _, err = run(capsys, *words)
     assert code == 0, err
